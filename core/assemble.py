@@ -1,0 +1,179 @@
+"""From a validated recipe to objects: the model, the data, the plan of steps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.contracts.build import BuildContext, Init, Rope
+from core.contracts.component import Costs
+from core.contracts.loss_head import LossHead
+from core.contracts.precision import Precision
+from core.contracts.schema import Section
+from core.model.block import Block
+from core.model.initialise import initialise
+from core.model.language_model import Embedding, LanguageModel
+from core.model.norm import RMSNorm
+from core.recipe.compose import Recipe
+from core.recipe.plan import Plan
+
+
+class TiedOutput(nn.Module):
+    """The output that shares the embedding's weight, which only the embedding owns."""
+
+    def __init__(self, embedding: Embedding, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self._embedding, self.compute_dtype = [embedding], compute_dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """[vocabulary, dim]."""
+        return self._embedding[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
+
+
+def build(recipe: Recipe, *, device: str = "cpu") -> LanguageModel:
+    """The recipe's model with its initial weights; on the meta device without any.
+
+    Args:
+        recipe: from `core.compose`.
+        device: "meta" builds shapes only.
+    """
+    precision: Precision = recipe.precision.component(recipe.precision.config)
+    context = _context(recipe, precision)
+    with torch.device(device), _float_default():
+        model = _model(recipe, context)
+    if device != "meta":
+        initialise(model, recipe.seed)
+    return model
+
+
+def _context(recipe: Recipe, precision: Precision) -> BuildContext:
+    model = recipe.model
+    return BuildContext(
+        dim=model.dim,
+        vocabulary=recipe.data.tokenizer.vocab,
+        length=recipe.data.sequence_length,
+        layer=0,
+        precision=precision,
+        init=Init(model.init.std, model.init.output_std, model.init.embedding_std),
+        rope=Rope(model.rope.theta, model.rope.max_length, model.rope.yarn),
+        norm_eps=model.norm_eps,
+    )
+
+
+def _model(recipe: Recipe, context: BuildContext) -> LanguageModel:
+    precision = context.precision
+    embedding_std = context.init.std if context.init.embedding_std is None else context.init.embedding_std
+    embedding = Embedding(
+        context.vocabulary,
+        context.dim,
+        std=embedding_std,
+        param_dtype=precision.param_dtype("embedding"),
+        compute_dtype=precision.compute_dtype("embedding"),
+    )
+    output: nn.Module
+    if recipe.model.tied_embedding:
+        output = TiedOutput(embedding, precision.compute_dtype("head"))
+    else:
+        output = context.linear(context.dim, context.vocabulary, "head")
+    kinds = list(_blocks(recipe))
+    blocks = [Block(attention, ffn, replace(context, layer=i)) for i, (_, attention, ffn) in enumerate(kinds)]
+    _, attention, ffn = kinds[-1]
+    for_heads = replace(context, layer=len(blocks), block=lambda inner: Block(attention, ffn, replace(inner, block=None)))
+    heads: dict[str, LossHead] = {name: for_heads.make(section) for name, section in recipe.model.heads.items()}
+    recompute = frozenset(i for i, (name, _, _) in enumerate(kinds) if name in recipe.recompute.blocks)
+    norm = RMSNorm(context.dim, context)
+    return LanguageModel(
+        embedding=embedding, blocks=blocks, norm=norm, output=output, heads=heads, recompute=recompute
+    )
+
+
+def _blocks(recipe: Recipe) -> Iterator[tuple[str, Section, Section]]:
+    """Name, attention and feed-forward of every block, in order."""
+    for name, block in recipe.model.blocks.items():
+        for _ in range(block.count):
+            yield name, block.attention or recipe.model.attention, block.ffn
+
+
+@contextmanager
+def _float_default() -> Iterator[None]:
+    """Modules that name no format are made in fp32, whatever the process's default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model costs, by the conventions that `core.describe` names.
+
+    Args:
+        params_total: the main model, persistent selection biases included, multi-token modules apart.
+        params_heads: what the loss heads own (multi-token modules).
+        params_active: used by one token of the main model; embedding excluded, output included.
+        flops_per_token: training (forward + backward), causal attention, loss heads included.
+        flops_per_token_main: the same without what the loss heads add.
+        cache_elements: kept per token in decoding, all main layers.
+    """
+
+    params_total: int
+    params_heads: int
+    params_active: int
+    flops_per_token: float
+    flops_per_token_main: float
+    cache_elements: int
+
+
+def size_of(model: LanguageModel) -> Size:
+    """Counted from the model's own tensors and its components' costs; works on the meta device."""
+    heads = sum((head.costs() for _, head in model.loss_heads()), start=Costs())
+    main = model.costs()
+    in_heads = _elements(model.heads)
+    return Size(
+        params_total=_elements(model) - in_heads,
+        params_heads=in_heads,
+        params_active=main.active,
+        flops_per_token=_training_flops(main + heads),
+        flops_per_token_main=_training_flops(main),
+        cache_elements=main.cache,
+    )
+
+
+def _elements(module: nn.Module) -> int:
+    """Parameters and persistent buffers, each shared one once."""
+    return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def _training_flops(costs: Costs) -> float:
+    """6 per active parameter (2 forward, 4 backward), and 3 times the forward's mixing."""
+    return 6.0 * costs.active + 3.0 * costs.mixing
+
+
+def plan_of(recipe: Recipe, model: LanguageModel | None = None) -> Plan:
+    """The steps of the run; a budget in FLOPs needs the model's size."""
+    budget, tokens = recipe.budget, recipe.budget.tokens
+    if budget.flops is not None:
+        tokens = max(1, round(budget.flops / size_of(model or build(recipe, device="meta")).flops_per_token))
+    return Plan(
+        sequences=recipe.batch.sequences,
+        length=recipe.data.sequence_length,
+        micro_batches=recipe.batch.accumulate,
+        steps=budget.steps,
+        tokens=tokens,
+    )
+
+
+def make(section: Section) -> Any:
+    """A component that needs nothing but its settings."""
+    return section.component(section.config)

@@ -1,0 +1,82 @@
+"""What a component is told about the model around it when it is built."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from core.contracts.precision import Precision
+from core.contracts.schema import Section
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions, shared by every attention of a model (see `core.model.rope`).
+
+    Args:
+        theta: the base of the frequencies.
+        max_length: positions that the table holds.
+        yarn: settings of YaRN, None without it.
+    """
+
+    theta: float
+    max_length: int
+    yarn: Any = None
+
+
+@dataclass(frozen=True)
+class Init:
+    """Standard deviations of the initial weights.
+
+    Args:
+        std: of every matrix, DeepSeek-V3's 0.006 (report, section 4.2) unless the recipe says otherwise.
+        output_std: of the matrices that write into the residual stream; None: `std`.
+        embedding_std: of the embedding; None: `std`.
+    """
+
+    std: float
+    output_std: float | None = None
+    embedding_std: float | None = None
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """The model around a component; a composite passes it on to its children.
+
+    Args:
+        dim: width D of the residual stream.
+        vocabulary: entries V of the vocabulary.
+        length: sequence length that costs are stated for.
+        layer: index of the block, counted through the multi-token modules as checkpoints do.
+        precision: makes every matrix-product layer.
+        init: standard deviations of initial weights.
+        rope: rotary positions.
+        norm_eps: epsilon of every RMSNorm.
+        block: builds one more block of the last kind, for heads that own blocks.
+    """
+
+    dim: int
+    vocabulary: int
+    length: int
+    layer: int
+    precision: Precision
+    init: Init
+    rope: Rope
+    norm_eps: float
+    block: Callable[["BuildContext"], nn.Module] | None = None
+
+    def make(self, section: Section, **shared: Any) -> Any:
+        """Build the component of a child section; `shared` is what its slot's contract adds."""
+        return section.component(section.config, self, **shared)
+
+    def linear(self, inputs: int, outputs: int, role: str, *, residual: bool = False) -> nn.Module:
+        """A matrix product made by the precision; `residual` marks those that write into the residual stream."""
+        return self.precision.linear(inputs, outputs, role, std=self._std(residual))
+
+    def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, residual: bool = False) -> nn.Module:
+        """One matrix product for each expert, weight [E, out, in]."""
+        return self.precision.grouped_linear(groups, inputs, outputs, role, std=self._std(residual))
+
+    def _std(self, residual: bool) -> float:
+        return self.init.output_std if residual and self.init.output_std is not None else self.init.std

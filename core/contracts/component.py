@@ -1,0 +1,53 @@
+"""What every component has, whichever slot it fills."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a component costs, for one token of a sequence of the context's length.
+
+    Args:
+        active: parameters that one token uses (routed experts count top_k of all).
+        mixing: forward FLOPs per token that belong to no parameter: attention's scores and weighted
+            sums, causal (half of the square), 2 FLOPs a multiply-add.
+        cache: elements that decoding keeps per token.
+    """
+
+    active: int = 0
+    mixing: float = 0.0
+    cache: int = 0
+
+    def __add__(self, other: "Costs") -> "Costs":
+        return Costs(self.active + other.active, self.mixing + other.mixing, self.cache + other.cache)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a run would have under its feet; only `core.fit` asks for it."""
+
+    device: str
+    capability: tuple[int, int] | None = None
+    cuda: str | None = None
+
+
+class Component:
+    """The common face of all extension points.
+
+    `Config` is the schema of the component's recipe section; its optional `check(parent)` raises `Wrong`
+    for values that cannot be right (`parent` is the `Config` of the section around it, or the recipe's
+    own section) and must not need torch. `capabilities` are words that other components may ask for, so
+    that impossible combinations are refused without anybody's name being known. `example` is a section
+    that the catalog prints and the conformance kit builds. `paper` says where the method is published.
+    """
+
+    Config: ClassVar[type]
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+    example: ClassVar[dict[str, Any]] = {}
+    paper: ClassVar[str] = ""
+
+    @classmethod
+    def requires(cls, config: Any, environment: Environment) -> str | None:
+        """Why this component cannot run in `environment`, as one sentence; None if it can."""
+        return None

@@ -1,0 +1,66 @@
+"""What every layer is told about the sequences it works on.
+
+Shapes: B batch, L length of the tokens given, M = L + 1 (the inputs and the last target).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """The sum over data ranks where there is one rank."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """One micro-batch, as attention, feed-forward and loss heads see it.
+
+    Args:
+        tokens_BL: int64 token ids.
+        positions_L: int64 positions, shared by all sequences; in decoding they start at the cache's length.
+        targets_BL: the token that follows each token; None where nothing is to be predicted.
+        valid_BL: bool, False for padding, which counts nowhere: not in losses, load, capacity or FLOPs.
+            None: every token is valid.
+        documents_BM: int64 document of every input token and of the last target; None: attention and
+            multi-token prediction run across documents, as DeepSeek trains.
+        step: optimizer steps done before this one; random choices are addressed by it.
+        reduce_sum: sum over the data ranks, differentiable; the identity on one device.
+    """
+
+    tokens_BL: Tensor
+    positions_L: Tensor
+    targets_BL: Tensor | None = None
+    valid_BL: Tensor | None = None
+    documents_BM: Tensor | None = None
+    step: int = 0
+    reduce_sum: Callable[[Tensor], Tensor] = identity
+
+    @classmethod
+    def of(cls, tokens_BL: Tensor, *, start: int = 0, **rest: Any) -> "SequenceContext":
+        """The context of token ids whose first position is `start`."""
+        positions_L = torch.arange(start, start + tokens_BL.shape[1], device=tokens_BL.device)
+        return cls(tokens_BL, positions_L, **rest)
+
+    def valid(self) -> Tensor:
+        """The mask valid_BL, all True where it is not given."""
+        if self.valid_BL is None:
+            return torch.ones_like(self.tokens_BL, dtype=torch.bool)
+        return self.valid_BL
+
+    def predicted(self, depth: int = 0) -> Tensor:
+        """Which positions predict a token `depth` past the next one: bool, B x (L - depth).
+
+        Position i of depth k sees the tokens up to i + k and predicts token i + k + 1 (report, eq. 21-24).
+        It counts where these are no padding and, where documents are kept apart, of one document.
+        """
+        length = self.tokens_BL.shape[1]
+        valid_BL = self.valid()
+        mask = valid_BL[:, depth:] & valid_BL[:, : length - depth]
+        if self.documents_BM is not None:
+            mask = mask & (self.documents_BM[:, depth + 1 :] == self.documents_BM[:, : length - depth])
+        return mask

@@ -1,0 +1,37 @@
+"""The two ways in which a user can be told that something is wrong.
+
+Every door prints a `UserError` as one sentence and exits with code 2. `Wrong` is what a component
+raises from `Config.check`: it knows its own key and what is allowed, not where its section stands;
+the recipe room adds the file, the path and the value.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, told in one sentence that names it and what is allowed."""
+
+
+class Wrong(Exception):
+    """One key of a component's own `Config` cannot be right.
+
+    Args:
+        key: the field of the `Config` that is at fault.
+        why: what is allowed, as the end of a sentence ("must divide experts = 16").
+    """
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(f"{key}: {why}")
+        self.key = key
+        self.why = why
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error sentence: the closest known names, then all of them."""
+    names = sorted(known)
+    if not names:
+        return "nothing is allowed here"
+    close = get_close_matches(name, names, n=2, cutoff=0.6)
+    guess = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{guess}known: {', '.join(names)}"

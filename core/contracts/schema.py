@@ -1,0 +1,79 @@
+"""The words in which a component writes the schema of its own recipe section.
+
+A component nests a keyword-only dataclass `Config`; its fields are the keys of the YAML section:
+
+    class TopK(Router):
+        @dataclass(kw_only=True)
+        class Config:
+            top_k: int = setting(doc="experts per token")
+            router: Child = child("router", doc="who chooses")
+
+A field without a default is required. A `child` is a section with a `name` of its own, whose schema
+comes from whoever owns that name; after validation its value is a `Section` (a list or a mapping of
+them for `children`). Modules that hold a `Config` do not use `from __future__ import annotations`:
+OmegaConf must see the types themselves.
+"""
+
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REQUIRED = "???"
+"""OmegaConf's mark for a value that the recipe must give."""
+
+Child = Any
+"""The annotation of a field that holds a `Section` (or a list or mapping of them)."""
+
+
+def setting(default: Any = REQUIRED, *, doc: str) -> Any:
+    """A key of a section: its default (none: required) and one line that says what it means."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+def child(slot: str, default: Any = REQUIRED, *, doc: str) -> Any:
+    """A key that holds one component of `slot`; the default is a section such as `{"name": "local"}`."""
+    metadata = {"doc": doc, "slot": slot, "many": "one"}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def children(slot: str, many: str, default: Any = NO_DEFAULT, *, doc: str) -> Any:
+    """A key that holds several components of `slot`: `many` is "list" or "mapping"."""
+    metadata = {"doc": doc, "slot": slot, "many": many}
+    if default is NO_DEFAULT:
+        return field(default_factory=list if many == "list" else dict, metadata=metadata)
+    return field(default_factory=lambda: type(default)(default), metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Who offers a component: written into every run's `provenance.json`."""
+
+    distribution: str
+    version: str
+    entry_point: str
+    module: str
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A validated `{name: ...}` section: which component, with which settings, from whom.
+
+    Args:
+        slot: the extension point.
+        name: the name in the recipe.
+        component: the class that the name stands for.
+        config: an instance of `component.Config`.
+        provenance: who registered it.
+    """
+
+    slot: str
+    name: str
+    component: Any
+    config: Any
+    provenance: Provenance

@@ -1,0 +1,111 @@
+"""The data room's face towards Lightning."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+from lightning import LightningDataModule
+
+from core.contracts.corpus import Corpus
+from core.data.loaders import ValidationLoader, WindowLoader
+from core.data.prepare import Prepared, prepare
+from core.data.tokenizer import Tokenizer
+from core.data.windows import count_sequences
+from core.recipe.plan import Plan
+
+
+def _alone() -> tuple[int, int]:
+    return 0, 1
+
+
+class TextData(LightningDataModule):
+    """Text for a run: tokenizer, streams and loaders of one corpus.
+
+    The Trainer must be told `use_distributed_sampler=False`: the loaders shard the global order themselves.
+
+    Args:
+        corpus: where the documents come from.
+        vocab: entries of the tokenizer.
+        length: tokens in a sequence; the plan's.
+        plan: the run's steps and the micro-batches that each reads.
+        seed: what the training order is drawn from.
+        rank_and_world: asked when loaders are made, once the process group is there: which data rank this is, of
+            how many.
+        validation_sequences: sequences in a validation batch, all data ranks together.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        vocab: int,
+        length: int,
+        plan: Plan,
+        seed: int,
+        rank_and_world: Callable[[], tuple[int, int]] = _alone,
+        validation_sequences: int,
+    ) -> None:
+        super().__init__()
+        assert length == plan.length, f"sequences of {length} tokens in a plan for {plan.length}"
+        self.plan = plan
+        self._corpus, self._vocab, self._seed = corpus, vocab, seed
+        self._rank_and_world, self._validation_sequences = rank_and_world, validation_sequences
+
+    def prepare(self) -> None:
+        """Read the corpus and have its tokens ready; a second call does nothing.
+
+        Call it before anything heavy: every mistake that the data can hold is told here.
+
+        Raises:
+            UserError: the corpus cannot be read or is too short, the vocabulary does not fit it, or the cache
+                cannot be written.
+        """
+        count_sequences(self._prepared.train, self.plan.length)
+
+    @cached_property
+    def _prepared(self) -> Prepared:
+        return prepare(self._corpus, self._vocab)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, trained on the training documents."""
+        return self._prepared.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of everything that made the tokens; two runs that agree in it saw the same data."""
+        return self._prepared.fingerprint
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training stream, markers included."""
+        return len(self._prepared.train)
+
+    @property
+    def train_bytes(self) -> int:
+        """Bytes of the training documents' text."""
+        return self._prepared.train.bytes
+
+    @property
+    def validation_bytes(self) -> int:
+        """Bytes of the validation documents' text: the denominator of bits per byte; 0 where there are none."""
+        return self._prepared.validation.bytes
+
+    @property
+    def validation_documents(self) -> int:
+        """Documents that are held out."""
+        return self._prepared.validation.documents
+
+    def train_dataloader(self) -> WindowLoader:
+        """This rank's share of every step's window."""
+        rank, world = self._rank_and_world()
+        return WindowLoader(self._prepared.train, plan=self.plan, seed=self._seed, rank=rank, world=world)
+
+    def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
+        """This rank's share of the validation stream; an empty list where nothing is held out."""
+        store = self._prepared.validation
+        if not store.documents:
+            return []
+        rank, world = self._rank_and_world()
+        return ValidationLoader(
+            store, length=self.plan.length, sequences=self._validation_sequences, rank=rank, world=world
+        )

@@ -1,0 +1,52 @@
+"""Token ids laid end to end, mapped from disk and not read into memory.
+
+Each document is written as [0, its tokens ...]: the end marker stands *before* every text, so the model
+always has one token to start from, and predicting the next document's marker is how it says "the end".
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.data.tokenizer import END
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """One side of the split as a stream of tokens.
+
+    Args:
+        tokens: (N,) ids, uint16 where the vocabulary allows it, else uint32.
+        starts: (D,) int64, rising: where each document's marker stands.
+        bytes: length of the documents' text in bytes, markers not counted.
+    """
+
+    tokens: NDArray[np.unsignedinteger[Any]]
+    starts: NDArray[np.int64]
+    bytes: int
+
+    def __len__(self) -> int:
+        """Tokens, markers included."""
+        return len(self.tokens)
+
+    @property
+    def documents(self) -> int:
+        """Documents in the stream."""
+        return len(self.starts)
+
+
+def pack(documents: Iterable[Sequence[int]], vocab: int) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
+    """Encoded documents as one array of tokens and the array of their starts."""
+    width = np.uint16 if vocab <= 1 << 16 else np.uint32
+    pieces = [np.array([END, *ids], dtype=width) for ids in documents]
+    ends = np.cumsum([0, *(len(piece) for piece in pieces)], dtype=np.int64)
+    return np.concatenate([np.empty(0, dtype=width), *pieces]), ends[:-1]
+
+
+def open_store(tokens: Path, starts: Path, text_bytes: int) -> TokenStore:
+    """Map a packed stream (two `.npy` files) from disk."""
+    return TokenStore(np.load(tokens, mmap_mode="r").view(np.ndarray), np.load(starts), text_bytes)

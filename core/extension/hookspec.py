@@ -1,0 +1,32 @@
+"""The whole extension surface: one hook.
+
+A plugin is a light module with
+
+    from core.extension.hookspec import hookimpl
+
+    @hookimpl
+    def register(registry):
+        registry.router("my_router", "my_package.router:MyRouter")
+
+The target is a dotted module and a class; it is imported only when a recipe names it.
+"""
+
+import pluggy
+
+GROUP = "moeloom.plugins"
+"""The entry-point group that plugins are installed under, and pluggy's project name is its first half."""
+
+hookspec = pluggy.HookspecMarker("moeloom")
+hookimpl = pluggy.HookimplMarker("moeloom")
+
+
+class Hooks:
+    """Every hook that a plugin may implement."""
+
+    @hookspec
+    def register(self, registry: "object") -> None:
+        """Offer components: `registry.<slot>(name, "module:Class")` for each. Import nothing heavy here.
+
+        Args:
+            registry: a `core.extension.registry.Registrar`.
+        """

@@ -1,0 +1,25 @@
+"""State whose format must never change: a selection bias in bf16 stops moving once it passes 0.5."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ExactState(nn.Module):
+    """A module whose own buffers keep their format under `.to(dtype)`, `.half()` and Lightning's precision plugins.
+
+    Moves between devices, and off the meta device, are followed.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            assert after is not None
+            if after.dtype != before.dtype:
+                moved = torch.empty_like(before, device=after.device) if before.is_meta else before.to(after.device)
+                self._buffers[name] = moved
+        return self

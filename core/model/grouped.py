@@ -1,0 +1,107 @@
+"""One matrix product per expert over rows that are sorted by expert: the op under every MoE layer.
+
+`grouped_product(x_AI, weight_EOI, ends_E)`: rows [ends[e-1], ends[e]) times weight[e]^T. Rows past the last
+end belong to nobody and come out as 0. It is a `torch.library` op of our own, with fake, autograd and FLOP
+formula, because `F.grouped_mm` refuses fp64 and odd strides, fails under `torch.compile` and on meta in
+fp32, returns garbage past the last end and counts no FLOPs.
+
+Two implementations: a loop over experts, right for every format and device, and `F.grouped_mm`, used on
+CUDA in bf16 where it is one kernel. On CPUs the loop is as fast, and it is the reference.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+
+def grouped_product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Each row times the transposed weight of its expert.
+
+    Args:
+        x_AI: rows sorted by expert.
+        weight_EOI: one [out, in] matrix for each expert, same format as the rows.
+        ends_E: int32 or int64, where each expert's rows end; they never fall.
+
+    Returns:
+        y_AO, same format; rows past the last end are 0.
+    """
+    result: Tensor = _product(x_AI, weight_EOI, ends_E)
+    return result
+
+
+def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
+    ends = ends_E.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _kernel_takes(*operands: Tensor) -> bool:
+    """Whether `F.grouped_mm` handles these: bf16 on CUDA, rows a multiple of 16 bytes."""
+    return all(t.is_cuda and t.dtype == torch.bfloat16 and t.stride(-2) * 2 % 16 == 0 for t in operands)
+
+
+@torch.library.custom_op("moeloom::grouped_product", mutates_args=())
+def _product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    if _kernel_takes(x_AI, weight_EOI):
+        y_AO = F.grouped_mm(x_AI, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
+        rows = torch.arange(len(y_AO), device=y_AO.device)
+        return y_AO.masked_fill_((rows >= ends_E[-1])[:, None], 0)
+    y_AO = x_AI.new_empty(x_AI.shape[0], weight_EOI.shape[1])
+    last = 0
+    for (begin, end), weight_OI in zip(_spans(ends_E), weight_EOI.unbind(0), strict=True):
+        if end > begin:
+            torch.mm(x_AI[begin:end], weight_OI.t(), out=y_AO[begin:end])
+        last = end
+    y_AO[last:] = 0
+    return y_AO
+
+
+@torch.library.custom_op("moeloom::grouped_outer", mutates_args=())
+def _outer(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
+    """dy^T x for the rows of each expert: the gradient of the weights, [E, O, I]."""
+    if _kernel_takes(dy_AO, x_AI):
+        return F.grouped_mm(dy_AO.t(), x_AI, offs=ends_E.to(torch.int32))
+    dw_EOI = x_AI.new_empty(len(ends_E), dy_AO.shape[1], x_AI.shape[1])
+    for (begin, end), dw_OI in zip(_spans(ends_E), dw_EOI.unbind(0), strict=True):
+        if end > begin:
+            torch.mm(dy_AO[begin:end].t(), x_AI[begin:end], out=dw_OI)
+        else:
+            dw_OI.zero_()
+    return dw_EOI
+
+
+@_product.register_fake
+def _(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    return x_AI.new_empty(x_AI.shape[0], weight_EOI.shape[1])
+
+
+@_outer.register_fake
+def _(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
+    return x_AI.new_empty(ends_E.shape[0], dy_AO.shape[1], x_AI.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy_AO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_AI, weight_EOI, ends_E = ctx.saved_tensors
+    dy_AO = dy_AO.contiguous()  # expanded gradients (of a sum, say) have stride 0
+    dx = _product(dy_AO, weight_EOI.transpose(1, 2), ends_E) if ctx.needs_input_grad[0] else None
+    dw = _outer(dy_AO, x_AI, ends_E) if ctx.needs_input_grad[1] else None
+    return dx, dw, None
+
+
+_product.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.moeloom.grouped_product)
+def _product_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    return int(2 * x_shape[0] * weight_shape[1] * weight_shape[2])
+
+
+@register_flop_formula(torch.ops.moeloom.grouped_outer)
+def _outer_flops(dy_shape: Any, x_shape: Any, *_: Any, **__: Any) -> int:
+    return int(2 * dy_shape[0] * dy_shape[1] * x_shape[1])

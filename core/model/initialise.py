@@ -1,0 +1,34 @@
+"""Initial weights by address: each module draws from a generator seeded by (seed, module name).
+
+Swapping one part of a model therefore leaves every other initial weight as it was, whatever the order in
+which modules are built.
+"""
+
+import hashlib
+
+import torch
+from torch import nn
+
+
+def address(seed: int, name: str) -> int:
+    """A 63-bit seed for a name."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Reset every module that owns parameters or buffers, each under its own seed.
+
+    Raises:
+        TypeError: a module owns some and has no `reset_parameters`, so a model built on the meta device
+            could not be given values.
+    """
+    for name, module in model.named_modules():
+        if not list(module.parameters(recurse=False)) + list(module.buffers(recurse=False)):
+            continue
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None:
+            raise TypeError(f"{name} ({type(module).__name__}) owns parameters or buffers but has no reset_parameters")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(address(seed, name))
+            reset()

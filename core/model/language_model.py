@@ -1,0 +1,186 @@
+"""The language model: embedding, blocks, final norm, output, and the heads that give it losses."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from core.contracts.attention import Cache
+from core.contracts.component import Costs
+from core.contracts.context import SequenceContext
+from core.contracts.ffn import FeedForward
+from core.contracts.loss_head import LossHead, Shared
+from core.contracts.record import LossTerm, Record
+from core.model.block import Block
+from core.model.norm import RMSNorm
+
+
+class Embedding(nn.Module):
+    """Token ids to vectors.
+
+    Args:
+        vocabulary, dim: `weight` is [vocabulary, dim].
+        std: of the initial weights.
+        param_dtype: format in which the weight is kept.
+        compute_dtype: format of the residual stream that starts here.
+    """
+
+    def __init__(
+        self, vocabulary: int, dim: int, *, std: float, param_dtype: torch.dtype, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.std, self.compute_dtype = std, compute_dtype
+        self.weight = nn.Parameter(torch.empty(vocabulary, dim, dtype=param_dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, std)."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Any shape of ids -> that shape x dim."""
+        return F.embedding(tokens, self.weight).to(self.compute_dtype)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What one micro-batch gives the training step.
+
+    Args:
+        terms: the heads' losses, by `head` or `head/term`.
+        records: what every mixture-of-experts layer saw, by the block's path in the model.
+        metrics: what heads report in evaluation.
+    """
+
+    terms: dict[str, LossTerm]
+    records: dict[str, Record]
+    metrics: dict[str, LossTerm]
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only language model whose parts are plugins.
+
+    Args:
+        embedding: shared by the heads.
+        blocks: in order.
+        norm: before the output.
+        output: D -> V, no bias.
+        heads: loss heads by name.
+        recompute: indices of blocks whose activations are recomputed in the backward pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding: Embedding,
+        blocks: list[Block],
+        norm: RMSNorm,
+        output: nn.Module,
+        heads: dict[str, LossHead],
+        recompute: frozenset[int] = frozenset(),
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.output = output
+        self.heads = nn.ModuleDict(heads)
+        self.recompute = recompute
+
+    def hidden(
+        self, context: SequenceContext, caches: list[Cache] | None = None
+    ) -> tuple[Tensor, dict[str, Record]]:
+        """Hidden states B x L x D after the final norm, and what each block's experts saw."""
+        x_BLD = self.embedding(context.tokens_BL)
+        records = {}
+        for index, block in enumerate(self.blocks):
+            cache = caches[index] if caches is not None else None
+            if index in self.recompute and torch.is_grad_enabled():
+                x_BLD, record = checkpoint(
+                    block, x_BLD, context, use_reentrant=False, context_fn=_keep_choices, preserve_rng_state=False
+                )
+            else:
+                x_BLD, record = block(x_BLD, context, cache)
+            if record is not None:
+                records[f"blocks.{index}"] = record
+        return self.norm(x_BLD), records
+
+    def forward(self, context: SequenceContext) -> Losses:
+        """The losses of one micro-batch, before coefficients and denominators of the window."""
+        hidden_BLD, records = self.hidden(context)
+        terms, metrics = {}, {}
+        for name, head in self.loss_heads():
+            output = head(hidden_BLD, context, self.shared())
+            terms.update({_term(name, term): loss for term, loss in output.terms.items()})
+            metrics.update({_term(name, term): value for term, value in output.metrics.items()})
+            records.update({f"heads.{name}.{path}": record for path, record in output.records.items()})
+        return Losses(terms, records, metrics)
+
+    def counts(self, context: SequenceContext) -> dict[str, Tensor]:
+        """The denominator of every head's term, known from the data alone."""
+        return {
+            _term(name, term): count for name, head in self.loss_heads() for term, count in head.counts(context).items()
+        }
+
+    def logits(self, tokens_BL: Tensor) -> Tensor:
+        """Logits B x L x V of the next token after each token."""
+        hidden_BLD, _ = self.hidden(SequenceContext.of(tokens_BL))
+        result: Tensor = self.output(hidden_BLD)
+        return result
+
+    def decode(self, tokens_BL: Tensor, caches: list[Cache]) -> Tensor:
+        """Logits of new tokens after those that the caches hold; the caches then hold the new ones too."""
+        context = SequenceContext.of(tokens_BL, start=caches[0].length)
+        hidden_BLD, _ = self.hidden(context, caches)
+        result: Tensor = self.output(hidden_BLD)
+        return result
+
+    def new_caches(self) -> list[Cache]:
+        """An empty cache for every block."""
+        return [block.attention.new_cache() for block in self.blocks]  # type: ignore[union-attr,operator]
+
+    def shared(self) -> Shared:
+        """The embedding and the output, for the heads."""
+        return Shared(self.embedding, self.output)
+
+    def loss_heads(self) -> Iterator[tuple[str, LossHead]]:
+        """The heads by name."""
+        for name, head in self.heads.items():
+            assert isinstance(head, LossHead)
+            yield name, head
+
+    def expert_layers(self) -> dict[str, FeedForward]:
+        """Every feed-forward layer with experts, wherever it stands, by the path of its block.
+
+        Found by search: a layer inside a loss head must not be forgotten by whoever counts and balances.
+        """
+        found = {}
+        for path, module in self.named_modules():
+            if isinstance(module, FeedForward) and module.experts:
+                found[path.removesuffix(".ffn")] = module
+        return found
+
+    def costs(self) -> Costs:
+        """The main model, for one token: embedding excluded, output included; loss heads apart."""
+        total = Costs(active=self.norm.dim + sum(p.numel() for p in self.output.parameters()))
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            total = total + block.costs()
+        return total
+
+
+def _term(head: str, term: str) -> str:
+    return head if term == head else f"{head}/{term}"
+
+
+def _keep_choices() -> tuple[object, object]:
+    """Selective recomputation that saves what `topk` chose: a tie may fall the other way the second time."""
+
+    def policy(_: object, op: Callable[..., object], *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.topk.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts: tuple[object, object] = create_selective_checkpoint_contexts(policy)
+    return contexts

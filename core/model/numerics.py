@@ -1,0 +1,9 @@
+"""The one rule of numbers: norms, rotations, router and losses compute in fp32 *or wider*."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, or in its own format where that is wider, so that fp64 references stay fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

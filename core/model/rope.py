@@ -1,0 +1,74 @@
+"""Rotary positions in the interleaved layout of the released model, with YaRN for long contexts.
+
+A rotated vector holds pairs (x0, x1), (x2, x3), ...; pair j at position p turns by p * frequency[j]. The
+tables are made from the positions of each call, so there is no buffer to cast, move or forget.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.contracts.build import Rope
+from core.model.numerics import at_least_fp32
+
+
+def correction_range(dim: int, theta: float, yarn: Any) -> tuple[int, int]:
+    """The pairs between which YaRN moves from keeping a frequency to dividing it (10 and 23 for DeepSeek-V3)."""
+
+    def pair(rotations: float) -> float:
+        return dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = math.floor(pair(yarn.beta_fast)), math.ceil(pair(yarn.beta_slow))
+    return max(low, 0), min(high, dim - 1)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(dim: int, theta: float, yarn: tuple[float, ...] | None) -> tuple[float, ...]:
+    plain = [theta ** (-2 * j / dim) for j in range(dim // 2)]
+    if yarn is None:
+        return tuple(plain)
+    factor, low, high = yarn
+    width = max(high - low, 0.001)
+    keep = [1 - min(max((j - low) / width, 0.0), 1.0) for j in range(dim // 2)]
+    return tuple(f / factor * (1 - k) + f * k for f, k in zip(plain, keep, strict=True))
+
+
+def temperature(factor: float, mscale: float | None) -> float:
+    """YaRN's 0.1 m ln(s) + 1; 1 without a coefficient."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if mscale and factor > 1 else 1.0
+
+
+def softmax_scale(head_dim: int, rope: Rope) -> float:
+    """1/sqrt(head_dim), times YaRN's temperature of all dimensions squared (0.135234 for DeepSeek-V3)."""
+    scale = head_dim**-0.5
+    if rope.yarn is None:
+        return scale
+    return scale * temperature(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
+
+
+def rope_table(rope: Rope, dim: int, positions_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each L x dim/2, in `dtype` (fp32 or wider); the angles are taken in fp64.
+
+    With YaRN both carry the ratio of the two temperatures, which is 1 where their coefficients are equal.
+    """
+    yarn, ratio = None, 1.0
+    if rope.yarn is not None:
+        low, high = correction_range(dim, rope.theta, rope.yarn)
+        yarn = (rope.yarn.factor, low, high)
+        ratio = temperature(rope.yarn.factor, rope.yarn.mscale) / temperature(rope.yarn.factor, rope.yarn.mscale_all_dim)
+    frequencies = torch.tensor(_frequencies(dim, rope.theta, yarn), dtype=torch.float64, device=positions_L.device)
+    angles = positions_L.to(torch.float64)[:, None] * frequencies
+    return (angles.cos() * ratio).to(dtype), (angles.sin() * ratio).to(dtype)
+
+
+def rotate(x_BLHR: Tensor, rope: Rope, positions_L: Tensor) -> Tensor:
+    """Turn the pairs of the last axis by their positions; same shape and format as `x_BLHR`."""
+    wide = at_least_fp32(x_BLHR)
+    cos_LR, sin_LR = rope_table(rope, x_BLHR.shape[-1], positions_L, wide.dtype)
+    cos, sin = cos_LR[:, None, :], sin_LR[:, None, :]
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x_BLHR.dtype)

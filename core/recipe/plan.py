@@ -1,0 +1,80 @@
+"""How many steps a run has, and which micro-batches each step reads.
+
+One optimizer step reads a *window* of micro-batches; a micro-batch holds `sequences` sequences over all
+data ranks together. The number of micro-batches in a window may follow a schedule (a batch ramp), so the
+plan is worked out once, before anything starts: it also fixes the token positions that every schedule reads.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from core.contracts.schedule import Progress, Scheduled, Schedule, value_at
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches [first, first + count) that one optimizer step reads."""
+
+    first: int
+    count: int
+
+
+class Plan:
+    """The steps of a run.
+
+    Args:
+        sequences: sequences in a micro-batch, all data ranks together.
+        length: tokens in a sequence.
+        micro_batches: micro-batches per step: a number, or a schedule that is rounded.
+        steps: the run's length in steps, or
+        tokens: its length in tokens (the last step may pass it).
+    """
+
+    def __init__(
+        self, *, sequences: int, length: int, micro_batches: Scheduled, steps: int | None = None, tokens: int | None = None
+    ) -> None:
+        self.sequences, self.length = sequences, length
+        per_micro = sequences * length
+        if not isinstance(micro_batches, Schedule):
+            size = int(micro_batches)
+            self.steps = steps if steps is not None else -(-int(tokens or 0) // (size * per_micro))
+            self._ends: list[int] | None = None
+            self._size = size
+        else:
+            self._ends = _ramp(micro_batches, per_micro, steps, tokens)
+            self.steps = len(self._ends)
+        self.micro_batches = self.window(self.steps - 1).first + self.window(self.steps - 1).count if self.steps else 0
+        self.tokens = self.micro_batches * per_micro
+
+    def window(self, step: int) -> Window:
+        """The micro-batches of step `step`, counted from 0."""
+        if self._ends is None:
+            return Window(step * self._size, self._size)
+        first = self._ends[step - 1] if step else 0
+        return Window(first, self._ends[step] - first)
+
+    def progress(self, step: int) -> Progress:
+        """The position of the run at the end of step `step`, counted from 0."""
+        window = self.window(step)
+        tokens = (window.first + window.count) * self.sequences * self.length
+        return Progress(step=step + 1, tokens=tokens, total_steps=self.steps, total_tokens=self.tokens)
+
+
+def _ramp(schedule: Schedule, per_micro: int, steps: int | None, tokens: int | None) -> list[int]:
+    """Micro-batches read by the end of every step of a batch ramp.
+
+    The ramp's own position is where the step *begins*: a step's size cannot depend on where it ends. A ramp
+    in fractions of the run needs a budget in tokens.
+    """
+    ends: list[int] = []
+    read = 0
+    while len(ends) < steps if steps is not None else read * per_micro < int(tokens or 0):
+        begin = Progress(len(ends), read * per_micro, steps or 0, tokens or 0)
+        read += _size(schedule, begin)
+        ends.append(read)
+    return ends
+
+
+def _size(schedule: Schedule, progress: Progress) -> int:
+    return max(1, round(value_at(schedule, progress)))
+

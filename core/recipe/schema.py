@@ -1,0 +1,271 @@
+"""The schema of a recipe: the keys that the core owns. Everything with a `name` is a plugin's."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from core.contracts.errors import Wrong
+from core.contracts.schedule import Scheduled, Schedule, check_scheduled
+from core.contracts.schema import Child, Section, child, children, setting
+
+
+def _at_least(config: Any, low: int, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and value < low:
+            raise Wrong(key, f"must be at least {low}")
+
+
+@dataclass(kw_only=True)
+class YarnSection:
+    """YaRN: longer contexts from a model trained on shorter ones (report, section 4.3)."""
+
+    factor: float = setting(doc="how many times longer the context gets")
+    original_length: int = setting(4096, doc="positions the model was trained on without it")
+    beta_fast: float = setting(32.0, doc="rotations above which a frequency is kept")
+    beta_slow: float = setting(1.0, doc="rotations below which a frequency is divided by the factor")
+    mscale: float | None = setting(1.0, doc="temperature coefficient of the rotated part; null: none")
+    mscale_all_dim: float | None = setting(1.0, doc="temperature coefficient of the softmax scale, squared; null: none")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` for values that give no table."""
+        _at_least(self, 1, "factor", "original_length")
+
+
+@dataclass(kw_only=True)
+class RopeSection:
+    """Rotary positions of every attention."""
+
+    theta: float = setting(10000.0, doc="base of the frequencies")
+    max_length: int = setting(4096, doc="positions that the table holds")
+    yarn: YarnSection | None = setting(None, doc="YaRN, for contexts longer than the training's")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` where the table is longer than YaRN reaches."""
+        _at_least(self, 1, "max_length")
+        if self.yarn and self.max_length > self.yarn.factor * self.yarn.original_length:
+            raise Wrong("max_length", f"must be at most {self.yarn.factor * self.yarn.original_length:g}, what yarn reaches")
+
+
+@dataclass(kw_only=True)
+class InitSection:
+    """Initial weights: normal, drawn per (seed, parameter name, expert)."""
+
+    std: float = setting(0.006, doc="standard deviation of every matrix (report, section 4.2)")
+    output_std: float | None = setting(None, doc="of matrices that write into the residual stream; null: std")
+    embedding_std: float | None = setting(None, doc="of the embedding; null: std")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` for a negative deviation."""
+        _at_least(self, 0, "std", "output_std", "embedding_std")
+
+
+@dataclass(kw_only=True)
+class BlockSection:
+    """Some blocks of one kind."""
+
+    count: int = setting(doc="how many")
+    ffn: Child = child("ffn", doc="the feed-forward layer of these blocks")
+    attention: Child = child("attention", None, doc="their attention; null: the model's")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` for a negative count."""
+        _at_least(self, 0, "count")
+
+
+@dataclass(kw_only=True)
+class ModelSection:
+    """The model."""
+
+    dim: int = setting(doc="width of the residual stream")
+    attention: Child = child("attention", doc="the attention of every block that does not name its own")
+    blocks: dict[str, BlockSection] = setting(doc="the blocks, in order, by a name of your choice")
+    heads: Child = children("loss_head", "mapping", {"next_token": {"name": "next_token"}}, doc="what is predicted")
+    rope: RopeSection = setting({}, doc="rotary positions")
+    init: InitSection = setting({}, doc="initial weights")
+    norm_eps: float = setting(1e-6, doc="epsilon of every RMSNorm")
+    tied_embedding: bool = setting(False, doc="the output shares the embedding's weight")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` for a model without blocks or without width."""
+        _at_least(self, 1, "dim")
+        if sum(block.count for block in self.blocks.values()) < 1:
+            raise Wrong("blocks", "must hold at least one block")
+        if not self.heads:
+            raise Wrong("heads", "must hold at least one loss head")
+
+
+@dataclass(kw_only=True)
+class TokenizerSection:
+    """The byte-level BPE tokenizer, trained on the corpus's training split."""
+
+    vocab: int = setting(doc="entries, the end-of-text marker included")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` below the 256 bytes and the marker."""
+        _at_least(self, 257, "vocab")
+
+
+@dataclass(kw_only=True)
+class DataSection:
+    """What is read."""
+
+    corpus: Child = child("corpus", {"name": "package_text"}, doc="where text comes from")
+    tokenizer: TokenizerSection = setting(doc="how it is cut")
+    sequence_length: int = setting(doc="tokens in a training sequence")
+    mask_documents: bool = setting(False, doc="keep attention and predictions inside documents (DeepSeek: false)")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` for an empty sequence."""
+        _at_least(self, 1, "sequence_length")
+
+
+@dataclass(kw_only=True)
+class BatchSection:
+    """What one optimizer step reads: `accumulate` micro-batches of `sequences`."""
+
+    sequences: int = setting(doc="sequences in a micro-batch, over all data ranks together")
+    accumulate: Scheduled = setting(1, doc="micro-batches per step; a schedule makes a batch ramp")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` for an empty or fractional batch."""
+        _at_least(self, 1, "sequences")
+        check_scheduled(self.accumulate, "accumulate", low=1)
+        if not isinstance(self.accumulate, Schedule) and self.accumulate != int(self.accumulate):
+            raise Wrong("accumulate", "must be a whole number")
+
+
+@dataclass(kw_only=True)
+class BudgetSection:
+    """How long a run is: exactly one of these."""
+
+    steps: int | None = setting(None, doc="optimizer steps")
+    tokens: int | None = setting(None, doc="training tokens")
+    flops: float | None = setting(None, doc="training FLOPs, by the convention that `describe` names")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` unless one budget is given."""
+        given = [key for key in ("steps", "tokens", "flops") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise Wrong(given[1] if given else "steps", "exactly one of steps, tokens, flops must be given")
+        _at_least(self, 1, *given)
+
+
+@dataclass(kw_only=True)
+class CheckpointSection:
+    """When to save."""
+
+    every_steps: int = setting(100, doc="optimizer steps between checkpoints")
+    keep: int = setting(2, doc="how many of the latest to keep, beside the best")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` below 1."""
+        _at_least(self, 1, "every_steps", "keep")
+
+
+@dataclass(kw_only=True)
+class ValidationSection:
+    """When to validate; the whole validation split is always read at the end."""
+
+    every_steps: int | None = setting(None, doc="optimizer steps between validations; null: at the end only")
+    sequences: int = setting(16, doc="sequences in a validation batch")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` below 1."""
+        _at_least(self, 1, "every_steps", "sequences")
+
+
+@dataclass(kw_only=True)
+class RecomputeSection:
+    """Activation recomputation: less memory for one more forward."""
+
+    blocks: list[str] = setting([], doc="names of the blocks that are recomputed in the backward pass")
+
+
+OWNED_TRAINER_KEYS = {
+    "accelerator": "strategy",
+    "accumulate_grad_batches": "batch.accumulate",
+    "callbacks": "callbacks",
+    "check_val_every_n_epoch": "validation.every_steps",
+    "default_root_dir": "--out",
+    "devices": "strategy",
+    "enable_checkpointing": "checkpoint",
+    "gradient_clip_algorithm": "gradient_clip",
+    "gradient_clip_val": "gradient_clip",
+    "logger": "loggers",
+    "max_epochs": "budget",
+    "max_steps": "budget",
+    "min_epochs": "budget",
+    "min_steps": "budget",
+    "num_nodes": "strategy",
+    "num_sanity_val_steps": "validation",
+    "plugins": "precision",
+    "precision": "precision",
+    "strategy": "strategy",
+    "use_distributed_sampler": "batch",
+    "val_check_interval": "validation.every_steps",
+}
+FREE_TRAINER_KEYS = frozenset(
+    "barebones benchmark detect_anomaly deterministic enable_model_summary enable_progress_bar inference_mode "
+    "limit_val_batches log_every_n_steps max_time overfit_batches profiler sync_batchnorm".split()
+)
+
+
+@dataclass(kw_only=True)
+class RecipeSchema:
+    """A whole recipe."""
+
+    seed: int = setting(0, doc="of initial weights, data order and every random choice")
+    plugins: list[str] = setting([], doc="modules to load beyond the installed plugins")
+    model: ModelSection = setting(doc="the model")
+    precision: Child = child("precision", {"name": "fp32"}, doc="number formats")
+    data: DataSection = setting(doc="what is read")
+    optimizer: Child = child("optimizer", doc="how weights are updated")
+    batch: BatchSection = setting(doc="what one step reads")
+    budget: BudgetSection = setting(doc="how long the run is")
+    gradient_clip: float | None = setting(1.0, doc="largest global gradient norm; null: none")
+    max_skipped_steps: int = setting(5, doc="consecutive steps with a non-finite gradient before the run stops")
+    checkpoint: CheckpointSection = setting({}, doc="when to save")
+    validation: ValidationSection = setting({}, doc="when to validate")
+    recompute: RecomputeSection = setting({}, doc="activation recomputation")
+    compile: bool = setting(False, doc="compile every block with torch.compile")
+    strategy: Child = child("strategy", {"name": "single"}, doc="on which devices, and how they share the work")
+    callbacks: Child = children("callback", "list", doc="further Lightning callbacks")
+    loggers: Child = children("logger", "list", [{"name": "csv"}, {"name": "tensorboard"}], doc="where metrics go")
+    initial_weights: str | None = setting(None, doc="a run or checkpoint to take the weights from")
+    trainer: dict[str, Any] = setting({}, doc="passed to lightning.Trainer")
+    smoke: dict[str, Any] = setting({}, doc="overrides for tests and smoke runs")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` for what no single section can see."""
+        _at_least(self, 1, "max_skipped_steps")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise Wrong("gradient_clip", "must be positive, or null for no clipping")
+        if self.data.sequence_length > self.model.rope.max_length:
+            allowed = f"must be at most model.rope.max_length = {self.model.rope.max_length}"
+            raise Wrong("data.sequence_length", allowed)
+        for name in self.recompute.blocks:
+            if name not in self.model.blocks:
+                raise Wrong("recompute.blocks", f"must name blocks of the model: {', '.join(self.model.blocks)}")
+        if self.budget.steps is None and isinstance(self.batch.accumulate, Schedule):
+            return
+        if isinstance(self.batch.accumulate, Schedule) and self.batch.accumulate.unit == "fraction":
+            raise Wrong("batch.accumulate", "a ramp in fractions of the run needs budget.tokens or budget.flops")
+
+    def sections(self) -> list[Section]:
+        """Every component section of the recipe, children included, in the recipe's order."""
+        return list(_sections(self))
+
+
+def _sections(value: Any) -> Any:
+    if isinstance(value, Section):
+        yield value
+        yield from _sections(value.config)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _sections(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _sections(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from _sections(getattr(value, name))

@@ -1,0 +1,1 @@
+"""The built-in plugins: one room each, entering by the same entry points as anybody's."""

@@ -1,0 +1,11 @@
+"""AdamW."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.optimizer("adamw", "plugins.adamw.optimizer:AdamW")

@@ -1,0 +1,53 @@
+"""AdamW (arXiv 1711.05101), torch's own, with DeepSeek-V3's settings as defaults (report, section 4.2)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.contracts.errors import Wrong
+from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
+from core.contracts.schema import setting
+from core.contracts.training import OptimizerFactory
+
+
+class AdamW(OptimizerFactory):
+    """Matrices are decayed; vectors (norms) are not."""
+
+    paper = "Decoupled Weight Decay Regularization (arXiv 1711.05101)"
+    example = {"name": "adamw", "lr": 0.001}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Settings of AdamW."""
+
+        lr: Scheduled = setting(doc="learning rate")
+        betas: list[float] = setting([0.9, 0.95], doc="decay of the two moments")
+        eps: float = setting(1e-8, doc="added to the root of the second moment")
+        weight_decay: float = setting(0.1, doc="decoupled weight decay of matrices")
+
+        def check(self, parent: Any) -> None:
+            """Raises `Wrong` for values outside their ranges."""
+            check_scheduled(self.lr, "lr", low=0)
+            if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+                raise Wrong("betas", "must be two numbers in [0, 1)")
+            if self.eps <= 0:
+                raise Wrong("eps", "must be positive")
+            if self.weight_decay < 0:
+                raise Wrong("weight_decay", "must be at least 0")
+
+    def make(self, parameters: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
+        """One group that decays and one that does not."""
+        matrices, vectors = [], []
+        for _, parameter in parameters:
+            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+        groups = [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        first, second = self.config.betas
+        kept = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(kept, lr=0.0, betas=(first, second), eps=self.config.eps, fused=True)
+
+    def learning_rate(self, progress: Progress) -> float:
+        """The schedule's value."""
+        return value_at(self.config.lr, progress)

@@ -1,0 +1,11 @@
+"""DeepSeekMoE: shared and fine-grained routed experts."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.ffn("moe", "plugins.deepseek_moe.ffn:MixtureOfExperts")

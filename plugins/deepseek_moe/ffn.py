@@ -1,0 +1,134 @@
+"""DeepSeekMoE (report, eq. 12-15; arXiv 2401.06066): shared experts that are always on, fine-grained routed ones.
+
+The layer owns a router, a dispatcher and balancers, each a plugin, and knows none of them by name. It never
+drops a token by itself. Shared experts are one SwiGLU of their joint width, ungated, added to the routed output.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from core.contracts.balancer import Balancer
+from core.contracts.build import BuildContext
+from core.contracts.component import Costs
+from core.contracts.context import SequenceContext
+from core.contracts.dispatcher import Dispatcher
+from core.contracts.errors import Wrong
+from core.contracts.ffn import FeedForward
+from core.contracts.record import Record
+from core.contracts.router import Router
+from core.contracts.schema import Child, child, children, setting
+from core.model.activation import swiglu
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts over rows sorted by expert."""
+
+    def __init__(self, experts: int, hidden: int, build: BuildContext) -> None:
+        super().__init__()
+        self.gate_up = build.grouped_linear(experts, build.dim, 2 * hidden, "experts.gate_up")
+        self.down = build.grouped_linear(experts, hidden, build.dim, "experts.down", residual=True)
+
+    def forward(self, x_AD: Tensor, ends_E: Tensor) -> Tensor:
+        """Rows of expert e end at ends_E[e]."""
+        result: Tensor = self.down(swiglu(self.gate_up(x_AD, ends_E)), ends_E)
+        return result
+
+
+class SharedExperts(nn.Module):
+    """The experts that see every token, as one SwiGLU."""
+
+    def __init__(self, hidden: int, build: BuildContext) -> None:
+        super().__init__()
+        self.gate_up = build.linear(build.dim, 2 * hidden, "shared_experts.gate_up")
+        self.down = build.linear(hidden, build.dim, "shared_experts.down", residual=True)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Each token by itself."""
+        result: Tensor = self.down(swiglu(self.gate_up(x_TD)))
+        return result
+
+
+class MixtureOfExperts(FeedForward):
+    """y = shared(x) + sum over the chosen experts of gate * expert(x)."""
+
+    paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2; DeepSeekMoE (arXiv 2401.06066)"
+    example = {
+        "name": "moe",
+        "experts": 8,
+        "expert_hidden": 16,
+        "router": {"name": "deepseek_v3", "top_k": 2, "groups": 4, "group_limit": 2},
+    }
+
+    @dataclass(kw_only=True)
+    class Config:
+        """A mixture-of-experts layer."""
+
+        experts: int = setting(doc="routed experts")
+        expert_hidden: int = setting(doc="inner width of one expert")
+        shared_experts: int = setting(1, doc="experts that see every token; 0: none")
+        router: Child = child("router", doc="who chooses")
+        balance: Child = children("balancer", "list", doc="methods that keep the load even; several compose")
+        dispatcher: Child = child("dispatcher", {"name": "local"}, doc="how tokens travel to their experts")
+
+        def check(self, parent: Any) -> None:
+            """Raises `Wrong` for counts that cannot be, and for a balancer that the router cannot serve."""
+            for key, low in (("experts", 1), ("expert_hidden", 1), ("shared_experts", 0)):
+                if getattr(self, key) < low:
+                    raise Wrong(key, f"must be at least {low}")
+            for index, section in enumerate(self.balance):
+                missing = section.component.needs - self.router.component.capabilities
+                if missing:
+                    need = f"{section.name} needs a router that {', '.join(sorted(missing))}"
+                    raise Wrong(f"balance.{index}", f"{need}, and {self.router.name} does not")
+
+    def __init__(self, config: Config, build: BuildContext) -> None:
+        super().__init__(config, build)
+        self.config = config
+        self.router: Router = build.make(config.router, experts=config.experts)
+        self.dispatcher: Dispatcher = build.make(config.dispatcher, experts=config.experts)
+        self.routed = Experts(config.experts, config.expert_hidden, build)
+        self.shared = None
+        if config.shared_experts:
+            self.shared = SharedExperts(config.shared_experts * config.expert_hidden, build)
+        methods = [build.make(s, experts=config.experts, top_k=self.router.top_k) for s in config.balance]
+        self.balance = nn.ModuleList(methods)
+
+    @property
+    def balancers(self) -> Sequence[Balancer]:
+        """In the recipe's order."""
+        return list(self.balance)  # type: ignore[arg-type]
+
+    @property
+    def experts(self) -> int:
+        """Routed experts."""
+        return self.config.experts
+
+    def adjust(self, scores_TE: Tensor) -> Tensor:
+        """Every balancer's say in selection, one after the other."""
+        for balancer in self.balancers:
+            scores_TE = balancer.adjust(scores_TE)
+        return scores_TE
+
+    def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, Record]:
+        """The layer's output, and what it saw; shared experts work while tokens travel."""
+        x_TD = x_BLD.flatten(0, 1)
+        routing = self.router(x_TD, self.adjust, context)
+        sent = self.dispatcher.start(x_TD, routing)
+        shared_TD = self.shared(x_TD) if self.shared is not None else None
+        x_AD, ends_E, state = sent.wait()
+        y_TD = self.dispatcher.start_combine(self.routed(x_AD, ends_E), state).wait()
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
+        valid_T = context.valid().flatten()
+        sums = [balancer.observe(routing, context) for balancer in self.balancers]
+        record = Record(load_E=routing.load(valid_T), dropped=routing.dropped(valid_T), sums=sums)
+        return y_TD.view_as(x_BLD), record
+
+    def costs(self) -> Costs:
+        """A token uses top_k of the routed experts and all of the rest."""
+        routed = sum(p.numel() for p in self.routed.parameters()) // self.config.experts
+        shared = 0 if self.shared is None else sum(p.numel() for p in self.shared.parameters())
+        return self.router.costs() + Costs(active=routed * self.router.top_k + shared)

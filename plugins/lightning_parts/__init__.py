@@ -1,0 +1,14 @@
+"""Strategies and loggers that Lightning already has."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.strategy("single", "plugins.lightning_parts.strategies:Single")
+    registry.strategy("ddp", "plugins.lightning_parts.strategies:DataParallel")
+    registry.logger("csv", "plugins.lightning_parts.loggers:CSV")
+    registry.logger("tensorboard", "plugins.lightning_parts.loggers:TensorBoard")

@@ -1,0 +1,93 @@
+"""Lightning's CSV and TensorBoard loggers, made to continue a resumed run instead of starting over."""
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from core.contracts.training import LoggerFactory
+
+
+class _Writer(ExperimentWriter):
+    """Lightning's writer, but rows of an earlier part of the run are kept, and the file is replaced in one move
+    where its header grows, so that a kill loses nothing."""
+
+    def __init__(self, log_dir: str, resumed_at: int | None) -> None:
+        self._resumed_at = resumed_at
+        super().__init__(log_dir=log_dir)
+
+    def _check_log_dir_exists(self) -> None:
+        file = Path(self.metrics_file_path)
+        if not file.is_file():
+            return
+        with file.open(newline="") as rows:
+            reader = csv.DictReader(rows)
+            kept = [row for row in reader if self._resumed_at is not None and int(row["step"]) <= self._resumed_at]
+            self.metrics_keys = list(reader.fieldnames or [])
+        self._replace(self.metrics_keys, kept)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="") as rows:
+            kept = list(csv.DictReader(rows))
+        self._replace(fieldnames, kept)
+
+    def _replace(self, fieldnames: list[str], rows: list[dict[str, Any]]) -> None:
+        temporary = f"{self.metrics_file_path}.tmp"
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.metrics_file_path)
+
+
+class _CSVLogger(CSVLogger):
+    """Writes `metrics.csv` straight into the run folder."""
+
+    def __init__(self, folder: Path, resumed_at: int | None) -> None:
+        super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=1)
+        self._resumed_at = resumed_at
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _Writer:
+        if self._experiment is None:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _Writer(self.log_dir, self._resumed_at)
+        return self._experiment
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: the run folder holds the whole recipe."""
+
+
+class CSV(LoggerFactory):
+    """`metrics.csv` in the run folder."""
+
+    example = {"name": "csv"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """There is nothing to set."""
+
+    def make(self, folder: Path, *, resumed_at: int | None) -> Logger:
+        """The logger; rows after `resumed_at` are forgotten."""
+        return _CSVLogger(folder, resumed_at)
+
+
+class TensorBoard(LoggerFactory):
+    """TensorBoard events in the run folder's `tensorboard/`."""
+
+    example = {"name": "tensorboard"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """There is nothing to set."""
+
+    def make(self, folder: Path, *, resumed_at: int | None) -> Logger:
+        """The logger; events after `resumed_at` are purged."""
+        purge = {} if resumed_at is None else {"purge_step": resumed_at + 1}
+        return TensorBoardLogger(save_dir=folder, name="", version="tensorboard", **purge)

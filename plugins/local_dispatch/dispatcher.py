@@ -1,0 +1,96 @@
+"""Dispatch within one device: sort assignments by expert, and put the results back in token order.
+
+Rows are moved by `index_select` along a permutation, and moved back along its inverse, so that forward and
+backward are gathers: deterministic on every device, no atomic additions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.contracts.build import BuildContext
+from core.contracts.dispatcher import Dispatcher, Handle
+from core.contracts.router import Routing
+
+
+class _Permute(torch.autograd.Function):
+    """x[order]; the gradient is dy[inverse]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_AD: Tensor, order_A: Tensor, inverse_A: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_A)
+        return x_AD.index_select(0, order_A)
+
+    @staticmethod
+    def backward(ctx: Any, dy_AD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_A,) = ctx.saved_tensors
+        return dy_AD.index_select(0, inverse_A), None, None
+
+
+class _Spread(torch.autograd.Function):
+    """Row order[a] // K of x for each assignment a; the gradient of a token is the sum of its K rows'."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_A: Tensor, inverse_A: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(inverse_A)
+        ctx.choices = choices
+        return x_TD.index_select(0, order_A // choices)
+
+    @staticmethod
+    def backward(ctx: Any, dy_AD: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse_A,) = ctx.saved_tensors
+        return dy_AD.index_select(0, inverse_A).unflatten(0, (-1, ctx.choices)).sum(dim=1), None, None, None
+
+
+@dataclass(frozen=True)
+class _Done(Handle):
+    value: Any
+
+    def wait(self) -> Any:
+        return self.value
+
+
+class LocalDispatcher(Dispatcher):
+    """Every expert is here; nothing travels further than memory."""
+
+    example = {"name": "local"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """There is nothing to set."""
+
+    def __init__(self, config: Config, build: BuildContext, *, experts: int) -> None:
+        super().__init__(config, build, experts=experts)
+
+    def start(self, x_TD: Tensor, routing: Routing) -> Handle:
+        """Sort by expert, stably; dropped assignments go past the last expert's end."""
+        expert_A = routing.expert_A
+        if routing.kept_A is not None:
+            expert_A = expert_A.masked_fill(~routing.kept_A, self.experts)
+        order_A = expert_A.argsort(stable=True)
+        inverse_A = torch.empty_like(order_A).scatter(0, order_A, torch.arange(len(order_A), device=order_A.device))
+        counts = torch.zeros(self.experts + 1, dtype=torch.int32, device=order_A.device)
+        counts = counts.index_add(0, expert_A, torch.ones_like(expert_A, dtype=torch.int32))
+        ends_E = counts[:-1].cumsum(0, dtype=torch.int32)
+        if routing.choices:
+            x_AD = _Spread.apply(x_TD, order_A, inverse_A, routing.choices)
+        else:
+            x_AD = x_TD.index_select(0, routing.token_A.index_select(0, order_A))
+        return _Done((x_AD, ends_E, (routing, order_A, inverse_A, x_TD.shape[0])))
+
+    def start_combine(self, y_AD: Tensor, state: Any) -> Handle:
+        """Back to the assignments' own order, times the gates, summed for each token."""
+        routing, order_A, inverse_A, tokens = state
+        gate_A = routing.gate_A
+        if routing.kept_A is not None:
+            gate_A = gate_A * routing.kept_A.to(gate_A.dtype)
+        y_AD = _Permute.apply(y_AD, inverse_A, order_A)
+        if routing.choices:
+            y_TKD = y_AD.unflatten(0, (tokens, routing.choices))
+            gate_T1K = gate_A.view(tokens, 1, routing.choices).to(y_AD.dtype)
+            return _Done(torch.bmm(gate_T1K, y_TKD)[:, 0])
+        y_AD = y_AD * gate_A[:, None].to(y_AD.dtype)
+        y_TD = y_AD.new_zeros(tokens, y_AD.shape[1])
+        return _Done(y_TD.index_add(0, routing.token_A, y_AD))

@@ -1,0 +1,130 @@
+"""Multi-token prediction (report, section 2.2, eq. 21-25).
+
+Depth k combines, at position i, the state of depth k - 1 with the embedding of token i + k, runs one
+transformer block, and predicts token i + k + 1 through the model's own embedding and output:
+
+    h'_i = M [RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_i^{k-1})],   h^k = block(h'),   p = output(RMSNorm(h^k))
+
+The order of the two halves is the released weights' (the paper prints the reverse). As in every released
+implementation the state of depth 0 is the main model's after its final norm, and each depth hands on its
+normed output. The loss of a depth has L - k terms and the divisor of the main loss (eq. 24: T); their mean
+over depths is multiplied by `weight`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.contracts.build import BuildContext
+from core.contracts.component import Costs
+from core.contracts.context import SequenceContext
+from core.contracts.errors import Wrong
+from core.contracts.loss_head import HeadOutput, LossHead, Shared
+from core.contracts.record import LossTerm, Record
+from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
+from core.contracts.schema import setting
+from core.model.loss import cross_entropy_sum
+from core.model.norm import RMSNorm
+
+
+class Depth(nn.Module):
+    """One multi-token module: two norms, the projection M, a block, and the norm before the shared output."""
+
+    def __init__(self, build: BuildContext) -> None:
+        super().__init__()
+        assert build.block is not None
+        self.embedding_norm = RMSNorm(build.dim, build)
+        self.hidden_norm = RMSNorm(build.dim, build)
+        self.projection = build.linear(2 * build.dim, build.dim, "mtp.projection")
+        self.block = build.block(build)
+        self.norm = RMSNorm(build.dim, build)
+
+    def forward(
+        self, hidden_BLD: Tensor, embedded_BLD: Tensor, context: SequenceContext
+    ) -> tuple[Tensor, Record | None]:
+        """The normed state of this depth, and what its block's experts saw."""
+        joined = torch.cat([self.embedding_norm(embedded_BLD), self.hidden_norm(hidden_BLD)], dim=-1)
+        state_BLD, record = self.block(self.projection(joined), context)
+        return self.norm(state_BLD), record
+
+
+class MultiTokenPrediction(LossHead):
+    """Predicts further tokens from a complete causal chain; one term for each depth."""
+
+    paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2"
+    example = {"name": "mtp", "depth": 1, "weight": 0.3}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Settings of multi-token prediction."""
+
+        depth: int = setting(1, doc="further tokens predicted (D)")
+        weight: Scheduled = setting(0.3, doc="coefficient (lambda; DeepSeek-V3: 0.3, then 0.1 after 10T tokens)")
+
+        def check(self, parent: Any) -> None:
+            """Raises `Wrong` for no depth or a negative weight."""
+            if self.depth < 1:
+                raise Wrong("depth", "must be at least 1; leave the head out for none")
+            check_scheduled(self.weight, "weight", low=0)
+
+    def __init__(self, config: Config, build: BuildContext) -> None:
+        super().__init__(config, build)
+        self.config, self.output_size = config, build.vocabulary * build.dim
+        self.depths = nn.ModuleList(Depth(replace(build, layer=build.layer + k)) for k in range(config.depth))
+
+    def forward(self, hidden_BLD: Tensor, context: SequenceContext, shared: Shared) -> HeadOutput:
+        """Terms `depth_1`, `depth_2`, ...; in evaluation also how often each depth agrees with the main model."""
+        assert context.targets_BL is not None
+        terms, records, metrics = {}, {}, {}
+        main_BL = None if self.training else shared.logits(hidden_BLD).argmax(dim=-1)
+        state_BLD = hidden_BLD
+        for k, depth in enumerate(self.depths, start=1):
+            inner = _shifted(context, k)
+            state_BLD, record = depth(state_BLD[:, : inner.tokens_BL.shape[1]], shared.embed(inner.tokens_BL), inner)
+            logits_BLV = shared.logits(state_BLD)
+            counted_BL = context.predicted(k)
+            total = cross_entropy_sum(logits_BLV, context.targets_BL[:, k:], counted_BL)
+            terms[f"depth_{k}"] = LossTerm(total, context.predicted().sum())
+            if record is not None:
+                records[f"depths.{k - 1}.block"] = record
+            if main_BL is not None:
+                agree = (logits_BLV.argmax(dim=-1) == main_BL[:, k:]) & counted_BL
+                metrics[f"acceptance_{k}"] = LossTerm(agree.sum(), counted_BL.sum())
+        return HeadOutput(terms, records, metrics)
+
+    def counts(self, context: SequenceContext) -> dict[str, Tensor]:
+        """The main loss's predicted positions, for every depth (eq. 24)."""
+        return {f"depth_{k}": context.predicted().sum() for k in range(1, self.config.depth + 1)}
+
+    def coefficient(self, progress: Progress) -> float:
+        """lambda / D."""
+        return value_at(self.config.weight, progress) / self.config.depth
+
+    def costs(self) -> Costs:
+        """Every depth's own weights that a token uses, and the shared output once more for each."""
+        total = Costs()
+        for depth in self.depths:
+            assert isinstance(depth, Depth)
+            own = sum(p.numel() for p in depth.parameters()) - sum(p.numel() for p in depth.block.parameters())
+            total = total + depth.block.costs() + Costs(active=own + self.output_size)  # type: ignore[operator]
+        return total
+
+
+def _shifted(context: SequenceContext, k: int) -> SequenceContext:
+    """What depth k's block sees: position i stands for token i + k and for the state of position i.
+
+    A row whose two halves come from different documents keeps the document of its state: no later row of
+    that document exists, so nobody whose loss counts can read it.
+    """
+    assert context.targets_BL is not None
+    length = context.tokens_BL.shape[1] - k
+    return replace(
+        context,
+        tokens_BL=context.tokens_BL[:, k:],
+        positions_L=context.positions_L[k:],
+        targets_BL=context.targets_BL[:, k:],
+        valid_BL=context.predicted(k),
+        documents_BM=None if context.documents_BM is None else context.documents_BM[:, : length + 1],
+    )

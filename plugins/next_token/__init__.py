@@ -1,0 +1,11 @@
+"""Next-token prediction."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.loss_head("next_token", "plugins.next_token.head:NextToken")

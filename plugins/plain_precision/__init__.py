@@ -1,0 +1,13 @@
+"""The plain number formats: fp32, fp64, and bf16 with fp32 master weights."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.precision("fp32", "plugins.plain_precision.precision:FP32")
+    registry.precision("fp64", "plugins.plain_precision.precision:FP64")
+    registry.precision("bf16", "plugins.plain_precision.precision:BF16")

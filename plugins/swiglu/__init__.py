@@ -1,0 +1,11 @@
+"""The dense SwiGLU feed-forward layer."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.ffn("swiglu", "plugins.swiglu.ffn:SwiGLU")

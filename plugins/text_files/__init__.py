@@ -1,0 +1,11 @@
+"""Corpus `files`: text files of your own."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the corpus."""
+    registry.corpus("files", "plugins.text_files.corpus:TextFiles")

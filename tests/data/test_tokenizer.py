@@ -1,0 +1,95 @@
+"""The tokenizer: exact size, exact round trip, the same bytes every time."""
+
+from pathlib import Path
+
+import pytest
+
+from core.contracts.errors import UserError
+from core.data.tokenizer import Tokenizer, train
+
+PROSE = ["The state of the Union is strong, and the Union's people are strong.\n\nIt's 1789!\r\n"] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train(PROSE, 280)
+
+
+def test_the_vocabulary_has_exactly_the_size_asked_for(tokenizer: Tokenizer) -> None:
+    assert tokenizer.size == 280
+    assert (tokenizer.end, tokenizer.decode([0])) == (0, "<|endoftext|>")
+    assert train(PROSE, 257).size == 257
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "   three leading spaces, two trailing  ",
+        "\tlines\r\nof\rall\n\n\nkinds\r\n\r\n",
+        "NUL \x00 and \x1b and \x7f",
+        "emoji 👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 is not é; \ufeffBOM, \u200bzero width",
+        "ﬁ ligature, ² superscript, Å ångström: nothing is normalised",
+        "1234567 and ٣٤٥, 中文字\uff0c日本語、한국어",
+        "IT'S they'LL \u017f'\u017f",
+        "<|endoftext|>spelt out<|endoftext|>",
+        "\U0010ffff\ud7ff\ue000",
+    ],
+)
+def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.end not in ids
+
+
+def test_merges_stay_inside_a_word(tokenizer: Tokenizer) -> None:
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(" Union is the state")]
+    assert " Union" in pieces
+    assert all(" " not in piece[1:] for piece in pieces)
+
+
+def test_a_batch_is_encoded_as_its_texts_are(tokenizer: Tokenizer) -> None:
+    texts = ["one", "", "two\n"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_training_twice_gives_the_same_bytes(texts: dict[str, bytes]) -> None:
+    prose = [data.decode() for data in texts.values()]
+    assert train(prose, 400).to_json() == train(prose, 400).to_json()
+
+
+def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    loaded = Tokenizer.load(path)
+    text = "The Union's 👍 <|endoftext|>"
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.to_json() == tokenizer.to_json()
+
+
+def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        Tokenizer.load(path)
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        Tokenizer.load(path)
+
+
+def test_a_vocabulary_that_the_text_cannot_fill() -> None:
+    with pytest.raises(UserError) as error:
+        train(["aaaa"], 1000)
+    assert (
+        str(error.value) == "data.tokenizer.vocab = 1000 is more than the training text can fill: at most 259 entries"
+    )
+    assert train(["aaaa"], 259).size == 259
+
+
+def test_a_vocabulary_below_the_bytes() -> None:
+    with pytest.raises(UserError) as error:
+        train(PROSE, 256)
+    assert str(error.value) == (
+        "data.tokenizer.vocab = 256 is too small: it must be at least 257 (256 bytes, <|endoftext|>)"
+    )
