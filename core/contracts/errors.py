@@ -13,7 +13,7 @@ class UserError(Exception):
     """A mistake in what the user gave, told in one sentence that names it and what is allowed."""
 
 
-class Wrong(Exception):
+class Wrong(Exception):  # noqa: N818 - the end of a sentence, not an error of its own
     """One key of a component's own `Config` cannot be right.
 
     Args:
@@ -35,3 +35,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=2, cutoff=0.6)
     guess = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{guess}known: {', '.join(names)}"
+
+
+class RunFailed(Exception):
+    """A run that cannot go on, told in one sentence; what it saved stays as it is (exit code 1)."""

@@ -61,6 +61,10 @@ class LossHead(nn.Module, Component, ABC):
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
         """The denominator of each term for this micro-batch."""
 
+    def contexts(self, context: SequenceContext) -> dict[str, SequenceContext]:
+        """What each of the head's own blocks sees, by the block's path in the head, from the data alone."""
+        return {}
+
     @abstractmethod
     def coefficient(self, progress: Progress) -> float:
         """What each of the head's mean losses is multiplied by at this position of the run."""

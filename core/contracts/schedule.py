@@ -7,7 +7,7 @@ its shape. DeepSeek-V3's learning rate (report, section 4.2) reads:
       unit: tokens
       start: 0.0
       segments:
-        - {shape: linear, to: 2.2e-4, until: 8.4e9}
+        - {shape: linear, to: 2.2e-4, until: 28e9}       # 2,000 steps of the batch ramp
         - {shape: constant, until: 10e12}
         - {shape: cosine, to: 2.2e-5, until: 14.3e12}
         - {shape: constant, until: 14.633e12}
@@ -20,7 +20,7 @@ ends there.
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from core.contracts.errors import Wrong
 
@@ -90,22 +90,23 @@ class Schedule:
             value, begin = target, segment.until
         return value
 
-    def values(self) -> list[float]:
-        """Every value that a knot of this schedule names, for range checks."""
-        return [self.start, *(segment.to for segment in self.segments if segment.to is not None)]
+    def values(self) -> dict[str, float]:
+        """Every value that this schedule names, by its key path in it, for range checks."""
+        targets = {f"segments.{i}.to": s.to for i, s in enumerate(self.segments) if s.to is not None}
+        return {"start": self.start, **targets}
 
-    def check(self, key: str) -> None:
-        """Raises `Wrong` where the knots do not rise or a moving segment has no target."""
+    def check(self, parent: Any = None) -> None:
+        """Raises `Wrong` where the knots do not rise, leave the run, or a moving segment has no target."""
         begin = 0.0
         for index, segment in enumerate(self.segments):
-            where = f"segment {index}"
-            if not segment.until > begin:
-                raise Wrong(key, f"{where} must end after {begin:g}, not at {segment.until:g}")
+            where = f"segments.{index}"
+            if not begin < segment.until < math.inf:
+                raise Wrong(f"{where}.until", f"must be more than {begin:g}, where the segment begins")
+            if self.unit == "fraction" and segment.until > 1:
+                raise Wrong(f"{where}.until", "must be at most 1, the end of the run (unit: fraction)")
             if segment.shape != "constant" and segment.to is None:
-                raise Wrong(key, f"{where} has shape {segment.shape} and needs a value `to`")
+                raise Wrong(f"{where}.to", f"must be given where the shape is {segment.shape}")
             begin = segment.until
-        if self.unit == "fraction" and begin > 1:
-            raise Wrong(key, f"fractions of a run end at 1, not at {begin:g}")
 
 
 def _between(shape: str, start: float, end: float, fraction: float) -> float:
@@ -127,9 +128,15 @@ def value_at(setting: Scheduled, progress: Progress) -> float:
 
 def check_scheduled(setting: Scheduled, key: str, *, low: float, high: float = math.inf) -> None:
     """Raises `Wrong` unless every value of the setting lies in [low, high]."""
-    values = [float(setting)] if not isinstance(setting, Schedule) else setting.values()
     if isinstance(setting, Schedule):
-        setting.check(key)
-    if any(not low <= value <= high for value in values):
-        allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise Wrong(key, f"must be {allowed}")
+        try:
+            setting.check()
+        except Wrong as wrong:
+            raise Wrong(f"{key}.{wrong.key}", wrong.why) from wrong
+        values = {f"{key}.{where}": value for where, value in setting.values().items()}
+    else:
+        values = {key: float(setting)}
+    for where, value in values.items():
+        if not low <= value <= high or math.isinf(value):
+            allowed = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise Wrong(where, f"must be {allowed}")

@@ -33,9 +33,13 @@ def setting(default: Any = REQUIRED, *, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
 
-def child(slot: str, default: Any = REQUIRED, *, doc: str) -> Any:
-    """A key that holds one component of `slot`; the default is a section such as `{"name": "local"}`."""
-    metadata = {"doc": doc, "slot": slot, "many": "one"}
+def child(slot: str, default: Any = REQUIRED, *, doc: str, outer: bool = False) -> Any:
+    """A key that holds one component of `slot`; the default is a section such as `{"name": "local"}`.
+
+    With `outer` the component's `check(parent)` sees the section around this one, as if it stood there: an
+    attention that a block overrides is still the model's.
+    """
+    metadata = {"doc": doc, "slot": slot, "many": "one", "outer": outer}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -125,6 +125,14 @@ class LanguageModel(nn.Module):
             _term(name, term): count for name, head in self.loss_heads() for term, count in head.counts(context).items()
         }
 
+    def contexts(self, context: SequenceContext) -> dict[str, SequenceContext]:
+        """What the heads' own blocks see, by the block's path; every other block sees `context` itself."""
+        return {
+            f"heads.{name}.{path}": inner
+            for name, head in self.loss_heads()
+            for path, inner in head.contexts(context).items()
+        }
+
     def logits(self, tokens_BL: Tensor) -> Tensor:
         """Logits B x L x V of the next token after each token."""
         hidden_BLD, _ = self.hidden(SequenceContext.of(tokens_BL))

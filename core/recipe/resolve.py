@@ -5,7 +5,8 @@ name, ask the registry for the component, hold the other keys against its `Confi
 converts the plain values; this module adds where the mistake stands and what would have been right.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from types import UnionType
@@ -41,35 +42,38 @@ class Resolver:
         self.registry, self.origin, self.inherited, self.components = registry, origin, inherited, components
         self.dropped: list[str] = []
 
-    def section(self, schema: Any, raw: Any, path: str, parent: Any = None) -> Any:
-        """An instance of `schema` with the values of `raw`, children resolved, checks passed."""
+    def section(self, schema: Any, raw: Any, path: str, parent: Any = None, beside: Iterable[str] = ()) -> Any:
+        """An instance of `schema` with the values of `raw`, children resolved, checks passed.
+
+        Args:
+            schema: a dataclass whose fields are the section's keys.
+            raw: the section, as plain containers.
+            path: where it stands; "" for the recipe itself.
+            parent: the instance around it, for `check`.
+            beside: further keys that may stand in the section and are read elsewhere.
+        """
         if not isinstance(raw, Mapping):
             raise self.error(path, raw, f"must be a section of keys: {', '.join(f.name for f in fields(schema))}")
-        values = self._known(schema, raw, path)
+        values = self._known(schema, raw, path, beside)
         instance = self._plain(schema, values, path)
         hints = _hints(schema)
         for f in fields(schema):
             value = values.get(f.name, _default(f))
             where = _join(path, f.name)
             if "slot" in f.metadata:
-                setattr(instance, f.name, self._children(f.metadata, value, where, instance))
-            elif (nested := _nested(hints[f.name])) and value is not None:
-                kind, many = nested
-                if many:
-                    value = self._mapping(value, where)
-                    resolved: Any = {key: self.section(kind, v, _join(where, key), instance) for key, v in value.items()}
-                else:
-                    resolved = self.section(kind, value, where, instance)
-                setattr(instance, f.name, resolved)
-        self._check(instance, raw, path, parent)
+                owner = parent if f.metadata.get("outer") else instance
+                setattr(instance, f.name, self._children(f, value, where, owner))
+            elif nested := _nested(hints[f.name], value):
+                setattr(instance, f.name, self._nested(*nested, value, where, instance))
+        self._check(instance, path, parent)
         return instance
 
     def error(self, path: str, value: Any, why: str) -> UserError:
         """One sentence: file, key path, value, what is allowed."""
         shown = "" if isinstance(value, Mapping) else f" = {_show(value)}"
-        return UserError(f"{self.origin(path)}: {path}{shown}: {why}")
+        return UserError(f"{self.origin(path)}: {path}{shown}: {why}" if path else f"{self.origin(path)}: {why}")
 
-    def _known(self, schema: Any, raw: Mapping[str, Any], path: str) -> dict[str, Any]:
+    def _known(self, schema: Any, raw: Mapping[str, Any], path: str, beside: Iterable[str]) -> dict[str, Any]:
         """The raw values whose keys the schema has; every required one present."""
         names = [f.name for f in fields(schema)]
         values = {}
@@ -79,12 +83,12 @@ class Resolver:
             elif key in self.inherited.get(path, ()):
                 self.dropped.append(_join(path, key))
             else:
-                where = _join(path, str(key))
-                raise UserError(f"{self.origin(where)}: {where}: unknown key; {nearest(str(key), names)}")
+                where = _join(path, key)
+                raise UserError(f"{self.origin(where)}: {where}: unknown key; {nearest(key, [*names, *beside])}")
         for f in fields(schema):
-            if _default(f) == REQUIRED and values.get(f.name, REQUIRED) == REQUIRED:
-                doc = f.metadata.get("doc", "")
-                raise UserError(f"{self.origin(path)}: {_join(path, f.name)}: required key is missing ({doc})")
+            if _default(f) == REQUIRED and f.name not in values:
+                doc = f" ({f.metadata['doc']})" if "doc" in f.metadata else ""
+                raise UserError(f"{self.origin(path)}: {_join(path, f.name)}: required key is missing{doc}")
         return values
 
     def _plain(self, schema: Any, values: Mapping[str, Any], path: str) -> Any:
@@ -92,66 +96,84 @@ class Resolver:
         base, hints = _structured(schema), _hints(schema)
         plain: dict[str, Any] = {}
         for f in fields(schema):
-            if "slot" in f.metadata or _nested(hints[f.name]):
+            if "slot" in f.metadata or _nested(hints[f.name], values.get(f.name, _default(f))):
                 plain[f.name] = None
             elif f.name in values:
                 plain[f.name] = self._value(base, f.name, hints[f.name], values[f.name], _join(path, f.name))
         return schema(**plain)
 
     def _value(self, base: Any, key: str, hint: Any, value: Any, path: str) -> Any:
-        if isinstance(value, float) and value.is_integer() and int in (hint, *get_args(hint)):
-            value = int(value)  # 1e6 for a count of tokens
-        if isinstance(value, bool) and bool not in (hint, *get_args(hint)) and hint is not Any:
+        value = _whole(value, hint)
+        if not _fits(value, hint):
             raise self.error(path, value, f"must be {_describe(hint)}")
         try:
-            merged = OmegaConf.merge(base, {key: value})
+            merged: Any = OmegaConf.merge(base, {key: value})
             converted = merged[key]
             return OmegaConf.to_object(converted) if OmegaConf.is_config(converted) else converted
         except OmegaConfBaseException as cause:
-            detail = f" ({str(cause).splitlines()[0]})" if isinstance(value, Mapping | list) else ""
-            raise self.error(path, value, f"must be {_describe(hint)}{detail}") from cause
+            raise self.error(path, value, f"must be {_describe(hint)}") from cause
 
-    def _children(self, metadata: Mapping[str, Any], value: Any, path: str, parent: Any) -> Any:
-        if metadata["many"] == "list":
-            if not isinstance(value, list):
-                raise self.error(path, value, f"must be a list of {metadata['slot']} sections")
-            return [self.component(metadata["slot"], v, f"{path}.{i}", parent) for i, v in enumerate(value)]
-        if metadata["many"] == "mapping":
-            items = self._mapping(value, path).items()
-            return {key: self.component(metadata["slot"], v, _join(path, key), parent) for key, v in items}
-        return None if value is None else self.component(metadata["slot"], value, path, parent)
+    def _nested(self, kind: Any, form: str, value: Any, path: str, parent: Any) -> Any:
+        """The core's own sections that a field holds: one, a list or a mapping of them."""
+        if form == "list":
+            items = self._list(value, path, "sections")
+            return [self.section(kind, item, f"{path}.{i}", parent) for i, item in enumerate(items)]
+        if form == "mapping":
+            entries = self._mapping(value, path).items()
+            return {key: self.section(kind, item, _join(path, key), parent) for key, item in entries}
+        return self.section(kind, value, path, parent)
+
+    def _children(self, f: Any, value: Any, path: str, parent: Any) -> Any:
+        slot, many, default = f.metadata["slot"], f.metadata["many"], _default(f)
+        if many == "list":
+            items = self._list(value, path, f"{slot} sections")
+            return [self.component(slot, item, f"{path}.{i}", parent) for i, item in enumerate(items)]
+        if many == "mapping":
+            entries = self._mapping(value, path).items()
+            return {key: self.component(slot, item, _join(path, key), parent) for key, item in entries}
+        if value is None and default is None:
+            return None
+        if isinstance(value, Mapping) and "name" not in value and isinstance(default, Mapping):
+            value = {**default, **value}
+        return self.component(slot, value, path, parent)
 
     def component(self, slot: str, raw: Any, path: str, parent: Any) -> Section | None:
         """The section of a component: `{name: ..., its own keys}`."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
             known = ", ".join(self.registry.names(slot))
             raise self.error(path, raw, f"must be a section with a `name` ({slot}: {known})")
-        if not self.components:
-            return None
         try:
-            component, provenance = self.registry.find(slot, raw["name"]).load()
+            offer = self.registry.find(slot, raw["name"])
+            if not self.components:
+                return None
+            component, provenance = offer.load()
         except UserError as cause:
             raise UserError(f"{self.origin(_join(path, 'name'))}: {_join(path, 'name')}: {cause}") from cause
         rest = {key: value for key, value in raw.items() if key != "name"}
-        config = self.section(component.Config, rest, path, parent)
+        config = self.section(component.Config, rest, path, parent, beside=["name"])
         return Section(slot, raw["name"], component, config, provenance)
 
-    def _mapping(self, value: Any, path: str) -> Mapping[str, Any]:
-        if not isinstance(value, Mapping):
-            raise self.error(path, value, "must map names to sections")
+    def _list(self, value: Any, path: str, what: str) -> list[Any]:
+        if not isinstance(value, list):
+            raise self.error(path, value, f"must be a list of {what}")
         return value
 
-    def _check(self, instance: Any, raw: Mapping[str, Any], path: str, parent: Any) -> None:
+    def _mapping(self, value: Any, path: str) -> Mapping[str, Any]:
+        """Sections by name; one that a later layer set to null is taken away."""
+        if not isinstance(value, Mapping):
+            raise self.error(path, value, "must map names to sections")
+        for key in value:
+            if not key or "." in key:
+                raise UserError(f"{self.origin(path)}: {path}: the name {key!r} must have letters and no dot")
+        return {key: item for key, item in value.items() if item is not None}
+
+    def _check(self, instance: Any, path: str, parent: Any) -> None:
         if not hasattr(instance, "check"):
             return
         try:
             instance.check(parent)
         except Wrong as wrong:
-            value = instance
-            for part in wrong.key.split("."):
-                value = getattr(value, part, None)
-            plain = {} if is_dataclass(value) or isinstance(value, Section | dict) else value
-            raise self.error(_join(path, wrong.key), plain, wrong.why) from wrong
+            raise self.error(_join(path, wrong.key), _reach(instance, wrong.key), wrong.why) from wrong
 
 
 def to_dict(value: Any) -> Any:
@@ -171,7 +193,7 @@ def to_dict(value: Any) -> Any:
 def _structured(schema: Any) -> Any:
     """An OmegaConf node with the plain fields of a schema, which knows their types."""
     hints = _hints(schema)
-    plain = [f for f in fields(schema) if "slot" not in f.metadata and not _nested(hints[f.name])]
+    plain = [f for f in fields(schema) if "slot" not in f.metadata and not _nested(hints[f.name], None)]
     typed = [(f.name, hints[f.name], field(default=REQUIRED)) for f in plain]
     return OmegaConf.structured(make_dataclass(schema.__name__, typed, kw_only=True))
 
@@ -181,16 +203,60 @@ def _hints(schema: Any) -> dict[str, Any]:
     return get_type_hints(schema)
 
 
-def _nested(hint: Any) -> tuple[Any, bool] | None:
-    """The core section that a field holds, and whether it holds a mapping of them."""
+def _nested(hint: Any, value: Any) -> tuple[Any, str] | None:
+    """The dataclass that a field holds where its value is `value`, and its form: one, list or mapping.
+
+    A number or a schedule is a section only where it is given as one; null is none where null is allowed.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
-        return hint, False
-    if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
-        return get_args(hint)[1], True
-    inner = [arg for arg in get_args(hint) if arg is not type(None)]
-    if get_origin(hint) in (Union, UnionType) and len(inner) == 1 and is_dataclass(inner[0]):
-        return inner[0], False
+        return hint, "one"
+    if origin in (list, dict) and is_dataclass(arguments[-1]):
+        return arguments[-1], "list" if origin is list else "mapping"
+    kinds = [a for a in arguments if is_dataclass(a)]
+    if origin in (Union, UnionType) and len(kinds) == 1:
+        scalars = [a for a in arguments if a not in (kinds[0], type(None))]
+        if isinstance(value, Mapping) or not (scalars or value is None):
+            return kinds[0], "one"
     return None
+
+
+def _whole(value: Any, hint: Any) -> Any:
+    """1e6 is a whole number where only whole numbers are allowed."""
+    kinds = _kinds(hint)
+    if isinstance(value, list) and get_origin(hint) is list:
+        return [_whole(item, get_args(hint)[0]) for item in value]
+    if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
+        return int(value)
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """False for what OmegaConf would convert without a word: true to 1, 3 to true, and what is not a number."""
+    kinds = _kinds(hint)
+    if isinstance(value, list) and get_origin(hint) is list:
+        return all(_fits(item, get_args(hint)[0]) for item in value)
+    if Any in kinds:
+        return True
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int | float) and bool in kinds:
+        return int in kinds or float in kinds
+    return not (isinstance(value, float) and math.isnan(value))
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _reach(value: Any, path: str) -> Any:
+    """What stands at a key path of an instance; an empty mapping for a whole section, which no sentence shows."""
+    for part in path.split(".") if path else ():
+        if isinstance(value, list):
+            value = value[int(part)]
+        else:
+            value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+    return {} if is_dataclass(value) or isinstance(value, dict) else value
 
 
 def _default(f: Any) -> Any:
@@ -212,14 +278,17 @@ def _describe(hint: Any) -> str:
         return "a section of keys"
     if arguments:
         return "one of " + ", ".join(map(str, arguments))
-    return "a schedule" if getattr(hint, "__name__", "") == "Schedule" else str(hint)
+    if is_dataclass(hint):
+        return f"a {getattr(hint, '__name__', '').lower()} (keys: {', '.join(f.name for f in fields(hint))})"
+    return str(hint)
 
 
 def _show(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower().replace("none", "null")
-    return repr(value) if isinstance(value, str) else str(value)
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+    return f"{path}.{key}" if path and key else path or key

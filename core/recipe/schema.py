@@ -1,18 +1,25 @@
 """The schema of a recipe: the keys that the core owns. Everything with a `name` is a plugin's."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from core.contracts.errors import Wrong
-from core.contracts.schedule import Scheduled, Schedule, check_scheduled
+from core.contracts.schedule import Schedule, Scheduled, check_scheduled
 from core.contracts.schema import Child, Section, child, children, setting
 
 
 def _at_least(config: Any, low: int, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
-        if value is not None and value < low:
-            raise Wrong(key, f"must be at least {low}")
+        if value is not None and not low <= value < math.inf:
+            raise Wrong(key, "must be finite" if value == math.inf else f"must be at least {low}")
+
+
+def _positive(config: Any, *keys: str) -> None:
+    for key in keys:
+        if not 0 < getattr(config, key) < math.inf:
+            raise Wrong(key, "must be more than 0")
 
 
 @dataclass(kw_only=True)
@@ -29,6 +36,9 @@ class YarnSection:
     def check(self, parent: Any) -> None:
         """Raises `Wrong` for values that give no table."""
         _at_least(self, 1, "factor", "original_length")
+        _positive(self, "beta_slow")
+        if not self.beta_fast > self.beta_slow:
+            raise Wrong("beta_fast", f"must be more than beta_slow = {self.beta_slow:g}")
 
 
 @dataclass(kw_only=True)
@@ -40,10 +50,12 @@ class RopeSection:
     yarn: YarnSection | None = setting(None, doc="YaRN, for contexts longer than the training's")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` where the table is longer than YaRN reaches."""
+        """Raises `Wrong` for no table, or one that is longer than YaRN reaches."""
+        _positive(self, "theta")
         _at_least(self, 1, "max_length")
-        if self.yarn and self.max_length > self.yarn.factor * self.yarn.original_length:
-            raise Wrong("max_length", f"must be at most {self.yarn.factor * self.yarn.original_length:g}, what yarn reaches")
+        reach = self.yarn.factor * self.yarn.original_length if self.yarn else math.inf
+        if self.max_length > reach:
+            raise Wrong("max_length", f"must be at most {reach:.10g}, as far as yarn reaches")
 
 
 @dataclass(kw_only=True)
@@ -65,7 +77,7 @@ class BlockSection:
 
     count: int = setting(doc="how many")
     ffn: Child = child("ffn", doc="the feed-forward layer of these blocks")
-    attention: Child = child("attention", None, doc="their attention; null: the model's")
+    attention: Child = child("attention", None, outer=True, doc="their attention; null: the model's")
 
     def check(self, parent: Any) -> None:
         """Raises `Wrong` for a negative count."""
@@ -88,6 +100,7 @@ class ModelSection:
     def check(self, parent: Any) -> None:
         """Raises `Wrong` for a model without blocks or without width."""
         _at_least(self, 1, "dim")
+        _positive(self, "norm_eps")
         if sum(block.count for block in self.blocks.values()) < 1:
             raise Wrong("blocks", "must hold at least one block")
         if not self.heads:
@@ -146,7 +159,9 @@ class BudgetSection:
         """Raises `Wrong` unless one budget is given."""
         given = [key for key in ("steps", "tokens", "flops") if getattr(self, key) is not None]
         if len(given) != 1:
-            raise Wrong(given[1] if given else "steps", "exactly one of steps, tokens, flops must be given")
+            one = "exactly one of steps, tokens, flops must be given"
+            both = f"{one}, and {' and '.join(given)} are; null takes one away"
+            raise Wrong(given[-1], both) if given else Wrong("", one)
         _at_least(self, 1, *given)
 
 
@@ -188,26 +203,49 @@ OWNED_TRAINER_KEYS = {
     "check_val_every_n_epoch": "validation.every_steps",
     "default_root_dir": "--out",
     "devices": "strategy",
+    "enable_autolog_hparams": "loggers",
     "enable_checkpointing": "checkpoint",
+    "fast_dev_run": "--dry-run",
     "gradient_clip_algorithm": "gradient_clip",
     "gradient_clip_val": "gradient_clip",
+    "limit_predict_batches": "core.generate",
+    "limit_test_batches": "core.evaluate",
+    "limit_train_batches": "budget",
     "logger": "loggers",
     "max_epochs": "budget",
     "max_steps": "budget",
     "min_epochs": "budget",
     "min_steps": "budget",
+    "model_registry": "checkpoint",
     "num_nodes": "strategy",
     "num_sanity_val_steps": "validation",
     "plugins": "precision",
     "precision": "precision",
+    "reload_dataloaders_every_n_epochs": "data",
     "strategy": "strategy",
     "use_distributed_sampler": "batch",
     "val_check_interval": "validation.every_steps",
 }
+"""Keys of `lightning.Trainer` that the recipe says elsewhere, and where."""
+
 FREE_TRAINER_KEYS = frozenset(
-    "barebones benchmark detect_anomaly deterministic enable_model_summary enable_progress_bar inference_mode "
-    "limit_val_batches log_every_n_steps max_time overfit_batches profiler sync_batchnorm".split()
+    {
+        "barebones",
+        "benchmark",
+        "detect_anomaly",
+        "deterministic",
+        "enable_model_summary",
+        "enable_progress_bar",
+        "inference_mode",
+        "limit_val_batches",
+        "log_every_n_steps",
+        "max_time",
+        "overfit_batches",
+        "profiler",
+        "sync_batchnorm",
+    }
 )
+"""Keys of `lightning.Trainer` that a recipe's `trainer` may hold."""
 
 
 @dataclass(kw_only=True)
@@ -238,18 +276,18 @@ class RecipeSchema:
     def check(self, parent: Any) -> None:
         """Raises `Wrong` for what no single section can see."""
         _at_least(self, 1, "max_skipped_steps")
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise Wrong("gradient_clip", "must be positive, or null for no clipping")
+        if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
+            raise Wrong("gradient_clip", "must be more than 0, or null for no clipping")
         if self.data.sequence_length > self.model.rope.max_length:
             allowed = f"must be at most model.rope.max_length = {self.model.rope.max_length}"
             raise Wrong("data.sequence_length", allowed)
         for name in self.recompute.blocks:
             if name not in self.model.blocks:
                 raise Wrong("recompute.blocks", f"must name blocks of the model: {', '.join(self.model.blocks)}")
-        if self.budget.steps is None and isinstance(self.batch.accumulate, Schedule):
-            return
-        if isinstance(self.batch.accumulate, Schedule) and self.batch.accumulate.unit == "fraction":
-            raise Wrong("batch.accumulate", "a ramp in fractions of the run needs budget.tokens or budget.flops")
+        ramp = self.batch.accumulate
+        if isinstance(ramp, Schedule) and ramp.unit == "fraction" and self.budget.steps is not None:
+            why = "must be tokens or steps where the run's length is given in steps (budget.steps)"
+            raise Wrong("batch.accumulate.unit", why)
 
     def sections(self) -> list[Section]:
         """Every component section of the recipe, children included, in the recipe's order."""

@@ -98,6 +98,10 @@ class MultiTokenPrediction(LossHead):
         """The main loss's predicted positions, for every depth (eq. 24)."""
         return {f"depth_{k}": context.predicted().sum() for k in range(1, self.config.depth + 1)}
 
+    def contexts(self, context: SequenceContext) -> dict[str, SequenceContext]:
+        """Depth k's block sees the sequence from its k-th token on."""
+        return {f"depths.{k - 1}.block": _shifted(context, k) for k in range(1, self.config.depth + 1)}
+
     def coefficient(self, progress: Progress) -> float:
         """lambda / D."""
         return value_at(self.config.weight, progress) / self.config.depth

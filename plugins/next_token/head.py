@@ -17,6 +17,7 @@ from core.model.loss import cross_entropy_sum
 class NextToken(LossHead):
     """Mean cross-entropy of the next token over the window's predicted positions."""
 
+    capabilities = frozenset({"next_token"})
     example = {"name": "next_token"}
 
     @dataclass(kw_only=True)

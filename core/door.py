@@ -1,0 +1,55 @@
+"""What all doors share: one sentence and exit code 2 for a user's mistake, 130 after an interrupt.
+
+This module and every door import nothing heavy before their arguments are read, so that `--help` is quick.
+"""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from core.contracts.errors import RunFailed, UserError
+
+
+def run_door(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Parse, run, and leave with the exit code that the public surface promises."""
+    arguments = parser.parse_args()
+    try:
+        main(arguments)
+    except UserError as error:
+        leave(2, str(error))
+    except RunFailed as error:
+        leave(1, str(error))
+    except KeyboardInterrupt:
+        leave(130, "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(141, "")
+    except Exception as error:
+        signum = getattr(error, "signum", None)
+        if signum is not None:
+            leave(128 + signum, str(error))
+        traceback.print_exc()
+        leave(1, "")
+
+
+def leave(code: int, sentence: str) -> None:
+    """Print one sentence on stderr and exit."""
+    if sentence:
+        print(f"moeloom: {sentence}", file=sys.stderr)
+    sys.stdout.flush()
+    raise SystemExit(code)
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of a `--json` run."""
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """RECIPE and its overrides."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, e.g. optimizer.lr=0.002")

@@ -1,0 +1,54 @@
+"""python -m core.fit RECIPE [KEY=VALUE ...]: train a recipe into a run folder."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from core.door import print_json, recipe_arguments, run_door
+
+
+def parser() -> argparse.ArgumentParser:
+    """The door's arguments."""
+    p = argparse.ArgumentParser(prog="python -m core.fit", description="Train a recipe into a run folder.")
+    recipe_arguments(p)
+    p.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/<recipe>, numbered)")
+    p.add_argument(
+        "--resume", metavar="RUN", help="go on with the run in this folder; `auto`: with the newest unfinished one, if any"
+    )
+    p.add_argument("--dry-run", action="store_true", help="compose, validate, build on the meta device, print the summary")
+    p.add_argument("--json", action="store_true", help="print the run's summary as JSON")
+    return p
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Compose and validate first; only then import what trains."""
+    from core.recipe.compose import compose
+
+    recipe = compose(arguments.recipe, arguments.overrides)
+    for key in recipe.dropped:
+        print(f"dropped {key}: the component now named there has no such key", file=sys.stderr)
+    if arguments.dry_run:
+        from core.describe import show
+
+        show(recipe, as_json=arguments.json)
+        return
+    from core.run import fit
+    from core.training.folder import RunFolder, resumable, start_folder
+
+    folder, resume = resumable(arguments.resume, arguments.out, recipe.name), arguments.resume is not None
+    if folder is None:
+        folder, resume = start_folder(arguments.out, recipe.name), False
+    summary = fit(recipe, RunFolder(folder), resume=resume, say=lambda text: print(text, file=sys.stderr))
+    if arguments.json:
+        print_json(summary)
+    else:
+        print(_sentence(summary))
+
+
+def _sentence(summary: dict[str, object]) -> str:
+    shown = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance", "tokens_per_second", "wall_seconds")
+    return "  ".join(f"{key} {summary[key]:.4g}" for key in shown if isinstance(summary[key], float))
+
+
+if __name__ == "__main__":
+    run_door(main, parser())

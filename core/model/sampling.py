@@ -1,0 +1,51 @@
+"""Writing text with a model: one token at a time from its caches."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from core.model.language_model import LanguageModel
+
+
+@torch.no_grad()
+def sample(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    *,
+    tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: int | None = None,
+) -> Iterator[int]:
+    """Continue a prompt.
+
+    Args:
+        model: in evaluation mode.
+        prompt: at least one token id.
+        tokens: how many to write at most.
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_p: sample from the smallest set of tokens whose probabilities add up to this.
+        seed: of the draws.
+        stop: a token that ends the text and is not yielded.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    caches = model.new_caches()
+    fed = list(prompt)
+    for _ in range(tokens):
+        logits_V = model.decode(torch.tensor([fed], device=device), caches)[0, -1]
+        token = _choose(logits_V.double().cpu(), temperature, top_p, generator)
+        if token == stop:
+            return
+        yield token
+        fed = [token]
+
+
+def _choose(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probabilities_V, order_V = (logits_V / temperature).softmax(dim=0).sort(descending=True)
+    before_V = probabilities_V.cumsum(dim=0) - probabilities_V
+    probabilities_V = probabilities_V.masked_fill(before_V >= top_p, 0)
+    return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])

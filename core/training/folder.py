@@ -1,0 +1,143 @@
+"""The run folder: what is in it, and writing to it so that a kill leaves whole files."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.contracts.errors import UserError
+from core.contracts.schema import Section
+
+
+class RunFolder:
+    """A run's files by name.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that the run's tokens were made with."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def summary(self) -> Path:
+        """What the finished run measured; it exists once the run is complete."""
+        return self.path / "summary.json"
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: it cannot be written, or holds a run already.
+        """
+        if self.recipe.exists():
+            raise UserError(f"--out {self.path}: holds a run already; continue it with --resume {self.path}, or name another")
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".probe"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as cause:
+            raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file under a temporary name and move it into place."""
+        target = self.path / name
+        temporary = target.with_name(f".{name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON document."""
+        self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def write_recipe(self, values: dict[str, Any]) -> None:
+        """Write the resolved recipe."""
+        self.write_text("recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+RUNS = Path("runs")
+"""Where runs go that name no folder."""
+
+
+def start_folder(out: Path | None, name: str) -> Path:
+    """The folder of a new run: `out`, or `runs/name`, `runs/name-2`, ... whichever holds no run yet."""
+    if out is not None:
+        return out
+    folder, number = RUNS / name, 1
+    while (folder / "recipe.yaml").exists():
+        number += 1
+        folder = RUNS / f"{name}-{number}"
+    return folder
+
+
+def resumable(resume: str | None, out: Path | None, name: str) -> Path | None:
+    """The folder to go on with; None where a new run is to start.
+
+    `auto` means `out` if it holds a run, without `out` the newest run of this recipe that has no summary.
+
+    Raises:
+        UserError: a run named with `--resume` and another folder with `--out`.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        if out is not None and out.resolve() != Path(resume).resolve():
+            raise UserError(f"--out {out}: a resumed run stays in its own folder, {resume}")
+        return Path(resume)
+    if out is not None:
+        return out if (out / "recipe.yaml").exists() else None
+    runs = [f.parent for f in RUNS.glob(f"{name}*/recipe.yaml") if _is_of(f.parent.name, name)]
+    open_runs = [run for run in runs if not (run / "summary.json").exists()]
+    return max(open_runs, key=lambda run: (run / "recipe.yaml").stat().st_mtime, default=None)
+
+
+def _is_of(folder: str, name: str) -> bool:
+    rest = folder.removeprefix(name)
+    return rest == "" or (rest.startswith("-") and rest[1:].isdigit())
+
+
+def provenance(sections: Iterable[Section], **rest: Any) -> dict[str, Any]:
+    """Everything that shaped a run: components with their owners, versions, the command.
+
+    Lightning's own entry-point group adds callbacks to every Trainer unseen; they are named too.
+    """
+    components = [
+        {
+            "slot": section.slot,
+            "name": section.name,
+            "distribution": section.provenance.distribution,
+            "version": section.provenance.version,
+            "module": section.provenance.module,
+            "file": str(section.provenance.file) if section.provenance.file else None,
+        }
+        for section in sections
+    ]
+    unseen = metadata.entry_points(group="lightning.pytorch.callbacks_factory")
+    packages = ("torch", "lightning", "torchmetrics", "tokenizers", "numpy", "omegaconf", "pluggy")
+    return {
+        "components": [dict(t) for t in dict.fromkeys(tuple(c.items()) for c in components)],
+        "lightning_callback_factories": [f"{point.name} = {point.value}" for point in unseen],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **rest,
+    }

@@ -1,0 +1,248 @@
+"""The training step, top to bottom as the report describes it, under Lightning's manual optimization.
+
+One Lightning batch is one optimizer step's window of micro-batches. Only this step commits what the pure
+forwards returned: it reduces the window's integer load once over the ranks, and the balancers and the
+logged MaxVio read the same integers.
+"""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from core.contracts.context import SequenceContext
+from core.contracts.errors import RunFailed
+from core.contracts.schedule import Progress
+from core.contracts.training import OptimizerFactory
+from core.data.batch import Batch
+from core.model.language_model import LanguageModel
+from core.recipe.plan import Plan
+from core.training.load import measures
+from core.training.ranks import rank_and_world, reduce_sum
+from core.training.validation import ValidationTotals
+from core.training.window import Seen, balance_term, objective, window_counts
+
+
+class TrainingModule(L.LightningModule):
+    """Trains a language model by a plan.
+
+    Args:
+        model: the model.
+        plan: the steps of the run.
+        optimizer: makes the optimizer and says each step's learning rate.
+        flops_per_token: training FLOPs, for MFU.
+        mask_documents: keep attention and predictions inside documents.
+        gradient_clip: largest global gradient norm, or None.
+        max_skipped: consecutive steps with a non-finite gradient before the run fails.
+        validation_bytes: bytes of the validation documents; 0 without a validation split.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        plan: Plan,
+        optimizer: OptimizerFactory,
+        flops_per_token: float,
+        mask_documents: bool = False,
+        gradient_clip: float | None = 1.0,
+        max_skipped: int = 5,
+        validation_bytes: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.plan, self.optimizer_factory, self.flops_per_token = plan, optimizer, flops_per_token
+        self.mask_documents, self.gradient_clip, self.max_skipped = mask_documents, gradient_clip, max_skipped
+        self.windows_done = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.step_load: dict[str, Tensor] = {}
+        self.seconds = 0.0
+        self.assigned = self.dropped = 0
+        self.validated_at: int | None = None
+        self.validation = ValidationTotals(model, validation_bytes)
+
+    def dropped_fraction(self) -> float:
+        """Assignments of the whole run that were dropped."""
+        return self.dropped / max(self.assigned, 1)
+
+    @property
+    def flops_per_batch(self) -> int:
+        """FLOPs of this rank's share of the current window."""
+        window = self.plan.window(min(self.windows_done, self.plan.steps - 1))
+        tokens = window.count * self.plan.sequences * self.plan.length // rank_and_world()[1]
+        return int(self.flops_per_token * tokens)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The recipe's optimizer over every parameter; selection biases are buffers and not among them."""
+        return self.optimizer_factory.make(self.model.named_parameters())
+
+    def context(self, batch: Batch) -> SequenceContext:
+        """What the model is told about a micro-batch."""
+        return SequenceContext.of(
+            batch.tokens_BL,
+            targets_BL=batch.targets_BL,
+            valid_BL=batch.valid_BL,
+            documents_BM=batch.documents_BM if self.mask_documents else None,
+            step=self.windows_done,
+            reduce_sum=reduce_sum,
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Start the clock of this step."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Only the time of steps counts: no validation, no saving."""
+        self.seconds += time.perf_counter() - self._began
+
+    def training_step(self, window: list[Batch], _: int) -> None:
+        """One optimizer step: denominators, forwards and backwards, load, norm, guard, clip, update, balance, log."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
+        progress = self.plan.progress(self.windows_done)
+        contexts = [self.context(batch) for batch in window]
+        counts = window_counts(self.model, contexts)
+        seen = Seen()
+        for index, context in enumerate(contexts):
+            with self._synchronised(last=index == len(contexts) - 1):
+                loss = objective(self.model, self.model(context), counts, progress, seen)
+                self.manual_backward(loss * rank_and_world()[1])
+        seen = seen.over_ranks()
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        rate = self.optimizer_factory.learning_rate(progress)
+        if self._agreed_finite(norm):
+            if self.gradient_clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.gradient_clip, norm)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            self._balance(seen, progress)
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(norm)
+        optimizer.zero_grad()
+        self.windows_done += 1
+        self.step_load = seen.loads
+        self._log(seen, counts, progress, norm, rate)
+
+    def _synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients in the window's last backward only."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        if last or block is None or rank_and_world()[1] == 1:
+            return nullcontext()
+        blocked: AbstractContextManager[Any] = block()
+        return blocked
+
+    def _agreed_finite(self, norm: Tensor) -> bool:
+        """Whether the norm is finite on every rank."""
+        bad = reduce_sum((~torch.isfinite(norm)).to(torch.int64))
+        return int(bad) == 0
+
+    def _balance(self, seen: Seen, progress: Progress) -> None:
+        """Every balancer's end of step, from the whole window's load."""
+        with torch.no_grad():
+            for path, layer in self.model.expert_layers().items():
+                for balancer in layer.balancers:
+                    balancer.on_step_end(seen.loads[path], progress)
+
+    def _skip(self, norm: Tensor) -> None:
+        """A non-finite gradient changes nothing: no weight, no moment, no bias."""
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise RunFailed(
+                f"the gradient norm was {norm.item()} for {self.skipped_in_a_row} steps in a row, the last one step "
+                f"{self.windows_done + 1}; the run stops with its last checkpoint as it is: try a lower optimizer.lr"
+            )
+
+    def _log(self, seen: Seen, counts: dict[str, Tensor], progress: Progress, norm: Tensor, rate: float) -> None:
+        values: dict[str, Any] = {"step": float(self.windows_done), "tokens": float(progress.tokens)}
+        values.update(self._losses(seen, counts, progress))
+        loads = measures(list(seen.loads.values()))
+        values.update({f"load/{name}{'_batch' if name == 'max_vio' else ''}": value for name, value in loads.items()})
+        if seen.dropped is not None:
+            assigned = torch.stack([load_E.sum() for load_E in seen.loads.values()]).sum()
+            values["load/dropped_fraction"] = seen.dropped / assigned.clamp(min=1)
+            self.assigned += int(assigned)
+            self.dropped += int(seen.dropped)
+        values.update(self._balancer_metrics())
+        values.update({"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped_steps)})
+        self.log_dict({name: _as_float(value) for name, value in values.items()}, batch_size=1)
+        self.log("loss", _as_float(values["loss/total"]), prog_bar=True, logger=False, batch_size=1)
+        if loads:
+            self.log("MaxVio", loads["max_vio"].float(), prog_bar=True, logger=False, batch_size=1)
+
+    def _losses(self, seen: Seen, counts: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
+        """Every term's mean under its own name, and the one sum that was minimised."""
+        heads = dict(self.model.loss_heads())
+        values: dict[str, Tensor] = {}
+        parts: list[Tensor] = []
+        balance: dict[str, list[Tensor]] = {}
+        for name in (n for n in seen.sums if ":" not in n):
+            mean = (seen.sums[name] / counts[name].clamp(min=1)).double()
+            values[f"loss/{name}"] = mean
+            parts.append(heads[name.partition("/")[0]].coefficient(progress) * mean)
+        for path, layer in self.model.expert_layers().items():
+            for index, balancer in enumerate(layer.balancers):
+                if (name := balance_term(path, index)) in seen.sums:
+                    scaled = balancer.coefficient(progress) * seen.sums[name].double() / counts[name].clamp(min=1)
+                    balance.setdefault(f"loss/balance/{type(balancer).__name__}", []).append(scaled)
+                    parts.append(scaled)
+        values.update({name: torch.stack(terms).mean() for name, terms in balance.items()})
+        values["loss/total"] = torch.stack(parts).sum()
+        return values
+
+    def _balancer_metrics(self) -> dict[str, Tensor]:
+        """Each balancer's own metrics, as means over layers."""
+        found: dict[str, list[Tensor]] = {}
+        for layer in self.model.expert_layers().values():
+            for balancer in layer.balancers:
+                for name, value in balancer.metrics().items():
+                    found.setdefault(f"balance/{name}", []).append(value)
+        return {name: torch.stack(values).mean() for name, values in found.items()}
+
+    def on_validation_epoch_start(self) -> None:
+        """Count anew."""
+        self.validation.reset()
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """Add one batch to the totals; nothing of the model changes."""
+        self.validation.update(self.model(self.context(batch)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the whole validation split gave."""
+        self.validated_at = self.windows_done
+        for name, value in self.validation.compute().items():
+            self.log(name, _as_float(value), prog_bar=name == "val_bits_per_byte", sync_dist=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Plain numbers beside Lightning's own state."""
+        checkpoint["moeloom"] = {
+            "windows_done": self.windows_done,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "seconds": self.seconds,
+            "assigned": self.assigned,
+            "dropped": self.dropped,
+            "threads": torch.get_num_threads(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where the checkpoint stands."""
+        own = checkpoint["moeloom"]
+        self.windows_done, self.skipped_steps = own["windows_done"], own["skipped_steps"]
+        self.skipped_in_a_row, self.seconds = own["skipped_in_a_row"], own["seconds"]
+        self.assigned, self.dropped = own["assigned"], own["dropped"]
+
+
+def _as_float(value: Tensor | float) -> Tensor:
+    """fp32 for the loggers, fp64 values included; never an accumulator."""
+    if isinstance(value, Tensor):
+        return value.detach().float()
+    return torch.tensor(value if math.isfinite(value) else float("nan"), dtype=torch.float64)

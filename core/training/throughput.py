@@ -1,0 +1,57 @@
+"""Speed, by Lightning's own monitor with our FLOPs and, on CPUs, a measured peak."""
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ThroughputMonitor
+
+
+def measured_peak_flops(device: torch.device, seconds: float = 0.3, size: int = 1024) -> float:
+    """The rate of fp32 matrix products on this machine, FLOPs per second: what MFU is held against on a CPU."""
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    torch.mm(a, b)
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+class Throughput(ThroughputMonitor):
+    """`tokens_per_second` and `mfu` over the last steps, in the log and on the progress bar.
+
+    Args:
+        peak_flops: of one device; None asks Lightning's table of GPUs.
+    """
+
+    def __init__(self, peak_flops: float | None) -> None:
+        super().__init__(batch_size_fn=_tokens, window_size=20)
+        self.peak_flops = peak_flops
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lightning's, with the measured peak where its table has none."""
+        super().setup(trainer, pl_module, stage)
+        self.available_flops = self.available_flops or (int(self.peak_flops) if self.peak_flops else None)
+        for throughput in self._throughputs.values():
+            throughput.available_flops = self.available_flops
+
+    def _compute(self, trainer: L.Trainer, iter_num: int | None = None) -> None:
+        """Log with the step's other metrics instead of in a row of its own."""
+        if not trainer.training:
+            return
+        metrics = self._throughputs[trainer.state.stage].compute()
+        module = trainer.lightning_module
+        rate = metrics.get("device/samples_per_sec")
+        if rate is not None:
+            module.log("tokens_per_second", rate * trainer.world_size, prog_bar=True, batch_size=1)
+        if "device/mfu" in metrics:
+            module.log("mfu", metrics["device/mfu"], batch_size=1)
+
+
+def _tokens(window: Any) -> int:
+    """Tokens of one rank's window (or validation batch)."""
+    batches = window if isinstance(window, list) else [window]
+    return sum(int(batch.tokens_BL.numel()) for batch in batches)
