@@ -68,7 +68,9 @@ class BuildContext:
 
     def make(self, section: Section, **shared: Any) -> Any:
         """Build the component of a child section; `shared` is what its slot's contract adds."""
-        return section.component(section.config, self, **shared)
+        made = section.component(section.config, self, **shared)
+        made.label = section.name
+        return made
 
     def linear(self, inputs: int, outputs: int, role: str, *, residual: bool = False) -> nn.Module:
         """A matrix product made by the precision; `residual` marks those that write into the residual stream."""

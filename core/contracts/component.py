@@ -40,12 +40,14 @@ class Component:
     own section) and must not need torch. `capabilities` are words that other components may ask for, so
     that impossible combinations are refused without anybody's name being known. `example` is a section
     that the catalog prints and the conformance kit builds. `paper` says where the method is published.
+    `label` is the name under which a recipe asked for this instance; logs use it.
     """
 
     Config: ClassVar[type]
     capabilities: ClassVar[frozenset[str]] = frozenset()
     example: ClassVar[dict[str, Any]] = {}
     paper: ClassVar[str] = ""
+    label: str = ""
 
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:

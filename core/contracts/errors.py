@@ -37,5 +37,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{guess}known: {', '.join(names)}"
 
 
-class RunFailed(Exception):
+class RunFailed(Exception):  # noqa: N818
     """A run that cannot go on, told in one sentence; what it saved stays as it is (exit code 1)."""

@@ -111,7 +111,7 @@ class Schedule:
 
 def _between(shape: str, start: float, end: float, fraction: float) -> float:
     if shape == "linear":
-        return start + (end - start) * fraction
+        return start * (1.0 - fraction) + end * fraction  # exact at both ends
     if shape == "cosine":
         return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * fraction))
     return end
@@ -138,5 +138,5 @@ def check_scheduled(setting: Scheduled, key: str, *, low: float, high: float = m
         values = {key: float(setting)}
     for where, value in values.items():
         if not low <= value <= high or math.isinf(value):
-            allowed = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise Wrong(where, f"must be {allowed}")
+            allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise Wrong(where, "must be finite" if value == math.inf else f"must be {allowed}")

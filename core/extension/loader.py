@@ -40,7 +40,7 @@ def _installed() -> Iterator[Provenance]:
         seen.add(name)
         for point in distribution.entry_points:
             if point.group == GROUP:
-                yield Provenance(name, distribution.version, point.name, point.value)
+                yield Provenance(name, distribution.version or "unknown", point.name, point.value)
 
 
 def _checkout() -> Iterator[Provenance]:
@@ -48,19 +48,21 @@ def _checkout() -> Iterator[Provenance]:
     file = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if not file.is_file():
         return
-    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-    for name, value in project["entry-points"][GROUP].items():
-        yield Provenance(OWN, "checkout", name, value)
+    project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
+    if project.get("name") == OWN:
+        for name, value in project["entry-points"][GROUP].items():
+            yield Provenance(OWN, "checkout", name, value)
 
 
 def load_plugins(owners: Iterable[Provenance], named: Iterable[str] = ()) -> Registry:
     """Import plugins and the modules that a recipe names, and let each register.
 
     An installed plugin that fails is kept as `broken` and told in one warning, or is an error under
-    `MOELOOM_STRICT_PLUGINS=1`; a module that the recipe names is an error at once.
+    `MOELOOM_STRICT_PLUGINS=1`; a module that the recipe names is an error at once. To implement a hook that
+    does not exist, or none, is to fail.
 
     Raises:
-        UserError: as above, or a plugin implements a hook that does not exist.
+        UserError: as above.
     """
     registry = Registry()
     strict = os.environ.get("MOELOOM_STRICT_PLUGINS") == "1"
@@ -78,7 +80,8 @@ def load_plugins(owners: Iterable[Provenance], named: Iterable[str] = ()) -> Reg
         try:
             _register(registry, owner)
         except Exception as cause:
-            raise UserError(f"plugin {name!r}, which the recipe names, is broken: {cause}") from cause
+            why = f"{type(cause).__name__}: {cause}"
+            raise UserError(f"plugin {name!r}, which the recipe names, is broken: {why}") from cause
     return registry
 
 
@@ -105,12 +108,14 @@ def installed_registry() -> Registry:
 
 
 def registry_for(named: Iterable[str] = ()) -> Registry:
-    """The registry that a recipe sees: the environment's, and the modules that it names."""
-    names = tuple(named)
+    """The registry that a recipe sees: the environment's, and the modules that it names (each read once)."""
+    installed = installed_registry()
+    there = {entry.owner.module for entries in installed.entries.values() for entry in entries}
+    names = [name for name in dict.fromkeys(named) if name not in there]
     if not names:
-        return installed_registry()
+        return installed
     registry = Registry()
-    for source in (installed_registry(), load_plugins([], names)):
+    for source in (installed, load_plugins([], names)):
         registry.broken += source.broken
         for entries in source.entries.values():
             for entry in entries:

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,9 @@ class Entry:
         contract = getattr(importlib.import_module(contract_module), contract_name)
         if not (isinstance(component, type) and issubclass(component, contract)):
             raise UserError(f"{who} is not a subclass of {contract_module}.{contract_name}")
-        if not isinstance(getattr(component, "Config", None), type):
-            raise UserError(f"{who} has no nested Config dataclass")
+        config = getattr(component, "Config", None)
+        if not (isinstance(config, type) and is_dataclass(config)):
+            raise UserError(f"{who} has no nested dataclass Config")
         file = getattr(module, "__file__", None)
         return component, replace(self.owner, module=module_name, file=Path(file) if file else None)
 
@@ -69,7 +70,8 @@ class Broken:
     why: str
 
     def __str__(self) -> str:
-        return f"plugin {self.owner.entry_point!r} of {self.owner.distribution} {self.owner.version} is broken: {self.why}"
+        who = f"{self.owner.entry_point!r} of {self.owner.distribution} {self.owner.version}"
+        return f"plugin {who} is broken: {self.why}"
 
 
 class Registry:
@@ -95,15 +97,18 @@ class Registry:
         """The one offer for a name, written as `name` or as `distribution/name`.
 
         Raises:
-            UserError: nobody offers it (the nearest names and broken plugins are told), or two do.
+            UserError: there is no such slot; nobody offers the name (the nearest ones and broken plugins are told);
+                or more than one does.
         """
+        if slot not in SLOTS:
+            raise UserError(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
         distribution, _, short = name.rpartition("/")
         offers = [e for e in self.entries.get((slot, short), []) if distribution in ("", e.owner.distribution)]
         if len(offers) == 1:
             return offers[0]
         if offers:
             owners = " and ".join(sorted(f"{o.owner.distribution} ({o.target})" for o in offers))
-            raise UserError(f"{slot} {name!r} is offered by two owners, {owners}; write distribution/{short} to choose")
+            raise UserError(f"{slot} {name!r} is offered by {owners}; write distribution/{short} to choose")
         told = "".join(f"; {broken}" for broken in self.broken)
         raise UserError(f"no {slot} is named {name!r}; {nearest(short, self.names(slot))}{told}")
 

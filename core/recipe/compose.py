@@ -5,16 +5,17 @@ for, the command line's `KEY.PATH=VALUE`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from core.contracts.errors import UserError, nearest
-from core.extension.loader import registry_for
+from core.contracts.errors import UserError, Wrong, nearest
+from core.contracts.schema import REQUIRED
+from core.extension.loader import installed_registry, registry_for
 from core.recipe.resolve import Resolver, to_dict
 from core.recipe.schema import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS, RecipeSchema
 
@@ -52,15 +53,14 @@ def compose(path: str | Path, overrides: Iterable[str] = (), *, smoke: bool = Fa
         UserError: anything that cannot be right, in one sentence.
     """
     file = find_recipe(path)
-    layers = _Layers()
+    layers = _Layers(str(file))
     own = _read(file)
     if "extends" in own:
-        layers.extend(_base(file, own.pop("extends")))
+        layers.add(*_base(file, own.pop("extends")))
     layers.add(own, str(file))
-    if smoke:
-        layers.add(layers.values.get("smoke") or {}, f"{file} (smoke)")
-    for text in overrides:
-        layers.override(text)
+    if smoke and isinstance(section := layers.values.get("smoke", {}), dict):
+        layers.add(section, f"{file} (smoke)")
+    layers.override(overrides)
     return _resolve(file, layers)
 
 
@@ -69,11 +69,7 @@ def find_recipe(path: str | Path) -> Path:
     file = Path(path)
     if file.is_file():
         return file
-    shipped = shipped_recipes()
-    name = str(path).removesuffix(".yaml").removeprefix("recipes/")
-    if name in shipped:
-        return shipped[name]
-    raise UserError(f"{path}: no such recipe; {nearest(name, shipped)}")
+    return _shipped(str(path), f"{str(path) or repr('')}: ")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -86,14 +82,28 @@ def shipped_recipes() -> dict[str, Path]:
     return {}
 
 
+def _shipped(path: str, who: str) -> Path:
+    shipped = shipped_recipes()
+    name = path.removesuffix(".yaml").removeprefix("recipes/")
+    if name in shipped:
+        return shipped[name]
+    kind = "a folder, not a recipe" if Path(path).is_dir() and path else "no such recipe"
+    raise UserError(f"{who}{kind}; {nearest(name, shipped)}")
+
+
 def _resolve(file: Path, layers: "_Layers") -> Recipe:
-    values = layers.values
-    named = values.get("plugins", [])
-    _check_trainer(values.get("trainer") or {}, layers)
-    registry = registry_for(named if isinstance(named, list) else ())
-    # the core's own keys first: a mistake there is told before any component, and torch, is imported
-    Resolver(registry, layers.origin, layers.inherited, components=False).section(RecipeSchema, values, "")
+    values = _interpolated(layers)
+    _check_trainer(values.get("trainer"), layers)
+    # the core's own keys first, then the names: a mistake there is told before any component, and torch, is imported
+    keys = Resolver(installed_registry(), layers.origin, layers.inherited, components=False)
+    named = keys.section(RecipeSchema, values, "", beside=["extends"]).plugins
+    try:
+        registry = registry_for(named)
+    except UserError as cause:
+        raise UserError(f"{layers.origin('plugins')}: plugins: {cause}") from cause
     resolver = Resolver(registry, layers.origin, layers.inherited)
+    for asked in keys.asked:
+        resolver.find(*asked)
     core = resolver.section(RecipeSchema, values, "")
     own = {key: getattr(core, key) for key in RecipeSchema.__dataclass_fields__}
     return Recipe(**own, name=file.stem, source=str(file), dropped=tuple(dict.fromkeys(resolver.dropped)))
@@ -108,11 +118,29 @@ def _check_trainer(trainer: Any, layers: "_Layers") -> None:
             raise UserError(f"{where}: unknown key; {nearest(str(key), FREE_TRAINER_KEYS)}")
 
 
+def _interpolated(layers: "_Layers") -> dict[str, Any]:
+    """The values with every `${other.key}` replaced; none may be left open."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(layers.values), resolve=True)
+    except OmegaConfBaseException as cause:
+        path = cause.full_key or ""
+        why = f"cannot be worked out: {_line(cause)}"
+        if isinstance(cause, InterpolationKeyError):
+            why = f"refers to a key that the recipe does not hold ({_line(cause)})"
+        raise UserError(f"{layers.origin(path)}: {path}: {why}") from cause
+    assert isinstance(values, dict)
+    for path, value in _leaves(values):
+        if value == REQUIRED:
+            raise UserError(f"{layers.origin(path)}: {path}: a value must be given here, where {REQUIRED} stands")
+    return {str(key): value for key, value in values.items()}
+
+
 def _base(file: Path, extends: Any) -> tuple[dict[str, Any], str]:
-    if not isinstance(extends, str):
-        raise UserError(f"{file}: extends = {extends}: must be the name of one file")
+    if not isinstance(extends, str) or not extends:
+        shown = "null" if extends is None else repr(extends)
+        raise UserError(f"{file}: extends = {shown}: must be the name of one file")
     beside = file.parent / extends
-    base = beside if beside.is_file() else find_recipe(extends)
+    base = beside if beside.is_file() else _shipped(extends, f"{file}: extends = {extends!r}: ")
     values = _read(base)
     if "extends" in values:
         raise UserError(f"{file}: extends = {extends!r}: that file extends another one, and only one level is allowed")
@@ -121,13 +149,23 @@ def _base(file: Path, extends: Any) -> tuple[dict[str, Any], str]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        loaded = OmegaConf.load(file)
-        values = OmegaConf.to_container(loaded, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as cause:
-        raise UserError(f"{file}: cannot be read: {' '.join(str(cause).split())}") from cause
+        values = _plain(OmegaConf.to_container(OmegaConf.load(file)))
+    except yaml.MarkedYAMLError as cause:
+        mark = cause.problem_mark or cause.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{file}{where}: cannot be read: {cause.problem or cause.context}") from cause
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as cause:
+        raise UserError(f"{file}: cannot be read: {_line(cause)}") from cause
     if not isinstance(values, dict):
         raise UserError(f"{file}: must be a section of keys: {', '.join(RecipeSchema.__dataclass_fields__)}")
-    return {str(key): value for key, value in values.items()}
+    return values
+
+
+def _line(cause: Exception) -> str:
+    """What an exception says, without OmegaConf's own account of where."""
+    own = ("full_key:", "object_type=", "reference_type=")
+    lines = [line.strip() for line in str(cause).splitlines()]
+    return " ".join(line for line in lines if not line.startswith(own)).replace("NoneType", "null")
 
 
 class _Layers:
@@ -135,37 +173,37 @@ class _Layers:
 
     `inherited` remembers, for each section whose `name` a later layer changed, the keys that only the
     earlier layer set: they meant something to another component.
+
+    Args:
+        file: the recipe's file, which answers for every key that no layer sets.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: str) -> None:
         self.values: dict[str, Any] = {}
         self.inherited: dict[str, set[str]] = {}
         self._origins: dict[str, str] = {}
-
-    def extend(self, base: tuple[dict[str, Any], str]) -> None:
-        """The first layer."""
-        self.add(*base)
+        self._file = file
 
     def add(self, layer: dict[str, Any], origin: str) -> None:
         """Lay a mapping over what is there; lists are replaced whole."""
-        merged = OmegaConf.to_container(OmegaConf.merge(self.values, layer))
-        self._replace(merged, dict.fromkeys(_paths(layer), origin))
+        self._replace(_laid(self.values, layer), dict.fromkeys(_paths(layer), origin))
 
-    def override(self, text: str) -> None:
-        """Lay one `KEY.PATH=VALUE` over what is there."""
-        key, equals, _ = text.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"{COMMAND_LINE}: {text!r}: an override reads KEY.PATH=VALUE")
-        try:
-            value = OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"])["value"]
-            config = OmegaConf.create(self.values)
-            OmegaConf.update(config, key, value, merge=True, force_add=True)
-            merged = OmegaConf.to_container(config)
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, IndexError, KeyError) as cause:
-            raise UserError(f"{COMMAND_LINE}: {text!r}: cannot be laid over the recipe: {str(cause).splitlines()[0]}") from cause
-        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        paths = {key, *(f"{key}.{path}" for path in _paths(plain))}
-        self._replace(merged, dict.fromkeys(paths, f"{COMMAND_LINE} ({text})"))
+    def override(self, texts: Iterable[str]) -> None:
+        """Lay `KEY.PATH=VALUE` each over what is there; together they are one layer, whatever their order."""
+        values = self.values
+        origins: dict[str, str] = {}
+        for text in texts:
+            key, value = _parsed(text)
+            try:
+                values = _put(_with_defaults(RecipeSchema, values, key), key, value)
+            except Wrong as wrong:
+                raise UserError(f"{COMMAND_LINE}: {text!r}: {wrong.why}") from wrong
+            path = ".".join(key)
+            before = set(_paths(self.values))
+            new = {p for p in _paths(values) if p not in before and path.startswith(f"{p}.")}
+            below = {f"{path}.{p}" for p in _paths(value)}
+            origins |= dict.fromkeys({path, *new, *below}, f"{COMMAND_LINE} ({text})")
+        self._replace(values, origins)
 
     def origin(self, path: str) -> str:
         """Where the nearest enclosing key was set."""
@@ -173,17 +211,91 @@ class _Layers:
         for end in range(len(parts), 0, -1):
             if (known := ".".join(parts[:end])) in self._origins:
                 return self._origins[known]
-        return next(iter(self._origins.values()), "recipe")
+        return self._file
 
     def _replace(self, merged: Any, origins: dict[str, str]) -> None:
+        explicit: dict[str, set[str]] = {}
         for path in origins:
             section, _, key = path.rpartition(".")
+            explicit.setdefault(section, set()).add(key)
             self.inherited.get(section, set()).discard(key)
         for path, keys in _renamed(self.values, merged, ""):
-            explicit = {p.rpartition(".")[2] for p in origins if p.rpartition(".")[0] == path}
-            self.inherited.setdefault(path, set()).update(keys - explicit - {"name"})
+            self.inherited.setdefault(path, set()).update(keys - explicit.get(path, set()) - {"name"})
         self.values = merged
-        self._origins.update(origins)
+        standing = set(_paths(merged))
+        self._origins = {path: by for path, by in (self._origins | origins).items() if path in standing}
+
+
+def _parsed(text: str) -> tuple[list[str], Any]:
+    """The key path and the value of one override."""
+    key, equals, written = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"{COMMAND_LINE}: {text!r}: an override reads KEY.PATH=VALUE")
+    if path == ["extends"]:
+        raise UserError(f"{COMMAND_LINE}: {text!r}: only a file can extend another")
+    try:
+        held = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={written}"]))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as cause:
+        what = cause.problem if isinstance(cause, yaml.MarkedYAMLError) else _line(cause)
+        raise UserError(f"{COMMAND_LINE}: {text!r}: the value cannot be read: {what}") from cause
+    assert isinstance(held, dict)
+    return path, _plain(held["value"])
+
+
+def _plain(value: Any) -> Any:
+    """Containers whose keys are texts: a block may be called 1."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _laid(below: Any, above: Any) -> Any:
+    """One value over another: mappings key by key, everything else whole."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {**below, **{key: _laid(below.get(key), item) for key, item in above.items()}}
+    return above
+
+
+def _put(below: Any, path: list[str], value: Any, done: str = "") -> Any:
+    """`below` with a value laid over what stands at a key path.
+
+    Raises:
+        Wrong: the path leads into something that has no keys, or past the end of a list.
+    """
+    if not path:
+        return _laid(below, value)
+    key, rest = path[0], path[1:]
+    where = f"{done}.{key}" if done else key
+    if isinstance(below, list):
+        if not key.isdecimal() or int(key) >= len(below):
+            raise Wrong(where, f"{done} has {len(below)} items, numbered from 0, and no {key!r}")
+        return [_put(item, rest, value, where) if i == int(key) else item for i, item in enumerate(below)]
+    if not isinstance(below, dict | None):
+        raise Wrong(where, f"{done} = {below!r} has no keys")
+    return {**(below or {}), key: _put((below or {}).get(key), rest, value, where)}
+
+
+def _with_defaults(schema: Any, values: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    """The values with the default list or mapping of components that a key path leads into, where there is none."""
+    key, rest = path[0], path[1:]
+    f = schema.__dataclass_fields__.get(key)
+    if f is None or not rest:
+        return values
+    if f.metadata.get("many", "one") != "one":
+        return values if key in values else {**values, key: f.default_factory()}
+    inner = values.get(key, {})
+    if is_dataclass(f.type) and isinstance(inner, dict):
+        return {**values, key: _with_defaults(f.type, inner, rest)}
+    return values
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield path, value
+    for key, item in items or ():
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))
 
 
 def _paths(value: Any, path: str = "") -> Iterator[str]:
@@ -201,7 +313,7 @@ def _paths(value: Any, path: str = "") -> Iterator[str]:
 def _renamed(before: Any, after: Any, path: str) -> Iterator[tuple[str, set[str]]]:
     """Sections whose `name` changed, with the keys that they had before."""
     if isinstance(before, dict) and isinstance(after, dict):
-        if "name" in before and before["name"] != after.get("name"):
+        if "name" in after and before.get("name") != after["name"]:
             yield path, set(before)
         pairs = [(key, before[key], after[key]) for key in before if key in after]
     elif isinstance(before, list) and isinstance(after, list):

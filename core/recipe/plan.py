@@ -6,9 +6,8 @@ plan is worked out once, before anything starts: it also fixes the token positio
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 
-from core.contracts.schedule import Progress, Scheduled, Schedule, value_at
+from core.contracts.schedule import Progress, Schedule, Scheduled, value_at
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,13 @@ class Plan:
     """
 
     def __init__(
-        self, *, sequences: int, length: int, micro_batches: Scheduled, steps: int | None = None, tokens: int | None = None
+        self,
+        *,
+        sequences: int,
+        length: int,
+        micro_batches: Scheduled,
+        steps: int | None = None,
+        tokens: int | None = None,
     ) -> None:
         self.sequences, self.length = sequences, length
         per_micro = sequences * length
@@ -77,4 +82,3 @@ def _ramp(schedule: Schedule, per_micro: int, steps: int | None, tokens: int | N
 
 def _size(schedule: Schedule, progress: Progress) -> int:
     return max(1, round(value_at(schedule, progress)))
-

@@ -6,7 +6,8 @@ converts the plain values; this module adds where the mistake stands and what wo
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from types import UnionType
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.contracts.errors import UserError, Wrong, nearest
 from core.contracts.schema import REQUIRED, Section
-from core.extension.registry import Registry
+from core.extension.registry import Entry, Registry
 
 
 class Resolver:
@@ -28,7 +29,8 @@ class Resolver:
         origin: the file or the command line that a key path was set in.
         inherited: keys that stand in a section only because it replaced another one's `name`; they are
             dropped where the new schema does not know them.
-        components: False reads the core's own keys only and imports no component.
+        components: False reads the core's own keys only, and keeps (slot, name, path) of what they ask for in
+            `asked` instead of importing it.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Resolver:
     ) -> None:
         self.registry, self.origin, self.inherited, self.components = registry, origin, inherited, components
         self.dropped: list[str] = []
+        self.asked: list[tuple[str, str, str]] = []
 
     def section(self, schema: Any, raw: Any, path: str, parent: Any = None, beside: Iterable[str] = ()) -> Any:
         """An instance of `schema` with the values of `raw`, children resolved, checks passed.
@@ -64,7 +67,7 @@ class Resolver:
                 owner = parent if f.metadata.get("outer") else instance
                 setattr(instance, f.name, self._children(f, value, where, owner))
             elif nested := _nested(hints[f.name], value):
-                setattr(instance, f.name, self._nested(*nested, value, where, instance))
+                setattr(instance, f.name, self._sections(*nested, value, where, instance))
         self._check(instance, path, parent)
         return instance
 
@@ -86,9 +89,10 @@ class Resolver:
                 where = _join(path, key)
                 raise UserError(f"{self.origin(where)}: {where}: unknown key; {nearest(key, [*names, *beside])}")
         for f in fields(schema):
-            if _default(f) == REQUIRED and f.name not in values:
+            if _default(f) == REQUIRED and values.get(f.name, REQUIRED) == REQUIRED:
                 doc = f" ({f.metadata['doc']})" if "doc" in f.metadata else ""
-                raise UserError(f"{self.origin(path)}: {_join(path, f.name)}: required key is missing{doc}")
+                by = self.origin(_join(path, "name"))  # a changed name is what asks for other keys
+                raise UserError(f"{by}: {_join(path, f.name)}: required key is missing{doc}")
         return values
 
     def _plain(self, schema: Any, values: Mapping[str, Any], path: str) -> Any:
@@ -103,7 +107,7 @@ class Resolver:
         return schema(**plain)
 
     def _value(self, base: Any, key: str, hint: Any, value: Any, path: str) -> Any:
-        value = _whole(value, hint)
+        value = _tidied(value, hint)
         if not _fits(value, hint):
             raise self.error(path, value, f"must be {_describe(hint)}")
         try:
@@ -113,7 +117,7 @@ class Resolver:
         except OmegaConfBaseException as cause:
             raise self.error(path, value, f"must be {_describe(hint)}") from cause
 
-    def _nested(self, kind: Any, form: str, value: Any, path: str, parent: Any) -> Any:
+    def _sections(self, kind: Any, form: str, value: Any, path: str, parent: Any) -> Any:
         """The core's own sections that a field holds: one, a list or a mapping of them."""
         if form == "list":
             items = self._list(value, path, "sections")
@@ -142,16 +146,27 @@ class Resolver:
         if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
             known = ", ".join(self.registry.names(slot))
             raise self.error(path, raw, f"must be a section with a `name` ({slot}: {known})")
-        try:
-            offer = self.registry.find(slot, raw["name"])
-            if not self.components:
-                return None
+        if not self.components:
+            self.asked.append((slot, raw["name"], path))
+            return None
+        offer = self.find(slot, raw["name"], path)
+        with self._told_at(f"{path}.name"):
             component, provenance = offer.load()
-        except UserError as cause:
-            raise UserError(f"{self.origin(_join(path, 'name'))}: {_join(path, 'name')}: {cause}") from cause
         rest = {key: value for key, value in raw.items() if key != "name"}
         config = self.section(component.Config, rest, path, parent, beside=["name"])
         return Section(slot, raw["name"], component, config, provenance)
+
+    def find(self, slot: str, name: str, path: str) -> Entry:
+        """The one offer for a name, nothing imported; `path` is where the section that asks for it stands."""
+        with self._told_at(f"{path}.name"):
+            return self.registry.find(slot, name)
+
+    @contextmanager
+    def _told_at(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError as cause:
+            raise UserError(f"{self.origin(path)}: {path}: {cause}") from cause
 
     def _list(self, value: Any, path: str, what: str) -> list[Any]:
         if not isinstance(value, list):
@@ -164,7 +179,7 @@ class Resolver:
             raise self.error(path, value, "must map names to sections")
         for key in value:
             if not key or "." in key:
-                raise UserError(f"{self.origin(path)}: {path}: the name {key!r} must have letters and no dot")
+                raise UserError(f"{self.origin(path)}: {path}: a name must not be empty or hold a dot, as {key!r} does")
         return {key: item for key, item in value.items() if item is not None}
 
     def _check(self, instance: Any, path: str, parent: Any) -> None:
@@ -221,23 +236,28 @@ def _nested(hint: Any, value: Any) -> tuple[Any, str] | None:
     return None
 
 
-def _whole(value: Any, hint: Any) -> Any:
-    """1e6 is a whole number where only whole numbers are allowed."""
+def _tidied(value: Any, hint: Any) -> Any:
+    """1e6 where only whole numbers are allowed is one; 4 where only numbers are allowed is one too."""
     kinds = _kinds(hint)
-    if isinstance(value, list) and get_origin(hint) is list:
-        return [_whole(item, get_args(hint)[0]) for item in value]
+    if isinstance(value, list) and (item := _item(hint)):
+        return [_tidied(v, item) for v in value]
     if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
         return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+        return float(value)  # OmegaConf does so by itself, but not in a union
     return value
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """False for what OmegaConf would convert without a word: true to 1, 3 to true, and what is not a number."""
+    """False for what OmegaConf converts without a word (true to 1, 3 to true), chokes on, or calls a number: nan."""
     kinds = _kinds(hint)
-    if isinstance(value, list) and get_origin(hint) is list:
-        return all(_fits(item, get_args(hint)[0]) for item in value)
     if Any in kinds:
         return True
+    if isinstance(value, list | dict):
+        forms = {get_origin(kind) or kind for kind in kinds}
+        item = _item(hint)
+        fit = item is None or isinstance(value, dict) or all(_fits(v, item) for v in value)
+        return fit and bool(forms & ({dict} if isinstance(value, dict) else {list, tuple}))
     if isinstance(value, bool):
         return bool in kinds
     if isinstance(value, int | float) and bool in kinds:
@@ -249,6 +269,11 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
+def _item(hint: Any) -> Any:
+    """The type of a list's items, None where the hint is no list."""
+    return next((get_args(kind)[0] for kind in _kinds(hint) if get_origin(kind) is list), None)
+
+
 def _reach(value: Any, path: str) -> Any:
     """What stands at a key path of an instance; an empty mapping for a whole section, which no sentence shows."""
     for part in path.split(".") if path else ():
@@ -256,7 +281,8 @@ def _reach(value: Any, path: str) -> Any:
             value = value[int(part)]
         else:
             value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-    return {} if is_dataclass(value) or isinstance(value, dict) else value
+    whole = value[0] if isinstance(value, list) and value else value
+    return {} if is_dataclass(whole) or isinstance(whole, dict) else value
 
 
 def _default(f: Any) -> Any:
@@ -266,7 +292,7 @@ def _default(f: Any) -> Any:
 
 
 def _describe(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
     if hint in words:
         return words[hint]
     origin, arguments = get_origin(hint), get_args(hint)
@@ -286,6 +312,8 @@ def _describe(hint: Any) -> str:
 def _show(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower().replace("none", "null")
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -159,9 +159,9 @@ class BudgetSection:
         """Raises `Wrong` unless one budget is given."""
         given = [key for key in ("steps", "tokens", "flops") if getattr(self, key) is not None]
         if len(given) != 1:
-            one = "exactly one of steps, tokens, flops must be given"
-            both = f"{one}, and {' and '.join(given)} are; null takes one away"
-            raise Wrong(given[-1], both) if given else Wrong("", one)
+            why = "exactly one of steps, tokens, flops must be given"
+            told = f", and {' and '.join(given)} are; null takes one away" if given else ""
+            raise Wrong(given[-1] if given else "steps", f"{why}{told}")
         _at_least(self, 1, *given)
 
 
@@ -199,6 +199,7 @@ class RecomputeSection:
 OWNED_TRAINER_KEYS = {
     "accelerator": "strategy",
     "accumulate_grad_batches": "batch.accumulate",
+    "barebones": "loggers",
     "callbacks": "callbacks",
     "check_val_every_n_epoch": "validation.every_steps",
     "default_root_dir": "--out",
@@ -211,14 +212,17 @@ OWNED_TRAINER_KEYS = {
     "limit_predict_batches": "core.generate",
     "limit_test_batches": "core.evaluate",
     "limit_train_batches": "budget",
+    "limit_val_batches": "validation",
     "logger": "loggers",
     "max_epochs": "budget",
     "max_steps": "budget",
+    "max_time": "budget",
     "min_epochs": "budget",
     "min_steps": "budget",
     "model_registry": "checkpoint",
     "num_nodes": "strategy",
     "num_sanity_val_steps": "validation",
+    "overfit_batches": "batch",
     "plugins": "precision",
     "precision": "precision",
     "reload_dataloaders_every_n_epochs": "data",
@@ -230,17 +234,13 @@ OWNED_TRAINER_KEYS = {
 
 FREE_TRAINER_KEYS = frozenset(
     {
-        "barebones",
         "benchmark",
         "detect_anomaly",
         "deterministic",
         "enable_model_summary",
         "enable_progress_bar",
         "inference_mode",
-        "limit_val_batches",
         "log_every_n_steps",
-        "max_time",
-        "overfit_batches",
         "profiler",
         "sync_batchnorm",
     }

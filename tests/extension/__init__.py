@@ -1,0 +1,1 @@
+"""The tests of finding plugins and of what they offer."""

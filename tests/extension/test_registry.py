@@ -1,0 +1,105 @@
+"""From a name to a class: what is told where there is none, or one of the wrong kind."""
+
+from collections.abc import Callable
+
+import pytest
+
+from core.contracts.errors import UserError, nearest
+from core.contracts.schema import Provenance
+from core.extension.registry import Registry
+
+Module = Callable[..., str]
+OWNER = Provenance("somebody", "1.0", "point", "somebody.plugin")
+
+
+def offering(slot: str, *names: str, target: str = "somebody.parts:Part") -> Registry:
+    registry = Registry()
+    for name in names:
+        registry.owned_by(OWNER).add(slot, name, target)
+    return registry
+
+
+def test_an_unknown_name_is_told_with_the_nearest_and_all_of_its_slot() -> None:
+    registry = offering("router", "switch", "gshard", "gshard_dropless", "hash")
+    registry.owned_by(OWNER).corpus("switsh", "somebody.parts:Part")
+    with pytest.raises(UserError) as told:
+        registry.find("router", "switsh")
+    assert str(told.value) == (
+        "no router is named 'switsh'; did you mean switch? known: gshard, gshard_dropless, hash, switch"
+    )
+
+
+def test_an_unknown_slot_is_told_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"there is no slot 'ruoter'; did you mean router\? known: attention, balancer"):
+        offering("router", "switch").find("ruoter", "switch")
+
+
+def test_the_nearest_names_are_at_most_two_closest_first() -> None:
+    told = nearest("gshad", ["switch", "gshard", "gshard2", "gshard3"])
+    assert told == "did you mean gshard or gshard3? known: gshard, gshard2, gshard3, switch"
+    assert nearest("zzz", ["switch", "hash"]) == "known: hash, switch"
+    assert nearest("zzz", []) == "nothing is allowed here"
+
+
+PARTS = '''
+    from dataclasses import dataclass
+
+    from core.contracts.corpus import Corpus
+
+
+    class Bare:
+        """No corpus."""
+
+        @dataclass(kw_only=True)
+        class Config:
+            pass
+
+
+    class Unset(Corpus):
+        def documents(self):
+            return iter(())
+
+
+    class Plain(Corpus):
+        class Config:
+            pass
+
+        def documents(self):
+            return iter(())
+
+
+    def function():
+        pass
+'''
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("parts:Missing", "corpus 'mine' of somebody (parts:Missing): module parts has no class Missing"),
+        ("parts:Bare", "corpus 'mine' of somebody (parts:Bare) is not a subclass of core.contracts.corpus.Corpus"),
+        (
+            "parts:function",
+            "corpus 'mine' of somebody (parts:function) is not a subclass of core.contracts.corpus.Corpus",
+        ),
+        ("parts:Unset", "corpus 'mine' of somebody (parts:Unset) has no nested dataclass Config"),
+        ("parts:Plain", "corpus 'mine' of somebody (parts:Plain) has no nested dataclass Config"),
+        (
+            "nowhere.parts:Part",
+            "corpus 'mine' of somebody (nowhere.parts:Part) cannot be imported: "
+            "ModuleNotFoundError: No module named 'nowhere'",
+        ),
+        (
+            "failing:Part",
+            "corpus 'mine' of somebody (failing:Part) cannot be imported: OSError: libfast.so: cannot open",
+        ),
+    ],
+    ids=["missing", "other class", "function", "no Config", "Config no dataclass", "no module", "fails"],
+)
+def test_P19_a_target_that_is_no_component_is_told_when_it_is_used(target: str, why: str, module: Module) -> None:
+    module("parts", PARTS)
+    module("failing", "raise OSError('libfast.so: cannot open')")
+    entry = offering("corpus", "mine", target=target).find("corpus", "mine")  # known, not imported
+    with pytest.raises(UserError) as told:
+        entry.load()
+    assert str(told.value) == why

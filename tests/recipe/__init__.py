@@ -1,0 +1,1 @@
+"""The tests of reading recipes: mistakes, layers, schedules, plans."""
