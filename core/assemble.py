@@ -39,15 +39,15 @@ class TiedOutput(nn.Module):
         return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
 
 
-def build(recipe: Recipe, *, device: str = "cpu") -> LanguageModel:
+def build(recipe: Recipe, *, device: str = "cpu", precision: Precision | None = None) -> LanguageModel:
     """The recipe's model with its initial weights; on the meta device without any.
 
     Args:
         recipe: from `core.compose`.
         device: "meta" builds shapes only.
+        precision: who makes the matrix products; None: the recipe's.
     """
-    precision: Precision = recipe.precision.component(recipe.precision.config)
-    context = _context(recipe, precision)
+    context = _context(recipe, precision or make(recipe.precision))
     with torch.device(device), _float_default():
         model = _model(recipe, context)
     if device != "meta":

@@ -45,8 +45,11 @@ def attend(q_BLHR: Tensor, k_BSHR: Tensor, v_BSHV: Tensor, scale: float, context
     mask = _mask(new, seen, context)
     grouped = k.shape[1] != q.shape[1]
     causal = mask is None and new > 1
+    width, missing = v.shape[-1], q.shape[-1] - v.shape[-1]
+    if missing > 0 and v.device.type == "cpu":
+        v = F.pad(v, (0, missing))  # the fused CPU kernel wants one width; without it all scores are stored
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-    return o.transpose(1, 2)
+    return o[..., :width].transpose(1, 2)
 
 
 def _mask(new: int, seen: int, context: SequenceContext) -> Tensor | None:

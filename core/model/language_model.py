@@ -1,7 +1,9 @@
 """The language model: embedding, blocks, final norm, output, and the heads that give it losses."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,11 +186,11 @@ def _term(head: str, term: str) -> str:
     return head if term == head else f"{head}/{term}"
 
 
-def _keep_choices() -> tuple[object, object]:
+def _keep_choices() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Selective recomputation that saves what `topk` chose: a tie may fall the other way the second time."""
 
     def policy(_: object, op: Callable[..., object], *args: object, **kwargs: object) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.topk.default else CheckpointPolicy.PREFER_RECOMPUTE
 
-    contexts: tuple[object, object] = create_selective_checkpoint_contexts(policy)
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = create_selective_checkpoint_contexts(policy)
     return contexts

@@ -1,4 +1,6 @@
-"""Cross-entropy as a sum over the positions that count."""
+"""Cross-entropy as a sum over the positions that count, taken in pieces."""
+
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -6,10 +8,25 @@ from torch.nn import functional as F
 from core.model.numerics import at_least_fp32
 
 IGNORED = -100
+ROWS = 512
+"""Rows of logits in a piece: large enough for the product, small enough to stay out of fresh memory maps."""
 
 
-def cross_entropy_sum(logits_BLV: Tensor, targets_BL: Tensor, counted_BL: Tensor) -> Tensor:
-    """Sum of -log p(target) in nats over the counted positions, in fp32 or wider; 0 if there is none."""
-    targets = targets_BL.masked_fill(~counted_BL, IGNORED)
-    wide = at_least_fp32(logits_BLV)
-    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+def cross_entropy_sum(
+    logits: Callable[[Tensor], Tensor], hidden_BLD: Tensor, targets_BL: Tensor, counted_BL: Tensor
+) -> Tensor:
+    """Sum of -log p(target) in nats over the counted positions, in fp32 or wider; 0 if there is none.
+
+    Args:
+        logits: hidden states to logits, rows x D -> rows x V.
+        hidden_BLD: what is predicted from.
+        targets_BL: int64 token ids.
+        counted_BL: bool, which positions count.
+    """
+    hidden_TD = hidden_BLD.flatten(0, 1)
+    targets_T = targets_BL.masked_fill(~counted_BL, IGNORED).flatten()
+    total = at_least_fp32(hidden_TD[:0]).sum()
+    for rows_RD, targets_R in zip(hidden_TD.split(ROWS), targets_T.split(ROWS), strict=True):
+        wide_RV = at_least_fp32(logits(rows_RD))
+        total = total + F.cross_entropy(wide_RV, targets_R, ignore_index=IGNORED, reduction="sum")
+    return total

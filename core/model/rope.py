@@ -43,10 +43,10 @@ def temperature(factor: float, mscale: float | None) -> float:
 
 def softmax_scale(head_dim: int, rope: Rope) -> float:
     """1/sqrt(head_dim), times YaRN's temperature of all dimensions squared (0.135234 for DeepSeek-V3)."""
-    scale = head_dim**-0.5
-    if rope.yarn is None:
-        return scale
-    return scale * temperature(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
+    scale: float = head_dim**-0.5
+    if rope.yarn is not None:
+        scale *= temperature(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
+    return scale
 
 
 def rope_table(rope: Rope, dim: int, positions_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

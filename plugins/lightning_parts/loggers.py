@@ -25,10 +25,11 @@ class _Writer(ExperimentWriter):
         file = Path(self.metrics_file_path)
         if not file.is_file():
             return
-        with file.open(newline="") as rows:
-            reader = csv.DictReader(rows)
-            kept = [row for row in reader if self._resumed_at is not None and int(row["step"]) <= self._resumed_at]
-            self.metrics_keys = list(reader.fieldnames or [])
+        with file.open(newline="") as text:
+            whole = [line for line in text if line.endswith("\n")]  # a full disk cuts the last row short
+        reader = csv.DictReader(whole)
+        kept = [row for row in reader if self._resumed_at is not None and int(row["step"]) <= self._resumed_at]
+        self.metrics_keys = list(reader.fieldnames or [])
         self._replace(self.metrics_keys, kept)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
@@ -64,6 +65,15 @@ class _CSVLogger(CSVLogger):
         """Nothing: the run folder holds the whole recipe."""
 
 
+class _TensorBoardLogger(TensorBoardLogger):
+    """Lightning's, which keeps events in memory for up to two minutes; `save()` writes them out."""
+
+    def save(self) -> None:
+        """Put everything on disk."""
+        super().save()
+        self.experiment.flush()
+
+
 class CSV(LoggerFactory):
     """`metrics.csv` in the run folder."""
 
@@ -89,5 +99,5 @@ class TensorBoard(LoggerFactory):
 
     def make(self, folder: Path, *, resumed_at: int | None) -> Logger:
         """The logger; events after `resumed_at` are purged."""
-        purge = {} if resumed_at is None else {"purge_step": resumed_at + 1}
-        return TensorBoardLogger(save_dir=folder, name="", version="tensorboard", **purge)
+        first = (resumed_at or 0) + 1
+        return _TensorBoardLogger(save_dir=folder, name="", version="tensorboard", purge_step=first)

@@ -89,8 +89,8 @@ class LocalDispatcher(Dispatcher):
         y_AD = _Permute.apply(y_AD, inverse_A, order_A)
         if routing.choices:
             y_TKD = y_AD.unflatten(0, (tokens, routing.choices))
-            gate_T1K = gate_A.view(tokens, 1, routing.choices).to(y_AD.dtype)
-            return _Done(torch.bmm(gate_T1K, y_TKD)[:, 0])
+            gate_TK = gate_A.view(tokens, routing.choices).to(y_AD.dtype)
+            return _Done(torch.einsum("tk,tkd->td", gate_TK, y_TKD))
         y_AD = y_AD * gate_A[:, None].to(y_AD.dtype)
         y_TD = y_AD.new_zeros(tokens, y_AD.shape[1])
         return _Done(y_TD.index_add(0, routing.token_A, y_AD))

@@ -83,14 +83,13 @@ class MultiTokenPrediction(LossHead):
         for k, depth in enumerate(self.depths, start=1):
             inner = _shifted(context, k)
             state_BLD, record = depth(state_BLD[:, : inner.tokens_BL.shape[1]], shared.embed(inner.tokens_BL), inner)
-            logits_BLV = shared.logits(state_BLD)
             counted_BL = context.predicted(k)
-            total = cross_entropy_sum(logits_BLV, context.targets_BL[:, k:], counted_BL)
+            total = cross_entropy_sum(shared.logits, state_BLD, context.targets_BL[:, k:], counted_BL)
             terms[f"depth_{k}"] = LossTerm(total, context.predicted().sum())
             if record is not None:
                 records[f"depths.{k - 1}.block"] = record
             if main_BL is not None:
-                agree = (logits_BLV.argmax(dim=-1) == main_BL[:, k:]) & counted_BL
+                agree = (shared.logits(state_BLD).argmax(dim=-1) == main_BL[:, k:]) & counted_BL
                 metrics[f"acceptance_{k}"] = LossTerm(agree.sum(), counted_BL.sum())
         return HeadOutput(terms, records, metrics)
 

@@ -33,7 +33,7 @@ class NextToken(LossHead):
     def forward(self, hidden_BLD: Tensor, context: SequenceContext, shared: Shared) -> HeadOutput:
         """One term, `next_token`."""
         assert context.targets_BL is not None
-        total = cross_entropy_sum(shared.logits(hidden_BLD), context.targets_BL, context.predicted())
+        total = cross_entropy_sum(shared.logits, hidden_BLD, context.targets_BL, context.predicted())
         return HeadOutput({"next_token": LossTerm(total, context.predicted().sum())})
 
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
