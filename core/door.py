@@ -6,9 +6,11 @@ This module and every door import nothing heavy before their arguments are read,
 import argparse
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from core.contracts.errors import RunFailed, UserError
@@ -16,7 +18,8 @@ from core.contracts.errors import RunFailed, UserError
 
 def run_door(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse, run, and leave with the exit code that the public surface promises."""
-    arguments = parser.parse_args()
+    arguments = _parsed(parser)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         main(arguments)
     except UserError as error:
@@ -34,6 +37,21 @@ def run_door(main: Callable[[argparse.Namespace], None], parser: argparse.Argume
             leave(128 + signum, str(error))
         traceback.print_exc()
         leave(1, "")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; options may stand among the overrides, where the parser has no commands of its own."""
+    try:
+        return parser.parse_intermixed_args()
+    except TypeError:
+        return parser.parse_args()
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    """Before a run has begun there is nothing to save."""
+    raise SystemExit(128 + signum)
 
 
 def leave(code: int, sentence: str) -> None:

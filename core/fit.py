@@ -1,6 +1,7 @@
 """python -m core.fit RECIPE [KEY=VALUE ...]: train a recipe into a run folder."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -13,9 +14,9 @@ def parser() -> argparse.ArgumentParser:
     recipe_arguments(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/<recipe>, numbered)")
     p.add_argument(
-        "--resume", metavar="RUN", help="go on with the run in this folder; `auto`: with the newest unfinished one, if any"
+        "--resume", metavar="RUN", help="go on with the run in this folder; `auto`: the newest unfinished one, if any"
     )
-    p.add_argument("--dry-run", action="store_true", help="compose, validate, build on the meta device, print the summary")
+    p.add_argument("--dry-run", action="store_true", help="compose, validate, build on meta, print the summary")
     p.add_argument("--json", action="store_true", help="print the run's summary as JSON")
     return p
 
@@ -25,7 +26,7 @@ def main(arguments: argparse.Namespace) -> None:
     from core.recipe.compose import compose
 
     recipe = compose(arguments.recipe, arguments.overrides)
-    for key in recipe.dropped:
+    for key in recipe.dropped if os.environ.get("LOCAL_RANK", "0") == "0" else ():
         print(f"dropped {key}: the component now named there has no such key", file=sys.stderr)
     if arguments.dry_run:
         from core.describe import show
@@ -34,11 +35,15 @@ def main(arguments: argparse.Namespace) -> None:
         return
     from core.run import fit
     from core.training.folder import RunFolder, resumable, start_folder
+    from core.training.ranks import joined_folder, leads
 
-    folder, resume = resumable(arguments.resume, arguments.out, recipe.name), arguments.resume is not None
+    resume = arguments.resume is not None
+    folder = joined_folder() or resumable(arguments.resume, arguments.out, recipe.name)
     if folder is None:
         folder, resume = start_folder(arguments.out, recipe.name), False
     summary = fit(recipe, RunFolder(folder), resume=resume, say=lambda text: print(text, file=sys.stderr))
+    if not leads():
+        return
     if arguments.json:
         print_json(summary)
     else:

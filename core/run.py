@@ -1,9 +1,10 @@
 """From objects to a run folder: train, resume, validate, summarise; and load what a run left."""
 
+import json
+import math
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,21 @@ import torch
 
 from core.assemble import Size, build, make, plan_of, size_of
 from core.contracts.component import Environment
-from core.contracts.errors import UserError
+from core.contracts.errors import RunFailed, UserError
+from core.data.loaders import ValidationLoader
 from core.data.module import TextData
 from core.model.language_model import LanguageModel
 from core.model.sampling import sample
 from core.recipe.compose import Recipe, compose
-from core.training.callbacks import LoadLog
-from core.training.checkpoints import checkpoints_in, is_disk_full, read_checkpoint
+from core.recipe.plan import Plan
+from core.training.callbacks import Interrupted, LoadLog
+from core.training.checkpoints import is_disk_full, read_checkpoint
 from core.training.folder import RunFolder, provenance
 from core.training.module import TrainingModule
-from core.training.ranks import rank_and_world
+from core.training.ranks import leads, one_group, rank_and_world
+from core.training.resume import Resume, check_data, check_same, newest, newest_checkpoint
 from core.training.setup import make_trainer, watch
 from core.training.throughput import measured_peak_flops
-
-REPRODUCED = ("seed", "model", "precision", "data", "optimizer", "batch", "budget", "gradient_clip", "initial_weights")
-"""Sections that a resumed run must share with the one it continues, or its bits would differ."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """A checkpoint to go on from.
-
-    Args:
-        path: the file.
-        step: windows that it has done.
-    """
-
-    path: Path
-    step: int
 
 
 def fit(
@@ -59,28 +47,36 @@ def fit(
         UserError, RunFailed, core.training.callbacks.Interrupted.
     """
     try:
-        return _fit(recipe, folder, resume=resume, say=say)
+        if not leads():
+            return _join(recipe, folder, resume=resume)
+        check_environment(recipe)
+        if not resume:
+            folder.create()
+            return _fit(recipe, folder, None, say)
+        check_same(recipe, folder, say)
+        if folder.summary.exists():
+            say(f"run folder: {folder.path} (this run is complete)")
+            return dict(json.loads(folder.summary.read_text(encoding="utf-8")))
+        folder.sweep()
+        return _fit(recipe, folder, newest(folder), say)
     except OSError as error:
         if is_disk_full(error):
-            raise UserError(f"{folder.path}: no space is left; make room and continue with --resume {folder.path}") from error
+            how = f"continue with --resume {folder.path}" if folder.recipe.exists() else "start again"
+            raise UserError(f"{folder.path}: no space is left on the disk; make room and {how}") from error
         raise
 
 
-def _fit(recipe: Recipe, folder: RunFolder, *, resume: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    check_environment(recipe)
-    start = newest(recipe, folder) if resume else None
-    if not resume:
-        folder.create()
+def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
+    """One of several ranks, all but the first: it trains along, and leaves files and words to the first."""
+    try:
+        return _fit(recipe, folder, newest(folder) if resume else None, say=lambda _: None)
+    except (Interrupted, RunFailed):
+        return {}
+
+
+def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[[str], None]) -> dict[str, Any]:
     plan = plan_of(recipe)
-    data = TextData(
-        make(recipe.data.corpus),
-        vocab=recipe.data.tokenizer.vocab,
-        length=recipe.data.sequence_length,
-        plan=plan,
-        seed=recipe.seed,
-        rank_and_world=rank_and_world,
-        validation_sequences=recipe.validation.sequences,
-    )
+    data = text_data(recipe, plan)
     data.prepare()
     model = build(recipe)
     size = size_of(model)
@@ -100,15 +96,31 @@ def _fit(recipe: Recipe, folder: RunFolder, *, resume: bool, say: Callable[[str]
         max_skipped=recipe.max_skipped_steps,
         validation_bytes=data.validation_bytes,
     )
-    if not folder.recipe.exists():
+    if folder.recipe.exists():
+        check_data(folder, data.fingerprint)
+    elif leads():
         _write_identity(recipe, folder, data)
     loads = _train(recipe, folder, module, data, peak, start, say)
-    return _finish(recipe, folder, module, data, size, loads, peak)
+    return _finish(recipe, folder, module, data, size, loads, peak) if leads() else {}
+
+
+def text_data(recipe: Recipe, plan: Plan) -> TextData:
+    """The recipe's data; nothing is read before `prepare()`."""
+    return TextData(
+        make(recipe.data.corpus),
+        vocab=recipe.data.tokenizer.vocab,
+        length=recipe.data.sequence_length,
+        plan=plan,
+        seed=recipe.seed,
+        rank_and_world=rank_and_world,
+        validation_sequences=recipe.validation.sequences,
+    )
 
 
 def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
     """What the run is; the recipe last, because its presence makes the folder a run."""
-    folder.write_json("provenance.json", provenance(recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads()))
+    shaped_by = provenance(recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads())
+    folder.write_json("provenance.json", shaped_by)
     data.tokenizer.save(folder.tokenizer)
     folder.write_recipe(recipe.to_dict())
 
@@ -122,7 +134,7 @@ def _train(
     start: Resume | None,
     say: Callable[[str], None],
 ) -> LoadLog:
-    """Fit, then validate where the last validation was not after the last step."""
+    """Lightning's part; it validates after the last step too."""
     loads, stop, throughput = watch(folder.path, peak)
     resumed_at = start.step if start else None
     trainer = make_trainer(
@@ -130,14 +142,13 @@ def _train(
         folder.path,
         steps=module.plan.steps,
         loggers=[make(section).make(folder.path, resumed_at=resumed_at) for section in recipe.loggers],
-        watchers=[throughput, loads, stop, *(make(section).make(folder.path) for section in recipe.callbacks)],
+        watchers=[throughput, loads, *(make(section).make(folder.path) for section in recipe.callbacks)],
+        stop=stop,
         strategy=make(recipe.strategy).trainer_arguments(),
     )
-    stop.listen()
     say(f"run folder: {folder.path}" + (f" (resumed after step {start.step})" if start else ""))
-    trainer.fit(module, datamodule=data, ckpt_path=str(start.path) if start else None, weights_only=True)
-    if data.validation_bytes and module.validated_at != module.plan.steps:
-        trainer.validate(module, datamodule=data, verbose=False)
+    with stop.listening(), one_group(folder.path):
+        trainer.fit(module, datamodule=data, ckpt_path=str(start.path) if start else None, weights_only=True)
     return loads
 
 
@@ -154,23 +165,22 @@ def _finish(
     loads.write()
     module.eval()
     opening = data.tokenizer.end
-    text = data.tokenizer.decode(list(sample(module.model, [opening], tokens=128, temperature=0.8, top_p=0.9, stop=opening)))
-    folder.write_text("sample.txt", text + "\n")
+    written = sample(module.model, [opening], tokens=128, temperature=0.8, top_p=0.9, stop=opening)
+    folder.write_text("sample.txt", data.tokenizer.decode(list(written)) + "\n")
     summary = summarise(module, data, size, loads, peak)
     folder.write_json("summary.json", summary)
     return summary
 
 
-def summarise(
-    module: TrainingModule, data: TextData, size: Size, loads: LoadLog, peak: float | None
-) -> dict[str, Any]:
+def summarise(module: TrainingModule, data: TextData, size: Size, loads: LoadLog, peak: float | None) -> dict[str, Any]:
     """The run's results under the names that `summary.json` promises; null where something was not measured."""
-    values = module.validation.compute() if module.validated_at is not None else {}
+    values = module.validated
     acceptance = next((v for name, v in values.items() if name.endswith("acceptance_1")), None)
-    rate = module.plan.tokens / module.seconds if module.seconds else None
-    return {
+    tokens = module.plan.progress(module.windows_done - 1).tokens
+    rate = tokens / module.seconds if module.seconds else None
+    results = {
         "steps": module.windows_done,
-        "tokens": module.plan.tokens,
+        "tokens": tokens,
         "wall_seconds": module.seconds,
         "tokens_per_second": rate,
         "mfu": rate * size.flops_per_token / peak if rate and peak else None,
@@ -190,6 +200,12 @@ def summarise(
         "validation_bytes": data.validation_bytes,
         "threads": torch.get_num_threads(),
     }
+    return finite(results)
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with null for what is no number: JSON has neither infinities nor NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def peak_memory_bytes() -> int:
@@ -214,62 +230,6 @@ def check_environment(recipe: Recipe) -> None:
             raise UserError(f"{recipe.source}: {section.slot} {section.name!r} cannot run here: {why}")
 
 
-def newest(recipe: Recipe, folder: RunFolder) -> Resume | None:
-    """The checkpoint that a resumed run starts from, after checking that it is the same run.
-
-    Raises:
-        UserError: no run there, another recipe (the first difference is named), a damaged checkpoint, or
-            another number of threads, under which the bits would differ.
-    """
-    if not folder.recipe.exists():
-        raise UserError(f"--resume {folder.path}: there is no run in this folder (no recipe.yaml)")
-    before, now = compose(folder.recipe).to_dict(), recipe.to_dict()
-    difference = first_difference({k: before[k] for k in REPRODUCED}, {k: now[k] for k in REPRODUCED})
-    if difference:
-        path, old, new = difference
-        raise UserError(f"--resume {folder.path}: {path} = {new} here, but the run was started with {old}")
-    files = checkpoints_in(folder.path)
-    if not files:
-        return None
-    own = read_checkpoint(files[-1])["moeloom"]
-    if own["threads"] != torch.get_num_threads():
-        raise UserError(
-            f"--resume {folder.path}: the run used {own['threads']} threads and this process has "
-            f"{torch.get_num_threads()}, which would change its bits; set OMP_NUM_THREADS={own['threads']}"
-        )
-    return Resume(files[-1], own["windows_done"])
-
-
-def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Key path and both values of the first place where two containers differ, in the old one's order."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(k for k in new if k not in old)]:
-            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-            if found:
-                return found
-        return None
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            if found := first_difference(a, b, f"{path}.{index}"):
-                return found
-        return None
-    return None if old == new else (path, old, new)
-
-
-def newest_checkpoint(path: Path) -> Path:
-    """A checkpoint file given as itself or as its run's folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    if path.is_file():
-        return path
-    files = checkpoints_in(path)
-    if not files:
-        raise UserError(f"{path}: no checkpoint here: give a run folder or a checkpoint file")
-    return files[-1]
-
-
 def load_weights(model: LanguageModel, checkpoint: Path) -> None:
     """Put a checkpoint's weights into a model; every tensor must find its place.
 
@@ -281,9 +241,11 @@ def load_weights(model: LanguageModel, checkpoint: Path) -> None:
     own = model.state_dict()
     for name in [*own, *weights]:
         if name not in weights or name not in own:
-            raise UserError(f"{checkpoint}: tensor {name} is {'missing' if name not in weights else 'not of this model'}")
-        if weights[name].shape != own[name].shape:
-            raise UserError(f"{checkpoint}: tensor {name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}")
+            what = "missing" if name not in weights else "not of this model"
+            raise UserError(f"{checkpoint}: tensor {name} is {what}")
+        theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
+        if theirs != ours:
+            raise UserError(f"{checkpoint}: tensor {name} is {theirs}, the model's {ours}")
     model.load_state_dict(weights)
 
 
@@ -297,6 +259,35 @@ def load(run_or_checkpoint: str | Path) -> LanguageModel:
     model = build(compose(run_of(checkpoint).recipe))
     load_weights(model, checkpoint)
     return model.eval()
+
+
+@torch.no_grad()
+def evaluate(checkpoint: Path) -> dict[str, Any]:
+    """Validation of a checkpoint over its recipe's whole validation split.
+
+    Raises:
+        UserError: no run, a damaged checkpoint, data that differs from the run's, or no validation split.
+    """
+    folder = run_of(checkpoint)
+    recipe = compose(folder.recipe)
+    data = text_data(recipe, plan_of(recipe))
+    data.prepare()
+    check_data(folder, data.fingerprint)
+    if not data.validation_bytes:
+        raise UserError(f"{checkpoint}: the corpus has no validation split (fewer than 11 documents)")
+    module = TrainingModule(
+        load(checkpoint),
+        plan=data.plan,
+        optimizer=make(recipe.optimizer),
+        flops_per_token=0.0,
+        mask_documents=recipe.data.mask_documents,
+        validation_bytes=data.validation_bytes,
+    ).eval()
+    loader = data.val_dataloader()
+    assert isinstance(loader, ValidationLoader)
+    for index, batch in enumerate(loader):
+        module.validation_step(batch, index)
+    return finite({"checkpoint": checkpoint.name, **module.validation.compute()})
 
 
 def run_of(path: Path) -> RunFolder:

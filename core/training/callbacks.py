@@ -1,8 +1,16 @@
-"""What watches a run: the log of loads, the checkpoints, the signal that stops it."""
+"""What watches a run: the log of steps and of loads, the checkpoints, the signal that stops it.
+
+Lightning calls callbacks in their order, those that save last. A checkpoint is taken where a step has ended:
+its row is on disk, and so is its validation where one is due. A kill at any moment therefore leaves a log that
+is never behind the newest checkpoint, and a resumed run neither repeats a row nor misses one.
+"""
 
 import os
 import signal
+from abc import abstractmethod
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,15 +19,32 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from core.training.checkpoints import checkpoints_in
 from core.training.load import measures
 from core.training.module import TrainingModule
+from core.training.ranks import largest
 
 SNAPSHOTS = 256
 """Snapshots of load and bias that a run keeps; past it every second one is dropped."""
+
+
+class StepLog(L.Callback):
+    """Hands each step's numbers to the loggers.
+
+    Lightning would do so after every callback has seen the step, the checkpoints among them: a kill in between
+    would leave a checkpoint whose own step is missing from the log.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One row for each step, or for every `trainer.log_every_n_steps`-th."""
+        assert isinstance(pl_module, TrainingModule)
+        if pl_module.windows_done % max(trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
+            pl_module.write_row(pl_module.step_values)
 
 
 class LoadLog(L.Callback):
@@ -58,8 +83,8 @@ class LoadLog(L.Callback):
         tensors = {"steps": torch.tensor([step for step, _ in self.snapshots])}
         for name in self.snapshots[-1][1]:
             tensors[name] = torch.stack([snapshot[name] for _, snapshot in self.snapshots])
-        temporary = self.file.with_name(f"{self.file.name}.tmp")
-        save_file(tensors, temporary)
+        temporary = self.file.with_name(f".{self.file.name}.tmp")
+        temporary.write_bytes(save(tensors))
         os.replace(temporary, self.file)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -88,58 +113,85 @@ def _snapshot(module: TrainingModule) -> dict[str, Tensor]:
     return tensors
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - not an error: the run did what it was asked to
     """A signal asked the run to stop; it has saved and left.
 
     Args:
         signum: SIGINT or SIGTERM.
+        step: the last step that is done.
+        folder: the run's.
     """
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+    def __init__(self, signum: int, step: int, folder: Path) -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}, which is saved; continue with --resume {folder}")
         self.signum = signum
 
 
-class StopOnSignal(L.Callback):
-    """SIGINT and SIGTERM end the run after the step under way, with a checkpoint; a second one ends it at once."""
+class _StepEnd(Checkpoint):
+    """Acts where a step has ended: after its validation, if it has one.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.signum: int | None = None
+    A checkpoint that is taken before would lack the validation for good: Lightning does not make up for it.
+    """
 
-    def listen(self) -> None:
-        """Take over both signals, for this process's main thread."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._note)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.default_int_handler)
+    @abstractmethod
+    def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
+        """Called once for every step."""
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps: save and leave."""
-        if self.signum is None:
-            return
+        """The end of a step without validation."""
         assert isinstance(pl_module, TrainingModule)
-        save_step(trainer, pl_module, self.folder)
-        raise Interrupted(self.signum)
+        if not pl_module.validation_follows:
+            self.step_ended(trainer, pl_module)
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """A validation can be long; the last step's checkpoint is there already, or is made now."""
-        if self.signum is None:
-            return
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The end of a step with one."""
         assert isinstance(pl_module, TrainingModule)
         if trainer.state.fn == TrainerFn.FITTING:
-            save_step(trainer, pl_module, self.folder)
-        raise Interrupted(self.signum)
+            self.step_ended(trainer, pl_module)
 
 
-class KeepLatest(Checkpoint):
+class StopOnSignal(_StepEnd):
+    """SIGINT and SIGTERM end the run after the step under way, with a checkpoint; a second one ends it at once.
+
+    One rank that is told is enough: all stop after the same step.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.signum = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over both signals; afterwards they mean what they meant before. For the main thread."""
+        before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning has put its own handler before ours, one that talks to other ranks from wherever it is called."""
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum:
+            os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # the progress bar has hidden the cursor
+            os._exit(128 + signum)
+        self.signum = signum
+
+    def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
+        """Save and leave, if some rank was told to."""
+        signum = largest(self.signum, module.device)
+        if signum:
+            save_step(trainer, module, self.folder)
+            raise Interrupted(signum, module.windows_done, self.folder)
+
+
+class KeepLatest(_StepEnd):
     """Saves every so many steps and keeps the latest few.
 
     Lightning's ModelCheckpoint counts optimizer steps, so a skipped one shifts it, and under manual
@@ -154,23 +206,32 @@ class KeepLatest(Checkpoint):
     def __init__(self, folder: Path, *, every: int, keep: int) -> None:
         self.folder, self.every, self.keep = folder, every, keep
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """After the step, before any validation."""
+    def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
+        """Save where it is time."""
+        if module.windows_done % self.every == 0 or module.windows_done == module.plan.steps:
+            self._save(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that something else has ended early is saved as it is."""
         assert isinstance(pl_module, TrainingModule)
-        if pl_module.windows_done % self.every == 0 or pl_module.windows_done == pl_module.plan.steps:
-            save_step(trainer, pl_module, self.folder)
-            if trainer.is_global_zero:
-                for old in checkpoints_in(self.folder)[: -self.keep]:
-                    old.unlink()
+        if pl_module.windows_done:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: L.Trainer, module: TrainingModule) -> None:
+        save_step(trainer, module, self.folder)
+        if trainer.is_global_zero:
+            for old in checkpoints_in(self.folder)[: -self.keep]:
+                old.unlink()
 
 
 def save_step(trainer: L.Trainer, module: TrainingModule, folder: Path) -> None:
-    """Save the checkpoint of the step just done, unless it is there."""
+    """Save the checkpoint of the step just done, unless it is there; what was logged reaches the disk first."""
     path = folder / "checkpoints" / checkpoint_name(module.windows_done)
-    if not path.exists():
-        trainer.save_checkpoint(path)
+    if trainer.strategy.broadcast(path.exists()):
+        return
+    for logger in trainer.loggers:
+        logger.save()
+    trainer.save_checkpoint(path, weights_only=False)  # weights_only here: save nothing but weights
 
 
 def checkpoint_name(step: int) -> str:

@@ -7,7 +7,6 @@ moment the folder holds whole files only. Reading allows tensors and plain conta
 import contextlib
 import errno
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,8 @@ class WholeFiles(TorchCheckpointIO):
                 temporary.unlink(missing_ok=True)
             reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else "the disk is full or refuses"
             raise UserError(
-                f"{target}: this checkpoint cannot be written ({reason}); the earlier ones in {target.parent} are whole: "
-                "make room and continue with --resume"
+                f"{target}: this checkpoint cannot be written ({reason}); the earlier ones in its folder are whole: "
+                f"make room and continue with --resume {target.parent.parent}"
             ) from cause
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
@@ -62,8 +61,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as cause:
-        raise UserError(f"{path}: not a whole checkpoint: it is truncated, damaged or not ours{_others(path)}") from cause
+    except Exception as cause:  # a damaged file can make the reader stumble anywhere
+        why = "it is truncated, damaged or not ours"
+        raise UserError(f"{path}: not a whole checkpoint: {why}{_others(path)}") from cause
     if not isinstance(content, dict) or "moeloom" not in content or "state_dict" not in content:
         raise UserError(f"{path}: a file of another program: it holds no moeloom run{_others(path)}")
     return content

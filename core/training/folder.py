@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "tokenizer.json"
 
     @property
+    def provenance(self) -> Path:
+        """Who and what shaped the run."""
+        return self.path / "provenance.json"
+
+    @property
     def summary(self) -> Path:
         """What the finished run measured; it exists once the run is complete."""
         return self.path / "summary.json"
@@ -48,7 +53,8 @@ class RunFolder:
             UserError: it cannot be written, or holds a run already.
         """
         if self.recipe.exists():
-            raise UserError(f"--out {self.path}: holds a run already; continue it with --resume {self.path}, or name another")
+            how = f"continue it with --resume {self.path}, or name another"
+            raise UserError(f"--out {self.path}: holds a run already; {how}")
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             probe = self.path / ".probe"
@@ -56,6 +62,11 @@ class RunFolder:
             probe.unlink()
         except OSError as cause:
             raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
+
+    def sweep(self) -> None:
+        """Take away the half-written checkpoints that a kill left; they can be large."""
+        for half in (self.path / "checkpoints").glob(".*.tmp"):
+            half.unlink()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file under a temporary name and move it into place."""

@@ -7,6 +7,7 @@ logged MaxVio read the same integers.
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -62,9 +63,10 @@ class TrainingModule(L.LightningModule):
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.step_load: dict[str, Tensor] = {}
+        self.step_values: dict[str, Any] = {}
         self.seconds = 0.0
         self.assigned = self.dropped = 0
-        self.validated_at: int | None = None
+        self.validated: dict[str, float] = {}
         self.validation = ValidationTotals(model, validation_bytes)
 
     def dropped_fraction(self) -> float:
@@ -73,8 +75,8 @@ class TrainingModule(L.LightningModule):
 
     @property
     def flops_per_batch(self) -> int:
-        """FLOPs of this rank's share of the current window."""
-        window = self.plan.window(min(self.windows_done, self.plan.steps - 1))
+        """FLOPs of this rank's share of the window just done."""
+        window = self.plan.window(max(self.windows_done - 1, 0))
         tokens = window.count * self.plan.sequences * self.plan.length // rank_and_world()[1]
         return int(self.flops_per_token * tokens)
 
@@ -96,10 +98,6 @@ class TrainingModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock of this step."""
         self._began = time.perf_counter()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Only the time of steps counts: no validation, no saving."""
-        self.seconds += time.perf_counter() - self._began
 
     def training_step(self, window: list[Batch], _: int) -> None:
         """One optimizer step: denominators, forwards and backwards, load, norm, guard, clip, update, balance, log."""
@@ -130,6 +128,21 @@ class TrainingModule(L.LightningModule):
         self.windows_done += 1
         self.step_load = seen.loads
         self._log(seen, counts, progress, norm, rate)
+        self.seconds += time.perf_counter() - self._began  # only the time of steps counts: no validation, no saving
+        if self.windows_done == self.plan.steps:
+            self.trainer.should_stop = True  # it would anyway; so told, Lightning validates after the last step too
+
+    @property
+    def validation_follows(self) -> bool:
+        """Whether the step just done will be validated."""
+        due = self.windows_done % int(self.trainer.val_check_interval) == 0 or self.trainer.should_stop
+        return due and sum(self.trainer.num_val_batches) > 0
+
+    def write_row(self, values: Mapping[str, Any]) -> None:
+        """Give the loggers some numbers of the step just done."""
+        numbers = {name: float(value) for name, value in values.items()}
+        for logger in self.loggers:
+            logger.log_metrics(numbers, step=self.windows_done)
 
     def _synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients in the window's last backward only."""
@@ -162,7 +175,7 @@ class TrainingModule(L.LightningModule):
             )
 
     def _log(self, seen: Seen, counts: dict[str, Tensor], progress: Progress, norm: Tensor, rate: float) -> None:
-        values: dict[str, Any] = {"step": float(self.windows_done), "tokens": float(progress.tokens)}
+        values: dict[str, Any] = {"tokens": float(progress.tokens)}
         values.update(self._losses(seen, counts, progress))
         loads = measures(list(seen.loads.values()))
         values.update({f"load/{name}{'_batch' if name == 'max_vio' else ''}": value for name, value in loads.items()})
@@ -173,7 +186,8 @@ class TrainingModule(L.LightningModule):
             self.dropped += int(seen.dropped)
         values.update(self._balancer_metrics())
         values.update({"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped_steps)})
-        self.log_dict({name: _as_float(value) for name, value in values.items()}, batch_size=1)
+        self.step_values = values
+        self.log_dict({name: _as_float(value) for name, value in values.items()}, logger=False, batch_size=1)
         self.log("loss", _as_float(values["loss/total"]), prog_bar=True, logger=False, batch_size=1)
         if loads:
             self.log("MaxVio", loads["max_vio"].float(), prog_bar=True, logger=False, batch_size=1)
@@ -192,7 +206,7 @@ class TrainingModule(L.LightningModule):
             for index, balancer in enumerate(layer.balancers):
                 if (name := balance_term(path, index)) in seen.sums:
                     scaled = balancer.coefficient(progress) * seen.sums[name].double() / counts[name].clamp(min=1)
-                    balance.setdefault(f"loss/balance/{type(balancer).__name__}", []).append(scaled)
+                    balance.setdefault(f"loss/balance/{balancer.label}", []).append(scaled)
                     parts.append(scaled)
         values.update({name: torch.stack(terms).mean() for name, terms in balance.items()})
         values["loss/total"] = torch.stack(parts).sum()
@@ -217,9 +231,11 @@ class TrainingModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what the whole validation split gave."""
-        self.validated_at = self.windows_done
-        for name, value in self.validation.compute().items():
-            self.log(name, _as_float(value), prog_bar=name == "val_bits_per_byte", sync_dist=False)
+        self.validated = self.validation.compute()
+        self.write_row(self.validated)
+        several = rank_and_world()[1] > 1  # the totals are equal on all ranks; Lightning wants to be told
+        for name, value in self.validated.items():
+            self.log(name, _as_float(value), prog_bar=name == "val_bits_per_byte", logger=False, sync_dist=several)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Plain numbers beside Lightning's own state."""
@@ -230,6 +246,7 @@ class TrainingModule(L.LightningModule):
             "seconds": self.seconds,
             "assigned": self.assigned,
             "dropped": self.dropped,
+            "validated": dict(self.validated),
             "threads": torch.get_num_threads(),
         }
 
@@ -239,6 +256,7 @@ class TrainingModule(L.LightningModule):
         self.windows_done, self.skipped_steps = own["windows_done"], own["skipped_steps"]
         self.skipped_in_a_row, self.seconds = own["skipped_in_a_row"], own["seconds"]
         self.assigned, self.dropped = own["assigned"], own["dropped"]
+        self.validated = dict(own["validated"])
 
 
 def _as_float(value: Tensor | float) -> Tensor:

@@ -1,10 +1,43 @@
-"""Sums over the data ranks: the identity where there is one."""
+"""Sums over data ranks, the identity where there is one; and how several ranks share one run folder."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+
+JOINED = "MOELOOM_JOINED_RUN"
+"""The environment variable in which the first rank tells those that it starts which run folder is theirs."""
+
+
+def leads() -> bool:
+    """Whether this process is the first rank, which alone writes and speaks; known before any group is there."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def joined_folder() -> Path | None:
+    """The run folder of the rank that started this one; None where nobody did."""
+    told = os.environ.get(JOINED)
+    return Path(told) if told and not leads() else None
+
+
+@contextmanager
+def one_group(folder: Path) -> Iterator[None]:
+    """The time in which ranks may be started; afterwards this process is alone again, and so is its environment."""
+    before, alone = dict(os.environ), not dist.is_initialized()
+    os.environ[JOINED] = str(folder.resolve())
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        if alone and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -38,9 +71,18 @@ class _Sum(torch.autograd.Function):
         return gradient
 
 
+def largest(value: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers."""
+    if rank_and_world()[1] == 1:
+        return value
+    held = torch.tensor(value, device=device)
+    dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    return int(held)
+
+
 def reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks, differentiable."""
     if rank_and_world()[1] == 1:
         return tensor
-    result: Tensor = _Sum.apply(tensor)
+    result: Tensor = _Sum.apply(tensor)  # type: ignore[no-untyped-call]
     return result

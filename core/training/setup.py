@@ -8,20 +8,23 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
 
 from core.recipe.schema import RecipeSchema
-from core.training.callbacks import KeepLatest, LoadLog, StopOnSignal
+from core.training.callbacks import KeepLatest, LoadLog, StepLog, StopOnSignal
 from core.training.checkpoints import WholeFiles
 from core.training.throughput import Throughput
 
 
 class Bar(RichProgressBar):
-    """Lightning's bar with what one looks at: loss, MaxVio, tokens per second, time left."""
+    """Lightning's bar with what one looks at: loss, MaxVio, tokens per second, time left. Stdout stays the result's."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=True, console_kwargs={"stderr": True})
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The bar's numbers under short names."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if "tokens_per_second" in metrics:
-            metrics["tokens/s"] = round(float(metrics.pop("tokens_per_second")))
+            metrics["tokens/s"] = round(float(metrics.pop("tokens_per_second")))  # type: ignore[arg-type]
         return metrics
 
 
@@ -32,6 +35,7 @@ def make_trainer(
     steps: int,
     loggers: list[Logger],
     watchers: list[L.Callback],
+    stop: StopOnSignal,
     strategy: dict[str, Any],
 ) -> L.Trainer:
     """The Trainer of a run.
@@ -42,17 +46,18 @@ def make_trainer(
         steps: windows of the run.
         loggers: from the recipe's logger sections.
         watchers: callbacks of the run and of the recipe.
+        stop: saves and leaves when a signal says so.
         strategy: accelerator, devices and strategy.
     """
     options = dict(recipe.trainer)
     if options.get("enable_progress_bar", True):
-        watchers = [*watchers, Bar(leave=True)]
+        watchers = [*watchers, Bar()]
     return L.Trainer(
         **strategy,
         **{"log_every_n_steps": 1, "enable_model_summary": False, **options},
         default_root_dir=folder,
         logger=loggers,
-        callbacks=[*watchers, *_checkpoints(recipe, folder)],
+        callbacks=[*watchers, StepLog(), *_checkpoints(recipe, folder), stop],
         plugins=[WholeFiles()],
         max_epochs=1,
         check_val_every_n_epoch=None,
@@ -63,7 +68,7 @@ def make_trainer(
 
 
 def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
-    """The latest few, and the one with the best validation loss."""
+    """The one with the best validation loss, and the latest few, which remember which one was best."""
     latest = KeepLatest(folder, every=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep)
     best = ModelCheckpoint(
         dirpath=folder / "checkpoints",
@@ -75,7 +80,7 @@ def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
         save_on_train_epoch_end=False,
         enable_version_counter=False,
     )
-    return [latest, best]
+    return [best, latest]
 
 
 def watch(folder: Path, peak_flops: float | None) -> tuple[LoadLog, StopOnSignal, Throughput]:

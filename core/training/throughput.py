@@ -6,6 +6,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.trainer.states import RunningStage
+
+from core.training.module import TrainingModule
 
 
 def measured_peak_flops(device: torch.device, seconds: float = 0.3, size: int = 1024) -> float:
@@ -20,15 +23,19 @@ def measured_peak_flops(device: torch.device, seconds: float = 0.3, size: int = 
     return 2.0 * size**3 / best
 
 
+WINDOW = 5
+"""Steps whose end times speed is taken from: the first rate is known once there are so many."""
+
+
 class Throughput(ThroughputMonitor):
-    """`tokens_per_second` and `mfu` over the last steps, in the log and on the progress bar.
+    """`tokens_per_second` and `mfu` over the last steps, in the step's row and on the progress bar.
 
     Args:
         peak_flops: of one device; None asks Lightning's table of GPUs.
     """
 
     def __init__(self, peak_flops: float | None) -> None:
-        super().__init__(batch_size_fn=_tokens, window_size=20)
+        super().__init__(batch_size_fn=_tokens, window_size=WINDOW)
         self.peak_flops = peak_flops
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -39,16 +46,18 @@ class Throughput(ThroughputMonitor):
             throughput.available_flops = self.available_flops
 
     def _compute(self, trainer: L.Trainer, iter_num: int | None = None) -> None:
-        """Log with the step's other metrics instead of in a row of its own."""
+        """Put the rates into the step's row instead of one of their own."""
         if not trainer.training:
             return
-        metrics = self._throughputs[trainer.state.stage].compute()
+        metrics = self._throughputs[RunningStage.TRAINING].compute()
         module = trainer.lightning_module
-        rate = metrics.get("device/samples_per_sec")
-        if rate is not None:
-            module.log("tokens_per_second", rate * trainer.world_size, prog_bar=True, batch_size=1)
+        assert isinstance(module, TrainingModule)
+        if "device/samples_per_sec" in metrics:
+            rate = metrics["device/samples_per_sec"] * trainer.world_size
+            module.step_values["tokens_per_second"] = rate
+            module.log("tokens_per_second", rate, prog_bar=True, logger=False, batch_size=1)
         if "device/mfu" in metrics:
-            module.log("mfu", metrics["device/mfu"], batch_size=1)
+            module.step_values["mfu"] = metrics["device/mfu"]
 
 
 def _tokens(window: Any) -> int:

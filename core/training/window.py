@@ -75,7 +75,12 @@ def window_counts(model: LanguageModel, contexts: Sequence[SequenceContext]) -> 
                 mine = balancer.count(seen_by.get(path, context))
                 if mine is not None:
                     add(balance_term(path, index), mine)
-    shared = {f"{p}:{i}" for p, l in layers.items() for i, b in enumerate(l.balancers) if b.scope == "micro_batch"}
+    shared = {
+        balance_term(path, index)
+        for path, layer in layers.items()
+        for index, balancer in enumerate(layer.balancers)
+        if balancer.scope == "micro_batch"
+    }
     return {name: count if name in shared else total(count) for name, count in counts.items()}
 
 

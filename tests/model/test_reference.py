@@ -14,8 +14,8 @@ from . import tiny
 
 LENGTH = 7
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [3, 3, 3, 3, 3, 3, 4, 4]])
-VALID = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
-PADDED_DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [3, 3, 3, 4, 5, 5, 5, 5]])
+VALID = torch.tensor([[True] * 7, [False, True, True, False, True, True, False]])
+PADDED_DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 2, 2, 2], [3, 3, 3, 4, 4, 4, 4, 4]])
 WIDE = (
     f"{tiny.FFN}.experts=12",
     f"{tiny.ROUTER}.groups=3",
@@ -44,7 +44,9 @@ CASES = {
     "padding": Case(valid=VALID),
     "documents": Case(documents=DOCUMENTS),
     "documents and padding": Case(valid=VALID, documents=PADDED_DOCUMENTS),
-    "no query latent, three groups of four": Case(overrides=("model.attention.q_rank=null", *WIDE), valid=VALID),
+    "no query latent, three groups of four": Case(
+        overrides=("model.attention.q_rank=null", "model.attention.value_dim=14", *WIDE), valid=VALID
+    ),
     "yarn, one group": Case(overrides=(*ROPE, YARN, f"{tiny.ROUTER}.groups=1", f"{tiny.ROUTER}.group_limit=null")),
 }
 
@@ -64,7 +66,7 @@ class Pair:
 def both(name: str) -> Pair:
     """Runs a case once for all tests."""
     case = CASES[name]
-    model, given = tiny.build(*case.overrides), case.context()
+    model, given = tiny.build(*tiny.MTP, *case.overrides), case.context()
     logits = model.output(model.hidden(given)[0]).detach()
     seen = tiny.see(model, given)
     own = tiny.backward(model, seen.total())
@@ -117,7 +119,7 @@ def test_gradients(case: str) -> None:
 
 def test_model_logits_are_those_of_the_hidden_states() -> None:
     """`logits(tokens)` is the case without documents, in training and in evaluation."""
-    model, given = tiny.build(), CASES["plain"].context()
+    model, given = tiny.build(*tiny.MTP), CASES["plain"].context()
     torch.testing.assert_close(model.logits(given.tokens_BL), both("plain").logits, rtol=0, atol=0)
     torch.testing.assert_close(model.eval().logits(given.tokens_BL), both("plain").logits, rtol=0, atol=0)
 
@@ -126,7 +128,7 @@ def test_cases_exercise_what_they_name() -> None:
     """The reference's own guard: groups and biases change choices, and some experts stay empty."""
     given = CASES["plain"].context()
     settings = tiny.settings(tiny.compose())
-    state = tiny.build().state_dict()
+    state = tiny.build(*tiny.MTP).state_dict()
     unbiased = {name: torch.zeros_like(w) if name.endswith(".bias") else w for name, w in state.items()}
     ungrouped = Reference(state, settings.__class__(**{**vars(settings), "groups": 1, "group_limit": 1}))
     loads = Reference(state, settings).run(tiny.lines(given)).loads

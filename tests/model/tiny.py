@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,33 @@ TINY = Path(__file__).with_name("tiny.yaml")
 VOCABULARY = 300
 FFN, ROUTER, BALANCE = (f"model.blocks.moe.ffn{key}" for key in ("", ".router", ".balance"))
 DENSE = ("model.blocks.moe.count=0",)
-NO_MTP = ("model.heads={next_token: {name: next_token}}",)
+MTP = ("model.heads.mtp={name: mtp, depth: 2, weight: 0.3}",)
 FP32 = ("precision.name=fp32",)
+FLOOR = 1e-6  # a gradient whose largest element is below this is held to the absolute error of one of this size
 START = Progress(step=1, tokens=32, total_steps=100, total_tokens=3200)
 
-MLA = "model.attention={name: mla, heads: 4, kv_rank: 16, nope_dim: 8, rope_dim: 4, value_dim: 6"
-ATTENTIONS = {
-    "mla": f"{MLA}, q_rank: 24}}",
-    "mla without query latent": f"{MLA}}}",
-    "mha": "model.attention={name: mha, heads: 4}",
-    "gqa": "model.attention={name: gqa, heads: 4, kv_heads: 2}",
-    "mqa": "model.attention={name: mqa, heads: 4}",
+ATTENTIONS: dict[str, tuple[str, ...]] = {
+    "mla": (),
+    "mla without query latent": ("model.attention.q_rank=null",),
+    "mha": ("model.attention={name: mha, heads: 4}",),
+    "gqa": ("model.attention={name: gqa, heads: 4, kv_heads: 2}",),
+    "mqa": ("model.attention={name: mqa, heads: 4}",),
 }
 
 
+@cache
 def compose(*overrides: str) -> Recipe:
     """The tiny recipe with overrides."""
     return core.compose(TINY, overrides)
 
 
 def build(*overrides: str) -> LanguageModel:
-    """The tiny model with random norms and biases too, so that leaving one out shows."""
+    """A copy of the tiny model with random norms and biases too, so that leaving one out shows."""
+    return deepcopy(_built(overrides))
+
+
+@cache
+def _built(overrides: tuple[str, ...]) -> LanguageModel:
     model: LanguageModel = core.build(compose(*overrides))
     randomise(model)
     return model
@@ -164,7 +172,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], relativ
     """Every tensor agrees relative to the largest element of its counterpart."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        allowed = relative * max(float(value.abs().max()), 1e-12) if value.numel() else 0.0
+        allowed = relative * max(float(value.abs().max()), FLOOR) if value.numel() else 0.0
         difference = float((actual[name] - value).abs().max()) if value.numel() else 0.0
         assert difference <= allowed, f"{name}: {difference:.3e} > {allowed:.3e}"
 

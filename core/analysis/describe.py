@@ -1,0 +1,157 @@
+"""What a recipe would build: layers, plugins, sizes, precision of every role, effective loss coefficients."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.assemble import Size, build, make, plan_of, size_of
+from core.contracts.component import Environment
+from core.contracts.precision import Precision
+from core.contracts.schedule import Progress
+from core.model.language_model import LanguageModel
+from core.recipe.compose import Recipe
+from core.recipe.plan import Plan
+
+CONVENTION = (
+    "training FLOPs per token = 6 x active parameters (embedding excluded, output included) + 3 x forward attention "
+    "over the causal half of the sequence; flops_per_token counts the multi-token modules with one more use of the "
+    "output each, flops_per_token_main does not; params_total is the main model with its selection biases"
+)
+OPTIMIZER_BYTES = 8
+"""Two fp32 moments for each parameter."""
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The description as plain containers: what `--json` prints. Nothing is allocated."""
+    model = build(recipe, device="meta")
+    size, plan = size_of(model), plan_of(recipe, model)
+    return {
+        "recipe": recipe.source,
+        "params_total": size.params_total,
+        "params_mtp": size.params_heads,
+        "params_active": size.params_active,
+        "flops_per_token": size.flops_per_token,
+        "flops_per_token_main": size.flops_per_token_main,
+        "flops_convention": CONVENTION,
+        "kv_bytes_per_token": 2 * size.cache_elements,
+        "memory_bytes": memory(recipe, model, size),
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "layers": layers(model),
+        "loss_coefficients": coefficients(model, plan),
+        "precision": roles(recipe, model),
+        "plugins": plugins(recipe),
+        "runnable_here": obstacles(recipe) or True,
+        "dropped_keys": list(recipe.dropped),
+    }
+
+
+def memory(recipe: Recipe, model: LanguageModel, size: Size) -> dict[str, int]:
+    """Estimates: what is exact (weights, gradients, two fp32 moments), and the residual stream kept per micro-batch."""
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    parameters = sum(p.numel() for p in model.parameters())
+    compute = make(recipe.precision).compute_dtype("ffn.down").itemsize
+    tokens = recipe.batch.sequences * recipe.data.sequence_length
+    residual = tokens * recipe.model.dim * compute * 2 * (len(model.blocks) + len(model.heads))
+    logits = tokens * recipe.data.tokenizer.vocab * 4
+    return {
+        "weights": weights,
+        "gradients": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "optimizer": parameters * OPTIMIZER_BYTES,
+        "residual_stream": residual,
+        "logits": logits,
+        "kv_cache_per_sequence": 2 * size.cache_elements * recipe.data.sequence_length,
+    }
+
+
+def layers(model: LanguageModel) -> list[dict[str, Any]]:
+    """A row for each part, in order: parameters, those that one token uses, forward FLOPs, experts."""
+    rows = [_row("embedding", model.embedding, active=0)]
+    for index, block in enumerate(model.blocks):
+        costs = block.costs()  # type: ignore[operator]
+        row = _row(f"blocks.{index}", block, active=costs.active)
+        row["kind"] = f"{type(block.attention).__name__} + {type(block.ffn).__name__}"
+        row["experts"] = block.ffn.experts  # type: ignore[union-attr]
+        rows.append(row)
+    rows.append(_row("norm", model.norm, active=model.norm.dim))
+    rows.append(_row("output", model.output))
+    rows += [_row(f"heads.{name}", head, active=head.costs().active) for name, head in model.loss_heads()]
+    return rows
+
+
+def _row(name: str, module: nn.Module, active: int | None = None) -> dict[str, Any]:
+    parameters = sum(p.numel() for p in module.parameters())
+    used = parameters if active is None else active
+    return {"part": name, "kind": type(module).__name__, "parameters": parameters, "active": used, "experts": 0}
+
+
+def coefficients(model: LanguageModel, plan: Plan) -> dict[str, dict[str, float]]:
+    """What every loss term is multiplied by in the first and the last step: a missing key is seen here."""
+    first, last = plan.progress(0), plan.progress(plan.steps - 1)
+    found = {name: _ends(head, first, last) for name, head in model.loss_heads()}
+    for path, layer in model.expert_layers().items():
+        for balancer in layer.balancers:
+            if balancer.scope != "none":
+                found[f"{path} {balancer.label}"] = _ends(balancer, first, last)
+    return found
+
+
+def _ends(owner: Any, first: Progress, last: Progress) -> dict[str, float]:
+    return {"first": owner.coefficient(first), "last": owner.coefficient(last)}
+
+
+def roles(recipe: Recipe, model: LanguageModel) -> dict[str, dict[str, str]]:
+    """The formats of every role that the model uses."""
+    spy = _RoleSpy(make(recipe.precision))
+    build(recipe, device="meta", precision=spy)
+    formats = {role: (spy.param_dtype(role), spy.compute_dtype(role)) for role in spy.seen}
+    return {role: {"kept": _short(kept), "computed": _short(computed)} for role, (kept, computed) in formats.items()}
+
+
+class _RoleSpy(Precision):
+    """Passes everything on and remembers the roles that were asked for, in order."""
+
+    def __init__(self, inner: Precision) -> None:
+        self.inner, self.seen = inner, dict.fromkeys(["embedding"])
+
+    def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+        self.seen[role] = None
+        return self.inner.linear(inputs, outputs, role, std=std)
+
+    def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+        self.seen[role] = None
+        return self.inner.grouped_linear(groups, inputs, outputs, role, std=std)
+
+    def param_dtype(self, role: str) -> torch.dtype:
+        return self.inner.param_dtype(role)
+
+    def compute_dtype(self, role: str) -> torch.dtype:
+        return self.inner.compute_dtype(role)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def plugins(recipe: Recipe) -> list[dict[str, str]]:
+    """Every component of the recipe with its owner."""
+    rows = {
+        (s.slot, s.name): {
+            "slot": s.slot,
+            "name": s.name,
+            "distribution": s.provenance.distribution,
+            "version": s.provenance.version,
+            "module": s.provenance.module,
+        }
+        for s in recipe.sections()
+    }
+    return list(rows.values())
+
+
+def obstacles(recipe: Recipe) -> list[str]:
+    """Why the recipe cannot run on this machine; empty where it can."""
+    cuda = torch.cuda.is_available()
+    environment = Environment("cuda" if cuda else "cpu", torch.cuda.get_device_capability() if cuda else None)
+    told = [(s, s.component.requires(s.config, environment)) for s in recipe.sections()]
+    return [f"{section.slot} {section.name}: {why}" for section, why in told if why]

@@ -1,0 +1,32 @@
+"""python -m core.evaluate RUN: validation loss and bits per byte of a trained model."""
+
+import argparse
+
+from core.door import print_json, run_door
+
+
+def parser() -> argparse.ArgumentParser:
+    """The door's arguments."""
+    p = argparse.ArgumentParser(prog="python -m core.evaluate", description="Validate a trained model.")
+    p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint file")
+    p.add_argument("--json", action="store_true", help="print one JSON document")
+    return p
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Read the whole validation split of the run's recipe once."""
+    from pathlib import Path
+
+    from core.run import evaluate
+    from core.training.resume import newest_checkpoint
+
+    values = evaluate(newest_checkpoint(Path(arguments.run)))
+    if arguments.json:
+        print_json(values)
+        return
+    for name, value in values.items():
+        print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
+
+
+if __name__ == "__main__":
+    run_door(main, parser())

@@ -1,0 +1,63 @@
+"""python -m core.generate RUN --prompt TEXT: text from a trained model."""
+
+import argparse
+import time
+
+from core.door import print_json, run_door
+
+
+def parser() -> argparse.ArgumentParser:
+    """The door's arguments."""
+    p = argparse.ArgumentParser(prog="python -m core.generate", description="Write text with a trained model.")
+    p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint file")
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    p.add_argument("--tokens", type=int, default=128, metavar="N", help="how many tokens to write at most (128)")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the most likely token")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens only")
+    p.add_argument("--seed", type=int, default=0, help="of the draws")
+    p.add_argument("--json", action="store_true", help="print one JSON document")
+    return p
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Load, continue, and say how fast it was."""
+    from pathlib import Path
+
+    from core.contracts.errors import UserError
+
+    if arguments.tokens < 1:
+        raise UserError(f"--tokens = {arguments.tokens}: must be at least 1")
+    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        raise UserError("--temperature must be at least 0, and --top-p in (0, 1]")
+    from core.data.tokenizer import Tokenizer
+    from core.model.sampling import sample
+    from core.run import load, run_of
+    from core.training.resume import newest_checkpoint
+
+    checkpoint = newest_checkpoint(Path(arguments.run))
+    model = load(checkpoint)
+    tokenizer = Tokenizer.load(run_of(checkpoint).tokenizer)
+    prompt = [tokenizer.end, *tokenizer.encode(arguments.prompt)]
+    begin = time.perf_counter()
+    written = list(
+        sample(
+            model,
+            prompt,
+            tokens=arguments.tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            stop=tokenizer.end,
+        )
+    )
+    seconds = time.perf_counter() - begin
+    text = tokenizer.decode(written)
+    if arguments.json:
+        rate = len(written) / seconds
+        print_json({"prompt": arguments.prompt, "text": text, "tokens": len(written), "tokens_per_second": rate})
+    else:
+        print(arguments.prompt + text)
+
+
+if __name__ == "__main__":
+    run_door(main, parser())

@@ -1,0 +1,116 @@
+"""Going on with a run: from which checkpoint, and whether it is still the same run."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.contracts.errors import UserError
+from core.recipe.compose import Recipe, compose
+from core.training.checkpoints import checkpoints_in, read_checkpoint
+from core.training.folder import RunFolder
+
+REPRODUCED = ("seed", "model", "precision", "data", "optimizer", "batch", "budget", "gradient_clip", "initial_weights")
+"""Sections that a resumed run must share with the one it continues: it would be another run."""
+
+LAYOUT = ("strategy", "compile", "trainer")
+"""Sections that may change, at the price of other bits."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from.
+
+    Args:
+        path: the file.
+        step: windows that it has done.
+    """
+
+    path: Path
+    step: int
+
+
+def check_same(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Hold a recipe against the one that the run was started with.
+
+    Raises:
+        UserError: no run there, or another recipe (the first difference is named).
+    """
+    if not folder.recipe.exists():
+        raise UserError(f"--resume {folder.path}: there is no run in this folder (no recipe.yaml)")
+    before, now = compose(folder.recipe).to_dict(), recipe.to_dict()
+    difference = first_difference({k: before[k] for k in REPRODUCED}, {k: now[k] for k in REPRODUCED})
+    if difference:
+        path, old, new = difference
+        raise UserError(f"--resume {folder.path}: {path} = {new} here, but the run was started with {old}")
+    difference = first_difference({k: before[k] for k in LAYOUT}, {k: now[k] for k in LAYOUT})
+    if difference:
+        path, old, new = difference
+        say(f"{path} = {new} here, and the run was started with {old}: it goes on, but not to the same bits")
+    if torch.cuda.is_available() and not recipe.trainer.get("deterministic"):
+        say("without trainer.deterministic a GPU does not promise the same bits as if the run had never stopped")
+
+
+def check_data(folder: RunFolder, fingerprint: str) -> None:
+    """Hold the data against what the run was started with.
+
+    Raises:
+        UserError: the corpus is another one.
+    """
+    before = json.loads(folder.provenance.read_text(encoding="utf-8"))["data"]
+    if before != fingerprint:
+        raise UserError(
+            f"{folder.path}: the corpus has changed since this run began: its fingerprint is {fingerprint[:12]}, "
+            f"and was {before[:12]}"
+        )
+
+
+def newest(folder: RunFolder) -> Resume | None:
+    """The checkpoint that a resumed run starts from; None where it was stopped before the first one.
+
+    Raises:
+        UserError: a damaged checkpoint, or another number of threads, under which the bits would differ.
+    """
+    files = checkpoints_in(folder.path)
+    if not files:
+        return None
+    own = read_checkpoint(files[-1])["moeloom"]
+    if own["threads"] != torch.get_num_threads():
+        raise UserError(
+            f"--resume {folder.path}: the run used {own['threads']} threads and this process has "
+            f"{torch.get_num_threads()}, which would change its bits; set OMP_NUM_THREADS={own['threads']}"
+        )
+    return Resume(files[-1], own["windows_done"])
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """Key path and both values of the first place where two containers differ, in the old one's order."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            if found:
+                return found
+        return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            if found := first_difference(a, b, f"{path}.{index}"):
+                return found
+        return None
+    return None if old == new else (path, old, new)
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """A checkpoint file given as itself or as its run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_file():
+        return path
+    files = checkpoints_in(path)
+    if not files:
+        raise UserError(f"{path}: no checkpoint here: give a run folder or a checkpoint file")
+    return files[-1]

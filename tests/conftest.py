@@ -1,0 +1,34 @@
+"""What the tests of the training room and of the doors share: a small recipe, and one finished run of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from lab import Lab
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Lab"]:
+    """The small recipe, with a cache of its own, in a process with one thread."""
+    import torch
+    from lab import Lab
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOELOOM_CACHE", str(folder / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield Lab(folder)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def finished(lab: "Lab", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one whole run of the small recipe; to be read only."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    lab.fit(folder)
+    return folder

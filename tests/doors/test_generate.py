@@ -1,0 +1,130 @@
+"""`generate` and `evaluate` on the finished small run."""
+
+import json
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+import torch
+from lab import Lab
+
+import core
+from core.data.tokenizer import Tokenizer
+from core.model.sampling import sample
+from core.training.checkpoints import checkpoints_in
+
+
+def greedy(run: Path, prompt: list[int], count: int) -> list[int]:
+    """The likeliest token again and again, by the whole forward of the whole text each time."""
+    model, text = core.load(run), list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            text.append(int(model.logits(torch.tensor([text]))[0, -1].argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("prompt", ["", "abc", "a longer prompt, of letters that the corpus lacks: xyz"])
+def test_greedy_text_is_the_argmax_of_the_full_forward_step_by_step(lab: Lab, finished: Path, prompt: str) -> None:
+    tokenizer = Tokenizer.load(finished / "tokenizer.json")
+    expected = list(takewhile(lambda t: t != 0, greedy(finished, [0, *tokenizer.encode(prompt)], 24)))
+    said = lab.door("generate", finished, "--prompt", prompt, "--tokens", "24", "--json")
+    assert said.code == 0, said.err
+    document = json.loads(said.out)
+    assert document.keys() >= {"prompt", "text", "tokens", "tokens_per_second"}
+    assert (document["prompt"], document["text"]) == (prompt, tokenizer.decode(expected))
+    assert document["tokens"] == len(expected)
+    assert lab.door("generate", finished, "--prompt", prompt, "--tokens", "24").out == prompt + document["text"] + "\n"
+
+
+def test_sampling_is_fixed_by_its_seed_and_moved_by_it(finished: Path) -> None:
+    model = core.load(finished)
+    one, again, other = (
+        list(sample(model, [0, 5], tokens=20, temperature=1.5, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert one == again
+    assert one != other
+
+
+def test_a_small_top_p_is_greedy(finished: Path) -> None:
+    model = core.load(finished)
+    assert list(sample(model, [0, 5], tokens=12, temperature=2.0, top_p=1e-6)) == greedy(finished, [0, 5], 12)
+
+
+def test_sampling_follows_the_models_probabilities(finished: Path) -> None:
+    model = core.load(finished)
+    with torch.no_grad():
+        expected_V = (model.logits(torch.tensor([[0, 5]]))[0, -1].double() / 0.7).softmax(dim=0)
+    drawn = [next(sample(model, [0, 5], tokens=1, temperature=0.7, seed=seed)) for seed in range(400)]
+    found_V = torch.bincount(torch.tensor(drawn), minlength=300) / len(drawn)
+    likeliest = expected_V.topk(5).indices
+    assert torch.allclose(found_V[likeliest].double(), expected_V[likeliest], atol=0.06)
+
+
+def test_a_stop_token_ends_the_text_and_is_not_written(finished: Path) -> None:
+    model = core.load(finished)
+    text = greedy(finished, [0, 5], 12)
+    stop = text[4]
+    assert list(sample(model, [0, 5], tokens=12, stop=stop)) == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--tokens", "0"], "--tokens = 0: must be at least 1"),
+        (["--temperature", "-1"], "--temperature must be at least 0"),
+        (["--top-p", "0"], "--top-p in (0, 1]"),
+        (["--top-p", "1.5"], "--top-p in (0, 1]"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(lab: Lab, finished: Path, arguments: list[str], sentence: str) -> None:
+    said = lab.door("generate", finished, "--prompt", "a", *arguments)
+    assert said.code == 2
+    assert sentence in said.sentence
+
+
+@pytest.mark.parametrize("door", [("generate", "--prompt", "a"), ("evaluate",)])
+def test_a_folder_without_a_run_is_refused(lab: Lab, tmp_path: Path, door: tuple[str, ...]) -> None:
+    said = lab.door(door[0], tmp_path, *door[1:])
+    assert said.code == 2
+    assert said.sentence == f"{tmp_path}: no checkpoint here: give a run folder or a checkpoint file"
+
+
+def test_evaluate_gives_the_numbers_of_the_summary(lab: Lab, finished: Path) -> None:
+    said = lab.door("evaluate", finished, "--json")
+    assert said.code == 0, said.err
+    found, summary = json.loads(said.out), json.loads((finished / "summary.json").read_text())
+    assert found["checkpoint"] == "step-00000012.ckpt"
+    for key, of_summary in (
+        *(("val_loss", "val_loss"), ("val_bits_per_byte", "val_bits_per_byte")),
+        *(("val_max_vio_global", "max_vio_global"), ("val/mtp/acceptance_1", "mtp_acceptance")),
+    ):
+        assert found[key] == summary[of_summary], key
+    assert "val_bits_per_byte" in lab.door("evaluate", finished).out
+
+
+def test_evaluate_takes_one_checkpoint_too(lab: Lab, finished: Path) -> None:
+    said = lab.door("evaluate", checkpoints_in(finished)[0], "--json")
+    found = json.loads(said.out)
+    assert found["checkpoint"] == "step-00000010.ckpt"
+    metrics = (finished / "metrics.csv").read_text()
+    assert repr(found["val_loss"]) in metrics
+
+
+def test_evaluate_refuses_another_corpus(lab: Lab, finished: Path) -> None:
+    text = lab.texts / "doc-03.txt"
+    kept = text.read_bytes()
+    try:
+        text.write_bytes(kept + b" more")
+        said = lab.door("evaluate", finished)
+    finally:
+        text.write_bytes(kept)
+    assert said.code == 2
+    assert "the corpus has changed since this run began" in said.sentence
+
+
+def test_evaluate_refuses_a_corpus_without_held_out_documents(lab: Lab, tmp_path: Path) -> None:
+    few = f"data.corpus.paths=[{lab.texts}/doc-0*.txt]"
+    lab.fit(tmp_path / "run", few, "data.tokenizer.vocab=270", "budget.steps=1")
+    said = lab.door("evaluate", tmp_path / "run")
+    assert said.code == 2
+    assert "the corpus has no validation split (fewer than 11 documents)" in said.sentence

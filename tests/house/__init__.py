@@ -1,0 +1,1 @@
+"""The house around the code: commands, documents, packages, floors, shipped recipes."""

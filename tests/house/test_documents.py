@@ -1,0 +1,201 @@
+"""The documents keep up with the code."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+import core
+from core.contracts.schedule import Schedule, Segment
+from core.extension.loader import find_plugins, load_plugins
+from core.extension.registry import SLOTS, Entry
+from core.recipe import schema
+
+from .documents import DOCUMENTS, ROOT, blocks, first_cells, section
+
+RECIPES, TRAINING, PLUGINS = (ROOT / "docs" / f"{name}.md" for name in ("recipes", "training", "plugins"))
+SECTIONS = {
+    schema.RecipeSchema: "## The recipe",
+    schema.ModelSection: "## model",
+    schema.BlockSection: "## model",
+    schema.RopeSection: "## model",
+    schema.YarnSection: "## model",
+    schema.InitSection: "## model",
+    schema.DataSection: "## data",
+    schema.BatchSection: "## batch and budget",
+    schema.BudgetSection: "## batch and budget",
+    schema.CheckpointSection: "## checkpoint, validation, recompute",
+    schema.ValidationSection: "## checkpoint, validation, recompute",
+    schema.RecomputeSection: "## checkpoint, validation, recompute",
+    Schedule: "## Schedules",
+}
+ROOMS = [file.parent for file in sorted((ROOT / "plugins").glob("*/__init__.py"))]
+REGISTRY = load_plugins([owner for owner in find_plugins() if owner.distribution == "moeloom"])
+
+
+def offers(room: Path) -> list[Entry]:
+    """What a plugin room registers."""
+    entries = (entry for found in REGISTRY.entries.values() for entry in found)
+    return [entry for entry in entries if entry.target.startswith(f"plugins.{room.name}.")]
+
+
+@pytest.mark.parametrize("section_of", SECTIONS, ids=lambda cls: cls.__name__)
+def test_every_key_of_a_recipe_is_documented(section_of: type) -> None:
+    told = first_cells(section(RECIPES, SECTIONS[section_of]))
+    assert {field.name for field in fields(section_of)} <= told  # type: ignore[arg-type]
+
+
+def test_no_section_of_the_schema_is_left_out() -> None:
+    named = {schema.TokenizerSection}  # its one key stands in the row of `tokenizer`
+    own = {value for value in vars(schema).values() if is_dataclass(value) and value.__module__ == schema.__name__}
+    assert own - named <= set(SECTIONS)
+    assert all(f"`{field.name}`" in section(RECIPES, "## data") for field in fields(schema.TokenizerSection))
+    assert {f"segments.N.{field.name}" for field in fields(Segment)} <= first_cells(section(RECIPES, "## Schedules"))
+
+
+def test_no_key_is_documented_that_there_is_not() -> None:
+    for heading in set(SECTIONS.values()):
+        known = {f.name for cls, where in SECTIONS.items() if where == heading for f in fields(cls)}  # type: ignore[arg-type]
+        known |= {"extends"} | {f"segments.N.{field.name}" for field in fields(Segment)}
+        assert first_cells(section(RECIPES, heading)) <= known
+
+
+def test_the_trainer_keys_are_those_that_are_allowed() -> None:
+    told = set(re.findall("`([a-z_]+)`", section(RECIPES, "## The trainer").partition("With")[0]))
+    assert told - {"trainer"} == schema.FREE_TRAINER_KEYS
+
+
+def test_the_printed_learning_rate_is_the_shipped_one() -> None:
+    (block,) = [block for block in blocks(RECIPES, "yaml") if "lr:" in block.text]
+    printed = OmegaConf.to_container(OmegaConf.create(block.text))
+    shipped = OmegaConf.to_container(OmegaConf.load(ROOT / "recipes/dsv3_671b.yaml"))
+    assert printed["optimizer"]["lr"] == shipped["optimizer"]["lr"]  # type: ignore[index]
+
+
+def test_every_column_and_every_key_of_a_run_has_a_unit(finished: Path) -> None:
+    with (finished / "metrics.csv").open(newline="") as file:
+        columns = next(csv.reader(file))
+    told = first_cells(section(TRAINING, "## metrics.csv"))
+    plain = {re.sub(r"loss/balance/\w+", "loss/balance/<name>", column) for column in columns}
+    assert plain - told == set()
+    assert set(json.loads((finished / "summary.json").read_text())) == first_cells(section(TRAINING, "## summary.json"))
+
+
+def test_the_run_folder_of_the_readme_is_complete(finished: Path) -> None:
+    table = section(ROOT / "README.md", "## What you get").partition("Measured")[0]
+    told = {name.rstrip("/") for name in first_cells(table)}
+    assert {file.name for file in finished.iterdir()} - {"tokenizer.json"} == told
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_every_plugin_room_documents_its_names_and_keys(room: Path) -> None:
+    text = (room / "README.md").read_text(encoding="utf-8")
+    assert 5 <= len(text.splitlines()) <= 45
+    assert offers(room)
+    for entry in offers(room):
+        component, _ = entry.load()
+        assert re.search(rf"\b{entry.name}\b", text.splitlines()[0]), f"the title does not name {entry.name}"
+        missing = [field.name for field in fields(component.Config) if f"`{field.name}`" not in text]
+        assert missing == []
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_the_sections_that_a_plugin_room_prints_are_right(room: Path) -> None:
+    names = {(entry.slot, entry.name) for entry in offers(room)}
+    printed = [yaml.safe_load(block.text) for block in blocks(room / "README.md", "yaml")]
+    assert printed
+    found = {name for document in printed for name in _names(document)}
+    assert found & {name for _, name in names}
+    for document in printed:
+        for section_ in _sections(document):
+            if entry := next((e for e in offers(room) if e.name == section_["name"]), None):
+                keys = {field.name for field in fields(entry.load()[0].Config)}
+                assert set(section_) - {"name"} <= keys
+
+
+def test_every_room_of_the_core_has_a_readme() -> None:
+    rooms = {file.parent for file in (ROOT / "core").glob("*/__init__.py")}
+    assert {room.name for room in rooms if not (room / "README.md").exists()} == set()
+
+
+def test_every_test_that_the_architecture_names_is_there() -> None:
+    table = section(ROOT / "docs/architecture.md", "## Where the equations live")
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests" / "model").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)\.\.\.`", table)
+    assert named
+    assert [name for name in named if f"def {name}" not in sources] == []
+    files = re.findall(r"`(test_\w+\.py)`", table)
+    assert [name for name in files if not (ROOT / "tests" / "model" / name).exists()] == []
+
+
+def test_every_name_in_the_code_that_the_architecture_gives_is_there() -> None:
+    table = section(ROOT / "docs/architecture.md", "## Where the equations live")
+    gone = []
+    for row in (line.split("|")[2] for line in table.splitlines() if line.startswith("| report") or "| LF" in line):
+        source = ""
+        for word in re.findall("`([^`]+)`", row):
+            if (ROOT / word).is_file():
+                source = (ROOT / word).read_text(encoding="utf-8")
+            elif ":" not in word and not re.search(rf"(def|class) {word.rpartition('.')[2]}\b", source):
+                gone.append(word)
+    assert gone == []
+
+
+def test_the_tutorials_plugin_works(tmp_path: Path) -> None:
+    package = tmp_path / "loom-softmax"
+    for block in blocks(PLUGINS):
+        if written := re.match(r"# ([\w/.]+)$", block.lines[0]):
+            file = package / written[1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text, encoding="utf-8")
+    paths = os.pathsep.join([str(package), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=package, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+def test_the_tutorials_slots_are_those_that_there_are() -> None:
+    table = section(PLUGINS, "## The slots")
+    rows = [re.findall("`([^`]+)`", line)[:2] for line in table.splitlines() if line.startswith("| `")]
+    assert dict(rows) == {slot: target.replace(":", ".") for slot, target in SLOTS.items()}
+    for _, target in rows:
+        module, _, name = target.rpartition(".")
+        assert hasattr(import_module(module), name)
+
+
+@pytest.mark.parametrize("block", blocks(RECIPES, "python"), ids=lambda block: block.lines[-1])
+def test_the_python_of_the_recipes_page_runs(block: object) -> None:
+    exec(compile(block.text, str(RECIPES), "exec"), {})  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_override_that_a_document_prints_composes(document: Path) -> None:
+    for line in document.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"(?:python -m core\.fit) (dsv3_\w+) (.+)$", line):
+            overrides = [word.strip("'") for word in match[2].split()]
+            if "router.name=softmax" not in line:
+                core.compose(match[1], overrides)
+
+
+def _names(value: object) -> set[str]:
+    return {section_["name"] for section_ in _sections(value)}
+
+
+def _sections(value: object) -> list[dict[str, object]]:
+    if isinstance(value, dict):
+        own = [value] if isinstance(value.get("name"), str) else []
+        return own + [found for item in value.values() for found in _sections(item)]
+    return [found for item in value for found in _sections(item)] if isinstance(value, list) else []

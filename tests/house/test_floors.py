@@ -1,0 +1,89 @@
+"""The import contracts hold, cover everything, and would notice."""
+
+import shutil
+import subprocess
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from .documents import ROOT, doors
+
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+BY_NAME = {contract["name"]: contract for contract in CONTRACTS}
+ALLOWED = {"core.contracts", "core.model", "core.extension"}
+"""What a plugin may import; of the extension room, `hookspec` alone."""
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter on the packages of a folder."""
+    command = shutil.which("lint-imports", path=sysconfig.get_path("scripts"))
+    if command is None:
+        pytest.skip("import-linter is not installed beside this Python")
+    environment = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"}
+    options = [command, "--no-logo", "--no-cache"]
+    return subprocess.run(options, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packages and the contracts, to be broken."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for package in ("core", "plugins"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
+    return folder
+
+
+def test_every_contract_is_kept(copy: Path) -> None:
+    done = lint(copy)
+    assert done.returncode == 0, done.stdout
+    assert f"Contracts: {len(CONTRACTS)} kept, 0 broken." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("where", "line", "contract"),
+    [
+        ("core/model/late.py", "import plugins.mla.attention", "The core knows no plugin"),
+        ("core/model/late.py", "import core.training.load", "Floors: imports only point down"),
+        ("core/contracts/late.py", "import core.model.norm", "Floors: imports only point down"),
+        ("core/recipe/late.py", "import core.model.norm", "Floors: imports only point down"),
+        ("core/new_room.py", "", "Floors: imports only point down"),
+        ("plugins/mtp/late.py", "import plugins.mla.attention", "Plugins do not know each other"),
+        ("plugins/mtp/late.py", "import core.run", "A plugin stands on contracts, model and the hookspec"),
+        ("plugins/mtp/late.py", "import core.data.batch", "A plugin stands on contracts, model and the hookspec"),
+        ("core/recipe/late.py", "import torch", "Reading a recipe and finding plugins cost no torch"),
+    ],
+)
+def test_a_contract_notices(copy: Path, where: str, line: str, contract: str) -> None:
+    late = copy / where
+    late.write_text(f"def later():\n    {line or 'pass'}\n", encoding="utf-8")
+    try:
+        done = lint(copy)
+    finally:
+        late.unlink()
+    assert done.returncode == 1
+    assert f"{contract} BROKEN" in " ".join(done.stdout.split())
+
+
+def test_a_corpus_may_read_the_data_room(copy: Path) -> None:
+    late = copy / "plugins/text_files/late.py"
+    late.write_text("import core.data.cache\n", encoding="utf-8")
+    try:
+        assert lint(copy).returncode == 0
+    finally:
+        late.unlink()
+
+
+def test_no_room_of_the_core_is_open_to_plugins_by_oversight() -> None:
+    forbidden = set(BY_NAME["A plugin stands on contracts, model and the hookspec"]["forbidden_modules"])
+    files = {file.stem for file in (ROOT / "core").glob("*.py")} - {"__init__"}
+    folders = {file.parent.name for file in (ROOT / "core").glob("*/__init__.py")}
+    rooms = {f"core.{name}" for name in files | folders} - ALLOWED
+    inner = {f"core.extension.{file.stem}" for file in (ROOT / "core/extension").glob("*.py")}
+    assert rooms | inner - {"core.extension.__init__", "core.extension.hookspec"} == forbidden
+
+
+def test_every_door_leaves_torch_to_the_rooms() -> None:
+    assert set(BY_NAME["Doors leave torch to the rooms"]["source_modules"]) == {f"core.{name}" for name in doors()}

@@ -1,0 +1,268 @@
+"""A small recipe on a made-up corpus, and ways to run it: here, through a door, or in a forked process.
+
+A forked process starts in no time and can be told where exactly to die; a real one takes seconds to import torch.
+"""
+
+import csv
+import importlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from core.assemble import build, make, plan_of
+from core.data.batch import Batch
+from core.recipe.compose import Recipe, compose
+from core.run import fit, text_data
+from core.training.checkpoints import checkpoints_in, read_checkpoint
+from core.training.folder import RunFolder
+from core.training.module import TrainingModule
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEED = ("mfu", "tokens_per_second")
+"""Columns that the clock fills."""
+
+MOE = ("blocks.1", "heads.mtp.depths.0.block")
+"""The layers with experts, as logs name them."""
+
+SMALL = """\
+seed: 3
+model:
+  dim: 32
+  attention: {{name: mla, heads: 2, q_rank: 16, kv_rank: 16, nope_dim: 8, rope_dim: 4, value_dim: 8}}
+  init: {{std: 0.1}}
+  blocks:
+    dense: {{count: 1, ffn: {{name: swiglu, hidden: 48}}}}
+    moe:
+      count: 1
+      ffn:
+        name: moe
+        experts: 8
+        expert_hidden: 16
+        shared_experts: 1
+        router: {{name: deepseek_v3, top_k: 2, groups: 4, group_limit: 2, scale: 2.5}}
+        balance: [{{name: bias, rate: 0.01}}, {{name: sequence, alpha: 0.01}}]
+  heads: {{next_token: {{name: next_token}}, mtp: {{name: mtp, depth: 1, weight: 0.3}}}}
+data: {{corpus: {{name: files, paths: ["{texts}/*.txt"]}}, tokenizer: {{vocab: 300}}, sequence_length: 16}}
+optimizer: {{name: adamw, lr: 0.003}}
+batch: {{sequences: 4, accumulate: 2}}
+budget: {{steps: 12}}
+checkpoint: {{every_steps: 5, keep: 2}}
+validation: {{every_steps: 5, sequences: 8}}
+trainer: {{enable_progress_bar: false}}
+"""
+
+
+def write_texts(folder: Path, count: int = 31, words: int = 14) -> None:
+    """Made-up documents; number 10 and number 30 are held out."""
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    vocabulary = ["".join(draw.choices("abcdefghijkl", k=draw.randint(2, 6))) for _ in range(60)]
+    for index in range(count):
+        text = " ".join(draw.choices(vocabulary, k=words))
+        (folder / f"doc-{index:02d}.txt").write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a door was left, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentence(self) -> str:
+        """The one line by which a door explains itself; a traceback or a second such line is a failure."""
+        assert "Traceback" not in self.err, self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("moeloom: ")]
+        assert len(lines) == 1, self.err
+        return lines[0].removeprefix("moeloom: ")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows as a loader: Lightning takes a plain list for several loaders."""
+
+    windows: Sequence[list[Batch]]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return iter(self.windows)
+
+
+class Lab:
+    """One corpus and one recipe.
+
+    Args:
+        folder: theirs, to be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.texts, self.file = folder / "texts", folder / "small.yaml"
+        write_texts(self.texts)
+        self.file.write_text(SMALL.format(texts=self.texts), encoding="utf-8")
+
+    def recipe(self, *overrides: str) -> Recipe:
+        """The small recipe with overrides."""
+        return compose(self.file, overrides)
+
+    def fit(self, folder: Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
+        """A whole run, in this process."""
+        return fit(self.recipe(*overrides), RunFolder(folder), resume=resume, say=lambda _: None)
+
+    def train(
+        self,
+        *overrides: str,
+        windows: Sequence[list[Batch]] | None = None,
+        callbacks: Sequence[L.Callback] = (),
+        model: Callable[[Any], None] = lambda _: None,
+    ) -> TrainingModule:
+        """Steps without a run folder: the recipe's own windows, or those that are given.
+
+        Args:
+            windows: read instead of the corpus.
+            callbacks: that watch.
+            model: changes the model before the first step.
+        """
+        recipe = self.recipe(*overrides, *([f"budget.steps={len(windows)}"] if windows else []))
+        plan = plan_of(recipe)
+        data = text_data(recipe, plan)
+        module = TrainingModule(
+            build(recipe),
+            plan=plan,
+            optimizer=make(recipe.optimizer),
+            flops_per_token=1.0,
+            mask_documents=recipe.data.mask_documents,
+            gradient_clip=recipe.gradient_clip,
+            max_skipped=recipe.max_skipped_steps,
+            validation_bytes=1,
+        )
+        model(module.model)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        trainer = L.Trainer(
+            **quiet,
+            enable_progress_bar=False,
+            accelerator="cpu",
+            max_epochs=1,
+            check_val_every_n_epoch=None,
+            val_check_interval=recipe.validation.every_steps,
+            num_sanity_val_steps=0,
+            limit_val_batches=0 if windows else 1.0,
+            use_distributed_sampler=False,
+            callbacks=list(callbacks),
+        )
+        loaders: dict[str, Any] = {"train_dataloaders": Windows(windows)} if windows else {"datamodule": data}
+        trainer.fit(module, **loaders)
+        return module
+
+    def door(self, name: str, *arguments: str | Path) -> Said:
+        """A command line, in a forked process."""
+        return forked(lambda: through(name, *arguments))
+
+
+def through(name: str, *arguments: str | Path) -> None:
+    """Go through a door as `python -m core.NAME ...` would; it is left by SystemExit."""
+    door = importlib.import_module(f"core.{name}")
+    sys.argv = [f"core/{name}.py", *map(str, arguments)]
+    importlib.import_module("core.door").run_door(door.main, door.parser())
+
+
+def forked(work: Callable[[], object], seconds: float = 120.0) -> Said:
+    """Do something in a forked process; a signal that ends it is told as a shell tells it, 128 + its number."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            os._exit(_child(work, seconds))
+        _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        texts = [stream.read().decode("utf-8", "replace") for stream in (out, err)]
+    return Said(code if code >= 0 else 128 - code, *texts)
+
+
+def _child(work: Callable[[], object], seconds: float) -> int:
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.alarm(int(seconds))
+    code = 0
+    try:
+        work()
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """What `metrics.csv` holds, without what the clock fills and without empty cells."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if v != "" and k not in SPEED} for row in read]
+
+
+def loads(folder: Path) -> dict[str, Tensor]:
+    """What `loads.safetensors` holds."""
+    return load_file(folder / "loads.safetensors")
+
+
+def last_checkpoint(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint's content."""
+    return read_checkpoint(checkpoints_in(folder)[-1])
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of nested containers by its path."""
+    items: Any = value.items() if isinstance(value, Mapping) else ()
+    items = enumerate(value) if isinstance(value, list | tuple) else items
+    if not isinstance(value, Mapping | list | tuple):
+        return {path: value}
+    return {k: v for key, item in items for k, v in flat(item, f"{path}/{key}").items()}
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Nested containers hold the same tensors, bit by bit, and the same of everything else."""
+    one, two = flat(actual), flat(expected)
+    assert one.keys() == two.keys()
+    for path, value in two.items():
+        if isinstance(value, Tensor):
+            assert one[path].dtype == value.dtype, path
+            assert torch.equal(one[path], value), path
+        else:
+            assert one[path] == value, path
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Two run folders reached the same bits by the same rows."""
+    one, two = last_checkpoint(actual), last_checkpoint(expected)
+    for key in ("state_dict", "optimizer_states"):
+        assert_same(one[key], two[key])
+    assert_same(rows(actual), rows(expected))
+    assert_same(loads(actual), loads(expected))
+    names = [sorted(file.name for file in (folder / "checkpoints").iterdir()) for folder in (actual, expected)]
+    assert names[0] == names[1]
+    best = [read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"] for folder in (actual, expected)]
+    assert_same(*best)

@@ -1,0 +1,203 @@
+"""Checkpoint files: plain content, written whole, read without unpickling, and what is said of a bad one."""
+
+import ast
+import errno
+import os
+import pickle
+import shutil
+import subprocess
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, through
+from torch import Tensor
+
+from core.contracts.errors import UserError
+from core.training import callbacks
+from core.training.checkpoints import WholeFiles, checkpoints_in, read_checkpoint
+
+SCALARS = (Tensor, int, float, str, bool, type(None))
+CONTAINERS = (dict, OrderedDict, list, tuple)
+
+
+def kinds(value: Any) -> Iterator[type]:
+    """The type of everything in nested containers."""
+    yield type(value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield type(key)
+            yield from kinds(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from kinds(item)
+
+
+def test_P23_a_checkpoint_holds_tensors_and_plain_containers_only(finished: Path) -> None:
+    for file in (finished / "checkpoints").iterdir():
+        content = torch.load(file, weights_only=True)
+        assert set(kinds(content)) <= {*SCALARS, *CONTAINERS}, file.name
+
+
+def test_P23_nothing_in_the_code_unpickles_what_it_was_given() -> None:
+    """Every `torch.load` says `weights_only=True`, and nobody asks pickle or its relatives."""
+    found = []
+    for file in [*ROOT.glob("core/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+                found += [where for name in names if name.partition(".")[0] in ("pickle", "shelve", "marshal", "joblib")]
+            elif isinstance(node, ast.Call):
+                settings = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+                if ast.unparse(node.func) == "torch.load" and settings.get("weights_only") is not True:
+                    found.append(where)
+                if settings.get("allow_pickle") or settings.get("weights_only", True) is None:
+                    found.append(where)
+    assert not found
+
+
+def test_P23_a_checkpoint_that_carries_code_is_refused_and_the_code_not_run(tmp_path: Path) -> None:
+    trap = tmp_path / "sprung"
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(trap),)
+
+    file = tmp_path / "step-00000001.ckpt"
+    torch.save({"moeloom": Trap(), "state_dict": {}}, file)
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        read_checkpoint(file)
+    file.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        read_checkpoint(file)
+    assert not trap.exists()
+
+
+DAMAGE = {
+    "empty": lambda whole: b"",
+    "one byte": lambda whole: whole[:1],
+    "cut in the header": lambda whole: whole[:100],
+    "cut in half": lambda whole: whole[: len(whole) // 2],
+    "one byte short": lambda whole: whole[:-1],
+    "zeros": lambda whole: bytes(len(whole)),
+    "text": lambda whole: b"Shall I compare thee to a summer's day?",
+    "the end of another file": lambda whole: whole[1000:],
+    "a broken pickle": lambda whole: b"\x80\x02}q\x00X\x05\x00\x00\x00",
+}
+
+
+@pytest.fixture
+def damaged(finished: Path, tmp_path: Path) -> Path:
+    """A run whose newest checkpoint a test may spoil."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    return run
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_one_sentence_that_names_it_and_the_others(
+    lab: Lab, damaged: Path, finished: Path, how: str
+) -> None:
+    file = checkpoints_in(damaged)[-1]
+    file.write_bytes(DAMAGE[how](file.read_bytes()))
+    with pytest.raises(UserError) as refused:
+        lab.fit(damaged, resume=True)
+    assert str(refused.value).startswith(f"{file}: not a whole checkpoint")
+    assert str(refused.value).endswith("others here: best.ckpt, step-00000010.ckpt")
+    for name in ("best.ckpt", "step-00000010.ckpt"):
+        assert (damaged / "checkpoints" / name).read_bytes() == (finished / "checkpoints" / name).read_bytes()
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {"weight": torch.zeros(2)}, torch.zeros(2), [1, 2]])
+def test_a_file_of_another_program_is_told_apart(tmp_path: Path, content: Any) -> None:
+    file = tmp_path / "other.ckpt"
+    torch.save(content, file)
+    with pytest.raises(UserError, match=f"{file}: a file of another program"):
+        read_checkpoint(file)
+
+
+@pytest.mark.parametrize("door", [("fit", "--resume"), ("evaluate",), ("generate", "--prompt", "a")])
+def test_every_door_leaves_a_damaged_run_with_2_and_a_sentence(lab: Lab, damaged: Path, door: tuple[str, ...]) -> None:
+    file = checkpoints_in(damaged)[-1]
+    file.write_bytes(file.read_bytes()[:1000])
+    said = lab.door(door[0], *([lab.file] if door[0] == "fit" else []), *door[1:], damaged)
+    assert said.code == 2
+    assert said.sentence.startswith(f"{file}: not a whole checkpoint")
+    assert said.out == ""
+
+
+def test_without_the_damaged_file_the_run_goes_on_from_the_one_before(
+    lab: Lab, damaged: Path, finished: Path
+) -> None:
+    checkpoints_in(damaged)[-1].unlink()
+    lab.fit(damaged, resume=True)
+    assert_same_run(damaged, finished)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "checkpoints" / "step-00000001.ckpt"
+    WholeFiles().save_checkpoint({"a": torch.ones(3)}, file)
+    old = file.read_bytes()
+
+    def full(content: Any, stream: Any) -> None:
+        stream.write(b"the first half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=f"{file}: this checkpoint cannot be written .No space left on device"):
+        WholeFiles().save_checkpoint({"a": torch.zeros(3)}, file)
+    assert [found.name for found in file.parent.iterdir()] == [file.name]
+    assert file.read_bytes() == old
+
+
+def test_half_a_checkpoint_left_by_a_kill_is_swept_away(lab: Lab, damaged: Path) -> None:
+    checkpoints_in(damaged)[-1].unlink()
+    half = damaged / "checkpoints" / ".step-00000011.ckpt.tmp"
+    half.write_bytes(b"half")
+    lab.fit(damaged, resume=True)
+    assert not half.exists()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2,200 kB: room for two checkpoints of the small run and their logs."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False) if os.geteuid() == 0 else None
+    if done is None or done.returncode:
+        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip() if done else 'not root'}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("suddenly", [False, True], ids=["no room for a checkpoint", "no room for anything"])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(lab: Lab, finished: Path, disk: Path, suddenly: bool) -> None:
+    run = disk / "run"
+
+    def fill(self: Any, trainer: Any, module: Any, *rest: Any) -> None:
+        if module.windows_done == 8:
+            with (disk / "filler").open("wb", buffering=0) as filler:
+                while filler.write(bytes(1 << 20)) == 1 << 20:
+                    pass
+
+    def work() -> None:
+        if suddenly:
+            callbacks.KeepLatest.on_train_batch_start = fill
+        through("fit", lab.file, "--out", run)
+
+    said = forked(work)
+    assert said.code == 2, said.err
+    assert "make room and continue with --resume" in said.sentence
+    assert [file.name for file in checkpoints_in(run)] == ["step-00000005.ckpt"]
+    assert last_checkpoint(run)["moeloom"]["windows_done"] == 5
+    assert not [file for file in run.rglob("*.tmp") if "ckpt" in file.name]
+    (disk / "filler").unlink(missing_ok=True)
+    subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+    lab.fit(run, resume=True)
+    assert_same_run(run, finished)

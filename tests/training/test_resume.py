@@ -1,0 +1,266 @@
+"""A run that is killed at any moment resumes to the bits of one that never stopped.
+
+The small run: 12 steps of two micro-batches, more than an epoch; checkpoints after steps 5, 10 and 12, each after
+a validation; two are kept.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, loads, rows, through
+
+import core.run
+from core.contracts.errors import UserError
+from core.training import callbacks, checkpoints
+from core.training.checkpoints import checkpoints_in
+from core.training.module import TrainingModule
+
+
+def die() -> None:
+    """What `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, when: Callable[..., bool]) -> None:
+    """Die at a call of a function, if `when` its arguments say so."""
+    function = getattr(owner, name)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        if when(*args, **kwargs):
+            die()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, dying)
+
+
+def half_written(step: int) -> None:
+    """Die when half a checkpoint's bytes are on disk."""
+
+    def half(content: Any, file: Any) -> None:
+        torch_save(content, file)
+        if content["moeloom"]["windows_done"] == step:
+            file.truncate(file.tell() // 2)
+            file.flush()
+            die()
+
+    torch_save = torch.save
+    checkpoints.torch.save = half  # type: ignore[attr-defined]
+
+
+def at_step(step: int) -> Callable[..., bool]:
+    """Whether a callback's hook is called after this step."""
+    return lambda self, trainer, module, *rest: bool(module.windows_done == step)
+
+
+MOMENTS: dict[str, Callable[[], None]] = {
+    "before the first checkpoint": lambda: before(callbacks.LoadLog, "on_train_batch_end", at_step(3)),
+    "between checkpoints": lambda: before(callbacks.StepLog, "on_train_batch_end", at_step(8)),
+    "in the middle of a step": lambda: before(TrainingModule, "_agreed_finite", lambda m, _: m.windows_done == 6),
+    "in a validation": lambda: before(TrainingModule, "validation_step", lambda m, *_: m.windows_done == 10),
+    "after a validation, before its checkpoint": lambda: before(
+        callbacks, "save_step", lambda _, module, folder: module.windows_done == 10
+    ),
+    "when a checkpoint is half written": lambda: half_written(10),
+    "before the oldest checkpoint is taken away": lambda: before(
+        callbacks, "checkpoints_in", lambda folder: len(checkpoints_in(folder)) == 3
+    ),
+    "before the summary": lambda: before(core.run, "_finish", lambda *_: True),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_resumes_to_the_same_bits(lab: Lab, finished: Path, tmp_path: Path, moment: str) -> None:
+    run = tmp_path / "run"
+
+    def killed() -> None:
+        MOMENTS[moment]()
+        lab.fit(run)
+
+    assert forked(killed).code == 128 + signal.SIGKILL
+    assert not (run / "summary.json").exists()
+    summary = lab.fit(run, resume=True)
+    assert_same_run(run, finished)
+    whole = json.loads((finished / "summary.json").read_text())
+    clock = ("wall_seconds", "tokens_per_second", "mfu", "peak_flops", "peak_memory_bytes")
+    assert {k: v for k, v in summary.items() if k not in clock} == {k: v for k, v in whole.items() if k not in clock}
+
+
+def test_the_small_run_is_a_hard_one(lab: Lab, finished: Path) -> None:
+    """More than one epoch, accumulation, and a length that is no multiple of the checkpoints'."""
+    data = core.run.text_data(lab.recipe(), core.run.plan_of(lab.recipe()))
+    data.prepare()
+    assert (data.train_tokens - 1) // 16 < 12 * 2 * 4
+    assert [int(row["step"]) for row in rows(finished) if "lr" in row] == list(range(1, 13))
+    assert [int(row["step"]) for row in rows(finished) if "val_loss" in row] == [5, 10, 12]
+    assert [file.name for file in checkpoints_in(finished)] == ["step-00000010.ckpt", "step-00000012.ckpt"]
+
+
+def test_tensorboard_has_the_rows_of_the_csv_once_also_after_a_kill(lab: Lab, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def killed() -> None:
+        before(callbacks.StepLog, "on_train_batch_end", at_step(8))
+        lab.fit(tmp_path / "run")
+
+    assert forked(killed).code == 128 + signal.SIGKILL
+    lab.fit(tmp_path / "run", resume=True)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    written: dict[str, list[tuple[int, float]]] = {}
+    for row in rows(tmp_path / "run"):
+        for tag in row.keys() - {"step"}:
+            written.setdefault(tag, []).append((int(row["step"]), float(row[tag])))
+    tags = set(events.Tags()["scalars"])
+    assert tags - {"mfu", "tokens_per_second"} == written.keys()
+    for tag, expected in written.items():
+        found = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert [step for step, _ in found] == [step for step, _ in expected], tag
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6), tag
+
+
+def test_a_row_that_was_cut_short_is_written_again(lab: Lab, finished: Path, tmp_path: Path) -> None:
+    """A full disk can end `metrics.csv` anywhere; the rest of the row must not become a row of its own."""
+    run = tmp_path / "run"
+
+    def killed() -> None:
+        before(callbacks.StepLog, "on_train_batch_end", at_step(8))
+        lab.fit(run)
+
+    assert forked(killed).code == 128 + signal.SIGKILL
+    text = (run / "metrics.csv").read_bytes()
+    (run / "metrics.csv").write_bytes(text + text.splitlines(keepends=True)[-1][:150])
+    lab.fit(run, resume=True)
+    assert_same_run(run, finished)
+
+
+def test_a_finished_run_is_left_as_it_is(lab: Lab, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.rglob("*") if file.is_file()}
+    assert lab.fit(run, resume=True) == json.loads((finished / "summary.json").read_text())
+    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.dim=48", "model.dim = 48 here, but the run was started with 32"),
+        ("model.blocks.moe.ffn.experts=16", "model.blocks.moe.ffn.experts = 16 here, but the run was started with 8"),
+        ("budget.steps=20", "budget.steps = 20 here, but the run was started with 12"),
+        ("seed=4", "seed = 4 here, but the run was started with 3"),
+        ("model.blocks.moe.ffn.balance.0.rate=0.02", "model.blocks.moe.ffn.balance.0.rate = 0.02 here, but"),
+        ("precision.name=bf16", "precision.name = bf16 here, but the run was started with fp32"),
+    ],
+)
+def test_another_recipe_is_refused_by_its_first_difference(
+    lab: Lab, finished: Path, override: str, sentence: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        lab.fit(finished, override, resume=True)
+    assert sentence in str(refused.value)
+
+
+@pytest.fixture
+def stopped(finished: Path, tmp_path: Path) -> Path:
+    """A run with everything but its last checkpoint."""
+    run = tmp_path / "stopped"
+    shutil.copytree(finished, run)
+    checkpoints_in(run)[-1].unlink()
+    (run / "summary.json").unlink()
+    return run
+
+
+def test_another_thread_count_is_refused(lab: Lab, stopped: Path) -> None:
+    def with_two_threads() -> None:
+        torch.set_num_threads(2)
+        through("fit", lab.file, "--resume", stopped)
+
+    said = forked(with_two_threads)
+    assert said.code == 2
+    assert "the run used 1 threads and this process has 2" in said.sentence
+    assert "OMP_NUM_THREADS=1" in said.sentence
+
+
+def test_another_corpus_is_refused(lab: Lab, stopped: Path) -> None:
+    text = lab.texts / "doc-03.txt"
+    kept = text.read_bytes()
+    try:
+        text.write_bytes(kept + b" more")
+        with pytest.raises(UserError, match="the corpus has changed since this run began"):
+            lab.fit(stopped, resume=True)
+    finally:
+        text.write_bytes(kept)
+
+
+def test_another_layout_goes_on_and_says_so(lab: Lab, stopped: Path, finished: Path) -> None:
+    said = lab.door("fit", lab.file, "--resume", stopped, "trainer.log_every_n_steps=2")
+    assert said.code == 0
+    assert "trainer.log_every_n_steps = 2 here" in said.err
+    assert "resumed after step 10" in said.err
+    assert [row["step"] for row in rows(stopped) if "lr" in row][-3:] == ["9", "10", "12"]
+    assert torch.equal(loads(stopped)["bias.blocks.1"], loads(finished)["bias.blocks.1"])
+
+
+def test_resume_auto_takes_the_newest_unfinished_run_or_starts_one(lab: Lab, tmp_path: Path) -> None:
+    """The same command, given again and again, finishes a run and then starts the next."""
+
+    def again(steps: int | None) -> str:
+        def work() -> None:
+            os.chdir(tmp_path)
+            if steps:
+                before(callbacks.StepLog, "on_train_batch_end", at_step(steps))
+            through("fit", lab.file, "budget.steps=6", "--resume", "auto")
+
+        said = forked(work)
+        assert said.code == (128 + signal.SIGKILL if steps else 0), said.err
+        return next(line for line in said.err.splitlines() if line.startswith("run folder"))
+
+    assert again(2) == "run folder: runs/small"
+    assert again(6) == "run folder: runs/small"
+    assert again(None) == "run folder: runs/small (resumed after step 5)"
+    assert again(2) == "run folder: runs/small-2"
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["small", "small-2"]
+    assert (tmp_path / "runs" / "small" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--resume", "nowhere"], "--resume nowhere: there is no run in this folder"),
+        (["--resume", "one", "--out", "two"], "--out two: a resumed run stays in its own folder, one"),
+    ],
+)
+def test_a_run_that_is_not_there_is_not_resumed(lab: Lab, arguments: list[str], sentence: str) -> None:
+    said = lab.door("fit", lab.file, *arguments)
+    assert said.code == 2
+    assert said.sentence.startswith(sentence)
+
+
+def test_a_real_process_that_is_killed_from_outside_resumes(lab: Lab, finished: Path, tmp_path: Path) -> None:
+    """As a user would: `python -m core.fit`, `kill -9` at no chosen moment, `--resume`."""
+    import subprocess
+    import time
+
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "core.fit", str(lab.file), "--resume", "auto", "--out", str(run), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and process.poll() is None:
+            if (run / "metrics.csv").exists() and len(rows(run)) >= 7:
+                break
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(resumed.stdout)["steps"] == 12
+    assert_same_run(run, finished)
+    assert last_checkpoint(run)["moeloom"]["threads"] == 1
