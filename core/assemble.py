@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core.analysis.size import size_of
 from core.contracts.build import BuildContext, Init, Rope
-from core.contracts.component import Costs
 from core.contracts.loss_head import LossHead
 from core.contracts.precision import Precision
 from core.contracts.schema import Section
@@ -87,13 +87,15 @@ def _model(recipe: Recipe, context: BuildContext) -> LanguageModel:
     kinds = list(_blocks(recipe))
     blocks = [Block(attention, ffn, replace(context, layer=i)) for i, (_, attention, ffn) in enumerate(kinds)]
     _, attention, ffn = kinds[-1]
-    for_heads = replace(context, layer=len(blocks), block=lambda inner: Block(attention, ffn, replace(inner, block=None)))
+
+    def one_more(inner: BuildContext) -> Block:
+        return Block(attention, ffn, replace(inner, block=None))
+
+    for_heads = replace(context, layer=len(blocks), block=one_more)
     heads: dict[str, LossHead] = {name: for_heads.make(section) for name, section in recipe.model.heads.items()}
     recompute = frozenset(i for i, (name, _, _) in enumerate(kinds) if name in recipe.recompute.blocks)
     norm = RMSNorm(context.dim, context)
-    return LanguageModel(
-        embedding=embedding, blocks=blocks, norm=norm, output=output, heads=heads, recompute=recompute
-    )
+    return LanguageModel(embedding=embedding, blocks=blocks, norm=norm, output=output, heads=heads, recompute=recompute)
 
 
 def _blocks(recipe: Recipe) -> Iterator[tuple[str, Section, Section]]:
@@ -112,52 +114,6 @@ def _float_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a model costs, by the conventions that `core.describe` names.
-
-    Args:
-        params_total: the main model, persistent selection biases included, multi-token modules apart.
-        params_heads: what the loss heads own (multi-token modules).
-        params_active: used by one token of the main model; embedding excluded, output included.
-        flops_per_token: training (forward + backward), causal attention, loss heads included.
-        flops_per_token_main: the same without what the loss heads add.
-        cache_elements: kept per token in decoding, all main layers.
-    """
-
-    params_total: int
-    params_heads: int
-    params_active: int
-    flops_per_token: float
-    flops_per_token_main: float
-    cache_elements: int
-
-
-def size_of(model: LanguageModel) -> Size:
-    """Counted from the model's own tensors and its components' costs; works on the meta device."""
-    heads = sum((head.costs() for _, head in model.loss_heads()), start=Costs())
-    main = model.costs()
-    in_heads = _elements(model.heads)
-    return Size(
-        params_total=_elements(model) - in_heads,
-        params_heads=in_heads,
-        params_active=main.active,
-        flops_per_token=_training_flops(main + heads),
-        flops_per_token_main=_training_flops(main),
-        cache_elements=main.cache,
-    )
-
-
-def _elements(module: nn.Module) -> int:
-    """Parameters and persistent buffers, each shared one once."""
-    return sum(tensor.numel() for tensor in module.state_dict().values())
-
-
-def _training_flops(costs: Costs) -> float:
-    """6 per active parameter (2 forward, 4 backward), and 3 times the forward's mixing."""
-    return 6.0 * costs.active + 3.0 * costs.mixing
 
 
 def plan_of(recipe: Recipe, model: LanguageModel | None = None) -> Plan:

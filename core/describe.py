@@ -31,9 +31,7 @@ def main(arguments: argparse.Namespace) -> None:
     if len(recipes) == 1:
         show(recipes[0], as_json=arguments.json)
         return
-    from core.analysis.describe import describe
-
-    documents = [describe(recipe) for recipe in recipes]
+    documents = [document_of(recipe) for recipe in recipes]
     if arguments.json:
         print_json(documents)
         return
@@ -42,11 +40,19 @@ def main(arguments: argparse.Namespace) -> None:
     print(documents[0]["flops_convention"])
 
 
+def document_of(recipe: "Recipe") -> dict[str, Any]:
+    """Build the recipe on the meta device, with a precision that remembers its roles, and describe it."""
+    from core.analysis.describe import RoleSpy, describe
+    from core.assemble import build, make, plan_of
+
+    spy = RoleSpy(make(recipe.precision))
+    model = build(recipe, device="meta", precision=spy)
+    return describe(recipe, model, plan_of(recipe, model), spy)
+
+
 def show(recipe: "Recipe", *, as_json: bool) -> None:
     """Print one description."""
-    from core.analysis.describe import describe
-
-    document = describe(recipe)
+    document = document_of(recipe)
     if as_json:
         print_json(document)
         return

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from core.assemble import Size, build, make, plan_of, size_of
+from core.analysis.size import Size, size_of
+from core.assemble import build, make, plan_of
 from core.contracts.component import Environment
 from core.contracts.errors import RunFailed, UserError
 from core.data.loaders import ValidationLoader

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.assemble import Size, build, make, plan_of, size_of
+from core.analysis.size import Size, size_of
 from core.contracts.component import Environment
 from core.contracts.precision import Precision
 from core.contracts.schedule import Progress
@@ -22,10 +22,14 @@ OPTIMIZER_BYTES = 8
 """Two fp32 moments for each parameter."""
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """The description as plain containers: what `--json` prints. Nothing is allocated."""
-    model = build(recipe, device="meta")
-    size, plan = size_of(model), plan_of(recipe, model)
+def describe(recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy") -> dict[str, Any]:
+    """The description as plain containers: what `--json` prints.
+
+    Args:
+        model: the recipe's, on the meta device, built with `roles` as its precision.
+        plan: the recipe's steps.
+    """
+    size = size_of(model)
     return {
         "recipe": recipe.source,
         "params_total": size.params_total,
@@ -35,25 +39,28 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "flops_per_token_main": size.flops_per_token_main,
         "flops_convention": CONVENTION,
         "kv_bytes_per_token": 2 * size.cache_elements,
-        "memory_bytes": memory(recipe, model, size),
+        "memory_bytes": memory(recipe, model, size, roles.compute_dtype("ffn.down").itemsize),
         "steps": plan.steps,
         "tokens": plan.tokens,
         "layers": layers(model),
         "loss_coefficients": coefficients(model, plan),
-        "precision": roles(recipe, model),
+        "precision": roles.table(),
         "plugins": plugins(recipe),
         "runnable_here": obstacles(recipe) or True,
         "dropped_keys": list(recipe.dropped),
     }
 
 
-def memory(recipe: Recipe, model: LanguageModel, size: Size) -> dict[str, int]:
-    """Estimates: what is exact (weights, gradients, two fp32 moments), and the residual stream kept per micro-batch."""
+def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> dict[str, int]:
+    """Estimates for one device that holds all of the model and a whole micro-batch.
+
+    Weights, gradients and two fp32 moments are exact; of the activations only the residual stream (two states
+    a block, `itemsize` bytes each) and the logits are counted.
+    """
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     parameters = sum(p.numel() for p in model.parameters())
-    compute = make(recipe.precision).compute_dtype("ffn.down").itemsize
     tokens = recipe.batch.sequences * recipe.data.sequence_length
-    residual = tokens * recipe.model.dim * compute * 2 * (len(model.blocks) + len(model.heads))
+    residual = tokens * recipe.model.dim * itemsize * 2 * (len(model.blocks) + len(model.heads))
     logits = tokens * recipe.data.tokenizer.vocab * 4
     return {
         "weights": weights,
@@ -101,15 +108,7 @@ def _ends(owner: Any, first: Progress, last: Progress) -> dict[str, float]:
     return {"first": owner.coefficient(first), "last": owner.coefficient(last)}
 
 
-def roles(recipe: Recipe, model: LanguageModel) -> dict[str, dict[str, str]]:
-    """The formats of every role that the model uses."""
-    spy = _RoleSpy(make(recipe.precision))
-    build(recipe, device="meta", precision=spy)
-    formats = {role: (spy.param_dtype(role), spy.compute_dtype(role)) for role in spy.seen}
-    return {role: {"kept": _short(kept), "computed": _short(computed)} for role, (kept, computed) in formats.items()}
-
-
-class _RoleSpy(Precision):
+class RoleSpy(Precision):
     """Passes everything on and remembers the roles that were asked for, in order."""
 
     def __init__(self, inner: Precision) -> None:
@@ -122,6 +121,10 @@ class _RoleSpy(Precision):
     def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
         self.seen[role] = None
         return self.inner.grouped_linear(groups, inputs, outputs, role, std=std)
+
+    def table(self) -> dict[str, dict[str, str]]:
+        """The formats of every role that was asked for."""
+        return {r: {"kept": _short(self.param_dtype(r)), "computed": _short(self.compute_dtype(r))} for r in self.seen}
 
     def param_dtype(self, role: str) -> torch.dtype:
         return self.inner.param_dtype(role)

@@ -1,7 +1,7 @@
 """Finding plugins: installed entry points, a checkout's own `pyproject.toml`, and a recipe's `plugins:` list.
 
-Distributions are read one by one instead of through pluggy's own loader, which lets the first ImportError
-escape and silently skips a second distribution that uses an entry-point name again.
+Distributions are read one by one: pluggy's own loader stops at the first plugin that cannot be imported, and
+of two distributions with one entry-point name it reads only the first, without a word.
 """
 
 import importlib

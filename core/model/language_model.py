@@ -15,8 +15,9 @@ from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.ffn import FeedForward
 from core.contracts.loss_head import LossHead, Shared
-from core.contracts.record import LossTerm, Record
+from core.contracts.record import LossTerm, Record, as_pytree
 from core.model.block import Block
+from core.model.initialise import draw_normal
 from core.model.norm import RMSNorm
 
 
@@ -40,13 +41,14 @@ class Embedding(nn.Module):
 
     def reset_parameters(self) -> None:
         """N(0, std)."""
-        nn.init.normal_(self.weight, std=self.std)
+        draw_normal(self.weight, self.std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Any shape of ids -> that shape x dim."""
         return F.embedding(tokens, self.weight).to(self.compute_dtype)
 
 
+@as_pytree
 @dataclass(frozen=True)
 class Losses:
     """What one micro-batch gives the training step.
@@ -92,15 +94,13 @@ class LanguageModel(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.recompute = recompute
 
-    def hidden(
-        self, context: SequenceContext, caches: list[Cache] | None = None
-    ) -> tuple[Tensor, dict[str, Record]]:
+    def hidden(self, context: SequenceContext, caches: list[Cache] | None = None) -> tuple[Tensor, dict[str, Record]]:
         """Hidden states B x L x D after the final norm, and what each block's experts saw."""
         x_BLD = self.embedding(context.tokens_BL)
         records = {}
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches is not None else None
-            if index in self.recompute and torch.is_grad_enabled():
+            if cache is None and index in self.recompute and torch.is_grad_enabled():
                 x_BLD, record = checkpoint(
                     block, x_BLD, context, use_reentrant=False, context_fn=_keep_choices, preserve_rng_state=False
                 )
@@ -175,7 +175,7 @@ class LanguageModel(nn.Module):
 
     def costs(self) -> Costs:
         """The main model, for one token: embedding excluded, output included; loss heads apart."""
-        total = Costs(active=self.norm.dim + sum(p.numel() for p in self.output.parameters()))
+        total = Costs(active=self.norm.dim + self.embedding.weight.numel())  # the output is as large, tied or not
         for block in self.blocks:
             assert isinstance(block, Block)
             total = total + block.costs()
@@ -190,7 +190,8 @@ def _keep_choices() -> tuple[AbstractContextManager[Any], AbstractContextManager
     """Selective recomputation that saves what `topk` chose: a tie may fall the other way the second time."""
 
     def policy(_: object, op: Callable[..., object], *args: object, **kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.topk.default else CheckpointPolicy.PREFER_RECOMPUTE
+        chosen = op is torch.ops.aten.topk.default
+        return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
 
-    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = create_selective_checkpoint_contexts(policy)
-    return contexts
+    forward, recompute = create_selective_checkpoint_contexts(policy)
+    return forward, recompute

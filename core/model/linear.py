@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.model.grouped import grouped_product
+from core.model.initialise import address, draw_normal
 
 
 class Linear(nn.Module):
@@ -27,7 +28,7 @@ class Linear(nn.Module):
 
     def reset_parameters(self) -> None:
         """N(0, std)."""
-        nn.init.normal_(self.weight, std=self.std)
+        draw_normal(self.weight, self.std)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
@@ -61,13 +62,9 @@ class GroupedLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """N(0, std), each group from a generator seeded by the current seed and its index."""
-        if self.weight.is_meta:
-            return
         seed = torch.initial_seed()
-        with torch.no_grad():
-            for index, weight in enumerate(self.weight):
-                generator = torch.Generator(weight.device).manual_seed((seed + 0x9E3779B97F4A7C15 * (index + 1)) % 2**63)
-                weight.normal_(std=self.std, generator=generator)
+        for index, weight in enumerate(self.weight.detach()):
+            draw_normal(weight, self.std, seed=address(seed, str(index)))
 
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
         """Rows sorted by group, and where each group ends."""

@@ -58,7 +58,8 @@ def rope_table(rope: Rope, dim: int, positions_L: Tensor, dtype: torch.dtype) ->
     if rope.yarn is not None:
         low, high = correction_range(dim, rope.theta, rope.yarn)
         yarn = (rope.yarn.factor, low, high)
-        ratio = temperature(rope.yarn.factor, rope.yarn.mscale) / temperature(rope.yarn.factor, rope.yarn.mscale_all_dim)
+        factor = rope.yarn.factor
+        ratio = temperature(factor, rope.yarn.mscale) / temperature(factor, rope.yarn.mscale_all_dim)
     frequencies = torch.tensor(_frequencies(dim, rope.theta, yarn), dtype=torch.float64, device=positions_L.device)
     angles = positions_L.to(torch.float64)[:, None] * frequencies
     return (angles.cos() * ratio).to(dtype), (angles.sin() * ratio).to(dtype)

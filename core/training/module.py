@@ -1,6 +1,6 @@
 """The training step, top to bottom as the report describes it, under Lightning's manual optimization.
 
-One Lightning batch is one optimizer step's window of micro-batches. Only this step commits what the pure
+What Lightning calls a batch holds the whole window of an optimizer step. Only this step commits what the pure
 forwards returned: it reduces the window's integer load once over the ranks, and the balancers and the
 logged MaxVio read the same integers.
 """

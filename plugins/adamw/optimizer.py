@@ -43,7 +43,8 @@ class AdamW(OptimizerFactory):
         matrices, vectors = [], []
         for _, parameter in parameters:
             (matrices if parameter.ndim > 1 else vectors).append(parameter)
-        groups = [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        decay = self.config.weight_decay
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
         first, second = self.config.betas
         kept = [group for group in groups if group["params"]]
         return torch.optim.AdamW(kept, lr=0.0, betas=(first, second), eps=self.config.eps, fused=True)

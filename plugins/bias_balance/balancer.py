@@ -29,7 +29,7 @@ class Bias(ExactState, Balancer):
     class Config:
         """Settings of the bias controller."""
 
-        rate: Scheduled = setting(0.001, doc="step of the bias (gamma; DeepSeek-V3: 0.001, then 0 for the last 500B tokens)")
+        rate: Scheduled = setting(0.001, doc="step of the bias (gamma; DeepSeek-V3: 0.001, and 0 from 14.3T tokens on)")
         frozen: bool = setting(False, doc="keep the bias as it is, for a frozen model")
 
         def check(self, parent: Any) -> None:

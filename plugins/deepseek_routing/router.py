@@ -53,6 +53,10 @@ class DeepSeekV3Router(Router):
             if not 1 <= self.top_k <= left:
                 why = f"{self.reach} of {self.groups} groups of {experts // self.groups}"
                 raise Wrong("top_k", f"must be between 1 and {left}, the experts that the group limit leaves ({why})")
+            if self.top_k == 1:
+                raise Wrong(
+                    "top_k", "must be at least 2: the one gate would be normalised to a constant, without a gradient"
+                )
             if self.reach < self.groups and max(1, self.top_k // self.reach) > experts // self.groups:
                 raise Wrong("top_k", "must leave top_k / group_limit experts in every group")
 

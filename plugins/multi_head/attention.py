@@ -64,7 +64,8 @@ def _check(heads: int, head_dim: int | None, parent: Any) -> None:
         raise Wrong("heads", f"must divide model.dim = {dim} where head_dim is not given")
     width = head_dim if head_dim is not None else (dim or 0) // heads
     if width % 2:
-        raise Wrong("heads" if head_dim is None else "head_dim", "must leave an even head width: positions rotate pairs")
+        key = "heads" if head_dim is None else "head_dim"
+        raise Wrong(key, "must leave an even head width: positions rotate pairs")
 
 
 class MultiHeadAttention(_HeadAttention):

@@ -107,7 +107,7 @@ def test_a_second_try_into_the_folder_of_a_failed_one_works(lab: Lab, tmp_path: 
 def test_a_missing_recipe_is_told_with_what_there_is(lab: Lab, tmp_path: Path) -> None:
     done = lab.door("fit", "dsv3_smal", "--out", tmp_path / "run")
     assert done.code == 2
-    assert "dsv3_smal: no such recipe; did you mean dsv3_small?" in done.sentence
+    assert "dsv3_smal: no such recipe; did you mean dsv3_small" in done.sentence
 
 
 def test_an_out_that_cannot_be_written_is_refused(lab: Lab, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import core
-from core.analysis.describe import describe
 from core.assemble import plan_of
 from core.contracts.schedule import Progress, value_at
 from core.contracts.schema import Section
+from core.describe import document_of
 from core.recipe.compose import Recipe, shipped_recipes
 from core.recipe.plan import Plan
 from core.run import fit
@@ -44,7 +44,7 @@ def plan() -> Plan:
 @cache
 def described(name: str) -> dict[str, Any]:
     """What `describe --json` prints."""
-    document = describe(core.compose(name))
+    document = document_of(core.compose(name))
     json.dumps(document, allow_nan=False)
     return document
 

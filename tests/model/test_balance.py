@@ -25,9 +25,9 @@ def bias_of(*overrides: str) -> Any:
 
 
 def sequence_of(experts: int = 8, top_k: int = 2) -> Any:
-    """A sequence-wise loss; the router's groups leave it alone."""
-    groups = (f"{tiny.ROUTER}.groups=1", f"{tiny.ROUTER}.group_limit=null")
-    return tiny.moe(tiny.build(f"{tiny.FFN}.experts={experts}", f"{tiny.ROUTER}.top_k={top_k}", *groups)).balancers[1]
+    """A sequence-wise loss for any number of experts and choices."""
+    made = tiny.moe(tiny.build()).balancers[1]
+    return type(made)(made.config, None, experts=experts, top_k=top_k)
 
 
 def loss_of(balancer: Any, scores_TE: Tensor, context: SequenceContext | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import core
-from core.assemble import Size, size_of
+from core.analysis.size import Size, size_of
 from core.contracts.context import SequenceContext
 from core.model.language_model import LanguageModel
 

@@ -1,0 +1,54 @@
+"""How large a model is and what it costs, counted from its own tensors and its components' declarations."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from core.contracts.component import Costs
+from core.model.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model costs, by the conventions that `core.describe` names.
+
+    Args:
+        params_total: the main model, with its selection biases, without what the heads own.
+        params_heads: what the loss heads own (multi-token modules).
+        params_active: used by one token of the main model; embedding excluded, output included.
+        flops_per_token: training (forward + backward), causal attention, loss heads included.
+        flops_per_token_main: the same without what the loss heads add.
+        cache_elements: kept per token in decoding, all main layers.
+    """
+
+    params_total: int
+    params_heads: int
+    params_active: int
+    flops_per_token: float
+    flops_per_token_main: float
+    cache_elements: int
+
+
+def size_of(model: LanguageModel) -> Size:
+    """Counted from the model's own tensors and its components' costs; works on the meta device."""
+    heads = sum((head.costs() for _, head in model.loss_heads()), start=Costs())
+    main = model.costs()
+    in_heads = _elements(model.heads)
+    return Size(
+        params_total=_elements(model) - in_heads,
+        params_heads=in_heads,
+        params_active=main.active,
+        flops_per_token=_training_flops(main + heads),
+        flops_per_token_main=_training_flops(main),
+        cache_elements=main.cache,
+    )
+
+
+def _elements(module: nn.Module) -> int:
+    """Parameters and persistent buffers, each shared one once."""
+    return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def _training_flops(costs: Costs) -> float:
+    """6 per active parameter (2 forward, 4 backward), and 3 times the forward's mixing."""
+    return 6.0 * costs.active + 3.0 * costs.mixing
