@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ def _context(recipe: Recipe, precision: Precision) -> BuildContext:
         init=Init(model.init.std, model.init.output_std, model.init.embedding_std),
         rope=Rope(model.rope.theta, model.rope.max_length, model.rope.yarn),
         norm_eps=model.norm_eps,
+        seed=recipe.seed,
     )
 
 
@@ -85,17 +87,23 @@ def _model(recipe: Recipe, context: BuildContext) -> LanguageModel:
     else:
         output = context.linear(context.dim, context.vocabulary, "head")
     kinds = list(_blocks(recipe))
-    blocks = [Block(attention, ffn, replace(context, layer=i)) for i, (_, attention, ffn) in enumerate(kinds)]
-    _, attention, ffn = kinds[-1]
 
-    def one_more(inner: BuildContext) -> Block:
-        return Block(attention, ffn, replace(inner, block=None))
+    def make_block(kind: tuple[str, Section, Section], inner: BuildContext) -> Block:
+        name, attention, ffn = kind
+        return Block(attention, ffn, replace(inner, block=None), recompute=name in recipe.recompute.blocks)
 
-    for_heads = replace(context, layer=len(blocks), block=one_more)
+    blocks = [make_block(kind, replace(context, layer=index)) for index, kind in enumerate(kinds)]
+
+    for_heads = replace(context, layer=len(blocks), block=partial(make_block, kinds[-1]))
     heads: dict[str, LossHead] = {name: for_heads.make(section) for name, section in recipe.model.heads.items()}
-    recompute = frozenset(i for i, (name, _, _) in enumerate(kinds) if name in recipe.recompute.blocks)
-    norm = RMSNorm(context.dim, context)
-    return LanguageModel(embedding=embedding, blocks=blocks, norm=norm, output=output, heads=heads, recompute=recompute)
+    return LanguageModel(
+        embedding=embedding,
+        blocks=blocks,
+        norm=RMSNorm(context.dim, context),
+        output=output,
+        heads=heads,
+        max_length=context.rope.max_length,
+    )
 
 
 def _blocks(recipe: Recipe) -> Iterator[tuple[str, Section, Section]]:

@@ -9,6 +9,7 @@ def parser() -> argparse.ArgumentParser:
     """The door's arguments."""
     p = argparse.ArgumentParser(prog="python -m core.evaluate", description="Validate a trained model.")
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint file")
+    p.add_argument("--xz", action="store_true", help="beside it, what xz -9e needs (two seconds for each MB of text)")
     p.add_argument("--json", action="store_true", help="print one JSON document")
     return p
 
@@ -20,7 +21,7 @@ def main(arguments: argparse.Namespace) -> None:
     from core.run import evaluate
     from core.training.resume import newest_checkpoint
 
-    values = evaluate(newest_checkpoint(Path(arguments.run)))
+    values = evaluate(newest_checkpoint(Path(arguments.run)), xz=arguments.xz)
     if arguments.json:
         print_json(values)
         return

@@ -1,8 +1,11 @@
 """python -m core.fit RECIPE [KEY=VALUE ...]: train a recipe into a run folder."""
 
 import argparse
+import logging
 import os
 import sys
+import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from core.door import print_json, recipe_arguments, run_door
@@ -33,6 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
 
         show(recipe, as_json=arguments.json)
         return
+    _quiet()
     from core.run import fit
     from core.training.folder import RunFolder, resumable, start_folder
     from core.training.ranks import joined_folder, leads
@@ -41,13 +45,21 @@ def main(arguments: argparse.Namespace) -> None:
     folder = joined_folder() or resumable(arguments.resume, arguments.out, recipe.name)
     if folder is None:
         folder, resume = start_folder(arguments.out, recipe.name), False
-    summary = fit(recipe, RunFolder(folder), resume=resume, say=lambda text: print(text, file=sys.stderr))
+    with redirect_stdout(sys.stderr):  # what a library or a callback prints is not the result
+        summary = fit(recipe, RunFolder(folder), resume=resume, say=print)
     if not leads():
         return
     if arguments.json:
         print_json(summary)
     else:
         print(_sentence(summary))
+
+
+def _quiet() -> None:
+    """Lightning's greetings and tips, and a deprecation inside it, are not for the person who trains."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec")
 
 
 def _sentence(summary: dict[str, object]) -> str:

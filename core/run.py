@@ -14,6 +14,8 @@ from core.analysis.size import Size, size_of
 from core.assemble import build, make, plan_of
 from core.contracts.component import Environment
 from core.contracts.errors import RunFailed, UserError
+from core.data.baseline import xz_bits_per_byte
+from core.data.documents import read_split
 from core.data.loaders import ValidationLoader
 from core.data.module import TextData
 from core.model.language_model import LanguageModel
@@ -263,8 +265,12 @@ def load(run_or_checkpoint: str | Path) -> LanguageModel:
 
 
 @torch.no_grad()
-def evaluate(checkpoint: Path) -> dict[str, Any]:
+def evaluate(checkpoint: Path, *, xz: bool = False) -> dict[str, Any]:
     """Validation of a checkpoint over its recipe's whole validation split.
+
+    Args:
+        checkpoint: a file.
+        xz: also say what `xz -9e` needs for the same bytes when it has the training text before them.
 
     Raises:
         UserError: no run, a damaged checkpoint, data that differs from the run's, or no validation split.
@@ -288,7 +294,12 @@ def evaluate(checkpoint: Path) -> dict[str, Any]:
     assert isinstance(loader, ValidationLoader)
     for index, batch in enumerate(loader):
         module.validation_step(batch, index)
-    return finite({"checkpoint": checkpoint.name, **module.validation.compute()})
+    values: dict[str, Any] = {"checkpoint": checkpoint.name, **module.validation.compute()}
+    if xz:
+        split = read_split(make(recipe.data.corpus))
+        train, validation = (b"".join(d.data for d in part) for part in (split.train, split.validation))
+        values["xz_bits_per_byte"] = xz_bits_per_byte(train, validation)
+    return finite(values)
 
 
 def run_of(path: Path) -> RunFolder:

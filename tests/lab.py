@@ -59,7 +59,7 @@ optimizer: {{name: adamw, lr: 0.003}}
 batch: {{sequences: 4, accumulate: 2}}
 budget: {{steps: 12}}
 checkpoint: {{every_steps: 5, keep: 2}}
-validation: {{every_steps: 5, sequences: 8}}
+validation: {{every_steps: 6, sequences: 8}}
 trainer: {{enable_progress_bar: false}}
 """
 
@@ -152,9 +152,10 @@ class Lab:
             validation_bytes=1,
         )
         model(module.model)
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         trainer = L.Trainer(
-            **quiet,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
             enable_progress_bar=False,
             accelerator="cpu",
             max_epochs=1,

@@ -127,6 +127,7 @@ class RoleSpy(Precision):
         return {r: {"kept": _short(self.param_dtype(r)), "computed": _short(self.compute_dtype(r))} for r in self.seen}
 
     def param_dtype(self, role: str) -> torch.dtype:
+        self.seen.setdefault(role)
         return self.inner.param_dtype(role)
 
     def compute_dtype(self, role: str) -> torch.dtype:
@@ -155,6 +156,7 @@ def plugins(recipe: Recipe) -> list[dict[str, str]]:
 def obstacles(recipe: Recipe) -> list[str]:
     """Why the recipe cannot run on this machine; empty where it can."""
     cuda = torch.cuda.is_available()
-    environment = Environment("cuda" if cuda else "cpu", torch.cuda.get_device_capability() if cuda else None)
+    capability = torch.cuda.get_device_capability() if cuda else None
+    environment = Environment("cuda" if cuda else "cpu", capability, torch.version.cuda)
     told = [(s, s.component.requires(s.config, environment)) for s in recipe.sections()]
     return [f"{section.slot} {section.name}: {why}" for section, why in told if why]

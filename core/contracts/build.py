@@ -53,6 +53,7 @@ class BuildContext:
         init: standard deviations of initial weights.
         rope: rotary positions.
         norm_eps: epsilon of every RMSNorm.
+        seed: of the run; with a layer, a step and a token's number it is the address of a random choice.
         block: builds one more block of the last kind, for heads that own blocks.
     """
 
@@ -64,6 +65,7 @@ class BuildContext:
     init: Init
     rope: Rope
     norm_eps: float
+    seed: int = 0
     block: Callable[["BuildContext"], nn.Module] | None = None
 
     def make(self, section: Section, **shared: Any) -> Any:

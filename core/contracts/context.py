@@ -28,7 +28,10 @@ class SequenceContext:
             None: every token is valid.
         documents_BM: int64 document of every input token and of the last target; None: attention and
             multi-token prediction run across documents, as DeepSeek trains.
-        step: optimizer steps done before this one; random choices are addressed by it.
+        step: optimizer steps done before this one.
+        first_sequence: number of the first sequence among all that the step reads, over micro-batches and data
+            ranks: token l of sequence b has the number (first_sequence + b) L + l. Random choices are addressed
+            by (seed, step, layer, that number), so splitting a batch changes none of them.
         reduce_sum: sum over the data ranks, differentiable; the identity on one device.
     """
 
@@ -38,6 +41,7 @@ class SequenceContext:
     valid_BL: Tensor | None = None
     documents_BM: Tensor | None = None
     step: int = 0
+    first_sequence: int = 0
     reduce_sum: Callable[[Tensor], Tensor] = identity
 
     @classmethod

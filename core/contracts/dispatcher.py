@@ -1,7 +1,6 @@
 """The dispatcher slot: how tokens travel to their experts and back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -9,10 +8,6 @@ from torch import Tensor
 from core.contracts.build import BuildContext
 from core.contracts.component import Component
 from core.contracts.router import Routing
-
-Experts = Callable[[Tensor, Tensor], Tensor]
-"""`(x_AD, offsets_E) -> y_AD`: rows grouped by expert; offsets are the int32 ends of the groups."""
-
 
 class Handle(ABC):
     """A transfer under way; other work may be done between `start` and `wait`."""
@@ -33,7 +28,7 @@ class Dispatcher(Component, ABC):
 
     @abstractmethod
     def start(self, x_TD: Tensor, routing: Routing) -> Handle:
-        """Begin to send; the handle waits for `(x_AD, offsets_E, state)`."""
+        """Begin to send; the handle waits for `(x_AD, ends_E, state)`: rows grouped by expert, and where each group ends."""
 
     @abstractmethod
     def start_combine(self, y_AD: Tensor, state: Any) -> Handle:

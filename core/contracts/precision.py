@@ -18,7 +18,7 @@ class Precision(Component, ABC):
     says what a layer is for: `attention.q_down`, `attention.q_up`, `attention.q` (no query latent),
     `attention.kv_down`, `attention.kv_up`, `attention.k`, `attention.v`, `attention.output`, `ffn.gate_up`,
     `ffn.down`, `experts.gate_up`, `experts.down`, `shared_experts.gate_up`, `shared_experts.down`, `router`,
-    `mtp.projection`, `head`, `embedding`.
+    `mtp.projection`, `head`, `embedding`, `norm`.
     """
 
     def __init__(self, config: Any) -> None:
@@ -40,10 +40,6 @@ class Precision(Component, ABC):
     def compute_dtype(self, role: str) -> torch.dtype:
         """The format in which a role's product is taken; `describe` prints it for every role."""
 
-    def row_alignment(self, role: str) -> int:
-        """Rows of each expert are padded to a multiple of this by the dispatcher."""
-        return 1
-
     def context(self) -> AbstractContextManager[Any]:
-        """Entered around each block, inside the function that is recomputed."""
+        """Entered around each block, inside the function that is recomputed, and around each multi-token module."""
         return nullcontext()

@@ -1,6 +1,12 @@
 """One transformer block: pre-norm attention and feed-forward around a residual stream (report, figure 2)."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from core.contracts.attention import Attention, Cache
 from core.contracts.build import BuildContext
@@ -18,10 +24,12 @@ class Block(nn.Module):
     Args:
         attention, ffn: validated sections of the two slots.
         build: the model around the block.
+        recompute: keep none of the block's activations and compute them again in the backward pass.
     """
 
-    def __init__(self, attention: Section, ffn: Section, build: BuildContext) -> None:
+    def __init__(self, attention: Section, ffn: Section, build: BuildContext, *, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.precision = build.precision
         self.attention_norm = RMSNorm(build.dim, build)
         self.attention: Attention = build.make(attention)
@@ -32,6 +40,14 @@ class Block(nn.Module):
         self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
     ) -> tuple[Tensor, Record | None]:
         """The block's output and what its feed-forward layer saw."""
+        if self.recompute and cache is None and torch.is_grad_enabled():
+            again: tuple[Tensor, Record | None] = checkpoint(
+                self._once, x_BLD, context, None, use_reentrant=False, context_fn=_keep_choices, preserve_rng_state=False
+            )
+            return again
+        return self._once(x_BLD, context, cache)
+
+    def _once(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None) -> tuple[Tensor, Record | None]:
         with self.precision.context():
             x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), context, cache)
             y_BLD, record = self.ffn(self.ffn_norm(x_BLD), context)
@@ -41,3 +57,14 @@ class Block(nn.Module):
         """For one token, norms included."""
         norms = self.attention_norm.dim + self.ffn_norm.dim
         return self.attention.costs() + self.ffn.costs() + Costs(active=norms)
+
+
+def _keep_choices() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Selective recomputation that saves what `topk` chose: a tie may fall the other way the second time."""
+
+    def policy(_: object, op: Callable[..., object], *args: object, **kwargs: object) -> CheckpointPolicy:
+        chosen = op is torch.ops.aten.topk.default
+        return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
+
+    forward, recompute = create_selective_checkpoint_contexts(policy)
+    return forward, recompute

@@ -37,9 +37,17 @@ def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _kernel_takes(*operands: Tensor) -> bool:
-    """Whether `F.grouped_mm` handles these: bf16 on CUDA, rows a multiple of 16 bytes."""
-    return all(t.is_cuda and t.dtype == torch.bfloat16 and t.stride(-2) * 2 % 16 == 0 for t in operands)
+def _kernel_pays(x: Tensor) -> bool:
+    """Where `F.grouped_mm` is one kernel; elsewhere the loop is as fast."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _kernel_takes(rows_AX: Tensor, other: Tensor) -> bool:
+    """Whether `F.grouped_mm` handles these: every width a multiple of 16 bytes, every matrix or its transpose dense."""
+    widths = (rows_AX.shape[-1], *other.shape[-2 if other.ndim == 3 else -1 :])
+    aligned = all(width * rows_AX.element_size() % 16 == 0 for width in widths)
+    dense = rows_AX.is_contiguous() and (other.is_contiguous() or other.transpose(-1, -2).is_contiguous())
+    return _kernel_pays(rows_AX) and rows_AX.dtype == other.dtype and aligned and dense
 
 
 @torch.library.custom_op("moeloom::grouped_product", mutates_args=())
@@ -62,7 +70,9 @@ def _product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 def _outer(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
     """dy^T x for the rows of each expert: the gradient of the weights, [E, O, I]."""
     if _kernel_takes(dy_AO, x_AI):
-        return F.grouped_mm(dy_AO.t(), x_AI, offs=ends_E.to(torch.int32))
+        dw_EOI = F.grouped_mm(dy_AO.t(), x_AI, offs=ends_E.to(torch.int32))
+        empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        return dw_EOI.masked_fill_(empty_E[:, None, None], 0)
     dw_EOI = x_AI.new_empty(len(ends_E), dy_AO.shape[1], x_AI.shape[1])
     for (begin, end), dw_OI in zip(_spans(ends_E), dw_EOI.unbind(0), strict=True):
         if end > begin:

@@ -1,18 +1,16 @@
 """The language model: embedding, blocks, final norm, output, and the heads that give it losses."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from core.contracts.attention import Cache
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
+from core.contracts.errors import UserError
 from core.contracts.ffn import FeedForward
 from core.contracts.loss_head import LossHead, Shared
 from core.contracts.record import LossTerm, Record, as_pytree
@@ -73,7 +71,7 @@ class LanguageModel(nn.Module):
         norm: before the output.
         output: D -> V, no bias.
         heads: loss heads by name.
-        recompute: indices of blocks whose activations are recomputed in the backward pass.
+        max_length: positions that the rotary table holds.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class LanguageModel(nn.Module):
         norm: RMSNorm,
         output: nn.Module,
         heads: dict[str, LossHead],
-        recompute: frozenset[int] = frozenset(),
+        max_length: int,
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -92,20 +90,22 @@ class LanguageModel(nn.Module):
         self.norm = norm
         self.output = output
         self.heads = nn.ModuleDict(heads)
-        self.recompute = recompute
+        self.max_length = max_length
 
     def hidden(self, context: SequenceContext, caches: list[Cache] | None = None) -> tuple[Tensor, dict[str, Record]]:
-        """Hidden states B x L x D after the final norm, and what each block's experts saw."""
+        """Hidden states B x L x D after the final norm, and what each block's experts saw.
+
+        Raises:
+            UserError: more positions than the rotary table holds.
+        """
+        length = context.tokens_BL.shape[1] + (caches[0].length if caches else 0)
+        if length > self.max_length:
+            raise UserError(f"{length} tokens are more than model.rope.max_length = {self.max_length}")
         x_BLD = self.embedding(context.tokens_BL)
         records = {}
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches is not None else None
-            if cache is None and index in self.recompute and torch.is_grad_enabled():
-                x_BLD, record = checkpoint(
-                    block, x_BLD, context, use_reentrant=False, context_fn=_keep_choices, preserve_rng_state=False
-                )
-            else:
-                x_BLD, record = block(x_BLD, context, cache)
+            x_BLD, record = block(x_BLD, context, cache)
             if record is not None:
                 records[f"blocks.{index}"] = record
         return self.norm(x_BLD), records
@@ -184,14 +184,3 @@ class LanguageModel(nn.Module):
 
 def _term(head: str, term: str) -> str:
     return head if term == head else f"{head}/{term}"
-
-
-def _keep_choices() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Selective recomputation that saves what `topk` chose: a tie may fall the other way the second time."""
-
-    def policy(_: object, op: Callable[..., object], *args: object, **kwargs: object) -> CheckpointPolicy:
-        chosen = op is torch.ops.aten.topk.default
-        return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
-
-    forward, recompute = create_selective_checkpoint_contexts(policy)
-    return forward, recompute

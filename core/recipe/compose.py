@@ -19,6 +19,7 @@ from core.extension.loader import installed_registry, registry_for
 from core.recipe.resolve import Resolver, to_dict
 from core.recipe.schema import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS, RecipeSchema
 
+BUDGETS = frozenset({"steps", "tokens", "flops"})
 COMMAND_LINE = "command line"
 
 
@@ -221,9 +222,17 @@ class _Layers:
             self.inherited.get(section, set()).discard(key)
         for path, keys in _renamed(self.values, merged, ""):
             self.inherited.setdefault(path, set()).update(keys - explicit.get(path, set()) - {"name"})
-        self.values = merged
-        standing = set(_paths(merged))
+        self.values = _one_budget(merged, explicit.get("budget", set()))
+        standing = set(_paths(self.values))
         self._origins = {path: by for path, by in (self._origins | origins).items() if path in standing}
+
+
+def _one_budget(values: dict[str, Any], said: set[str]) -> dict[str, Any]:
+    """A budget that a later layer gives takes the place of an earlier layer's, whatever its unit."""
+    budget = values.get("budget")
+    if not isinstance(budget, dict) or all(budget.get(key) is None for key in said):
+        return values
+    return {**values, "budget": {key: value for key, value in budget.items() if key in said or key not in BUDGETS}}
 
 
 def _parsed(text: str) -> tuple[list[str], Any]:

@@ -84,6 +84,10 @@ class BlockSection:
         _at_least(self, 0, "count")
 
 
+TAKEN = frozenset("clear items keys pop type update values train eval forward apply to".split())
+"""Names that torch's ModuleDict has for itself."""
+
+
 @dataclass(kw_only=True)
 class ModelSection:
     """The model."""
@@ -105,6 +109,9 @@ class ModelSection:
             raise Wrong("blocks", "must hold at least one block")
         if not self.heads:
             raise Wrong("heads", "must hold at least one loss head")
+        for name in self.heads:
+            if not name.isidentifier() or name in TAKEN:
+                raise Wrong("heads", f"{name!r} cannot name a head: use letters, digits and _, and no word of Python's modules")
 
 
 @dataclass(kw_only=True)
@@ -275,7 +282,11 @@ class RecipeSchema:
 
     def check(self, parent: Any) -> None:
         """Raises `Wrong` for what no single section can see."""
+        _at_least(self, 0, "seed")
         _at_least(self, 1, "max_skipped_steps")
+        every = self.trainer.get("log_every_n_steps", 1)
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise Wrong("trainer", "log_every_n_steps must be a whole number of at least 1")
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
             raise Wrong("gradient_clip", "must be more than 0, or null for no clipping")
         if self.data.sequence_length > self.model.rope.max_length:

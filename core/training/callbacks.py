@@ -41,9 +41,10 @@ class StepLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One row for each step, or for every `trainer.log_every_n_steps`-th."""
+        """One row for each step, or for every `trainer.log_every_n_steps`-th; 0: none."""
         assert isinstance(pl_module, TrainingModule)
-        if pl_module.windows_done % max(trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and pl_module.windows_done % every == 0:
             pl_module.write_row(pl_module.step_values)
 
 
@@ -173,8 +174,8 @@ class StopOnSignal(_StepEnd):
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning has put its own handler before ours, one that talks to other ranks from wherever it is called."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning has put its own handler before ours: one that talks to the other ranks in the midst of anything."""
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

@@ -16,14 +16,14 @@ def max_vio(load_E: Tensor) -> Tensor:
 
 
 def measures(loads: list[Tensor]) -> dict[str, Tensor]:
-    """The load of a step, or of a validation, in five numbers, each the mean over layers.
+    """The load of a step, or of a validation, in four numbers, each the mean over layers.
 
     Args:
         loads: int64 counts E for each layer, over everything that is meant.
 
     Returns:
         `max_vio`; `cv`, the coefficient of variation; `dead_fraction`, experts that received nothing;
-        `entropy` of the load, 1 where it is uniform; `drop` is not here: it is counted beside the load.
+        `entropy` of the load, 1 where it is uniform.
     """
     rows = [_of_layer(load_E) for load_E in loads]
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]} if rows else {}

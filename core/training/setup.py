@@ -68,8 +68,10 @@ def make_trainer(
 
 
 def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
-    """The one with the best validation loss, and the latest few, which remember which one was best."""
+    """The one with the best validation loss, where there is one, and the latest few, which remember which was best."""
     latest = KeepLatest(folder, every=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep)
+    if not any("next_token" in head.component.capabilities for head in recipe.model.heads.values()):
+        return [latest]
     best = ModelCheckpoint(
         dirpath=folder / "checkpoints",
         filename="best",

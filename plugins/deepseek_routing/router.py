@@ -45,18 +45,18 @@ class DeepSeekV3Router(Router):
         def check(self, parent: Any) -> None:
             """Raises `Wrong` where the groups do not divide the experts or leave too few to choose from."""
             experts = parent.experts
+            if not 0 < self.scale < float("inf"):
+                raise Wrong("scale", "must be positive and finite")
             if self.groups < 1 or experts % self.groups:
                 raise Wrong("groups", f"must divide experts = {experts}")
             if not 1 <= self.reach <= self.groups:
                 raise Wrong("group_limit", f"must be between 1 and groups = {self.groups}")
             left = experts // self.groups * self.reach
-            if not 1 <= self.top_k <= left:
-                why = f"{self.reach} of {self.groups} groups of {experts // self.groups}"
-                raise Wrong("top_k", f"must be between 1 and {left}, the experts that the group limit leaves ({why})")
             if self.top_k == 1:
-                raise Wrong(
-                    "top_k", "must be at least 2: the one gate would be normalised to a constant, without a gradient"
-                )
+                raise Wrong("top_k", "must be at least 2: one gate, normalised, is a constant and has no gradient")
+            if not 2 <= self.top_k <= left:
+                why = f"{self.reach} of {self.groups} groups of {experts // self.groups}"
+                raise Wrong("top_k", f"must be between 2 and {left}, the experts that the group limit leaves ({why})")
             if self.reach < self.groups and max(1, self.top_k // self.reach) > experts // self.groups:
                 raise Wrong("top_k", "must leave top_k / group_limit experts in every group")
 

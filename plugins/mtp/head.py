@@ -35,6 +35,7 @@ class Depth(nn.Module):
     def __init__(self, build: BuildContext) -> None:
         super().__init__()
         assert build.block is not None
+        self.precision = build.precision
         self.embedding_norm = RMSNorm(build.dim, build)
         self.hidden_norm = RMSNorm(build.dim, build)
         self.projection = build.linear(2 * build.dim, build.dim, "mtp.projection")
@@ -46,7 +47,9 @@ class Depth(nn.Module):
     ) -> tuple[Tensor, Record | None]:
         """The normed state of this depth, and what its block's experts saw."""
         joined = torch.cat([self.embedding_norm(embedded_BLD), self.hidden_norm(hidden_BLD)], dim=-1)
-        state_BLD, record = self.block(self.projection(joined), context)
+        with self.precision.context():
+            projected_BLD = self.projection(joined)
+        state_BLD, record = self.block(projected_BLD, context)
         return self.norm(state_BLD), record
 
 

@@ -1,12 +1,14 @@
 """Next-token prediction: the main loss."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
+from core.contracts.errors import Wrong
 from core.contracts.loss_head import HeadOutput, LossHead, Shared
 from core.contracts.record import LossTerm
 from core.contracts.schedule import Progress
@@ -25,6 +27,11 @@ class NextToken(LossHead):
         """Weight of the main loss."""
 
         weight: float = setting(1.0, doc="coefficient of the main loss")
+
+        def check(self, parent: Any) -> None:
+            """Raises `Wrong` for a negative weight."""
+            if not 0 <= self.weight < float("inf"):
+                raise Wrong("weight", "must be at least 0 and finite")
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)

@@ -35,8 +35,8 @@ class _Plain(Precision):
         return self.kept
 
     def compute_dtype(self, role: str) -> torch.dtype:
-        """High for the router (report, section 3.3: gating stays in high precision)."""
-        return self.kept if role == "router" else self.computed
+        """High for the router and norms (report, section 3.3: gating and normalisation stay in high precision)."""
+        return self.kept if role in ("router", "norm") else self.computed
 
 
 class FP32(_Plain):

@@ -10,7 +10,7 @@ from lab import MOE, Lab
 from core.assemble import build
 from core.extension.loader import installed_registry
 
-SIZES = "params_total params_mtp params_active flops_per_token flops_per_token_main kv_bytes_per_token".split()
+SIZES = ["params_total", "params_mtp", "params_active", "flops_per_token", "flops_per_token_main", "kv_bytes_per_token"]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,9 @@ def test_the_catalog_lists_every_built_in_component(lab: Lab) -> None:
     said = lab.door("catalog", "--json")
     assert said.code == 0, said.err
     listed = json.loads(said.out)
-    assert all({"slot", "name", "distribution", "version", "module", "status", "schema"} <= row.keys() for row in listed)
+    assert all(
+        {"slot", "name", "distribution", "version", "module", "status", "schema"} <= row.keys() for row in listed
+    )
     assert {(row["slot"], row["name"]) for row in listed} >= set(installed_registry().entries)
     assert [row for row in listed if row["distribution"] == "moeloom" and row["status"] != "ok"] == []
     bias = next(row for row in listed if (row["slot"], row["name"]) == ("balancer", "bias"))

@@ -10,10 +10,10 @@ from lab import Lab, rows, write_texts
 
 @pytest.fixture(scope="module")
 def said(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A short run through the door with its progress bar, overrides on both sides of an option."""
+    """A short run through the door that prints all it can, with overrides on both sides of an option."""
     run = tmp_path_factory.mktemp("door") / "run"
-    rest = ("trainer.enable_progress_bar=true", "budget.steps=6")
-    return lab.door("fit", lab.file, rest[0], "--out", run, rest[1], "--json"), run
+    chatty = ("trainer.enable_progress_bar=true", "trainer.enable_model_summary=true", "trainer.profiler=simple")
+    return lab.door("fit", lab.file, *chatty, "--out", run, "budget.steps=6", "--json"), run
 
 
 def test_json_is_the_summary_and_nothing_else_on_stdout(said: tuple[Any, Path]) -> None:
@@ -67,7 +67,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "a wrong type": (lambda t: "budget.steps=many", "budget.steps = 'many': must be a whole number or null"),
     "too many experts per token": (
         lambda t: "model.blocks.moe.ffn.router.top_k=5",
-        "model.blocks.moe.ffn.router.top_k = 5: must be between 1 and 4",
+        "model.blocks.moe.ffn.router.top_k = 5: must be between 2 and 4",
     ),
     "groups that do not divide": (lambda t: "model.blocks.moe.ffn.experts=9", "groups = 4: must divide experts = 9"),
     "a negative count": (lambda t: "model.blocks.moe.count=-1", "model.blocks.moe.count = -1: must be at least 0"),
@@ -81,17 +81,24 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "a corpus below a sequence": (lambda t: "data.sequence_length=4000", "the corpus is too short"),
     "text that is not UTF-8": (lambda t: latin(t / "latin"), "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
     "a vocabulary too large": (lambda t: "data.tokenizer.vocab=9999", "data.tokenizer.vocab = 9999 is more than"),
-    "a vocabulary too small": (lambda t: "data.tokenizer.vocab=100", "data.tokenizer.vocab = 100: must be at least 257"),
+    "a vocabulary too small": (
+        lambda t: "data.tokenizer.vocab=100",
+        "data.tokenizer.vocab = 100: must be at least 257",
+    ),
     "ranks that do not divide": (lambda t: "strategy={name: ddp, ranks: 3}", "must divide batch.sequences = 4"),
+    "ranks that do not divide a validation": (
+        lambda t: ["strategy={name: ddp, ranks: 4}", "validation.sequences=6"],
+        "must divide validation.sequences = 6",
+    ),
     "weights from nowhere": (lambda t: "initial_weights=nowhere", "nowhere: no checkpoint here"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_sentence_and_does_not_block_a_second_try(lab: Lab, tmp_path: Path, mistake: str) -> None:
-    override, sentence = MISTAKES[mistake]
-    run = tmp_path / "run"
-    done = lab.door("fit", lab.file, override(tmp_path), "--out", run, "--json")
+    make, sentence = MISTAKES[mistake]
+    made, run = make(tmp_path), tmp_path / "run"
+    done = lab.door("fit", lab.file, *([made] if isinstance(made, str) else made), "--out", run, "--json")
     assert (done.code, done.out) == (2, ""), done.err
     assert sentence in done.sentence
     assert not [file for file in run.rglob("*") if file.is_file()]
@@ -125,9 +132,7 @@ def test_an_out_that_holds_a_run_is_refused_and_left_alone(lab: Lab, finished: P
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*")} == before
 
 
-def test_a_cache_that_cannot_be_written_is_refused(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_is_refused(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOELOOM_CACHE", str(tmp_path / "file" / "cache"))
     done = lab.door("fit", lab.file, "--out", tmp_path / "run")

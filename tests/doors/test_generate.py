@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab import Lab
+from lab import Lab, rows
 
 import core
 from core.data.tokenizer import Tokenizer
 from core.model.sampling import sample
-from core.training.checkpoints import checkpoints_in
 
 
 def greedy(run: Path, prompt: list[int], count: int) -> list[int]:
@@ -38,9 +37,7 @@ def test_greedy_text_is_the_argmax_of_the_full_forward_step_by_step(lab: Lab, fi
 
 def test_sampling_is_fixed_by_its_seed_and_moved_by_it(finished: Path) -> None:
     model = core.load(finished)
-    one, again, other = (
-        list(sample(model, [0, 5], tokens=20, temperature=1.5, seed=seed)) for seed in (1, 1, 2)
-    )
+    one, again, other = (list(sample(model, [0, 5], tokens=20, temperature=1.5, seed=seed)) for seed in (1, 1, 2))
     assert one == again
     assert one != other
 
@@ -102,12 +99,20 @@ def test_evaluate_gives_the_numbers_of_the_summary(lab: Lab, finished: Path) -> 
     assert "val_bits_per_byte" in lab.door("evaluate", finished).out
 
 
+def test_evaluate_sets_xz_beside_it(lab: Lab, finished: Path) -> None:
+    said = json.loads(lab.door("evaluate", finished, "--xz", "--json").out)
+    assert 0 < said["xz_bits_per_byte"] < 8
+
+
 def test_evaluate_takes_one_checkpoint_too(lab: Lab, finished: Path) -> None:
-    said = lab.door("evaluate", checkpoints_in(finished)[0], "--json")
-    found = json.loads(said.out)
-    assert found["checkpoint"] == "step-00000010.ckpt"
-    metrics = (finished / "metrics.csv").read_text()
-    assert repr(found["val_loss"]) in metrics
+    numbers = [
+        json.loads(lab.door("evaluate", finished / "checkpoints" / name, "--json").out)
+        for name in ("best.ckpt", "step-00000010.ckpt")
+    ]
+    assert [found["checkpoint"] for found in numbers] == ["best.ckpt", "step-00000010.ckpt"]
+    logged = {float(row["val_loss"]) for row in rows(finished) if "val_loss" in row}
+    assert numbers[0]["val_loss"] == min(logged)
+    assert numbers[1]["val_loss"] not in logged
 
 
 def test_evaluate_refuses_another_corpus(lab: Lab, finished: Path) -> None:

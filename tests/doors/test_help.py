@@ -8,7 +8,9 @@ import time
 import pytest
 from lab import ROOT
 
-DOORS = sorted(file.stem for file in (ROOT / "core").glob("*.py") if "run_door(" in file.read_text() and file.stem != "door")
+DOORS = sorted(
+    file.stem for file in (ROOT / "core").glob("*.py") if "run_door(" in file.read_text() and file.stem != "door"
+)
 HEAVY = ("torch", "lightning", "numpy", "omegaconf", "tokenizers", "rich", "yaml", "pluggy")
 PROBE = """
 import runpy, sys

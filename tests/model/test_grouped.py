@@ -42,10 +42,34 @@ def looped(x_AI: Tensor, weight_EOI: Tensor, ends: list[int]) -> Tensor:
 
 
 @every_case
+def test_P32_the_kernel_equals_the_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`F.grouped_mm` in fp32 on this device: output, dX and dW, through the same guard as on a GPU."""
+    x_AI, weight_EOI = operands(16, 8, torch.float32)
+    ends_E = torch.tensor(ENDS[name])
+    calls: list[int] = []
+    kernel = torch.nn.functional.grouped_mm
+
+    def spy(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        calls.append(1)
+        return kernel(*args, **kwargs)
+
+    results = []
+    for pays in (False, True):
+        monkeypatch.setattr("core.model.grouped._kernel_pays", lambda _, pays=pays: pays)
+        monkeypatch.setattr("core.model.grouped.F.grouped_mm", spy)
+        y_AO = grouped_product(x_AI, weight_EOI, ends_E)
+        slopes = torch.autograd.grad(y_AO, (x_AI, weight_EOI), torch.ones(1).expand_as(y_AO))
+        results.append((y_AO.detach(), *slopes))
+        assert len(calls) == (3 if pays else 0)
+    for loop, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, loop, rtol=1e-5, atol=1e-5)
+
+
+@every_case
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_equals_a_loop_forward_and_backward(
+def test_P32_equals_a_loop_forward_and_backward(
     name: str, widths: tuple[int, int], dtype: torch.dtype, index: torch.dtype
 ) -> None:
     """Output, dX and dW; rows past the last end are 0 and get no gradient; empty experts get none."""

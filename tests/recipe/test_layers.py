@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from core.contracts.errors import UserError
 from core.contracts.schedule import Schedule
 from core.contracts.schema import Section
 from core.recipe.compose import Recipe, compose
@@ -318,3 +319,15 @@ def test_a_distribution_may_be_named_with_a_component(base: Path, fake_plugin: s
     recipe = compose(base, ["model.attention.name=moeloom/mha", f"plugins=[{fake_plugin}]"])
     assert recipe.model.attention.name == "moeloom/mha"
     assert recipe.model.attention.provenance.distribution == "moeloom"
+
+
+@pytest.mark.parametrize("budget", ["steps=7", "tokens=7000", "flops=1e12"])
+def test_a_budget_on_the_command_line_takes_the_place_of_the_files(base: Path, budget: str) -> None:
+    found = compose(base, [f"budget.{budget}"]).budget
+    given = {key for key in ("steps", "tokens", "flops") if getattr(found, key) is not None}
+    assert given == {budget.partition("=")[0]}
+
+
+def test_two_budgets_on_the_command_line_are_still_one_too_many(base: Path) -> None:
+    with pytest.raises(UserError, match="exactly one of steps, tokens, flops"):
+        compose(base, ["budget.steps=7", "budget.tokens=70"])

@@ -73,7 +73,7 @@ CORE = {
     "factor, original_length, beta_fast, beta_slow, mscale, mscale_all_dim",
     "model.rope.yarn={}": "{o}: model.rope.yarn.factor: required key is missing "
     "(how many times longer the context gets)",
-    "budget.tokens=1e6": "{o}: budget.tokens = 1000000: exactly one of steps, tokens, flops must be given, "
+    "budget={steps: 5, tokens: 1e6}": "{o}: budget.tokens = 1000000: exactly one of steps, tokens, flops must be given, "
     "and steps and tokens are; null takes one away",
     "budget.steps=null": "{o}: budget.steps = null: exactly one of steps, tokens, flops must be given",
     "budget.steps=0": "{o}: budget.steps = 0: must be at least 1",
@@ -119,9 +119,9 @@ COMPONENTS = {
     f"{ROUTER}.topk=2": f"{{o}}: {ROUTER}.topk: unknown key; did you mean top_k? "
     "known: group_limit, groups, name, scale, top_k",
     f"{ROUTER}.name=deepsek_v3": f"{{o}}: {ROUTER}.name: no router is named 'deepsek_v3'; did you mean deepseek_v3…",
-    f"{ROUTER}.top_k=5": f"{{o}}: {ROUTER}.top_k = 5: must be between 1 and 4, the experts that the group limit leaves "
+    f"{ROUTER}.top_k=5": f"{{o}}: {ROUTER}.top_k = 5: must be between 2 and 4, the experts that the group limit leaves "
     "(2 of 4 groups of 2)",
-    f"{ROUTER}.top_k=0": f"{{o}}: {ROUTER}.top_k = 0: must be between 1 and 4, the experts that the group limit leaves "
+    f"{ROUTER}.top_k=0": f"{{o}}: {ROUTER}.top_k = 0: must be between 2 and 4, the experts that the group limit leaves "
     "(2 of 4 groups of 2)",
     f"{ROUTER}.groups=3": f"{{o}}: {ROUTER}.groups = 3: must divide experts = 8",
     f"{ROUTER}.group_limit=5": f"{{o}}: {ROUTER}.group_limit = 5: must be between 1 and groups = 4",
@@ -148,7 +148,7 @@ COMPONENTS = {
     f"{BALANCE}.-1.rate=3": f"command line: '{BALANCE}.-1.rate=3': {BALANCE} has 2 items, numbered from 0, and no '-1'",
     f"{BALANCE}.rate=3": f"command line: '{BALANCE}.rate=3': {BALANCE} has 2 items, numbered from 0, and no 'rate'",
     "strategy={name: ddp, ranks: 3}": "{o}: strategy.ranks = 3: must divide batch.sequences = 4",
-    "strategy.accelerator=[cpu]": "{o}: strategy.accelerator = ['cpu']: must be a string",
+    "strategy.accelerator=[cpu]": "{o}: strategy.accelerator = ['cpu']: must be one of auto, cpu, cuda",
 }
 
 
@@ -163,7 +163,7 @@ def test_a_mistake_in_a_key_of_the_core(override: str, base: Path, told: Told) -
 
 
 @pytest.mark.parametrize("override", COMPONENTS)
-def test_a_mistake_in_a_key_of_a_component(override: str, base: Path, told: Told) -> None:
+def test_P29_a_mistake_in_a_key_of_a_component(override: str, base: Path, told: Told) -> None:
     hold(told(base, override), COMPONENTS[override], base, override)
 
 

@@ -21,6 +21,7 @@ from core.training import callbacks
 from core.training.checkpoints import WholeFiles, checkpoints_in, read_checkpoint
 
 SCALARS = (Tensor, int, float, str, bool, type(None))
+UNPICKLERS = ("pickle", "shelve", "marshal", "joblib", "dill", "cloudpickle")
 CONTAINERS = (dict, OrderedDict, list, tuple)
 
 
@@ -50,7 +51,7 @@ def test_P23_nothing_in_the_code_unpickles_what_it_was_given() -> None:
             where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
-                found += [where for name in names if name.partition(".")[0] in ("pickle", "shelve", "marshal", "joblib")]
+                found += [where for name in names if name.partition(".")[0] in UNPICKLERS]
             elif isinstance(node, ast.Call):
                 settings = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
                 if ast.unparse(node.func) == "torch.load" and settings.get("weights_only") is not True:
@@ -131,9 +132,7 @@ def test_every_door_leaves_a_damaged_run_with_2_and_a_sentence(lab: Lab, damaged
     assert said.out == ""
 
 
-def test_without_the_damaged_file_the_run_goes_on_from_the_one_before(
-    lab: Lab, damaged: Path, finished: Path
-) -> None:
+def test_without_the_damaged_file_the_run_goes_on_from_the_one_before(lab: Lab, damaged: Path, finished: Path) -> None:
     checkpoints_in(damaged)[-1].unlink()
     lab.fit(damaged, resume=True)
     assert_same_run(damaged, finished)

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,20 @@ from lab import ROOT, SPEED, Lab, assert_same_run, last_checkpoint, loads, rows
 TWO = "strategy={name: ddp, ranks: 2, accelerator: cpu}"
 
 
-def started(lab: Lab, run: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The first of two ranks, which starts the second."""
+@contextmanager
+def started(lab: Lab, run: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The first of two ranks, which starts the second; none of them is left behind."""
     command = [sys.executable, "-m", "core.fit", str(lab.file), "precision.name=fp64", TWO, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, cwd=run.parent, text=True, **pipes)  # type: ignore[call-overload]
+    with subprocess.Popen(
+        command, env=environment, cwd=run.parent, text=True, start_new_session=True, **pipes
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

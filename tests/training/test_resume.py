@@ -1,7 +1,7 @@
 """A run that is killed at any moment resumes to the bits of one that never stopped.
 
-The small run: 12 steps of two micro-batches, more than an epoch; checkpoints after steps 5, 10 and 12, each after
-a validation; two are kept.
+The small run: 12 steps of two micro-batches, more than an epoch; checkpoints after steps 5, 10 and 12, of which
+two are kept; validations after steps 6 and 12.
 """
 
 import json
@@ -64,11 +64,15 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "before the first checkpoint": lambda: before(callbacks.LoadLog, "on_train_batch_end", at_step(3)),
     "between checkpoints": lambda: before(callbacks.StepLog, "on_train_batch_end", at_step(8)),
     "in the middle of a step": lambda: before(TrainingModule, "_agreed_finite", lambda m, _: m.windows_done == 6),
-    "in a validation": lambda: before(TrainingModule, "validation_step", lambda m, *_: m.windows_done == 10),
+    "in a validation": lambda: before(TrainingModule, "validation_step", lambda m, *_: m.windows_done == 6),
+    "in the last validation": lambda: before(TrainingModule, "validation_step", lambda m, *_: m.windows_done == 12),
     "after a validation, before its checkpoint": lambda: before(
-        callbacks, "save_step", lambda _, module, folder: module.windows_done == 10
+        callbacks, "save_step", lambda _, module, folder: module.windows_done == 12
     ),
     "when a checkpoint is half written": lambda: half_written(10),
+    "after a checkpoint, before anything else": lambda: before(
+        callbacks, "checkpoints_in", lambda folder: checkpoints_in(folder)[-1].name == "step-00000010.ckpt"
+    ),
     "before the oldest checkpoint is taken away": lambda: before(
         callbacks, "checkpoints_in", lambda folder: len(checkpoints_in(folder)) == 3
     ),
@@ -99,7 +103,7 @@ def test_the_small_run_is_a_hard_one(lab: Lab, finished: Path) -> None:
     data.prepare()
     assert (data.train_tokens - 1) // 16 < 12 * 2 * 4
     assert [int(row["step"]) for row in rows(finished) if "lr" in row] == list(range(1, 13))
-    assert [int(row["step"]) for row in rows(finished) if "val_loss" in row] == [5, 10, 12]
+    assert [int(row["step"]) for row in rows(finished) if "val_loss" in row] == [6, 12]
     assert [file.name for file in checkpoints_in(finished)] == ["step-00000010.ckpt", "step-00000012.ckpt"]
 
 

@@ -23,9 +23,10 @@ from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.throughput import measured_peak_flops
 
 PROMISED = (
-    "steps tokens wall_seconds tokens_per_second mfu peak_flops val_loss val_bits_per_byte max_vio_global "
-    "max_vio_batch dropped_fraction mtp_acceptance params_total params_active flops_per_token peak_memory_bytes"
-).split()
+    *("steps", "tokens", "wall_seconds", "tokens_per_second", "mfu", "peak_flops", "val_loss", "val_bits_per_byte"),
+    *("max_vio_global", "max_vio_batch", "dropped_fraction", "mtp_acceptance", "params_total", "params_active"),
+    *("flops_per_token", "peak_memory_bytes"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,12 @@ def test_the_summary_has_every_promised_number(summary: dict[str, Any]) -> None:
 
 def test_what_is_no_number_is_null_in_json() -> None:
     assert finite({"a": math.nan, "b": math.inf, "c": 1.5, "d": 2, "e": "text", "f": None}) == {
-        **{"a": None, "b": None},
-        **{"c": 1.5, "d": 2, "e": "text", "f": None},
+        "a": None,
+        "b": None,
+        "c": 1.5,
+        "d": 2,
+        "e": "text",
+        "f": None,
     }
 
 
@@ -126,7 +131,9 @@ def test_mtp_acceptance_by_hand(lab: Lab, finished: Path, summary: dict[str, Any
     assert summary["mtp_acceptance"] == pytest.approx(agree / counted, rel=1e-12)
 
 
-def test_max_vio_global_is_that_of_the_whole_validation_split(lab: Lab, finished: Path, summary: dict[str, Any]) -> None:
+def test_max_vio_global_is_that_of_the_whole_validation_split(
+    lab: Lab, finished: Path, summary: dict[str, Any]
+) -> None:
     model = core.load(finished)
     data = text_data(lab.recipe("validation.sequences=100"), plan_of(lab.recipe()))
     data.prepare()
@@ -166,11 +173,11 @@ def test_the_log_and_the_summary_agree(finished: Path, summary: dict[str, Any]) 
 
 def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(lab: Lab, tmp_path: Path) -> None:
     """A learning rate that jumps makes the last steps the worst ones."""
-    jump = "optimizer.lr={unit: steps, start: 0.003, segments: [{until: 5}, {to: 30.0, until: 99}]}"
+    jump = "optimizer.lr={unit: steps, start: 0.003, segments: [{until: 6}, {to: 30.0, until: 99}]}"
     lab.fit(tmp_path / "run", jump)
     losses = {int(row["step"]): float(row["val_loss"]) for row in rows(tmp_path / "run") if "val_loss" in row}
     lowest = min(losses, key=lambda step: losses[step])
-    assert lowest == 5
+    assert lowest == 6
     best = read_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
     assert best["moeloom"]["windows_done"] == lowest
     assert best["moeloom"]["validated"]["val_loss"] == losses[lowest]
@@ -233,16 +240,33 @@ def test_initial_weights_are_taken_from_a_run(lab: Lab, finished: Path, tmp_path
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
-    [("model.dim=48", r"tensor embedding\.weight is \(300, 32\), the model's \(300, 48\)"), ("model.heads.mtp=null", "")],
+    [
+        ("model.dim=48", r"tensor embedding\.weight is \(300, 32\), the model's \(300, 48\)"),
+        ("model.heads.mtp=null", r"tensor heads\.mtp\.depths\.0\..* is not of this model"),
+    ],
 )
 def test_initial_weights_of_another_shape_are_refused_by_name(
     lab: Lab, finished: Path, tmp_path: Path, override: str, sentence: str
 ) -> None:
-    expected = sentence or r"tensor heads\.mtp\.depths\.0\..* is not of this model"
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError, match=sentence):
         lab.fit(tmp_path / "run", f"initial_weights={finished}", override, "budget.steps=1")
     lab.fit(tmp_path / "run", "budget.steps=1")
 
 
 def test_the_peak_is_a_rate_of_products() -> None:
     assert 1e8 < measured_peak_flops(torch.device("cpu"), seconds=0.05, size=256) < 1e14
+
+
+def test_a_model_without_a_main_head_has_no_best_checkpoint(lab: Lab, tmp_path: Path) -> None:
+    summary = lab.fit(tmp_path / "run", "model.heads.next_token=null", "budget.steps=6")
+    assert (summary["val_loss"], summary["steps"]) == (None, 6)
+    assert {file.name for file in (tmp_path / "run" / "checkpoints").iterdir()} == {
+        *("step-00000005.ckpt", "step-00000006.ckpt"),
+    }
+
+
+def test_rows_may_be_thinned_or_left_away(lab: Lab, tmp_path: Path) -> None:
+    lab.fit(tmp_path / "run", "trainer.log_every_n_steps=2", "budget.steps=6")
+    assert [row["step"] for row in rows(tmp_path / "run") if "lr" in row] == ["2", "4", "6"]
+    lab.fit(tmp_path / "none", "trainer.log_every_n_steps=0", "budget.steps=2", "loggers=[{name: csv}]")
+    assert [row["step"] for row in rows(tmp_path / "none")] == ["2"]  # its validation

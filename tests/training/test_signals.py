@@ -46,7 +46,7 @@ def test_a_signal_saves_the_step_under_way_and_leaves(
     assert_same_run(run, finished)
 
 
-@pytest.mark.parametrize("step", [5, 12])
+@pytest.mark.parametrize("step", [6, 12])
 def test_a_signal_in_a_validation_waits_for_its_end(lab: Lab, finished: Path, tmp_path: Path, step: int) -> None:
     run = tmp_path / "run"
     said = told(lab, run, step, signal.SIGINT, hook=TrainingModule, name="validation_step")
