@@ -1,6 +1,7 @@
 """python -m core.generate RUN --prompt TEXT: text from a trained model."""
 
 import argparse
+import sys
 import time
 
 from core.door import print_json, run_door
@@ -51,12 +52,12 @@ def main(arguments: argparse.Namespace) -> None:
         )
     )
     seconds = time.perf_counter() - begin
-    text = tokenizer.decode(written)
+    text, rate = tokenizer.decode(written), len(written) / seconds
     if arguments.json:
-        rate = len(written) / seconds
         print_json({"prompt": arguments.prompt, "text": text, "tokens": len(written), "tokens_per_second": rate})
     else:
         print(arguments.prompt + text)
+        print(f"{len(written)} tokens, {rate:.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,31 +4,33 @@ import json
 import math
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from core.analysis.describe import obstacles
 from core.analysis.size import Size, size_of
 from core.assemble import build, make, plan_of
-from core.contracts.component import Environment
 from core.contracts.errors import RunFailed, UserError
 from core.data.baseline import xz_bits_per_byte
 from core.data.documents import read_split
 from core.data.loaders import ValidationLoader
 from core.data.module import TextData
+from core.model.block import Block
 from core.model.language_model import LanguageModel
 from core.model.sampling import sample
 from core.recipe.compose import Recipe, compose
 from core.recipe.plan import Plan
-from core.training.callbacks import Interrupted, LoadLog
+from core.training.callbacks import Interrupted
 from core.training.checkpoints import is_disk_full, read_checkpoint
 from core.training.folder import RunFolder, provenance
 from core.training.module import TrainingModule
 from core.training.ranks import leads, one_group, rank_and_world
 from core.training.resume import Resume, check_data, check_same, newest, newest_checkpoint
-from core.training.setup import make_trainer, watch
+from core.training.setup import Watchers, make_trainer, watch
 from core.training.throughput import measured_peak_flops
 
 
@@ -53,7 +55,7 @@ def fit(
         if not leads():
             return _join(recipe, folder, resume=resume)
         check_environment(recipe)
-        if not resume:
+        if not resume or folder.is_stillborn():
             folder.create()
             return _fit(recipe, folder, None, say)
         check_same(recipe, folder, say)
@@ -78,13 +80,14 @@ def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
 
 
 def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[[str], None]) -> dict[str, Any]:
+    started = time.perf_counter()
     plan = plan_of(recipe)
     data = text_data(recipe, plan)
     data.prepare()
     model = build(recipe)
     size = size_of(model)
-    if recipe.compile:
-        for block in model.blocks:
+    for block in model.modules() if recipe.compile else ():
+        if isinstance(block, Block):
             block.compile()
     if recipe.initial_weights and start is None:
         load_weights(model, newest_checkpoint(Path(recipe.initial_weights)))
@@ -99,12 +102,13 @@ def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[
         max_skipped=recipe.max_skipped_steps,
         validation_bytes=data.validation_bytes,
     )
+    module.started = started
     if folder.recipe.exists():
         check_data(folder, data.fingerprint)
     elif leads():
         _write_identity(recipe, folder, data)
-    loads = _train(recipe, folder, module, data, peak, start, say)
-    return _finish(recipe, folder, module, data, size, loads, peak) if leads() else {}
+    watchers = _train(recipe, folder, module, data, peak, start, say)
+    return _finish(folder, module, data, size, watchers) if leads() else {}
 
 
 def text_data(recipe: Recipe, plan: Plan) -> TextData:
@@ -136,62 +140,59 @@ def _train(
     peak: float | None,
     start: Resume | None,
     say: Callable[[str], None],
-) -> LoadLog:
+) -> Watchers:
     """Lightning's part; it validates after the last step too."""
-    loads, stop, throughput = watch(folder.path, peak)
+    watchers = watch(folder.path, peak)
     resumed_at = start.step if start else None
+    callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
     trainer = make_trainer(
         recipe,
         folder.path,
         steps=module.plan.steps,
         loggers=[make(section).make(folder.path, resumed_at=resumed_at) for section in recipe.loggers],
-        watchers=[throughput, loads, *(make(section).make(folder.path) for section in recipe.callbacks)],
-        stop=stop,
+        watchers=[watchers.throughput, watchers.loads, *callbacks],
+        stop=watchers.stop,
         strategy=make(recipe.strategy).trainer_arguments(),
     )
     say(f"run folder: {folder.path}" + (f" (resumed after step {start.step})" if start else ""))
-    with stop.listening(), one_group(folder.path):
+    with watchers.stop.listening(), one_group(folder.path):
         trainer.fit(module, datamodule=data, ckpt_path=str(start.path) if start else None, weights_only=True)
-    return loads
+    return watchers
 
 
 def _finish(
-    recipe: Recipe,
-    folder: RunFolder,
-    module: TrainingModule,
-    data: TextData,
-    size: Size,
-    loads: LoadLog,
-    peak: float | None,
+    folder: RunFolder, module: TrainingModule, data: TextData, size: Size, watchers: Watchers
 ) -> dict[str, Any]:
     """Write what the run measured; the summary last, because its presence makes the run complete."""
-    loads.write()
+    watchers.loads.write()
     module.eval()
     opening = data.tokenizer.end
     written = sample(module.model, [opening], tokens=128, temperature=0.8, top_p=0.9, stop=opening)
     folder.write_text("sample.txt", data.tokenizer.decode(list(written)) + "\n")
-    summary = summarise(module, data, size, loads, peak)
+    summary = summarise(module, data, size, watchers)
     folder.write_json("summary.json", summary)
     return summary
 
 
-def summarise(module: TrainingModule, data: TextData, size: Size, loads: LoadLog, peak: float | None) -> dict[str, Any]:
+def summarise(module: TrainingModule, data: TextData, size: Size, watchers: Watchers) -> dict[str, Any]:
     """The run's results under the names that `summary.json` promises; null where something was not measured."""
     values = module.validated
     acceptance = next((v for name, v in values.items() if name.endswith("acceptance_1")), None)
     tokens = module.plan.progress(module.windows_done - 1).tokens
     rate = tokens / module.seconds if module.seconds else None
+    peak, recent = watchers.throughput.available_flops, watchers.loads.recent
     results = {
         "steps": module.windows_done,
         "tokens": tokens,
-        "wall_seconds": module.seconds,
+        "wall_seconds": module.wall_seconds,
+        "train_seconds": module.seconds,
         "tokens_per_second": rate,
-        "mfu": rate * size.flops_per_token / peak if rate and peak else None,
+        "mfu": rate * size.flops_per_token / (peak * module.trainer.world_size) if rate and peak else None,
         "peak_flops": peak,
         "val_loss": values.get("val_loss"),
         "val_bits_per_byte": values.get("val_bits_per_byte"),
         "max_vio_global": values.get("val_max_vio_global"),
-        "max_vio_batch": sum(loads.recent) / len(loads.recent) if loads.recent else None,
+        "max_vio_batch": sum(recent) / len(recent) if recent else None,
         "dropped_fraction": module.dropped_fraction(),
         "mtp_acceptance": acceptance,
         "params_total": size.params_total,
@@ -221,16 +222,9 @@ def peak_memory_bytes() -> int:
 
 def check_environment(recipe: Recipe) -> None:
     """Raises `UserError` where a component cannot run here."""
-    cuda = torch.cuda.is_available()
-    environment = Environment(
-        device="cuda" if cuda else "cpu",
-        capability=torch.cuda.get_device_capability() if cuda else None,
-        cuda=torch.version.cuda,
-    )
-    for section in recipe.sections():
-        why = section.component.requires(section.config, environment)
-        if why:
-            raise UserError(f"{recipe.source}: {section.slot} {section.name!r} cannot run here: {why}")
+    found = obstacles(recipe)
+    if found:
+        raise UserError(f"{recipe.source}: cannot run here: {'; '.join(found)}")
 
 
 def load_weights(model: LanguageModel, checkpoint: Path) -> None:

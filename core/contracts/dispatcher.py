@@ -9,6 +9,7 @@ from core.contracts.build import BuildContext
 from core.contracts.component import Component
 from core.contracts.router import Routing
 
+
 class Handle(ABC):
     """A transfer under way; other work may be done between `start` and `wait`."""
 
@@ -28,7 +29,7 @@ class Dispatcher(Component, ABC):
 
     @abstractmethod
     def start(self, x_TD: Tensor, routing: Routing) -> Handle:
-        """Begin to send; the handle waits for `(x_AD, ends_E, state)`: rows grouped by expert, and where each group ends."""
+        """Begin to send; the handle waits for `(x_AD, ends_E, state)`: rows by expert, where each expert's end."""
 
     @abstractmethod
     def start_combine(self, y_AD: Tensor, state: Any) -> Handle:

@@ -42,7 +42,13 @@ class Block(nn.Module):
         """The block's output and what its feed-forward layer saw."""
         if self.recompute and cache is None and torch.is_grad_enabled():
             again: tuple[Tensor, Record | None] = checkpoint(
-                self._once, x_BLD, context, None, use_reentrant=False, context_fn=_keep_choices, preserve_rng_state=False
+                self._once,
+                x_BLD,
+                context,
+                None,
+                use_reentrant=False,
+                context_fn=_keep_choices,
+                preserve_rng_state=False,
             )
             return again
         return self._once(x_BLD, context, cache)

@@ -84,7 +84,9 @@ class BlockSection:
         _at_least(self, 0, "count")
 
 
-TAKEN = frozenset("clear items keys pop type update values train eval forward apply to".split())
+TAKEN = frozenset(
+    ["clear", "items", "keys", "pop", "type", "update", "values", "train", "eval", "forward", "apply", "to"]
+)
 """Names that torch's ModuleDict has for itself."""
 
 
@@ -109,9 +111,10 @@ class ModelSection:
             raise Wrong("blocks", "must hold at least one block")
         if not self.heads:
             raise Wrong("heads", "must hold at least one loss head")
+        taken = ", ".join(sorted(TAKEN))
         for name in self.heads:
             if not name.isidentifier() or name in TAKEN:
-                raise Wrong("heads", f"{name!r} cannot name a head: use letters, digits and _, and no word of Python's modules")
+                raise Wrong("heads", f"{name!r} cannot name a head: use letters, digits and _, and none of {taken}")
 
 
 @dataclass(kw_only=True)

@@ -41,10 +41,9 @@ class StepLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One row for each step, or for every `trainer.log_every_n_steps`-th; 0: none."""
+        """One row for each step, or for every `trainer.log_every_n_steps`-th."""
         assert isinstance(pl_module, TrainingModule)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and pl_module.windows_done % every == 0:
+        if pl_module.windows_done % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.write_row(pl_module.step_values)
 
 

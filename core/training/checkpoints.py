@@ -61,6 +61,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
+    except PermissionError as cause:
+        raise UserError(f"{path}: cannot be read: {cause.strerror}") from cause
     except Exception as cause:  # a damaged file can make the reader stumble anywhere
         why = "it is truncated, damaged or not ours"
         raise UserError(f"{path}: not a whole checkpoint: {why}{_others(path)}") from cause

@@ -46,6 +46,19 @@ class RunFolder:
         """What the finished run measured; it exists once the run is complete."""
         return self.path / "summary.json"
 
+    def is_stillborn(self) -> bool:
+        """Whether a run was killed here before it wrote down what it is; it starts anew.
+
+        Raises:
+            UserError: there is no run in this folder at all, or one without its recipe.
+        """
+        if self.recipe.exists():
+            return False
+        begun = (self.path / "checkpoints").is_dir()
+        if not begun or any((self.path / "checkpoints").iterdir()):
+            raise UserError(f"--resume {self.path}: there is no run in this folder (no recipe.yaml)")
+        return True
+
     def create(self) -> None:
         """Make the folder.
 

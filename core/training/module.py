@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.context import SequenceContext
-from core.contracts.errors import RunFailed
+from core.contracts.errors import RunFailed, UserError
 from core.contracts.schedule import Progress
 from core.contracts.training import OptimizerFactory
 from core.data.batch import Batch
@@ -64,7 +64,8 @@ class TrainingModule(L.LightningModule):
         self.skipped_in_a_row = 0
         self.step_load: dict[str, Tensor] = {}
         self.step_values: dict[str, Any] = {}
-        self.seconds = 0.0
+        self.seconds = self.wall_before = 0.0
+        self.started = time.perf_counter()
         self.assigned = self.dropped = 0
         self.validated: dict[str, float] = {}
         self.validation = ValidationTotals(model, validation_bytes)
@@ -72,6 +73,11 @@ class TrainingModule(L.LightningModule):
     def dropped_fraction(self) -> float:
         """Assignments of the whole run that were dropped."""
         return self.dropped / max(self.assigned, 1)
+
+    @property
+    def wall_seconds(self) -> float:
+        """From the start of the run to now; of a resumed run, its earlier parts up to their last checkpoint too."""
+        return self.wall_before + time.perf_counter() - self.started
 
     @property
     def flops_per_batch(self) -> int:
@@ -84,14 +90,16 @@ class TrainingModule(L.LightningModule):
         """The recipe's optimizer over every parameter; selection biases are buffers and not among them."""
         return self.optimizer_factory.make(self.model.named_parameters())
 
-    def context(self, batch: Batch) -> SequenceContext:
-        """What the model is told about a micro-batch."""
+    def context(self, batch: Batch, index: int = 0) -> SequenceContext:
+        """What the model is told about the step's micro-batch number `index`."""
+        rank, _ = rank_and_world()
         return SequenceContext.of(
             batch.tokens_BL,
             targets_BL=batch.targets_BL,
             valid_BL=batch.valid_BL,
             documents_BM=batch.documents_BM if self.mask_documents else None,
             step=self.windows_done,
+            first_sequence=index * self.plan.sequences + rank * len(batch.tokens_BL),
             reduce_sum=reduce_sum,
         )
 
@@ -104,7 +112,7 @@ class TrainingModule(L.LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
         progress = self.plan.progress(self.windows_done)
-        contexts = [self.context(batch) for batch in window]
+        contexts = [self.context(batch, index) for index, batch in enumerate(window)]
         counts = window_counts(self.model, contexts)
         seen = Seen()
         for index, context in enumerate(contexts):
@@ -244,6 +252,7 @@ class TrainingModule(L.LightningModule):
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds,
+            "wall_seconds": self.wall_seconds,
             "assigned": self.assigned,
             "dropped": self.dropped,
             "validated": dict(self.validated),
@@ -251,10 +260,21 @@ class TrainingModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the checkpoint stands."""
+        """Go on where the checkpoint stands.
+
+        Raises:
+            UserError: on a CPU, another number of threads, under which the bits would differ.
+        """
         own = checkpoint["moeloom"]
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu" and own["threads"] != threads:
+            raise UserError(
+                f"--resume: the run used {own['threads']} threads and this process has {threads}, "
+                f"which would change its bits; set OMP_NUM_THREADS={own['threads']}"
+            )
         self.windows_done, self.skipped_steps = own["windows_done"], own["skipped_steps"]
         self.skipped_in_a_row, self.seconds = own["skipped_in_a_row"], own["seconds"]
+        self.wall_before = own["wall_seconds"]
         self.assigned, self.dropped = own["assigned"], own["dropped"]
         self.validated = dict(own["validated"])
 

@@ -37,10 +37,8 @@ def check_same(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) ->
     """Hold a recipe against the one that the run was started with.
 
     Raises:
-        UserError: no run there, or another recipe (the first difference is named).
+        UserError: another recipe (the first difference is named).
     """
-    if not folder.recipe.exists():
-        raise UserError(f"--resume {folder.path}: there is no run in this folder (no recipe.yaml)")
     before, now = compose(folder.recipe).to_dict(), recipe.to_dict()
     difference = first_difference({k: before[k] for k in REPRODUCED}, {k: now[k] for k in REPRODUCED})
     if difference:
@@ -72,17 +70,12 @@ def newest(folder: RunFolder) -> Resume | None:
     """The checkpoint that a resumed run starts from; None where it was stopped before the first one.
 
     Raises:
-        UserError: a damaged checkpoint, or another number of threads, under which the bits would differ.
+        UserError: a damaged checkpoint.
     """
     files = checkpoints_in(folder.path)
     if not files:
         return None
     own = read_checkpoint(files[-1])["moeloom"]
-    if own["threads"] != torch.get_num_threads():
-        raise UserError(
-            f"--resume {folder.path}: the run used {own['threads']} threads and this process has "
-            f"{torch.get_num_threads()}, which would change its bits; set OMP_NUM_THREADS={own['threads']}"
-        )
     return Resume(files[-1], own["windows_done"])
 
 

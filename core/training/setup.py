@@ -1,5 +1,6 @@
 """The Trainer of a run: Lightning's own parts, told what the recipe says."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
     return [best, latest]
 
 
-def watch(folder: Path, peak_flops: float | None) -> tuple[LoadLog, StopOnSignal, Throughput]:
-    """The callbacks that every run has."""
-    return LoadLog(folder), StopOnSignal(folder), Throughput(peak_flops)
+@dataclass(frozen=True)
+class Watchers:
+    """The callbacks that every run has and that are asked afterwards."""
+
+    loads: LoadLog
+    stop: StopOnSignal
+    throughput: Throughput
+
+
+def watch(folder: Path, peak_flops: float | None) -> Watchers:
+    """New ones for a run; `peak_flops` is measured, None where Lightning's table of GPUs is to say it."""
+    return Watchers(LoadLog(folder), StopOnSignal(folder), Throughput(peak_flops))

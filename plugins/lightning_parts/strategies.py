@@ -23,7 +23,7 @@ class Single(StrategyFactory):
     class Config:
         """Which device."""
 
-        accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", doc="the kind of device; auto: a GPU if there is one")
+        accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", doc="auto: a GPU if there is one")
 
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
@@ -45,7 +45,7 @@ class DataParallel(StrategyFactory):
         """How many ranks."""
 
         ranks: int = setting(doc="processes on this machine, one device each")
-        accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", doc="the kind of device; auto: GPUs if there are any")
+        accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", doc="auto: GPUs if there are any")
 
         def check(self, parent: Any) -> None:
             """Raises `Wrong` where the ranks cannot share a micro-batch, or one of validation, evenly."""

@@ -56,7 +56,7 @@ def test_the_summary_has_every_promised_number(summary: dict[str, Any]) -> None:
     assert all(isinstance(summary[key], int | float) and math.isfinite(summary[key]) for key in PROMISED)
     assert (summary["steps"], summary["tokens"]) == (12, 12 * 2 * 4 * 16)
     assert (summary["dropped_fraction"], summary["skipped_steps"], summary["threads"]) == (0.0, 0, 1)
-    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["wall_seconds"])
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"])
     work = summary["tokens_per_second"] * summary["flops_per_token"]
     assert summary["mfu"] == pytest.approx(work / summary["peak_flops"])
     assert 0 < summary["mtp_acceptance"] < 1
@@ -265,8 +265,6 @@ def test_a_model_without_a_main_head_has_no_best_checkpoint(lab: Lab, tmp_path: 
     }
 
 
-def test_rows_may_be_thinned_or_left_away(lab: Lab, tmp_path: Path) -> None:
+def test_rows_may_be_thinned(lab: Lab, tmp_path: Path) -> None:
     lab.fit(tmp_path / "run", "trainer.log_every_n_steps=2", "budget.steps=6")
     assert [row["step"] for row in rows(tmp_path / "run") if "lr" in row] == ["2", "4", "6"]
-    lab.fit(tmp_path / "none", "trainer.log_every_n_steps=0", "budget.steps=2", "loggers=[{name: csv}]")
-    assert [row["step"] for row in rows(tmp_path / "none")] == ["2"]  # its validation
