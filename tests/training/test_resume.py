@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,7 @@ def test_tensorboard_has_the_rows_of_the_csv_once_also_after_a_kill(lab: Lab, tm
         lab.fit(tmp_path / "run")
 
     assert forked(killed).code == 128 + signal.SIGKILL
+    time.sleep(1.0)  # TensorBoard reads a run's files in the order of the seconds in their names
     lab.fit(tmp_path / "run", resume=True)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -250,9 +253,6 @@ def test_a_run_that_is_not_there_is_not_resumed(lab: Lab, arguments: list[str], 
 
 def test_a_real_process_that_is_killed_from_outside_resumes(lab: Lab, finished: Path, tmp_path: Path) -> None:
     """As a user would: `python -m core.fit`, `kill -9` at no chosen moment, `--resume`."""
-    import subprocess
-    import time
-
     run = tmp_path / "run"
     command = [sys.executable, "-m", "core.fit", str(lab.file), "--resume", "auto", "--out", str(run), "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
