@@ -1,5 +1,7 @@
 """What must change nothing: later tokens, other documents, padding, how a batch is split, running twice."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -107,8 +109,18 @@ def test_P9_gradients_of_sums_do_not_depend_on_the_split(sizes: list[int], kind:
     tiny.assert_equal({path: sum(p.loads[path] for p in parts) for path in one.loads}, one.loads)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_P44_two_backward_passes_give_the_same_bits() -> None:
-    """Large enough for every kernel to use all of its threads."""
+    """Large enough for every kernel to use both threads; with one, nothing could differ."""
+    assert torch.get_num_threads() == 2
     model, context = tiny.build(*tiny.MTP, *tiny.FP32), tiny.context(16, 128)
     first, second = (tiny.backward(model, tiny.see(model, context).total()) for _ in range(2))
     tiny.assert_equal(first, second)

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from core.contracts.errors import UserError
 from core.contracts.loss_head import HeadOutput
 from core.contracts.record import LossTerm, Record
 from core.contracts.router import Routing
 from core.contracts.schema import Section
+from core.model.block import Block
 from core.model.language_model import LanguageModel
 from plugins.plain_precision.precision import FP64
 
@@ -238,3 +240,25 @@ def test_P42_a_block_with_experts_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model.blocks[1], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x_BLD, given)[0], model.blocks[1](x_BLD, given)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_block_of_a_head_is_recomputed_too() -> None:
+    """The multi-token block is of the recipe's last kind, and does as that kind does."""
+    plain, recomputed = tiny.build(*tiny.MTP), tiny.build(*tiny.MTP, "recompute.blocks=[moe]")
+    flags = [
+        {name: module.recompute for name, module in model.named_modules() if isinstance(module, Block)}
+        for model in (plain, recomputed)
+    ]
+    assert not any(flags[0].values())
+    assert flags[1] == {name: name != "blocks.0" for name in flags[0]}
+
+
+def test_more_positions_than_the_table_holds_are_refused() -> None:
+    model = tiny.build("model.rope.max_length=12")
+    model.logits(torch.zeros(1, 12, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"13 tokens are more than model.rope.max_length = 12"):
+        model.logits(torch.zeros(1, 13, dtype=torch.int64))
+    caches = model.new_caches()
+    model.decode(torch.zeros(1, 12, dtype=torch.int64), caches)
+    with pytest.raises(UserError, match=r"13 tokens"):
+        model.decode(torch.zeros(1, 1, dtype=torch.int64), caches)

@@ -1,4 +1,4 @@
-"""The bias controller inside a run: exact values from the logged integers (PITFALLS 1, 2, 4, 5)."""
+"""The bias controller inside a run: exact values from the logged integers."""
 
 from pathlib import Path
 from typing import Any

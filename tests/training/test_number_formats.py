@@ -1,4 +1,4 @@
-"""Formats through a bf16 run: counts stay int64 and biases fp32, wherever they are looked at (PITFALLS 1)."""
+"""Formats through a bf16 run: counts stay int64 and biases fp32, wherever they are looked at."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Two ranks train as one does: the same weights, biases, loads and logs (PITFALLS 9, 22)."""
+"""Two ranks train as one does: the same weights, biases, loads and logs."""
 
 import json
 import os

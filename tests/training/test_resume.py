@@ -23,6 +23,7 @@ import core.run
 from core.contracts.errors import UserError
 from core.training import callbacks, checkpoints
 from core.training.checkpoints import checkpoints_in
+from core.training.folder import RunFolder
 from core.training.module import TrainingModule
 
 
@@ -63,6 +64,7 @@ def at_step(step: int) -> Callable[..., bool]:
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
+    "before it has written down what it is": lambda: before(RunFolder, "write_recipe", lambda *_: True),
     "before the first checkpoint": lambda: before(callbacks.LoadLog, "on_train_batch_end", at_step(3)),
     "between checkpoints": lambda: before(callbacks.StepLog, "on_train_batch_end", at_step(8)),
     "in the middle of a step": lambda: before(TrainingModule, "_agreed_finite", lambda m, _: m.windows_done == 6),

@@ -1,4 +1,4 @@
-"""One window, one step: nothing depends on how a window is cut into micro-batches (PITFALLS 9, 24)."""
+"""One window, one step: nothing depends on how a window is cut into micro-batches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -77,6 +77,23 @@ def test_P9_accumulation_changes_no_gradient_weight_bias_or_log(lab: Lab, mask: 
     assert len(found[0]["gradients"]) == 2
     for other in found[1:]:
         assert_close(other, found[0])
+
+
+def test_the_sequences_of_a_step_have_the_same_numbers_however_it_is_split(lab: Lab) -> None:
+    """The address of a random choice: neither micro-batches nor steps move it."""
+    seen: dict[tuple[int, int], list[list[int]]] = {}
+
+    class Numbers(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, window: list[Batch], index: int) -> None:
+            contexts = [module.context(batch, number) for number, batch in enumerate(window)]
+            split = (len(window[0].tokens_BL), len(window))
+            rows = [c.first_sequence + row for c in contexts for row in range(len(c.tokens_BL))]
+            seen.setdefault(split, []).append(rows)
+
+    for sequences, accumulate in ((8, 1), (2, 4), (1, 8)):
+        batch = f"batch={{sequences: {sequences}, accumulate: {accumulate}}}"
+        lab.train(batch, "budget.steps=2", callbacks=[Numbers()])
+    assert seen == {split: [list(range(8))] * 2 for split in ((8, 1), (2, 4), (1, 8))}
 
 
 @pytest.mark.parametrize("sizes", [(1, 5), (2, 2, 2), (1, 1, 1, 1, 1, 1)])
