@@ -29,6 +29,14 @@ class Bar(RichProgressBar):
         return metrics
 
 
+class Best(ModelCheckpoint):
+    """Lightning's, which forgets the best loss so far where the run folder has been moved: the same folder to us."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The state of a checkpoint."""
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+
 def make_trainer(
     recipe: RecipeSchema,
     folder: Path,
@@ -73,7 +81,7 @@ def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
     latest = KeepLatest(folder, every=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep)
     if not any("next_token" in head.component.capabilities for head in recipe.model.heads.values()):
         return [latest]
-    best = ModelCheckpoint(
+    best = Best(
         dirpath=folder / "checkpoints",
         filename="best",
         monitor="val_loss",

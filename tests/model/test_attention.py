@@ -217,7 +217,7 @@ def test_decoding_with_recomputation_switched_on_uses_the_cache() -> None:
 
 
 def test_A1_latent_cache_serves_absorbed_attention() -> None:
-    """Report, eq. 1-11, absorbed: scores and values from the normed latent and the rotated shared key alone, as cached."""
+    """Report, eq. 1-11, absorbed: the normed latent and the rotated shared key, as cached, are enough."""
     attention, x_BLD, given = layer("mla"), inputs(), tiny.context(2, 6)
     cache = attention.new_cache()
     expected = attention(x_BLD, given, cache)

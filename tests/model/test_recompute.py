@@ -254,7 +254,7 @@ def test_the_block_of_a_head_is_recomputed_too() -> None:
 
 
 def test_more_positions_than_the_table_holds_are_refused() -> None:
-    model = tiny.build("model.rope.max_length=12")
+    model = tiny.build("model.rope.max_length=12", "data.sequence_length=12")
     model.logits(torch.zeros(1, 12, dtype=torch.int64))
     with pytest.raises(UserError, match=r"13 tokens are more than model.rope.max_length = 12"):
         model.logits(torch.zeros(1, 13, dtype=torch.int64))

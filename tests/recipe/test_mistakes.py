@@ -79,8 +79,8 @@ CORE = {
     "factor, original_length, beta_fast, beta_slow, mscale, mscale_all_dim",
     "model.rope.yarn={}": "{o}: model.rope.yarn.factor: required key is missing "
     "(how many times longer the context gets)",
-    "budget={steps: 5, tokens: 1e6}": "{o}: budget.tokens = 1000000: exactly one of steps, tokens, flops must be given, "
-    "and steps and tokens are; null takes one away",
+    "budget={steps: 5, tokens: 1e6}": "{o}: budget.tokens = 1000000: exactly one of steps, tokens, flops must be given"
+    ", and steps and tokens are; null takes one away",
     "budget.steps=null": "{o}: budget.steps = null: exactly one of steps, tokens, flops must be given",
     "budget.steps=0": "{o}: budget.steps = 0: must be at least 1",
     "budget={steps: null, flops: .inf}": "{o}: budget.flops = inf: must be finite",

@@ -22,7 +22,7 @@ from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, loads, rows
 import core.run
 from core.contracts.errors import UserError
 from core.training import callbacks, checkpoints
-from core.training.checkpoints import checkpoints_in
+from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.folder import RunFolder
 from core.training.module import TrainingModule
 
@@ -148,6 +148,21 @@ def test_a_row_that_was_cut_short_is_written_again(lab: Lab, finished: Path, tmp
     (run / "metrics.csv").write_bytes(text + text.splitlines(keepends=True)[-1][:150])
     lab.fit(run, resume=True)
     assert_same_run(run, finished)
+
+
+def test_a_run_that_was_moved_remembers_its_best(lab: Lab, tmp_path: Path) -> None:
+    """From step 7 on the learning rate ruins the weights."""
+    jump = "optimizer.lr={unit: steps, start: 0.003, segments: [{until: 6}, {to: 30.0, until: 99}]}"
+
+    def killed() -> None:
+        before(callbacks.StepLog, "on_train_batch_end", at_step(11))
+        lab.fit(tmp_path / "here", jump)
+
+    assert forked(killed).code == 128 + signal.SIGKILL
+    (tmp_path / "here").rename(tmp_path / "there")
+    lab.fit(tmp_path / "there", jump, resume=True)
+    best = read_checkpoint(tmp_path / "there" / "checkpoints" / "best.ckpt")
+    assert best["moeloom"]["windows_done"] == 6
 
 
 def test_a_finished_run_is_left_as_it_is(lab: Lab, finished: Path, tmp_path: Path) -> None:
