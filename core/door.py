@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from core.contracts.errors import RunFailed, UserError
+from core.contracts.errors import Interrupted, RunFailed, UserError
 
 
 def run_door(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
@@ -31,10 +31,9 @@ def run_door(main: Callable[[argparse.Namespace], None], parser: argparse.Argume
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(141, "")
-    except Exception as error:
-        signum = getattr(error, "signum", None)
-        if signum is not None:
-            leave(128 + signum, str(error))
+    except Interrupted as stopped:
+        leave(128 + stopped.signum, str(stopped))
+    except Exception:
         traceback.print_exc()
         leave(1, "")
     finally:

@@ -14,7 +14,7 @@ import torch
 from core.analysis.describe import obstacles
 from core.analysis.size import Size, size_of
 from core.assemble import build, make, plan_of
-from core.contracts.errors import RunFailed, UserError
+from core.contracts.errors import Interrupted, RunFailed, UserError
 from core.data.baseline import xz_bits_per_byte
 from core.data.documents import read_split
 from core.data.loaders import ValidationLoader
@@ -24,7 +24,6 @@ from core.model.language_model import LanguageModel
 from core.model.sampling import sample
 from core.recipe.compose import Recipe, compose
 from core.recipe.plan import Plan
-from core.training.callbacks import Interrupted
 from core.training.checkpoints import is_disk_full, read_checkpoint
 from core.training.folder import RunFolder, provenance
 from core.training.module import TrainingModule
@@ -49,7 +48,7 @@ def fit(
         say: told what a person at the terminal wants to know.
 
     Raises:
-        UserError, RunFailed, core.training.callbacks.Interrupted.
+        UserError, RunFailed, Interrupted.
     """
     try:
         if not leads():

@@ -1,12 +1,14 @@
-"""The two ways in which a user can be told that something is wrong.
+"""The ways in which a user is told that something is wrong, or over.
 
 Every door prints a `UserError` as one sentence and exits with code 2. `Wrong` is what a component
 raises from `Config.check`: it knows its own key and what is allowed, not where its section stands;
 the recipe room adds the file, the path and the value.
 """
 
+import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -39,3 +41,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 class RunFailed(Exception):  # noqa: N818
     """A run that cannot go on, told in one sentence; what it saved stays as it is (exit code 1)."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run did what it was asked to
+    """A signal asked the run to stop; it has saved and left (exit code 128 + the signal's number).
+
+    Args:
+        signum: SIGINT or SIGTERM.
+        step: the last step that is done.
+        folder: the run's.
+    """
+
+    def __init__(self, signum: int, step: int, folder: Path) -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}, which is saved; continue with --resume {folder}")
+        self.signum = signum

@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save
 from torch import Tensor
 
+from core.contracts.errors import Interrupted
 from core.training.checkpoints import checkpoints_in
 from core.training.load import measures
 from core.training.module import TrainingModule
@@ -111,21 +112,6 @@ def _snapshot(module: TrainingModule) -> dict[str, Tensor]:
             if bias_E is not None:
                 tensors[f"bias.{path}"] = bias_E.detach().cpu().clone()
     return tensors
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the run did what it was asked to
-    """A signal asked the run to stop; it has saved and left.
-
-    Args:
-        signum: SIGINT or SIGTERM.
-        step: the last step that is done.
-        folder: the run's.
-    """
-
-    def __init__(self, signum: int, step: int, folder: Path) -> None:
-        name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} after step {step}, which is saved; continue with --resume {folder}")
-        self.signum = signum
 
 
 class _StepEnd(Checkpoint):
