@@ -158,6 +158,21 @@ def test_P10_the_value_can_lie_below_uniform() -> None:
     assert loss_of(sequence_of(2, 1), scores_TE).item() == pytest.approx(0.924, abs=1e-14)
 
 
+def test_P10_where_shares_follow_choices_the_value_is_never_below_uniform() -> None:
+    """P_i = f_i / E makes the loss the mean square of f, whose mean is 1."""
+    generator = torch.Generator().manual_seed(0)
+    balancer = sequence_of()
+    for _ in range(200):
+        chosen_E = torch.rand(8, dtype=torch.float64, generator=generator).pow(3)
+        chosen_NE = (chosen_E / chosen_E.sum() * 12 * 2)[None]
+        sums = {
+            "chosen_NE": chosen_NE,
+            "share_NE": chosen_NE / 2,
+            "tokens_N": torch.tensor([12.0], dtype=torch.float64),
+        }
+        assert balancer.loss(sums).sum >= 1 - 1e-12
+
+
 def test_all_tokens_to_the_same_experts_gives_at_most_experts_over_top_k() -> None:
     scores_TE = torch.full((5, 8), 1e-12, dtype=torch.float64)
     scores_TE[:, :2] = 0.9
