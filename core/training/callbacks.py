@@ -24,7 +24,6 @@ from torch import Tensor
 
 from core.contracts.errors import Interrupted
 from core.training.checkpoints import checkpoints_in
-from core.training.load import measures
 from core.training.module import TrainingModule
 from core.training.ranks import largest
 
@@ -66,10 +65,9 @@ class LoadLog(L.Callback):
     ) -> None:
         """Take a snapshot where the step is one to keep."""
         assert isinstance(pl_module, TrainingModule)
-        loads = pl_module.step_load
-        if not loads:
+        if not pl_module.step_load:
             return
-        self.recent.append(float(measures(list(loads.values()))["max_vio"]))
+        self.recent.append(float(pl_module.step_values["load/max_vio_batch"]))
         if pl_module.windows_done % self.stride:
             return
         self.snapshots.append((pl_module.windows_done, _snapshot(pl_module)))
