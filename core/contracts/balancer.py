@@ -13,6 +13,9 @@ from core.contracts.router import Routing
 from core.contracts.schedule import Progress
 
 
+Scope = Literal["none", "token", "sequence", "batch", "micro_batch"]
+
+
 class Balancer(nn.Module, Component, ABC):
     """One load-balancing method of one layer: its state, its say in selection, its loss, its update.
 
@@ -21,13 +24,15 @@ class Balancer(nn.Module, Component, ABC):
     step that was not skipped, with the integer load of the whole window over all data ranks.
 
     Class attributes:
-        scope: over what the loss is formed. `sequence`: each sequence by itself, so splitting a batch changes
-            nothing. `micro_batch`: all data ranks of one micro-batch, so accumulation does change it.
-            `none`: no loss.
+        scope: over what the loss is formed; an instance may set its own. `none`: no loss. `token` and `sequence`:
+            each by itself, so splitting a batch changes nothing. `batch`: all tokens of the step, over
+            micro-batches and data ranks, so splitting changes nothing either; where a step has several
+            micro-batches, they are all read once more beforehand. `micro_batch`: all data ranks of one
+            micro-batch, so accumulation does change it.
         needs: capabilities that the layer's router must have.
     """
 
-    scope: ClassVar[Literal["none", "sequence", "micro_batch"]] = "none"
+    scope: Scope = "none"
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any, build: BuildContext, *, experts: int, top_k: int) -> None:
@@ -43,7 +48,7 @@ class Balancer(nn.Module, Component, ABC):
         return {}
 
     def count(self, context: SequenceContext) -> Tensor | None:
-        """How many losses this micro-batch adds (sequences, or 1), from the data alone; None without a loss."""
+        """How many losses this micro-batch adds (tokens, sequences, or 1), from the data alone; None without a loss."""
         return None
 
     def loss(self, sums: dict[str, Tensor]) -> LossTerm | None:

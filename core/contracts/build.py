@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from core.contracts.precision import Precision
 from core.contracts.schema import Section
@@ -54,6 +54,7 @@ class BuildContext:
         rope: rotary positions.
         norm_eps: epsilon of every RMSNorm.
         seed: of the run; with a layer, a step and a token's number it is the address of a random choice.
+        token_counts: how often each token stands in the training data, int64 V; None where no data is at hand.
         block: builds one more block of the last kind, for heads that own blocks.
     """
 
@@ -66,6 +67,7 @@ class BuildContext:
     rope: Rope
     norm_eps: float
     seed: int = 0
+    token_counts: Callable[[], Tensor] | None = None
     block: Callable[["BuildContext"], nn.Module] | None = None
 
     def make(self, section: Section, **shared: Any) -> Any:

@@ -1,5 +1,6 @@
 """What every component has, whichever slot it fills."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,13 +42,24 @@ class Component:
     that impossible combinations are refused without anybody's name being known. `example` is a section
     that the catalog prints and the conformance kit builds. `paper` says where the method is published.
     `label` is the name under which a recipe asked for this instance; logs use it.
+
+    `notice` is what nobody who reads this component's results may overlook, one sentence: the catalog,
+    `describe` and the start of a run print it, and every summary keeps it. `refuses` names keys that its
+    section cannot have although other components of the slot do, each with the reason, which the user is told.
     """
 
     Config: ClassVar[type]
     capabilities: ClassVar[frozenset[str]] = frozenset()
     example: ClassVar[dict[str, Any]] = {}
     paper: ClassVar[str] = ""
+    notice: ClassVar[str] = ""
+    refuses: ClassVar[Mapping[str, str]] = {}
     label: str = ""
+
+    @classmethod
+    def capabilities_of(cls, config: Any) -> frozenset[str]:
+        """The capabilities under these settings; the class's own where they depend on none."""
+        return cls.capabilities
 
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:

@@ -30,8 +30,8 @@ class SequenceContext:
             multi-token prediction run across documents, as DeepSeek trains.
         step: optimizer steps done before this one.
         first_sequence: number of the first sequence among all that the step reads, over micro-batches and data
-            ranks: token l of sequence b has the number (first_sequence + b) L + l. Random choices are addressed
-            by (seed, step, layer, that number), so splitting a batch changes none of them.
+            ranks. Random choices are addressed by (seed, step, layer, number of the sequence, position), see
+            `core.model.chance`, so splitting a batch changes none of them.
         reduce_sum: sum over the data ranks, differentiable; the identity on one device.
     """
 

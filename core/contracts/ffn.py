@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,27 @@ from core.contracts.build import BuildContext
 from core.contracts.component import Component, Costs
 from core.contracts.context import SequenceContext
 from core.contracts.record import Record
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a comparison must know of a layer with experts.
+
+    Args:
+        expert_parameters: of all routed and shared experts.
+        top_k: assignments per token.
+        capacity_factor: what an expert (or a device) takes in training at most, over its even share; None: no limit.
+        drops: whether assignments may be left undone in training.
+        causal: whether, in training, no token's output depends on a later token.
+        batch_dependent: whether a token's output may depend on the other sequences of its micro-batch.
+    """
+
+    expert_parameters: int = 0
+    top_k: int = 0
+    capacity_factor: float | None = None
+    drops: bool = False
+    causal: bool = True
+    batch_dependent: bool = False
 
 
 class FeedForward(nn.Module, Component, ABC):
@@ -32,6 +54,11 @@ class FeedForward(nn.Module, Component, ABC):
     def experts(self) -> int:
         """Routed experts; 0 for a dense layer."""
         return 0
+
+    @property
+    def traits(self) -> Traits | None:
+        """What a comparison must know of its routing; None for a dense layer."""
+        return None
 
     @abstractmethod
     def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, Record | None]:

@@ -32,7 +32,7 @@ class Routing:
         choice_A: int64, which choice of the token this is (0 the first).
         scores_TE: affinities, without any bias.
         logits_TE: what the affinities were computed from.
-        kept_A: bool, False for a dropped assignment; None: nothing is dropped.
+        kept_A: bool, False for an assignment that is not carried out; None: all are.
         choices: K where the list is token-major with K choices for every token, else 0.
     """
 
@@ -46,7 +46,14 @@ class Routing:
     choices: int = 0
 
     @classmethod
-    def top_k(cls, expert_TK: Tensor, gate_TK: Tensor, scores_TE: Tensor, logits_TE: Tensor) -> "Routing":
+    def top_k(
+        cls,
+        expert_TK: Tensor,
+        gate_TK: Tensor,
+        scores_TE: Tensor,
+        logits_TE: Tensor,
+        kept_TK: Tensor | None = None,
+    ) -> "Routing":
         """The routing of K choices for every token."""
         tokens, choices = expert_TK.shape
         device = expert_TK.device
@@ -57,6 +64,7 @@ class Routing:
             choice_A=torch.arange(choices, device=device).repeat(tokens),
             scores_TE=scores_TE,
             logits_TE=logits_TE,
+            kept_A=None if kept_TK is None else kept_TK.reshape(-1),
             choices=choices,
         )
 
@@ -72,15 +80,28 @@ class Routing:
         return (valid_T[self.token_A] & ~self.kept_A).sum()
 
 
+CAPABILITIES = {
+    "selects_with_bias": "selects through the balancers' bias",
+    "groups": "limits the groups of experts that a token reaches",
+    "capacity": "limits how many tokens an expert takes",
+    "causal": "lets no token's output depend on a later token",
+    "batch_dependent": "lets a token's output depend on the other sequences of its micro-batch",
+    "learned": "learns which experts to choose",
+    "drops": "leaves some of its assignments undone",
+    "token_choice": "gives every token the same number of experts",
+}
+"""What a router may declare, as the end of a sentence that begins with "a router that"."""
+
+
 class Router(nn.Module, Component, ABC):
     """Chooses experts for tokens: `(x_TD, adjust, context) -> Routing`.
 
     Logits and affinities are computed in fp32 or wider, whatever the model's precision and also under
-    autocast. `adjust` changes who is selected, never a gate. Everything is a function of its arguments and
-    `context.step`.
+    autocast. `adjust` changes who is selected, never a gate. Everything is a function of its arguments,
+    `context.step` and whether the module trains. Padding takes part in nothing: it takes no capacity and no
+    place in an expert's choice.
 
-    Capabilities: `selects_with_bias` (selection goes through `adjust`), `groups`, `capacity`, `causal` (a
-    token's experts depend on no later token), `batch_dependent`, `learned`, `drops`.
+    `capabilities` are words of `CAPABILITIES`. One with `groups` has `groups` in its `Config`.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset()
@@ -93,6 +114,11 @@ class Router(nn.Module, Component, ABC):
     @abstractmethod
     def top_k(self) -> int:
         """Assignments per token (on average where the strategy does not fix them)."""
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """What an expert takes in training at most, over its even share of the assignments; None: no limit."""
+        return None
 
     @abstractmethod
     def forward(self, x_TD: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
