@@ -1,6 +1,6 @@
 """From a validated recipe to objects: the model, the data, the plan of steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -40,15 +40,23 @@ class TiedOutput(nn.Module):
         return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
 
 
-def build(recipe: Recipe, *, device: str = "cpu", precision: Precision | None = None) -> LanguageModel:
+def build(
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    precision: Precision | None = None,
+    token_counts: Callable[[], Tensor] | None = None,
+) -> LanguageModel:
     """The recipe's model with its initial weights; on the meta device without any.
 
     Args:
         recipe: from `core.compose`.
         device: "meta" builds shapes only.
         precision: who makes the matrix products; None: the recipe's.
+        token_counts: how often each token stands in the training data, int64 V; asked only by parts that are made
+            from it.
     """
-    context = _context(recipe, precision or make(recipe.precision))
+    context = replace(_context(recipe, precision or make(recipe.precision)), token_counts=token_counts)
     with torch.device(device), _float_default():
         model = _model(recipe, context)
     if device != "meta":

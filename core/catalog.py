@@ -39,6 +39,9 @@ def main(arguments: argparse.Namespace) -> None:
     for row in found:
         table.add_row(*(str(row[column]) for column in columns))
     Console().print(table)
+    for row in found:
+        if row["notice"]:
+            print(f"note: {row['notice']}")
 
 
 def _show(document: dict[str, Any]) -> None:
@@ -49,6 +52,8 @@ def _show(document: dict[str, Any]) -> None:
     print(f"\n{document['doc']}\n")
     if document["paper"]:
         print(f"source: {document['paper']}")
+    if document["notice"]:
+        print(f"note: {document['notice']}\n")
     print(f"capabilities: {', '.join(document['capabilities']) or 'none declared'}\n")
     for key, field in document["schema"].items():
         default = "required" if field["required"] else f"default {field['default']}"

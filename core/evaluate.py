@@ -1,6 +1,7 @@
 """python -m core.evaluate RUN: validation loss and bits per byte of a trained model."""
 
 import argparse
+import sys
 
 from core.door import print_json, run_door
 
@@ -21,7 +22,10 @@ def main(arguments: argparse.Namespace) -> None:
     from core.run import evaluate
     from core.training.resume import newest_checkpoint
 
-    values = evaluate(newest_checkpoint(Path(arguments.run)), xz=arguments.xz)
+    def say(sentence: str) -> None:
+        print(sentence, file=sys.stderr)
+
+    values = evaluate(newest_checkpoint(Path(arguments.run)), xz=arguments.xz, say=say)
     if arguments.json:
         print_json(values)
         return

@@ -32,11 +32,14 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError("--temperature must be at least 0, and --top-p in (0, 1]")
     from core.data.tokenizer import Tokenizer
     from core.model.sampling import sample
+    from core.recipe.compose import compose
     from core.run import load, run_of
     from core.training.resume import newest_checkpoint
 
     checkpoint = newest_checkpoint(Path(arguments.run))
     model = load(checkpoint)
+    for notice in compose(run_of(checkpoint).recipe).notices():
+        print(f"note: {notice}", file=sys.stderr)
     tokenizer = Tokenizer.load(run_of(checkpoint).tokenizer)
     prompt = [tokenizer.end, *tokenizer.encode(arguments.prompt)]
     begin = time.perf_counter()

@@ -80,10 +80,11 @@ def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
 
 def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[[str], None]) -> dict[str, Any]:
     started = time.perf_counter()
+    _tell_notices(recipe, say)
     plan = plan_of(recipe)
     data = text_data(recipe, plan)
     data.prepare()
-    model = build(recipe)
+    model = build(recipe, token_counts=data.token_counts)
     size = size_of(model)
     for block in model.modules() if recipe.compile else ():
         if isinstance(block, Block):
@@ -107,7 +108,13 @@ def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[
     elif leads():
         _write_identity(recipe, folder, data)
     watchers = _train(recipe, folder, module, data, peak, start, say)
-    return _finish(folder, module, data, size, watchers) if leads() else {}
+    return _finish(folder, module, data, size, watchers, recipe.notices()) if leads() else {}
+
+
+def _tell_notices(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """What nobody who reads the results may overlook."""
+    for notice in recipe.notices():
+        say(f"note: {notice}")
 
 
 def text_data(recipe: Recipe, plan: Plan) -> TextData:
@@ -160,7 +167,7 @@ def _train(
 
 
 def _finish(
-    folder: RunFolder, module: TrainingModule, data: TextData, size: Size, watchers: Watchers
+    folder: RunFolder, module: TrainingModule, data: TextData, size: Size, watchers: Watchers, notices: list[str]
 ) -> dict[str, Any]:
     """Write what the run measured; the summary last, because its presence makes the run complete."""
     watchers.loads.write()
@@ -168,12 +175,14 @@ def _finish(
     opening = data.tokenizer.end
     written = sample(module.model, [opening], tokens=128, temperature=0.8, top_p=0.9, stop=opening)
     folder.write_text("sample.txt", data.tokenizer.decode(list(written)) + "\n")
-    summary = summarise(module, data, size, watchers)
+    summary = summarise(module, data, size, watchers, notices)
     folder.write_json("summary.json", summary)
     return summary
 
 
-def summarise(module: TrainingModule, data: TextData, size: Size, watchers: Watchers) -> dict[str, Any]:
+def summarise(
+    module: TrainingModule, data: TextData, size: Size, watchers: Watchers, notices: list[str]
+) -> dict[str, Any]:
     """The run's results under the names that `summary.json` promises; null where something was not measured."""
     values = module.validated
     acceptance = next((v for name, v in values.items() if name.endswith("acceptance_1")), None)
@@ -202,6 +211,7 @@ def summarise(module: TrainingModule, data: TextData, size: Size, watchers: Watc
         "skipped_steps": module.skipped_steps,
         "validation_bytes": data.validation_bytes,
         "threads": torch.get_num_threads(),
+        "notices": notices,
     }
     return finite(results)
 
@@ -258,18 +268,20 @@ def load(run_or_checkpoint: str | Path) -> LanguageModel:
 
 
 @torch.no_grad()
-def evaluate(checkpoint: Path, *, xz: bool = False) -> dict[str, Any]:
+def evaluate(checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Validation of a checkpoint over its recipe's whole validation split.
 
     Args:
         checkpoint: a file.
         xz: also say what `xz -9e` needs for the same bytes when it has the training text before them.
+        say: told what nobody who reads the values may overlook.
 
     Raises:
         UserError: no run, a damaged checkpoint, data that differs from the run's, or no validation split.
     """
     folder = run_of(checkpoint)
     recipe = compose(folder.recipe)
+    _tell_notices(recipe, say)
     data = text_data(recipe, plan_of(recipe))
     data.prepare()
     check_data(folder, data.fingerprint)

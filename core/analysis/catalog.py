@@ -25,6 +25,7 @@ def rows() -> list[dict[str, Any]]:
                 "version": owner.version,
                 "module": owner.module,
                 "status": f"broken: {broken.why}",
+                "notice": "",
                 "schema": {},
             }
         )
@@ -39,10 +40,12 @@ def _row(entry: Entry) -> dict[str, Any]:
         "version": entry.owner.version,
         "module": entry.target.partition(":")[0],
         "status": "ok",
+        "notice": "",
         "schema": {},
     }
     try:
-        row["schema"] = schema_of(entry.load()[0].Config)
+        loaded, _ = entry.load()
+        row["notice"], row["schema"] = loaded.notice, schema_of(loaded.Config)
     except UserError as error:
         row["status"] = f"broken: {error}"
     return row

@@ -12,7 +12,6 @@ from core.contracts.record import LossTerm
 from core.contracts.router import Routing
 from core.contracts.schedule import Progress
 
-
 Scope = Literal["none", "token", "sequence", "batch", "micro_batch"]
 
 

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from functools import cached_property
 
+import numpy as np
+import torch
 from lightning import LightningDataModule
+from torch import Tensor
 
 from core.contracts.corpus import Corpus
 from core.data.loaders import ValidationLoader, WindowLoader
@@ -11,6 +14,9 @@ from core.data.prepare import Prepared, prepare
 from core.data.tokenizer import Tokenizer
 from core.data.windows import count_sequences
 from core.recipe.plan import Plan
+
+_PIECE = 1 << 24
+"""Tokens that are counted at once."""
 
 
 def _alone() -> tuple[int, int]:
@@ -74,6 +80,12 @@ class TextData(LightningDataModule):
     def fingerprint(self) -> str:
         """The hash of everything that made the tokens; two runs that agree in it saw the same data."""
         return self._prepared.fingerprint
+
+    def token_counts(self) -> Tensor:
+        """How often each token stands in the training stream, int64 V."""
+        tokens, pieces = self._prepared.train.tokens, range(0, len(self._prepared.train), _PIECE)
+        counts = sum(np.bincount(tokens[i : i + _PIECE], minlength=self._vocab) for i in pieces)
+        return torch.as_tensor(counts, dtype=torch.int64)
 
     @property
     def train_tokens(self) -> int:

@@ -65,12 +65,14 @@ class Block(nn.Module):
         return self.attention.costs() + self.ffn.costs() + Costs(active=norms)
 
 
+_CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default)
+
+
 def _keep_choices() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Selective recomputation that saves what `topk` chose: a tie may fall the other way the second time."""
+    """Selective recomputation that saves what was chosen: a tie may fall the other way the second time."""
 
     def policy(_: object, op: Callable[..., object], *args: object, **kwargs: object) -> CheckpointPolicy:
-        chosen = op is torch.ops.aten.topk.default
-        return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in _CHOICES else CheckpointPolicy.PREFER_RECOMPUTE
 
     forward, recompute = create_selective_checkpoint_contexts(policy)
     return forward, recompute

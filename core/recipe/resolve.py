@@ -153,6 +153,9 @@ class Resolver:
         with self._told_at(f"{path}.name"):
             component, provenance = offer.load()
         rest = {key: value for key, value in raw.items() if key != "name"}
+        for key in rest:
+            if key in component.refuses and key not in self.inherited.get(path, ()):
+                raise self.error(_join(path, key), rest[key], f"{raw['name']} has no {key}: {component.refuses[key]}")
         config = self.section(component.Config, rest, path, parent, beside=["name"])
         return Section(slot, raw["name"], component, config, provenance)
 

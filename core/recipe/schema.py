@@ -307,6 +307,10 @@ class RecipeSchema:
         """Every component section of the recipe, children included, in the recipe's order."""
         return list(_sections(self))
 
+    def notices(self) -> list[str]:
+        """What nobody who reads this recipe's results may overlook, a sentence for each component that has one."""
+        return list(dict.fromkeys(s.component.notice for s in self.sections() if s.component.notice))
+
 
 def _sections(value: Any) -> Any:
     if isinstance(value, Section):

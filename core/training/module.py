@@ -25,7 +25,7 @@ from core.recipe.plan import Plan
 from core.training.load import measures
 from core.training.ranks import rank_and_world, reduce_sum
 from core.training.validation import ValidationTotals
-from core.training.window import Seen, balance_term, objective, window_counts
+from core.training.window import Seen, balance_term, denominators, objective
 
 
 class TrainingModule(L.LightningModule):
@@ -113,11 +113,11 @@ class TrainingModule(L.LightningModule):
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
         progress = self.plan.progress(self.windows_done)
         contexts = [self.context(batch, index) for index, batch in enumerate(window)]
-        counts = window_counts(self.model, contexts)
+        before = denominators(self.model, contexts)
         seen = Seen()
         for index, context in enumerate(contexts):
             with self._synchronised(last=index == len(contexts) - 1):
-                loss = objective(self.model, self.model(context), counts, progress, seen)
+                loss = objective(self.model, self.model(context), before, progress, seen)
                 self.manual_backward(loss * rank_and_world()[1])
         seen = seen.over_ranks()
         norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
@@ -135,7 +135,7 @@ class TrainingModule(L.LightningModule):
         optimizer.zero_grad()
         self.windows_done += 1
         self.step_load = seen.loads
-        self._log(seen, counts, progress, norm, rate)
+        self._log(seen, before.counts, progress, norm, rate)
         self.seconds += time.perf_counter() - self._began  # only the time of steps counts: no validation, no saving
         if self.windows_done == self.plan.steps:
             self.trainer.should_stop = True  # it would anyway; so told, Lightning validates after the last step too

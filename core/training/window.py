@@ -4,16 +4,17 @@ The denominators are known from the data before any backward, so the same gradie
 window is split into micro-batches and ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from core.contracts.balancer import Balancer, Scope
 from core.contracts.context import SequenceContext
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel, Losses
-from core.training.ranks import reduce_sum, total
+from core.training.ranks import rank_and_world, reduce_sum, total
 
 
 @dataclass
@@ -58,35 +59,74 @@ def balance_term(path: str, index: int) -> str:
     return f"{path}:{index}"
 
 
+@dataclass(frozen=True)
+class Denominators:
+    """What is known of a window before its first backward.
+
+    Args:
+        counts: what each head's term and each balancer's loss is divided by, over micro-batches and ranks.
+        whole: for balancers of scope `batch`, their sums over the whole window; none where it is one micro-batch.
+        micro_batches: how many the window has.
+    """
+
+    counts: dict[str, Tensor]
+    whole: dict[str, dict[str, Tensor]]
+    micro_batches: int
+
+
+def denominators(model: LanguageModel, contexts: Sequence[SequenceContext]) -> Denominators:
+    """Count a window; where a loss is formed over the whole batch, read its micro-batches once beforehand."""
+    whole = _batch_sums(model, contexts) if len(contexts) > 1 else {}
+    return Denominators(window_counts(model, contexts), whole, len(contexts))
+
+
 def window_counts(model: LanguageModel, contexts: Sequence[SequenceContext]) -> dict[str, Tensor]:
     """The denominators of a window: each head's terms and each balancer's losses, over micro-batches and ranks."""
-    counts: dict[str, Tensor] = {}
-
-    def add(name: str, count: Tensor) -> None:
-        counts[name] = counts[name] + count if name in counts else count
-
-    layers = model.expert_layers()
+    found: dict[str, list[Tensor]] = {}
+    balancers = _balancers(model)
     for context in contexts:
         for name, count in model.counts(context).items():
-            add(name, count)
+            found.setdefault(name, []).append(count)
         seen_by = model.contexts(context)
-        for path, layer in layers.items():
-            for index, balancer in enumerate(layer.balancers):
-                mine = balancer.count(seen_by.get(path, context))
-                if mine is not None:
-                    add(balance_term(path, index), mine)
-    shared = {
-        balance_term(path, index)
-        for path, layer in layers.items()
-        for index, balancer in enumerate(layer.balancers)
-        if balancer.scope == "micro_batch"
-    }
-    return {name: count if name in shared else total(count) for name, count in counts.items()}
+        for (path, index), balancer in balancers.items():
+            mine = balancer.count(seen_by.get(path, context))
+            if mine is not None:
+                found.setdefault(balance_term(path, index), []).append(mine)
+    scopes = {balance_term(*place): balancer.scope for place, balancer in balancers.items()}
+    return {name: _joined(total(torch.stack(counts)), scopes.get(name)) for name, counts in found.items()}
 
 
-def objective(
-    model: LanguageModel, losses: Losses, counts: Mapping[str, Tensor], progress: Progress, seen: Seen
-) -> Tensor:
+def _joined(counts_W: Tensor, scope: Scope | None) -> Tensor:
+    """The count of a window from those of its micro-batches over all ranks."""
+    if scope == "batch":
+        return (counts_W.sum() > 0).to(torch.int64)
+    return (counts_W > 0).sum() if scope == "micro_batch" else counts_W.sum()
+
+
+def _balancers(model: LanguageModel) -> dict[tuple[str, int], Balancer]:
+    """Every balancer of every layer by the layer's path and its place in it."""
+    layers = model.expert_layers().items()
+    return {(path, index): b for path, layer in layers for index, b in enumerate(layer.balancers)}
+
+
+@torch.no_grad()
+def _batch_sums(model: LanguageModel, contexts: Sequence[SequenceContext]) -> dict[str, dict[str, Tensor]]:
+    """Over micro-batches and ranks, what balancers of scope `batch` observe; nothing is read where there is none.
+
+    The forward is pure and addresses its random choices, so it sees now what it will see again with gradients.
+    """
+    wanted = {place for place, balancer in _balancers(model).items() if balancer.scope == "batch"}
+    found: dict[str, dict[str, Tensor]] = {}
+    for context in contexts if wanted else ():
+        records = model(context).records
+        for path, index in sorted(wanted):
+            sums, name = records[path].sums[index], balance_term(path, index)
+            before = found.get(name, {})
+            found[name] = {key: value + before[key] if before else value for key, value in sums.items()}
+    return {name: {key: total(value) for key, value in sums.items()} for name, sums in found.items()}
+
+
+def objective(model: LanguageModel, losses: Losses, window: Denominators, progress: Progress, seen: Seen) -> Tensor:
     """One micro-batch's share of the window's objective; its parts are added to `seen` under their names.
 
     The balance losses of all layers are added, each with its own coefficient, as the released training code
@@ -95,7 +135,7 @@ def objective(
     Raises:
         RuntimeError: a layer with experts was not seen by this forward, so it would not be balanced.
     """
-    layers = model.expert_layers()
+    layers, counts = model.expert_layers(), window.counts
     if set(losses.records) != set(layers):
         missing = sorted(set(layers) ^ set(losses.records))
         raise RuntimeError(f"layers with experts and records of the forward differ: {', '.join(missing)}")
@@ -106,13 +146,26 @@ def objective(
         parts.append(heads[name.partition("/")[0]].coefficient(progress) * term.sum / counts[name].clamp(min=1))
     for path, record in losses.records.items():
         for index, (balancer, sums) in enumerate(zip(layers[path].balancers, record.sums, strict=True)):
-            if balancer.scope == "micro_batch":
-                sums = {name: reduce_sum(value) for name, value in sums.items()}
-            loss = balancer.loss(sums)
+            name = balance_term(path, index)
+            loss = balancer.loss(_in_scope(balancer.scope, sums, window.whole.get(name)))
             if loss is None:
                 continue
-            name = balance_term(path, index)
-            seen.add(name, loss.sum)
+            seen.add(name, loss.sum / _times_formed(balancer.scope, window))
             parts.append(balancer.coefficient(progress) * loss.sum / counts[name].clamp(min=1))
     seen.add_losses(losses)
     return torch.stack([part.to(parts[0].dtype) for part in parts]).sum()
+
+
+def _in_scope(scope: Scope, sums: dict[str, Tensor], whole: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """A micro-batch's sums with the values of the scope and the gradient of its own share."""
+    if whole is not None:
+        return {name: value + (whole[name] - value).detach() for name, value in sums.items()}
+    if scope in ("batch", "micro_batch"):
+        return {name: reduce_sum(value) for name, value in sums.items()}
+    return sums
+
+
+def _times_formed(scope: Scope, window: Denominators) -> int:
+    """How often a window forms one and the same loss: each rank does, and for `batch` each micro-batch."""
+    ranks = rank_and_world()[1] if scope in ("batch", "micro_batch") else 1
+    return ranks * (window.micro_batches if scope == "batch" else 1)

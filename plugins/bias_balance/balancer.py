@@ -1,12 +1,16 @@
-"""Auxiliary-loss-free load balancing (arXiv 2408.15664, algorithm 1; report, section 2.1.2).
+"""Auxiliary-loss-free load balancing (arXiv 2408.15664, algorithm 1; report, section 2.1.2), and its variants.
 
 Each expert has a bias that is added to its affinity for selection only. Once per optimizer step, from the
 whole batch's integer load, the bias of every expert above the mean falls by `rate` and of every expert below
 rises by it. The comparison is made in integers: sign(sum of loads - experts x load) is exact.
+
+Variants (its tables 3 and 4): a change in proportion to the violation instead of its sign, and a bias that
+multiplies the affinity instead of being added to it. The paper does not say in what unit a proportional
+violation is measured, so `unit` does.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +35,16 @@ class Bias(ExactState, Balancer):
 
         rate: Scheduled = setting(0.001, doc="step of the bias (gamma; DeepSeek-V3: 0.001, and 0 from 14.3T tokens on)")
         frozen: bool = setting(False, doc="keep the bias as it is, for a frozen model")
+        update: Literal["sign", "proportional"] = setting(
+            "sign", doc="rate times the violation's sign, or times itself"
+        )
+        unit: Literal["relative", "fraction"] = setting(
+            "relative", doc="of a proportional violation mean - load: parts of the mean, or of all assignments"
+        )
+        form: Literal["additive", "multiplicative"] = setting(
+            "additive", doc="affinity + bias from 0, or affinity x bias from 1"
+        )
+        centre: bool = setting(False, doc="take the mean change off every change, so that the biases keep their mean")
 
         def check(self, parent: Any) -> None:
             """Raises `Wrong` for a negative rate."""
@@ -41,14 +55,15 @@ class Bias(ExactState, Balancer):
         self.config = config
         self.bias: Tensor
         self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zeros."""
-        self.bias.zero_()
+        """What changes no selection: zeros, or ones where they multiply."""
+        self.bias.fill_(0.0 if self.config.form == "additive" else 1.0)
 
     def adjust(self, scores_TE: Tensor) -> Tensor:
-        """s + b."""
-        return scores_TE + self.bias
+        """s + b, or s b."""
+        return scores_TE + self.bias if self.config.form == "additive" else scores_TE * self.bias
 
     def on_step_end(self, load_E: Tensor, progress: Progress) -> None:
         """Algorithm 1, lines 3 to 5; an expert at exactly the mean keeps its bias."""
@@ -56,8 +71,19 @@ class Bias(ExactState, Balancer):
             return
         if load_E.dtype != torch.int64:
             raise TypeError(f"loads are counted in int64, not {load_E.dtype}")
-        direction_E = (load_E.sum() - self.experts * load_E).sign()
-        self.bias += value_at(self.config.rate, progress) * direction_E.to(self.bias)
+        change_E = self._violation(load_E)
+        if self.config.centre:
+            change_E = change_E - change_E.mean()
+        self.bias += value_at(self.config.rate, progress) * change_E.to(self.bias)
+
+    def _violation(self, load_E: Tensor) -> Tensor:
+        """e_i = mean - load_i as `update` and `unit` want it, fp64; formed in integers, so its sign is exact."""
+        total = load_E.sum()
+        below_E = total - self.experts * load_E  # E times the violation
+        if self.config.update == "sign":
+            return below_E.sign().to(torch.float64)
+        parts = total if self.config.unit == "relative" else total * self.experts
+        return below_E.to(torch.float64) / parts.clamp(min=1)
 
     def selection_bias(self) -> Tensor:
         """b_E."""

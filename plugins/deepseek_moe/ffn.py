@@ -1,10 +1,11 @@
 """DeepSeekMoE (report, eq. 12-15; arXiv 2401.06066): shared experts that are always on, fine-grained routed ones.
 
-The layer owns a router, a dispatcher and balancers, each a plugin, and knows none of them by name. It never
-drops a token by itself. Shared experts are one SwiGLU of their joint width, ungated, added to the routed output.
+The layer owns a router, a dispatcher and balancers, each a plugin, and knows none of them by name. It drops no
+token by itself, unless `token_dropping` asks for DeepSeek-V2's device budget in training. Shared experts are one
+SwiGLU of their joint width, ungated, added to the routed output.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.dispatcher import Dispatcher
 from core.contracts.errors import Wrong
-from core.contracts.ffn import FeedForward
+from core.contracts.ffn import FeedForward, Traits
 from core.contracts.record import Record
-from core.contracts.router import Router
+from core.contracts.router import CAPABILITIES, Router
 from core.contracts.schema import Child, child, children, setting
 from core.model.activation import swiglu
+from core.model.chance import Chance
+from plugins.deepseek_moe.dropping import TokenDropping, drop_over_budget
 
 
 class Experts(nn.Module):
@@ -72,17 +75,25 @@ class MixtureOfExperts(FeedForward):
         router: Child = child("router", doc="who chooses")
         balance: Child = children("balancer", "list", doc="methods that keep the load even; several compose")
         dispatcher: Child = child("dispatcher", {"name": "local"}, doc="how tokens travel to their experts")
+        token_dropping: TokenDropping | None = setting(None, doc="DeepSeek-V2's device budget in training; null: none")
 
         def check(self, parent: Any) -> None:
             """Raises `Wrong` for counts that cannot be, and for a balancer that the router cannot serve."""
             for key, low in (("experts", 1), ("expert_hidden", 1), ("shared_experts", 0)):
                 if getattr(self, key) < low:
                     raise Wrong(key, f"must be at least {low}")
+            able = self.router.component.capabilities_of(self.router.config)
             for index, section in enumerate(self.balance):
-                missing = section.component.needs - self.router.component.capabilities
-                if missing:
-                    need = f"{section.name} needs a router that {', '.join(sorted(missing))}"
+                if missing := section.component.needs - able:
+                    need = f"{section.name} needs a router that {_words(missing)}"
                     raise Wrong(f"balance.{index}", f"{need}, and {self.router.name} does not")
+            if self.token_dropping is not None:
+                if "token_choice" not in able:
+                    need = f"needs a router that {_words({'token_choice'})}"
+                    raise Wrong("token_dropping", f"{need}, and {self.router.name} does not")
+                if "capacity" in able:
+                    why = f"{self.router.name} {_words({'capacity'})} by itself"
+                    raise Wrong("token_dropping", f"must be null: {why}")
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)
@@ -95,6 +106,8 @@ class MixtureOfExperts(FeedForward):
             self.shared = SharedExperts(config.shared_experts * config.expert_hidden, build)
         methods = [build.make(s, experts=config.experts, top_k=self.router.top_k) for s in config.balance]
         self.balance = nn.ModuleList(methods)
+        self.able = config.router.component.capabilities_of(config.router.config)
+        self.sequence_chance = Chance(build.seed, None)
 
     @property
     def balancers(self) -> Sequence[Balancer]:
@@ -106,6 +119,20 @@ class MixtureOfExperts(FeedForward):
         """Routed experts."""
         return self.config.experts
 
+    @property
+    def traits(self) -> Traits:
+        """Of this layer's routing as it is set up."""
+        dropping = self.config.token_dropping
+        owners = (self.routed, *([self.shared] if self.shared is not None else []))
+        return Traits(
+            expert_parameters=sum(p.numel() for owner in owners for p in owner.parameters()),
+            top_k=self.router.top_k,
+            capacity_factor=self.router.capacity_factor if dropping is None else dropping.capacity_factor,
+            drops=dropping is not None or "drops" in self.able,
+            causal=dropping is None and "causal" in self.able,
+            batch_dependent=dropping is not None or "batch_dependent" in self.able,
+        )
+
     def adjust(self, scores_TE: Tensor) -> Tensor:
         """Every balancer's say in selection, one after the other."""
         for balancer in self.balancers:
@@ -116,6 +143,9 @@ class MixtureOfExperts(FeedForward):
         """The layer's output, and what it saw; shared experts work while tokens travel."""
         x_TD = x_BLD.flatten(0, 1)
         routing = self.router(x_TD, self.adjust, context)
+        if self.training and self.config.token_dropping is not None:
+            drawn_B = self.sequence_chance.of_sequences(context, "never dropped")
+            routing = drop_over_budget(routing, self.config.token_dropping, context, drawn_B)
         sent = self.dispatcher.start(x_TD, routing)
         shared_TD = self.shared(x_TD) if self.shared is not None else None
         x_AD, ends_E, state = sent.wait()
@@ -132,3 +162,8 @@ class MixtureOfExperts(FeedForward):
         routed = sum(p.numel() for p in self.routed.parameters()) // self.config.experts
         shared = 0 if self.shared is None else sum(p.numel() for p in self.shared.parameters())
         return self.router.costs() + Costs(active=routed * self.router.top_k + shared)
+
+
+def _words(capabilities: Iterable[str]) -> str:
+    """Capabilities as the end of a sentence that begins with "a router that"."""
+    return " and ".join(CAPABILITIES.get(word, f"has {word}") for word in sorted(capabilities))

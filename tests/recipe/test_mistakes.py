@@ -123,7 +123,7 @@ COMPONENTS = {
     "optimizer.learning_rate=1": "{o}: optimizer.learning_rate: unknown key; known: betas, eps, lr, name, weight_decay",
     "precision.naem=fp32": "{o}: precision.naem: unknown key; did you mean name? known: name",
     f"{ROUTER}.topk=2": f"{{o}}: {ROUTER}.topk: unknown key; did you mean top_k? "
-    "known: group_limit, groups, name, scale, top_k",
+    "known: affinity, group_limit, group_score, groups, name, normalise, scale, top_k",
     f"{ROUTER}.name=deepsek_v3": f"{{o}}: {ROUTER}.name: no router is named 'deepsek_v3'; did you mean deepseek_v3…",
     f"{ROUTER}.top_k=5": f"{{o}}: {ROUTER}.top_k = 5: must be between 2 and 4, the experts that the group limit leaves "
     "(2 of 4 groups of 2)",

@@ -1,4 +1,4 @@
-"""The complementary sequence-wise balance loss."""
+"""Experts in turn, for speed measurements."""
 
 from typing import Any
 
@@ -8,4 +8,4 @@ from core.extension.hookspec import hookimpl
 @hookimpl
 def register(registry: Any) -> None:
     """Offer the components of this room."""
-    registry.balancer("sequence", "plugins.sequence_balance.balancer:SequenceLoss")
+    registry.router("forced_balance", "plugins.forced_balance.router:ForcedBalanceRouter")

@@ -1,0 +1,72 @@
+"""Capacity: who comes first where an expert takes only so many tokens. Integers throughout; padding takes no place."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from core.contracts.context import SequenceContext
+
+
+def has_place(expert_TK: Tensor, context: SequenceContext, *, experts: int, by_sequence: bool, factor: float) -> Tensor:
+    """Whether a choice finds a place at its expert: bool T x K, False for padding.
+
+    Within a group of S valid tokens an expert has ceil(factor x K S / E) places. They are taken in token order, all
+    first choices before any second one, and a counter grows on overflow too.
+
+    Args:
+        expert_TK: int64, each token's choices in order.
+        context: says which tokens are valid and where sequences begin.
+        experts: how many there are, E.
+        by_sequence: each sequence is a group; else all tokens are one.
+        factor: capacity factor, over the even share of the group's assignments.
+    """
+    tokens, choices = expert_TK.shape
+    group_T, groups = groups_of(context, by_sequence=by_sequence)
+    valid_T = context.valid().flatten()
+    size_G = torch.zeros(groups, dtype=torch.int64, device=group_T.device)
+    size_G = size_G.index_add(0, group_T, valid_T.to(torch.int64))
+    places_G = even_share(choices * size_G, experts, factor)
+    key_KT = group_T * experts + expert_TK.T
+    rank_A = running_count(key_KT.flatten(), valid_T.repeat(choices), groups * experts)
+    return (places_G.index_select(0, group_T)[:, None] > rank_A.view(choices, tokens).T) & valid_T[:, None]
+
+
+def groups_of(context: SequenceContext, *, by_sequence: bool) -> tuple[Tensor, int]:
+    """int64 group of each of the T tokens, and how many groups there are: one per sequence, or one for all."""
+    batch, length = context.tokens_BL.shape
+    rows_B = torch.arange(batch, device=context.tokens_BL.device)
+    if by_sequence:
+        return rows_B.repeat_interleave(length), batch
+    return torch.zeros(batch * length, dtype=torch.int64, device=rows_B.device), 1
+
+
+def even_share(assigned: Tensor, parts: int, factor: float) -> Tensor:
+    """ceil(factor * assigned / parts), int64: what one of several equal parts may take.
+
+    Rounded up, so that a group of one token has a place; a factor of 0 leaves none.
+    """
+    share = factor * assigned.to(torch.float64) / parts
+    return (share - 1e-9).ceil().clamp(min=0).to(torch.int64)  # 1.1 * 10 is 11.000000000000002, and means 11
+
+
+def even_share_of(assigned: int, parts: int, factor: float) -> int:
+    """The same of a number that is known beforehand."""
+    return max(0, math.ceil(factor * assigned / parts - 1e-9))
+
+
+def running_count(key_A: Tensor, counted_A: Tensor, keys: int) -> Tensor:
+    """For each entry of a list, how many counted entries with the same key stand before it: int64 A.
+
+    Args:
+        key_A: int64 in [0, keys).
+        counted_A: bool; where False the entry itself is worth nothing and its result means nothing.
+        keys: how many different keys there are.
+    """
+    key_A = key_A.masked_fill(~counted_A, keys)
+    order_A = key_A.argsort(stable=True)
+    size_K = torch.zeros(keys + 1, dtype=torch.int64, device=key_A.device)
+    size_K = size_K.index_add(0, key_A, torch.ones_like(key_A))
+    start_K = size_K.cumsum(0) - size_K
+    rank_A = torch.arange(len(key_A), device=key_A.device) - start_K.index_select(0, key_A.index_select(0, order_A))
+    return torch.empty_like(rank_A).scatter(0, order_A, rank_A)

@@ -1,0 +1,116 @@
+"""The family of balance losses sum_i f_i P_i: how often expert i is chosen, times its mean share of affinity.
+
+DeepSeekMoE (arXiv 2401.06066, eq. 12-14), DeepSeek-V3 (report, eq. 17-20), Switch (arXiv 2101.03961, eq. 4-6) and
+GShard (arXiv 2006.16668, algorithm 1) differ in what counts as a choice, over which tokens both are formed, and by
+a constant. Here, over the T valid tokens of a piece,
+
+    f_i = E / (K T) x how many of them choose expert i             no gradient
+    P_i = 1 / T     x sum of each one's share: its affinity over the sum of all its affinities
+
+so that sum_i f_i P_i is exactly 1 where the choices are even. Normalising the affinity changes nothing for a
+softmax; for a sigmoid it means that a token cannot buy a lower loss by making all its affinities small.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.contracts.balancer import Balancer, Scope
+from core.contracts.build import BuildContext
+from core.contracts.context import SequenceContext
+from core.contracts.record import LossTerm
+from core.contracts.router import Routing
+from core.contracts.schedule import Progress, value_at
+
+
+class ShareLoss(Balancer):
+    """alpha times the mean over pieces of sum_i f_i P_i; the `Config` has `alpha`.
+
+    A piece is what `scope` says: a sequence (the packed window, or each document's part of it where documents are
+    kept apart), the micro-batch over all data ranks, or the whole batch of the step.
+    """
+
+    needs = frozenset({"learned", "token_choice"})
+    scope: Scope = "sequence"
+
+    def __init__(self, config: Any, build: BuildContext, *, experts: int, top_k: int) -> None:
+        super().__init__(config, build, experts=experts, top_k=top_k)
+        self.config = config
+
+    @property
+    def choices(self) -> int:
+        """K: experts that a token chooses."""
+        return self.top_k
+
+    def chosen(self, routing: Routing) -> Tensor:
+        """T x E, 1 where the token chooses the expert: by the plain affinity, without bias or group limit."""
+        top_TK = routing.scores_TE.topk(self.choices, dim=1).indices
+        return torch.zeros_like(routing.scores_TE).scatter(1, top_TK, 1.0)
+
+    def value(self, f_NE: Tensor, p_NE: Tensor, sums: dict[str, Tensor]) -> Tensor:
+        """The loss of each piece."""
+        return (f_NE * p_NE).sum(dim=1)
+
+    def observe(self, routing: Routing, context: SequenceContext) -> dict[str, Tensor]:
+        """For each piece N: how often each expert is chosen, the sum of its share, and the tokens."""
+        scores_TE = routing.scores_TE
+        piece_T, pieces = self._pieces(context)
+        valid_T = context.valid().flatten().to(scores_TE.dtype)
+        share_TE = scores_TE / (scores_TE.sum(dim=1, keepdim=True) + 1e-20) * valid_T[:, None]
+        with torch.no_grad():
+            chosen_TE = self.chosen(routing) * valid_T[:, None]
+        zeros_NE = scores_TE.new_zeros(pieces, self.experts)
+        return {
+            "chosen_NE": zeros_NE.index_add(0, piece_T, chosen_TE),
+            "share_NE": zeros_NE.index_add(0, piece_T, share_TE),
+            "tokens_N": scores_TE.new_zeros(pieces).index_add(0, piece_T, valid_T),
+        }
+
+    def count(self, context: SequenceContext) -> Tensor:
+        """Pieces with at least one valid token."""
+        piece_T, pieces = self._pieces(context)
+        tokens_N = torch.zeros(pieces, dtype=torch.int64, device=piece_T.device)
+        return (tokens_N.index_add(0, piece_T, context.valid().flatten().to(torch.int64)) > 0).sum()
+
+    def loss(self, sums: dict[str, Tensor]) -> LossTerm:
+        """Summed over pieces."""
+        tokens_N1 = sums["tokens_N"].clamp(min=1)[:, None]
+        f_NE = sums["chosen_NE"] * (self.experts / self.choices) / tokens_N1
+        p_NE = sums["share_NE"] / tokens_N1
+        return LossTerm(self.value(f_NE, p_NE, sums).sum(), (sums["tokens_N"] > 0).sum())
+
+    def coefficient(self, progress: Progress) -> float:
+        """alpha."""
+        return value_at(self.config.alpha, progress)
+
+    def _pieces(self, context: SequenceContext) -> tuple[Tensor, int]:
+        if self.scope == "sequence":
+            return pieces_of(context)
+        return torch.zeros_like(context.tokens_BL).flatten(), 1
+
+
+def first_choices(routing: Routing) -> Tensor:
+    """T x E, 1 where the expert has the token's highest affinity; of equals the first."""
+    best_T1 = routing.scores_TE.argmax(dim=1, keepdim=True)
+    return torch.zeros_like(routing.scores_TE).scatter(1, best_T1, 1.0)
+
+
+def routed_choices(routing: Routing) -> Tensor:
+    """T x E, 1 where the token was really routed to the expert, dropped or not."""
+    zeros_TE = torch.zeros_like(routing.scores_TE)
+    ones_A = torch.ones_like(routing.expert_A, dtype=zeros_TE.dtype)
+    return zeros_TE.index_put((routing.token_A, routing.expert_A), ones_A)
+
+
+def pieces_of(context: SequenceContext) -> tuple[Tensor, int]:
+    """The sequence, or the document's part of it, that each of the T tokens belongs to, and how many there are."""
+    batch, length = context.tokens_BL.shape
+    row_BL = torch.arange(batch, device=context.tokens_BL.device)[:, None].expand(batch, length)
+    if context.documents_BM is None or not row_BL.numel():
+        return row_BL.reshape(-1), batch
+    documents_BL = context.documents_BM[:, :length]
+    begins_BL = torch.ones_like(documents_BL, dtype=torch.int64)
+    begins_BL[:, 1:] = (documents_BL[:, 1:] != documents_BL[:, :-1]).to(torch.int64)
+    piece_T = begins_BL.flatten().cumsum(0) - 1
+    return piece_T, int(piece_T[-1]) + 1

@@ -1,0 +1,14 @@
+"""DeepSeek-V2: device-limited softmax routing and its three balance losses."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.router("deepseek_v2", "plugins.deepseek_v2.router:DeepSeekV2Router")
+    registry.balancer("expert", "plugins.deepseek_v2.balancers:ExpertLoss")
+    registry.balancer("device", "plugins.deepseek_v2.balancers:DeviceLoss")
+    registry.balancer("communication", "plugins.deepseek_v2.balancers:CommunicationLoss")

@@ -1,0 +1,11 @@
+"""Expert choice: experts choose tokens."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.router("expert_choice", "plugins.expert_choice.router:ExpertChoiceRouter")

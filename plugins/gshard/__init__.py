@@ -1,0 +1,13 @@
+"""GShard: top-2 with capacity, its dropless form, and its balance loss."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.router("gshard", "plugins.gshard.router:GShardRouter")
+    registry.router("gshard_dropless", "plugins.gshard.router:DroplessRouter")
+    registry.balancer("gshard", "plugins.gshard.balancer:GShardLoss")

@@ -1,0 +1,11 @@
+"""Hash layers: a token's id decides."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.router("hash", "plugins.hash_routing.router:HashRouter")

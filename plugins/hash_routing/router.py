@@ -1,0 +1,105 @@
+"""Hash layers (arXiv 2106.04426): a fixed table from token ids to experts; nothing is learned, nothing is balanced.
+
+The table is saved with the weights, so a trained model needs neither the seed nor the data that made it.
+"""
+
+import heapq
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from core.contracts.build import BuildContext
+from core.contracts.component import Costs
+from core.contracts.context import SequenceContext
+from core.contracts.errors import UserError
+from core.contracts.router import Adjust, Router, Routing
+from core.contracts.schema import setting
+from core.model.chance import uniform
+from core.model.numerics import at_least_fp32
+
+_NO_CHOICE = "a token's id decides alone"
+
+
+class HashRouter(Router):
+    """One expert a token, by its id; the gate is 1."""
+
+    paper = "Hash Layers For Large Sparse Models (arXiv 2106.04426)"
+    capabilities = frozenset({"causal", "token_choice"})
+    example = {"name": "hash", "map": "random"}
+    refuses = {
+        "top_k": "a token's id stands for one expert",
+        "groups": f"{_NO_CHOICE}, so there is no choice to limit",
+        "group_limit": f"{_NO_CHOICE}, so there is no choice to limit",
+        "capacity_factor": "hash routing drops nothing",
+        "scale": "the gate is 1; there is no affinity to scale",
+    }
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Settings of hash routing."""
+
+        map: Literal["random", "balanced"] = setting(
+            "random", doc="ids to experts: drawn, or even on the training text"
+        )
+
+    def __init__(self, config: Config, build: BuildContext, *, experts: int) -> None:
+        super().__init__(config, build, experts=experts)
+        self.config, self.build = config, build
+        self.known = True
+        self.table: Tensor
+        self.register_buffer("table", torch.zeros(build.vocabulary, dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """The random table of this seed and layer, or the balanced one where token counts are at hand."""
+        if self.config.map == "random":
+            ids_V = torch.arange(len(self.table))
+            drawn_V = uniform(self.build.seed, f"hash table:{self.build.layer}", ids_V)
+            self.table.copy_((drawn_V * self.experts).to(torch.int64))
+            return
+        self.known = self.build.token_counts is not None
+        if self.build.token_counts is not None:
+            self.table.copy_(torch.tensor(balanced(self.build.token_counts().tolist(), self.experts)))
+
+    def _load_from_state_dict(self, *arguments: Any, **rest: Any) -> None:
+        super()._load_from_state_dict(*arguments, **rest)  # type: ignore[no-untyped-call]
+        self.known = True
+
+    @property
+    def top_k(self) -> int:
+        """One."""
+        return 1
+
+    def forward(self, x_TD: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
+        """Look the tokens up.
+
+        Raises:
+            UserError: a balanced table was neither made from data nor loaded.
+        """
+        if not self.known:
+            why = "map = balanced is made from the training data's token counts, and this model was built without data"
+            raise UserError(f"hash: {why}: use core.fit, core.load, or core.build(..., token_counts=...)")
+        expert_T1 = self.table.index_select(0, context.tokens_BL.flatten())[:, None]
+        gate_T1 = at_least_fp32(x_TD.new_ones(len(x_TD), 1))
+        scores_TE = gate_T1.new_zeros(len(x_TD), self.experts).scatter(1, expert_T1, 1.0)
+        return Routing.top_k(expert_T1, gate_T1, scores_TE, scores_TE)
+
+    def costs(self) -> Costs:
+        """No parameter."""
+        return Costs()
+
+
+def balanced(count_V: list[int], experts: int) -> list[int]:
+    """Ids to experts, greedily: the most frequent first, each to the expert with the least text so far.
+
+    Of experts with equally much the one with the fewest ids takes it, then the one with the lowest number; so ids that
+    the training text does not hold are spread evenly too.
+    """
+    table = [0] * len(count_V)
+    heap = [(0, 0, expert) for expert in range(experts)]
+    for token in sorted(range(len(count_V)), key=lambda token: (-count_V[token], token)):
+        text, ids, expert = heap[0]
+        table[token] = expert
+        heapq.heapreplace(heap, (text + count_V[token], ids + 1, expert))
+    return table

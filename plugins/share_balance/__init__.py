@@ -1,0 +1,13 @@
+"""Balance losses from frequencies and shares, over a sequence, a micro-batch or the whole batch."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.balancer("sequence", "plugins.share_balance.balancer:SequenceLoss")
+    registry.balancer("batch", "plugins.share_balance.balancer:BatchLoss")
+    registry.balancer("micro_batch", "plugins.share_balance.balancer:MicroBatchLoss")

@@ -1,0 +1,68 @@
+"""Auxiliary balance losses over a sequence (report, eq. 17-20), the whole batch (section 4.5.3) or a micro-batch.
+
+All three are sum_i f_i P_i of `core.model.share_loss`, with f_i from the plain top K by affinity: no bias, no group
+limit. They differ in the tokens that f and P are formed over.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from core.contracts.schedule import Scheduled, check_scheduled
+from core.contracts.schema import setting
+from core.model.share_loss import ShareLoss
+
+
+class SequenceLoss(ShareLoss):
+    """Each sequence by itself, so splitting a batch changes nothing."""
+
+    paper = "DeepSeek-V3 technical report (arXiv 2412.19437), eq. 17-20"
+    example = {"name": "sequence", "alpha": 0.0001}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Settings of the sequence-wise loss."""
+
+        alpha: Scheduled = setting(0.0001, doc="coefficient (DeepSeek-V3: 0.0001)")
+
+        def check(self, parent: Any) -> None:
+            """Raises `Wrong` for a negative coefficient."""
+            check_scheduled(self.alpha, "alpha", low=0)
+
+
+class BatchLoss(ShareLoss):
+    """All tokens of the step, over micro-batches and data ranks.
+
+    Where a step has several micro-batches, each is read once more beforehand, because f is known only then.
+    """
+
+    paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 4.5.3"
+    scope = "batch"
+    example = {"name": "batch", "alpha": 0.001}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Settings of the batch-wise loss."""
+
+        alpha: Scheduled = setting(0.001, doc="coefficient")
+
+        def check(self, parent: Any) -> None:
+            """Raises `Wrong` for a negative coefficient."""
+            check_scheduled(self.alpha, "alpha", low=0)
+
+
+class MicroBatchLoss(ShareLoss):
+    """The tokens of one micro-batch, over all data ranks; accumulation changes it."""
+
+    paper = "Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), section 2.2"
+    scope = "micro_batch"
+    example = {"name": "micro_batch", "alpha": 0.001}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Settings of the loss over a micro-batch."""
+
+        alpha: Scheduled = setting(0.001, doc="coefficient (arXiv 2408.15664, for sigmoid affinities: 0.001)")
+
+        def check(self, parent: Any) -> None:
+            """Raises `Wrong` for a negative coefficient."""
+            check_scheduled(self.alpha, "alpha", low=0)

@@ -1,0 +1,12 @@
+"""Switch Transformer: top-1 with capacity, and its balance loss."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.router("switch", "plugins.switch.router:SwitchRouter")
+    registry.balancer("switch", "plugins.switch.balancer:SwitchLoss")
