@@ -15,12 +15,17 @@ import torch
 from lab import ROOT, SPEED, Lab, assert_same_run, last_checkpoint, loads, rows
 
 TWO = "strategy={name: ddp, ranks: 2, accelerator: cpu}"
+EVERY_SCOPE = (
+    "precision.name=fp64",
+    "model.blocks.moe.ffn.balance=[{name: bias, rate: 0.01}, {name: sequence, alpha: 0.01}, {name: batch, alpha: 0.01},"
+    " {name: micro_batch, alpha: 0.01}, {name: z_loss}]",
+)
 
 
 @contextmanager
 def started(lab: Lab, run: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """The first of two ranks, which starts the second; none of them is left behind."""
-    command = [sys.executable, "-m", "core.fit", str(lab.file), "precision.name=fp64", TWO, *arguments]
+    command = [sys.executable, "-m", "core.fit", str(lab.file), *EVERY_SCOPE, TWO, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(
@@ -38,7 +43,7 @@ def pair(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     """A run by one rank and one by two, both in fp64, and what the two printed on stdout."""
     folder = tmp_path_factory.mktemp("ranks")
     alone, both = folder / "alone", folder / "both"
-    lab.fit(alone, "precision.name=fp64")
+    lab.fit(alone, *EVERY_SCOPE)
     with started(lab, both, "--out", str(both), "--json") as process:
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err

@@ -1,0 +1,93 @@
+"""Who promises that splitting a batch changes nothing, and who does not: each is held to its own word (P9)."""
+
+from typing import Any
+
+import pytest
+from lab import Lab, flat
+from test_window import FP64, Gradients, after, assert_close
+from torch import Tensor
+
+from core.assemble import build
+
+FFN = "model.blocks.moe.ffn"
+ROUTERS = {
+    "deepseek_v3": "{name: deepseek_v3, top_k: 2, groups: 4, group_limit: 2}",
+    "deepseek_v3, softmax, plain gates": "{name: deepseek_v3, top_k: 1, affinity: softmax, normalise: false}",
+    "deepseek_v2": "{name: deepseek_v2, top_k: 2, groups: 4, group_limit: 2}",
+    "gshard": "{name: gshard}",
+    "gshard over a batch": "{name: gshard, group: batch}",
+    "gshard_dropless": "{name: gshard_dropless}",
+    "switch": "{name: switch, capacity_factor: 1.0}",
+    "switch over sequences, with jitter": "{name: switch, capacity_factor: 1.0, group: sequence, jitter: 0.1}",
+    "expert_choice": "{name: expert_choice, top_k: 2}",
+    "expert_choice over sequences": "{name: expert_choice, top_k: 2, group: sequence}",
+    "expert_choice over chunks": "{name: expert_choice, top_k: 2, group: sequence, chunk: 5}",
+    "hash": "{name: hash}",
+    "forced_balance": "{name: forced_balance, top_k: 2}",
+}
+BALANCERS = {
+    "bias": "{name: bias, rate: 0.01}",
+    "bias, proportional": "{name: bias, rate: 0.01, update: proportional, unit: fraction}",
+    "bias, multiplicative and centred": "{name: bias, rate: 0.01, form: multiplicative, centre: true}",
+    "sequence": "{name: sequence, alpha: 0.1}",
+    "batch": "{name: batch, alpha: 0.1}",
+    "micro_batch": "{name: micro_batch, alpha: 0.1}",
+    "gshard loss": "{name: gshard, alpha: 1.0}",
+    "gshard loss over the batch": "{name: gshard, alpha: 1.0, over: batch}",
+    "switch loss": "{name: switch, alpha: 0.1}",
+    "switch loss over the batch": "{name: switch, alpha: 0.1, over: batch}",
+    "expert": "{name: expert, alpha: 0.1}",
+    "device": "{name: device, alpha: 0.1, devices: 4}",
+    "communication": "{name: communication, alpha: 0.1, devices: 4, device_limit: 2}",
+    "z_loss": "{name: z_loss, alpha: 0.1}",
+}
+NO_PROMISE = {"gshard over a batch", "switch", "expert_choice", "micro_batch", "switch loss", "token dropping"}
+"""The methods whose result depends on how a batch is split; everything else must not."""
+
+
+def overrides(name: str) -> tuple[str, ...]:
+    """The small recipe with one method, and nothing else that balances."""
+    if name in ROUTERS:
+        return (f"{FFN}.router={ROUTERS[name]}", f"{FFN}.balance=[]")
+    if name in BALANCERS:
+        return (f"{FFN}.balance=[{BALANCERS[name]}]",)
+    return (f"{FFN}.balance=[]", f"{FFN}.token_dropping={{devices: 4}}")
+
+
+METHODS = [*ROUTERS, *BALANCERS, "token dropping"]
+
+
+def trained(lab: Lab, name: str, sequences: int, accumulate: int) -> dict[str, Any]:
+    """Two steps of eight sequences each, split in one way."""
+    watch = Gradients()
+    batch = f"batch={{sequences: {sequences}, accumulate: {accumulate}}}"
+    module = lab.train(*FP64, *overrides(name), batch, "budget.steps=2", callbacks=[watch])
+    return after(module, watch)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_P9_splitting_a_batch_changes_what_was_not_promised_and_nothing_else(lab: Lab, name: str) -> None:
+    whole, *parts = (trained(lab, name, *split) for split in ((8, 1), (2, 4), (1, 8)))
+    for part in parts:
+        if name in NO_PROMISE:
+            assert differs(part["gradients"], whole["gradients"])
+        else:
+            assert_close(part, whole)
+
+
+def differs(one: Any, two: Any) -> bool:
+    """Whether some gradient of the first step is another one."""
+    first, second = flat(one[0]), flat(two[0])
+    return any(not close(first[name], second[name]) for name in first)
+
+
+def close(one: Tensor, two: Tensor) -> bool:
+    return bool((one - two).abs().max() <= 1e-6 * two.abs().max().clamp(min=1e-3))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_P9_the_methods_that_do_not_promise_it_say_so(lab: Lab, name: str) -> None:
+    for layer in build(lab.recipe(*overrides(name))).expert_layers().values():
+        assert layer.traits is not None
+        dependent = layer.traits.batch_dependent or any(b.scope == "micro_batch" for b in layer.balancers)
+        assert dependent == (name in NO_PROMISE)
