@@ -1,0 +1,64 @@
+"""What nobody may overlook is said wherever results are read; and strategies that need more than a recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lab import Lab
+
+from core.assemble import plan_of
+from core.run import load, text_data
+
+FFN = "model.blocks.moe.ffn"
+EXPERT_CHOICE = (f"{FFN}.router={{name: expert_choice, top_k: 2}}", f"{FFN}.balance=[]")
+FORCED = (f"{FFN}.router={{name: forced_balance, top_k: 2}}", f"{FFN}.balance=[]")
+BALANCED = (f"{FFN}.router={{name: hash, map: balanced}}", f"{FFN}.balance=[]")
+QUICK = ("budget.steps=2",)
+
+
+@pytest.mark.parametrize(("overrides", "words"), [(EXPERT_CHOICE, "is not causal"), (FORCED, "say nothing about")])
+def test_a_notice_is_told_at_every_door_and_kept(
+    lab: Lab, tmp_path: Path, overrides: tuple[str, ...], words: str
+) -> None:
+    run = tmp_path / "run"
+    said = lab.door("fit", lab.file, *overrides, *QUICK, "--out", run, "--json")
+    assert said.code == 0, said.err
+    assert words in said.err
+    (notice,) = json.loads(said.out)["notices"]
+    assert words in notice
+    for door, *arguments in (("evaluate", run), ("generate", run, "--prompt", "a", "--tokens", "2")):
+        said = lab.door(door, *arguments)
+        assert said.code == 0, said.err
+        assert words in said.err
+        assert words not in said.out
+    assert words in lab.door("describe", lab.file, *overrides).out
+
+
+def test_no_notice_where_there_is_nothing_to_say(lab: Lab, finished: Path) -> None:
+    assert json.loads((finished / "summary.json").read_text())["notices"] == []
+    assert "note:" not in lab.door("evaluate", finished).err
+
+
+def test_the_catalog_marks_what_needs_a_notice(lab: Lab) -> None:
+    listed = json.loads(lab.door("catalog", "--json").out)
+    assert {row["name"] for row in listed if row["notice"]} == {"expert_choice", "forced_balance"}
+    assert "not causal" in lab.door("catalog").out
+    assert "not causal" in lab.door("catalog", "show", "router", "expert_choice").out
+
+
+def test_a_balanced_hash_is_even_on_the_training_text_and_travels_with_the_weights(lab: Lab, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = lab.door("fit", lab.file, *BALANCED, *QUICK, "--out", run, "--json")
+    assert said.code == 0, said.err
+    tables = [layer.router.table for layer in load(run).expert_layers().values()]
+    recipe = lab.recipe(*BALANCED, *QUICK)
+    data = text_data(recipe, plan_of(recipe))
+    counts_V = data.token_counts()
+    assert int(counts_V.sum()) == data.train_tokens
+    for table in tables:
+        text_E = torch.zeros(8, dtype=torch.int64).index_add(0, table, counts_V)
+        assert int(text_E.max() - text_E.min()) <= int(counts_V.max())
+        ids_E = table.bincount(minlength=8)
+        assert int(ids_E.sum()) == 300
+    assert lab.door("evaluate", run).code == 0
