@@ -7,6 +7,7 @@ from torch import nn
 
 from core.analysis.size import Size, size_of
 from core.contracts.component import Environment
+from core.contracts.ffn import Traits
 from core.contracts.precision import Precision
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel
@@ -16,7 +17,8 @@ from core.recipe.plan import Plan
 CONVENTION = (
     "training FLOPs per token = 6 x active parameters (embedding excluded, output included) + 3 x forward attention "
     "over the causal half of the sequence; flops_per_token counts the multi-token modules with one more use of the "
-    "output each, flops_per_token_main does not; params_total is the main model with its selection biases"
+    "output each, flops_per_token_main does not; flops_per_token_full takes the whole square of attention; "
+    "params_total is the main model with its selection biases, params_experts what its routed and shared experts own"
 )
 OPTIMIZER_BYTES = 8
 """Two fp32 moments for each parameter."""
@@ -29,16 +31,23 @@ def describe(recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy")
         model: the recipe's, on the meta device, built with `roles` as its precision.
         plan: the recipe's steps.
     """
-    size = size_of(model)
+    size, routing = size_of(model), routing_of(model)
     return {
         "recipe": recipe.source,
         "params_total": size.params_total,
+        "params_experts": size.params_experts,
         "params_mtp": size.params_heads,
         "params_active": size.params_active,
         "flops_per_token": size.flops_per_token,
         "flops_per_token_main": size.flops_per_token_main,
+        "flops_per_token_full": size.flops_per_token_full,
         "flops_convention": CONVENTION,
         "kv_bytes_per_token": 2 * size.cache_elements,
+        "top_k": routing.top_k,
+        "capacity_factor": routing.capacity_factor,
+        "drops": routing.drops,
+        "causal": routing.causal,
+        "batch_dependent": routing.batch_dependent,
         "memory_bytes": memory(recipe, model, size, roles.compute_dtype("ffn.down").itemsize),
         "steps": plan.steps,
         "tokens": plan.tokens,
@@ -46,9 +55,23 @@ def describe(recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy")
         "loss_coefficients": coefficients(model, plan),
         "precision": roles.table(),
         "plugins": plugins(recipe),
+        "notices": recipe.notices(),
         "runnable_here": obstacles(recipe) or True,
         "dropped_keys": list(recipe.dropped),
     }
+
+
+def routing_of(model: LanguageModel) -> Traits:
+    """What holds for the model: of all its layers with experts, the most assignments and the tightest capacity."""
+    found = [layer.traits for layer in model.expert_layers().values() if layer.traits]
+    return Traits(
+        expert_parameters=sum(traits.expert_parameters for traits in found),
+        top_k=max((traits.top_k for traits in found), default=0),
+        capacity_factor=min((t.capacity_factor for t in found if t.capacity_factor is not None), default=None),
+        drops=any(traits.drops for traits in found),
+        causal=all(traits.causal for traits in found),
+        batch_dependent=any(traits.batch_dependent for traits in found),
+    )
 
 
 def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> dict[str, int]:

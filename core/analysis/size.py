@@ -13,19 +13,23 @@ class Size:
     """What a model costs, by the conventions that `core.describe` names.
 
     Args:
-        params_total: the main model, with its selection biases, without what the heads own.
+        params_total: the main model, with its selection biases, without what the heads own; floating point only.
         params_heads: what the loss heads own (multi-token modules).
+        params_experts: routed and shared experts of the main model, a part of `params_total`.
         params_active: used by one token of the main model; embedding excluded, output included.
         flops_per_token: training (forward + backward), causal attention, loss heads included.
         flops_per_token_main: the same without what the loss heads add.
+        flops_per_token_full: as `flops_per_token`, but with the whole square of attention.
         cache_elements: kept per token in decoding, all main layers.
     """
 
     params_total: int
     params_heads: int
+    params_experts: int
     params_active: int
     flops_per_token: float
     flops_per_token_main: float
+    flops_per_token_full: float
     cache_elements: int
 
 
@@ -37,16 +41,23 @@ def size_of(model: LanguageModel) -> Size:
     return Size(
         params_total=_elements(model) - in_heads,
         params_heads=in_heads,
+        params_experts=_in_experts(model),
         params_active=main.active,
         flops_per_token=_training_flops(main + heads),
         flops_per_token_main=_training_flops(main),
+        flops_per_token_full=_training_flops(main + heads + Costs(mixing=main.mixing + heads.mixing)),
         cache_elements=main.cache,
     )
 
 
 def _elements(module: nn.Module) -> int:
-    """Parameters and persistent buffers, each shared one once."""
-    return sum(tensor.numel() for tensor in module.state_dict().values())
+    """Parameters and persistent buffers of floating point, each shared one once: a table of integers is none."""
+    return sum(tensor.numel() for tensor in module.state_dict().values() if tensor.is_floating_point())
+
+
+def _in_experts(model: LanguageModel) -> int:
+    layers = [layer for path, layer in model.expert_layers().items() if path.startswith("blocks.")]
+    return sum(layer.traits.expert_parameters for layer in layers if layer.traits)
 
 
 def _training_flops(costs: Costs) -> float:

@@ -9,8 +9,14 @@ from lab import MOE, Lab
 
 from core.assemble import build
 from core.extension.loader import installed_registry
+from core.recipe.compose import shipped_recipes
 
-SIZES = ["params_total", "params_mtp", "params_active", "flops_per_token", "flops_per_token_main", "kv_bytes_per_token"]
+SIZES = ["params_total", "params_experts", "params_mtp", "params_active", "kv_bytes_per_token"]
+FLOPS = ["flops_per_token", "flops_per_token_main", "flops_per_token_full", "flops_convention"]
+ROUTING = ["top_k", "capacity_factor", "drops", "causal", "batch_dependent", "notices"]
+ROUTER, NO_LOSS = "model.blocks.moe.ffn.router", "model.blocks.moe.ffn.balance=[]"
+CHOICE = (f"{ROUTER}={{name: expert_choice, top_k: 2, group: batch}}", NO_LOSS)
+"""Experts that choose tokens: neither causal nor apart from the other sequences."""
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +28,7 @@ def small(lab: Lab) -> dict[str, Any]:
 
 
 def test_describe_has_every_promised_key(small: dict[str, Any]) -> None:
-    promised = {*SIZES, "flops_convention", "memory_bytes", "layers", "plugins", "precision", "loss_coefficients"}
+    promised = {*SIZES, *FLOPS, *ROUTING, "memory_bytes", "layers", "plugins", "precision", "loss_coefficients"}
     assert promised <= small.keys()
     assert small["runnable_here"] is True
     assert (small["steps"], small["tokens"]) == (12, 12 * 2 * 4 * 16)
@@ -37,6 +43,7 @@ def test_sizes_are_those_of_the_model(lab: Lab, small: dict[str, Any]) -> None:
     unused = 6 * (3 * 32 * 16)  # a token uses 2 of 8 experts of width 16
     norms_and_rest = small["params_active"] + unused + 300 * 32 + 8
     assert norms_and_rest == small["params_total"]
+    assert small["params_experts"] == (8 + 1) * 3 * 32 * 16  # without those of the multi-token module
     assert small["kv_bytes_per_token"] == 2 * 2 * (16 + 4)  # bytes x layers x (latent + rotated key)
 
 
@@ -45,6 +52,34 @@ def test_flops_are_six_per_active_parameter_and_the_causal_half_of_attention(sma
     assert small["flops_per_token_main"] == 6 * small["params_active"] + 3 * 2 * scores_and_sums
     of_mtp = small["params_mtp"] - 8 - 6 * (3 * 32 * 16) + 300 * 32  # its own active weights, and the output once more
     assert small["flops_per_token"] == small["flops_per_token_main"] + 6 * of_mtp + 3 * scores_and_sums
+    assert small["flops_per_token_full"] == small["flops_per_token"] + 3 * 3 * scores_and_sums  # three blocks in all
+
+
+def test_a_table_of_integers_is_no_parameter(lab: Lab, small: dict[str, Any]) -> None:
+    said = lab.door("describe", lab.file, f"{ROUTER}={{name: hash}}", NO_LOSS, "--json")
+    assert said.code == 0, said.err
+    document = json.loads(said.out)
+    centroids, biases = 8 * 32, 8
+    for key in ("params_total", "params_mtp"):  # a layer with experts in each
+        assert small[key] - document[key] == centroids + biases
+    assert document["params_experts"] == small["params_experts"]
+
+
+def test_what_the_routing_promises_is_told(lab: Lab, small: dict[str, Any]) -> None:
+    assert [small[key] for key in ROUTING] == [2, None, False, True, False, []]
+    switch = (f"{ROUTER}={{name: switch, capacity_factor: 1.5, group: batch}}", NO_LOSS)
+    documents = [json.loads(lab.door("describe", lab.file, *o, "--json").out) for o in (switch, CHOICE)]
+    assert [documents[0][key] for key in ROUTING] == [1, 1.5, True, True, True, []]
+    *_, causal, batch_dependent, notices = [documents[1][key] for key in ROUTING]
+    assert (causal, batch_dependent, len(notices)) == (False, True, 1)
+
+
+def test_a_notice_is_printed(lab: Lab) -> None:
+    alone = lab.door("describe", lab.file, *CHOICE).out
+    (notice,) = json.loads(lab.door("describe", lab.file, *CHOICE, "--json").out)["notices"]
+    assert f"note: {notice}" in alone
+    beside = lab.door("describe", lab.file, *CHOICE, "--compare", "dsv3_1b").out
+    assert f"note on small, dsv3_1b: {notice}" in " ".join(beside.split())
 
 
 def test_P13_every_loss_term_is_told_with_its_coefficient(small: dict[str, Any]) -> None:
@@ -75,6 +110,69 @@ def test_compare_is_one_document_for_all(lab: Lab, small: dict[str, Any]) -> Non
     documents = json.loads(said.out)
     assert [document["params_total"] for document in documents[:2]] == [small["params_total"]] * 2
     assert documents[2]["recipe"].endswith("dsv3_small.yaml")
+
+
+def test_recipes_to_compare_and_their_overrides_come_in_any_order(lab: Lab, tmp_path: Path) -> None:
+    odd = tmp_path / "lr=1.yaml"  # a recipe whose name looks like an override
+    odd.write_text(lab.file.read_text(encoding="utf-8"), encoding="utf-8")
+    dim = "model.dim=64"
+    forms: list[tuple[str | Path, ...]] = [
+        (lab.file, dim, "--compare", odd),
+        (lab.file, "--compare", odd, dim),
+        ("--compare", lab.file, odd, dim),
+        (dim, "--compare", lab.file, odd),
+        ("--compare", lab.file, dim, odd),
+    ]
+    told = [lab.door("describe", "--json", *form) for form in forms]
+    assert [said.code for said in told] == [0] * len(forms), [said.err for said in told]
+    documents = json.loads(told[0].out)
+    assert [document["recipe"] for document in documents] == [str(lab.file), str(odd)]
+    assert {document["params_total"] for document in documents} == {documents[0]["params_total"]}
+    assert documents[0]["layers"][0]["parameters"] == 300 * 64
+    assert all(json.loads(said.out) == documents for said in told)
+
+
+def test_one_recipe_to_compare_is_a_list_of_one(lab: Lab) -> None:
+    (document,) = json.loads(lab.door("describe", "--compare", lab.file, "--json").out)
+    assert document["recipe"] == str(lab.file)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",), ("--compare", "model.dim=64")])
+def test_a_recipe_must_be_named(lab: Lab, arguments: tuple[str, ...]) -> None:
+    said = lab.door("describe", *arguments)
+    assert said.code == 2
+    assert said.sentence.startswith("RECIPE is missing")
+
+
+def test_compare_sets_every_recipe_in_a_row_of_100_columns(lab: Lab) -> None:
+    names = [name for name in shipped_recipes() if name.startswith("baselines/")]
+    said = lab.door("describe", "--compare", "dsv3_small", *names)
+    assert said.code == 0, said.err
+    lines = said.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = {line.split()[0]: line.split()[1:] for line in lines[3 : 3 + 1 + len(names)]}
+    assert list(rows) == ["dsv3_small", *(name.removeprefix("baselines/") for name in names)]
+    assert " ".join(rows["dsv3_small"]) == "5.105M 2.820M 2.328M 22.89M 512 4 none no yes no"
+    assert " ".join(rows["gshard"]) == "5.086M 2.806M -0.5 2.295M -1.4 22.63M -1.1 512 2 1 yes no no"
+    assert rows["dense"][1:3] == ["0", "-"]
+
+
+def test_compare_says_what_is_not_held_equal(lab: Lab, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    model = "model: {dim: 64, attention: {name: mha, heads: 4}}"
+    changed = [model, "data: {sequence_length: 8}", "budget: {steps: 24}", "optimizer: {lr: 0.001}"]
+    other.write_text("\n".join([f"extends: {lab.file}", *changed]), encoding="utf-8")
+    said = lab.door("describe", "--compare", lab.file, other)
+    assert said.code == 0, said.err
+    told = [line.removeprefix("not equal: ") for line in said.out.splitlines() if line.startswith("not equal: ")]
+    assert told == [
+        "width: 32; 64 in other",
+        "attention: mla; mha in other",
+        "sequence length: 16; 8 in other",
+        "steps: 12; 24 in other",
+        "optimizer and its schedule: another in other",
+    ]
+    assert "not equal" not in lab.door("describe", "--compare", lab.file, lab.file).out
 
 
 def test_the_tables_are_for_people(lab: Lab) -> None:

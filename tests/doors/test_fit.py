@@ -144,7 +144,7 @@ def test_an_error_of_ours_keeps_its_traceback(lab: Lab, tmp_path: Path, monkeypa
     """What is no user's mistake is not dressed up as one."""
     import core.run
 
-    def broken(recipe: Any) -> Any:
+    def broken(recipe: Any, **_: Any) -> Any:
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr(core.run, "build", broken)
