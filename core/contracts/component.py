@@ -46,6 +46,7 @@ class Component:
     `notice` is what nobody who reads this component's results may overlook, one sentence: the catalog,
     `describe` and the start of a run print it, and every summary keeps it. `refuses` names keys that its
     section cannot have although other components of the slot do, each with the reason, which the user is told.
+    `traceable` is False where torch.compile cannot take the forward as one graph; it then breaks there.
     """
 
     Config: ClassVar[type]
@@ -54,6 +55,7 @@ class Component:
     paper: ClassVar[str] = ""
     notice: ClassVar[str] = ""
     refuses: ClassVar[Mapping[str, str]] = {}
+    traceable: ClassVar[bool] = True
     label: str = ""
 
     @classmethod

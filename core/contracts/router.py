@@ -88,6 +88,7 @@ CAPABILITIES = {
     "batch_dependent": "lets a token's output depend on the other sequences of its micro-batch",
     "learned": "learns which experts to choose",
     "drops": "leaves some of its assignments undone",
+    "ordered": "treats experts by their number",
     "token_choice": "gives every token the same number of experts",
 }
 """What a router may declare, as the end of a sentence that begins with "a router that"."""

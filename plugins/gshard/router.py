@@ -27,6 +27,7 @@ class GShardRouter(LearnedRouter):
     paper = "GShard (arXiv 2006.16668), algorithm 1"
     capabilities = frozenset({"capacity", "drops", "learned", "token_choice"})
     example = {"name": "gshard", "capacity_factor": 1.0}
+    traceable = False  # the second expert's chance hashes the step, which is no part of a graph
     refuses = {
         "top_k": "GShard's algorithm takes two experts for every token; gshard_dropless takes any number",
         "groups": "GShard limits what an expert takes, not which experts a token reaches; its `group` is of tokens",

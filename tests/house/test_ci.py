@@ -20,6 +20,7 @@ if [[ "$1 $2" == "-m venv" ]]; then
     mkdir -p "$3/bin"
     for tool in python pip make pytest; do cp "$0" "$3/bin/$tool"; done
 fi
+if [[ "$1" == wheel ]]; then touch "$4/some.whl"; fi
 if [[ "$*" == *"${FAIL_AT:-nothing}"* ]]; then exit 3; fi
 if [[ "$*" == *--out* ]]; then mkdir -p "${!#}" && echo {} > "${!#}/summary.json"; fi
 """
@@ -37,6 +38,12 @@ class Ci:
         (self.house / ".ci").mkdir(parents=True)
         (self.house / ".ci" / "run").write_bytes(SCRIPT.read_bytes())
         (self.house / ".ci" / "run").chmod(0o755)
+        example = self.house / "examples" / "moeloom-cosine-router"
+        (example / "tests").mkdir(parents=True)
+        (example / "README.md").write_text("# Example\n\n```sh\npytest --kit\npython train.py example\n```\n")
+        (example / "one.yaml").write_text("seed: 0\n")
+        for name in ("pyproject.toml", "setup.py", "LICENSE", "core", "plugins", "recipes"):
+            (self.house / name).write_text("")
         tools.mkdir()
         (tools / "python3").write_text(STUB)
         (tools / "python3").chmod(0o755)
@@ -70,7 +77,7 @@ def test_the_script_is_executable_and_has_neither_command_in_it() -> None:
     text = SCRIPT.read_text(encoding="utf-8")
     for command in COMMANDS:
         assert command not in text
-        assert command.rpartition("&& ")[2] not in text.replace("&& pytest", "")
+        assert command.rpartition("&& ")[2] not in text.replace("&& pytest", "").replace("*.whl pytest", "")
     assert "core.fit" not in text
 
 
@@ -85,12 +92,19 @@ def test_both_commands_come_from_the_readme(ci: Ci) -> None:
     assert fit.startswith("python train.py recipe ")
     assert "budget.steps=20" in fit.split()
     assert "never" not in " ".join(calls)
+    assert calls[6].startswith("python3 -m venv ")
+    assert calls[7].startswith("pip wheel --no-deps ")
+    assert calls[8].startswith("pip install ")
+    assert calls[8].endswith("some.whl pytest")
+    assert calls[9] == "pytest --kit"
+    assert calls[10].startswith("python train.py example ")
+    assert "budget.steps=20" in calls[10].split()
 
 
 def test_each_stage_says_its_name_and_seconds_and_nothing_is_left(ci: Ci) -> None:
     done = ci(readme("python train", "pytest"))
     lines = done.stdout.splitlines()
-    for stage in ("environment", "tests", "linters", "fit"):
+    for stage in ("environment", "tests", "linters", "fit", "example"):
         assert f"ci: {stage} ..." in lines
         assert any(line.startswith(f"ci: {stage} took ") and line.endswith(" s") for line in lines)
     assert lines[-1].startswith("ci: passed in ")
@@ -98,10 +112,17 @@ def test_each_stage_says_its_name_and_seconds_and_nothing_is_left(ci: Ci) -> Non
 
 
 @pytest.mark.parametrize(
-    ("fail_at", "stage"), [("-m venv", "environment"), ("-k this", "tests"), ("lint", "linters"), ("train", "fit")]
+    ("fail_at", "stage"),
+    [
+        ("-m venv", "environment"),
+        ("-k this", "tests"),
+        ("lint", "linters"),
+        ("train recipe", "fit"),
+        ("--kit", "example"),
+    ],
 )
 def test_a_stage_that_fails_ends_it(ci: Ci, fail_at: str, stage: str) -> None:
-    done = ci(readme("python train", "pytest -k this"), FAIL_AT=fail_at)
+    done = ci(readme("python train recipe", "pytest -k this"), FAIL_AT=fail_at)
     assert done.returncode == 3
     assert done.stdout.splitlines()[-1].startswith(f"ci: failed in stage {stage} after ")
     assert list(ci.left.iterdir()) == []

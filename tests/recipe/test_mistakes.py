@@ -149,7 +149,8 @@ COMPONENTS = {
     "optimizer.lr=-1": "{o}: optimizer.lr = -1: must be at least 0",
     "optimizer.lr=.inf": "{o}: optimizer.lr = inf: must be finite",
     f"{BALANCE}.0=3": f"{{o}}: {BALANCE}.0 = 3: must be a section with a `name` (balancer: …",
-    f"{BALANCE}.0.rte=3": f"{{o}}: {BALANCE}.0.rte: unknown key; did you mean rate? known: frozen, name, rate",
+    f"{BALANCE}.0.rte=3": f"{{o}}: {BALANCE}.0.rte: unknown key; did you mean rate? "
+    "known: centre, form, frozen, name, rate, unit, update",
     f"{BALANCE}.2.rate=3": f"command line: '{BALANCE}.2.rate=3': {BALANCE} has 2 items, numbered from 0, and no '2'",
     f"{BALANCE}.-1.rate=3": f"command line: '{BALANCE}.-1.rate=3': {BALANCE} has 2 items, numbered from 0, and no '-1'",
     f"{BALANCE}.rate=3": f"command line: '{BALANCE}.rate=3': {BALANCE} has 2 items, numbered from 0, and no 'rate'",
@@ -224,7 +225,7 @@ def test_a_plugin_module_that_does_not_exist(base: Path, told: Told) -> None:
 
 def test_a_balancer_needs_what_the_router_has(base: Path, told: Told, fake_plugin: str) -> None:
     assert told(base, f"plugins=[{fake_plugin}]", f"{ROUTER}.name=plain") == (
-        f"{base}: {BALANCE}.0: bias needs a router that selects_with_bias, and plain does not"
+        f"{base}: {BALANCE}.0: bias needs a router that selects through the balancers' bias, and plain does not"
     )
 
 

@@ -1,0 +1,1 @@
+"""The conformance kit: does a plugin keep the contracts of the slots it fills?"""

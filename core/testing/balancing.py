@@ -1,0 +1,227 @@
+"""The contract of balancers, and of the counts that they live on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.contracts.context import SequenceContext
+from core.contracts.router import CAPABILITIES
+from core.contracts.schedule import Progress
+from core.model.language_model import LanguageModel
+from core.testing import bench
+from core.testing.clauses import check, hold, spare
+from core.testing.subject import Subject, changed, distance, perturbed, state
+from core.training.window import Seen, denominators, objective
+
+CONTRACT = "core/contracts/balancer.py, Balancer"
+LAYERS = ("router", "balancer", "ffn")
+"""Slots whose components make a layer with experts."""
+
+
+@check("balancer", clause="`needs` are capabilities that the router contract knows", where=CONTRACT)
+def needs_are_known(subject: Subject) -> None:
+    """Otherwise no router could ever serve it."""
+    unknown = subject.component.needs - set(CAPABILITIES)
+    hold(not unknown, f"unknown: {', '.join(sorted(unknown))}")
+
+
+@check(
+    "balancer",
+    clause="`adjust` gives scores of the same shape, and no gradient reaches the method's state",
+    where=CONTRACT,
+)
+def adjust_is_for_selection(subject: Subject) -> None:
+    """Finite, too."""
+    balancer = perturbed(subject.made())
+    for buffer in balancer.buffers():
+        if buffer.is_floating_point():
+            buffer.requires_grad_()
+    scores_TE = torch.rand(5, bench.EXPERTS, dtype=torch.float64, requires_grad=True)
+    adjusted = balancer.adjust(scores_TE.detach())
+    hold(adjusted.shape == scores_TE.shape, f"adjusted scores are {tuple(adjusted.shape)}")
+    hold(bool(adjusted.isfinite().all()), "adjusted scores are not finite")
+    model = perturbed(subject.model())
+    state_of = [
+        b.requires_grad_() for layer in _layers(model) for b in layer.balance.buffers() if b.is_floating_point()
+    ]
+    _loss(model, bench.tokens()).backward()
+    hold(all(b.grad is None or not b.grad.any() for b in state_of), "the method's state has a gradient")
+
+
+@check("balancer", clause="`count` is known from the data alone and equals the loss's own", where=CONTRACT)
+def counts_are_known_beforehand(subject: Subject) -> None:
+    """Full, padded and all-masked; None for a method without a loss, which has scope none."""
+    layer = perturbed(subject.layer())
+    (balancer,) = layer.balancers
+    for lengths in ([8, 8, 8], [8, 3, 0], [0, 0], [1]):
+        given = bench.padded(lengths)
+        loss, count = _observed(layer, given), balancer.count(given)
+        hold((loss is None) == (count is None) == (balancer.scope == "none"), "count, loss and scope disagree")
+        if loss is not None:
+            hold(int(count) == int(loss.count), f"count says {int(count)}, the loss {int(loss.count)}")
+            hold(bool(loss.sum.isfinite()), "the loss is not finite")
+
+
+@check(
+    "balancer",
+    clause="padding counts nowhere; a batch of nothing but padding has loss 0 and gradient 0",
+    where=CONTRACT,
+)
+def padding_balances_nothing(subject: Subject) -> None:
+    """Other values of padded states change no loss."""
+    layer, given = perturbed(subject.layer()), bench.padded([8, 3, 0])
+    spare(layer.balancers[0].scope != "none", "no loss")
+    x_BLD = bench.states(given)
+    other = torch.where(given.valid()[:, :, None], x_BLD, 5 * x_BLD.flip(2))
+    one, two = _observed(layer, given, x_BLD), _observed(layer, given, other)
+    hold(distance(two.sum, one.sum) < 1e-10, "padding changes the loss")
+    empty = _observed(layer, bench.padded([0, 0]))
+    hold(not empty.sum.any(), f"the loss of nothing is {empty.sum.detach():g}")
+
+
+@check("balancer", clause="the loss teaches the router, and its frequencies carry no gradient", where=CONTRACT)
+def the_loss_teaches_the_router(subject: Subject) -> None:
+    """A finite, non-zero gradient of the centroids; none for experts."""
+    layer = perturbed(subject.layer())
+    spare(layer.balancers[0].scope != "none", "no loss")
+    _observed(layer, bench.tokens()).sum.backward()
+    grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None and p.grad.any()}
+    hold("router.centroids.weight" in grads, "the router gets no gradient")
+    hold(all(bool(g.isfinite().all()) for g in grads.values()), "a gradient is not finite")
+    hold(not any(name.startswith("weight") for name in grads), "experts get a gradient from a balance loss")
+
+
+@check(
+    "balancer",
+    clause="scopes `token` and `sequence`: each by itself, so splitting a batch changes nothing",
+    where=CONTRACT,
+)
+def scope_is_as_declared(subject: Subject) -> None:
+    """The sum over a batch is the sum over its sequences."""
+    layer, given = perturbed(subject.layer()), bench.padded([8, 5, 8])
+    spare(layer.balancers[0].scope in ("token", "sequence"), "another scope")
+    x_BLD = bench.states(given)
+    parts = [slice(row, row + 1) for row in range(3)]
+    alone = sum(_observed(layer, bench.rows(given, part), x_BLD[part]).sum for part in parts)
+    whole = _observed(layer, given, x_BLD).sum
+    hold(distance(torch.as_tensor(alone), whole) < 1e-10, "the loss of a batch is not that of its sequences")
+
+
+@check(
+    "balancer",
+    clause="`on_step_end` reads int64 loads; state keeps its format, and any load leaves it finite",
+    where=CONTRACT,
+)
+def state_is_exact(subject: Subject) -> None:
+    """No load, all on one expert, an even one; after a cast to bf16 too (P1)."""
+    balancer, progress = subject.made(), bench.START
+    formats = {name: t.dtype for name, t in balancer.state_dict().items()}
+    balancer.to(torch.bfloat16)
+    now = {name: t.dtype for name, t in balancer.state_dict().items()}
+    hold(now == formats, "a cast of the model changes the format of the state: derive from core.model.exact.ExactState")
+    loads = ([0] * 8, [80, 0, 0, 0, 0, 0, 0, 0], [10] * 8, [2**40 + 1] + [2**40] * 7)
+    for load in loads:
+        balancer.on_step_end(torch.tensor(load), progress)
+        tensors = [*balancer.state_dict().values(), *balancer.metrics().values()]
+        hold(all(bool(t.isfinite().all()) for t in tensors), f"state or metrics are not finite after a load of {load}")
+
+
+@check("balancer", clause="a coefficient is a finite number that is not negative", where=CONTRACT)
+def coefficients_are_finite(subject: Subject) -> None:
+    """At the beginning, in the midst and at the end of a run."""
+    balancer = subject.made()
+    for step in (1, 50, 100):
+        value = balancer.coefficient(Progress(step, step * 128, 100, 12800))
+        hold(isinstance(value, float | int) and 0 <= value < float("inf"), f"coefficient {value!r} at step {step}")
+
+
+@check(
+    *LAYERS,
+    clause="loads are int64 and exact: recomputation and accumulation count nothing twice",
+    where="docs/architecture.md, Purity and records",
+)
+def loads_are_exact(subject: Subject) -> None:
+    """Over a window in one, two and four micro-batches, recomputed or not (P1, P2, P4)."""
+    spare(_has_experts(subject), "a layer without experts")
+    found = []
+    for recompute in (False, True):
+        for pieces in (1, 2, 4):
+            model = perturbed(subject.model(recompute=recompute))
+            found.append(_window(model, pieces)[0])
+    for loads in found:
+        for path, load_E in loads.items():
+            hold(load_E.dtype == torch.int64, f"the load is {load_E.dtype}")
+            if not _batch_dependent(model):
+                hold(torch.equal(load_E, found[0][path]), "the load depends on how a window is split or recomputed")
+    hold(
+        all(torch.equal(found[0][p], found[3][p]) for p in found[0]),
+        "recomputing activations changes the load of the same micro-batch",
+    )
+
+
+@check(
+    *LAYERS,
+    clause="1 x N equals N x 1: unless it is declared, splitting a window changes no gradient and no state",
+    where="core/contracts/balancer.py, Balancer: `scope`; core/contracts/router.py, CAPABILITIES: `batch_dependent`",
+)
+def splitting_a_window_changes_nothing(subject: Subject) -> None:
+    """Gradients of the whole objective, and balancers' state after the step."""
+    model = perturbed(subject.model())
+    spare(not _batch_dependent(model), "declared to depend on how a batch is split")
+    _, expected = _window(model, 1)
+    for pieces in (2, 4):
+        again = perturbed(subject.model())
+        _, got = _window(again, pieces)
+        worst = max(distance(got[name], value) for name, value in expected.items())
+        hold(worst < 1e-8, f"gradients differ by {worst:.1e} in {pieces} micro-batches")
+        hold(not changed(again, state(model)), "balancers' state differs")
+
+
+@check(*LAYERS, clause="evaluation changes nothing", where="docs/architecture.md, Purity and records")
+def evaluation_changes_nothing(subject: Subject) -> None:
+    """Of the whole model around the component."""
+    model = perturbed(subject.model()).eval()
+    before = state(model)
+    with torch.no_grad():
+        model(bench.tokens())
+    hold(not changed(model, before), "a tensor changed in evaluation")
+
+
+def _has_experts(subject: Subject) -> bool:
+    return bool(subject.layer().experts)
+
+
+def _batch_dependent(model: LanguageModel) -> bool:
+    layers = model.expert_layers().values()
+    declared = any(layer.traits is not None and layer.traits.batch_dependent for layer in layers)
+    return declared or any(b.scope == "micro_batch" for layer in layers for b in layer.balancers)
+
+
+def _layers(model: LanguageModel) -> list[Any]:
+    return list(model.expert_layers().values())
+
+
+def _observed(layer: Any, given: SequenceContext, x_BLD: Tensor | None = None) -> Any:
+    """The loss of the layer's one balancer."""
+    record = layer(bench.states(given) if x_BLD is None else x_BLD, given)[1]
+    return layer.balancers[0].loss(record.sums[0])
+
+
+def _loss(model: LanguageModel, given: SequenceContext) -> Tensor:
+    return objective(model, model(given), denominators(model, [given]), bench.START, Seen())
+
+
+def _window(model: LanguageModel, pieces: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One step over four sequences in so many micro-batches: loads, and gradients; balancers end their step."""
+    whole, size = bench.padded([8, 5, 8, 2]), 4 // pieces
+    contexts = [bench.rows(whole, slice(start, start + size)) for start in range(0, 4, size)]
+    before, seen = denominators(model, contexts), Seen()
+    model.zero_grad()
+    for context in contexts:
+        objective(model, model(context), before, bench.START, seen).backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for path, layer in model.expert_layers().items():
+            for balancer in layer.balancers:
+                balancer.on_step_end(seen.loads[path], bench.START)
+    return seen.loads, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,221 @@
+"""Clauses that every component keeps, whichever slot it fills."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from core.contracts.context import SequenceContext
+from core.contracts.loss_head import Shared
+from core.contracts.schema import REQUIRED
+from core.extension.registry import SLOTS
+from core.model.initialise import initialise
+from core.testing import bench
+from core.testing.clauses import MODULES, BrokenClauseError, check, hold, spare
+from core.testing.subject import Subject, changed, distance, perturbed, state
+
+ALL = tuple(SLOTS)
+
+
+@check(
+    *ALL,
+    clause="every key of `Config` is keyword-only, has a line of documentation, and is read somewhere in the package",
+    where="core/contracts/component.py, Component: `Config`",
+)
+def config_is_honest(subject: Subject) -> None:
+    """Reading is looked for in the source: an attribute or a string of the key's name."""
+    config = subject.component.Config
+    hold(config.__doc__ and not config.__doc__.startswith(f"{config.__name__}("), "Config has no docstring")
+    used = set(_names_read(subject.component))
+    for f in fields(config):
+        hold(f.kw_only, f"{f.name} can be given by position: make the dataclass kw_only")
+        hold(len(f.metadata.get("doc", "")) >= 5, f"{f.name} has no doc: write setting(..., doc=...)")
+        hold(f.name in used, f"{f.name} is read nowhere in {subject.component.__module__.partition('.')[0]}")
+
+
+def _names_read(component: Any) -> Iterator[str]:
+    """Attributes and strings in the modules of the component's classes, and in those beside them."""
+    files = set()
+    for cls in component.__mro__:
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        if file and cls.__module__.partition(".")[0] != "torch":
+            files.add(Path(file))
+    own = Path(str(sys.modules[component.__module__].__file__))
+    if (own.parent / "__init__.py").exists():
+        files.update(own.parent.glob("*.py"))
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                yield node.attr
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+@check(
+    *ALL,
+    clause="`example` is a section that the component accepts, with every required key",
+    where="core/contracts/component.py, Component: `example`",
+)
+def example_is_complete(subject: Subject) -> None:
+    """Validated as a recipe's section is, in a layer of 8 experts and a model of width 32."""
+    example = subject.component.example
+    hold(example.get("name") == subject.entry.name, f"its name is {example.get('name')!r}, not {subject.entry.name!r}")
+    required = {f.name for f in fields(subject.component.Config) if _required(f)}
+    hold(required <= set(example), f"missing: {', '.join(sorted(required - set(example)))}")
+    assert subject.section
+
+
+def _required(f: Any) -> bool:
+    return f.default == REQUIRED or (f.default is MISSING and f.default_factory is MISSING)
+
+
+@check(
+    *MODULES,
+    clause="weights do not depend on how a module was built: `reset_parameters` gives them to one from the meta device",
+    where="core/model/initialise.py, initialise",
+)
+def built_on_meta_it_gets_the_same_weights(subject: Subject) -> None:
+    """Built on meta, moved, initialised by address: bit by bit what building it directly gives."""
+    direct, later = subject.made(), subject.made(meta=True)
+    hold(all(t.is_meta for t in later.state_dict().values()), "a tensor was not made on the meta device")
+    moved = later.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in moved.state_dict().values():
+            tensor.fill_(7)
+    initialise(moved, 0)
+    different = changed(moved, state(direct))
+    hold(not different, f"other values in {', '.join(different)}")
+
+
+@check(
+    *MODULES,
+    clause="the state dict is all of a module's state",
+    where="core/contracts/component.py, Component",
+)
+def state_round_trips(subject: Subject) -> None:
+    """Another instance that loads it gives the same results, bit by bit."""
+    one, other = perturbed(subject.made()).eval(), subject.made().eval()
+    other.load_state_dict(state(one))
+    hold(not changed(other, state(one)), "a tensor was not loaded")
+    for expected, got in zip(results(subject, one), results(subject, other), strict=True):
+        hold(torch.equal(expected, got), "results differ after loading the same state")
+
+
+@check(
+    *MODULES,
+    clause="a forward writes nothing but a cache that it was handed",
+    where="docs/architecture.md, Purity and records",
+)
+def forward_writes_nothing(subject: Subject) -> None:
+    """In training and in evaluation."""
+    module = perturbed(subject.made())
+    for training in (True, False):
+        before = state(module)
+        results(subject, module.train(training))
+        different = changed(module, before)
+        hold(not different, f"{', '.join(different)} changed in {'training' if training else 'evaluation'}")
+
+
+@check(*MODULES, clause="equal arguments give equal bits", where="docs/architecture.md, Randomness has addresses")
+def forward_is_deterministic(subject: Subject) -> None:
+    """Twice the same, with torch's generator moved in between."""
+    module = perturbed(subject.made())
+    first = results(subject, module)
+    torch.rand(3)
+    hold(
+        all(torch.equal(a, b) for a, b in zip(first, results(subject, module), strict=True)),
+        "a second forward gives other bits; draw random numbers from core.model.chance",
+    )
+
+
+@check(
+    *MODULES,
+    clause="results follow the number format of the model, in fp32 or wider where the contract asks for it",
+    where="docs/architecture.md, Numbers",
+)
+def formats_are_followed(subject: Subject) -> None:
+    """A model in fp64 is fp64 throughout: its results are not those of fp32."""
+    wide, narrow = subject.made(torch.float64), subject.made(torch.float32)
+    narrow.load_state_dict({n: t.clone() for n, t in wide.state_dict().items()})
+    for exact, rounded in zip(results(subject, wide), results(subject, narrow, torch.float32), strict=True):
+        if exact.is_floating_point():
+            hold(exact.dtype == torch.float64, f"an fp64 model gives {exact.dtype}")
+            hold(rounded.dtype == torch.float32, f"an fp32 model gives {rounded.dtype}")
+            hold(distance(rounded.double(), exact) < 1e-3, "fp32 and fp64 disagree by more than rounding")
+
+
+@check(
+    *MODULES,
+    clause="torch.compile takes the forward as one graph, or `traceable` says that it does not",
+    where="core/contracts/component.py, Component: `traceable`",
+)
+def compiles_as_declared(subject: Subject) -> None:
+    """With the eager backend: what is traced, not what is generated."""
+    spare(subject.component.traceable, "declared not to be traceable")
+    module = perturbed(subject.made())
+    arguments = call_arguments(subject.entry.slot, bench.padded([8, 5, 8]), torch.float64)
+    expected = call(subject.entry.slot, module, *arguments)
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(call, subject.entry.slot, module), backend="eager", fullgraph=True)
+    try:
+        got = compiled(*arguments)
+    except Exception as cause:
+        raise BrokenClauseError(f"{type(cause).__name__}: {str(cause).splitlines()[0]}") from cause
+    close = all(distance(a.double(), b.double()) < 1e-10 for a, b in zip(got, expected, strict=True))
+    hold(close, "the compiled forward gives other results")
+
+
+def results(subject: Subject, module: Any, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Every tensor that a forward of the slot's kind returns, for one fixed micro-batch."""
+    slot = subject.entry.slot
+    return call(slot, module, *call_arguments(slot, bench.padded([8, 5, 8]), dtype))
+
+
+def call_arguments(slot: str, given: SequenceContext, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What a forward of the slot's kind is called with."""
+    x_BLD = bench.states(given, dtype)
+    if slot == "router":
+        return x_BLD.flatten(0, 1), given
+    if slot == "loss_head":
+        return x_BLD, given, shared(dtype)
+    return (plain_routing(x_BLD, given), given) if slot == "balancer" else (x_BLD, given)
+
+
+def call(slot: str, module: Any, *arguments: Any) -> list[Tensor]:
+    """Every tensor that comes back."""
+    if slot == "router":
+        x_TD, given = arguments
+        found = module(x_TD, _as_it_is, given)
+    elif slot == "balancer":
+        routing, given = arguments
+        found = [module.adjust(routing.scores_TE), module.observe(routing, given)]
+    else:
+        found = module(*arguments)
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+def _as_it_is(scores_TE: Tensor) -> Tensor:
+    return scores_TE
+
+
+def plain_routing(x_BLD: Tensor, given: SequenceContext) -> Any:
+    """The kit router's routing of random states."""
+    build = bench.build_context(bench.KitPrecision(x_BLD.dtype))
+    torch.manual_seed(0)
+    router: Any = build.make(bench.section("router", bench.KitRouter), experts=bench.EXPERTS)
+    return router(x_BLD.flatten(0, 1), _as_it_is, given)
+
+
+def shared(dtype: torch.dtype) -> Shared:
+    """An embedding and an output to predict with."""
+    draw = torch.Generator().manual_seed(2)
+    embedding_VD = torch.randn(bench.VOCABULARY, bench.WIDTH, dtype=torch.float64, generator=draw).to(dtype)
+    output_VD = torch.randn(bench.VOCABULARY, bench.WIDTH, dtype=torch.float64, generator=draw).to(dtype) * 0.1
+    return Shared(lambda tokens: embedding_VD[tokens], lambda hidden: hidden @ output_VD.T)

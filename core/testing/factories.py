@@ -1,0 +1,77 @@
+"""The contracts of what is handed to Lightning and torch, and of corpora."""
+
+import tempfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.contracts.errors import UserError
+from core.contracts.schedule import Progress
+from core.testing.clauses import check, hold, spare
+from core.testing.subject import Subject
+
+TRAINING, CORPUS = "core/contracts/training.py", "core/contracts/corpus.py, Corpus"
+ARGUMENTS = {"accelerator", "devices", "num_nodes", "strategy", "plugins", "sync_batchnorm"}
+
+
+@check(
+    "optimizer", clause="`make` gives a torch optimizer of all named parameters", where=f"{TRAINING}, OptimizerFactory"
+)
+def optimizer_is_torchs(subject: Subject) -> None:
+    """A step at the learning rate that `learning_rate` gives moves every parameter; the state round trips."""
+    factory = subject.factory()
+    named = {name: torch.nn.Parameter(torch.ones(3, 2)) for name in ("blocks.0.weight", "norm.weight")}
+    optimizer = factory.make(named.items())
+    hold(isinstance(optimizer, torch.optim.Optimizer), f"made a {type(optimizer).__name__}")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    hold(held == {id(p) for p in named.values()}, "a parameter is missing")
+    rates = [factory.learning_rate(Progress(step, step, 100, 100)) for step in (1, 50, 100)]
+    hold(all(0 <= rate < float("inf") for rate in rates), f"learning rates {rates}")
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    hold(all(bool((p != 1).all()) for p in named.values()), "a parameter did not move")
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@check("corpus", clause="documents have unique names and UTF-8 text; what cannot be read is a UserError", where=CORPUS)
+def documents_are_named_text(subject: Subject) -> None:
+    """The first hundred, twice: the same both times."""
+    try:
+        first, again = ([*islice(subject.factory().documents(), 100)] for _ in range(2))
+    except UserError as told:
+        spare(False, f"the example's text is not here: {told}")
+        return
+    hold(first, "no document")
+    hold(len({d.name for d in first}) == len(first), "two documents have one name")
+    hold(first == again, "a second reading gives other documents")
+    for document in first:
+        document.data.decode("utf-8")
+
+
+@check(
+    "strategy",
+    clause="`trainer_arguments` are keyword arguments of lightning.Trainer",
+    where=f"{TRAINING}, StrategyFactory",
+)
+def strategy_gives_trainer_arguments(subject: Subject) -> None:
+    """Those that choose devices and how they share the work."""
+    arguments = subject.factory().trainer_arguments()
+    hold(set(arguments) <= ARGUMENTS, f"other arguments: {', '.join(sorted(set(arguments) - ARGUMENTS))}")
+
+
+@check("callback", "logger", clause="`make` gives Lightning's own kind of object", where=TRAINING)
+def lightning_objects_are_made(subject: Subject) -> None:
+    """In a folder of its own."""
+    from lightning.pytorch import Callback
+    from lightning.pytorch.loggers import Logger
+
+    more: dict[str, Any] = {"resumed_at": None} if subject.entry.slot == "logger" else {}
+    with tempfile.TemporaryDirectory() as folder:
+        made = subject.factory().make(Path(folder), **more)
+        kind = Logger if subject.entry.slot == "logger" else Callback
+        hold(isinstance(made, kind), f"made a {type(made).__name__}")

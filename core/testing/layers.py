@@ -1,0 +1,128 @@
+"""The contracts of feed-forward layers and of loss heads."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from core.contracts.schedule import Progress
+from core.testing import bench
+from core.testing.clauses import check, hold, spare
+from core.testing.common import shared
+from core.testing.subject import Subject, distance, perturbed
+
+FFN, TRAITS = "core/contracts/ffn.py, FeedForward", "core/contracts/ffn.py, Traits"
+HEAD = "core/contracts/loss_head.py, LossHead"
+
+
+@check("ffn", clause="(x_BLD, context) -> (y_BLD, record), for any number of sequences and tokens", where=FFN)
+def ffn_keeps_the_shape(subject: Subject) -> None:
+    """A record where there are experts, with an entry for each balancer; None without."""
+    module = subject.made()
+    for lengths in ([8, 8, 8], [8, 3, 0], [1], [0, 0]):
+        given = bench.padded(lengths)
+        y_BLD, record = module(bench.states(given), given)
+        hold(y_BLD.shape == (*given.tokens_BL.shape, bench.WIDTH), f"the result is {tuple(y_BLD.shape)}")
+        hold(bool(y_BLD.isfinite().all()), "a result is not finite")
+        hold((record is None) == (module.experts == 0), "record and experts disagree")
+        if record is not None:
+            hold(len(record.sums) == len(module.balancers), "the record has not an entry for each balancer")
+            hold(record.load_E.dtype == torch.int64, f"the load is {record.load_E.dtype}")
+            hold(record.load_E.shape == (module.experts,), "the load has not an entry for each expert")
+
+
+@check("ffn", clause="no output depends on a later token, unless `traits` say so", where=TRAITS)
+def ffn_is_causal(subject: Subject) -> None:
+    """Rows from position 4 on are replaced; the rows before stay."""
+    module, given = perturbed(subject.made()), bench.tokens()
+    spare(module.traits is None or module.traits.causal, "declared not to be causal")
+    x_BLD = bench.states(given)
+    other = torch.cat([x_BLD[:, :4], 3 * bench.states(given, seed=1)[:, 4:]], dim=1)
+    before, after = module(x_BLD, given)[0], module(other, given)[0]
+    hold(distance(after[:, :4], before[:, :4]) < 1e-10, "an earlier row changed with a later one")
+
+
+@check("ffn", clause="the backward is the forward's", where=FFN)
+def ffn_gradients_are_right(subject: Subject) -> None:
+    """Against finite differences in fp64; choices of experts are constant in so small a step."""
+    module, given = perturbed(subject.made()), bench.tokens(1, 3)
+    x_BLD = bench.states(given).requires_grad_()
+    weights = [p for p in module.parameters() if p.requires_grad]
+    run = lambda x, *_: module(x, given)[0]  # noqa: E731
+    ok = torch.autograd.gradcheck(run, (x_BLD, *weights), raise_exception=False, fast_mode=True)
+    hold(ok, "a gradient differs from finite differences")
+
+
+@check(
+    "ffn",
+    clause="`costs().active` is what one token uses, within 2% of a counted run",
+    where="core/contracts/component.py, Costs",
+)
+def ffn_costs_are_real(subject: Subject) -> None:
+    """2 FLOPs for each active weight that is in a product."""
+    module, given = subject.made(), bench.tokens(2, bench.LENGTH)
+    with FlopCounterMode(display=False) as counter:
+        module(bench.states(given), given)
+    vectors = sum(p.numel() for p in module.parameters() if p.dim() == 1)
+    declared = given.tokens_BL.numel() * (2 * (module.costs().active - vectors) + 2 * module.costs().mixing)
+    counted = counter.get_total_flops()
+    hold(abs(declared - counted) <= 0.02 * counted, f"declared {declared:g} FLOPs, counted {counted:g}")
+
+
+@check("loss_head", clause="`counts` are known from the data alone and are the terms' own", where=HEAD)
+def head_counts_are_known_beforehand(subject: Subject) -> None:
+    """Full, padded and all-masked; the coefficient is a finite number."""
+    head = perturbed(subject.made())
+    for lengths in ([8, 8, 8], [8, 3, 0], [0, 0]):
+        given = bench.padded(lengths)
+        output, counts = head(bench.states(given), given, shared(torch.float64)), head.counts(given)
+        hold(set(output.terms) == set(counts), f"terms {sorted(output.terms)}, counts {sorted(counts)}")
+        for name, term in output.terms.items():
+            hold(int(term.count) == int(counts[name]), f"{name}: {int(term.count)} counted, {int(counts[name])} told")
+        hold(set(output.records) <= set(head.contexts(given)), "a block of the head has no context")
+    value = head.coefficient(Progress(1, 128, 100, 12800))
+    hold(0 <= value < float("inf"), f"the coefficient is {value!r}")
+
+
+@check(
+    "loss_head",
+    clause="padding is predicted nowhere, and a batch of nothing but padding has loss 0 and gradient 0",
+    where=HEAD,
+)
+def head_ignores_padding(subject: Subject) -> None:
+    """Other states and targets at padded places change nothing (P17: 0, never NaN)."""
+    head, given = perturbed(subject.made()), bench.padded([8, 3, 0])
+    x_BLD, valid_BL1 = bench.states(given), given.valid()[:, :, None]
+    other = torch.where(valid_BL1, x_BLD, 5 * x_BLD.flip(2))
+    one, two = (head(x, given, shared(torch.float64)) for x in (x_BLD, other))
+    for name, term in one.terms.items():
+        hold(distance(two.terms[name].sum, term.sum) < 1e-10, f"padding changes {name}")
+    empty, nothing = bench.padded([0, 0]), bench.states(bench.padded([0, 0])).requires_grad_()
+    terms = head(nothing, empty, shared(torch.float64)).terms
+    hold(not any(t.mean().any() for t in terms.values()), "the loss of nothing is not 0")
+    total = torch.stack([t.mean() for t in terms.values()]).sum()
+    if total.requires_grad:
+        total.backward()
+        hold(nothing.grad is None or not nothing.grad.any(), "the loss of nothing has a gradient")
+
+
+@check("loss_head", clause="sums are over tokens: a batch's terms are the sums of its sequences'", where=HEAD)
+def head_sums_over_sequences(subject: Subject) -> None:
+    """So that a window's mean does not depend on how it is split (P9, P24)."""
+    head, given = perturbed(subject.made()), bench.padded([8, 5, 8])
+    x_BLD = bench.states(given)
+    whole = head(x_BLD, given, shared(torch.float64)).terms
+    parts = [slice(row, row + 1) for row in range(3)]
+    alone = [head(x_BLD[p], bench.rows(given, p), shared(torch.float64)).terms for p in parts]
+    for name, term in whole.items():
+        total = torch.stack([terms[name].sum for terms in alone]).sum()
+        hold(distance(total, term.sum) < 1e-10, f"{name} of a batch is not the sum of its sequences'")
+        hold(int(term.count) == sum(int(terms[name].count) for terms in alone), f"{name}: counts do not add up")
+
+
+@check("loss_head", clause="the loss teaches the model below", where=HEAD)
+def head_teaches_the_model(subject: Subject) -> None:
+    """A finite gradient of the hidden states."""
+    head, given = perturbed(subject.made()), bench.tokens()
+    x_BLD = bench.states(given).requires_grad_()
+    terms = head(x_BLD, given, shared(torch.float64)).terms
+    torch.stack([term.mean() for term in terms.values()]).sum().backward()
+    hold(x_BLD.grad is not None and bool(x_BLD.grad.isfinite().all()) and bool(x_BLD.grad.any()), "no finite gradient")

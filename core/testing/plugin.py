@@ -1,0 +1,86 @@
+"""`pytest --moeloom-plugin PACKAGE`: the conformance kit as tests.
+
+Registered with the installed distribution (entry-point group `pytest11`). It costs nothing where the option is not
+given: everything else is imported when tests are collected.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OPTION = "--moeloom-plugin"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option; it may be given several times."""
+    group = parser.getgroup("moeloom", "moeloom's conformance kit")
+    group.addoption(
+        OPTION,
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="hold everything that this plugin package registers to the contracts of its slots",
+    )
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Add one collector for each package to whatever else pytest collects."""
+    packages: list[str] = session.config.getoption(OPTION)
+    if not packages:
+        return
+    collect = session.collect
+
+    def with_kit() -> Iterator[Any]:
+        yield from collect()
+        for package in packages:
+            yield Conformance.from_parent(session, name=package, nodeid=f"moeloom::{package}", path=Path(session.path))
+
+    session.collect = with_kit  # type: ignore[method-assign]
+
+
+class Conformance(pytest.Collector):
+    """All checks of one package."""
+
+    def collect(self) -> Iterable["Item"]:
+        """An item for each check of each component."""
+        from core.contracts.errors import UserError
+        from core.testing.run import cases
+
+        try:
+            found = cases(self.name)
+        except UserError as told:
+            raise self.CollectError(str(told)) from told
+        except ImportError as cause:
+            raise self.CollectError(f"{OPTION} {self.name}: cannot be imported: {cause}") from cause
+        return [Item.from_parent(self, name=case.name, case=case) for case in found]
+
+
+class Item(pytest.Item):
+    """One check of one component."""
+
+    def __init__(self, *, case: Any, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.case = case
+
+    def runtest(self) -> None:
+        """Hold it; a clause that says nothing about the component is skipped with the reason."""
+        from core.testing.clauses import NotApplicable
+
+        try:
+            self.case.run()
+        except NotApplicable as why:
+            pytest.skip(str(why))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The broken clause without the kit's own stack."""
+        from core.testing.clauses import BrokenClauseError
+
+        if isinstance(excinfo.value, BrokenClauseError):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        """Where the check stands in the report."""
+        return self.path, None, self.name

@@ -1,0 +1,200 @@
+"""The contracts of precisions and dispatchers."""
+
+import itertools
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.contracts.precision import Precision
+from core.contracts.router import Routing
+from core.testing import bench
+from core.testing.clauses import check, hold
+from core.testing.subject import Subject, distance
+
+PRECISION, DISPATCHER = "core/contracts/precision.py, Precision", "core/contracts/dispatcher.py, Dispatcher"
+ROLES = re.findall(r"`([a-z_.]+)`", str(Precision.__doc__).partition("*role*")[2])
+"""The roles that the contract names."""
+
+HIGH = ("router", "norm")
+INPUTS, OUTPUTS, GROUPS, ROWS = 32, 48, 4, 40
+
+
+@check(
+    "precision",
+    clause="weights are [out, in] and [groups, out, in], named `weight`, in `param_dtype(role)`",
+    where=PRECISION,
+)
+def weights_have_one_layout(subject: Subject) -> None:
+    """For every role that the contract names."""
+    precision = subject.precision()
+    for role in ROLES:
+        plain = precision.linear(INPUTS, OUTPUTS, role, std=0.1)
+        grouped = precision.grouped_linear(GROUPS, INPUTS, OUTPUTS, role, std=0.1)
+        for layer, shape in ((plain, (OUTPUTS, INPUTS)), (grouped, (GROUPS, OUTPUTS, INPUTS))):
+            named = dict(layer.named_parameters())
+            hold(list(named) == ["weight"], f"{role}: parameters are {sorted(named)}")
+            hold(tuple(named["weight"].shape) == shape, f"{role}: the weight is {tuple(named['weight'].shape)}")
+            hold(named["weight"].dtype == precision.param_dtype(role), f"{role}: kept in {named['weight'].dtype}")
+
+
+@check(
+    "precision",
+    clause="products are within the error of `compute_dtype(role)`; the router and norms stay in fp32 or wider",
+    where=PRECISION,
+)
+def products_are_as_exact_as_declared(subject: Subject) -> None:
+    """Against fp64, relative to |x| |W|: 2 eps of the declared format, and 4 of fp32's for the sum."""
+    precision = subject.precision()
+    for role in ROLES:
+        computed = precision.compute_dtype(role)
+        hold(role not in HIGH or computed.itemsize >= 4, f"{role} is computed in {computed}")
+        layer, grouped = _layers(precision, role)
+        x, ends_E = _inputs(precision, role), torch.tensor([10, 10, 25, ROWS], dtype=torch.int32)
+        bound = 2 * torch.finfo(computed).eps + 4 * INPUTS**0.5 * torch.finfo(_wide(computed)).eps
+        for y, exact, size in (_product(layer, x), _grouped(grouped, x, ends_E)):
+            error = float(((y.double() - exact).abs() / size).max())
+            hold(error <= bound, f"{role}: an error of {error:.1e} of |x| |W|, where {computed} allows {bound:.1e}")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _layers(precision: Precision, role: str) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    layers = (
+        precision.linear(INPUTS, OUTPUTS, role, std=0.1),
+        precision.grouped_linear(GROUPS, INPUTS, OUTPUTS, role, std=0.1),
+    )
+    for layer in layers:
+        layer.reset_parameters()  # type: ignore[operator]
+    return layers
+
+
+def _inputs(precision: Precision, role: str) -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(ROWS, INPUTS, dtype=torch.float64, generator=draw).to(precision.compute_dtype(role))
+
+
+def _product(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight = layer.weight.detach().double()
+    return layer(x), x.double() @ weight.T, x.double().abs() @ weight.abs().T
+
+
+def _grouped(layer: Any, x: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight, starts = layer.weight.detach().double(), [0, *ends_E.tolist()]
+    parts = [slice(a, b) for a, b in itertools.pairwise(starts)]
+    exact = torch.cat([x[p].double() @ weight[g].T for g, p in enumerate(parts)])
+    size = torch.cat([x[p].double().abs() @ weight[g].abs().T for g, p in enumerate(parts)])
+    return layer(x, ends_E), exact, size
+
+
+@check(
+    "precision",
+    clause="empty groups and rows past the last end are no error: the latter come out as 0, without gradient",
+    where="core/model/grouped.py",
+)
+def empty_groups_are_groups(subject: Subject) -> None:
+    """All rows in one group, in none, and none at all; gradients are finite."""
+    precision, role = subject.precision(), "experts.down"
+    _, layer = _layers(precision, role)
+    for ends in ([0, 0, 0, 0], [0, ROWS, ROWS, ROWS], [5, 5, 5, 9]):
+        x = _inputs(precision, role).requires_grad_()
+        y = layer(x, torch.tensor(ends, dtype=torch.int32))
+        hold(not y[ends[-1] :].any(), "a row that belongs to nobody is not 0")
+        y.float().sum().backward()
+        assert x.grad is not None
+        hold(bool(x.grad.isfinite().all()), "the input's gradient is not finite")
+        hold(not x.grad[ends[-1] :].any(), "a row that belongs to nobody has a gradient")
+        hold(bool(layer.weight.grad.isfinite().all()), "the weight's gradient is not finite")
+
+
+@check(
+    "precision",
+    clause="gradients of products are those of the product, within the error of the format",
+    where=PRECISION,
+)
+def product_gradients_are_right(subject: Subject) -> None:
+    """dX and dW against fp64, for a plain and a grouped layer."""
+    precision, role = subject.precision(), "ffn.down"
+    for layer, ends_E in zip(
+        _layers(precision, role), (None, torch.tensor([10, 10, 25, ROWS], dtype=torch.int32)), strict=True
+    ):
+        x, eps = _inputs(precision, role).requires_grad_(), torch.finfo(precision.compute_dtype(role)).eps
+        y = layer(x) if ends_E is None else layer(x, ends_E)
+        draw = torch.Generator().manual_seed(2)
+        slope = torch.randn(y.shape, dtype=torch.float64, generator=draw).to(y.dtype)
+        y.backward(slope)
+        weight, wide = layer.weight.detach().double().requires_grad_(), x.detach().double().requires_grad_()
+        starts = [0, ROWS] if ends_E is None else [0, *ends_E.tolist()]
+        weights = [weight] if ends_E is None else list(weight)
+        parts = [wide[a:b] @ w.T for a, b, w in zip(starts, starts[1:], weights, strict=False)]
+        torch.cat(parts).backward(slope.double())
+        for name, own, exact in (("x", x.grad, wide.grad), ("weight", layer.weight.grad, weight.grad)):
+            assert own is not None and exact is not None  # noqa: PT018
+            hold(distance(own.double(), exact) <= 16 * eps, f"d{name} is off by {distance(own.double(), exact):.1e}")
+
+
+def assignments(kept: bool, token_major: bool) -> tuple[Routing, Tensor]:
+    """Six tokens with two choices each, one expert empty, and the states that they send."""
+    draw = torch.Generator().manual_seed(0)
+    expert_TK = torch.tensor([[3, 1], [1, 0], [7, 3], [1, 3], [0, 7], [3, 0]])
+    gate_TK = torch.rand(6, 2, dtype=torch.float64, generator=draw)
+    scores_TE = torch.rand(6, bench.EXPERTS, dtype=torch.float64, generator=draw)
+    kept_TK = torch.tensor([[True, False], [True, True], [False, False]] * 2) if kept else None
+    routing = Routing.top_k(expert_TK, gate_TK, scores_TE, scores_TE, kept_TK)
+    if not token_major:
+        order_A = torch.randperm(12, generator=draw)
+        columns = {name: getattr(routing, name) for name in ("token_A", "expert_A", "gate_A", "choice_A", "kept_A")}
+        moved: dict[str, Any] = {name: None if column is None else column[order_A] for name, column in columns.items()}
+        routing = Routing(**moved, scores_TE=scores_TE, logits_TE=scores_TE)
+    return routing, torch.randn(6, bench.WIDTH, dtype=torch.float64, generator=draw)
+
+
+@check(
+    "dispatcher",
+    clause="rows come sorted by expert; combining gives each token the gated sum of its experts' outputs",
+    where=DISPATCHER,
+)
+def dispatch_equals_a_loop(subject: Subject) -> None:
+    """Token-major lists and others, with drops and without; forward and gradients."""
+    for kept in (False, True):
+        for token_major in (True, False):
+            routing, x_TD = assignments(kept, token_major)
+            results = []
+            for run in (_dispatched, _looped):
+                gate_A, x = routing.gate_A.detach().requires_grad_(), x_TD.detach().requires_grad_()
+                with_gate = Routing(**{**vars(routing), "gate_A": gate_A})
+                y_TD = run(subject, x, with_gate)
+                (y_TD * torch.linspace(1, 2, y_TD.numel()).view_as(y_TD)).sum().backward()
+                results.append((y_TD, x.grad, gate_A.grad))
+            for name, own, exact in zip(
+                ("results", "gradients of tokens", "gradients of gates"), *results, strict=True
+            ):
+                hold(
+                    distance(own, exact) < 1e-10,
+                    f"{name} differ from a loop's (drops: {kept}, token-major: {token_major})",
+                )
+
+
+def _dispatched(subject: Subject, x_TD: Tensor, routing: Routing) -> Tensor:
+    dispatcher = subject.made()
+    x_AD, ends_E, state = dispatcher.start(x_TD, routing).wait()
+    hold(ends_E.dtype == torch.int32 and len(ends_E) == bench.EXPERTS, "ends_E is not an int32 for each expert")
+    factor_A = torch.zeros(len(x_AD), 1, dtype=torch.float64)
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        factor_A[start:end], start = expert + 1.0, end
+    result: Tensor = dispatcher.start_combine(x_AD.square() * factor_A, state).wait()
+    return result
+
+
+def _looped(subject: Subject, x_TD: Tensor, routing: Routing) -> Tensor:
+    y_TD = torch.zeros_like(x_TD)
+    for a, (token, expert) in enumerate(zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True)):
+        if routing.kept_A is None or routing.kept_A[a]:
+            row = routing.gate_A[a] * x_TD[token].square() * (expert + 1)
+            y_TD = y_TD.index_add(0, torch.tensor([token]), row[None])
+    return y_TD

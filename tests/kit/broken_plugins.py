@@ -1,0 +1,200 @@
+"""Ten plugins, each with one mistake that others have really made."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.contracts.build import BuildContext
+from core.contracts.component import Costs
+from core.contracts.context import SequenceContext
+from core.contracts.loss_head import HeadOutput
+from core.contracts.router import Adjust, Routing
+from core.contracts.schedule import Progress
+from core.contracts.schema import setting
+from core.extension.hookspec import hookimpl
+from core.model.share_loss import ShareLoss
+from core.testing.bench import KitAttention, KitDense, KitHead, KitPrecision, KitRouter
+
+CONTRACTS = "1.0"
+
+BROKEN = {
+    ("attention", "small_talk"): "declared_cache_is_real",
+    ("attention", "spare_key"): "config_is_honest",
+    ("router", "narrow"): "gates_are_finite_and_wide",
+    ("router", "biased_gates"): "gates_know_no_bias",
+    ("router", "zero_mask"): "group_limit_is_honoured",
+    ("balancer", "counts_padding"): "padding_balances_nothing",
+    ("balancer", "melting"): "state_is_exact",
+    ("ffn", "diary"): "forward_writes_nothing",
+    ("loss_head", "wrong_divisor"): "head_counts_are_known_beforehand",
+    ("precision", "optimist"): "products_are_as_exact_as_declared",
+}
+"""The one check that each must fail."""
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer them all."""
+    for (slot, name), cls in zip(BROKEN, CLASSES, strict=True):
+        registry.add(slot, name, f"broken_plugins:{cls.__name__}")
+
+
+class SmallTalk(KitAttention):
+    """Declares half of what its cache keeps."""
+
+    example = {"name": "small_talk"}
+
+    def costs(self) -> Costs:
+        return replace(super().costs(), cache=super().costs().cache // 2)
+
+
+class SpareKey(KitAttention):
+    """Has a key that nothing reads."""
+
+    example = {"name": "spare_key"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """One key."""
+
+        temperature_of_the_room: float = setting(20.0, doc="degrees")
+
+
+class Narrow(KitRouter):
+    """Lets autocast take its product down to bf16."""
+
+    example = {"name": "narrow"}
+
+    def forward(self, x_TD: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        logits_TE = torch.nn.functional.linear(x_TD.to(wide), self.centroids.weight.to(wide)).to(wide)  # type: ignore[operator,union-attr]
+        return self.route(logits_TE, adjust, context)
+
+
+class BiasedGates(KitRouter):
+    """Gathers gates from the scores that were meant for selection."""
+
+    example = {"name": "biased_gates"}
+
+    def route(self, logits_TE: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
+        routing = super().route(logits_TE, adjust, context)
+        shift_TE = (adjust(routing.scores_TE) - routing.scores_TE).detach()
+        gate_A = routing.gate_A + shift_TE[routing.token_A, routing.expert_A]
+        return replace(routing, gate_A=gate_A)
+
+
+class ZeroMask(KitRouter):
+    """Masks groups out of reach with 0, so that a negative bias brings them back."""
+
+    example = {"name": "zero_mask"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Groups."""
+
+        top_k: int = setting(2, doc="experts per token")
+        groups: int = setting(4, doc="groups of experts")
+        reach: int = setting(1, doc="groups that a token reaches")
+
+    def route(self, logits_TE: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
+        scores_TE = logits_TE.sigmoid()
+        biased_TE = adjust(scores_TE.detach())
+        grouped_TGX = biased_TE.unflatten(1, (self.config.groups, -1))
+        near_TM = grouped_TGX.amax(dim=2).topk(self.config.reach, dim=1).indices
+        far_TG = torch.ones_like(grouped_TGX[:, :, 0], dtype=torch.bool).scatter(1, near_TM, False)
+        expert_TK = grouped_TGX.masked_fill(far_TG[:, :, None], 0.0).flatten(1).topk(self.top_k, dim=1).indices
+        return Routing.top_k(expert_TK, scores_TE.gather(1, expert_TK), scores_TE, logits_TE)
+
+
+@dataclass(kw_only=True)
+class _Alpha:
+    """A coefficient."""
+
+    alpha: float = setting(0.01, doc="coefficient")
+
+
+class CountsPadding(ShareLoss):
+    """Adds up the shares of padded tokens too."""
+
+    Config = _Alpha
+    example = {"name": "counts_padding"}
+
+    def observe(self, routing: Routing, context: SequenceContext) -> dict[str, Tensor]:
+        everything = super().observe(routing, replace(context, valid_BL=None))
+        return {**super().observe(routing, context), "share_NE": everything["share_NE"]}
+
+
+class Melting(ShareLoss):
+    """Keeps a count in a plain buffer, which a cast of the model takes along."""
+
+    Config = _Alpha
+    example = {"name": "melting"}
+
+    def __init__(self, config: Any, build: BuildContext, *, experts: int, top_k: int) -> None:
+        super().__init__(config, build, experts=experts, top_k=top_k)
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(experts))
+
+    def reset_parameters(self) -> None:
+        self.seen.zero_()
+
+    def on_step_end(self, load_E: Tensor, progress: Progress) -> None:
+        self.seen += load_E.sign()
+
+
+class Diary(KitDense):
+    """Writes down that it was here."""
+
+    example = {"name": "diary"}
+
+    def __init__(self, config: Any, build: BuildContext) -> None:
+        super().__init__(config, build)
+        self.visited: Tensor
+        self.register_buffer("visited", torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        self.visited.zero_()
+
+    def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, None]:
+        if self.training:
+            self.visited.fill_(1)
+        return super().forward(x_BLD, context)
+
+
+class WrongDivisor(KitHead):
+    """Divides by all tokens, padding included."""
+
+    example = {"name": "wrong_divisor"}
+
+    def counts(self, context: SequenceContext) -> dict[str, Tensor]:
+        return {"loss": torch.tensor(context.tokens_BL.numel())}
+
+    def forward(self, hidden_BLD: Tensor, context: SequenceContext, shared: Any) -> HeadOutput:
+        return super().forward(hidden_BLD, context, shared)
+
+
+class Optimist(KitPrecision):
+    """Says that the router is computed in fp32, and computes it in bf16."""
+
+    example = {"name": "optimist"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Nothing to set."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(torch.float32)
+
+    def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> Any:
+        layer = super().linear(inputs, outputs, role, std=std)
+        if role == "router":
+            layer.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(),))
+        return layer
+
+
+CLASSES = (
+    *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
+    *(CountsPadding, Melting, Diary, WrongDivisor, Optimist),
+)
