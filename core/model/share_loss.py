@@ -53,19 +53,19 @@ class ShareLoss(Balancer):
         return (f_NE * p_NE).sum(dim=1)
 
     def observe(self, routing: Routing, context: SequenceContext) -> dict[str, Tensor]:
-        """For each piece N: how often each expert is chosen, the sum of its share, and the tokens."""
+        """For each piece N: how often each expert is chosen, the sum of its share, and the tokens; counts are int64."""
         scores_TE = routing.scores_TE
         piece_T, pieces = self._pieces(context)
-        valid_T = context.valid().flatten().to(scores_TE.dtype)
-        share_TE = scores_TE / (scores_TE.sum(dim=1, keepdim=True) + 1e-20) * valid_T[:, None]
+        valid_T = context.valid().flatten()
+        share_TE = scores_TE / (scores_TE.sum(dim=1, keepdim=True) + 1e-20)
         with torch.no_grad():
-            chosen_TE = self.chosen(routing) * valid_T[:, None]
-        zeros_NE = scores_TE.new_zeros(pieces, self.experts)
-        return {
-            "chosen_NE": zeros_NE.index_add(0, piece_T, chosen_TE),
-            "share_NE": zeros_NE.index_add(0, piece_T, share_TE),
-            "tokens_N": scores_TE.new_zeros(pieces).index_add(0, piece_T, valid_T),
+            chosen_TE = self.chosen(routing).to(torch.int64)
+        columns = {
+            "chosen_NE": chosen_TE,
+            "share_NE": share_TE,
+            "tokens_N": torch.ones_like(valid_T, dtype=torch.int64),
         }
+        return {name: sum_by_piece(column, valid_T, piece_T, pieces) for name, column in columns.items()}
 
     def count(self, context: SequenceContext) -> Tensor:
         """Pieces with at least one valid token."""
@@ -75,9 +75,10 @@ class ShareLoss(Balancer):
 
     def loss(self, sums: dict[str, Tensor]) -> LossTerm:
         """Summed over pieces."""
-        tokens_N1 = sums["tokens_N"].clamp(min=1)[:, None]
-        f_NE = sums["chosen_NE"] * (self.experts / self.choices) / tokens_N1
-        p_NE = sums["share_NE"] / tokens_N1
+        share_NE = sums["share_NE"]
+        tokens_N1 = sums["tokens_N"].clamp(min=1)[:, None].to(share_NE.dtype)
+        f_NE = sums["chosen_NE"].to(share_NE.dtype) * (self.experts / self.choices) / tokens_N1
+        p_NE = share_NE / tokens_N1
         return LossTerm(self.value(f_NE, p_NE, sums).sum(), (sums["tokens_N"] > 0).sum())
 
     def coefficient(self, progress: Progress) -> float:
@@ -88,6 +89,12 @@ class ShareLoss(Balancer):
         if self.scope == "sequence":
             return pieces_of(context)
         return torch.zeros_like(context.tokens_BL).flatten(), 1
+
+
+def sum_by_piece(column: Tensor, valid_T: Tensor, piece_T: Tensor, pieces: int) -> Tensor:
+    """The sum of T x ... over the valid tokens of each piece, N x ..., in the column's own format."""
+    mask = valid_T.view(-1, *[1] * (column.dim() - 1)).to(column.dtype)
+    return column.new_zeros(pieces, *column.shape[1:]).index_add(0, piece_T, column * mask)
 
 
 def first_choices(routing: Routing) -> Tensor:

@@ -15,7 +15,7 @@ from core.contracts.errors import Wrong
 from core.contracts.router import Routing
 from core.contracts.schedule import Scheduled, check_scheduled
 from core.contracts.schema import setting
-from core.model.share_loss import ShareLoss, pieces_of, routed_choices
+from core.model.share_loss import ShareLoss, pieces_of, routed_choices, sum_by_piece
 
 
 class ExpertLoss(ShareLoss):
@@ -88,8 +88,9 @@ class CommunicationLoss(ShareLoss):
             _check_devices(self.devices, parent)
             if not 1 <= self.device_limit <= self.devices:
                 raise Wrong("device_limit", f"must be between 1 and devices = {self.devices}")
+            grouped = _of_router(parent, "groups", 1) == self.devices
             reach = _of_router(parent, "reach", self.device_limit)
-            if self.device_limit != reach:
+            if grouped and self.device_limit != reach:
                 raise Wrong("device_limit", f"must be the router's, {reach}")
 
     def chosen(self, routing: Routing) -> Tensor:
@@ -101,16 +102,14 @@ class CommunicationLoss(ShareLoss):
         sums = super().observe(routing, context)
         with torch.no_grad():
             piece_T, pieces = pieces_of(context)
-            valid_T1 = context.valid().flatten()[:, None].to(routing.scores_TE.dtype)
             per_device_TDX = routed_choices(routing).unflatten(1, (self.config.devices, -1))
-            sent_TD = per_device_TDX.amax(dim=2) * valid_T1
-            zeros_ND = sent_TD.new_zeros(pieces, self.config.devices)
-            return {**sums, "sent_ND": zeros_ND.index_add(0, piece_T, sent_TD)}
+            sent_TD = per_device_TDX.amax(dim=2).to(torch.int64)
+            return {**sums, "sent_ND": sum_by_piece(sent_TD, context.valid().flatten(), piece_T, pieces)}
 
     def value(self, f_NE: Tensor, p_NE: Tensor, sums: dict[str, Tensor]) -> Tensor:
         """Eq. 29."""
-        tokens_N1 = sums["tokens_N"].clamp(min=1)[:, None]
-        f_ND = sums["sent_ND"] * (self.config.devices / self.config.device_limit) / tokens_N1
+        tokens_N1 = sums["tokens_N"].clamp(min=1)[:, None].to(p_NE.dtype)
+        f_ND = sums["sent_ND"].to(p_NE.dtype) * (self.config.devices / self.config.device_limit) / tokens_N1
         p_ND = p_NE.unflatten(1, (self.config.devices, -1)).sum(dim=2)
         return (f_ND * p_ND).sum(dim=1)
 

@@ -1,0 +1,296 @@
+"""`catalog`: the table, one component, and packages to begin with that keep their contracts at once."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import yaml
+from lab import ROOT, Lab
+
+from core import contracts
+from core.analysis.skeleton import FILES, RECIPES
+from core.contracts.router import CAPABILITIES
+from core.extension.loader import installed_registry
+from core.extension.registry import SLOTS
+
+OFFER = f"""
+    from core.extension.hookspec import hookimpl
+
+    CONTRACTS = "{contracts.VERSION}"
+
+
+    @hookimpl
+    def register(registry):
+        registry.corpus("probe", "loom_parts:Probe")
+        registry.corpus("odd", "loom_parts:Odd")
+        registry.corpus("lost", "loom_parts:Lost")
+"""
+PARTS = """
+    from dataclasses import dataclass
+    from typing import Any
+
+    from core.contracts.corpus import Corpus
+    from core.contracts.schema import setting
+
+
+    @dataclass(kw_only=True)
+    class Part:
+        weight: float = setting(1.0, doc="of this part")
+
+
+    class Probe(Corpus):
+        \"\"\"A corpus to look at.\"\"\"
+
+        refuses = {"paths": "it reads no files"}
+        capabilities = frozenset({"tidy"})
+        example = {"name": "probe", "limits": (1, 2)}
+
+        @dataclass(kw_only=True)
+        class Config:
+            limits: list[float] = setting([0.0, float("inf")], doc="from and to")
+            parts: list[Part] = setting([], doc="what it is made of")
+
+        def documents(self):
+            yield from ()
+
+
+    class Odd(Probe):
+        @dataclass(kw_only=True)
+        class Config:
+            words: set[str] = setting(doc="in any order")
+"""
+
+
+@pytest.fixture
+def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the distributions `loom` and `sad`; only forked doors import from it."""
+    for name, source in (("loom_plugin", OFFER), ("loom_parts", PARTS), ("sad_plugin", "raise OSError('no GPU')")):
+        (tmp_path / f"{name}.py").write_text(dedent(source))
+    for name, module in (("loom", "loom_plugin"), ("sad", "sad_plugin")):
+        folder = tmp_path / f"{name}-2.3.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.3\n")
+        (folder / "entry_points.txt").write_text(f"[moeloom.plugins]\n{name} = {module}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed_registry.cache_clear()
+    yield tmp_path
+    installed_registry.cache_clear()
+
+
+def listed(lab: Lab) -> dict[str, dict[str, Any]]:
+    """The rows of foreign distributions by name."""
+    said = lab.door("catalog", "--json")
+    assert said.code == 0, said.err
+    rows = json.loads(said.out)
+    assert {row["status"] for row in rows if row["distribution"] == "moeloom"} == {"ok"}
+    return {row["name"]: row for row in rows if row["distribution"] != "moeloom"}
+
+
+def test_the_list_tells_who_works_and_why_others_do_not(lab: Lab, strangers: Path) -> None:
+    rows = listed(lab)
+    assert {name: row["slot"] for name, row in rows.items()} == {
+        "lost": "corpus",
+        "odd": "corpus",
+        "probe": "corpus",
+        "sad": "?",
+    }
+    assert {(row["distribution"], row["version"]) for row in rows.values()} == {("loom", "2.3"), ("sad", "2.3")}
+    assert rows["probe"]["status"] == "ok"
+    assert rows["lost"]["status"].endswith("module loom_parts has no class Lost")
+    assert "Odd.Config.words is of type set[str], which no recipe can hold" in rows["odd"]["status"]
+    assert rows["sad"]["status"] == "broken: OSError: no GPU"
+    assert rows["probe"]["schema"]["limits"]["default"] == [0.0, "inf"]
+
+
+def test_the_list_tells_what_is_disabled(lab: Lab, strangers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELOOM_DISABLE_PLUGINS", "sad,loom")
+    rows = listed(lab)
+    assert {name: row["status"] for name, row in rows.items()} == {"sad": "disabled", "loom": "disabled"}
+    shown = lab.door("catalog", "show", "corpus", "probe")
+    assert shown.code == 2
+    assert shown.sentence.endswith(
+        "disabled by MOELOOM_DISABLE_PLUGINS, whatever they may offer: loom of loom 2.3; sad of sad 2.3"
+    )
+
+
+def test_the_table_has_every_row_in_100_columns(lab: Lab, strangers: Path) -> None:
+    said = lab.door("catalog")
+    assert said.code == 0, said.err
+    lines = said.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines]
+    assert cells[1] == ["slot", "name", "distribution", "version", "status"]
+    assert ["corpus", "probe", "loom", "2.3", "ok"] in cells
+    assert ["corpus", "odd", "loom", "2.3", "broken"] in cells
+    assert ["?", "sad", "sad", "2.3", "broken"] in cells
+    text = " ".join(said.out.split())
+    assert "sad of sad is broken: OSError: no GPU" in text
+    assert "odd of loom is broken: corpus 'odd' of loom (loom_parts:Odd): Odd.Config.words is of type" in text
+
+
+def test_strict_makes_a_broken_plugin_an_error(lab: Lab, strangers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELOOM_STRICT_PLUGINS", "1")
+    said = lab.door("catalog")
+    assert said.code == 2
+    assert said.sentence == "plugin 'sad' of sad 2.3 is broken: OSError: no GPU (MOELOOM_STRICT_PLUGINS=1)"
+
+
+def test_one_component_is_shown_in_full(lab: Lab) -> None:
+    shown = json.loads(lab.door("catalog", "show", "router", "switch", "--json").out)
+    assert shown["capability_docs"] == {word: CAPABILITIES[word] for word in shown["capabilities"]}
+    assert shown["refuses"]["top_k"] == "Switch takes one expert for every token; gshard_dropless takes any number"
+    said = lab.door("catalog", "show", "router", "switch")
+    assert said.code == 0, said.err
+    lines = said.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith("router switch  (moeloom ")
+    for line in (
+        "source: Switch Transformers (arXiv 2101.03961), section 2",
+        "capabilities: a router that",
+        "  drops: leaves some of its assignments undone",
+        "  capacity_factor: float  [default 1.25]",
+        "  eval_capacity_factor: float | None  [default null]",
+        "      the same in evaluation; null: as in training",
+        "  no top_k: Switch takes one expert for every token; gshard_dropless takes any number",
+        "router: {name: switch, capacity_factor: 1.25}",
+        "contract (core.contracts.router.Router):",
+        "Chooses experts for tokens: `(x_TD, adjust, context) -> Routing`.",
+    ):
+        assert line in lines
+
+
+@pytest.mark.parametrize("entry", [key for key in installed_registry().entries if key[0] != "corpus"], ids="-".join)
+def test_every_component_is_shown_in_100_columns(entry: tuple[str, str], lab: Lab) -> None:
+    said = lab.door("catalog", "show", *entry)
+    assert said.code == 0, said.err
+    assert max(map(len, said.out.splitlines())) <= 100
+    example = said.out.partition("\nexample:\n")[2].partition("\n\ncontract (")[0]
+    assert yaml.safe_load(example)[entry[0]]["name"] == entry[1]
+
+
+def test_sections_of_a_components_own_are_shown_with_their_keys(lab: Lab, strangers: Path) -> None:
+    said = lab.door("catalog", "show", "corpus", "probe").out
+    assert "  parts: list[Part]  [default []]\n      what it is made of\n      weight: float  [default 1.0]\n" in said
+    assert "  limits: list[float]  [default [0.0, inf]]" in said
+    assert "capabilities:\n  tidy\n" in said
+    shown = json.loads(lab.door("catalog", "show", "corpus", "probe", "--json").out)
+    assert shown["schema"]["parts"]["keys"]["weight"]["default"] == 1.0
+    assert shown["example"]["limits"] == [1, 2]
+
+
+def new(lab: Lab, slot: str, name: str, folder: Path) -> list[str]:
+    """Write a package; the files that the door says it wrote."""
+    said = lab.door("catalog", "--json", "new", slot, name, folder)
+    assert said.code == 0, said.err
+    document = json.loads(said.out)
+    assert document["folder"] == str(folder)
+    return list(document["files"])
+
+
+@pytest.mark.parametrize("slot", RECIPES)
+def test_a_new_package_is_whole(slot: str, lab: Lab, tmp_path: Path) -> None:
+    name, folder = f"my_{slot}", tmp_path / "mine"
+    files = new(lab, slot, name, folder)
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()) == sorted(files)
+    assert len(files) == len(FILES)
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    assert project["name"] == name.replace("_", "-")
+    assert project["entry-points"]["moeloom.plugins"] == {name: name}
+    assert f'CONTRACTS = "{contracts.VERSION}"' in (folder / name / "__init__.py").read_text()
+    for file in folder.rglob("*.*"):
+        assert "$" not in file.read_text(encoding="utf-8").replace("${model", "")
+        assert max(map(len, file.read_text(encoding="utf-8").splitlines())) <= 120
+    assert yaml.safe_load((folder / f"{name}.yaml").read_text())["extends"] == "dsv3_small"
+
+
+@pytest.mark.parametrize("slot", RECIPES)
+def test_a_new_package_passes_its_own_tests_and_the_kit(slot: str, lab: Lab, tmp_path: Path) -> None:
+    name, folder = f"my_{slot}", tmp_path / "mine"
+    new(lab, slot, name, folder)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("core.testing.plugin"):
+        command += ["-p", "core.testing.plugin", "--moeloom-plugin", name]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+def test_a_new_package_trains(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new(lab, "router", "my_router", tmp_path / "mine")
+    monkeypatch.syspath_prepend(tmp_path / "mine")
+    override = "model.blocks.moe.ffn.router={name: my_router, top_k: 2}"
+    said = lab.door("fit", lab.file, "plugins=[my_router]", override, "budget.steps=2", "--out", tmp_path / "run")
+    assert said.code == 0, said.err
+    used = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert "my_router" in json.dumps(used)
+
+
+def test_a_name_that_the_module_needs_for_something_else_gets_its_slots_behind_it(lab: Lab, tmp_path: Path) -> None:
+    new(lab, "router", "routing", tmp_path / "mine")
+    assert "class RoutingRouter(LearnedRouter):" in (tmp_path / "mine/routing/router.py").read_text()
+    assert "routing.router:RoutingRouter" in (tmp_path / "mine/routing/__init__.py").read_text()
+
+
+REFUSED = {
+    ("ruoter", "mine"): "there is no slot 'ruoter'; did you mean router? known: ",
+    (
+        "corpus",
+        "mine",
+    ): "there is no skeleton for corpus, only for router, balancer, attention, ffn, loss_head, precision; ",
+    ("router", "my-router"): "'my-router' cannot name a package: use small letters, digits and _, such as my_router",
+    ("router", "3rd"): "'3rd' cannot name a package",
+    ("router", "class"): "'class' cannot name a package",
+    ("router", ""): "'' cannot name a package",
+    ("router", "../up"): "'../up' cannot name a package",
+    ("router", "switch"): "router 'switch' is offered by moeloom already; choose another name",
+    ("router", "json"): "there is a Python package 'json' already, which yours would hide; choose another name",
+    ("router", "torch"): "there is a Python package 'torch' already",
+    ("router", "plugins"): "there is a Python package 'plugins' already",
+}
+
+
+@pytest.mark.parametrize(("slot", "name"), REFUSED, ids="-".join)
+def test_a_package_that_cannot_be_is_refused(slot: str, name: str, lab: Lab, tmp_path: Path) -> None:
+    said = lab.door("catalog", "new", slot, name, tmp_path / "mine")
+    assert said.code == 2
+    assert said.sentence.startswith(REFUSED[slot, name])
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "file", "closed"])
+def test_a_folder_that_is_not_free_is_left_alone(kind: str, lab: Lab, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    if kind == "full":
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    else:
+        folder.write_text("mine")
+    target = folder / "below" if kind == "closed" else folder
+    said = lab.door("catalog", "new", "router", "my_router", target)
+    assert said.code == 2
+    why = "cannot be written: Not a directory" if kind == "closed" else "is there already and is no empty folder"
+    assert said.sentence.startswith(f"{target} {why}")
+    assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["mine"]
+
+
+def test_an_empty_folder_is_good_enough(lab: Lab, tmp_path: Path) -> None:
+    new(lab, "ffn", "my_ffn", tmp_path)
+    assert (tmp_path / "my_ffn/ffn.py").exists()
+
+
+def test_there_are_skeletons_for_real_slots_only() -> None:
+    assert set(RECIPES) <= set(SLOTS)
+    texts = {file.name for file in (ROOT / "core/analysis/skeletons").iterdir()}
+    common = {text for text in FILES.values() if "$" not in text}
+    assert texts == common | {f"{slot}.py.txt" for slot in RECIPES}

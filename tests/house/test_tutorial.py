@@ -1,0 +1,91 @@
+"""The tutorial builds the example package: the same files, and they work."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from .documents import ROOT, blocks
+
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+EXAMPLE = ROOT / "examples" / "moeloom-cosine-router"
+KIT = ("-p", "core.testing.plugin", "--moeloom-plugin", "moeloom_cosine_router")
+
+
+def written(folder: Path) -> list[str]:
+    """Put every block that begins with a file's name into a folder; the files' names."""
+    names = []
+    for block in blocks(TUTORIAL):
+        if named := re.match(r"# ([\w/.]+\.\w+)$", block.lines[0]):
+            file = folder / named[1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join(block.lines[1:]) + "\n", encoding="utf-8")
+            names.append(named[1])
+    return names
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as the tutorial's reader has it, installed by hand: metadata beside the module."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    written(folder)
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = folder / "moeloom_cosine_router-1.0.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    points = project["entry-points"]["moeloom.plugins"]
+    lines = ["[moeloom.plugins]", *(f"{name} = {module}" for name, module in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def python(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in the package's folder, where moeloom and the package can be imported."""
+    environment = {**os.environ, "PYTHONPATH": f"{package}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=package, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_the_tutorials_files_are_the_examples(tmp_path: Path) -> None:
+    names = written(tmp_path)
+    beside = {"README.md"}
+    files = {file for file in EXAMPLE.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    assert {str(file.relative_to(EXAMPLE)) for file in files if ".egg-info" not in str(file)} == {*names, *beside}
+    for name in names:
+        assert (tmp_path / name).read_text() == (EXAMPLE / name).read_text(), name
+
+
+def test_it_passes_the_kit_and_its_own_tests(package: Path) -> None:
+    done = python(package, "-m", "pytest", "-q", "-p", "no:cacheprovider", *KIT, "tests")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d\d passed", done.stdout)
+
+
+def test_the_kit_notices_what_the_tutorial_proposes_to_try(package: Path, tmp_path: Path) -> None:
+    """Without the autocast line a clause is broken."""
+    broken = tmp_path / "moeloom_cosine_router"
+    broken.mkdir()
+    for file in (package / "moeloom_cosine_router").glob("*.py"):
+        text = file.read_text().replace("with torch.autocast(x_TD.device.type, enabled=False):", "if True:")
+        (broken / file.name).write_text(text)
+    done = python(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", *KIT)
+    assert done.returncode == 1, done.stdout
+    assert "autocast changes" in done.stdout
+    assert "1 failed" in done.stdout
+
+
+def test_its_commands_work(package: Path) -> None:
+    shown = python(package, "-m", "core.catalog", "show", "router", "cosine")
+    assert shown.returncode == 0, shown.stderr
+    assert "temperature" in shown.stdout
+    compared = python(package, "-m", "core.describe", "--compare", "dsv3_small", "cosine_small.yaml")
+    assert compared.returncode == 0, compared.stderr
+    assert "cosine_small" in compared.stdout
+    printed = {line for block in blocks(TUTORIAL, "sh") for line in block.lines}
+    assert {"python -m core.catalog show router cosine", "python -m core.fit cosine_small.yaml"} <= printed
