@@ -71,7 +71,7 @@ def by_hand(*wishes: tuple[int, int]) -> Tensor:
     return logits_TE
 
 
-def test_gshards_first_choices_go_before_all_second_ones() -> None:
+def test_A13_gshards_first_choices_go_before_all_second_ones() -> None:
     """One place at expert 5: token 1 wants it first, token 0 second, and token 0 comes earlier in vain."""
     routing = routed(router("gshard", second="always"), inputs(by_hand((1, 5), (5, 7))), tiny.context(1, 2))
     kept = {place: kept for place, (kept, _) in found(routing, [True] * 2).items()}
@@ -79,7 +79,7 @@ def test_gshards_first_choices_go_before_all_second_ones() -> None:
 
 
 @pytest.mark.parametrize(("factor", "kept"), [(1.0, False), (4.0, True)])
-def test_gshards_counter_grows_where_chance_says_no(factor: float, kept: bool) -> None:
+def test_A13_gshards_counter_grows_where_chance_says_no(factor: float, kept: bool) -> None:
     """Algorithm 1 counts outside the `if`: token 0's unlucky second choice takes the only place of expert 7."""
     logits_TE = by_hand((0, 7), (1, 7))
     logits_TE[0, 7] = -39.0  # a gate of 1e-17: no draw is below it
@@ -92,7 +92,7 @@ def test_gshards_counter_grows_where_chance_says_no(factor: float, kept: bool) -
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.5, 0.1), (0.3, 0.2), (0.6, 0.3), (0.35, 0.3), (0.4, 0.4)])
-def test_gshard_keeps_the_second_choice_with_twice_its_gate(first: float, second: float) -> None:
+def test_A13_gshard_keeps_the_second_choice_with_twice_its_gate(first: float, second: float) -> None:
     """Its gate after normalising, g2 / (g1 + g2); 100,000 draws with more places than tokens, within 3 sigma."""
     rest = (1 - first - second) / 6
     logits_TE = torch.tensor([first, second, *[rest] * 6], dtype=torch.float64).log().repeat(100_000, 1)
