@@ -1,5 +1,5 @@
 # `make check` is what CI holds a change to; the tools come with `pip install -e '.[dev]'`.
-.PHONY: check lint format test
+.PHONY: check lint format test reference
 
 check: lint test
 
@@ -15,3 +15,6 @@ format:
 
 test:
 	pytest
+
+reference:
+	python -m core.analysis.reference docs/reference

@@ -84,13 +84,10 @@ def set_beside(recipes: list["Recipe"], *, as_json: bool) -> None:
 
 
 def document_of(recipe: "Recipe") -> dict[str, Any]:
-    """Build the recipe on the meta device, with a precision that remembers its roles, and describe it."""
-    from core.analysis.describe import RoleSpy, describe
-    from core.assemble import build, make, plan_of
+    """What `--json` prints of a recipe."""
+    from core import assemble
 
-    spy = RoleSpy(make(recipe.precision))
-    model = build(recipe, device="meta", precision=spy)
-    return describe(recipe, model, plan_of(recipe, model), spy)
+    return assemble.document_of(recipe)
 
 
 def show(recipe: "Recipe", *, as_json: bool) -> None:

@@ -99,6 +99,13 @@ def unequal(recipes: list[Recipe], documents: list[dict[str, Any]]) -> list[str]
     return lines
 
 
+def held(recipes: list[Recipe], documents: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """For each thing that a comparison should hold equal, the names of the recipes that differ from the first in it."""
+    first, *others = [_held(recipe, document) for recipe, document in zip(recipes, documents, strict=True)]
+    told = list(zip(names(recipes)[1:], others, strict=True))
+    return {key: [name for name, other in told if other[key] != value] for key, value in first.items()}
+
+
 def _told(value: Any, different: list[tuple[str, Any]]) -> str:
     """Numbers and names are printed; of whole sections it is told where they differ."""
     by_text: dict[str, list[str]] = {}

@@ -4,11 +4,14 @@ A plugin is a light module with
 
     from core.extension.hookspec import hookimpl
 
+    CONTRACTS = "1.0"
+
     @hookimpl
     def register(registry):
         registry.router("my_router", "my_package.router:MyRouter")
 
-The target is a dotted module and a class; it is imported only when a recipe names it.
+The target is a dotted module and a class; it is imported only when a recipe names it. `CONTRACTS` is the version of
+the contracts that the plugin was built for (`core.contracts.VERSION` at the time).
 """
 
 import pluggy

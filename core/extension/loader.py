@@ -6,6 +6,7 @@ of two distributions with one entry-point name it reads only the first, without 
 
 import importlib
 import os
+import re
 import tomllib
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,12 +16,15 @@ from pathlib import Path
 
 import pluggy
 
-from core.contracts.errors import UserError
+from core.contracts.errors import UserError, nearest
 from core.contracts.schema import Provenance
+from core.extension.checks import Mistake, check_plugin, told
 from core.extension.hookspec import GROUP, Hooks
 from core.extension.registry import Broken, Registry
+from core.extension.trace import traced
 
 OWN = "moeloom"
+DISABLE = "MOELOOM_DISABLE_PLUGINS"
 
 
 def find_plugins() -> list[Provenance]:
@@ -35,9 +39,9 @@ def _installed() -> Iterator[Provenance]:
     seen = set()
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
-        if name is None or name in seen:  # a shadowed copy further down sys.path
+        if name is None or _canonical(name) in seen:  # a shadowed copy further down sys.path
             continue
-        seen.add(name)
+        seen.add(_canonical(name))
         for point in distribution.entry_points:
             if point.group == GROUP:
                 yield Provenance(name, distribution.version or "unknown", point.name, point.value)
@@ -54,23 +58,33 @@ def _checkout() -> Iterator[Provenance]:
             yield Provenance(OWN, "checkout", name, value)
 
 
-def load_plugins(owners: Iterable[Provenance], named: Iterable[str] = ()) -> Registry:
+def load_plugins(
+    owners: Iterable[Provenance], named: Iterable[str] = (), disabled: Iterable[Provenance] = ()
+) -> Registry:
     """Import plugins and the modules that a recipe names, and let each register.
 
     An installed plugin that fails is kept as `broken` and told in one warning, or is an error under
     `MOELOOM_STRICT_PLUGINS=1`; a module that the recipe names is an error at once. To implement a hook that
-    does not exist, or none, is to fail.
+    does not exist, or none, is to fail, and so is to be built for other contracts.
+
+    Args:
+        owners: the plugins.
+        named: further modules.
+        disabled: those of the plugins that are not to be imported.
 
     Raises:
         UserError: as above.
     """
     registry = Registry()
+    registry.disabled = list(disabled)
     strict = os.environ.get("MOELOOM_STRICT_PLUGINS") == "1"
     for owner in owners:
+        if owner in registry.disabled:
+            continue
         try:
             _register(registry, owner)
-        except Exception as cause:
-            broken = Broken(owner, f"{type(cause).__name__}: {cause}")
+        except (Exception, SystemExit) as cause:
+            broken = Broken(owner, told(cause))
             if strict:
                 raise UserError(f"{broken} (MOELOOM_STRICT_PLUGINS=1)") from cause
             registry.broken.append(broken)
@@ -79,45 +93,67 @@ def load_plugins(owners: Iterable[Provenance], named: Iterable[str] = ()) -> Reg
         owner = Provenance("recipe", "", name, name)
         try:
             _register(registry, owner)
-        except Exception as cause:
-            why = f"{type(cause).__name__}: {cause}"
-            raise UserError(f"plugin {name!r}, which the recipe names, is broken: {why}") from cause
+        except (Exception, SystemExit) as cause:
+            raise UserError(f"plugin {name!r}, which the recipe names, is broken: {told(cause)}") from cause
     return registry
 
 
 def _register(registry: Registry, owner: Provenance) -> None:
     """Import one plugin and call its hook; nothing of it is kept where it fails."""
+    if not re.fullmatch(r"\w+(\.\w+)*", owner.module):
+        raise Mistake(f"{owner.module!r} is no module's name, such as my_package or my_package.plugin")
+    with traced(f"plugin {owner.entry_point!r}", owner, owner.module):
+        module = importlib.import_module(owner.module)
+    check_plugin(module)
     manager = pluggy.PluginManager("moeloom")
     manager.add_hookspecs(Hooks)
-    module = importlib.import_module(owner.module)
     manager.register(module)
-    manager.check_pending()
-    if not manager.hook.register.get_hookimpls():
-        raise ValueError(f"{owner.module} implements no hook `register(registry)`")
     offers = Registry()
     manager.hook.register(registry=offers.owned_by(owner))
-    for entries in offers.entries.values():
-        for entry in entries:
-            registry.add(entry)
+    registry.absorb(offers)
 
 
 @cache
 def installed_registry() -> Registry:
-    """The registry of this environment, read once per process."""
-    return load_plugins(find_plugins())
+    """The registry of this environment, read once per process, without what `MOELOOM_DISABLE_PLUGINS` names."""
+    owners = find_plugins()
+    return load_plugins(owners, disabled=_disabled(owners))
 
 
 def registry_for(named: Iterable[str] = ()) -> Registry:
-    """The registry that a recipe sees: the environment's, and the modules that it names (each read once)."""
+    """The registry that a recipe sees: the environment's, and the modules that it names (each read once).
+
+    Raises:
+        UserError: a module that it names is broken, or disabled.
+    """
     installed = installed_registry()
     there = {entry.owner.module for entries in installed.entries.values() for entry in entries}
     names = [name for name in dict.fromkeys(named) if name not in there]
+    for owner in installed.disabled:
+        if owner.module in names:
+            who = f"{owner.entry_point!r} of {owner.distribution} {owner.version}"
+            raise UserError(f"plugin {who}, which the recipe names, is disabled by {DISABLE}={os.environ.get(DISABLE)}")
     if not names:
         return installed
     registry = Registry()
-    for source in (installed, load_plugins([], names)):
-        registry.broken += source.broken
-        for entries in source.entries.values():
-            for entry in entries:
-                registry.add(entry)
+    registry.absorb(installed)
+    registry.absorb(load_plugins([], names))
     return registry
+
+
+def _disabled(owners: list[Provenance]) -> list[Provenance]:
+    """The plugins that `MOELOOM_DISABLE_PLUGINS` names, by entry point or distribution; other names are warned of."""
+    asked = [name for name in map(str.strip, os.environ.get(DISABLE, "").split(",")) if name]
+    known = {owner.entry_point for owner in owners} | {_canonical(owner.distribution) for owner in owners}
+    if unknown := [name for name in asked if name not in known and _canonical(name) not in known]:
+        names = ", ".join(map(repr, unknown))
+        warnings.warn(
+            f"{DISABLE}: no plugin or distribution is named {names}; {nearest(unknown[0], known)}", stacklevel=3
+        )
+    distributions = set(map(_canonical, asked))
+    return [o for o in owners if o.entry_point in asked or _canonical(o.distribution) in distributions]
+
+
+def _canonical(distribution: str) -> str:
+    """A distribution's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()

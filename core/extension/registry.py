@@ -1,13 +1,16 @@
 """What every plugin offers, keyed (slot, name), and the one place where a name becomes a class."""
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import Provenance
+from core.extension.checks import Mistake, NoSlot, check_component, told
+from core.extension.trace import traced
 
 SLOTS = {
     "attention": "core.contracts.attention:Attention",
@@ -40,24 +43,27 @@ class Entry:
         """The class and its provenance, now with the file it came from.
 
         Raises:
-            UserError: the module cannot be imported, the class is missing, or it is not of the slot's kind.
+            UserError: the module cannot be imported, the class is missing or not of the slot's kind, or its `Config`
+                is no schema.
         """
         who = f"{self.slot} {self.name!r} of {self.owner.distribution} ({self.target})"
         module_name, _, attribute = self.target.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as cause:
-            raise UserError(f"{who} cannot be imported: {type(cause).__name__}: {cause}") from cause
-        component = getattr(module, attribute, None)
-        if component is None:
-            raise UserError(f"{who}: module {module_name} has no class {attribute}")
-        contract_module, _, contract_name = SLOTS[self.slot].partition(":")
-        contract = getattr(importlib.import_module(contract_module), contract_name)
-        if not (isinstance(component, type) and issubclass(component, contract)):
-            raise UserError(f"{who} is not a subclass of {contract_module}.{contract_name}")
-        config = getattr(component, "Config", None)
-        if not (isinstance(config, type) and is_dataclass(config)):
-            raise UserError(f"{who} has no nested dataclass Config")
+        with traced(f"{self.slot} {self.name!r}", self.owner, self.target):
+            try:
+                module = importlib.import_module(module_name)
+            except (Exception, SystemExit) as cause:
+                raise UserError(f"{who} cannot be imported: {told(cause)}") from cause
+            component = getattr(module, attribute, None)
+            if component is None:
+                raise UserError(f"{who}: module {module_name} has no class {attribute}")
+            contract_module, _, contract_name = SLOTS[self.slot].partition(":")
+            contract = getattr(importlib.import_module(contract_module), contract_name)
+            if not (isinstance(component, type) and issubclass(component, contract)):
+                raise UserError(f"{who} is not a subclass of {contract_module}.{contract_name}")
+            try:
+                check_component(component, SLOTS)
+            except Mistake as cause:
+                raise UserError(f"{who}: {cause}") from cause
         file = getattr(module, "__file__", None)
         return component, replace(self.owner, module=module_name, file=Path(file) if file else None)
 
@@ -80,6 +86,7 @@ class Registry:
     def __init__(self) -> None:
         self.entries: dict[tuple[str, str], list[Entry]] = {}
         self.broken: list[Broken] = []
+        self.disabled: list[Provenance] = []
 
     def owned_by(self, owner: Provenance) -> "Registrar":
         """The view through which one plugin registers."""
@@ -87,7 +94,17 @@ class Registry:
 
     def add(self, entry: Entry) -> None:
         """Keep an offer; two owners of one name are kept side by side and refused when the name is used."""
-        self.entries.setdefault((entry.slot, entry.name), []).append(entry)
+        offers = self.entries.setdefault((entry.slot, entry.name), [])
+        if not any((e.owner.distribution, e.target) == (entry.owner.distribution, entry.target) for e in offers):
+            offers.append(entry)
+
+    def absorb(self, other: "Registry") -> None:
+        """Keep all that another registry knows."""
+        self.broken += other.broken
+        self.disabled += other.disabled
+        for entries in other.entries.values():
+            for entry in entries:
+                self.add(entry)
 
     def names(self, slot: str) -> list[str]:
         """The names that a slot knows."""
@@ -97,8 +114,8 @@ class Registry:
         """The one offer for a name, written as `name` or as `distribution/name`.
 
         Raises:
-            UserError: there is no such slot; nobody offers the name (the nearest ones and broken plugins are told);
-                or more than one does.
+            UserError: there is no such slot; nobody offers the name (the nearest ones are told, and which plugins are
+                broken or disabled); or more than one does.
         """
         if slot not in SLOTS:
             raise UserError(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
@@ -107,10 +124,29 @@ class Registry:
         if len(offers) == 1:
             return offers[0]
         if offers:
-            owners = " and ".join(sorted(f"{o.owner.distribution} ({o.target})" for o in offers))
-            raise UserError(f"{slot} {name!r} is offered by {owners}; write distribution/{short} to choose")
-        told = "".join(f"; {broken}" for broken in self.broken)
-        raise UserError(f"no {slot} is named {name!r}; {nearest(short, self.names(slot))}{told}")
+            raise UserError(f"{slot} {name!r} is offered by {_choice(offers, short)}")
+        unread = "".join(f"; {broken}" for broken in self.broken) + _skipped(self.disabled)
+        raise UserError(f"no {slot} is named {name!r}; {nearest(short, self.names(slot))}{unread}")
+
+
+def _choice(offers: list[Entry], name: str) -> str:
+    """Who offers one name, and what the user can do about it."""
+    owners = " and ".join(sorted(f"{o.owner.distribution} ({o.target})" for o in offers))
+    if len({o.target for o in offers}) == 1:
+        module = offers[0].target.partition(":")[0]
+        return f"{owners}; Python finds only one module {module}, so uninstall one of them"
+    if len({o.owner.distribution for o in offers}) < len(offers):
+        return f"{owners}; one distribution may offer a name only once"
+    return f"{owners}; write distribution/{name} to choose"
+
+
+def _skipped(disabled: Iterable[Provenance]) -> str:
+    """What was not asked because the user said so, told by distribution."""
+    points: dict[str, list[str]] = {}
+    for owner in disabled:
+        points.setdefault(f"{owner.distribution} {owner.version}", []).append(owner.entry_point)
+    told = "; ".join(f"{', '.join(names)} of {distribution}" for distribution, names in points.items())
+    return f"; disabled by MOELOOM_DISABLE_PLUGINS, whatever they may offer: {told}" if told else ""
 
 
 class Registrar:
@@ -126,15 +162,23 @@ class Registrar:
         """Offer the class at `target` ("module:Class") as `name` in `slot`.
 
         Raises:
-            ValueError: no such slot, or a target without a class.
+            Mistake: no such slot, a name or target of another form, or a name that this plugin has offered already.
         """
         if slot not in SLOTS:
-            raise ValueError(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
+            raise NoSlot(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
+        if not isinstance(name, str) or not isinstance(target, str):
+            wrong = target if isinstance(name, str) else name
+            told = f"the class {wrong.__qualname__} itself" if isinstance(wrong, type) else repr(wrong)
+            raise Mistake(f'{slot} {name!r}: name and target are texts, "name" and "module:Class", not {told}')
         if not name or "/" in name or target.count(":") != 1:
-            raise ValueError(f"{slot} {name!r}: a name has no '/', and a target reads 'module:Class', not {target!r}")
-        self._registry.add(Entry(slot, name, target, self._owner))
+            raise Mistake(f"{slot} {name!r}: a name has no '/', and a target reads 'module:Class', not {target!r}")
+        entry = Entry(slot, name, target, self._owner)
+        for other in self._registry.entries.get((slot, name), []):
+            if other.owner == self._owner and other.target != target:
+                raise Mistake(f"{slot} {name!r} is registered twice, as {other.target} and as {target}")
+        self._registry.add(entry)
 
     def __getattr__(self, slot: str) -> Callable[[str, str], None]:
         if slot not in SLOTS:
-            raise AttributeError(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
-        return lambda name, target: self.add(slot, name, target)
+            raise NoSlot(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
+        return partial(self.add, slot)

@@ -21,6 +21,7 @@ from core.recipe.schema import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS, RecipeSche
 
 BUDGETS = frozenset({"steps", "tokens", "flops"})
 COMMAND_LINE = "command line"
+SWEEPS = "sweeps/"
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,15 @@ def find_recipe(path: str | Path) -> Path:
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name (`dsv3_small`, `baselines/dense`)."""
+    return {name: file for name, file in _shipped_files().items() if not name.startswith(SWEEPS)}
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """The sweep files that come with the package, by name (`routing`)."""
+    return {name.removeprefix(SWEEPS): file for name, file in _shipped_files().items() if name.startswith(SWEEPS)}
+
+
+def _shipped_files() -> dict[str, Path]:
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "recipes", package / "recipes"):
         if folder.is_dir():

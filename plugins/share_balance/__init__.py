@@ -4,6 +4,8 @@ from typing import Any
 
 from core.extension.hookspec import hookimpl
 
+CONTRACTS = "1.0"
+
 
 @hookimpl
 def register(registry: Any) -> None:

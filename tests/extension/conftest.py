@@ -18,6 +18,8 @@ CORPUS = '''
     from core.contracts.schema import setting
     from core.extension.hookspec import hookimpl
 
+    CONTRACTS = "1.0"
+
 
     @hookimpl
     def register(registry):
@@ -43,7 +45,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.delenv("MOELOOM_STRICT_PLUGINS", raising=False)
+    for variable in ("STRICT", "DISABLE", "TRACE"):
+        monkeypatch.delenv(f"MOELOOM_{variable}_PLUGINS", raising=False)
     before = set(sys.modules)
     installed_registry.cache_clear()
     yield folder

@@ -140,15 +140,19 @@ MISTAKES = {
         """
         from core.extension.hookspec import hookimpl
 
+        CONTRACTS = "1.0"
+
         @hookimpl
         def registr(registry):
             pass
         """,
-        "PluginValidationError: unknown hook 'registr' in plugin",
+        "it implements the hook 'registr', which there is not; did you mean register? known: register",
     ),
     "misspelt second hook": (
         """
         from core.extension.hookspec import hookimpl
+
+        CONTRACTS = "1.0"
 
         @hookimpl
         def register(registry):
@@ -158,29 +162,36 @@ MISTAKES = {
         def unregister(registry):
             pass
         """,
-        "PluginValidationError: unknown hook 'unregister' in plugin",
+        "it implements the hook 'unregister', which there is not; did you mean register? known: register",
     ),
     "misspelt argument": (
         """
         from core.extension.hookspec import hookimpl
 
+        CONTRACTS = "1.0"
+
         @hookimpl
         def register(registrar):
             pass
         """,
-        "PluginValidationError: Plugin 'wrong_plugin' for hook 'register'",
+        "its hook register takes 'registrar', but must read `def register(registry)`, by these names",
     ),
-    "no hook": ("def register(registry): pass", "ValueError: wrong_plugin implements no hook `register(registry)`"),
+    "no hook": (
+        "def register(registry): pass",
+        "wrong_plugin implements no hook: it needs `@hookimpl def register(registry)`; its register is not marked",
+    ),
     "misspelt slot": (
         """
         from core.extension.hookspec import hookimpl
+
+        CONTRACTS = "1.0"
 
         @hookimpl
         def register(registry):
             registry.corpus("probe", "somewhere:Probe")
             registry.ruoter("mine", "somewhere:Mine")
         """,
-        "AttributeError: there is no slot 'ruoter'; did you mean router?",
+        "there is no slot 'ruoter'; did you mean router?",
     ),
     "missing import": ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
     "bad syntax": ("def register(registry) pass", "SyntaxError: expected ':'"),

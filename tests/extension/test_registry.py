@@ -82,8 +82,16 @@ PARTS = '''
             "parts:function",
             "corpus 'mine' of somebody (parts:function) is not a subclass of core.contracts.corpus.Corpus",
         ),
-        ("parts:Unset", "corpus 'mine' of somebody (parts:Unset) has no nested dataclass Config"),
-        ("parts:Plain", "corpus 'mine' of somebody (parts:Plain) has no nested dataclass Config"),
+        (
+            "parts:Unset",
+            "corpus 'mine' of somebody (parts:Unset): Unset has no Config: nest the schema, "
+            "`@dataclass(kw_only=True) class Config`",
+        ),
+        (
+            "parts:Plain",
+            "corpus 'mine' of somebody (parts:Plain): Plain.Config is no dataclass: "
+            "write @dataclass(kw_only=True) above it",
+        ),
         (
             "nowhere.parts:Part",
             "corpus 'mine' of somebody (nowhere.parts:Part) cannot be imported: "

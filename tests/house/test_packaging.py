@@ -20,11 +20,11 @@ FROM_ELSEWHERE = """
 import json, sys
 import core
 from core.extension.loader import find_plugins
-from core.recipe.compose import compose, shipped_recipes
+from core.recipe.compose import compose, shipped_recipes, shipped_sweeps
 owners = find_plugins()
 print(json.dumps({
     "core": core.__file__,
-    "recipes": sorted(shipped_recipes()),
+    "recipes": sorted([*shipped_recipes(), *(f"sweeps/{name}" for name in shipped_sweeps())]),
     "owners": sorted({(owner.distribution, owner.version) for owner in owners}),
     "points": sorted(owner.entry_point for owner in owners),
 }))
@@ -59,7 +59,7 @@ def test_a_wheel_holds_the_code_the_recipes_and_the_licence(wheel: Path) -> None
         assert {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")} == code
     recipes = {f"core/recipes/{name}" for name in relative(ROOT / "recipes", "*.yaml")}
     assert {name for name in names if name.endswith(".yaml")} == recipes
-    assert {"core/py.typed", "plugins/mla/README.md"} <= names
+    assert {"core/py.typed", "plugins/mla/README.md", "core/analysis/skeletons/router.py.txt"} <= names
     assert any(re.fullmatch(r"moeloom-[\d.]+\.dist-info/licenses/LICENSE", name) for name in names)
     assert not any(name.startswith(("tests/", "docs/", "recipes/")) for name in names)
 

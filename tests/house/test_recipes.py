@@ -24,7 +24,7 @@ from .documents import ROOT
 if TYPE_CHECKING:
     from lab import Lab
 
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if file.parent.name != "sweeps")
 EVERY = pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 SEQUENCE = 4096
 

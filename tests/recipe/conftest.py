@@ -46,6 +46,7 @@ PARTS = '''
 
     class Plain(Router):
         capabilities = frozenset({"learned"})
+        top_k = forward = costs = None  # nothing here is built
 
         @dataclass(kw_only=True)
         class Config:
@@ -54,6 +55,8 @@ PARTS = '''
 
 
     class Wide(FeedForward):
+        forward = costs = None
+
         @dataclass(kw_only=True)
         class Config:
             hidden: int = setting(64, doc="inner width")
@@ -61,6 +64,8 @@ PARTS = '''
 '''
 OFFERS = """
     from core.extension.hookspec import hookimpl
+
+    CONTRACTS = "1.0"
 
 
     @hookimpl

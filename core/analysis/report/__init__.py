@@ -1,0 +1,1 @@
+"""The report on a run or a sweep: one HTML file that needs nothing else."""

@@ -1,0 +1,148 @@
+"""The figures of a finished sweep: a point for each run, a mark for each mean."""
+
+from collections.abc import Callable
+from typing import Any
+
+from core.analysis.report.figures import Figure, Trace
+from core.analysis.report.folder import Run, Study, finite
+from core.analysis.report.style import Style, brief, broken, plain, styles
+
+ROW = 34
+"""Pixels of a row that stands for a variant."""
+
+
+def differences(study: Study, words: str) -> Figure:
+    """Each variant's difference to the baseline with its interval."""
+    baseline = str((study.sweep or {}).get("baseline"))
+    lower = (study.sweep or {}).get("better", "lower") == "lower"
+    figure = Figure("difference", f"Difference to {baseline}: {words}")
+    rows = [r for r in study.results.get("rows") or [] if finite((r.get("difference") or {}).get("low")) is not None]
+    if not rows:
+        figure.missing = "No interval can be given yet: it takes two seeds of a variant that the baseline has too."
+        return figure
+    names = [str(row["variant"]) for row in rows]
+    looks = styles(study.variants, baseline)
+    for row, name in zip(rows, names, strict=True):
+        figure.traces.append(_interval(row["difference"], name, looks.get(name, looks[study.variants[0]])))
+    zero = {"type": "line", "xref": "x", "yref": "paper", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "line": {"width": 1.5}}
+    better = "left" if lower else "right"
+    title = f"difference, paired by seed ({better} of 0 is better)"
+    figure.layout = {"shapes": [zero], "xaxis": {"title": {"text": title}}, **_rows_of(names)}
+    figure.height = ROW * len(names) + 20
+    figure.note = (
+        "Mean and 95% interval. Filled marks: a difference is shown after Holm's correction for asking about "
+        "several variants. Hollow marks: no difference shown."
+    )
+    return figure
+
+
+def _interval(difference: dict[str, Any], name: str, look: Style) -> Trace:
+    mean, low, high = (float(difference[key]) for key in ("mean", "low", "high"))
+    shown = difference.get("verdict") in ("better", "worse")
+    symbol = look.marker if shown else f"{look.marker}-open"
+    bars = {"type": "data", "array": [high - mean], "arrayminus": [mean - low], "thickness": 2, "width": 6}
+    told = f"{plain(name)}: {plain(str(difference.get('verdict')))}<br>{mean:+.5g}, from {low:+.5g} to {high:+.5g}"
+    marker = {"symbol": symbol, "size": 11, "color": look.colour, "line": {"width": 2, "color": look.colour}}
+    return {
+        **{"type": "scatter", "mode": "markers", "x": [mean], "y": [broken(name)], "marker": marker},
+        **{"error_x": {**bars, "color": look.colour}, "showlegend": False, "name": brief(name)},
+        **{"meta": told, "hovertemplate": "%{meta}<extra></extra>"},
+    }
+
+
+def _rows_of(names: list[str]) -> dict[str, Any]:
+    """A row for each name, the first on top, as in the table."""
+    rows = [broken(name) for name in names]
+    axis = {"type": "category", "categoryorder": "array", "categoryarray": rows, "range": [len(rows) - 0.5, -0.5]}
+    return {"yaxis": {**axis, "automargin": True, "title": {"text": ""}}, "hovermode": "closest"}
+
+
+def throughput(study: Study) -> Figure:
+    """Each run's tokens per second, so that the spread of this machine is seen."""
+    figure = Figure("throughput", "Throughput", missing="No run has finished yet, so no throughput is known.")
+    looks = styles(study.variants, (study.sweep or {}).get("baseline"))
+    names = [name for name in study.variants if any(run.number("tokens_per_second") for run in study.of(name))]
+    for name in names:
+        runs = [run for run in study.of(name) if run.number("tokens_per_second")]
+        values = [run.number("tokens_per_second") or 0.0 for run in runs]
+        mean = sum(values) / len(values)
+        figure.traces += _marks(name, looks[name], runs, values, [broken(name)] * len(runs), (mean, broken(name)))
+    if names:
+        figure.missing = None
+        figure.height = ROW * len(names) + 20
+        figure.layout = {"xaxis": {"title": {"text": "tokens per second"}, "rangemode": "tozero"}, **_rows_of(names)}
+        figure.layout["showlegend"] = False
+        figure.note = (
+            "Small marks are runs, large hollow ones means. The spread within a row is what this machine adds by "
+            "itself: a difference in time that is not far beyond it says nothing."
+        )
+    return figure
+
+
+def against_flops(study: Study, metric: str, words: str) -> Figure:
+    """The metric over what training cost."""
+    note = "Training FLOPs of the whole run: per token, forward and backward, times tokens."
+    figure = Figure("flops", f"Against FLOPs: {words}", note)
+    return _scatter(figure, study, metric, words, _flops, "training FLOPs", {"exponentformat": "power"})
+
+
+def _flops(run: Run) -> float | None:
+    per_token, tokens = run.number("flops_per_token"), run.number("tokens")
+    return per_token * tokens if per_token and tokens else None
+
+
+def _seconds(run: Run) -> float | None:
+    return run.number("train_seconds") or run.number("wall_seconds")
+
+
+def against_time(study: Study, metric: str, words: str) -> Figure:
+    """The metric over the time inside training steps."""
+    longest = max((_seconds(run) or 0.0 for run in study.runs), default=0.0)
+    unit, size = ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
+    note = "Time inside training steps on this machine; see the spread of the throughput before believing in it."
+
+    def scaled(run: Run) -> float | None:
+        seconds = _seconds(run)
+        return seconds / size if seconds else None
+
+    return _scatter(Figure("time", f"Against time: {words}", note), study, metric, words, scaled, unit, {})
+
+
+def _scatter(
+    figure: Figure,
+    study: Study,
+    metric: str,
+    words: str,
+    cost: Callable[[Run], float | None],
+    title: str,
+    axis: dict[str, Any],
+) -> Figure:
+    looks = styles(study.variants, (study.sweep or {}).get("baseline"))
+    for name in study.variants:
+        found = [(run, cost(run), run.number(metric)) for run in study.of(name) if run.state == "done"]
+        points = [(run, x, y) for run, x, y in found if x is not None and y is not None]
+        if points:
+            runs, xs, ys = ([p[i] for p in points] for i in range(3))
+            mean = (sum(xs) / len(xs), sum(ys) / len(ys))
+            figure.traces += _marks(name, looks[name], runs, xs, ys, mean)
+    if not figure.traces:
+        figure.missing = "No run has finished yet, so there is nothing to set against its cost."
+        return figure
+    figure.layout = {"xaxis": {"title": {"text": title}, **axis}, "yaxis": {"title": {"text": words}}}
+    figure.note += " Small marks are runs, large hollow ones means over the seeds."
+    return figure
+
+
+def _marks(name: str, look: Style, runs: list[Run], x: list[Any], y: list[Any], mean: tuple[Any, Any]) -> list[Trace]:
+    common = {"type": "scatter", "mode": "markers", "legendgroup": name, "name": brief(name)}
+    small = {"symbol": look.marker, "size": 6, "color": look.faint(0.6)}
+    large = {"symbol": f"{look.marker}-open", "size": 14, "color": look.colour, "line": {"width": 2.2}}
+    told = [f"{plain(name)}, seed {run.seed}" for run in runs]
+    hover = "%{text}<br>%{x:,.5~g}: %{y:.5~g}<extra></extra>"
+    return [
+        {**common, "x": x, "y": y, "marker": small, "text": told, "hovertemplate": hover, "showlegend": False},
+        {
+            **{**common, "x": [mean[0]], "y": [mean[1]], "marker": large},
+            **{"text": [f"{plain(name)}, mean of {len(runs)}"], "hovertemplate": hover},
+        },
+    ]

@@ -1,0 +1,150 @@
+"""Numbers and results in words."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from core.analysis.report.folder import Run, Study
+
+METRICS = {
+    "val_bits_per_byte": "validation bits per byte",
+    "val_loss": "validation loss (nats per token)",
+    "max_vio_global": "MaxVio over the held-out split",
+    "max_vio_batch": "MaxVio of the last 100 steps",
+    "mtp_acceptance": "agreement of multi-token depth 1",
+    "tokens_per_second": "tokens per second",
+    "dropped_fraction": "dropped fraction",
+}
+NONE = "–"
+
+
+def metric_words(key: str) -> str:
+    """What a metric is, for people."""
+    return METRICS.get(key, key)
+
+
+def number(value: float | None, decimals: int | None = None) -> str:
+    """A number with so many decimals, or with four digits."""
+    if value is None:
+        return NONE
+    text = (
+        f"{value:,.{decimals}f}" if decimals is not None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    )
+    return text.replace("-", "−")  # noqa: RUF001 - the minus sign
+
+
+def signed(value: float | None, decimals: int) -> str:
+    """A difference: its sign is always there."""
+    if value is None:
+        return NONE
+    return ("+" if value > 0 else "") + number(value, decimals)
+
+
+def yes_no(value: Any) -> str:
+    """A promise of a recipe."""
+    return NONE if value is None else "yes" if value else "no"
+
+
+def listed(words: Iterable[str]) -> str:
+    """a, b and c."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours."""
+    if seconds is None:
+        return NONE
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def progress(study: Study) -> str | None:
+    """That not everything is there yet; None where it is."""
+    if study.sweep is None:
+        (run,) = study.runs
+        return _how_far(run) if run.state in ("running", "waiting") else None
+    waiting = {state: study.count(state) for state in ("running", "failed", "waiting")}
+    if not waiting["running"] and not waiting["waiting"]:
+        return None
+    rest = ", ".join(f"{count} {state}" for state, count in waiting.items() if count)
+    return f"In progress: {study.count('done')} of {len(study.runs)} runs done ({rest}). All numbers may still change."
+
+
+def _how_far(run: Run) -> str:
+    step = run.metrics["step"].max() if run.has("step") else None
+    budget = run.recipe.get("budget") or {}
+    steps = budget.get("steps") if isinstance(budget, dict) else None
+    if step is None:
+        return "In progress: no step has been logged yet."
+    of = f" of {steps:,}" if isinstance(steps, int) else ""
+    return f"In progress, or stopped early: step {step:,.0f}{of}. There is no summary yet."
+
+
+def in_short(study: Study) -> list[str]:
+    """The verdicts, variants gathered; a sentence for each verdict there is."""
+    baseline = str((study.sweep or {}).get("baseline"))
+    found: dict[str | None, list[str]] = {}
+    for row in study.results.get("rows") or []:
+        if row.get("variant") == baseline or not row.get("n"):
+            continue
+        found.setdefault((row.get("difference") or {}).get("verdict"), []).append(str(row.get("variant")))
+    told = [
+        f"{word.capitalize()} than {baseline}: {listed(found[word])}." for word in ("better", "worse") if word in found
+    ]
+    if "no difference shown" in found:
+        told.append(f"No difference to {baseline} shown: {listed(found['no difference shown'])}.")
+    if None in found:
+        told.append(f"Too few seeds in common with {baseline} to say: {listed(found[None])}.")
+    return told
+
+
+def warnings(study: Study) -> list[tuple[str, list[str]]]:
+    """What a reader must know before any number: headings and their sentences."""
+    sweep = study.sweep or {}
+    failed = [_failure(study, run) for run in study.runs if run.state == "failed"]
+    skipped = [s for run in study.runs if (s := _skipped(study, run))]
+    notices = _notices(study)
+    grouped = [("Runs that failed", failed), ("Steps that were skipped", skipped)]
+    unequal = [str(line) for line in sweep.get("not_equal") or []]
+    grouped += [("Not held equal", unequal), ("What the parts themselves say", notices)]
+    known = {line for _, lines in grouped for line in lines} | _told_by_runner(study)
+    others = [str(line) for line in study.results.get("warnings") or [] if str(line) not in known]
+    grouped += [("Also", others), ("Files", study.unread)]
+    return [(heading, lines) for heading, lines in grouped if lines]
+
+
+def _name(study: Study, run: Run) -> str:
+    return f"{run.variant}, seed {run.seed}" if study.sweep is not None else "This run"
+
+
+def _failure(study: Study, run: Run) -> str:
+    return f"{_name(study, run)}: {run.reason or 'no reason was recorded'}"
+
+
+def _skipped(study: Study, run: Run) -> str | None:
+    """Divergence that a run survived: steps whose gradient was not finite, or losses that were not."""
+    logged = float(run.metrics["skipped_steps"].max()) if run.has("skipped_steps") else 0.0
+    count = run.number("skipped_steps") or logged
+    return f"{_name(study, run)}: {count:,.0f} steps, because the gradient was not finite" if count else None
+
+
+def _notices(study: Study) -> list[str]:
+    """Each notice once, with the variants that it holds for; and what no one else says of causality."""
+    owners: dict[str, list[str]] = {}
+    for variant in (study.sweep or {}).get("variants") or []:
+        own = [str(n) for n in variant.get("notices") or []]
+        if variant.get("causal") is False and not any("causal" in n.lower() for n in own):
+            own.append("not causal: an output may depend on later tokens, so its loss is no measure of prediction")
+        for notice in own:
+            owners.setdefault(notice, []).append(str(variant["name"]))
+    if study.sweep is None:
+        return [str(n) for n in study.runs[0].summary.get("notices") or []]
+    return [f"{listed(names)}: {notice}" for notice, names in owners.items()]
+
+
+def _told_by_runner(study: Study) -> set[str]:
+    """How the runner words what stands under a heading of its own here."""
+    variants = (study.sweep or {}).get("variants") or []
+    return {f"{v['name']}: {n}" for v in variants for n in v.get("notices") or []}

@@ -1,0 +1,80 @@
+"""A sweep from file to results: validate, match, run, compare."""
+
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from core.contracts.errors import UserError
+from core.study.folder import Job, Status, SweepFolder
+from core.study.matching import match
+from core.study.ray_pool import RayPool
+from core.study.results import identity, results
+from core.study.runner import LocalPool, Pool, run_jobs
+from core.study.sweep_file import Sweep
+from core.training.checkpoints import is_disk_full
+
+
+def run_sweep(
+    sweep: Sweep,
+    path: Path,
+    *,
+    workers: int = 1,
+    ray: str | None = None,
+    resume: bool = False,
+    command: str = "",
+    progress: Callable[[Job | None, Status | None, int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Run what is not done yet, and return `results.json`.
+
+    Args:
+        sweep: validated.
+        path: the sweep's folder.
+        workers: runs at a time on this machine.
+        ray: a Ray cluster's address instead.
+        resume: go on with what is in the folder.
+        command: kept for whoever wants to do it again.
+        progress: told at the beginning (None, None, done, all) and after each run.
+
+    Raises:
+        UserError: variants that cannot be compared, a folder that holds something else, a full disk.
+    """
+    matched = match(sweep)
+    folder = SweepFolder(path.resolve())
+    try:
+        with folder.locked():
+            folder.open(sweep, resume=resume)
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            folder.write_json("sweep.json", identity(sweep, matched, command or " ".join(sys.argv), started))
+            jobs = folder.jobs(sweep)
+            left = [job for job in jobs if folder.status(job).state != "done"]
+            ended = len(jobs) - len(left)
+            progress(None, None, ended, len(jobs))
+
+            def after(job: Job, status: Status) -> None:
+                nonlocal ended
+                ended += 1
+                folder.write_json("results.json", results(sweep, folder, matched))
+                progress(job, status, ended, len(jobs))
+
+            if left:
+                run_jobs(left, folder, _pool(folder, workers, ray), sweep.schema.metric, after)
+            found = results(sweep, folder, matched)
+            folder.write_json("results.json", found)
+            return found
+    except OSError as error:
+        if is_disk_full(error):
+            raise UserError(f"{path}: no space is left on the disk; make room and go on with --resume") from error
+        raise
+
+
+def _pool(folder: SweepFolder, workers: int, ray: str | None) -> Pool:
+    if ray is not None:
+        return RayPool(ray)
+
+    def started(job: Job, process: int) -> None:
+        before = folder.status(job)
+        folder.tell(job, Status("running", None, before.seconds, process))
+
+    return LocalPool(workers, started)

@@ -1,0 +1,371 @@
+"""Every mistake that a plugin can hold is one sentence to who asks for it, and nothing to everybody else."""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from lab import Lab, Said, forked, through
+
+from core.contracts import VERSION
+
+Module = Callable[..., str]
+Install = Callable[..., None]
+
+HEAD = f"""
+    from core.extension.hookspec import hookimpl
+
+    CONTRACTS = "{VERSION}"
+"""
+OFFER = f"""{HEAD}
+
+    @hookimpl
+    def register(registry):
+        registry.corpus("probe", "bad_parts:Probe")
+"""
+PART = """
+    from collections.abc import Callable
+    from dataclasses import dataclass
+
+    import torch
+
+    from core.contracts.corpus import Corpus
+    from core.contracts.schema import child, setting
+
+
+    class Probe(Corpus):
+        {config}
+
+        def documents(self):
+            yield from ()
+"""
+
+
+def config(*lines: str, decorator: str = "@dataclass(kw_only=True)") -> str:
+    """A component with these lines in its `Config`."""
+    body = "\n".join(f"            {line}" for line in lines)
+    return PART.replace("{config}", f"{decorator}\n        class Config:\n{body}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mistake.
+
+    Args:
+        why: what is said of it, in full or its beginning.
+        plugin: the light module.
+        part: the component's module; "" where none is needed.
+    """
+
+    why: str
+    plugin: str = OFFER
+    part: str = ""
+
+
+PLUGINS = {
+    "raises": Case("RuntimeError: no GPU driver", "raise RuntimeError('no\\n GPU driver')"),
+    "raises without a word": Case("NotImplementedError", "raise NotImplementedError"),
+    "leaves Python": Case("it leaves Python when it is imported (SystemExit: 3)", "import sys; sys.exit(3)"),
+    "a class for a target": Case(
+        'corpus \'probe\': name and target are texts, "name" and "module:Class", not the class Probe itself',
+        f"""{HEAD}
+    class Probe:
+        pass
+
+    @hookimpl
+    def register(registry):
+        registry.corpus("probe", Probe)
+    """,
+    ),
+    "a number for a name": Case(
+        'corpus 3: name and target are texts, "name" and "module:Class", not 3',
+        OFFER.replace('"probe"', "3"),
+    ),
+    "no target": Case(
+        "TypeError: Registrar.add() missing 1 required positional argument: 'target'",
+        OFFER.replace(', "bad_parts:Probe"', ""),
+    ),
+    "one name twice": Case(
+        "corpus 'probe' is registered twice, as bad_parts:Probe and as bad_parts:Other",
+        OFFER + '        registry.corpus("probe", "bad_parts:Other")\n',
+    ),
+    "misspelt hook": Case(
+        "it implements the hook 'registr', which there is not; did you mean register? known: register",
+        OFFER.replace("def register", "def registr"),
+    ),
+    "unmarked hook": Case(
+        "bad_plugin implements no hook: it needs `@hookimpl def register(registry)`; its register is not marked",
+        OFFER.replace("@hookimpl", ""),
+    ),
+    "unmarked misspelt hook": Case(
+        "bad_plugin implements no hook: it needs `@hookimpl def register(registry)`; is its 'registr' meant?",
+        OFFER.replace("@hookimpl", "").replace("def register", "def registr"),
+    ),
+    "another argument": Case(
+        "its hook register takes 'registrar', but must read `def register(registry)`, by these names",
+        OFFER.replace("(registry)", "(registrar)"),
+    ),
+    "unknown slot": Case(
+        "there is no slot 'ruoter'; did you mean router? known: ", OFFER.replace(".corpus", ".ruoter")
+    ),
+    "later major": Case(
+        "bad_plugin was built for contracts 2.0, and this moeloom offers 1.0; install a moeloom that offers 2.0, "
+        "or a release of the plugin for 1.0",
+        OFFER.replace(VERSION, "2.0"),
+    ),
+    "no version": Case(
+        'bad_plugin does not say which contracts it was built for; write CONTRACTS = "1.0" beside its register',
+        OFFER.replace(f'CONTRACTS = "{VERSION}"', ""),
+    ),
+    "a number for a version": Case(
+        'bad_plugin states CONTRACTS = 1.0, which is no version; write CONTRACTS = "1.0" beside its register',
+        OFFER.replace(f'"{VERSION}"', VERSION),
+    ),
+    "circular import": Case(
+        "ImportError: cannot import name 'MINE' from partially initialized module 'bad_plugin' (most likely due to a "
+        "circular import)",
+        f"{OFFER}\n    from bad_parts import OTHER\n    MINE = 1\n",
+        "from bad_plugin import MINE\nOTHER = 2\n",
+    ),
+}
+"""Mistakes of a plugin's light module."""
+
+PROBE = "corpus 'probe' of bad (bad_parts:Probe)"
+PARTS = {
+    "raises": Case(
+        f"{PROBE} cannot be imported: OSError: libfast.so: cannot open", part="raise OSError('libfast.so: cannot open')"
+    ),
+    "leaves Python": Case(f"{PROBE} cannot be imported: it leaves Python when", part="raise SystemExit(3)"),
+    "no class": Case(f"{PROBE}: module bad_parts has no class Probe", part="Prob = 1"),
+    "no component": Case(f"{PROBE} is not a subclass of core.contracts.corpus.Corpus", part="class Probe: pass"),
+    "abstract": Case(
+        f"{PROBE}: Probe does not implement documents", part=config("pass").replace("def documents", "def document")
+    ),
+    "no Config": Case(
+        f"{PROBE}: Probe has no Config: nest the schema, `@dataclass(kw_only=True) class Config`",
+        part=PART.replace("{config}", "pass"),
+    ),
+    "Config no dataclass": Case(
+        f"{PROBE}: Probe.Config is no dataclass: write @dataclass(kw_only=True) above it",
+        part=config('size: int = setting(1, doc="documents")', decorator=""),
+    ),
+    "not keyword-only": Case(
+        f"{PROBE}: Probe.Config.size cannot be given by its name alone: write @dataclass(kw_only=True)",
+        part=config('size: int = setting(1, doc="documents")', decorator="@dataclass"),
+    ),
+    "a set": Case(
+        f"{PROBE}: Probe.Config.size is of type set[int], which no recipe can hold; allowed: int, float, bool, str, ",
+        part=config('size: set[int] = setting(doc="documents")'),
+    ),
+    "a tensor": Case(
+        f"{PROBE}: Probe.Config.size is of type torch.Tensor, which no recipe can hold; allowed: int, ",
+        part=config('size: torch.Tensor = setting(doc="documents")'),
+    ),
+    "a callable": Case(
+        f"{PROBE}: Probe.Config.size is of type collections.abc.Callable[[int], int], which no recipe can hold",
+        part=config('size: Callable[[int], int] = setting(doc="documents")'),
+    ),
+    "a callable without a type": Case(
+        f"{PROBE}: Probe.Config.size has no type, so no recipe can set it: write `size: TYPE = setting(..., doc=...)`",
+        part=config("size = torch.relu"),
+    ),
+    "a setting without a type": Case(
+        f"{PROBE} cannot be imported: TypeError: 'size' is a field but has no type annotation",
+        part=config('size = setting(1, doc="documents")'),
+    ),
+    "no doc": Case(
+        f"{PROBE}: Probe.Config.size does not say what it means: write `size: int = setting(..., doc=...)`",
+        part=config("size: int = 1"),
+    ),
+    "called name": Case(
+        f"{PROBE}: Probe.Config.name: a section's `name` says which component it is, so no key is called so",
+        part=config('name: str = setting(doc="of it")'),
+    ),
+    "a child of no slot": Case(
+        f"{PROBE}: Probe.Config.size: there is no slot 'ruoter'; did you mean router? known: ",
+        part=config('size: object = child("ruoter", doc="who chooses")'),
+    ),
+    "a type that is not there": Case(
+        f"{PROBE}: Probe.Config: its types cannot be read: NameError: name 'Nowhere' is not defined",
+        part=config('size: "Nowhere" = setting(1, doc="documents")'),
+    ),
+    "capabilities no set": Case(
+        f"{PROBE}: Probe.capabilities must be a frozenset of words, not 'causal'",
+        part=config("pass").replace("class Probe(Corpus):", 'class Probe(Corpus):\n        capabilities = "causal"\n'),
+    ),
+    "circular import": Case(
+        f"{PROBE} cannot be imported: ImportError: cannot import name 'Probe' from partially initialized module "
+        "'bad_parts' (most likely due to a circular import)",
+        part="import bad_rest\nclass Probe: pass\n",
+    ),
+}
+"""Mistakes of a component's module, which nobody sees until its name is used."""
+
+OTHERS = {"bad_rest": "from bad_parts import Probe\n"}
+
+
+@pytest.fixture
+def install_case(module: Module, install: Install) -> Iterator[Callable[[Case], None]]:
+    """Make the distribution `bad` of a case."""
+
+    def make(case: Case) -> None:
+        install("bad", bad=module("bad_plugin", case.plugin))
+        for name, source in {"bad_parts": case.part, **OTHERS}.items():
+            module(name, source)
+
+    return make
+
+
+def broken_row(said: Said) -> str:
+    """The status of the one row that is not ok, in a catalog that lists everything else."""
+    assert said.code == 0, said.err
+    rows = json.loads(said.out)
+    assert sum(row["distribution"] == "moeloom" and row["status"] == "ok" for row in rows) > 30
+    (row,) = [row for row in rows if row["status"] != "ok"]
+    assert (row["distribution"], row["version"]) == ("bad", "1.0")
+    return str(row["status"])
+
+
+def aloud(door: str, *arguments: str | Path) -> Said:
+    """Go through a door whose warnings end on stderr, as they do outside of pytest."""
+
+    def work() -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                through(door, *arguments)
+            finally:
+                for warning in caught:
+                    print(f"warned: {warning.message}", file=sys.stderr)
+
+    return forked(work)
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_a_broken_plugin_is_one_warning_and_one_sentence_to_who_names_it(
+    name: str, install_case: Callable[[Case], None], lab: Lab
+) -> None:
+    case = PLUGINS[name]
+    install_case(case)
+    unrelated = aloud("catalog", "--json")
+    assert broken_row(unrelated).startswith(f"broken: {case.why}")
+    warned = [line for line in unrelated.err.splitlines() if "plugin" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"warned: plugin 'bad' of bad 1.0 is broken: {case.why}")
+    named = lab.door("describe", lab.file, "plugins=[bad_plugin]")
+    assert named.code == 2
+    assert f"plugins: plugin 'bad_plugin', which the recipe names, is broken: {case.why}" in named.sentence
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_broken_component_is_one_sentence_to_who_asks_for_it(
+    name: str, install_case: Callable[[Case], None], lab: Lab
+) -> None:
+    case = PARTS[name]
+    install_case(case)
+    asked = lab.door("describe", lab.file, "data.corpus.name=probe")
+    assert asked.code == 2
+    assert asked.sentence.startswith(f"command line (data.corpus.name=probe): data.corpus.name: {case.why}")
+    assert broken_row(lab.door("catalog", "--json")).startswith(f"broken: {case.why}")
+
+
+def test_a_broken_plugin_stops_no_run_that_does_not_need_it(install_case: Callable[[Case], None], lab: Lab) -> None:
+    install_case(PLUGINS["raises"])
+    unrelated = aloud("describe", lab.file, "--json")
+    assert unrelated.code == 0
+    assert unrelated.err == "warned: plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver\n"
+    asked = lab.door("describe", lab.file, "data.corpus.name=probe")
+    assert asked.code == 2
+    assert asked.sentence.endswith(
+        "no corpus is named 'probe'; known: files, package_text; "
+        "plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver"
+    )
+
+
+def test_a_broken_component_stops_no_run_that_does_not_need_it(install_case: Callable[[Case], None], lab: Lab) -> None:
+    install_case(PARTS["raises"])
+    unrelated = aloud("describe", lab.file, "--json")
+    assert (unrelated.code, unrelated.err) == (0, "")
+    shown = lab.door("catalog", "show", "corpus", "probe")
+    assert shown.code == 2
+    assert shown.sentence == PARTS["raises"].why
+
+
+def test_two_plugins_that_import_each_other_are_both_broken_and_the_rest_is_fine(
+    module: Module, install: Install, lab: Lab
+) -> None:
+    install("one", one=module("one_plugin", f"{OFFER}\n    from two_plugin import TWO\n    ONE = 1\n"))
+    install("two", two=module("two_plugin", f"{OFFER}\n    from one_plugin import ONE\n    TWO = 2\n"))
+    install("good", good=module("good_plugin"))
+    said = lab.door("catalog", "--json")
+    assert said.code == 0, said.err
+    rows = {(row["distribution"], row["name"]): row["status"] for row in json.loads(said.out)}
+    hint = "two modules import each other: move what both need into a third"
+    for point in ("one", "two"):
+        status = rows[point, point]
+        assert status.startswith("broken: ImportError: cannot import name ")
+        assert status.endswith(hint)
+    assert rows["good", "probe"] == "ok"
+
+
+def test_a_component_may_import_its_own_light_module(module: Module, install: Install, lab: Lab) -> None:
+    install("good", good=module("good_plugin", OFFER))
+    module("bad_parts", config('size: int = setting(1, doc="documents")') + "\n    import good_plugin\n")
+    said = lab.door("describe", lab.file, "data.corpus.name=probe")
+    assert said.code == 0, said.err
+
+
+def test_two_distributions_with_one_name_are_both_named(module: Module, install: Install, lab: Lab) -> None:
+    install("first", one=module("first_one"))
+    install("second", two=module("second_one"))
+    said = lab.door("describe", lab.file, "data.corpus.name=probe")
+    assert said.code == 2
+    assert said.sentence.endswith(
+        "data.corpus.name: corpus 'probe' is offered by first (first_one:Probe) and second (second_one:Probe); "
+        "write distribution/probe to choose"
+    )
+    chosen = lab.door("describe", lab.file, "data.corpus.name=second/probe", "--json")
+    assert chosen.code == 0, chosen.err
+    (row,) = [row for row in json.loads(chosen.out)["plugins"] if row["slot"] == "corpus"]
+    assert (row["distribution"], row["module"]) == ("second", "second_one")
+    listed = lab.door("catalog")
+    assert "corpus probe has 2 owners: a recipe must write first/probe or second/probe" in listed.out
+
+
+def test_two_distributions_with_one_module_cannot_be_told_apart(module: Module, install: Install, lab: Lab) -> None:
+    install("first", one=module("same_one"))
+    install("second", two="same_one")
+    said = lab.door("describe", lab.file, "data.corpus.name=probe")
+    assert said.code == 2
+    assert said.sentence.endswith(
+        "corpus 'probe' is offered by first (same_one:Probe) and second (same_one:Probe); Python finds only one "
+        "module same_one, so uninstall one of them"
+    )
+
+
+def test_a_recipes_own_plugin_and_an_installed_one_are_told_apart(module: Module, install: Install, lab: Lab) -> None:
+    install("first", one=module("first_one"))
+    own = f"plugins=[{module('own_one')}]"
+    said = lab.door("describe", lab.file, own, "data.corpus.name=probe")
+    assert "offered by first (first_one:Probe) and recipe (own_one:Probe)" in said.sentence
+    assert lab.door("describe", lab.file, own, "data.corpus.name=recipe/probe").code == 0
+
+
+@pytest.mark.parametrize("value", ["bad_plugin:register", "bad-plugin", "./bad_plugin.py"])
+def test_an_entry_point_that_names_no_module_says_so(value: str, module: Module, install: Install, lab: Lab) -> None:
+    module("bad_plugin", OFFER)
+    install("bad", bad=value)
+    why = f"{value!r} is no module's name, such as my_package or my_package.plugin"
+    assert broken_row(lab.door("catalog", "--json")) == f"broken: {why}"
+
+
+def test_a_module_that_is_not_there_is_told_by_its_name(lab: Lab, site: Path) -> None:
+    said = lab.door("describe", lab.file, "plugins=[no_such_plugin]")
+    assert said.code == 2
+    assert said.sentence.endswith(
+        "plugin 'no_such_plugin', which the recipe names, is broken: "
+        "ModuleNotFoundError: No module named 'no_such_plugin'"
+    )
