@@ -30,6 +30,8 @@ def main(arguments: argparse.Namespace) -> None:
         print_json(values)
         return
     for name, value in values.items():
+        if name == "notices":
+            continue  # they were told on stderr
         print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
 
 

@@ -53,6 +53,8 @@ def main(arguments: argparse.Namespace) -> None:
         print_json(summary)
     else:
         print(_sentence(summary))
+        for notice in summary["notices"]:
+            print(f"note: {notice}")
 
 
 def _quiet() -> None:

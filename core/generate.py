@@ -38,7 +38,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     checkpoint = newest_checkpoint(Path(arguments.run))
     model = load(checkpoint)
-    for notice in compose(run_of(checkpoint).recipe).notices():
+    notices = compose(run_of(checkpoint).recipe).notices()
+    for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
     tokenizer = Tokenizer.load(run_of(checkpoint).tokenizer)
     prompt = [tokenizer.end, *tokenizer.encode(arguments.prompt)]
@@ -57,7 +58,8 @@ def main(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - begin
     text, rate = tokenizer.decode(written), len(written) / seconds
     if arguments.json:
-        print_json({"prompt": arguments.prompt, "text": text, "tokens": len(written), "tokens_per_second": rate})
+        told = {"prompt": arguments.prompt, "text": text, "tokens": len(written), "tokens_per_second": rate}
+        print_json({**told, "notices": notices})
     else:
         print(arguments.prompt + text)
         print(f"{len(written)} tokens, {rate:.0f} tokens/s", file=sys.stderr)

@@ -300,6 +300,7 @@ def evaluate(checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] =
     for index, batch in enumerate(loader):
         module.validation_step(batch, index)
     values: dict[str, Any] = {"checkpoint": checkpoint.name, **module.validation.compute()}
+    values["notices"] = recipe.notices()
     if xz:
         split = read_split(make(recipe.data.corpus))
         train, validation = (b"".join(d.data for d in part) for part in (split.train, split.validation))

@@ -22,7 +22,7 @@ LEGEND = (
     "excluded, output included. FLOPs: training, causal attention, all loss heads; dropped assignments count as done. "
     "±%: against the first recipe. KV: bytes of cache per token, 2 an element. top k: assignments per token. "
     "capacity: what an expert or a device takes in training at most, over its even share. "
-    "drops: assignments may be left undone in training. causal: no output depends on a later token. "
+    "drops: assignments may be left undone in training. causal: no output depends on what a later token is. "
     "batch dep.: an output may depend on other sequences of its micro-batch."
 )
 """What the columns mean."""

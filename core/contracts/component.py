@@ -64,6 +64,11 @@ class Component:
         return cls.capabilities
 
     @classmethod
+    def traceable_of(cls, config: Any) -> bool:
+        """`traceable` under these settings."""
+        return cls.traceable
+
+    @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
         """Why this component cannot run in `environment`, as one sentence; None if it can."""
         return None

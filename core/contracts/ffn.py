@@ -23,7 +23,8 @@ class Traits:
         top_k: assignments per token.
         capacity_factor: what an expert (or a device) takes in training at most, over its even share; None: no limit.
         drops: whether assignments may be left undone in training.
-        causal: whether, in training, no token's output depends on a later token.
+        causal: whether, in training, no token's output depends on what a later token is (how many there are may set a
+            capacity).
         batch_dependent: whether a token's output may depend on the other sequences of its micro-batch.
     """
 

@@ -84,7 +84,7 @@ CAPABILITIES = {
     "selects_with_bias": "selects through the balancers' bias",
     "groups": "limits the groups of experts that a token reaches",
     "capacity": "limits how many tokens an expert takes",
-    "causal": "lets no token's output depend on a later token",
+    "causal": "lets no token's output depend on what a later token is",
     "batch_dependent": "lets a token's output depend on the other sequences of its micro-batch",
     "learned": "learns which experts to choose",
     "drops": "leaves some of its assignments undone",
@@ -102,7 +102,8 @@ class Router(nn.Module, Component, ABC):
     `context.step` and whether the module trains. Padding takes part in nothing: it takes no capacity and no
     place in an expert's choice.
 
-    `capabilities` are words of `CAPABILITIES`. One with `groups` has `groups` in its `Config`.
+    `capabilities` are words of `CAPABILITIES`. One with `groups` has `groups` in its `Config`, and `reach`, how many of
+    them a token may use.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset()

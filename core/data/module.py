@@ -82,7 +82,11 @@ class TextData(LightningDataModule):
         return self._prepared.fingerprint
 
     def token_counts(self) -> Tensor:
-        """How often each token stands in the training stream, int64 V."""
+        """How often each token stands in the training stream, int64 V; counted once."""
+        return self._token_counts
+
+    @cached_property
+    def _token_counts(self) -> Tensor:
         tokens, pieces = self._prepared.train.tokens, range(0, len(self._prepared.train), _PIECE)
         counts = sum(np.bincount(tokens[i : i + _PIECE], minlength=self._vocab) for i in pieces)
         return torch.as_tensor(counts, dtype=torch.int64)

@@ -66,6 +66,8 @@ class Block(nn.Module):
 
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default)
+"""What picks experts. Places, budgets and chance are worked out again, from choices that are kept and affinities that
+the same kernels compute once more; only a device that gives other bits the second time could part them."""
 
 
 def _keep_choices() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -18,7 +18,8 @@ def has_place(expert_TK: Tensor, context: SequenceContext, *, experts: int, by_s
         expert_TK: int64, each token's choices in order.
         context: says which tokens are valid and where sequences begin.
         experts: how many there are, E.
-        by_sequence: each sequence is a group; else all tokens are one.
+        by_sequence: each sequence is a group, or each document's piece of it where they are kept apart; else all
+            tokens are one.
         factor: capacity factor, over the even share of the group's assignments.
     """
     tokens, choices = expert_TK.shape
@@ -32,13 +33,24 @@ def has_place(expert_TK: Tensor, context: SequenceContext, *, experts: int, by_s
     return (places_G.index_select(0, group_T)[:, None] > rank_A.view(choices, tokens).T) & valid_T[:, None]
 
 
-def groups_of(context: SequenceContext, *, by_sequence: bool) -> tuple[Tensor, int]:
-    """int64 group of each of the T tokens, and how many groups there are: one per sequence, or one for all."""
+def pieces_of(context: SequenceContext) -> tuple[Tensor, int]:
+    """The sequence, or the document's part of it, that each of the T tokens belongs to, and how many there are."""
     batch, length = context.tokens_BL.shape
-    rows_B = torch.arange(batch, device=context.tokens_BL.device)
+    row_BL = torch.arange(batch, device=context.tokens_BL.device)[:, None].expand(batch, length)
+    if context.documents_BM is None or not row_BL.numel():
+        return row_BL.reshape(-1), batch
+    documents_BL = context.documents_BM[:, :length]
+    begins_BL = torch.ones_like(documents_BL, dtype=torch.int64)
+    begins_BL[:, 1:] = (documents_BL[:, 1:] != documents_BL[:, :-1]).to(torch.int64)
+    piece_T = begins_BL.flatten().cumsum(0) - 1
+    return piece_T, int(piece_T[-1]) + 1
+
+
+def groups_of(context: SequenceContext, *, by_sequence: bool) -> tuple[Tensor, int]:
+    """int64 group of each of the T tokens, and how many there are: one for all, or the pieces of `pieces_of`."""
     if by_sequence:
-        return rows_B.repeat_interleave(length), batch
-    return torch.zeros(batch * length, dtype=torch.int64, device=rows_B.device), 1
+        return pieces_of(context)
+    return torch.zeros_like(context.tokens_BL).flatten(), 1
 
 
 def even_share(assigned: Tensor, parts: int, factor: float) -> Tensor:

@@ -11,7 +11,8 @@ so that sum_i f_i P_i is exactly 1 where the choices are even. Normalising the a
 softmax; for a sigmoid it means that a token cannot buy a lower loss by making all its affinities small.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,20 @@ from core.contracts.build import BuildContext
 from core.contracts.context import SequenceContext
 from core.contracts.record import LossTerm
 from core.contracts.router import Routing
-from core.contracts.schedule import Progress, value_at
+from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
+from core.contracts.schema import setting
+from core.model.capacity import pieces_of
+
+
+@dataclass(kw_only=True)
+class Weighted:
+    """The settings of a loss with a coefficient; a method of its own has its own default."""
+
+    alpha: Scheduled = setting(doc="coefficient")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` for a negative coefficient."""
+        check_scheduled(self.alpha, "alpha", low=0)
 
 
 class ShareLoss(Balancer):
@@ -91,16 +105,34 @@ class ShareLoss(Balancer):
         return torch.zeros_like(context.tokens_BL).flatten(), 1
 
 
+class FirstChoiceLoss(ShareLoss):
+    """f counts the expert of highest affinity only; `over` says over which tokens the loss is formed."""
+
+    @dataclass(kw_only=True)
+    class Config(Weighted):
+        """The coefficient and the piece."""
+
+        over: Literal["sequence", "batch", "micro_batch"] = setting("sequence", doc="the tokens it is formed over")
+
+    def __init__(self, config: Any, build: BuildContext, *, experts: int, top_k: int) -> None:
+        super().__init__(config, build, experts=experts, top_k=top_k)
+        self.scope = config.over
+
+    @property
+    def choices(self) -> int:
+        """The best expert only."""
+        return 1
+
+    def chosen(self, routing: Routing) -> Tensor:
+        """T x E, 1 where the expert has the token's highest affinity; of equals the first."""
+        best_T1 = routing.scores_TE.argmax(dim=1, keepdim=True)
+        return torch.zeros_like(routing.scores_TE).scatter(1, best_T1, 1.0)
+
+
 def sum_by_piece(column: Tensor, valid_T: Tensor, piece_T: Tensor, pieces: int) -> Tensor:
     """The sum of T x ... over the valid tokens of each piece, N x ..., in the column's own format."""
     mask = valid_T.view(-1, *[1] * (column.dim() - 1)).to(column.dtype)
     return column.new_zeros(pieces, *column.shape[1:]).index_add(0, piece_T, column * mask)
-
-
-def first_choices(routing: Routing) -> Tensor:
-    """T x E, 1 where the expert has the token's highest affinity; of equals the first."""
-    best_T1 = routing.scores_TE.argmax(dim=1, keepdim=True)
-    return torch.zeros_like(routing.scores_TE).scatter(1, best_T1, 1.0)
 
 
 def routed_choices(routing: Routing) -> Tensor:
@@ -108,16 +140,3 @@ def routed_choices(routing: Routing) -> Tensor:
     zeros_TE = torch.zeros_like(routing.scores_TE)
     ones_A = torch.ones_like(routing.expert_A, dtype=zeros_TE.dtype)
     return zeros_TE.index_put((routing.token_A, routing.expert_A), ones_A)
-
-
-def pieces_of(context: SequenceContext) -> tuple[Tensor, int]:
-    """The sequence, or the document's part of it, that each of the T tokens belongs to, and how many there are."""
-    batch, length = context.tokens_BL.shape
-    row_BL = torch.arange(batch, device=context.tokens_BL.device)[:, None].expand(batch, length)
-    if context.documents_BM is None or not row_BL.numel():
-        return row_BL.reshape(-1), batch
-    documents_BL = context.documents_BM[:, :length]
-    begins_BL = torch.ones_like(documents_BL, dtype=torch.int64)
-    begins_BL[:, 1:] = (documents_BL[:, 1:] != documents_BL[:, :-1]).to(torch.int64)
-    piece_T = begins_BL.flatten().cumsum(0) - 1
-    return piece_T, int(piece_T[-1]) + 1

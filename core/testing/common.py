@@ -153,12 +153,12 @@ def formats_are_followed(subject: Subject) -> None:
 
 @check(
     *MODULES,
-    clause="torch.compile takes the forward as one graph, or `traceable` says that it does not",
+    clause="torch.compile takes the forward as one graph, or `traceable_of` says that it does not",
     where="core/contracts/component.py, Component: `traceable`",
 )
 def compiles_as_declared(subject: Subject) -> None:
     """With the eager backend: what is traced, not what is generated."""
-    spare(subject.component.traceable, "declared not to be traceable")
+    spare(subject.component.traceable_of(subject.config), "declared not to be traceable")
     module = perturbed(subject.made())
     arguments = call_arguments(subject.entry.slot, bench.padded([8, 5, 8]), torch.float64)
     expected = call(subject.entry.slot, module, *arguments)

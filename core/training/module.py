@@ -91,15 +91,18 @@ class TrainingModule(L.LightningModule):
         return self.optimizer_factory.make(self.model.named_parameters())
 
     def context(self, batch: Batch, index: int = 0) -> SequenceContext:
-        """What the model is told about the step's micro-batch number `index`."""
-        rank, _ = rank_and_world()
+        """What the model is told about micro-batch number `index` of the step, or of the validation split.
+
+        In evaluation random choices have the addresses of step 0, so that every validation of one model is the same.
+        """
+        rank, world = rank_and_world()
         return SequenceContext.of(
             batch.tokens_BL,
             targets_BL=batch.targets_BL,
             valid_BL=batch.valid_BL,
             documents_BM=batch.documents_BM if self.mask_documents else None,
-            step=self.windows_done,
-            first_sequence=index * self.plan.sequences + rank * len(batch.tokens_BL),
+            step=self.windows_done if self.training else 0,
+            first_sequence=(index * world + rank) * len(batch.tokens_BL),
             reduce_sum=reduce_sum,
         )
 
@@ -233,9 +236,9 @@ class TrainingModule(L.LightningModule):
         """Count anew."""
         self.validation.reset()
 
-    def validation_step(self, batch: Batch, _: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the totals; nothing of the model changes."""
-        self.validation.update(self.model(self.context(batch)))
+        self.validation.update(self.model(self.context(batch, batch_idx)))
 
     def on_validation_epoch_end(self) -> None:
         """Log what the whole validation split gave."""

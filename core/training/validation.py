@@ -28,6 +28,7 @@ class ValidationTotals(Metric):
         self.layers = {path: layer.experts for path, layer in model.expert_layers().items()}
         for index, experts in enumerate(self.layers.values()):
             self.add_state(f"load {index}", torch.zeros(experts, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("dropped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.names: list[str] = []
 
     def update(self, losses: Losses) -> None:
@@ -39,6 +40,7 @@ class ValidationTotals(Metric):
             self._state(f"count {name}").add_(term.count.to(torch.int64))
         for index, path in enumerate(self.layers):
             self._state(f"load {index}").add_(losses.records[path].load_E)
+            self._state("dropped").add_(losses.records[path].dropped)
 
     def compute(self) -> dict[str, float]:
         """`val_loss` and `val_bits_per_byte` of the main head, `val/<term>` of all, load over the whole split."""
@@ -51,6 +53,9 @@ class ValidationTotals(Metric):
             if self.bytes:
                 values["val_bits_per_byte"] = sums[main] / math.log(2) / self.bytes
         loads = [self._state(f"load {index}") for index in range(len(self.layers))]
+        if loads:
+            assigned = sum(int(load_E.sum()) for load_E in loads)
+            values["val_dropped_fraction"] = int(self._state("dropped")) / max(assigned, 1)
         for name, value in measures(loads).items():
             values[f"val_{name}_global"] = float(value)
         return values

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from core.contracts.balancer import Balancer
 from core.contracts.build import BuildContext
+from core.contracts.errors import Wrong
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
 from core.model.exact import ExactState
@@ -47,8 +48,10 @@ class Bias(ExactState, Balancer):
         centre: bool = setting(False, doc="take the mean change off every change, so that the biases keep their mean")
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` for a negative rate."""
+            """Raises `Wrong` for a negative rate, and for the unit of a sign."""
             check_scheduled(self.rate, "rate", low=0)
+            if self.update == "sign" and self.unit != "relative":
+                raise Wrong("unit", "must be left out unless update is proportional: a sign has no unit")
 
     def __init__(self, config: Config, build: BuildContext, *, experts: int, top_k: int) -> None:
         super().__init__(config, build, experts=experts, top_k=top_k)

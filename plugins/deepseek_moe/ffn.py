@@ -87,13 +87,23 @@ class MixtureOfExperts(FeedForward):
                 if missing := section.component.needs - able:
                     need = f"{section.name} needs a router that {_words(missing)}"
                     raise Wrong(f"balance.{index}", f"{need}, and {self.router.name} does not")
+            biased = [index for index, s in enumerate(self.balance) if "selects_with_bias" in s.component.needs]
+            if len(biased) > 1:
+                raise Wrong(f"balance.{biased[1]}", "must be the only one that biases selection: two would add up")
             if self.token_dropping is not None:
-                if "token_choice" not in able:
-                    need = f"needs a router that {_words({'token_choice'})}"
-                    raise Wrong("token_dropping", f"{need}, and {self.router.name} does not")
-                if "capacity" in able:
-                    why = f"{self.router.name} {_words({'capacity'})} by itself"
-                    raise Wrong("token_dropping", f"must be null: {why}")
+                self._check_dropping(able)
+
+        def _check_dropping(self, able: frozenset[str]) -> None:
+            assert self.token_dropping is not None
+            if missing := {"token_choice", "learned"} - able:
+                need = f"needs a router that {_words(missing)}"
+                raise Wrong("token_dropping", f"{need}, and {self.router.name} does not")
+            if "capacity" in able:
+                why = f"{self.router.name} {_words({'capacity'})} by itself"
+                raise Wrong("token_dropping", f"must be null: {why}")
+            groups = self.router.config.groups if "groups" in able else 1
+            if groups not in (1, self.token_dropping.devices):
+                raise Wrong("token_dropping.devices", f"must be the router's groups, {groups}")
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)
@@ -118,6 +128,12 @@ class MixtureOfExperts(FeedForward):
     def experts(self) -> int:
         """Routed experts."""
         return self.config.experts
+
+    @classmethod
+    def traceable_of(cls, config: Config) -> bool:
+        """Which sequences are never dropped is drawn by the step, which is no part of a graph."""
+        router = config.router
+        return config.token_dropping is None and bool(router.component.traceable_of(router.config))
 
     @property
     def traits(self) -> Traits:

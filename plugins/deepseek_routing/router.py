@@ -70,6 +70,8 @@ class DeepSeekV3Router(LearnedRouter):
                 raise Wrong(
                     "top_k", f"must be between {least} and {left}, the experts that the group limit leaves ({why})"
                 )
+            if self.group_score is not None and self.reach == self.groups:
+                raise Wrong("group_score", "must be null unless group_limit is less than groups: nobody asks for it")
             if self.reach < self.groups and not 1 <= self.spokesmen <= in_group:
                 if self.group_score is None:
                     raise Wrong("top_k", "must leave top_k / group_limit experts in every group")

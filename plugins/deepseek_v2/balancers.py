@@ -1,7 +1,7 @@
 """DeepSeek-V2's three auxiliary losses (arXiv 2405.04434, eq. 23-31): experts, devices, communication.
 
 T is the tokens of one sequence, and a choice is what the token was routed to within its device limit. Each is exactly
-its alpha where the load is even.
+its alpha where the load is even; communication, where every token also reaches M devices.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ from torch import Tensor
 from core.contracts.context import SequenceContext
 from core.contracts.errors import Wrong
 from core.contracts.router import Routing
-from core.contracts.schedule import Scheduled, check_scheduled
+from core.contracts.schedule import Scheduled
 from core.contracts.schema import setting
-from core.model.share_loss import ShareLoss, pieces_of, routed_choices, sum_by_piece
+from core.model.capacity import pieces_of
+from core.model.share_loss import ShareLoss, Weighted, routed_choices, sum_by_piece
 
 
 class ExpertLoss(ShareLoss):
@@ -25,14 +26,10 @@ class ExpertLoss(ShareLoss):
     example = {"name": "expert", "alpha": 0.003}
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(Weighted):
         """Settings of the expert-level loss."""
 
         alpha: Scheduled = setting(0.003, doc="coefficient (V2: 0.003, V2-Lite: 0.001, DeepSeekMoE 2B: 0.01)")
-
-        def check(self, parent: Any) -> None:
-            """Raises `Wrong` for a negative coefficient."""
-            check_scheduled(self.alpha, "alpha", low=0)
 
     def chosen(self, routing: Routing) -> Tensor:
         """Where the token was routed."""
@@ -46,7 +43,7 @@ class DeviceLoss(ShareLoss):
     example = {"name": "device", "alpha": 0.05, "devices": 4}
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(Weighted):
         """Settings of the device-level loss."""
 
         alpha: Scheduled = setting(0.05, doc="coefficient (V2: 0.05)")
@@ -54,7 +51,7 @@ class DeviceLoss(ShareLoss):
 
         def check(self, parent: Any) -> None:
             """Raises `Wrong` where the devices do not divide the experts or are not the router's."""
-            check_scheduled(self.alpha, "alpha", low=0)
+            super().check(parent)
             _check_devices(self.devices, parent)
 
     def chosen(self, routing: Routing) -> Tensor:
@@ -75,7 +72,7 @@ class CommunicationLoss(ShareLoss):
     example = {"name": "communication", "alpha": 0.02, "devices": 4, "device_limit": 2}
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(Weighted):
         """Settings of the communication loss."""
 
         alpha: Scheduled = setting(0.02, doc="coefficient (V2: 0.02)")
@@ -84,12 +81,15 @@ class CommunicationLoss(ShareLoss):
 
         def check(self, parent: Any) -> None:
             """Raises `Wrong` where devices or their limit are not the router's."""
-            check_scheduled(self.alpha, "alpha", low=0)
+            super().check(parent)
             _check_devices(self.devices, parent)
             if not 1 <= self.device_limit <= self.devices:
                 raise Wrong("device_limit", f"must be between 1 and devices = {self.devices}")
             grouped = _of_router(parent, "groups", 1) == self.devices
             reach = _of_router(parent, "reach", self.device_limit)
+            most = _of_router(parent, "top_k", self.device_limit)
+            if self.device_limit > most:
+                raise Wrong("device_limit", f"must be at most top_k = {most}: no token reaches more devices")
             if grouped and self.device_limit != reach:
                 raise Wrong("device_limit", f"must be the router's, {reach}")
 

@@ -52,5 +52,6 @@ class ForcedBalanceRouter(LearnedRouter):
         turn_K = torch.arange(self.top_k, device=number_T.device)
         expert_TK = (number_T[:, None] * self.top_k + turn_K) % self.experts
         gate_TK = scores_TE.gather(1, expert_TK)
-        gate_TK = gate_TK / (gate_TK.sum(dim=1, keepdim=True) + 1e-20) * self.config.scale
-        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE)
+        if self.top_k > 1:  # one gate, normalised, would be a constant
+            gate_TK = gate_TK / (gate_TK.sum(dim=1, keepdim=True) + 1e-20)
+        return Routing.top_k(expert_TK, gate_TK * self.config.scale, scores_TE, logits_TE)

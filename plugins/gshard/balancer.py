@@ -5,14 +5,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from core.contracts.build import BuildContext
-from core.contracts.router import Routing
-from core.contracts.schedule import Scheduled, check_scheduled
+from core.contracts.errors import Wrong
+from core.contracts.schedule import Scheduled
 from core.contracts.schema import setting
-from core.model.share_loss import ShareLoss, first_choices
+from core.model.share_loss import FirstChoiceLoss, Weighted
 
 
-class GShardLoss(ShareLoss):
+class GShardLoss(FirstChoiceLoss):
     """(1 / E) sum_e (c_e / S) m_e: first choices c_e and mean probability m_e of a local group of S tokens.
 
     At an even load this is 1 / E^2, not 1: no coefficient can be carried over from the other losses.
@@ -22,28 +21,19 @@ class GShardLoss(ShareLoss):
     example = {"name": "gshard", "alpha": 0.01}
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(Weighted):
         """Settings of GShard's loss."""
 
         alpha: Scheduled = setting(doc="coefficient (k); the value at an even load is alpha / experts^2")
         over: Literal["sequence", "batch", "micro_batch"] = setting("sequence", doc="the local group")
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` for a negative coefficient."""
-            check_scheduled(self.alpha, "alpha", low=0)
-
-    def __init__(self, config: Config, build: BuildContext, *, experts: int, top_k: int) -> None:
-        super().__init__(config, build, experts=experts, top_k=top_k)
-        self.scope = config.over
-
-    @property
-    def choices(self) -> int:
-        """First choices only."""
-        return 1
-
-    def chosen(self, routing: Routing) -> Tensor:
-        """The highest probability."""
-        return first_choices(routing)
+            """Raises `Wrong` for a negative coefficient, and for another local group than the router's."""
+            super().check(parent)
+            group = getattr(getattr(getattr(parent, "router", None), "config", None), "group", None)
+            if group is not None and (group == "sequence") != (self.over == "sequence"):
+                allowed = "sequence" if group == "sequence" else "micro_batch or batch"
+                raise Wrong("over", f"must be {allowed}, the local group that the router has (group: {group})")
 
     def value(self, f_NE: Tensor, p_NE: Tensor, sums: dict[str, Tensor]) -> Tensor:
         """f is E c / S, so that the sum is E^2 times GShard's."""

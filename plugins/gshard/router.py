@@ -26,8 +26,11 @@ class GShardRouter(LearnedRouter):
 
     paper = "GShard (arXiv 2006.16668), algorithm 1"
     capabilities = frozenset({"capacity", "drops", "learned", "token_choice"})
+    notice = (
+        "gshard leaves undone what finds no place, in evaluation too, and is not causal: first choices of later tokens "
+        "go before second choices; read token by token every choice finds a place, so decoding gives other results"
+    )
     example = {"name": "gshard", "capacity_factor": 1.0}
-    traceable = False  # the second expert's chance hashes the step, which is no part of a graph
     refuses = {
         "top_k": "GShard's algorithm takes two experts for every token; gshard_dropless takes any number",
         "groups": "GShard limits what an expert takes, not which experts a token reaches; its `group` is of tokens",
@@ -57,6 +60,11 @@ class GShardRouter(LearnedRouter):
     def capabilities_of(cls, config: Config) -> frozenset[str]:
         """Groups that are whole batches make sequences depend on each other."""
         return cls.capabilities | ({"batch_dependent"} if config.group == "batch" else set())
+
+    @classmethod
+    def traceable_of(cls, config: Config) -> bool:
+        """The second expert's chance hashes the step, which is no part of a graph."""
+        return config.second == "always"
 
     @property
     def top_k(self) -> int:

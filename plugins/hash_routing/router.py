@@ -46,7 +46,7 @@ class HashRouter(Router):
 
     def __init__(self, config: Config, build: BuildContext, *, experts: int) -> None:
         super().__init__(config, build, experts=experts)
-        self.config, self.build = config, build
+        self.config, self.seed, self.layer, self.token_counts = config, build.seed, build.layer, build.token_counts
         self.known = True
         self.table: Tensor
         self.register_buffer("table", torch.zeros(build.vocabulary, dtype=torch.int64))
@@ -55,12 +55,12 @@ class HashRouter(Router):
         """The random table of this seed and layer, or the balanced one where token counts are at hand."""
         if self.config.map == "random":
             ids_V = torch.arange(len(self.table))
-            drawn_V = uniform(self.build.seed, f"hash table:{self.build.layer}", ids_V)
+            drawn_V = uniform(self.seed, f"hash table:{self.layer}", ids_V)
             self.table.copy_((drawn_V * self.experts).to(torch.int64))
             return
-        self.known = self.build.token_counts is not None
-        if self.build.token_counts is not None:
-            self.table.copy_(torch.tensor(balanced(self.build.token_counts().tolist(), self.experts)))
+        self.known = self.token_counts is not None
+        if self.token_counts is not None:
+            self.table.copy_(torch.tensor(balanced(self.token_counts().tolist(), self.experts)))
 
     def _load_from_state_dict(self, *arguments: Any, **rest: Any) -> None:
         super()._load_from_state_dict(*arguments, **rest)  # type: ignore[no-untyped-call]

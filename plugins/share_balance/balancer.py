@@ -5,11 +5,10 @@ limit. They differ in the tokens that f and P are formed over.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from core.contracts.schedule import Scheduled, check_scheduled
+from core.contracts.schedule import Scheduled
 from core.contracts.schema import setting
-from core.model.share_loss import ShareLoss
+from core.model.share_loss import ShareLoss, Weighted
 
 
 class SequenceLoss(ShareLoss):
@@ -19,14 +18,10 @@ class SequenceLoss(ShareLoss):
     example = {"name": "sequence", "alpha": 0.0001}
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(Weighted):
         """Settings of the sequence-wise loss."""
 
         alpha: Scheduled = setting(0.0001, doc="coefficient (DeepSeek-V3: 0.0001)")
-
-        def check(self, parent: Any) -> None:
-            """Raises `Wrong` for a negative coefficient."""
-            check_scheduled(self.alpha, "alpha", low=0)
 
 
 class BatchLoss(ShareLoss):
@@ -40,14 +35,10 @@ class BatchLoss(ShareLoss):
     example = {"name": "batch", "alpha": 0.001}
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(Weighted):
         """Settings of the batch-wise loss."""
 
         alpha: Scheduled = setting(0.001, doc="coefficient")
-
-        def check(self, parent: Any) -> None:
-            """Raises `Wrong` for a negative coefficient."""
-            check_scheduled(self.alpha, "alpha", low=0)
 
 
 class MicroBatchLoss(ShareLoss):
@@ -58,11 +49,7 @@ class MicroBatchLoss(ShareLoss):
     example = {"name": "micro_batch", "alpha": 0.001}
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(Weighted):
         """Settings of the loss over a micro-batch."""
 
         alpha: Scheduled = setting(0.001, doc="coefficient (arXiv 2408.15664, for sigmoid affinities: 0.001)")
-
-        def check(self, parent: Any) -> None:
-            """Raises `Wrong` for a negative coefficient."""
-            check_scheduled(self.alpha, "alpha", low=0)

@@ -21,6 +21,10 @@ class SwitchRouter(LearnedRouter):
 
     paper = "Switch Transformers (arXiv 2101.03961), section 2"
     capabilities = frozenset({"capacity", "causal", "drops", "learned", "token_choice"})
+    notice = (
+        "switch leaves undone what finds no place, in evaluation too; read token by token every token finds one, so "
+        "decoding gives other results"
+    )
     example = {"name": "switch", "capacity_factor": 1.25}
     refuses = {
         "top_k": "Switch takes one expert for every token; gshard_dropless takes any number",
@@ -54,6 +58,11 @@ class SwitchRouter(LearnedRouter):
     def capabilities_of(cls, config: Config) -> frozenset[str]:
         """Groups that are whole batches make sequences depend on each other."""
         return cls.capabilities | ({"batch_dependent"} if config.group == "batch" else set())
+
+    @classmethod
+    def traceable_of(cls, config: Config) -> bool:
+        """Jitter hashes the step, which is no part of a graph."""
+        return not config.jitter
 
     @property
     def top_k(self) -> int:

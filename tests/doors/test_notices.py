@@ -32,6 +32,11 @@ def test_a_notice_is_told_at_every_door_and_kept(
         assert said.code == 0, said.err
         assert words in said.err
         assert words not in said.out
+        said = lab.door(door, *arguments, "--json")
+        (notice,) = json.loads(said.out)["notices"]
+        assert words in notice
+    finished = lab.door("fit", lab.file, *overrides, *QUICK, "--resume", run)
+    assert words in finished.out
     assert words in lab.door("describe", lab.file, *overrides).out
 
 
@@ -42,7 +47,7 @@ def test_no_notice_where_there_is_nothing_to_say(lab: Lab, finished: Path) -> No
 
 def test_the_catalog_marks_what_needs_a_notice(lab: Lab) -> None:
     listed = json.loads(lab.door("catalog", "--json").out)
-    assert {row["name"] for row in listed if row["notice"]} == {"expert_choice", "forced_balance"}
+    assert {row["name"] for row in listed if row["notice"]} == {"expert_choice", "forced_balance", "gshard", "switch"}
     assert "not causal" in lab.door("catalog").out
     assert "not causal" in lab.door("catalog", "show", "router", "expert_choice").out
 
@@ -62,3 +67,19 @@ def test_a_balanced_hash_is_even_on_the_training_text_and_travels_with_the_weigh
         ids_E = table.bincount(minlength=8)
         assert int(ids_E.sum()) == 300
     assert lab.door("evaluate", run).code == 0
+
+
+@pytest.mark.parametrize("router", ["{name: gshard, capacity_factor: 0.8}", "{name: switch, jitter: 0.1}"])
+def test_a_run_and_its_evaluation_agree_where_routing_draws_and_drops(lab: Lab, tmp_path: Path, router: str) -> None:
+    """Whatever step the run ended at; and the size of a validation batch changes nothing for groups of one sequence."""
+    run = tmp_path / "run"
+    drawn = (f"{FFN}.router={router}", f"{FFN}.balance=[]", "precision.name=fp64", *QUICK)
+    summary = json.loads(lab.door("fit", lab.file, *drawn, "--out", run, "--json").out)
+    evaluated = json.loads(lab.door("evaluate", run, "--json").out)
+    assert evaluated["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-12)
+    assert 0 < evaluated["val_dropped_fraction"] < 1
+    if "gshard" in router:
+        recipe = (run / "recipe.yaml").read_text()
+        (run / "recipe.yaml").write_text(recipe.replace("sequences: 8\n", "sequences: 2\n"))
+        smaller = json.loads(lab.door("evaluate", run, "--json").out)
+        assert smaller["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-9)

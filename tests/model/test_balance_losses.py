@@ -393,7 +393,7 @@ def test_a_routing_made_by_hand_agrees_with_the_layers() -> None:
 def test_the_device_limit_is_the_routers_where_it_has_devices(
     groups: int, reach: int, limit: int, allowed: bool
 ) -> None:
-    router = f"{{name: deepseek_v2, top_k: 2, groups: {groups}, group_limit: {reach}}}"
+    router = f"{{name: deepseek_v2, top_k: 4, groups: {groups}, group_limit: {reach}}}"
     balance = f"[{{name: communication, devices: 4, device_limit: {limit}}}]"
     overrides = (f"{tiny.ROUTER}={router}", f"{tiny.FFN}.balance={balance}")
     if allowed:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.contracts.router import Router, Routing
+from core.testing import bench
 
 from . import tiny
 
@@ -342,9 +343,9 @@ def test_hash_takes_the_tables_expert_and_learns_nothing(kind: str) -> None:
 
 def hashed(kind: str, counts: list[int] | None = None, *, experts: int = EXPERTS, **place: int) -> Any:
     """A hash router over training data with these counts, in the layer and under the seed of `place`."""
-    one = layer("hash", map=kind).router
+    one, around = layer("hash", map=kind).router, bench.build_context(bench.KitPrecision(torch.float64))
     counted = [3] * tiny.VOCABULARY if counts is None else counts
-    build = replace(one.build, vocabulary=len(counted), token_counts=lambda: torch.tensor(counted), **place)
+    build = replace(around, vocabulary=len(counted), token_counts=lambda: torch.tensor(counted), **place)
     made = type(one)(one.config, build, experts=experts)
     made.reset_parameters()
     return made

@@ -27,7 +27,7 @@ EVERY = pytest.mark.parametrize("name", STRATEGIES)
 
 def overrides(name: str) -> tuple[str, ...]:
     """The tiny recipe with one strategy, and DeepSeek-V2's dropping in the case of that name."""
-    dropping = f"{tiny.FFN}.token_dropping={{devices: 4, keep_sequences: 0.5}}"
+    dropping = f"{tiny.FFN}.token_dropping={{devices: 2, keep_sequences: 0.5}}"
     more = (dropping,) if name == "token dropping" else ()
     return (f"{tiny.ROUTER}={STRATEGIES[name]}", PLAIN, *more)
 
@@ -154,3 +154,30 @@ def finalised(z: int) -> int:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return z ^ (z >> 31)
+
+
+# ---- settings that mean nothing together
+
+
+V3 = "{name: deepseek_v3, top_k: 2, groups: 2, group_limit: null}"
+REFUSED = {
+    "two biases": ((f"{tiny.FFN}.balance=[{{name: bias}}, {{name: bias}}]",), "balance.1.*two would add up"),
+    "a unit of a sign": ((f"{tiny.FFN}.balance=[{{name: bias, unit: fraction}}]",), "a sign has no unit"),
+    "a score that nobody asks for": ((f"{tiny.ROUTER}={V3}", f"{tiny.ROUTER}.group_score=1"), "nobody asks for it"),
+    "dropping by affinity without affinities": (
+        (f"{tiny.ROUTER}={{name: hash}}", PLAIN, f"{tiny.FFN}.token_dropping={{devices: 2}}"),
+        "learns which experts to choose, and hash does not",
+    ),
+    "dropping on other devices": ((f"{tiny.FFN}.token_dropping={{devices: 4}}",), "must be the router's groups, 2"),
+    "a loss over another local group": (
+        (f"{tiny.ROUTER}={{name: gshard, group: batch}}", f"{tiny.FFN}.balance=[{{name: gshard, alpha: 1.0}}]"),
+        "must be micro_batch or batch, the local group",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_mean_nothing_together_are_refused(name: str) -> None:
+    settings, why = REFUSED[name]
+    with pytest.raises(UserError, match=why):
+        tiny.compose(*settings)

@@ -87,6 +87,27 @@ def test_P22_two_ranks_measure_and_say_what_one_does(pair: tuple[Path, Path, str
     assert (pair[0] / "sample.txt").read_text() == (pair[1] / "sample.txt").read_text()
 
 
+def test_P22_two_ranks_draw_and_drop_as_one_does(lab: Lab, tmp_path: Path) -> None:
+    """GShard's chance and places, and losses over a batch of one micro-batch."""
+    gshard = (
+        "model.blocks.moe.ffn.router={name: gshard, capacity_factor: 0.8}",
+        "model.blocks.moe.ffn.balance=[{name: gshard, alpha: 1.0}, {name: batch, alpha: 0.01}]",
+        "batch.accumulate=1",
+        "budget.steps=3",
+    )
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    lab.fit(alone, "precision.name=fp64", *gshard)
+    with started(lab, both, *gshard, "--out", str(both)) as process:
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    one, two = (last_checkpoint(folder)["state_dict"] for folder in (alone, both))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (alone, both))
+    assert second["dropped_fraction"] == first["dropped_fraction"] > 0
+    assert second["val_loss"] == pytest.approx(first["val_loss"], rel=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_two_ranks_stop_together_when_one_is_told_and_resume_to_the_same_bits(

@@ -68,7 +68,8 @@ def _read(study: Study, run: Run) -> dict[str, Any] | None:
 def _that_fit(study: Study, runs: list[Run], sizes: dict[int, int]) -> tuple[set[int], int]:
     """The runs that have room with the fewest snapshots, and how many values one snapshot of all has."""
     turn = {id(run): study.of(run.variant).index(run) for run in runs}
-    kept, room = set(), 0
+    kept: set[int] = set()
+    room = 0
     for run in sorted(runs, key=lambda run: turn[id(run)]):
         if not kept or (room + sizes[id(run)]) * SNAPSHOTS[0] <= VALUES:
             kept.add(id(run))

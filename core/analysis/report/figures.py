@@ -5,12 +5,13 @@ plotly takes a little HTML in all of them.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
 from core.analysis.report.curves import Curve, axis_of, curve, reach
 from core.analysis.report.folder import Run, Study
-from core.analysis.report.style import Style, brief, plain, styles
+from core.analysis.report.style import DASHES, Style, brief, plain, styles
 
 Trace = dict[str, Any]
 
@@ -128,13 +129,15 @@ def _traces(
     traces: list[Trace] = []
     if whole and max(whole.seeds) > 1:
         around = {"x": whole.x + whole.x[::-1], "y": whole.high + whole.low[::-1]}
-        look = {"fill": "toself", "fillcolor": line.style.faint(0.16), "line": {"width": 0}, "mode": "lines"}
+        look = {"fill": "toself", "fillcolor": line.style.faint(0.12), "line": {"width": 0}, "mode": "lines"}
         traces.append({**common, **around, **look, "hoverinfo": "skip", "showlegend": False})
     if whole:
         pen = {"color": line.style.colour, "dash": line.style.dash, "width": 2.2}
         over = f"<br>mean of {max(whole.seeds)} seeds" if max(whole.seeds) > 1 else ""
         text = f"{plain(line.name)}{over}"
-        traces.append({**common, "x": whole.x, "y": whole.mean, "mode": mode, "line": pen, "marker": shape, **_hover(text)})
+        traces.append(
+            {**common, "x": whole.x, "y": whole.mean, "mode": mode, "line": pen, "marker": shape, **_hover(text)}
+        )
     for index, (run, part) in enumerate(parts):
         pen = {"color": line.style.colour, "dash": line.style.dash, "width": 1}
         text = f"{plain(line.name)}<br>seed {run.seed}, {plain(run.state)}"
@@ -199,8 +202,11 @@ def violation(over: OverTraining) -> Figure:
     figure = over.figure(blank, over.lines("load/max_vio_batch"), y="MaxVio of the step")
     values = [y for trace in figure.traces for y in trace["y"] if y > 0]
     if values and max(values) > 20 * min(values):
-        figure.layout["yaxis"] |= {"type": "log", "dtick": "D2" if max(values) < 1e3 * min(values) else 1}
-        figure.note += " The vertical axis is logarithmic."
+        ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)]
+        ticks = ticks if max(values) < 1e3 * min(values) else ticks[::3]
+        figure.layout["yaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
+        zeros = any(y <= 0 for trace in figure.traces for y in trace["y"])
+        figure.note += " The vertical axis is logarithmic" + (", so a MaxVio of 0 is below it." if zeros else ".")
     elif values:
         figure.layout["yaxis"] |= {"rangemode": "tozero"}
     return figure
@@ -216,10 +222,11 @@ def acceptance(over: OverTraining) -> Figure:
     )
     columns = over.columns(["val/mtp/acceptance_"])
     lines = []
-    for column in columns:
+    for column, dash in zip(columns, cycle(DASHES), strict=False):
         depth = column.rpartition("_")[2]
         suffix = f", depth {depth}" if len(columns) > 1 else ""
-        lines += over.lines(column, suffix)
+        found = over.lines(column, suffix)
+        lines += [replace(line, style=replace(line.style, dash=dash)) for line in found] if suffix else found
     figure = over.figure(blank, lines, y="fraction", markers=True)
     if len(columns) == 1 and not figure.missing:
         figure.note = f"Depth {columns[0].rpartition('_')[2]}. {figure.note}"

@@ -135,8 +135,9 @@ class _Reader:
         identity = self.mapping(self.path / "sweep.json")
         asked = self.parsed(self.path / "sweep.yaml", text)
         about = {key: asked.get(key) for key in ("name", "title", "metric", "better", "baseline", "seeds")} | identity
-        about["variants"] = [v for v in identity.get("variants") or [] if isinstance(v, dict) and "name" in v]
-        names = [str(v["name"]) for v in about["variants"]] or list(asked.get("recipes") or self._folders())
+        variants = [v for v in identity.get("variants") or [] if isinstance(v, dict) and "name" in v]
+        about["variants"] = variants
+        names = [str(v["name"]) for v in variants] or list(asked.get("recipes") or self._folders())
         results = self.mapping(self.path / "results.json")
         runs = [self.run(*where) for where in self._places(names, about.get("seeds") or [])]
         if not runs:

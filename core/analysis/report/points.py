@@ -7,8 +7,8 @@ from core.analysis.report.figures import Figure, Trace
 from core.analysis.report.folder import Run, Study, finite
 from core.analysis.report.style import Style, brief, broken, plain, styles
 
-ROW = 34
-"""Pixels of a row that stands for a variant."""
+ROW, LINE = 34, 17
+"""Pixels of a row that stands for a variant, and of a line of its name."""
 
 
 def differences(study: Study, words: str) -> Figure:
@@ -26,12 +26,12 @@ def differences(study: Study, words: str) -> Figure:
         figure.traces.append(_interval(row["difference"], name, looks.get(name, looks[study.variants[0]])))
     zero = {"type": "line", "xref": "x", "yref": "paper", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "line": {"width": 1.5}}
     better = "left" if lower else "right"
-    title = f"difference, paired by seed ({better} of 0 is better)"
+    title = f"{better} of 0 is better"
     figure.layout = {"shapes": [zero], "xaxis": {"title": {"text": title}}, **_rows_of(names)}
-    figure.height = ROW * len(names) + 20
+    figure.height = _height(names)
     figure.note = (
-        "Mean and 95% interval. Filled marks: a difference is shown after Holm's correction for asking about "
-        "several variants. Hollow marks: no difference shown."
+        "Mean of the seeds' differences and its 95% interval. Filled marks: a difference is shown, also after Holm's "
+        "correction for asking about several variants. Hollow marks: no difference shown."
     )
     return figure
 
@@ -44,9 +44,16 @@ def _interval(difference: dict[str, Any], name: str, look: Style) -> Trace:
     told = f"{plain(name)}: {plain(str(difference.get('verdict')))}<br>{mean:+.5g}, from {low:+.5g} to {high:+.5g}"
     marker = {"symbol": symbol, "size": 11, "color": look.colour, "line": {"width": 2, "color": look.colour}}
     return {
-        **{"type": "scatter", "mode": "markers", "x": [mean], "y": [broken(name)], "marker": marker},
-        **{"error_x": {**bars, "color": look.colour}, "showlegend": False, "name": brief(name)},
-        **{"meta": told, "hovertemplate": "%{meta}<extra></extra>"},
+        "type": "scatter",
+        "mode": "markers",
+        "x": [mean],
+        "y": [broken(name)],
+        "marker": marker,
+        "error_x": {**bars, "color": look.colour},
+        "showlegend": False,
+        "name": brief(name),
+        "meta": told,
+        "hovertemplate": "%{meta}<extra></extra>",
     }
 
 
@@ -55,6 +62,12 @@ def _rows_of(names: list[str]) -> dict[str, Any]:
     rows = [broken(name) for name in names]
     axis = {"type": "category", "categoryorder": "array", "categoryarray": rows, "range": [len(rows) - 0.5, -0.5]}
     return {"yaxis": {**axis, "automargin": True, "title": {"text": ""}}, "hovermode": "closest"}
+
+
+def _height(names: list[str]) -> int:
+    """Room for the longest name in every row."""
+    lines = max(broken(name).count("<br>") + 1 for name in names)
+    return max(ROW, LINE * lines + 8) * len(names) + 20
 
 
 def throughput(study: Study) -> Figure:
@@ -69,8 +82,8 @@ def throughput(study: Study) -> Figure:
         figure.traces += _marks(name, looks[name], runs, values, [broken(name)] * len(runs), (mean, broken(name)))
     if names:
         figure.missing = None
-        figure.height = ROW * len(names) + 20
-        figure.layout = {"xaxis": {"title": {"text": "tokens per second"}, "rangemode": "tozero"}, **_rows_of(names)}
+        figure.height = _height(names)
+        figure.layout = {"xaxis": {"title": {"text": "tokens per second"}}, **_rows_of(names)}
         figure.layout["showlegend"] = False
         figure.note = (
             "Small marks are runs, large hollow ones means. The spread within a row is what this machine adds by "
@@ -105,7 +118,9 @@ def against_time(study: Study, metric: str, words: str) -> Figure:
         seconds = _seconds(run)
         return seconds / size if seconds else None
 
-    return _scatter(Figure("time", f"Against time: {words}", note), study, metric, words, scaled, unit, {})
+    return _scatter(
+        Figure("time", f"Against time: {words}", note), study, metric, words, scaled, f"{unit} of training", {}
+    )
 
 
 def _scatter(
@@ -122,15 +137,24 @@ def _scatter(
         found = [(run, cost(run), run.number(metric)) for run in study.of(name) if run.state == "done"]
         points = [(run, x, y) for run, x, y in found if x is not None and y is not None]
         if points:
-            runs, xs, ys = ([p[i] for p in points] for i in range(3))
-            mean = (sum(xs) / len(xs), sum(ys) / len(ys))
-            figure.traces += _marks(name, looks[name], runs, xs, ys, mean)
+            runs, xs, ys = [p[0] for p in points], [p[1] for p in points], [p[2] for p in points]
+            figure.traces += _marks(name, looks[name], runs, xs, ys, (sum(xs) / len(xs), sum(ys) / len(ys)))
     if not figure.traces:
         figure.missing = "No run has finished yet, so there is nothing to set against its cost."
         return figure
-    figure.layout = {"xaxis": {"title": {"text": title}, **axis}, "yaxis": {"title": {"text": words}}}
+    figure.layout = {
+        "xaxis": {"title": {"text": title}, **axis, **_room(figure.traces)},
+        "yaxis": {"title": {"text": words}},
+    }
     figure.note += " Small marks are runs, large hollow ones means over the seeds."
     return figure
+
+
+def _room(traces: list[Trace]) -> dict[str, Any]:
+    """Limits for costs that are all but equal, where plotly would show the last digits of a rounding error."""
+    costs = [x for trace in traces for x in trace["x"]]
+    middle = (min(costs) + max(costs)) / 2
+    return {"range": [0.95 * middle, 1.05 * middle]} if max(costs) - min(costs) < 0.02 * middle else {}
 
 
 def _marks(name: str, look: Style, runs: list[Run], x: list[Any], y: list[Any], mean: tuple[Any, Any]) -> list[Trace]:
@@ -142,7 +166,11 @@ def _marks(name: str, look: Style, runs: list[Run], x: list[Any], y: list[Any], 
     return [
         {**common, "x": x, "y": y, "marker": small, "text": told, "hovertemplate": hover, "showlegend": False},
         {
-            **{**common, "x": [mean[0]], "y": [mean[1]], "marker": large},
-            **{"text": [f"{plain(name)}, mean of {len(runs)}"], "hovertemplate": hover},
+            **common,
+            "x": [mean[0]],
+            "y": [mean[1]],
+            "marker": large,
+            "text": [f"{plain(name)}, mean of {len(runs)}"],
+            "hovertemplate": hover,
         },
     ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from core.analysis.report.folder import Run, Study
+from core.analysis.report.folder import Run, Study, finite
 
 METRICS = {
     "val_bits_per_byte": "validation bits per byte",
@@ -14,7 +14,7 @@ METRICS = {
     "tokens_per_second": "tokens per second",
     "dropped_fraction": "dropped fraction",
 }
-NONE = "–"
+NONE = "–"  # noqa: RUF001 - a dash, as in tables
 
 
 def metric_words(key: str) -> str:
@@ -75,10 +75,12 @@ def progress(study: Study) -> str | None:
 def _how_far(run: Run) -> str:
     step = run.metrics["step"].max() if run.has("step") else None
     budget = run.recipe.get("budget") or {}
-    steps = budget.get("steps") if isinstance(budget, dict) else None
+    asked = {key: finite(budget.get(key)) for key in ("steps", "tokens")} if isinstance(budget, dict) else {}
     if step is None:
         return "In progress: no step has been logged yet."
-    of = f" of {steps:,}" if isinstance(steps, int) else ""
+    of = f" of {asked['steps']:,.0f}" if asked.get("steps") else ""
+    if not of and asked.get("tokens") and run.has("tokens"):
+        of = f", {run.metrics['tokens'].max():,.0f} of {asked['tokens']:,.0f} tokens"
     return f"In progress, or stopped early: step {step:,.0f}{of}. There is no summary yet."
 
 
@@ -89,7 +91,9 @@ def in_short(study: Study) -> list[str]:
     for row in study.results.get("rows") or []:
         if row.get("variant") == baseline or not row.get("n"):
             continue
-        found.setdefault((row.get("difference") or {}).get("verdict"), []).append(str(row.get("variant")))
+        name = str(row.get("variant"))
+        but = caveats(study, name)
+        found.setdefault((row.get("difference") or {}).get("verdict"), []).append(f"{name} ({but})" if but else name)
     told = [
         f"{word.capitalize()} than {baseline}: {listed(found[word])}." for word in ("better", "worse") if word in found
     ]
@@ -100,6 +104,16 @@ def in_short(study: Study) -> list[str]:
     return told
 
 
+def caveats(study: Study, name: str) -> str:
+    """What must be known wherever a variant's verdict stands; the warnings tell it in full."""
+    sweep = study.sweep or {}
+    fact: dict[str, Any] = next((v for v in sweep.get("variants") or [] if v["name"] == name), {})
+    found = ["not causal"] if fact.get("causal") is False else ["see its note"] if fact.get("notices") else []
+    if any(str(line).startswith(f"{name}:") for line in sweep.get("not_equal") or []):
+        found.append("not held equal")
+    return ", ".join(found)
+
+
 def warnings(study: Study) -> list[tuple[str, list[str]]]:
     """What a reader must know before any number: headings and their sentences."""
     sweep = study.sweep or {}
@@ -108,7 +122,7 @@ def warnings(study: Study) -> list[tuple[str, list[str]]]:
     notices = _notices(study)
     grouped = [("Runs that failed", failed), ("Steps that were skipped", skipped)]
     unequal = [str(line) for line in sweep.get("not_equal") or []]
-    grouped += [("Not held equal", unequal), ("What the parts themselves say", notices)]
+    grouped += [("Not held equal", unequal), ("Notes on the parts in use", notices)]
     known = {line for _, lines in grouped for line in lines} | _told_by_runner(study)
     others = [str(line) for line in study.results.get("warnings") or [] if str(line) not in known]
     grouped += [("Also", others), ("Files", study.unread)]

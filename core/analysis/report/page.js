@@ -1,0 +1,254 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const byId = (id) => document.getElementById(id);
+  const paper = window.matchMedia("print");
+  const PAPER = 960;
+  const ABOVE = 32; // the height of the buttons
+  const INK = "#1a1a1a";
+
+  // ---- tables: sorted by a heading, filtered by a word ----
+
+  const valueOf = (row, index) => {
+    const raw = row.cells[index].dataset.value;
+    if (raw === undefined) return null;
+    const number = Number(raw);
+    return raw.trim() === "" || Number.isNaN(number) ? raw : number;
+  };
+
+  const compare = (a, b) => {
+    if (typeof a === "number" && typeof b === "number") return a - b;
+    return String(a).localeCompare(String(b), "en", { numeric: true });
+  };
+
+  const sort = (table, index) => {
+    const heads = table.tHead.rows[table.tHead.rows.length - 1].cells;
+    const order = heads[index].getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
+    for (const head of heads) head.removeAttribute("aria-sort");
+    heads[index].setAttribute("aria-sort", order);
+    const sign = order === "ascending" ? 1 : -1;
+    const rows = [...table.tBodies[0].rows].map((row) => [valueOf(row, index), row]);
+    rows.sort(([a], [b]) => (a === null || b === null ? (a === null) - (b === null) : sign * compare(a, b)));
+    table.tBodies[0].append(...rows.map(([, row]) => row));
+  };
+
+  for (const table of document.querySelectorAll(".sortable")) {
+    const heads = table.tHead.rows[table.tHead.rows.length - 1].cells;
+    [...heads].forEach((head, index) => head.querySelector("button").addEventListener("click", () => sort(table, index)));
+  }
+
+  const hint = () => {
+    for (const table of document.querySelectorAll(".sortable")) {
+      const box = table.parentElement;
+      byId(`${table.id}-hint`).hidden = box.scrollWidth <= box.clientWidth + 1;
+    }
+  };
+
+  for (const box of document.querySelectorAll("[data-filter]")) {
+    const rows = [...byId(box.dataset.filter).tBodies[0].rows];
+    box.addEventListener("input", () => {
+      const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let shown = 0;
+      for (const row of rows) {
+        const text = [...row.cells].map((cell) => cell.textContent).join(" ").toLowerCase();
+        row.hidden = !words.every((word) => text.includes(word));
+        shown += row.hidden ? 0 : 1;
+      }
+      byId(`${box.dataset.filter}-count`).textContent = words.length ? `${shown} of ${rows.length} rows` : "";
+    });
+  }
+
+  // ---- figures ----
+
+  // Named one by one: among plotly's own choice is a button that sends a figure to a cloud.
+  const BUTTONS = [["toImage"], ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]];
+  const config = { displaylogo: false, responsive: false, modeBarButtons: BUTTONS };
+
+  const axis = (own) => ({
+    gridcolor: "#dddddd", linecolor: INK, showline: true, ticks: "outside", zeroline: false,
+    automargin: true, ...own, title: { standoff: 10, font: { size: 13 }, ...(own || {}).title },
+  });
+
+  const legendOf = (traces, width) => {
+    const shown = traces.filter((trace) => trace.showlegend !== false);
+    if (shown.length < 2) return { rows: 0, layout: { showlegend: false } };
+    const longest = Math.max(...shown.map((trace) => trace.name.length));
+    if (width >= 760) return { rows: 0, layout: { showlegend: true, legend: { x: 1.01, xanchor: "left", y: 1 } } };
+    const across = Math.max(1, Math.floor((width - 40) / (longest * 7 + 55)));
+    return { rows: Math.ceil(shown.length / across), layout: { showlegend: true } };
+  };
+
+  const layoutOf = (figure, width) => {
+    const legend = legendOf(figure.traces, width);
+    const below = 62 + legend.rows * 20;
+    const [side, above] = width >= 760 ? [16, ABOVE] : [8, 10];
+    const { xaxis, yaxis, ...rest } = figure.layout;
+    const layout = {
+      width, height: figure.height + above + below, font: { family: "inherit", size: 13, color: INK },
+      paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", dragmode: width >= 760 ? "zoom" : false,
+      hoverlabel: { bgcolor: "#fff", bordercolor: INK, font: { color: INK }, align: "left" },
+      margin: { l: 58, r: side, t: above, b: below }, ...legend.layout, xaxis: axis(xaxis), yaxis: axis(yaxis), ...rest,
+    };
+    if (legend.rows) {
+      layout.legend = { orientation: "h", x: 0, xanchor: "left", y: -52 / figure.height, yanchor: "top" };
+    }
+    return layout;
+  };
+
+  const widthOf = (id) => (paper.matches || printing ? PAPER : Math.floor(byId(id).parentElement.clientWidth));
+  let printing = false;
+  const drawn = new Map();
+
+  const draw = (figure) => {
+    drawn.set(figure.key, figure);
+    const id = `plot-${figure.key}`;
+    const width = widthOf(id);
+    const withButtons = { ...config, displayModeBar: width >= 760 ? "hover" : false };
+    return Plotly.react(id, figure.traces, layoutOf(figure, width), withButtons);
+  };
+
+  const refit = () => {
+    for (const figure of drawn.values()) draw(figure);
+  };
+
+  // ---- experts: load and biases of one run at one step ----
+
+  const unpack = (packed) => {
+    const text = atob(packed.data);
+    const values = new Float64Array(text.length / 2);
+    for (let i = 0; i < values.length; i += 1) {
+      values[i] = packed.low + packed.step * (text.charCodeAt(2 * i) + 256 * text.charCodeAt(2 * i + 1));
+    }
+    return values;
+  };
+
+  const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+
+  const experts = (runs) => {
+    const [runs_, steps_, layers_] = ["run-choice", "step-choice", "layer-choice"].map(byId);
+    const fill = (select, names) => select.replaceChildren(...names.map((name, i) => new Option(name, i)));
+    let run, loads, biases;
+
+    const choose = () => {
+      run = runs[Number(runs_.value)];
+      loads = run.layers.map((layer) => unpack(layer.load));
+      biases = run.layers.map((layer) => layer.bias && unpack(layer.bias));
+      steps_.max = run.steps.length - 1;
+      steps_.value = run.steps.length - 1;
+      const before = layers_.selectedOptions[0] && layers_.selectedOptions[0].text;
+      fill(layers_, run.layers.map((layer) => layer.name));
+      layers_.value = Math.max(0, run.layers.findIndex((layer) => layer.name === before));
+      return Promise.all([showLoad(), showBias()]);
+    };
+
+    const showLoad = () => {
+      const at = Number(steps_.value);
+      const widest = Math.max(...run.layers.map((layer) => layer.experts));
+      const rows = run.layers.map((layer, i) => [...loads[i].subarray(at * layer.experts, (at + 1) * layer.experts)]);
+      const step = `step ${run.steps[at].toLocaleString("en")} of ${run.steps[run.steps.length - 1].toLocaleString("en")}`;
+      byId("step-shown").textContent = step;
+      steps_.setAttribute("aria-valuetext", step);
+      byId("load-shown").textContent = `Shown: ${run.label}, ${step}.`;
+      const ticks = [-2, -1, 0, 1, 2];
+      return draw({
+        key: "load", height: Math.max(150, 30 * rows.length + 20),
+        traces: [{
+          type: "heatmap", x: Array.from({ length: widest }, (_, i) => i), y: run.layers.map((layer) => escape(layer.name)),
+          z: rows.map((row) => row.map((v) => Math.max(-2, Math.min(2, Math.log2(Math.max(v, 1e-6)))))),
+          customdata: rows, text: rows.map((row) => row.map((v) => (v < 1e-4 ? "×" : ""))), texttemplate: "%{text}",
+          textfont: { color: "#fff", size: 14 }, zmin: -2, zmax: 2, colorscale: "Cividis", xgap: 1, ygap: 1,
+          colorbar: { tickvals: ticks, ticktext: ["≤ ¼", "½", "1", "2", "≥ 4"], thickness: 14, title: { text: "load / mean", side: "right" } },
+          hovertemplate: "%{y}, expert %{x}: %{customdata:.3f} of the mean<extra></extra>",
+        }],
+        layout: {
+          xaxis: { title: { text: "expert" }, showgrid: false, dtick: widest > 32 ? undefined : widest > 16 ? 4 : 1 },
+          yaxis: { type: "category", autorange: "reversed", showgrid: false },
+        },
+      });
+    };
+
+    const showBias = () => {
+      const index = Number(layers_.value);
+      const [layer, values] = [run.layers[index], biases[index]];
+      byId("plot-bias").hidden = !values;
+      byId("bias-missing").hidden = Boolean(values);
+      byId("bias-shown").textContent = `Shown: ${run.label}, ${layer.name}.`;
+      if (!values) {
+        drawn.delete("bias");
+        byId("bias-missing").textContent = "No selection bias is recorded for this layer: its balancing has none, or it is not balanced.";
+        return Promise.resolve();
+      }
+      const ends = Array.from({ length: layer.experts }, (_, e) => [values[(run.steps.length - 1) * layer.experts + e], e]);
+      ends.sort((a, b) => b[0] - a[0]);
+      const rank = new Map(ends.map(([, e], i) => [e, i]));
+      const named = new Set([ends[0][1], ends[ends.length - 1][1]]);
+      const dashes = ["solid", "dash", "dot", "dashdot"];
+      return draw({
+        key: "bias", height: 330,
+        traces: Array.from({ length: layer.experts }, (_, e) => ({
+          type: "scatter", mode: "lines", showlegend: false, name: `expert ${e}`,
+          x: run.steps, y: run.steps.map((_, s) => values[s * layer.experts + e]),
+          line: { width: named.has(e) ? 2.4 : 1.3, dash: dashes[rank.get(e) % 4], color: shade(rank.get(e) / Math.max(1, layer.experts - 1)) },
+          hovertemplate: "expert " + e + "<br>step %{x:,}: %{y:.4f}<extra></extra>",
+        })),
+        layout: {
+          xaxis: { title: { text: "step" } }, yaxis: { title: { text: "bias added for selection" } },
+          annotations: [...named].map((e) => ({
+            x: run.steps[run.steps.length - 1], y: values[(run.steps.length - 1) * layer.experts + e], xanchor: "right",
+            yanchor: rank.get(e) === 0 ? "bottom" : "top", showarrow: false, text: `expert ${e}`,
+          })),
+        },
+      });
+    };
+
+    fill(runs_, runs.map((one) => one.label));
+    runs_.addEventListener("change", choose);
+    steps_.addEventListener("input", showLoad);
+    layers_.addEventListener("change", showBias);
+    return choose();
+  };
+
+  const shade = (at) => {
+    const [from, to] = [[0, 34, 78], [176, 120, 0]];
+    return `rgb(${from.map((v, i) => Math.round(v + at * (to[i] - v))).join(",")})`;
+  };
+
+  // ---- drawing, screen sizes, paper ----
+
+  const start = async () => {
+    for (const figure of data.figures) {
+      await draw(figure);
+      await new Promise((go) => setTimeout(go));
+    }
+    if (data.experts.length) await experts(data.experts);
+    document.documentElement.dataset.drawn = String(Math.round(performance.now()));
+  };
+
+  let opened = [];
+  const toPaper = (on) => {
+    if (on === printing) return;
+    printing = on;
+    if (on) {
+      opened = [...document.querySelectorAll("details:not([open])")];
+      for (const one of opened) one.open = true;
+    } else {
+      for (const one of opened) one.open = false;
+    }
+    refit();
+  };
+  window.addEventListener("beforeprint", () => toPaper(true));
+  window.addEventListener("afterprint", () => toPaper(false));
+  paper.addEventListener("change", (event) => toPaper(event.matches));
+
+  let width = window.innerWidth;
+  let waiting = 0;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth === width || printing) return;
+    width = window.innerWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(() => { hint(); refit(); }, 120);
+  });
+
+  hint();
+  start();
+})();
