@@ -39,7 +39,7 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """Processes on this machine, which share its cores.
+    """Processes on this machine, which share its cores: each gets its part, or OMP_NUM_THREADS where that is set.
 
     Args:
         slots: runs at a time.
@@ -48,7 +48,8 @@ class LocalPool:
 
     def __init__(self, slots: int, started: Callable[[Job, int], None]) -> None:
         self.slots, self.started = slots, started
-        self.threads = max(1, (os.cpu_count() or 1) // slots)
+        told = os.environ.get("OMP_NUM_THREADS", "")
+        self.threads = int(told) if told.isdecimal() and int(told) else max(1, len(os.sched_getaffinity(0)) // slots)
         self._workers = ThreadPoolExecutor(slots)
         self._under_way: set[subprocess.Popen[bytes]] = set()
         self._lock, self._stopping = threading.Lock(), False

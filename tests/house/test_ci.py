@@ -45,8 +45,9 @@ class Ci:
         for name in ("pyproject.toml", "setup.py", "LICENSE", "core", "plugins", "recipes"):
             (self.house / name).write_text("")
         tools.mkdir()
-        (tools / "python3").write_text(STUB)
-        (tools / "python3").chmod(0o755)
+        for name in ("python3", "apt-get", "chromium", "chromedriver"):
+            (tools / name).write_text(STUB)
+            (tools / name).chmod(0o755)
         (folder / "tmp").mkdir()
         path = f"{tools}{os.pathsep}{os.environ['PATH']}"
         self.environment = {"PATH": path, "CALLS": str(self.calls), "TMPDIR": str(folder / "tmp"), "HOME": str(folder)}
@@ -104,7 +105,7 @@ def test_both_commands_come_from_the_readme(ci: Ci) -> None:
 def test_each_stage_says_its_name_and_seconds_and_nothing_is_left(ci: Ci) -> None:
     done = ci(readme("python train", "pytest"))
     lines = done.stdout.splitlines()
-    for stage in ("environment", "tests", "linters", "fit", "example"):
+    for stage in ("environment", "browser", "tests", "linters", "fit", "example"):
         assert f"ci: {stage} ..." in lines
         assert any(line.startswith(f"ci: {stage} took ") and line.endswith(" s") for line in lines)
     assert lines[-1].startswith("ci: passed in ")

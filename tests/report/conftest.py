@@ -6,12 +6,10 @@ import pytest
 
 from .synthetic import Made, write_run, write_sweep
 
-pytest.importorskip("pandas", reason="the extra `report` is not installed")
-pytest.importorskip("plotly", reason="the extra `report` is not installed")
-
-HOSTILE = 'a<b>&"c"</script>'
+HOSTILE = 'a<b>&"c"'
+EVIL = "</script><script>document.title = 'broken'</script>"
 LONG = "expert_choice+router.top_k=2+capacity_factor=1.25+lr=0.003"
-REASON = "exit code 1: the gradient norm was nan for 20 steps in a row"
+REASON = f"exit code 1{EVIL}: the gradient norm was nan for 20 steps in a row"
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +43,7 @@ def under_way(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("forced", 2): Made(state="waiting"),
     }
     unequal = ["forced: another steps than deepseek_v3 (it is a bound)"]
-    write_sweep(folder, made, [0, 1, 2], but=but, title="Which one, & is it <real>?", not_equal=unequal)
+    write_sweep(folder, made, [0, 1, 2], but=but, title=f"Which one, & is it <real>? {EVIL}", not_equal=unequal)
     return folder
 
 

@@ -98,9 +98,13 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def pack(values: Any) -> dict[str, Any]:
-    """An array as `low + step * integer`, the integers little-endian in base64; what is no number counts as low."""
+    """An array as `low + step * integer`, the integers little-endian in base64; what is no number counts as low.
+
+    What is above the lowest value stays above it, so that an expert with one token is not shown as one with none.
+    """
     finite = np.where(np.isfinite(values), values, np.nan)
     low, high = (0.0, 0.0) if np.isnan(finite).all() else (float(np.nanmin(finite)), float(np.nanmax(finite)))
     step = (high - low) / 65535 or 1.0
-    integers = np.nan_to_num((finite - low) / step, nan=0.0).round().astype("<u2")
+    integers = np.nan_to_num((finite - low) / step, nan=0.0).round()
+    integers = np.where(finite > low, np.maximum(integers, 1), integers).astype("<u2")
     return {"low": low, "step": step, "data": base64.b64encode(integers.tobytes()).decode("ascii")}

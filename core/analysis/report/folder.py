@@ -4,10 +4,12 @@ A run under way rewrites its files while they are read, so nothing here takes a 
 counts as absent, and is told.
 """
 
+import csv
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from core.contracts.errors import UserError
 
 KEPT = ("step", "tokens", "tokens_per_second", "load/max_vio_batch", "skipped_steps")
 """Columns of `metrics.csv` that the report reads; also those of losses and of validation."""
+
+IDENTITY = ("name", "title", "metric", "better", "baseline", "seeds", "command", "started", "held_equal", "not_equal")
+"""Keys of `sweep.json`; those of them that the sweep file has too are taken from there until it is written."""
 
 
 @dataclass
@@ -134,7 +139,7 @@ class _Reader:
         text = self.text(self.path / "sweep.yaml")
         identity = self.mapping(self.path / "sweep.json")
         asked = self.parsed(self.path / "sweep.yaml", text)
-        about = {key: asked.get(key) for key in ("name", "title", "metric", "better", "baseline", "seeds")} | identity
+        about = {key: asked.get(key) for key in IDENTITY} | identity
         variants = [v for v in identity.get("variants") or [] if isinstance(v, dict) and "name" in v]
         about["variants"] = variants
         names = [str(v["name"]) for v in variants] or list(asked.get("recipes") or self._folders())
@@ -205,7 +210,10 @@ class _Reader:
         if not file.exists():
             return None
         try:
-            frame = pd.read_csv(file, usecols=_is_kept, on_bad_lines="skip", encoding_errors="replace")
+            whole = file.read_bytes().rpartition(b"\n")[0]  # the line after the last break is still being written
+            if not whole:
+                return None
+            frame = pd.read_csv(BytesIO(whole), usecols=_is_kept, on_bad_lines="skip", quoting=csv.QUOTE_NONE)
         except (OSError, ValueError) as cause:  # pandas' own errors are ValueErrors
             self._could_not(file, cause)
             return None

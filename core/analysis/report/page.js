@@ -66,11 +66,11 @@
 
   const axis = (own) => ({
     gridcolor: "#dddddd", linecolor: INK, showline: true, ticks: "outside", zeroline: false,
-    automargin: true, ...own, title: { standoff: 10, font: { size: 13 }, ...(own || {}).title },
+    ...own, title: { standoff: 10, font: { size: 13 }, ...(own || {}).title },
   });
 
-  const legendOf = (traces, width) => {
-    const shown = traces.filter((trace) => trace.showlegend !== false);
+  const legendOf = (figure, width) => {
+    const shown = figure.layout.showlegend === false ? [] : figure.traces.filter((trace) => trace.showlegend !== false);
     if (shown.length < 2) return { rows: 0, layout: { showlegend: false } };
     const longest = Math.max(...shown.map((trace) => trace.name.length));
     if (width >= 760) return { rows: 0, layout: { showlegend: true, legend: { x: 1.01, xanchor: "left", y: 1 } } };
@@ -79,7 +79,7 @@
   };
 
   const layoutOf = (figure, width) => {
-    const legend = legendOf(figure.traces, width);
+    const legend = legendOf(figure, width);
     const below = 62 + legend.rows * 20;
     const [side, above] = width >= 760 ? [16, ABOVE] : [8, 10];
     const { xaxis, yaxis, ...rest } = figure.layout;
@@ -87,7 +87,7 @@
       width, height: figure.height + above + below, font: { family: "inherit", size: 13, color: INK },
       paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", dragmode: width >= 760 ? "zoom" : false,
       hoverlabel: { bgcolor: "#fff", bordercolor: INK, font: { color: INK }, align: "left" },
-      margin: { l: 58, r: side, t: above, b: below }, ...legend.layout, xaxis: axis(xaxis), yaxis: axis(yaxis), ...rest,
+      margin: { l: 76, r: side, t: above, b: below }, ...legend.layout, xaxis: axis(xaxis), yaxis: axis(yaxis), ...rest,
     };
     if (legend.rows) {
       layout.legend = { orientation: "h", x: 0, xanchor: "left", y: -52 / figure.height, yanchor: "top" };
@@ -99,8 +99,8 @@
   let printing = false;
   const drawn = new Map();
 
-  const draw = (figure) => {
-    drawn.set(figure.key, figure);
+  const draw = (figure, again = () => draw(figure)) => {
+    drawn.set(figure.key, again);
     const id = `plot-${figure.key}`;
     const width = widthOf(id);
     const withButtons = { ...config, displayModeBar: width >= 760 ? "hover" : false };
@@ -108,7 +108,7 @@
   };
 
   const refit = () => {
-    for (const figure of drawn.values()) draw(figure);
+    for (const again of [...drawn.values()]) again();
   };
 
   // ---- experts: load and biases of one run at one step ----
@@ -145,26 +145,32 @@
       const at = Number(steps_.value);
       const widest = Math.max(...run.layers.map((layer) => layer.experts));
       const rows = run.layers.map((layer, i) => [...loads[i].subarray(at * layer.experts, (at + 1) * layer.experts)]);
-      const step = `step ${run.steps[at].toLocaleString("en")} of ${run.steps[run.steps.length - 1].toLocaleString("en")}`;
+      const step = `step ${run.steps[at].toLocaleString("en")}`;
       byId("step-shown").textContent = step;
       steps_.setAttribute("aria-valuetext", step);
       byId("load-shown").textContent = `Shown: ${run.label}, ${step}.`;
       const ticks = [-2, -1, 0, 1, 2];
+      const narrow = widthOf("plot-load") < 760;
+      const named = (name) => escape(name).replace(/(\S{6,}?)\./g, narrow && name.length > 12 ? "$1.<br>" : "$1.");
       return draw({
-        key: "load", height: Math.max(150, 30 * rows.length + 20),
+        key: "load", height: Math.max(150, (narrow ? 44 : 30) * rows.length + (narrow ? 90 : 20)),
         traces: [{
-          type: "heatmap", x: Array.from({ length: widest }, (_, i) => i), y: run.layers.map((layer) => escape(layer.name)),
+          type: "heatmap", x: Array.from({ length: widest }, (_, i) => i), y: run.layers.map((layer) => named(layer.name)),
           z: rows.map((row) => row.map((v) => Math.max(-2, Math.min(2, Math.log2(Math.max(v, 1e-6)))))),
-          customdata: rows, text: rows.map((row) => row.map((v) => (v < 1e-4 ? "×" : ""))), texttemplate: "%{text}",
+          customdata: rows, text: rows.map((row) => row.map((v) => (v === 0 ? "×" : ""))), texttemplate: "%{text}",
           textfont: { color: "#fff", size: 14 }, zmin: -2, zmax: 2, colorscale: "Cividis", xgap: 1, ygap: 1,
-          colorbar: { tickvals: ticks, ticktext: ["≤ ¼", "½", "1", "2", "≥ 4"], thickness: 14, title: { text: "load / mean", side: "right" } },
+          colorbar: {
+            tickvals: ticks, ticktext: ["≤ ¼", "½", "1", "2", "≥ 4"], thickness: 14,
+            title: { text: "load / mean", side: narrow ? "bottom" : "right", font: { size: 13 } },
+            ...(narrow ? { orientation: "h", y: 1, yanchor: "bottom" } : {}),
+          },
           hovertemplate: "%{y}, expert %{x}: %{customdata:.3f} of the mean<extra></extra>",
         }],
         layout: {
-          xaxis: { title: { text: "expert" }, showgrid: false, dtick: widest > 32 ? undefined : widest > 16 ? 4 : 1 },
-          yaxis: { type: "category", autorange: "reversed", showgrid: false },
+          xaxis: { title: { text: "expert" }, showgrid: false, dtick: widest > 32 ? undefined : widest > 16 || narrow ? 4 : 1 },
+          yaxis: { type: "category", autorange: "reversed", showgrid: false, automargin: true },
         },
-      });
+      }, showLoad);
     };
 
     const showBias = () => {

@@ -9,8 +9,9 @@ from typing import Any
 
 from core.analysis.report import points, provenance, table, words
 from core.analysis.report.experts import experts
-from core.analysis.report.figures import (
-    Figure,
+from core.analysis.report.figure import Figure
+from core.analysis.report.folder import Study, read
+from core.analysis.report.over_training import (
     OverTraining,
     acceptance,
     speed,
@@ -18,7 +19,6 @@ from core.analysis.report.figures import (
     validation,
     violation,
 )
-from core.analysis.report.folder import Study, read
 from core.contracts.errors import UserError
 
 
@@ -55,15 +55,16 @@ def render(study: Study) -> str:
         lstrip_blocks=True,
     )
     environment.filters["soft"] = soft
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     parts = {"style": _own("page.css"), "script": _own("page.js"), "plotly": get_plotlyjs()}
     return str(environment.get_template("page.html.j2").render(**context(study), **parts))
 
 
-def soft(text: str) -> Any:
+def soft(text: str, ends: str = "_+/=") -> Any:
     """A name as HTML that may be broken where its words end."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"([_+/=-])", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(f"([{re.escape(ends)}])", r"\1<wbr>", str(escape(text))))
 
 
 def context(study: Study) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The figures of a finished sweep: a point for each run, a mark for each mean."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from core.analysis.report.figures import Figure, Trace
+from core.analysis.report.figure import Figure, Trace
 from core.analysis.report.folder import Run, Study, finite
 from core.analysis.report.style import Style, brief, broken, plain, styles
 
@@ -73,23 +74,63 @@ def _height(names: list[str]) -> int:
 def throughput(study: Study) -> Figure:
     """Each run's tokens per second, so that the spread of this machine is seen."""
     figure = Figure("throughput", "Throughput", missing="No run has finished yet, so no throughput is known.")
+    _strip(figure, study, {"": lambda run: run.number("tokens_per_second")}, "tokens per second")
+    if not figure.missing:
+        figure.note += (
+            " The spread within a row is what this machine adds by itself: a difference in time that is not far beyond "
+            "it says nothing."
+        )
+    return figure
+
+
+def validated_once(study: Study, columns: list[str]) -> bool:
+    """Whether no run has more than one value in these columns, so that there is nothing to draw over training."""
+    counts = [int(run.metrics[column].notna().sum()) for run in study.runs for column in columns if run.has(column)]
+    return bool(counts) and max(counts) == 1
+
+
+def at_the_end(figure: Figure, study: Study, columns: dict[str, str], title: str) -> Figure:
+    """What stands for a figure over training where every run was validated only once.
+
+    Args:
+        figure: its heading and note are kept.
+        columns: what is added to a variant's name (", depth 1", or nothing), and the column of `metrics.csv`.
+        title: of the values.
+    """
+    values = {suffix: partial(_last, column) for suffix, column in columns.items()}
+    if study.sweep is not None:
+        _strip(figure, study, values, title)
+        figure.note = f"No run was validated more than once. {figure.note}"
+        return figure
+    (run,) = study.runs
+    known = [(suffix[2:], value) for suffix, of in values.items() if (value := of(run)) is not None]
+    told = [f"{value:.5g} ({depth})" if depth else f"{value:.5g}" for depth, value in known]
+    figure.missing = f"The run was validated only once: {title} {', '.join(told)}."
+    return figure
+
+
+def _last(column: str, run: Run) -> float | None:
+    return float(run.metrics[column].dropna().iloc[-1]) if run.has(column) else None
+
+
+def _strip(figure: Figure, study: Study, values: Mapping[str, Callable[[Run], float | None]], title: str) -> None:
+    """A row for each variant, or for each of its values: a mark for each run and one for their mean."""
     looks = styles(study.variants, (study.sweep or {}).get("baseline"))
-    names = [name for name in study.variants if any(run.number("tokens_per_second") for run in study.of(name))]
-    for name in names:
-        runs = [run for run in study.of(name) if run.number("tokens_per_second")]
-        values = [run.number("tokens_per_second") or 0.0 for run in runs]
-        mean = sum(values) / len(values)
-        figure.traces += _marks(name, looks[name], runs, values, [broken(name)] * len(runs), (mean, broken(name)))
+    names = []
+    for variant in study.variants:
+        for suffix, of in values.items():
+            found = [(run, value) for run in study.of(variant) if (value := of(run)) is not None]
+            if found:
+                names.append(variant + suffix)
+                row, numbers = broken(names[-1]), [value for _, value in found]
+                mean = (sum(numbers) / len(numbers), row)
+                runs = [run for run, _ in found]
+                figure.traces += _marks(names[-1], looks[variant], runs, numbers, [row] * len(runs), mean)
     if names:
         figure.missing = None
         figure.height = _height(names)
-        figure.layout = {"xaxis": {"title": {"text": "tokens per second"}}, **_rows_of(names)}
-        figure.layout["showlegend"] = False
-        figure.note = (
-            "Small marks are runs, large hollow ones means. The spread within a row is what this machine adds by "
-            "itself: a difference in time that is not far beyond it says nothing."
-        )
-    return figure
+        figure.layout = {"xaxis": {"title": {"text": title}}, **_rows_of(names), "showlegend": False}
+        figure.note = f"{figure.note} Small marks are runs, large hollow ones means.".strip()
 
 
 def against_flops(study: Study, metric: str, words: str) -> Figure:

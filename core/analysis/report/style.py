@@ -47,7 +47,7 @@ def brief(text: str, most: int = 36) -> str:
 def broken(text: str, width: int = 18) -> str:
     """A name for an axis, over several lines where it is long."""
     lines = [""]
-    for piece in re.findall(rf"[^+_\-/= ]{{1,{width}}}[+_\-/= ]?|[+_\-/= ]", text):
+    for piece in re.findall(rf"[^+_/= ]{{1,{width}}}[+_/= ]?|[+_/= ]", text):
         if lines[-1] and len(lines[-1]) + len(piece) > width:
             lines.append("")
         lines[-1] += piece

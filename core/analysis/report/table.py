@@ -95,7 +95,7 @@ def results(study: Study) -> Table:
 
 def _decimals(rows: list[dict[str, Any]]) -> int:
     """As many as show two digits of the smallest half of an interval; four without intervals."""
-    halves = [(row["high"] - row["low"]) / 2 for row in rows if finite(row.get("low")) is not None and row.get("high")]
+    halves = [(row["high"] - row["low"]) / 2 for row in rows if finite(row.get("low")) is not None]
     smallest = min((half for half in halves if half > 0), default=None)
     return 4 if smallest is None else max(0, min(6, 1 - math.floor(math.log10(smallest))))
 

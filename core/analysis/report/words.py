@@ -36,6 +36,7 @@ def signed(value: float | None, decimals: int) -> str:
     """A difference: its sign is always there."""
     if value is None:
         return NONE
+    value = round(value, decimals) or 0.0  # what is shown as nothing has no sign
     return ("+" if value > 0 else "") + number(value, decimals)
 
 
@@ -99,6 +100,8 @@ def in_short(study: Study) -> list[str]:
     ]
     if "no difference shown" in found:
         told.append(f"No difference to {baseline} shown: {listed(found['no difference shown'])}.")
+    if not told and None in found:
+        return [f"There are too few seeds to tell any variant from {baseline}."]
     if None in found:
         told.append(f"Too few seeds in common with {baseline} to say: {listed(found[None])}.")
     return told
@@ -120,7 +123,10 @@ def warnings(study: Study) -> list[tuple[str, list[str]]]:
     failed = [_failure(study, run) for run in study.runs if run.state == "failed"]
     skipped = [s for run in study.runs if (s := _skipped(study, run))]
     notices = _notices(study)
-    grouped = [("Runs that failed", failed), ("Steps that were skipped", skipped)]
+    lost = [
+        f"{_name(study, run)}: finished without a finite {study.metric}" for run in study.runs if _is_lost(study, run)
+    ]
+    grouped = [("Runs that failed", failed), ("Runs without a result", lost), ("Steps that were skipped", skipped)]
     unequal = [str(line) for line in sweep.get("not_equal") or []]
     grouped += [("Not held equal", unequal), ("Notes on the parts in use", notices)]
     known = {line for _, lines in grouped for line in lines} | _told_by_runner(study)
@@ -131,6 +137,11 @@ def warnings(study: Study) -> list[tuple[str, list[str]]]:
 
 def _name(study: Study, run: Run) -> str:
     return f"{run.variant}, seed {run.seed}" if study.sweep is not None else "This run"
+
+
+def _is_lost(study: Study, run: Run) -> bool:
+    """A sweep's run that finished and still counts nowhere."""
+    return study.sweep is not None and run.state == "done" and run.number(study.metric) is None
 
 
 def _failure(study: Study, run: Run) -> str:

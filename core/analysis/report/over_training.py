@@ -1,45 +1,14 @@
-"""The figures as plotly's own documents: traces, a layout, and a sentence on how to read them.
-
-A figure without data is a sentence that says why. Every text that comes from a file goes through `style`, because
-plotly takes a little HTML in all of them.
-"""
+"""The figures over training: columns of `metrics.csv`, a line for each variant."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import Any
 
 from core.analysis.report.curves import Curve, axis_of, curve, reach
+from core.analysis.report.figure import Figure, Trace
 from core.analysis.report.folder import Run, Study
+from core.analysis.report.points import at_the_end, validated_once
 from core.analysis.report.style import DASHES, Style, brief, plain, styles
-
-Trace = dict[str, Any]
-
-
-@dataclass
-class Figure:
-    """One figure.
-
-    Args:
-        key: its id in the page.
-        title: its heading.
-        note: how to read it.
-        traces, layout: plotly's; lists of `layout` keys are merged with the page's own.
-        height: of the plotting area, in pixels.
-        missing: why there is nothing to draw.
-    """
-
-    key: str
-    title: str
-    note: str = ""
-    traces: list[Trace] = field(default_factory=list)
-    layout: dict[str, Any] = field(default_factory=dict)
-    height: int = 330
-    missing: str | None = None
-
-    def document(self) -> dict[str, Any]:
-        """For the page's script."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,8 @@ class OverTraining:
         blank.missing = None
         for rank, (line, whole, parts) in enumerate(drawn):
             blank.traces += _traces(line, whole, parts, rank, markers=markers)
-        blank.layout = {"xaxis": {"title": {"text": self.x_title}}, "yaxis": {"title": {"text": y}}} | blank.layout
+        axis = {"title": {"text": self.x_title}, "range": [0, 1.01 * self.end]}
+        blank.layout = {"xaxis": axis, "yaxis": {"title": {"text": y}}} | blank.layout
         blank.note = " ".join(filter(None, [blank.note, *self._reading(drawn)]))
         return blank
 
@@ -183,6 +153,8 @@ def validation(over: OverTraining, metric: str, words: str) -> Figure:
     column = metric if any(run.has(metric) for run in over.study.runs) else "val_bits_per_byte"
     title = words if column == metric else "validation bits per byte"
     blank = Figure("validation", f"Over training: {title}", missing="No run has been validated yet.")
+    if validated_once(over.study, [column]):
+        return at_the_end(replace(blank, title=title.capitalize()), over.study, {"": column}, title)
     figure = over.figure(blank, over.lines(column), y=title, markers=True)
     limits = _without_start(figure, over.end)
     if limits:
@@ -221,10 +193,11 @@ def acceptance(over: OverTraining) -> Figure:
         missing="No run has a multi-token module that has been validated.",
     )
     columns = over.columns(["val/mtp/acceptance_"])
+    depths = {column: f", depth {column.rpartition('_')[2]}" if len(columns) > 1 else "" for column in columns}
+    if validated_once(over.study, columns):
+        return at_the_end(blank, over.study, {suffix: column for column, suffix in depths.items()}, "fraction")
     lines = []
-    for column, dash in zip(columns, cycle(DASHES), strict=False):
-        depth = column.rpartition("_")[2]
-        suffix = f", depth {depth}" if len(columns) > 1 else ""
+    for (column, suffix), dash in zip(depths.items(), cycle(DASHES), strict=False):
         found = over.lines(column, suffix)
         lines += [replace(line, style=replace(line.style, dash=dash)) for line in found] if suffix else found
     figure = over.figure(blank, lines, y="fraction", markers=True)

@@ -1,0 +1,36 @@
+"""One figure as plotly's own document: traces, a layout, and a sentence on how to read it.
+
+A figure without data is a sentence that says why. Every text that comes from a file goes through `style`, because
+plotly takes a little HTML in all of them.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Trace = dict[str, Any]
+
+
+@dataclass
+class Figure:
+    """One figure.
+
+    Args:
+        key: its id in the page.
+        title: its heading.
+        note: how to read it.
+        traces, layout: plotly's; what `layout` leaves open is the page's.
+        height: of the plotting area, in pixels.
+        missing: why there is nothing to draw.
+    """
+
+    key: str
+    title: str
+    note: str = ""
+    traces: list[Trace] = field(default_factory=list)
+    layout: dict[str, Any] = field(default_factory=dict)
+    height: int = 330
+    missing: str | None = None
+
+    def document(self) -> dict[str, Any]:
+        """For the page's script."""
+        return asdict(self)

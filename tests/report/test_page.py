@@ -1,0 +1,236 @@
+"""What a report says, and of what: sweeps and runs, finished or not."""
+
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.analysis.report.folder import read
+from core.analysis.report.page import context, figures_of, render
+from core.analysis.report.words import metric_words, signed
+
+from .conftest import EVIL, HOSTILE, LONG
+from .synthetic import Made, write_json, write_run, write_sweep
+
+pytest.importorskip("pandas", reason="the extra `report` is not installed")
+pytest.importorskip("plotly", reason="the extra `report` is not installed")
+
+
+def page(folder: Path) -> str:
+    """The report on a folder, without plotly's script."""
+    from plotly.offline import get_plotlyjs
+
+    whole = render(read(folder))
+    assert get_plotlyjs() in whole
+    return whole.replace(get_plotlyjs(), "")
+
+
+def words(text: str) -> str:
+    """What a reader reads: no markup, one space between words."""
+    body = re.sub(r"<(script|style)\b.*?</\1>", " ", text, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", body.replace("<wbr>", ""))))
+
+
+def cells(folder: Path, variant: str) -> dict[str, Any]:
+    """A row of the results table by heading."""
+    table = context(read(folder))["results"]
+    row = next(row for row in table.rows if row[0].value == variant)
+    return {column.title: cell for column, cell in zip(table.columns, row, strict=True)}
+
+
+def test_a_report_names_no_other_machine_and_forbids_asking_one(under_way: Path) -> None:
+    text = page(under_way)
+    assert not re.findall(r"""(?:src|href|action)\s*=|@import|url\(|https?://""", text)
+    assert "default-src 'none'" in text
+
+
+def test_a_large_sweep_stays_below_15_megabytes(large: Path) -> None:
+    size = len(render(read(large)).encode())
+    print(f"30 runs x 5,000 steps: {size / 1e6:.2f} MB")
+    assert size < 15e6
+
+
+def test_the_order_is_progress_warnings_question_results(under_way: Path) -> None:
+    text = words(page(under_way))
+    order = ["In progress: 8 of 12 runs done (1 running, 1 failed, 2 waiting)", "Read this first", "Asked", "Results"]
+    assert sorted(order, key=text.index) == order
+
+
+def test_every_warning_stands_once_with_whom_it_concerns(under_way: Path) -> None:
+    text = words(page(under_way)).partition("Asked")[0]
+    told = [
+        f"{HOSTILE}, seed 1: exit code 1",
+        f"{HOSTILE}, seed 1: 75 steps, because the gradient was not finite",
+        "forced: another steps than deepseek_v3 (it is a bound)",
+        "forced: Forced balance is a bound, not a method.",
+        f"{LONG}: Experts choose tokens: it is not causal.",
+    ]
+    assert [text.count(sentence) for sentence in told] == [1] * len(told)
+
+
+def test_a_variant_that_is_not_causal_is_told_so_even_where_no_note_does(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(20), "b": Made(20)}, [0, 1])
+    document = json.loads((tmp_path / "s/sweep.json").read_text())
+    document["variants"][1]["causal"] = False
+    write_json(tmp_path / "s/sweep.json", document)
+    assert "b: not causal" in words(page(tmp_path / "s")).partition("Asked")[0]
+    assert cells(tmp_path / "s", "b")["verdict"].under == "not causal"
+
+
+def test_a_finished_run_whose_metric_is_no_number_is_told(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(20)}, [0, 1])
+    file = tmp_path / "s/runs/a/seed-1/summary.json"
+    write_json(file, json.loads(file.read_text()) | {"val_bits_per_byte": None})
+    text = words(page(tmp_path / "s")).partition("Asked")[0]
+    assert "Runs without a result a, seed 1: finished without a finite val_bits_per_byte" in text
+
+
+def test_what_comes_from_files_is_text(under_way: Path) -> None:
+    text = page(under_way)
+    assert text.count("<script") == 3
+    assert EVIL not in text
+    assert "<b>" not in text
+    assert EVIL in words(text)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
+    drawn = [t.get("name", "") for figure in data["figures"] for t in figure["traces"]]
+    assert 'a&lt;b&gt;&amp;"c"' in drawn
+    assert not any("<" in name.replace("<br>", "") for name in drawn)
+
+
+def test_the_table_has_the_numbers_of_the_results(large: Path) -> None:
+    row = next(r for r in json.loads((large / "results.json").read_text())["rows"] if r["variant"] == "switch")
+    found = cells(large, "switch")
+    assert found["mean"].value == row["mean"]
+    assert found["mean"].under == f"{row['low']:.4f} to {row['high']:.4f}"
+    assert found["difference"].text == f"+{row['difference']['mean']:.4f}"
+    assert (found["verdict"].text, found["seeds"].text) == ("worse", "5 of 5")
+    assert (found["params"].text, found["KV bytes"].text, found["capacity"].text) == ("5.105M", "512", "none")
+    assert re.fullmatch(r"[\d,]+ to [\d,]+", found["tokens/s"].under)
+    assert cells(large, "deepseek_v3")["verdict"].text == "baseline"
+    assert cells(large, "no_balancing")["verdict"].text == "no difference shown"
+    assert cells(large, "dense")["MaxVio"].text == "–"  # noqa: RUF001
+
+
+def test_in_short_gives_every_verdict_with_its_caveat(large: Path, under_way: Path) -> None:
+    text = words(page(large))
+    assert "No difference to deepseek_v3 shown: no_balancing." in text
+    assert re.search(r"Worse than deepseek_v3: .*switch and dense\.", text)
+    text = words(page(under_way))
+    assert f"Better than deepseek_v3: {LONG} (see its note)." in text
+    assert "Worse than deepseek_v3: forced (see its note, not held equal)." in text
+    assert f"Too few seeds in common with deepseek_v3 to say: {HOSTILE}." in text
+
+
+@pytest.mark.parametrize("name", ["large", "under_way", "single"])
+def test_plotly_knows_every_key_of_every_figure(name: str, request: pytest.FixtureRequest) -> None:
+    import plotly.graph_objects as go
+
+    study = read(request.getfixturevalue(name))
+    for figure in figures_of(study, metric_words(study.metric)):
+        assert figure.missing is None
+        go.Figure(data=figure.traces, layout=figure.layout)  # raises where a key or a value is none of plotly's
+
+
+def test_a_figure_without_data_says_why(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"dense": Made(20, uneven=None, depths=0)}, [0])
+    text = words(page(tmp_path / "s"))
+    assert "there are no expert layers, or no step has been done" in text
+    assert "No run has a multi-token module" in text
+    assert "No interval can be given yet" in text
+    assert "No run has recorded its experts' loads" in text
+
+
+def test_runs_that_were_validated_once_are_marks_not_lines(tmp_path: Path, single: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(20), "b": Made(20, depths=2)}, [0, 1])
+    shutil.copytree(single, tmp_path / "run")
+    for file in tmp_path.rglob("metrics.csv"):
+        first, *rest = file.read_text().splitlines()
+        trained = [line for line in rest if not line.startswith(",") and line.split(",")[1]]
+        file.write_text("\n".join([first, *trained, rest[-1], ""]))
+    figures = {figure.key: figure for figure in figures_of(read(tmp_path / "s"), "bits")}
+    assert figures["validation"].note.startswith("No run was validated more than once.")
+    assert figures["mtp"].layout["yaxis"]["categoryarray"] == ["a, depth 1", "b, depth 1", "b, depth 2"]
+    assert "The run was validated only once: fraction 0.75 (depth 1), 0.55 (depth 2)." in words(page(tmp_path / "run"))
+
+
+def test_one_seed_gives_means_without_intervals(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(20), "b": Made(20)}, [7])
+    found = cells(tmp_path / "s", "b")
+    assert (found["mean"].under, found["difference"].under, found["verdict"].text) == ("", "", "too few seeds")
+    assert "There are too few seeds to tell any variant from a." in words(page(tmp_path / "s"))
+
+
+def test_a_difference_has_a_sign_unless_it_is_shown_as_nothing() -> None:
+    told = [signed(value, 3) for value in (0.01, -0.01, -0.0001, 0.0)]
+    assert told == ["+0.010", "\N{MINUS SIGN}0.010", "0.000", "0.000"]
+
+
+def test_a_sweep_that_has_only_begun(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(state="waiting"), "b": Made(state="waiting")}, [0, 1])
+    for name in ("sweep.json", "results.json"):
+        text = words(page(tmp_path / "s"))
+        assert "In progress: 0 of 4 runs done (4 waiting)" in text
+        (tmp_path / "s" / name).unlink()
+    (tmp_path / "s/sweep.yaml").write_text("{name: s, seeds: [0, 1], baseline: a, recipes: {a: {}, b: {}}}")
+    assert "In progress: 0 of 4 runs done (4 waiting)" in words(page(tmp_path / "s"))
+
+
+def test_provenance_differences_and_commands(under_way: Path, single: Path) -> None:
+    text = words(page(under_way))
+    assert "python -m core.sweep routing.yaml --out it" in text
+    assert "loom-twist 2.0, moeloom 0.1.0" in text
+    assert "torch 2.13.0+cpu" in text
+    assert f"model.blocks.moe.ffn.router.name deepseek_v3 {HOSTILE}" in text
+    assert "python -m core.fit 'recipes/with space.yaml' budget.steps=60 --out runs/it" in words(page(single))
+
+
+def test_runs_on_unlike_machines_are_told_apart(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(20)}, [0, 1, 2])
+    file = tmp_path / "s/runs/a/seed-1/provenance.json"
+    write_json(file, json.loads(file.read_text()) | {"python": "3.13.1"})
+    text = words(page(tmp_path / "s"))
+    assert "3.11.7 (2 of 3 runs)" in text
+    assert "3.13.1 (1 of 3 runs)" in text
+
+
+def test_a_run_alone_has_its_numbers_and_no_comparison(single: Path) -> None:
+    text = words(page(single))
+    assert "val_bits_per_byte" in text
+    assert "Nothing is compared" in text
+    assert "In progress" not in text
+    assert 'id="results"' not in page(single)
+
+
+def test_a_run_under_way_says_how_far_it_is(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", Made(40, state="running"))
+    assert "step 40 of 80" in words(page(tmp_path / "run"))
+    (tmp_path / "run/metrics.csv").unlink()
+    assert "no step has been logged yet" in words(page(tmp_path / "run"))
+
+
+def test_files_that_are_half_written_are_told_and_gone_without(tmp_path: Path, single: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(single, folder)
+    for name in ("summary.json", "provenance.json", "loads.safetensors"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+    with (folder / "metrics.csv").open("a") as file:
+        file.write('801,"16')
+    text = words(page(folder))
+    assert [f"{name} could not be read" in text for name in ("summary.json", "provenance.json", "loads.safetensors")]
+    assert text.count("could not be read") == 3
+    assert "step 80" in text
+
+
+def test_a_folder_that_the_code_itself_wrote(finished: Path) -> None:
+    filled = context(read(finished))
+    assert [figure.key for figure in filled["figures"] if figure.missing] in ([], ["throughput"])  # a short run
+    assert [layer["experts"] for layer in filled["experts"].runs[0]["layers"]] == [8, 8]
+    assert all(layer["bias"] for layer in filled["experts"].runs[0]["layers"])
+    assert ("val_bits_per_byte", filled["numbers"][0][1]) != ("", "")
+    assert not filled["warnings"]
+    assert filled["progress"] is None
