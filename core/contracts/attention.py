@@ -38,6 +38,10 @@ class Attention(nn.Module, Component, ABC):
     Causal: row i depends on rows up to i only. Where `context.documents_BM` is given, only on rows of the
     same document. With a cache the result equals the full forward over all tokens. Positions come from
     the context, never from the shape. Only the cache it was handed may be written.
+
+    Capabilities: `causal`; `rows_in_order` where the order of rows matters beside their positions (short
+    convolutions, windows over rows); `exact_mixing` where `costs().mixing` is what the layer does, and not the causal
+    half of a square that kernels without a mask compute whole (windows, linear attention).
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"causal"})

@@ -22,6 +22,10 @@ class Balancer(nn.Module, Component, ABC):
     recomputed; `loss` outside it, after the reduction that `scope` asks for; `on_step_end` once per optimizer
     step that was not skipped, with the integer load of the whole window over all data ranks.
 
+    Padding counts nowhere. A loss teaches the router and nothing else of the layer; its coefficient is a finite number
+    that is not negative. All state is in the state dict and keeps its format under a cast of the model
+    (`core.model.exact.ExactState`); an update sees one token more however large the load is.
+
     Class attributes:
         scope: over what the loss is formed; an instance may set its own. `none`: no loss. `token` and `sequence`:
             each by itself, so splitting a batch changes nothing. `batch`: all tokens of the step, over

@@ -22,6 +22,7 @@ class Traits:
         expert_parameters: of all routed and shared experts.
         top_k: assignments per token.
         capacity_factor: what an expert (or a device) takes in training at most, over its even share; None: no limit.
+        token_choice: whether every token gets `top_k` assignments, dropped or not.
         drops: whether assignments may be left undone in training.
         causal: whether, in training, no token's output depends on what a later token is (how many there are may set a
             capacity).
@@ -31,6 +32,7 @@ class Traits:
     expert_parameters: int = 0
     top_k: int = 0
     capacity_factor: float | None = None
+    token_choice: bool = True
     drops: bool = False
     causal: bool = True
     batch_dependent: bool = False

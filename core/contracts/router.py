@@ -100,7 +100,8 @@ class Router(nn.Module, Component, ABC):
     Logits and affinities are computed in fp32 or wider, whatever the model's precision and also under
     autocast. `adjust` changes who is selected, never a gate. Everything is a function of its arguments,
     `context.step` and whether the module trains. Padding takes part in nothing: it takes no capacity and no
-    place in an expert's choice.
+    place in an expert's choice. No gradient goes through selection. Experts have no order, unless they stand in
+    groups or `ordered` is declared. No token at all is a batch too.
 
     `capabilities` are words of `CAPABILITIES`. One with `groups` has `groups` in its `Config`, and `reach`, how many of
     them a token may use.

@@ -1,6 +1,8 @@
 """The contract of attention: causal, faithful under a cache, and as expensive as it says."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.testing import bench
-from core.testing.clauses import check, hold
+from core.testing.clauses import check, hold, spare
 from core.testing.subject import Subject, distance, perturbed
 
 CONTRACT = "core/contracts/attention.py, Attention"
@@ -50,17 +52,22 @@ def attention_keeps_documents_apart(subject: Subject) -> None:
 
 @check("attention", clause="with a cache the result equals the full forward over all tokens", where=CONTRACT)
 def decoding_equals_the_full_forward(subject: Subject) -> None:
-    """Five tokens at once, then one by one; then three are forgotten and read again."""
+    """Five tokens at once, then one by one, beside another cache; then three are forgotten and others are read."""
     module, given = perturbed(subject.made()).eval(), bench.tokens()
-    x_BLD = bench.states(given)
-    full, cache = module(x_BLD, given), module.new_cache()
-    parts = [_decode(module, x_BLD, given, cache, start, end) for start, end in ((0, 5), (5, 6), (6, 7), (7, 8))]
-    hold(distance(torch.cat(parts, dim=1), full) < 1e-9, "cached rows differ from the full forward's")
+    x_BLD, other = bench.states(given), bench.states(given, seed=1)
+    cache, beside = module.new_cache(), module.new_cache()
+    parts = []
+    for start, end in ((0, 5), (5, 6), (6, 7), (7, 8)):
+        parts.append(_decode(module, x_BLD, given, cache, start, end))
+        _decode(module, other, given, beside, start, end)
+    hold(distance(torch.cat(parts, dim=1), module(x_BLD, given)) < 1e-9, "cached rows differ from the full forward's")
     hold(cache.length == 8, f"the cache holds {cache.length} tokens after 8")
-    cache.truncate(5)
-    hold(cache.length == 5, "truncate(5) does not leave 5 tokens")
-    again = _decode(module, x_BLD, given, cache, 5, 8)
-    hold(distance(again, full[:, 5:]) < 1e-9, "rows read after truncate differ from the full forward's")
+    for keep in (5, 0):
+        cache.truncate(keep)
+        hold(cache.length == keep, f"truncate({keep}) leaves {cache.length} tokens")
+        mixed = torch.cat([x_BLD[:, :keep], other[:, keep:]], dim=1)
+        again = _decode(module, mixed, given, cache, keep, 8)
+        hold(distance(again, module(mixed, given)[:, keep:]) < 1e-9, "rows that were forgotten come back")
 
 
 def _decode(module: object, x_BLD: Tensor, given: object, cache: object, start: int, end: int) -> Tensor:
@@ -94,6 +101,33 @@ def declared_cache_is_real(subject: Subject) -> None:
     itemsize, declared = torch.float64.itemsize, module.costs().cache
     real = cache.bytes / (given.tokens_BL.numel() * itemsize)
     hold(declared == real, f"declared {declared} elements a token, kept {real:g}")
+    held = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache, set()))
+    hold(held <= cache.bytes, f"the cache says {cache.bytes} bytes and holds tensors of {held}")
+
+
+def _tensors(value: Any, met: set[int]) -> Iterator[Tensor]:
+    """Every tensor that an object holds, however deep."""
+    if id(value) in met:
+        return
+    met.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple | set):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item, met)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors(vars(value), met)
+
+
+@check("attention", clause="positions come from the context, never from the shape", where=CONTRACT)
+def positions_come_from_the_context(subject: Subject) -> None:
+    """Rows before the last change places together with their positions: the last row sees the same set."""
+    spare("rows_in_order" not in subject.capabilities, "declared to depend on the order of rows")
+    module, given = perturbed(subject.made()), bench.tokens()
+    x_BLD, order_L = bench.states(given), torch.tensor([3, 0, 6, 2, 5, 1, 4, 7])
+    moved = replace(given, positions_L=given.positions_L[order_L], tokens_BL=given.tokens_BL[:, order_L])
+    before, after = module(x_BLD, given)[:, -1], module(x_BLD[:, order_L], moved)[:, -1]
+    hold(distance(after, before) < 1e-10, "a row depends on where others stand, not on their positions")
 
 
 @check(
@@ -110,6 +144,7 @@ def declared_flops_are_real(subject: Subject) -> None:
         y_BLD = module(torch.empty(2, bench.LENGTH, bench.WIDTH, dtype=torch.float64, device="meta"), given)
     hold(y_BLD.is_meta, f"from the meta device to {y_BLD.device}")
     costs, vectors = module.costs(), sum(p.numel() for p in module.parameters() if p.dim() == 1)
-    declared = given.tokens_BL.numel() * (2 * (costs.active - vectors) + 2 * costs.mixing)
+    mixing = costs.mixing * (1 if "exact_mixing" in subject.capabilities else 2)
+    declared = given.tokens_BL.numel() * (2 * (costs.active - vectors) + mixing)
     counted = counter.get_total_flops()
     hold(abs(declared - counted) <= 0.02 * counted, f"declared {declared:g} FLOPs, counted {counted:g}")

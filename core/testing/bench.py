@@ -37,7 +37,7 @@ START = Progress(step=1, tokens=128, total_steps=100, total_tokens=12800)
 
 
 class KitPrecision(Precision):
-    """One format for weights and products; products of the router, norms and head never below fp32."""
+    """One format for weights, and one for products; those of the router and the norms stay in the weights' format."""
 
     def __init__(self, kept: torch.dtype, computed: torch.dtype | None = None) -> None:
         self.kept, self.computed = kept, computed or kept
@@ -88,7 +88,7 @@ def tokens(batch: int = 3, length: int = 8, *, seed: int = 0, **rest: Any) -> Se
     """Random tokens with their targets."""
     draw = torch.Generator().manual_seed(seed)
     tokens_BM = torch.randint(VOCABULARY, (batch, length + 1), generator=draw)
-    return SequenceContext.of(tokens_BM[:, :-1], targets_BL=tokens_BM[:, 1:], **rest)
+    return SequenceContext.of(tokens_BM[:, :-1], targets_BL=tokens_BM[:, 1:], **{"step": 2, **rest})
 
 
 def padded(lengths: Sequence[int], length: int = 8, *, seed: int = 0) -> SequenceContext:
@@ -175,6 +175,7 @@ class KitRouter(LearnedRouter):
 
         top_k: int = setting(2, doc="experts per token")
         groups: int = setting(1, doc="one: every expert can be reached")
+        reach: int = setting(1, doc="and it is")
 
     def route(self, logits_TE: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
         scores_TE = logits_TE.sigmoid()
@@ -215,6 +216,7 @@ class KitExperts(FeedForward):
         able = self.config.router.component.capabilities_of(self.config.router.config)
         return Traits(
             top_k=self.router.top_k,
+            token_choice="token_choice" in able,
             drops="drops" in able,
             causal="causal" in able,
             batch_dependent="batch_dependent" in able,

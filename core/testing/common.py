@@ -19,9 +19,19 @@ from core.extension.registry import SLOTS
 from core.model.initialise import initialise
 from core.testing import bench
 from core.testing.clauses import MODULES, BrokenClauseError, check, hold, spare
-from core.testing.subject import Subject, changed, distance, perturbed, state
+from core.testing.subject import Subject, changed, distance, perturbed, snapshot, state, written
 
 ALL = tuple(SLOTS)
+
+
+@check(
+    *ALL,
+    clause="a component can be loaded, its `example` validated, and one of it made",
+    where="core/contracts/component.py, Component: `example`",
+)
+def component_can_be_built(subject: Subject) -> None:
+    """If not, no other check is run."""
+    hold(subject.fault is None, str(subject.fault))
 
 
 @check(
@@ -30,18 +40,20 @@ ALL = tuple(SLOTS)
     where="core/contracts/component.py, Component: `Config`",
 )
 def config_is_honest(subject: Subject) -> None:
-    """Reading is looked for in the source: an attribute or a string of the key's name."""
+    """Reading is looked for in the source, outside of `check` and of `example`."""
     config = subject.component.Config
     hold(config.__doc__ and not config.__doc__.startswith(f"{config.__name__}("), "Config has no docstring")
     used = set(_names_read(subject.component))
     for f in fields(config):
         hold(f.kw_only, f"{f.name} can be given by position: make the dataclass kw_only")
         hold(len(f.metadata.get("doc", "")) >= 5, f"{f.name} has no doc: write setting(..., doc=...)")
-        hold(f.name in used, f"{f.name} is read nowhere in {subject.component.__module__.partition('.')[0]}")
+    unread = [f.name for f in fields(config) if f.name not in used]
+    where = subject.component.__module__.partition(".")[0]
+    hold(not unread, f"{', '.join(unread)}: read nowhere in {where} but in check")
 
 
 def _names_read(component: Any) -> Iterator[str]:
-    """Attributes and strings in the modules of the component's classes, and in those beside them."""
+    """What the modules of the component's classes, and those beside them, read of something like a `Config`."""
     files = set()
     for cls in component.__mro__:
         file = getattr(sys.modules.get(cls.__module__), "__file__", None)
@@ -51,11 +63,23 @@ def _names_read(component: Any) -> Iterator[str]:
     if (own.parent / "__init__.py").exists():
         files.update(own.parent.glob("*.py"))
     for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                yield node.attr
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+        yield from _read_in(ast.parse(file.read_text(encoding="utf-8")), in_config=False)
+
+
+def _read_in(node: ast.AST, *, in_config: bool) -> Iterator[str]:
+    """Attributes that are read, of anything but `self`, or of `self` in a dataclass; and names given to getattr."""
+    if isinstance(node, ast.FunctionDef) and node.name == "check":
+        return
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+        if in_config or not of_self:
+            yield node.attr
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "vars"):
+        yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+    if isinstance(node, ast.ClassDef):
+        in_config = any("dataclass" in ast.dump(decorator) for decorator in node.decorator_list)
+    for inner in ast.iter_child_nodes(node):
+        yield from _read_in(inner, in_config=in_config)
 
 
 @check(
@@ -84,14 +108,16 @@ def _required(f: Any) -> bool:
 def built_on_meta_it_gets_the_same_weights(subject: Subject) -> None:
     """Built on meta, moved, initialised by address: bit by bit what building it directly gives."""
     direct, later = subject.made(), subject.made(meta=True)
-    hold(all(t.is_meta for t in later.state_dict().values()), "a tensor was not made on the meta device")
+    hold(all(t.is_meta for t in (*later.parameters(), *later.buffers())), "a tensor was not made on the meta device")
     moved = later.to_empty(device="cpu")
     with torch.no_grad():
-        for tensor in moved.state_dict().values():
+        for tensor in (*moved.parameters(), *moved.buffers()):
             tensor.fill_(7)
     initialise(moved, 0)
     different = changed(moved, state(direct))
     hold(not different, f"other values in {', '.join(different)}")
+    pairs = zip(results(subject, direct), results(subject, moved), strict=True)
+    hold(all(torch.equal(one, two) for one, two in pairs), "a buffer that is not saved is not reset")
 
 
 @check(
@@ -100,12 +126,24 @@ def built_on_meta_it_gets_the_same_weights(subject: Subject) -> None:
     where="core/contracts/component.py, Component",
 )
 def state_round_trips(subject: Subject) -> None:
-    """Another instance that loads it gives the same results, bit by bit."""
+    """Another instance that loads it gives the same results, bit by bit; a balancer also after the next step."""
     one, other = perturbed(subject.made()).eval(), subject.made().eval()
+    _step(one, [80, 3, 10, 10, 10, 10, 10, 10])
     other.load_state_dict(state(one))
-    hold(not changed(other, state(one)), "a tensor was not loaded")
-    for expected, got in zip(results(subject, one), results(subject, other), strict=True):
-        hold(torch.equal(expected, got), "results differ after loading the same state")
+    for load in (None, [1, 40, 10, 10, 10, 10, 10, 10]):
+        if load is not None:
+            _step(one, load)
+            _step(other, load)
+        hold(not changed(other, state(one)), "a tensor was not loaded")
+        for expected, got in zip(results(subject, one), results(subject, other), strict=True):
+            hold(torch.equal(expected, got), "results differ after loading the same state")
+
+
+def _step(module: Any, load: list[int]) -> None:
+    """The end of a step, for a balancer."""
+    if hasattr(module, "on_step_end"):
+        with torch.no_grad():
+            module.on_step_end(torch.tensor(load), bench.START)
 
 
 @check(
@@ -117,9 +155,9 @@ def forward_writes_nothing(subject: Subject) -> None:
     """In training and in evaluation."""
     module = perturbed(subject.made())
     for training in (True, False):
-        before = state(module)
-        results(subject, module.train(training))
-        different = changed(module, before)
+        before = snapshot(module.train(training))
+        results(subject, module)
+        different = written(module, before)
         hold(not different, f"{', '.join(different)} changed in {'training' if training else 'evaluation'}")
 
 
@@ -149,6 +187,12 @@ def formats_are_followed(subject: Subject) -> None:
             hold(exact.dtype == torch.float64, f"an fp64 model gives {exact.dtype}")
             hold(rounded.dtype == torch.float32, f"an fp32 model gives {rounded.dtype}")
             hold(distance(rounded.double(), exact) < 1e-3, "fp32 and fp64 disagree by more than rounding")
+    slot = subject.entry.slot
+    nudged = call(slot, wide, *call_arguments(slot, bench.padded([8, 5, 8]), torch.float64, nudge=1e-11))
+    floating = [(a, b) for a, b in zip(results(subject, wide), nudged, strict=True) if a.is_floating_point()]
+    moved = not floating or any(not torch.equal(a, b) for a, b in floating)
+    fixed = slot == "router" and "learned" not in subject.capabilities
+    hold(moved or fixed, "an fp64 model does not notice 1e-11: something in it is computed in fp32")
 
 
 @check(
@@ -178,9 +222,9 @@ def results(subject: Subject, module: Any, dtype: torch.dtype = torch.float64) -
     return call(slot, module, *call_arguments(slot, bench.padded([8, 5, 8]), dtype))
 
 
-def call_arguments(slot: str, given: SequenceContext, dtype: torch.dtype) -> tuple[Any, ...]:
+def call_arguments(slot: str, given: SequenceContext, dtype: torch.dtype, nudge: float = 0.0) -> tuple[Any, ...]:
     """What a forward of the slot's kind is called with."""
-    x_BLD = bench.states(given, dtype)
+    x_BLD = bench.states(given, dtype) + nudge * bench.states(given, dtype, seed=5)
     if slot == "router":
         return x_BLD.flatten(0, 1), given
     if slot == "loss_head":
@@ -213,9 +257,10 @@ def plain_routing(x_BLD: Tensor, given: SequenceContext) -> Any:
     return router(x_BLD.flatten(0, 1), _as_it_is, given)
 
 
-def shared(dtype: torch.dtype) -> Shared:
+def shared(dtype: torch.dtype, *, tied: bool = False) -> Shared:
     """An embedding and an output to predict with."""
     draw = torch.Generator().manual_seed(2)
     embedding_VD = torch.randn(bench.VOCABULARY, bench.WIDTH, dtype=torch.float64, generator=draw).to(dtype)
     output_VD = torch.randn(bench.VOCABULARY, bench.WIDTH, dtype=torch.float64, generator=draw).to(dtype) * 0.1
+    output_VD = embedding_VD if tied else output_VD
     return Shared(lambda tokens: embedding_VD[tokens], lambda hidden: hidden @ output_VD.T)

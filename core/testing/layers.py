@@ -1,8 +1,12 @@
 """The contracts of feed-forward layers and of loss heads."""
 
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from core.contracts.context import SequenceContext
 from core.contracts.schedule import Progress
 from core.testing import bench
 from core.testing.clauses import check, hold, spare
@@ -40,6 +44,20 @@ def ffn_is_causal(subject: Subject) -> None:
     hold(distance(after[:, :4], before[:, :4]) < 1e-10, "an earlier row changed with a later one")
 
 
+@check("ffn", clause="padding changes neither a valid token's result nor the load", where=FFN)
+def ffn_ignores_padding(subject: Subject) -> None:
+    """Other values of padded states (P6)."""
+    module, given = perturbed(subject.made()), bench.padded([8, 3, 0])
+    x_BLD, valid_BL = bench.states(given), given.valid()
+    other = torch.where(valid_BL[:, :, None], x_BLD, 5 * x_BLD.flip(2))
+    (one, before), (two, after) = module(x_BLD, given), module(other, given)
+    hold(distance(two[valid_BL], one[valid_BL]) < 1e-10, "padding changes a valid token's result")
+    if before is not None:
+        hold(torch.equal(after.load_E, before.load_E), "padding changes the load")
+        empty = module(bench.states(bench.padded([0, 0])), bench.padded([0, 0]))[1]
+        hold(not empty.load_E.any(), "padding is counted in the load")
+
+
 @check("ffn", clause="the backward is the forward's", where=FFN)
 def ffn_gradients_are_right(subject: Subject) -> None:
     """Against finite differences in fp64; choices of experts are constant in so small a step."""
@@ -71,6 +89,7 @@ def ffn_costs_are_real(subject: Subject) -> None:
 def head_counts_are_known_beforehand(subject: Subject) -> None:
     """Full, padded and all-masked; the coefficient is a finite number."""
     head = perturbed(subject.made())
+    documents = bench.tokens(documents_BM=torch.tensor([[0] * 4 + [1] * 5] * 3))
     for lengths in ([8, 8, 8], [8, 3, 0], [0, 0]):
         given = bench.padded(lengths)
         output, counts = head(bench.states(given), given, shared(torch.float64)), head.counts(given)
@@ -78,8 +97,16 @@ def head_counts_are_known_beforehand(subject: Subject) -> None:
         for name, term in output.terms.items():
             hold(int(term.count) == int(counts[name]), f"{name}: {int(term.count)} counted, {int(counts[name])} told")
         hold(set(output.records) <= set(head.contexts(given)), "a block of the head has no context")
+        _plausible(counts, given)
+    _plausible(head.counts(documents), documents)
     value = head.coefficient(Progress(1, 128, 100, 12800))
     hold(0 <= value < float("inf"), f"the coefficient is {value!r}")
+
+
+def _plausible(counts: dict[str, Tensor], given: SequenceContext) -> None:
+    most = int(given.predicted().sum())
+    for name, count in counts.items():
+        hold(0 <= int(count) <= most, f"{name}: {int(count)} counted, where {most} positions predict a token")
 
 
 @check(
@@ -90,9 +117,16 @@ def head_counts_are_known_beforehand(subject: Subject) -> None:
 def head_ignores_padding(subject: Subject) -> None:
     """Other states and targets at padded places change nothing (P17: 0, never NaN)."""
     head, given = perturbed(subject.made()), bench.padded([8, 3, 0])
-    x_BLD, valid_BL1 = bench.states(given), given.valid()[:, :, None]
-    other = torch.where(valid_BL1, x_BLD, 5 * x_BLD.flip(2))
-    one, two = (head(x, given, shared(torch.float64)) for x in (x_BLD, other))
+    x_BLD, valid_BL = bench.states(given), given.valid()
+    other = torch.where(valid_BL[:, :, None], x_BLD, 5 * x_BLD.flip(2))
+    assert given.targets_BL is not None
+    past_BL = ~valid_BL & ~valid_BL.roll(1, dims=1)  # the first padded place is the last valid token's target
+    elsewhere = replace(
+        given,
+        tokens_BL=torch.where(past_BL, given.tokens_BL ^ 1, given.tokens_BL),
+        targets_BL=torch.where(valid_BL, given.targets_BL, given.targets_BL ^ 1),
+    )
+    one, two = head(x_BLD, given, shared(torch.float64)), head(other, elsewhere, shared(torch.float64))
     for name, term in one.terms.items():
         hold(distance(two.terms[name].sum, term.sum) < 1e-10, f"padding changes {name}")
     empty, nothing = bench.padded([0, 0]), bench.states(bench.padded([0, 0])).requires_grad_()
@@ -126,3 +160,20 @@ def head_teaches_the_model(subject: Subject) -> None:
     terms = head(x_BLD, given, shared(torch.float64)).terms
     torch.stack([term.mean() for term in terms.values()]).sum().backward()
     hold(x_BLD.grad is not None and bool(x_BLD.grad.isfinite().all()) and bool(x_BLD.grad.any()), "no finite gradient")
+
+
+@check("loss_head", clause="a prediction does not see what it predicts", where=HEAD)
+def head_does_not_see_its_target(subject: Subject) -> None:
+    """The probabilities of all possible last targets add up to at most 1, where the output is the embedding itself."""
+    head, given = perturbed(subject.made()), bench.tokens(1, 4)
+    x_BLD, tied = bench.states(given), shared(torch.float64, tied=True)
+    losses: dict[str, list[Tensor]] = {}
+    assert given.targets_BL is not None
+    for token in range(bench.VOCABULARY):
+        targets_BL = torch.cat([given.targets_BL[:, :-1], torch.full((1, 1), token)], dim=1)
+        for name, term in head(x_BLD, replace(given, targets_BL=targets_BL), tied).terms.items():
+            losses.setdefault(name, []).append(term.sum.detach())
+    for name, values in losses.items():
+        total = torch.stack(values).neg().exp().sum()
+        constant = all(torch.equal(value, values[0]) for value in values)
+        hold(constant or float(total) <= 1 + 1e-6, f"{name}: probabilities add up to {total:.3g}")

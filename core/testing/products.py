@@ -11,7 +11,7 @@ from core.contracts.precision import Precision
 from core.contracts.router import Routing
 from core.testing import bench
 from core.testing.clauses import check, hold
-from core.testing.subject import Subject, distance
+from core.testing.subject import Subject, distance, snapshot, written
 
 PRECISION, DISPATCHER = "core/contracts/precision.py, Precision", "core/contracts/dispatcher.py, Dispatcher"
 ROLES = re.findall(r"`([a-z_.]+)`", str(Precision.__doc__).partition("*role*")[2])
@@ -54,7 +54,7 @@ def products_are_as_exact_as_declared(subject: Subject) -> None:
         x, ends_E = _inputs(precision, role), torch.tensor([10, 10, 25, ROWS], dtype=torch.int32)
         bound = 2 * torch.finfo(computed).eps + 4 * INPUTS**0.5 * torch.finfo(_wide(computed)).eps
         for y, exact, size in (_product(layer, x), _grouped(grouped, x, ends_E)):
-            error = float(((y.double() - exact).abs() / size).max())
+            error = float(((y.detach().double() - exact).abs() / size).max())
             hold(error <= bound, f"{role}: an error of {error:.1e} of |x| |W|, where {computed} allows {bound:.1e}")
 
 
@@ -135,6 +135,35 @@ def product_gradients_are_right(subject: Subject) -> None:
         for name, own, exact in (("x", x.grad, wide.grad), ("weight", layer.weight.grad, weight.grad)):
             assert own is not None and exact is not None  # noqa: PT018
             hold(distance(own.double(), exact) <= 16 * eps, f"d{name} is off by {distance(own.double(), exact):.1e}")
+
+
+@check(
+    "precision", clause="a product writes nothing, draws nothing, and can be made on the meta device", where=PRECISION
+)
+def products_are_pure(subject: Subject) -> None:
+    """Twice the same bits; nothing that the layer holds changes; buffers are reset by `reset_parameters`."""
+    precision, role = subject.precision(), "ffn.down"
+    x, ends_E = _inputs(precision, role), torch.tensor([10, 10, 25, ROWS], dtype=torch.int32)
+    for layer, more in zip(_layers(precision, role), ((), (ends_E,)), strict=True):
+        before, first = snapshot(layer), layer(x, *more)
+        hold(torch.equal(layer(x, *more), first), "a second product gives other bits")
+        different = written(layer, before)
+        hold(not different, f"{', '.join(different)} changed in a product")
+    with torch.device("meta"):
+        made = precision.linear(INPUTS, OUTPUTS, role, std=0.1)
+    moved = made.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*moved.parameters(), *moved.buffers()):
+            tensor.fill_(7)
+    for part in moved.modules():
+        if hasattr(part, "reset_parameters"):
+            torch.manual_seed(0)
+            part.reset_parameters()  # type: ignore[operator]
+    direct, _ = _layers(precision, role)
+    moved.load_state_dict(
+        {name: direct.state_dict()[name] for name in moved.state_dict() if name == "weight"}, strict=False
+    )
+    hold(torch.equal(moved(x), direct(x)), "made on the meta device it gives other products")
 
 
 def assignments(kept: bool, token_major: bool) -> tuple[Routing, Tensor]:

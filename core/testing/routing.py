@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from core.contracts.context import SequenceContext
 from core.contracts.router import CAPABILITIES, Routing
@@ -11,6 +12,7 @@ from core.testing import bench
 from core.testing.clauses import check, hold, spare
 from core.testing.subject import Subject, distance, perturbed
 
+COSTS = "core/contracts/component.py, Costs"
 CONTRACT, ROUTING = "core/contracts/router.py, Router", "core/contracts/router.py, Routing"
 WORDS = "core/contracts/router.py, CAPABILITIES"
 BATCHES = ([8, 8, 8], [8, 5, 0], [1], [0, 0], [8])
@@ -98,6 +100,10 @@ def gates_are_finite_and_wide(subject: Subject) -> None:
         cast = module(x_TD, plain, given)
     for name in ("gate_A", "scores_TE", "logits_TE"):
         hold(torch.equal(getattr(cast, name), getattr(expected, name)), f"autocast changes {name}")
+    narrow, widened = (module(x, plain, given) for x in (x_TD.bfloat16(), x_TD.bfloat16().float()))
+    for name in ("gate_A", "scores_TE", "logits_TE"):
+        same = torch.equal(getattr(narrow, name), getattr(widened, name))
+        hold(same, f"{name} of bf16 tokens is not that of the same numbers in fp32")
     for inputs in (x_TD, 1e4 * x_TD, x_TD.bfloat16(), torch.zeros_like(x_TD)):
         routing = module(inputs, plain, given)
         for name in ("gate_A", "scores_TE", "logits_TE"):
@@ -117,6 +123,9 @@ def gates_know_no_bias(subject: Subject) -> None:
     tilt_E = torch.arange(bench.EXPERTS, dtype=torch.float64)
     tilted = routed(module, given, lambda scores_TE: scores_TE + tilt_E)
     hold(torch.equal(tilted.scores_TE, expected.scores_TE), "a bias changes the affinities")
+    slightly = routed(module, given, lambda scores_TE: scores_TE + 1e-9 * tilt_E)
+    if torch.equal(slightly.expert_A, expected.expert_A):
+        hold(torch.equal(slightly.gate_A, expected.gate_A), "a bias that changes no selection changes a gate")
 
 
 @check(
@@ -168,7 +177,9 @@ def gates_teach_the_router(subject: Subject) -> None:
 def group_limit_is_honoured(subject: Subject) -> None:
     """Under none, negative, positive and mixed biases."""
     spare("groups" in subject.capabilities, "not declared")
-    groups, reach = subject.config.groups, getattr(subject.config, "reach", subject.config.groups)
+    for key in ("groups", "reach"):
+        hold(hasattr(subject.config, key), f"Config has no {key}, which a router with `groups` needs")
+    groups, reach = subject.config.groups, subject.config.reach
     module, given = perturbed(subject.made()), bench.tokens()
     draw = torch.Generator().manual_seed(0)
     mixed_E = torch.randn(bench.EXPERTS, dtype=torch.float64, generator=draw)
@@ -242,18 +253,32 @@ def drops_are_declared(subject: Subject) -> None:
 
 @check("router", clause="experts have no order, unless they stand in groups", where=CONTRACT)
 def permuting_experts_only_permutes_results(subject: Subject) -> None:
-    """Weights with a row for each expert are permuted within its group."""
+    """The axes that grow with the number of experts are permuted, within groups."""
     spare("learned" in subject.capabilities and "ordered" not in subject.capabilities, "experts are not learned")
     module, given = perturbed(subject.made()), bench.tokens()
+    larger = subject.made(experts=2 * bench.EXPERTS).state_dict()
     size = bench.EXPERTS // getattr(subject.config, "groups", 1)
     order_E = torch.cat([torch.arange(size).roll(1) + start for start in range(0, bench.EXPERTS, size)])
     before = dense_gates(routed(module, given))
     with torch.no_grad():
-        for tensor in module.state_dict().values():
-            if tensor.dim() and tensor.shape[0] == bench.EXPERTS:
-                tensor.copy_(tensor[order_E].clone())
+        for name, tensor in module.state_dict().items():
+            for axis, (few, many) in enumerate(zip(tensor.shape, larger[name].shape, strict=True)):
+                if few != many:
+                    tensor.copy_(tensor.index_select(axis, order_E))
     after = dense_gates(routed(module, given))
     hold(distance(after, before[:, order_E]) < 1e-10, "results do not follow the experts")
+
+
+@check("router", clause="`costs().active` is what one token uses, within 2% of a counted run", where=COSTS)
+def router_costs_are_real(subject: Subject) -> None:
+    """2 FLOPs for each active weight that is in a product."""
+    module, given = subject.made(), bench.tokens(2, bench.LENGTH)
+    with FlopCounterMode(display=False) as counter:
+        routed(module, given)
+    vectors = sum(p.numel() for p in module.parameters() if p.dim() < 2)
+    declared = given.tokens_BL.numel() * 2 * (module.costs().active - min(vectors, module.costs().active))
+    counted = counter.get_total_flops()
+    hold(abs(declared - counted) <= 0.02 * counted, f"declared {declared:g} FLOPs, counted {counted:g}")
 
 
 @check("router", clause="no token at all is a batch too", where=CONTRACT)

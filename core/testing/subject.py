@@ -1,6 +1,5 @@
 """A component under test: its `example` section, validated, and ways to build it in the kit's small model."""
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +14,12 @@ from core.contracts.component import Environment
 from core.contracts.errors import UserError
 from core.contracts.precision import Precision
 from core.contracts.schema import Section
-from core.extension.loader import registry_for
+from core.extension.loader import installed_registry, registry_for
 from core.extension.registry import Entry, Registry
 from core.model.initialise import initialise
 from core.recipe.resolve import Resolver
 from core.testing import bench
+from core.testing.clauses import MODULES
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,11 +33,15 @@ def entries_of(package: str) -> list[Entry]:
     Raises:
         UserError: it cannot be read, or registers nothing.
     """
-    registry = registry_for([package])
-    if not list(_of(registry, package)):
-        importlib.import_module(package)
+    found = list(_of(installed_registry(), package))
+    if not found:
+        try:
+            found = list(_of(registry_for([package]), package))
+        except UserError as told:
+            raise UserError(str(told).replace(", which the recipe names,", "")) from told
+    if not found:
         raise UserError(f"plugin {package!r} registers nothing")
-    return list(_of(registry, package))
+    return found
 
 
 def _of(registry: Registry, package: str) -> Iterator[Entry]:
@@ -82,10 +86,29 @@ class Subject:
         told: str | None = self.component.requires(self.config, Environment("cpu"))
         return told
 
-    def made(self, dtype: torch.dtype = torch.float64, *, seed: int = 0, meta: bool = False) -> Any:
+    def made(
+        self, dtype: torch.dtype = torch.float64, *, seed: int = 0, meta: bool = False, experts: int = bench.EXPERTS
+    ) -> Any:
         """The component by itself, with initial weights; on the meta device without."""
         build = bench.build_context(bench.KitPrecision(dtype), seed=seed)
-        return self._initialised(lambda: self._make(build), seed, meta=meta)
+        return self._initialised(lambda: self._make(build, experts), seed, meta=meta)
+
+    @cached_property
+    def fault(self) -> str | None:
+        """Why the component cannot be loaded, validated and built; None where it can."""
+        try:
+            if self.obstacle() is None:
+                self.precision() if self.entry.slot == "precision" else self._any()
+        except Exception as cause:
+            return f"{type(cause).__name__}: {cause}"
+        return None
+
+    def _any(self) -> None:
+        """Make one, whatever its slot."""
+        if self.entry.slot in (*MODULES, "dispatcher"):
+            self.made()
+        else:
+            self.factory()
 
     def model(self, dtype: torch.dtype = torch.float64, *, recompute: bool = False) -> Any:
         """A language model with the component in it."""
@@ -104,10 +127,10 @@ class Subject:
         balance = [self.section] if self.entry.slot == "balancer" else []
         return bench.section("ffn", bench.KitExperts, router=router, balance=balance)
 
-    def _make(self, build: BuildContext) -> Any:
+    def _make(self, build: BuildContext, experts: int) -> Any:
         shared: dict[str, Any] = {}
         if self.entry.slot in ("router", "balancer", "dispatcher"):
-            shared["experts"] = bench.EXPERTS
+            shared["experts"] = experts
         if self.entry.slot == "balancer":
             shared["top_k"] = 2
         return build.make(self.section, **shared)
@@ -148,6 +171,38 @@ def perturbed(module: M) -> M:
             if tensor.is_floating_point():
                 tensor.add_(torch.randn(tensor.shape, generator=draw, dtype=torch.float64).to(tensor.dtype) * 0.1)
     return module
+
+
+_OWN = frozenset(vars(nn.Module()))
+
+
+def snapshot(module: nn.Module) -> dict[str, Any]:
+    """Everything that a module holds: parameters, every buffer, and tensors and plain values kept as attributes."""
+    found: dict[str, Any] = {}
+    for path, part in module.named_modules():
+        held = {**part._parameters, **part._buffers, **{k: v for k, v in vars(part).items() if k not in _OWN}}
+        for name, value in held.items():
+            if isinstance(value, Tensor):
+                found[f"{path}.{name}"] = value.detach().clone()
+            elif value is None or isinstance(value, int | float | str):
+                found[f"{path}.{name}"] = value
+    return found
+
+
+def written(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Names of what is no longer as it was, or was not there."""
+    now = snapshot(module)
+    return [
+        name
+        for name in {**before, **now}
+        if name not in before or name not in now or not _same(now[name], before[name])
+    ]
+
+
+def _same(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one.shape == two.shape and torch.equal(one, two)
+    return type(one) is type(two) and bool(one == two)
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:

@@ -144,6 +144,7 @@ class MixtureOfExperts(FeedForward):
             expert_parameters=sum(p.numel() for owner in owners for p in owner.parameters()),
             top_k=self.router.top_k,
             capacity_factor=self.router.capacity_factor if dropping is None else dropping.capacity_factor,
+            token_choice="token_choice" in self.able,
             drops=dropping is not None or "drops" in self.able,
             causal=dropping is None and "causal" in self.able,
             batch_dependent=dropping is not None or "batch_dependent" in self.able,

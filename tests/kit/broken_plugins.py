@@ -1,4 +1,4 @@
-"""Ten plugins, each with one mistake that others have really made."""
+"""Plugins, each with one mistake that others have really made."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.contracts.attention import Cache
+from core.contracts.balancer import Balancer
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
@@ -14,6 +16,7 @@ from core.contracts.router import Adjust, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
 from core.extension.hookspec import hookimpl
+from core.model.attend import TensorCache
 from core.model.share_loss import ShareLoss
 from core.testing.bench import KitAttention, KitDense, KitHead, KitPrecision, KitRouter
 
@@ -30,6 +33,10 @@ BROKEN = {
     ("ffn", "diary"): "forward_writes_nothing",
     ("loss_head", "wrong_divisor"): "head_counts_are_known_beforehand",
     ("precision", "optimist"): "products_are_as_exact_as_declared",
+    ("attention", "one_cache"): "decoding_equals_the_full_forward",
+    ("attention", "own_positions"): "positions_come_from_the_context",
+    ("balancer", "forgetful"): "state_round_trips",
+    ("loss_head", "prophet"): "head_does_not_see_its_target",
 }
 """The one check that each must fail."""
 
@@ -194,7 +201,56 @@ class Optimist(KitPrecision):
         return layer
 
 
+class OneCache(KitAttention):
+    """Gives every sequence of tokens the same cache."""
+
+    example = {"name": "one_cache"}
+    kept = TensorCache()
+
+    def new_cache(self) -> Cache:
+        return self.kept
+
+
+class OwnPositions(KitAttention):
+    """Counts rows itself instead of reading their positions."""
+
+    example = {"name": "own_positions"}
+
+    def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
+        start = 0 if cache is None else cache.length
+        place_L1 = torch.arange(start, start + x_BLD.shape[1], device=x_BLD.device)[:, None]
+        return super().forward(x_BLD * (1 + place_L1), context, cache)
+
+
+class Forgetful(Balancer):
+    """Keeps its bias where no checkpoint finds it."""
+
+    Config = _Alpha
+    example = {"name": "forgetful"}
+    needs = frozenset({"selects_with_bias"})
+
+    def __init__(self, config: Any, build: BuildContext, *, experts: int, top_k: int) -> None:
+        super().__init__(config, build, experts=experts, top_k=top_k)
+        self.config, self.bias = config, torch.zeros(experts)
+
+    def adjust(self, scores_TE: Tensor) -> Tensor:
+        return scores_TE + self.bias
+
+    def on_step_end(self, load_E: Tensor, progress: Progress) -> None:
+        self.bias = self.bias + self.config.alpha * (load_E.sum() - self.experts * load_E).sign()
+
+
+class Prophet(KitHead):
+    """Adds the target's own embedding before it predicts it."""
+
+    example = {"name": "prophet"}
+
+    def forward(self, hidden_BLD: Tensor, context: SequenceContext, shared: Any) -> HeadOutput:
+        return super().forward(hidden_BLD + 3 * shared.embed(context.targets_BL), context, shared)
+
+
 CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist),
+    *(OneCache, OwnPositions, Forgetful, Prophet),
 )
