@@ -205,7 +205,10 @@ class OneCache(KitAttention):
     """Gives every sequence of tokens the same cache."""
 
     example = {"name": "one_cache"}
-    kept = TensorCache()
+
+    def __init__(self, config: Any, build: BuildContext) -> None:
+        super().__init__(config, build)
+        self.kept = TensorCache()
 
     def new_cache(self) -> Cache:
         return self.kept
@@ -231,13 +234,14 @@ class Forgetful(Balancer):
 
     def __init__(self, config: Any, build: BuildContext, *, experts: int, top_k: int) -> None:
         super().__init__(config, build, experts=experts, top_k=top_k)
-        self.config, self.bias = config, torch.zeros(experts)
+        self.config, self.bias = config, None
 
     def adjust(self, scores_TE: Tensor) -> Tensor:
-        return scores_TE + self.bias
+        return scores_TE if self.bias is None else scores_TE + self.bias
 
     def on_step_end(self, load_E: Tensor, progress: Progress) -> None:
-        self.bias = self.bias + self.config.alpha * (load_E.sum() - self.experts * load_E).sign()
+        before = torch.zeros(self.experts) if self.bias is None else self.bias
+        self.bias = before + self.config.alpha * (load_E.sum() - self.experts * load_E).sign()
 
 
 class Prophet(KitHead):
