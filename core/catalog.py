@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m core.catalog",
         description="List the installed plugins.",
         epilog="MOELOOM_DISABLE_PLUGINS=a,b skips plugins, by entry point or distribution; MOELOOM_STRICT_PLUGINS=1 "
-        "makes a broken one an error; MOELOOM_TRACE_PLUGINS=1 tells what is imported, from where, in how long.",
+        "makes a broken one an error, and in the list a broken component too; MOELOOM_TRACE_PLUGINS=1 tells what is "
+        "imported, from where, in how long.",
     )
     p.add_argument("--json", action="store_true", help="print one JSON document")
     commands = p.add_subparsers(dest="command", metavar="COMMAND")
@@ -39,6 +41,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.command == "show":
         from core.analysis.catalog import component
 
+        warnings.filterwarnings("ignore", r"plugin .* is broken", module=r"core\.extension\.")  # told to who misses it
         document = component(arguments.slot, arguments.name)
         print_json(document) if as_json else print("\n".join(_page(document)))
     elif arguments.command == "new":
@@ -51,10 +54,11 @@ def main(arguments: argparse.Namespace) -> None:
             print("\n".join(files))
             print(f"next: cd {arguments.folder}; README.md says how to test it and train with it")
     else:
-        from core.analysis.catalog import rows
+        from core.analysis.catalog import check_strict, rows
 
         found = rows()
         print_json(found) if as_json else _table(found)
+        check_strict(found)
 
 
 def _table(found: list[dict[str, Any]]) -> None:
@@ -72,7 +76,7 @@ def _table(found: list[dict[str, Any]]) -> None:
         if row["status"].startswith("broken"):
             who = f"{row['name']} of {row['distribution']} is " if row["slot"] == "?" else ""
             print(*_wrapped(f"{who}{row['status']}"), sep="\n")
-    for (slot, name), owners in shared_names().items():
+    for (slot, name), owners in shared_names(found).items():
         written = " or ".join(f"{owner}/{name}" for owner in owners)
         print(*_wrapped(f"{slot} {name} has {len(owners)} owners: a recipe must write {written}"), sep="\n")
     for row in found:

@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -21,7 +23,8 @@ def run_door(main: Callable[[argparse.Namespace], None], parser: argparse.Argume
     arguments = _parsed(parser)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        main(arguments)
+        with _told_warnings():
+            main(arguments)
     except UserError as error:
         leave(2, str(error))
     except RunFailed as error:
@@ -46,6 +49,27 @@ def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
         return parser.parse_intermixed_args()
     except TypeError:
         return parser.parse_args()
+
+
+@contextmanager
+def _told_warnings() -> Iterator[None]:
+    """Our own warnings are one line, and never an error: they are about what nobody asked for."""
+    theirs = warnings.formatwarning
+
+    def ours(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        if category.__module__.partition(".")[0] == "core":
+            return f"moeloom: warning: {' '.join(str(message).split())}\n"
+        return theirs(message, category, *where, **line)
+
+    warnings.formatwarning = ours
+    try:
+        with warnings.catch_warnings():
+            if any(action == "error" for action, *_ in warnings.filters):
+                warnings.filterwarnings("default", module=r"core\.extension\.")
+            yield
+    finally:
+        if warnings.formatwarning is ours:
+            warnings.formatwarning = theirs
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:

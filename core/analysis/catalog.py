@@ -4,14 +4,14 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from core.contracts.errors import UserError, nearest
 from core.contracts.schedule import Schedule
 from core.contracts.schema import REQUIRED, Provenance
-from core.extension.loader import installed_registry
+from core.extension.loader import STRICT, installed_registry, strict, surveyed_registry
 from core.extension.registry import SLOTS, Entry
 
 SECTIONS = {"one": "{} section", "list": "list of {} sections", "mapping": "mapping of {} sections"}
@@ -23,16 +23,33 @@ def rows() -> list[dict[str, Any]]:
 
     A plugin that could not be read, or was not because it is disabled, is one object with the slot "?".
     """
-    registry = installed_registry()
+    registry = surveyed_registry()
     found = [_row(entry) for key in sorted(registry.entries) for entry in registry.entries[key]]
     found += [_unread(broken.owner, f"broken: {broken.why}") for broken in registry.broken]
     return found + [_unread(owner, "disabled") for owner in registry.disabled]
 
 
-def shared_names() -> dict[tuple[str, str], list[str]]:
-    """The distributions that offer one (slot, name), where there are several."""
-    entries = installed_registry().entries
-    return {key: [e.owner.distribution for e in offers] for key, offers in entries.items() if len(offers) > 1}
+def shared_names(found: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """The distributions that offer one (slot, name), where there are several in a list of `rows`."""
+    offers: dict[tuple[str, str], list[str]] = {}
+    for row in found:
+        if row["slot"] != "?":
+            offers.setdefault((row["slot"], row["name"]), []).append(row["distribution"])
+    return {key: owners for key, owners in offers.items() if len(owners) > 1}
+
+
+def check_strict(found: Iterable[Mapping[str, Any]]) -> None:
+    """Under `MOELOOM_STRICT_PLUGINS=1` nothing in a list of `rows` is broken.
+
+    Raises:
+        UserError: it is; all of them are named, and the list says why.
+    """
+    broken = [row for row in found if row["status"].startswith("broken")]
+    if not (strict() and broken):
+        return
+    kinds = [f"{'plugin' if row['slot'] == '?' else row['slot']} {row['name']!r}" for row in broken]
+    names = [f"{kind} of {row['distribution']} {row['version']}" for kind, row in zip(kinds, broken, strict=True)]
+    raise UserError(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} broken ({STRICT}=1)")
 
 
 def _unread(owner: Provenance, status: str) -> dict[str, Any]:

@@ -7,9 +7,12 @@ from torch import nn
 
 from core.analysis.size import Size, size_of
 from core.contracts.component import Environment
+from core.contracts.errors import UserError
 from core.contracts.ffn import Traits
 from core.contracts.precision import Precision
 from core.contracts.schedule import Progress
+from core.contracts.schema import Section
+from core.extension.checks import told_where
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
 from core.recipe.plan import Plan
@@ -181,5 +184,19 @@ def obstacles(recipe: Recipe) -> list[str]:
     cuda = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if cuda else None
     environment = Environment("cuda" if cuda else "cpu", capability, torch.version.cuda)
-    told = [(s, s.component.requires(s.config, environment)) for s in recipe.sections()]
+    told = [(section, _required(section, environment)) for section in recipe.sections()]
     return [f"{section.slot} {section.name}: {why}" for section, why in told if why]
+
+
+def _required(section: Section, environment: Environment) -> str | None:
+    """What a component's `requires` says; a mistake of its own is told as such.
+
+    Raises:
+        UserError: `requires` raises.
+    """
+    try:
+        why: str | None = section.component.requires(section.config, environment)
+    except Exception as cause:
+        owner = section.provenance.distribution
+        raise UserError(f"{section.slot} {section.name} of {owner}: requires raises {told_where(cause)}") from cause
+    return why

@@ -42,6 +42,10 @@ FILES = {
     "tests/test_$name.py": "test.py.txt",
 }
 """What is written, and the text it is made from."""
+RESERVED = frozenset(
+    ["build", "conftest", "data", "dist", "doc", "docs", "env", "examples", "moeloom", "runs", "setup", "src", "tests"]
+)
+"""What folders beside a package are called, or files that Python and pytest read, and our own distribution."""
 
 
 def write_skeleton(slot: str, name: str, folder: str | Path) -> list[str]:
@@ -88,6 +92,9 @@ def _check_name(slot: str, name: str) -> None:
     if name in installed_registry().names(slot):
         owner = installed_registry().entries[slot, name][0].owner
         raise UserError(f"{slot} {name!r} is offered by {owner.distribution} already; choose another name")
+    if name in RESERVED:
+        why = "is what other files and folders of a project are called, so it cannot name the package"
+        raise UserError(f"{name!r} {why}; use another one, such as my_{slot}")
     if name in sys.stdlib_module_names or _importable(name):
         raise UserError(f"there is a Python package {name!r} already, which yours would hide; choose another name")
 

@@ -6,6 +6,7 @@ neither the plugin nor what to do.
 
 import inspect
 import re
+import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
@@ -51,6 +52,14 @@ def told(cause: BaseException) -> str:
         return f"it leaves Python when it is imported (SystemExit: {text})"
     hint = "; two modules import each other: move what both need into a third" if "circular import" in text else ""
     return f"{type(cause).__name__}: {text}{hint}" if text else type(cause).__name__
+
+
+def told_where(cause: BaseException) -> str:
+    """An exception and the line that raised it, for what is called long after its module was imported."""
+    frames = traceback.extract_tb(cause.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    text = " ".join(str(cause).split())
+    return f"{type(cause).__name__}{': ' if text else ''}{text}{where}"
 
 
 def check_plugin(module: ModuleType) -> None:

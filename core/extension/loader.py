@@ -25,6 +25,11 @@ from core.extension.trace import traced
 
 OWN = "moeloom"
 DISABLE = "MOELOOM_DISABLE_PLUGINS"
+STRICT = "MOELOOM_STRICT_PLUGINS"
+
+
+class PluginWarning(UserWarning):
+    """Something about plugins that stops nothing; the doors print it in one line."""
 
 
 def find_plugins() -> list[Provenance]:
@@ -58,8 +63,17 @@ def _checkout() -> Iterator[Provenance]:
             yield Provenance(OWN, "checkout", name, value)
 
 
+def strict() -> bool:
+    """Whether the user wants every broken plugin to be an error."""
+    return os.environ.get(STRICT) == "1"
+
+
 def load_plugins(
-    owners: Iterable[Provenance], named: Iterable[str] = (), disabled: Iterable[Provenance] = ()
+    owners: Iterable[Provenance],
+    named: Iterable[str] = (),
+    disabled: Iterable[Provenance] = (),
+    *,
+    survey: bool = False,
 ) -> Registry:
     """Import plugins and the modules that a recipe names, and let each register.
 
@@ -71,13 +85,13 @@ def load_plugins(
         owners: the plugins.
         named: further modules.
         disabled: those of the plugins that are not to be imported.
+        survey: keep every broken one, without a warning or an error, for who lists them all.
 
     Raises:
         UserError: as above.
     """
     registry = Registry()
     registry.disabled = list(disabled)
-    strict = os.environ.get("MOELOOM_STRICT_PLUGINS") == "1"
     for owner in owners:
         if owner in registry.disabled:
             continue
@@ -85,17 +99,28 @@ def load_plugins(
             _register(registry, owner)
         except (Exception, SystemExit) as cause:
             broken = Broken(owner, told(cause))
-            if strict:
-                raise UserError(f"{broken} (MOELOOM_STRICT_PLUGINS=1)") from cause
             registry.broken.append(broken)
-            warnings.warn(str(broken), stacklevel=2)
+            if survey:
+                continue
+            if strict():
+                raise UserError(f"{broken} ({STRICT}=1)") from cause
+            warnings.warn(str(broken), PluginWarning, stacklevel=1)
     for name in named:
         owner = Provenance("recipe", "", name, name)
         try:
             _register(registry, owner)
         except (Exception, SystemExit) as cause:
-            raise UserError(f"plugin {name!r}, which the recipe names, is broken: {told(cause)}") from cause
+            why = f"{told(cause)}{_whence(cause, name)}"
+            raise UserError(f"plugin {name!r}, which the recipe names, is broken: {why}") from cause
     return registry
+
+
+def _whence(cause: BaseException, module: str) -> str:
+    """What to do where Python does not find the very module that a recipe names, or a package around it."""
+    missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+    if not missing or not f"{module}.".startswith(f"{missing}."):
+        return ""
+    return "; Python must find it from here: install its package, or run from the folder that holds it"
 
 
 def _register(registry: Registry, owner: Provenance) -> None:
@@ -118,6 +143,12 @@ def installed_registry() -> Registry:
     """The registry of this environment, read once per process, without what `MOELOOM_DISABLE_PLUGINS` names."""
     owners = find_plugins()
     return load_plugins(owners, disabled=_disabled(owners))
+
+
+def surveyed_registry() -> Registry:
+    """The same for who tells of every broken plugin by himself: no warning, and no error under strict."""
+    owners = find_plugins()
+    return load_plugins(owners, disabled=_disabled(owners), survey=True)
 
 
 def registry_for(named: Iterable[str] = ()) -> Registry:
@@ -148,7 +179,9 @@ def _disabled(owners: list[Provenance]) -> list[Provenance]:
     if unknown := [name for name in asked if name not in known and _canonical(name) not in known]:
         names = ", ".join(map(repr, unknown))
         warnings.warn(
-            f"{DISABLE}: no plugin or distribution is named {names}; {nearest(unknown[0], known)}", stacklevel=3
+            f"{DISABLE}: no plugin or distribution is named {names}; {nearest(unknown[0], known)}",
+            PluginWarning,
+            stacklevel=1,
         )
     distributions = set(map(_canonical, asked))
     return [o for o in owners if o.entry_point in asked or _canonical(o.distribution) in distributions]

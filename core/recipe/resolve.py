@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.contracts.errors import UserError, Wrong, nearest
 from core.contracts.schema import REQUIRED, Section
+from core.extension.checks import told_where
 from core.extension.registry import Entry, Registry
 
 
@@ -44,6 +45,7 @@ class Resolver:
         self.registry, self.origin, self.inherited, self.components = registry, origin, inherited, components
         self.dropped: list[str] = []
         self.asked: list[tuple[str, str, str]] = []
+        self._whose = ""  # the component whose section is being read
 
     def section(self, schema: Any, raw: Any, path: str, parent: Any = None, beside: Iterable[str] = ()) -> Any:
         """An instance of `schema` with the values of `raw`, children resolved, checks passed.
@@ -104,7 +106,8 @@ class Resolver:
                 plain[f.name] = None
             elif f.name in values:
                 plain[f.name] = self._value(base, f.name, hints[f.name], values[f.name], _join(path, f.name))
-        return schema(**plain)
+        with self._answer("Config", path):
+            return schema(**plain)
 
     def _value(self, base: Any, key: str, hint: Any, value: Any, path: str) -> Any:
         value = _tidied(value, hint)
@@ -156,8 +159,36 @@ class Resolver:
         for key in rest:
             if key in component.refuses and key not in self.inherited.get(path, ()):
                 raise self.error(_join(path, key), rest[key], f"{raw['name']} has no {key}: {component.refuses[key]}")
-        config = self.section(component.Config, rest, path, parent, beside=["name"])
+        outer, self._whose = self._whose, f"{slot} {raw['name']!r} of {provenance.distribution} ({offer.target})"
+        try:
+            config = self.section(component.Config, rest, path, parent, beside=["name"])
+            with self._answer("capabilities_of", path):  # others ask for it, and are not to blame for it
+                if not isinstance(able := component.capabilities_of(config), frozenset | set):
+                    raise TypeError(f"{able!r} is no frozenset of words")
+        finally:
+            self._whose = outer
         return Section(slot, raw["name"], component, config, provenance)
+
+    @contextmanager
+    def _answer(self, method: str, path: str, config: Any = None) -> Iterator[None]:
+        """Around what a component's own code answers: `Wrong` is told at its key, and anything else is its mistake.
+
+        Raises:
+            UserError: as above. What the core's own sections raise otherwise is our bug, and stays as it is.
+        """
+        try:
+            try:
+                yield
+            except Wrong as wrong:
+                value = {} if config is None else _reach(config, wrong.key)
+                raise self.error(_join(path, wrong.key), value, wrong.why) from wrong
+        except UserError:
+            raise
+        except Exception as cause:
+            if not self._whose:
+                raise
+            why = f"{self._whose} is broken: its {method} raises {told_where(cause)}"
+            raise UserError(f"{self.origin(path)}: {path}: {why}") from cause
 
     def find(self, slot: str, name: str, path: str) -> Entry:
         """The one offer for a name, nothing imported; `path` is where the section that asks for it stands."""
@@ -188,10 +219,8 @@ class Resolver:
     def _check(self, instance: Any, path: str, parent: Any) -> None:
         if not hasattr(instance, "check"):
             return
-        try:
+        with self._answer("check", path, instance):
             instance.check(parent)
-        except Wrong as wrong:
-            raise self.error(_join(path, wrong.key), _reach(instance, wrong.key), wrong.why) from wrong
 
 
 def to_dict(value: Any) -> Any:

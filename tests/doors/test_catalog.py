@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from lab import ROOT, Lab, forked
+from lab import ROOT, Lab, forked, through
 
 from core import contracts
 from core.analysis.skeleton import FILES, RECIPES
@@ -138,9 +139,39 @@ def test_the_table_has_every_row_in_100_columns(lab: Lab, strangers: Path) -> No
 
 def test_strict_makes_a_broken_plugin_an_error(lab: Lab, strangers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOELOOM_STRICT_PLUGINS", "1")
-    said = lab.door("catalog")
+    for arguments in (["show", "corpus", "probe"], ["new", "router", "my_router", str(strangers / "mine")]):
+        said = lab.door("catalog", *arguments)
+        assert said.code == 2
+        assert said.sentence == "plugin 'sad' of sad 2.3 is broken: OSError: no GPU (MOELOOM_STRICT_PLUGINS=1)"
+
+
+def test_strict_lists_everything_and_then_names_all_that_is_broken(
+    lab: Lab, strangers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {arguments: lab.door("catalog", *arguments) for arguments in ((), ("--json",))}
+    assert {(said.code, said.err) for said in free.values()} == {(0, "")}
+    monkeypatch.setenv("MOELOOM_STRICT_PLUGINS", "1")
+    for arguments, before in free.items():
+        said = lab.door("catalog", *arguments)
+        assert said.code == 2
+        assert said.out == before.out
+        assert said.sentence == (
+            "corpus 'lost' of loom 2.3, corpus 'odd' of loom 2.3, plugin 'sad' of sad 2.3 are broken "
+            "(MOELOOM_STRICT_PLUGINS=1)"
+        )
+    monkeypatch.setenv("MOELOOM_DISABLE_PLUGINS", "sad,loom")
+    assert lab.door("catalog").code == 0
+
+
+def test_a_broken_plugin_is_told_once_by_show(lab: Lab, strangers: Path) -> None:
+    def work() -> None:
+        warnings.resetwarnings()
+        through("catalog", "show", "corpus", "prob")
+
+    said = forked(work)
     assert said.code == 2
-    assert said.sentence == "plugin 'sad' of sad 2.3 is broken: OSError: no GPU (MOELOOM_STRICT_PLUGINS=1)"
+    assert said.err.count("OSError: no GPU") == 1
+    assert "did you mean probe" in said.sentence
 
 
 def test_one_component_is_shown_in_full(lab: Lab) -> None:
@@ -261,6 +292,13 @@ REFUSED = {
     ("router", "json"): "there is a Python package 'json' already, which yours would hide; choose another name",
     ("router", "torch"): "there is a Python package 'torch' already",
     ("router", "plugins"): "there is a Python package 'plugins' already",
+    ("router", "tests"): "'tests' is what other files and folders of a project are called, so it cannot name the "
+    "package; use another one, such as my_router",
+    ("router", "test"): "there is a Python package 'test' already",
+    **{
+        ("router", name): f"{name!r} is what other files and folders"
+        for name in ("docs", "build", "dist", "src", "conftest", "setup", "moeloom")
+    },
 }
 
 

@@ -1,6 +1,9 @@
 """Every mistake that a plugin can hold is one sentence to who asks for it, and nothing to everybody else."""
 
+import argparse
 import json
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from lab import Lab, Said, forked, through
+from lab import ROOT, Lab, Said, forked, through
 
 from core.contracts import VERSION
+from core.contracts.errors import UserError
+from core.door import run_door
+from core.extension.loader import PluginWarning
+from core.recipe.schema import BlockSection
 
 Module = Callable[..., str]
 Install = Callable[..., None]
@@ -133,6 +140,7 @@ PLUGINS = {
 }
 """Mistakes of a plugin's light module."""
 
+FROM_HERE = "install its package, or run from the folder that holds it"
 PROBE = "corpus 'probe' of bad (bad_parts:Probe)"
 PARTS = {
     "raises": Case(
@@ -250,11 +258,13 @@ def test_a_broken_plugin_is_one_warning_and_one_sentence_to_who_names_it(
 ) -> None:
     case = PLUGINS[name]
     install_case(case)
-    unrelated = aloud("catalog", "--json")
-    assert broken_row(unrelated).startswith(f"broken: {case.why}")
-    warned = [line for line in unrelated.err.splitlines() if "plugin" in line]
-    assert len(warned) == 1
-    assert warned[0].startswith(f"warned: plugin 'bad' of bad 1.0 is broken: {case.why}")
+    listed = aloud("catalog", "--json")
+    assert broken_row(listed).startswith(f"broken: {case.why}")
+    assert listed.err == "", "the list tells it, so it is not told twice"
+    unrelated = aloud("describe", lab.file, "--json")
+    assert unrelated.code == 0, unrelated.err
+    (warned,) = unrelated.err.splitlines()
+    assert warned.startswith(f"warned: plugin 'bad' of bad 1.0 is broken: {case.why}")
     named = lab.door("describe", lab.file, "plugins=[bad_plugin]")
     assert named.code == 2
     assert f"plugins: plugin 'bad_plugin', which the recipe names, is broken: {case.why}" in named.sentence
@@ -367,5 +377,107 @@ def test_a_module_that_is_not_there_is_told_by_its_name(lab: Lab, site: Path) ->
     assert said.code == 2
     assert said.sentence.endswith(
         "plugin 'no_such_plugin', which the recipe names, is broken: "
-        "ModuleNotFoundError: No module named 'no_such_plugin'"
+        "ModuleNotFoundError: No module named 'no_such_plugin'; "
+        f"Python must find it from here: {FROM_HERE}"
     )
+
+
+def test_a_package_around_the_module_that_is_not_there_is_told_too(lab: Lab, site: Path) -> None:
+    said = lab.door("describe", lab.file, "plugins=[no_such.plugin]")
+    assert said.sentence.endswith(f"No module named 'no_such'; Python must find it from here: {FROM_HERE}")
+
+
+def test_a_module_that_lacks_what_it_imports_is_not_told_to_be_installed(lab: Lab, module: Module) -> None:
+    said = lab.door("describe", lab.file, f"plugins=[{module('lacking', 'import no_such_package')}]")
+    assert said.sentence.endswith("is broken: ModuleNotFoundError: No module named 'no_such_package'")
+
+
+ANSWERS = {
+    "check": ("return 1 / 0", "check raises ZeroDivisionError: division by zero ({file}, line {line})"),
+    "check of another layer": (
+        "return parent.experts",
+        "check raises AttributeError: 'DataSection' object has no attribute 'experts' ({file}, line {line})",
+    ),
+    "check without a word": ("raise NotImplementedError", "check raises NotImplementedError ({file}, line {line})"),
+    "check with a key that is none": ("raise Wrong(3, 'must be 4')", "check raises AttributeError: "),
+    "capabilities_of": (
+        "raise KeyError('size')",
+        "capabilities_of raises KeyError: 'size' ({file}, line {line})",
+    ),
+    "capabilities_of no set": (
+        "return ['causal']",
+        "capabilities_of raises TypeError: ['causal'] is no frozenset of words (",
+    ),
+    "__post_init__": ("raise OSError('no\\n file')", "Config raises OSError: no file ({file}, line {line})"),
+}
+METHODS = {
+    "check": ("            def check(self, parent):\n                {line}\n", ""),
+    "capabilities_of": ("", "\n        @classmethod\n        def capabilities_of(cls, config):\n            {line}\n"),
+    "__post_init__": ("            def __post_init__(self):\n                {line}\n", ""),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_what_a_component_raises_while_a_recipe_is_read_is_one_sentence(
+    name: str, site: Path, install_case: Callable[[Case], None], lab: Lab
+) -> None:
+    line, why = ANSWERS[name]
+    inside, beside = (text.replace("{line}", line) for text in METHODS[name.split()[0]])
+    part = config('size: int = setting(1, doc="documents")') + beside
+    part = part.replace('doc="documents")\n', f'doc="documents")\n\n{inside}', 1)
+    install_case(Case("", part=f"{part}\n    from core.contracts.errors import Wrong\n"))
+    said = lab.door("describe", lab.file, "data.corpus={name: probe}")
+    assert said.code == 2
+    file = site / "bad_parts.py"
+    number = 1 + next(i for i, text in enumerate(file.read_text().splitlines()) if text.strip() == line)
+    expected = why.replace("{file}", str(file)).replace("{line}", str(number))
+    assert said.sentence.startswith(
+        f"command line (data.corpus={{name: probe}}): data.corpus: {PROBE} is broken: its {expected}"
+    )
+
+
+def test_the_mistake_of_a_component_keeps_its_cause(install_case: Callable[[Case], None], lab: Lab) -> None:
+    check = "\n\n            def check(self, parent):\n                return 1 / 0"
+    install_case(Case("", part=config('size: int = setting(1, doc="documents")' + check)))
+    with pytest.raises(UserError) as told:
+        lab.recipe("data.corpus={name: probe}")
+    assert isinstance(told.value.__cause__, ZeroDivisionError)
+
+
+def test_a_bug_of_the_core_is_not_taken_for_a_plugins(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: BlockSection, parent: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(BlockSection, "check", check)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        lab.recipe()
+
+
+@pytest.mark.parametrize("filters", ["", "error", "ignore", "error::UserWarning"])
+def test_a_door_warns_in_one_line_whatever_pythons_filters_are(
+    filters: str, site: Path, tmp_path: Path, install_case: Callable[[Case], None]
+) -> None:
+    install_case(PLUGINS["raises"])
+    paths = {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "PYTHONWARNINGS": filters}
+    command = [sys.executable, "-m", "core.catalog", "new", "router", "my_router", str(tmp_path / "mine")]
+    done = subprocess.run(
+        command, env={**os.environ, **paths}, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = "moeloom: warning: plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver\n"
+    assert done.stderr == ("" if filters == "ignore" else expected)
+
+
+def test_other_warnings_of_a_door_stay_as_python_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["door"])
+    before, written = warnings.formatwarning, []
+
+    def main(arguments: argparse.Namespace) -> None:
+        with pytest.warns(PluginWarning, match="tests see it"):
+            warnings.warn("tests see it", PluginWarning, stacklevel=1)
+        for category in (PluginWarning, UserWarning):
+            written.append(warnings.formatwarning(category("one\ntwo"), category, "file.py", 3, "the line"))
+
+    run_door(main, argparse.ArgumentParser())
+    assert written == ["moeloom: warning: one two\n", "file.py:3: UserWarning: one\ntwo\n  the line\n"]
+    assert warnings.formatwarning is before

@@ -2,6 +2,9 @@
 
 import importlib
 import inspect
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +13,10 @@ from core.contracts.schema import Provenance
 from core.extension import hookspec
 from core.extension.hookspec import Hooks
 from core.extension.registry import SLOTS, Entry, Registry
+from core.recipe.compose import compose
+from core.recipe.resolve import Resolver
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "plugins.md"
 OWNER = Provenance("somebody", "1.0", "point", "somebody.plugin")
 
 
@@ -70,3 +76,25 @@ def test_a_name_or_target_of_another_form_is_refused(name: str, target: str) -> 
     with pytest.raises(ValueError, match="a name has no '/', and a target reads 'module:Class'"):
         registry.owned_by(OWNER).router(name, target)
     assert registry.entries == {}
+
+
+def test_the_attributes_of_parent_that_the_page_promises_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[str]] = {}
+
+    def check(resolver: Resolver, instance: Any, path: str, parent: Any) -> None:
+        slot = resolver._whose.partition(" ")[0]
+        if slot and type(instance).__name__ == "Config":  # not a schedule inside one
+            there = {key for key, value in vars(parent).items() if value is not None}
+            seen[slot] = seen.get(slot, there) & there
+
+    monkeypatch.setattr(Resolver, "_check", check)
+    compose("dsv3_small", ["model.blocks.moe.attention=${model.attention}"])
+    _, _, table = PAGE.read_text(encoding="utf-8").partition("## What `check(parent)` sees")
+    promised = {}
+    for line in re.findall(r"^\| `.*$", table, re.MULTILINE):
+        slots, _, keys = (re.findall(r"`([a-z_]+)`", cell) for cell in line.split(" | "))
+        promised |= {slot: set(keys) for slot in slots}
+    assert set(promised) | {"checkpoint_format"} == set(SLOTS)
+    assert len(seen) == len(promised) - 1  # no callback
+    for slot, there in seen.items():
+        assert promised[slot] <= there, slot

@@ -1,5 +1,6 @@
 """The tutorial builds the example package: the same files, and they work."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from lab import write_texts
 
 from .documents import ROOT, blocks
 
@@ -43,9 +45,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def python(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def python(package: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Python in the package's folder, where moeloom and the package can be imported."""
     environment = {**os.environ, "PYTHONPATH": f"{package}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    environment |= variables
     command = [sys.executable, *arguments]
     return subprocess.run(
         command, cwd=package, env=environment, capture_output=True, text=True, timeout=240, check=False
@@ -89,3 +92,25 @@ def test_its_commands_work(package: Path) -> None:
     assert "cosine_small" in compared.stdout
     printed = {line for block in blocks(TUTORIAL, "sh") for line in block.lines}
     assert {"python -m core.catalog show router cosine", "python -m core.fit cosine_small.yaml"} <= printed
+
+
+def test_its_recipe_trains_when_the_package_is_installed(package: Path, tmp_path: Path) -> None:
+    """The tutorial's last command, on a few documents and for two steps."""
+    write_texts(tmp_path / "texts", count=40, words=60)
+    small = [
+        f"data.corpus={{name: files, paths: [{tmp_path}/texts/*.txt]}}",
+        "data.tokenizer.vocab=300",
+        "data.sequence_length=64",
+        "model.dim=32",
+        "batch.sequences=2",
+        "budget.steps=2",
+        "trainer.enable_progress_bar=false",
+    ]
+    command = ["-m", "core.fit", "cosine_small.yaml", *small, "--out", str(tmp_path / "run"), "--json"]
+    done = python(package, *command, MOELOOM_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["val_loss"] > 0
+    used = json.loads((tmp_path / "run" / "provenance.json").read_text(encoding="utf-8"))
+    (router,) = [plugin for plugin in used["components"] if plugin["name"] == "cosine"]
+    assert (router["distribution"], router["version"]) == ("moeloom-cosine-router", "1.0.0")
+    assert len((tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()) > 2

@@ -254,9 +254,9 @@ def test_P41_a_name_changed_by_the_smoke_section(base: Path, write: Write, fake_
 
 
 def test_P41_a_name_changed_in_a_list_item(base: Path) -> None:
-    recipe = compose(base, [f"{FFN}.balance.1.name=bias"])
-    assert [(s.name, s.config.rate) for s in moe(recipe).config.balance] == [("bias", 0.001), ("bias", 0.001)]
-    assert recipe.dropped == (f"{FFN}.balance.1.alpha",)
+    recipe = compose(base, [f"{FFN}.balance.0.name=z_loss"])
+    assert [(s.name, s.config.alpha) for s in moe(recipe).config.balance] == [("z_loss", 0.001), ("sequence", 0.0001)]
+    assert recipe.dropped == (f"{FFN}.balance.0.rate",)
 
 
 def test_P41_a_changed_composite_drops_its_children_whole(base: Path, fake_plugin: str) -> None:

@@ -219,7 +219,8 @@ def test_a_plugin_that_the_recipe_names_is_not_imported_before_the_core_keys_are
 def test_a_plugin_module_that_does_not_exist(base: Path, told: Told) -> None:
     assert told(base, "plugins=[loom_nowhere]") == (
         "command line (plugins=[loom_nowhere]): plugins: plugin 'loom_nowhere', which the recipe names, is broken: "
-        "ModuleNotFoundError: No module named 'loom_nowhere'"
+        "ModuleNotFoundError: No module named 'loom_nowhere'; Python must find it from here: "
+        "install its package, or run from the folder that holds it"
     )
 
 
