@@ -69,7 +69,9 @@ def test_what_the_routing_promises_is_told(lab: Lab, small: dict[str, Any]) -> N
     assert [small[key] for key in ROUTING] == [2, None, False, True, False, []]
     switch = (f"{ROUTER}={{name: switch, capacity_factor: 1.5, group: batch}}", NO_LOSS)
     documents = [json.loads(lab.door("describe", lab.file, *o, "--json").out) for o in (switch, CHOICE)]
-    assert [documents[0][key] for key in ROUTING] == [1, 1.5, True, True, True, []]
+    *promised, notices = [documents[0][key] for key in ROUTING]
+    assert promised == [1, 1.5, True, True, True]
+    assert "finds no place" in notices[0]
     *_, causal, batch_dependent, notices = [documents[1][key] for key in ROUTING]
     assert (causal, batch_dependent, len(notices)) == (False, True, 1)
 

@@ -255,7 +255,7 @@ def test_P41_a_name_changed_by_the_smoke_section(base: Path, write: Write, fake_
 
 def test_P41_a_name_changed_in_a_list_item(base: Path) -> None:
     recipe = compose(base, [f"{FFN}.balance.0.name=z_loss"])
-    assert [(s.name, s.config.alpha) for s in moe(recipe).config.balance] == [("z_loss", 0.001), ("sequence", 0.0001)]
+    assert [(s.name, s.config.alpha) for s in moe(recipe).config.balance] == [("z_loss", 0.001), ("sequence", 0.0002)]
     assert recipe.dropped == (f"{FFN}.balance.0.rate",)
 
 
