@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--workers = {arguments.workers}: must be at least 1")
     sweep = read_sweep(arguments.sweep, smoke=arguments.smoke)
     if arguments.dry_run:
-        from core.study.matching import match
-
-        matched = match(sweep)
-        runs = len(sweep.variants) * len(sweep.schema.seeds)
-        print(f"{runs} runs: {len(sweep.variants)} variants x {len(sweep.schema.seeds)} seeds")
-        print(
-            "\n".join(
-                [f"equal: {line}" for line in matched.held_equal] + [f"not equal: {line}" for line in matched.not_equal]
-            )
-        )
+        _dry_run(sweep)
         return
     from core.study.sweep import run_sweep
 
@@ -55,8 +47,20 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(found)
         return
-    _print(found, sweep.schema.metric)
+    print("\n".join(_lines(found)))
     print(f"sweep folder: {path}  (python -m core.report {path})")
+
+
+def _dry_run(sweep: Any) -> None:
+    """What would be run, and what was found equal."""
+    from core.study.matching import match
+
+    matched = match(sweep)
+    variants, seeds = [variant.name for variant in sweep.variants], sweep.schema.seeds
+    lines = [f"{len(variants) * len(seeds)} runs: {len(variants)} variants x {len(seeds)} seeds"]
+    lines += [f"run: {name}/seed-{seed}" for seed in seeds for name in variants]
+    lines += [f"equal: {line}" for line in matched.held_equal]
+    print("\n".join([*lines, *(f"not equal: {line}" for line in matched.not_equal)]))
 
 
 class Display:
@@ -64,20 +68,14 @@ class Display:
 
     def __init__(self, stream: Any) -> None:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.console = Console(file=stream)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        left = (TextColumn("left:"), TimeRemainingColumn())
-        self.bar = Progress(*columns, *left, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("runs", total=None)
+        self.console = Console(file=stream, soft_wrap=True)
+        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        left = TextColumn("{task.fields[left]}")
+        self.bar = Progress(*columns, left, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("runs", total=None, left="")
+        self.began, self.before = time.monotonic(), 0
 
     def __enter__(self) -> "Display":
         self.bar.start()
@@ -87,39 +85,63 @@ class Display:
         self.bar.stop()
 
     def told(self, job: Any, status: Any, done: int, total: int) -> None:
-        """After each run."""
-        self.bar.update(self.task, completed=done, total=total)
-        if job is not None:
-            reason = f": {status.reason}" if status.reason else ""
-            self.console.print(
-                f"{done}/{total} {job.name} {status.state} in {status.seconds:.0f} s{reason}", markup=False
-            )
+        """At the beginning, and after each run; the time left is that of the runs so far, those of today only."""
+        if job is None:
+            self.began, self.before = time.monotonic(), done
+            self.bar.update(self.task, completed=done, total=total)
+            return
+        left = (time.monotonic() - self.began) / max(1, done - self.before) * (total - done)
+        told = f"about {_duration(left)} left" if done < total else ""
+        self.bar.update(self.task, completed=done, total=total, left=told)
+        reason = f": {status.reason}" if status.reason else ""
+        line = f"{done}/{total} {job.name} {status.state} in {status.seconds:.0f} s{reason}"
+        self.console.print(f"{line}; {told}" if told else line, markup=False, highlight=False)
 
 
-def _print(found: dict[str, Any], metric: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "variant", "n", metric, "95% interval", f"minus {found['baseline']}", "interval", "d_z", "p (Holm)", ""
-    )
-    for row in found["rows"]:
-        table.add_row(*_cells(row))
-    console = Console()
-    console.print(table)
-    for warning in found["warnings"]:
-        console.print(f"note: {warning}", markup=False)
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes > 99:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes > 1 else f"{seconds:.0f} s"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    difference = row["difference"] or {}
-    spans = [f"{s['low']:.4f} to {s['high']:.4f}" if s.get("low") is not None else "" for s in (row, difference)]
-    numbers = [
-        _number(difference.get(key), form)
-        for key, form in (("mean", "+.4f"), ("effect_size", ".2f"), ("p_holm", ".3g"))
+def _lines(found: dict[str, Any]) -> list[str]:
+    """The results as a table that is never cut: every column is as wide as its widest cell."""
+    cells = [["variant", "n", "mean", "95% interval"]] + [_means(row) for row in found["rows"]]
+    lines = [f"{found['metric']} over the seeds", *_columns(cells)]
+    against = [row for row in found["rows"] if row["difference"]]
+    if against:
+        head = ["variant", "n", "mean", "95% interval", "d_z", "p (Holm)", ""]
+        cells = [head] + [_difference(row["variant"], row["difference"]) for row in against]
+        lines += ["", f"minus {found['baseline']}, paired by seed", *_columns(cells)]
+    return lines + [f"note: {warning}" for warning in found["warnings"]]
+
+
+def _columns(cells: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    last = len(widths) - 1
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index in (0, last) else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
     ]
-    head = [row["variant"], str(row["n"]), _number(row["mean"], ".4f"), spans[0], numbers[0], spans[1]]
-    return [*head, *numbers[1:], difference.get("verdict") or ""]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def _means(row: dict[str, Any]) -> list[str]:
+    return [row["variant"], str(row["n"]), _number(row["mean"], ".5g"), _span(row, ".5g")]
+
+
+def _difference(variant: str, difference: dict[str, Any]) -> list[str]:
+    head = [variant, str(difference["n"]), _number(difference["mean"], "+.4g"), _span(difference, "+.4g")]
+    tail = [_number(difference["effect_size"], ".2f"), _number(difference["p_holm"], ".3g")]
+    return [*head, *tail, difference["verdict"] or ""]
+
+
+def _span(row: dict[str, Any], form: str) -> str:
+    return "" if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}"
 
 
 def _number(value: float | None, form: str) -> str:

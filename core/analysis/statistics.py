@@ -5,7 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LEVEL = 0.95
-"""Of every interval; 1 - LEVEL is what a corrected p must stay below."""
+"""Of every interval."""
+
+ALPHA = 0.05
+"""What a corrected p must stay below."""
+
+ROUNDING = 1e-12
+"""Differences that spread less than this, as a fraction of the values, are equal."""
 
 NOTHING_SHOWN = "no difference shown"
 
@@ -64,7 +70,8 @@ def paired(baseline: Mapping[int, float], variant: Mapping[int, float]) -> Diffe
         return None
     differences = [variant[seed] - baseline[seed] for seed in seeds]
     spread = deviation(differences)
-    if not spread:  # a single seed, or the same difference for every seed: there is nothing to divide by
+    scale = max(abs(value) for seed in seeds for value in (baseline[seed], variant[seed]))
+    if spread is None or spread <= ROUNDING * scale:  # one seed, or equal differences: there is nothing to divide by
         return Difference(interval(differences), None, None)
     mean = sum(differences) / len(differences)
     t = mean / (spread / len(differences) ** 0.5)
@@ -87,7 +94,7 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 def verdict(difference: Difference, p_holm: float | None, better: str) -> str | None:
     """`better`, `worse`, or that no difference is shown; None where there are too few seeds to say.
 
-    A difference is shown where its interval leaves out 0 and its corrected p is below 1 - LEVEL.
+    A difference is shown where its interval leaves out 0 and its corrected p is below ALPHA.
 
     Args:
         better: "lower" or "higher" values of the metric.
@@ -95,7 +102,7 @@ def verdict(difference: Difference, p_holm: float | None, better: str) -> str | 
     low, high = difference.interval.low, difference.interval.high
     if low is None or high is None:
         return None
-    if low <= 0 <= high or p_holm is None or p_holm >= 1 - LEVEL:
+    if low <= 0 <= high or p_holm is None or p_holm >= ALPHA:
         return NOTHING_SHOWN
     return "better" if (difference.interval.mean < 0) == (better == "lower") else "worse"
 

@@ -36,6 +36,11 @@ class Job:
         return f"{self.variant.name}/seed-{self.seed}"
 
     @property
+    def ranks(self) -> int:
+        """Processes that train it together, as its recipe's strategy says."""
+        return max(1, int(getattr(self.variant.recipe.strategy.config, "ranks", 1)))
+
+    @property
     def status_file(self) -> Path:
         """Where its state is kept."""
         return self.path / "status.json"
@@ -95,12 +100,25 @@ class SweepFolder:
                 raise UserError(f"--out {self.path}: holds another sweep ({_difference(theirs, mine)})")
             if not resume:
                 raise UserError(f"--out {self.path}: holds this sweep already; go on with --resume, or name another")
+            self._check_recipes(sweep)
             return
-        if resume and self.path.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
-            raise UserError(f"--resume {self.path}: there is no sweep in this folder")
+        strange = sorted(p.name for p in self.path.iterdir() if p.name != "recipes" and not p.name.startswith("."))
+        if strange:
+            raise UserError(f"--out {self.path}: holds something that is no sweep ({strange[0]}); name another folder")
         for variant in sweep.variants:
             self.write(self.recipe(variant), yaml.safe_dump(variant.recipe.to_dict(), sort_keys=False, width=120))
         self.write(file, yaml.safe_dump(mine, sort_keys=False, width=120))
+
+    def _check_recipes(self, sweep: Sweep) -> None:
+        """Raises `UserError` where a variant's recipe has been changed since its runs were begun."""
+        for variant in sweep.variants:
+            theirs = yaml.safe_load(self.recipe(variant).read_text(encoding="utf-8"))
+            mine = yaml.safe_load(yaml.safe_dump(variant.recipe.to_dict()))
+            if theirs != mine:
+                key = next(key for key in [*mine, *theirs] if mine.get(key) != theirs.get(key))
+                raise UserError(
+                    f"--out {self.path}: {variant.name}'s recipe has changed since ({key}); name another folder"
+                )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

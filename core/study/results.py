@@ -16,6 +16,9 @@ FACTS = (
 )
 """What is told of each variant beside its results."""
 
+CLOCK = ("wall_seconds", "train_seconds", "tokens_per_second", "mfu")
+"""Metrics that depend on what else the machine did."""
+
 
 def identity(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
     """`sweep.json`: the question, what was held equal, and what each variant is."""
@@ -81,7 +84,26 @@ def results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[str, An
         found = interval(list(mine.values())) if mine else None
         spread = {key: getattr(found, key) if found else None for key in ("mean", "low", "high")}
         rows.append({"variant": name, "runs": runs[name], "n": len(mine), **spread, "difference": differences[name]})
-    return {"metric": metric, "baseline": baseline, "rows": rows, "warnings": _warnings(runs, matched)}
+    return {
+        "metric": metric,
+        "baseline": baseline,
+        "rows": rows,
+        "warnings": [*_clock(sweep, folder), *_warnings(runs, matched)],
+    }
+
+
+def _clock(sweep: Sweep, folder: SweepFolder) -> list[str]:
+    """Where the metric is measured by the clock, the spread of throughput that it must be read beside."""
+    metric = sweep.schema.metric
+    rates: dict[str, list[float]] = {}
+    for job in folder.jobs(sweep) if metric in CLOCK else ():
+        if (rate := value_of(job, "tokens_per_second")) is not None:
+            rates.setdefault(job.variant.name, []).append(rate)
+    if not rates:
+        return []
+    told = ", ".join(f"{name} {min(each):.0f} to {max(each):.0f}" for name, each in rates.items())
+    why = f"{metric} is measured by the clock, and throughput varied with the machine's other work"
+    return [f"{why}: {told} tokens/s"]
 
 
 def _warnings(runs: dict[str, list[dict[str, Any]]], matched: Matched) -> list[str]:

@@ -5,6 +5,7 @@ checkpoints stay, and the next runner goes on from them.
 """
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -16,13 +17,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
+from core.study.child import ORPHANED
 from core.study.folder import Job, Status, SweepFolder
 from core.study.results import value_of
 
 GRACE = 60.0
 """Seconds that a run gets to save itself before it is killed."""
+_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -40,6 +43,8 @@ class Pool(Protocol):
 
 class LocalPool:
     """Processes on this machine, which share its cores: each gets its part, or OMP_NUM_THREADS where that is set.
+
+    A run that was begun keeps the threads that it began with: under others its bits would differ.
 
     Args:
         slots: runs at a time.
@@ -60,19 +65,12 @@ class LocalPool:
 
     def _run(self, job: Job, command: list[str]) -> tuple[int, float]:
         began = time.monotonic()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        threads = threads_begun_with(job) or max(1, self.threads // job.ranks)
         with job.log.open("ab") as log:
             with self._lock:
                 if self._stopping:
                     return -signal.SIGTERM, 0.0
-                process = subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    preexec_fn=_die_with_parent,
-                )
+                process = start(command, log, threads)
                 self._under_way.add(process)
             self.started(job, process.pid)
             code = process.wait()
@@ -96,10 +94,42 @@ class LocalPool:
         self._workers.shutdown(wait=True, cancel_futures=True)
 
 
-def _die_with_parent() -> None:
-    """On Linux a runner that is killed takes its runs along: each gets SIGTERM and saves itself."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+def start(command: list[str], log: IO[bytes], threads: int) -> "subprocess.Popen[bytes]":
+    """A run's process, in a session of its own: Ctrl-C reaches the runner alone, which then tells each run once.
+
+    On Linux a runner that is killed takes its runs along: each is told and saves itself.
+
+    Args:
+        command: of the run.
+        log: what it prints goes here.
+        threads: of each of its ranks.
+    """
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        if _LIBRARY is not None:
+            _LIBRARY.prctl(_DEATH_SIGNAL, ORPHANED)
+            if os.getppid() != parent:  # it died before we asked
+                os._exit(1)
+
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+
+
+def threads_begun_with(job: Job) -> int | None:
+    """The threads of a run that is begun, as its provenance tells them."""
+    try:
+        threads = json.loads((job.path / "provenance.json").read_text(encoding="utf-8")).get("threads")
+    except (OSError, ValueError):
+        return None
+    return threads if isinstance(threads, int) and threads > 0 else None
 
 
 def command_of(job: Job, folder: SweepFolder) -> list[str]:
@@ -108,7 +138,7 @@ def command_of(job: Job, folder: SweepFolder) -> list[str]:
     quiet = ["trainer.enable_progress_bar=false", f"seed={job.seed}"]
     begun = (job.path / "recipe.yaml").exists()
     where = ["--resume", str(job.path)] if begun else ["--out", str(job.path)]
-    return [sys.executable, "-m", "core.fit", str(recipe), *quiet, *where]
+    return [sys.executable, "-m", "core.study.child", str(recipe), *quiet, *where]
 
 
 def run_jobs(
@@ -125,12 +155,14 @@ def run_jobs(
     """
     waiting = iter(jobs)
     under_way: dict[Future[tuple[int, float]], Job] = {}
+    logged: dict[Path, int] = {}
     try:
         while True:
             for job in _next(waiting, pool.slots - len(under_way)):
-                _leave_alone(folder.status(job))
+                _leave_alone(job, folder.status(job))
                 job.path.mkdir(parents=True, exist_ok=True)
-                folder.tell(job, replace(folder.status(job), state="running", reason=None))
+                folder.tell(job, replace(folder.status(job), state="running", reason=None, process=None))
+                logged[job.path] = job.log.stat().st_size if job.log.exists() else 0
                 under_way[pool.submit(job, command_of(job, folder))] = job
             if not under_way:
                 return
@@ -138,7 +170,7 @@ def run_jobs(
                 job = under_way.pop(future)
                 code, seconds = future.result()
                 before = folder.status(job)
-                status = _ended(job, code, before.seconds + seconds, metric)
+                status = _ended(job, code, before.seconds + seconds, metric, logged[job.path])
                 folder.tell(job, status)
                 ended(job, status)
     finally:
@@ -156,43 +188,45 @@ def _next(waiting: Iterator[Job], count: int) -> Iterator[Job]:
         yield job
 
 
-def _ended(job: Job, code: int, seconds: float, metric: str) -> Status:
-    """How a run ended, with the reason where it is not a result."""
+def _ended(job: Job, code: int, seconds: float, metric: str, logged: int) -> Status:
+    """How a run ended, with the reason where it is not a result.
+
+    A run that somebody else stopped with a signal is one that failed; those that the runner stops do not come here.
+    """
     if code == 0 and (job.path / "summary.json").exists():
         if value_of(job, metric) is None:
             return Status("failed", f"its summary has no finite {metric}", seconds)
         return Status("done", None, seconds)
-    if code in (-signal.SIGTERM, 128 + signal.SIGTERM, 130):
-        return Status("waiting", None, seconds)
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return Status("failed", f"{how}: {_last_words(job.log)}", seconds)
+    return Status("failed", f"{how}: {_last_words(job.log, logged)}", seconds)
 
 
-def _last_words(log: Path) -> str:
-    """The sentence by which a run explained itself, or the last line of its log."""
+def _last_words(log: Path, since: int) -> str:
+    """The sentence by which a run explained itself, or the last line of its log; of this attempt alone."""
     try:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        text = log.read_bytes()[since:].decode("utf-8", "replace")
     except OSError:
-        lines = []
+        text = ""
+    lines = [line for line in text.splitlines() if line.strip()]
     told = [line.removeprefix("moeloom: ") for line in lines if line.startswith("moeloom: ")]
     return told[-1] if told else (lines[-1].strip() if lines else "it printed nothing")
 
 
-def _leave_alone(status: Status) -> None:
-    """Wait for a process that an earlier runner left behind in the run's folder, then end it."""
-    if status.state != "running" or status.process is None or not _is_fit(status.process):
+def _leave_alone(job: Job, status: Status) -> None:
+    """End a process that an earlier runner left behind in the run's folder; it gets time to save itself."""
+    if status.state != "running" or status.process is None or not _is_of(job, status.process):
         return
     for how, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 5.0)):
         with suppress(ProcessLookupError):
             os.kill(status.process, how)
         until = time.monotonic() + patience
-        while time.monotonic() < until and _is_fit(status.process):
+        while time.monotonic() < until and _is_of(job, status.process):
             time.sleep(0.1)
 
 
-def _is_fit(process: int) -> bool:
-    """Whether a process is a run of ours: numbers are used again."""
+def _is_of(job: Job, process: int) -> bool:
+    """Whether a process works on this run: numbers are used again."""
     try:
-        return b"core.fit" in Path(f"/proc/{process}/cmdline").read_bytes()
+        return os.fsencode(job.path) in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False

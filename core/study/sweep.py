@@ -1,5 +1,6 @@
 """A sweep from file to results: validate, match, run, compare."""
 
+import json
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -45,8 +46,8 @@ def run_sweep(
     try:
         with folder.locked():
             folder.open(sweep, resume=resume)
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            folder.write_json("sweep.json", identity(sweep, matched, command or " ".join(sys.argv), started))
+            began = _beginning(folder, command or " ".join(sys.argv))
+            folder.write_json("sweep.json", identity(sweep, matched, **began))
             jobs = folder.jobs(sweep)
             left = [job for job in jobs if folder.status(job).state != "done"]
             ended = len(jobs) - len(left)
@@ -67,6 +68,15 @@ def run_sweep(
         if is_disk_full(error):
             raise UserError(f"{path}: no space is left on the disk; make room and go on with --resume") from error
         raise
+
+
+def _beginning(folder: SweepFolder, command: str) -> dict[str, str]:
+    """When and by which command the sweep was first begun: that, and not its resumption, does it again."""
+    try:
+        before = json.loads((folder.path / "sweep.json").read_text(encoding="utf-8"))
+        return {key: str(before[key]) for key in ("command", "started")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"command": command, "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def _pool(folder: SweepFolder, workers: int, ray: str | None) -> Pool:

@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,14 @@ from core.contracts.schema import setting
 from core.extension.registry import Registry
 from core.recipe.compose import Recipe, compose, find_recipe, shipped_sweeps
 from core.recipe.resolve import Resolver
+
+METRICS = (
+    *("val_bits_per_byte", "val_loss", "max_vio_global", "max_vio_batch", "dropped_fraction", "mtp_acceptance"),
+    *("steps", "tokens", "skipped_steps", "wall_seconds", "train_seconds", "tokens_per_second", "mfu", "peak_flops"),
+    *("params_total", "params_mtp", "params_active", "flops_per_token", "peak_memory_bytes", "validation_bytes"),
+    "threads",
+)
+"""The numbers in summary.json."""
 
 
 @dataclass(kw_only=True)
@@ -34,14 +43,11 @@ class MatchSection:
     exempt: dict[str, str] = setting({}, doc="variants that need not match, each with the reason, which is printed")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for a tolerance that is none, and for unknown variants."""
+        """Raises `Wrong` for a tolerance that is none."""
         for key in ("params", "flops"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < 1:
                 raise Wrong(key, "must be at least 0 and less than 1, or null")
-        for name in self.exempt:
-            if name not in parent.variants:
-                raise Wrong("exempt", f"no variant is named {name!r}; {nearest(name, parent.variants)}")
 
 
 @dataclass(kw_only=True)
@@ -59,10 +65,10 @@ class SweepSchema:
     budget: dict[str, Any] = setting({}, doc="the recipe's budget for every run; empty: each recipe's own")
     overrides: dict[str, Any] = setting({}, doc="KEY.PATH: VALUE for every run")
     match: MatchSection = setting({}, doc="what must be equal before anything is run")
-    smoke: dict[str, Any] = setting({}, doc="keys of this file for --smoke, laid over it")
+    smoke: dict[str, Any] = setting({}, doc="keys of this file for --smoke, each in the place of the whole key above")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for nothing to run, and for a baseline that is none."""
+        """Raises `Wrong` for nothing to run, for names that are none, and for what two keys would both set."""
         if not self.seeds:
             raise Wrong("seeds", "must hold at least one seed")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -70,11 +76,32 @@ class SweepSchema:
         if not self.variants:
             raise Wrong("variants", "must hold at least one variant")
         for name in self.variants:
-            if not name or not all(c.isalnum() or c in "_-.+=" for c in name) or name.startswith("."):
-                raise Wrong("variants", f"{name!r} cannot name a folder: use letters, digits and _ - . + =")
+            if not name or not all(c.isalnum() or c in "_-+=" for c in name):
+                raise Wrong("variants", f"{name!r} cannot name a folder: use letters, digits and _ - + =")
         for key, values in self.grid.items():
             if not values:
                 raise Wrong("grid", f"{key} must have at least one value")
+        if self.metric not in METRICS:
+            raise Wrong("metric", f"no run logs it; {nearest(self.metric, METRICS)}")
+        for key in self.smoke:
+            if key not in self.__dataclass_fields__ or key == "smoke":
+                raise Wrong("smoke", f"unknown key {key!r}; {nearest(key, set(self.__dataclass_fields__) - {'smoke'})}")
+        for where, keys in (("overrides", self.overrides), ("grid", self.grid)):
+            if taken := _taken(keys, self.budget):
+                raise Wrong(where, taken)
+        for name, section in self.variants.items():
+            if taken := _taken(section.overrides, self.budget):
+                raise Wrong("variants", f"{name}: {taken}")
+
+
+def _taken(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:
+    """Why an override would be lost without a word."""
+    for key in keys:
+        if key == "seed":
+            return "seed is given by `seeds`"
+        if budget and key.partition(".")[0] == "budget":
+            return f"{key} is given by `budget`, for every run"
+    return None
 
 
 @dataclass(frozen=True)
@@ -137,6 +164,12 @@ def read_sweep(path: str | Path, *, smoke: bool = False) -> Sweep:
         lines = "".join(f"\n  {line}" for line in errors)
         raise UserError(f"{file}: {len(errors)} of {len(errors) + len(variants)} variants cannot run:{lines}")
     names = [variant.name for variant in variants]
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if twice is not None:
+        raise UserError(f"{file}: two variants of the grid are named {twice!r}; give one of them another name")
+    for name in schema.match.exempt:
+        if name not in names:
+            raise UserError(f"{file}: match.exempt: no variant is named {name!r}; {nearest(name, names)}")
     if schema.baseline not in names:
         raise UserError(f"{file}: baseline = {schema.baseline!r}: no such variant; {nearest(schema.baseline, names)}")
     return Sweep(file.stem, schema, variants, smoke)
@@ -164,12 +197,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice: the first variant of that name would be lost without a word."""
+    """Refuses a key that stands twice: the first variant of that name would be lost without a word.
+
+    A key is the text that stands there (`no`, `1e-3`), and 1e-3 is a number, as in a recipe.
+    """
 
 
 def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     loader.flatten_mapping(node)
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [str(key.value) if isinstance(key, yaml.ScalarNode) else "" for key, _ in node.value]
+    if "" in keys:
+        raise yaml.constructor.ConstructorError(None, None, "a key must be a name", node.start_mark)
     twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
     if twice is not None:
         raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
@@ -177,6 +215,9 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_UniqueKeys.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _points(schema: SweepSchema) -> Iterator[tuple[str, VariantSection, dict[str, Any]]]:
@@ -190,8 +231,13 @@ def _points(schema: SweepSchema) -> Iterator[tuple[str, VariantSection, dict[str
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else _written(value)
     return "".join(c if c.isalnum() or c in "_-." else "_" for c in text)
+
+
+def _written(value: Any) -> str:
+    """As an override writes it; what JSON does not know (a date) as text."""
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _variant(
@@ -201,7 +247,7 @@ def _variant(
     beside = file.parent / source
     found = beside if beside.is_file() else find_recipe(source)
     layers = {**schema.overrides, **section.overrides, **point}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in layers.items()]
-    overrides += [f"budget.{key}={json.dumps(value)}" for key, value in schema.budget.items()]
+    overrides = [f"{key}={_written(value)}" for key, value in layers.items()]
+    overrides += [f"budget.{key}={_written(value)}" for key, value in schema.budget.items()]
     seeded = [*overrides, f"seed={schema.seeds[0]}"]
     return Variant(name, compose(found, seeded, smoke=smoke), str(found), tuple(overrides))

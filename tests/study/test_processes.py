@@ -1,0 +1,263 @@
+"""Runs as processes of their own: their threads, what ends them, and what a runner that dies leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import ROOT, Lab, rows
+
+from core.contracts.errors import UserError
+from core.study.folder import Job, Status, SweepFolder
+from core.study.runner import LocalPool, command_of, run_jobs
+from core.study.sweep import run_sweep
+from core.study.sweep_file import Variant, read_sweep
+
+from .conftest import TWO, ForkPool, Write
+from .test_runner import kept, read, states
+
+LONG = TWO.replace("[3, 4]", "[3]").replace("steps: 2", "steps: 60") + "overrides: {{checkpoint.every_steps: 20}}\n"
+
+
+def until(what: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for something."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The processes with a path in this folder on their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and os.fsencode(folder) in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def job(lab: Lab, tmp_path: Path) -> Job:
+    """A run of the small recipe that is not begun."""
+    path = tmp_path / "out" / "runs" / "bias" / "seed-3"
+    path.mkdir(parents=True)
+    return Job(Variant("bias", lab.recipe(), str(lab.file), ()), 3, path)
+
+
+def of_two_ranks(lab: Lab, job: Job) -> Job:
+    """The same by two processes."""
+    recipe = lab.recipe("strategy.name=ddp", "strategy.ranks=2")
+    return Job(Variant("two", recipe, str(lab.file), ()), 3, job.path)
+
+
+def said(job: Job, slots: int, code: str) -> str:
+    """What a run that is this Python code prints."""
+    pool = LocalPool(slots, lambda *_: None)
+    try:
+        assert pool.submit(job, [sys.executable, "-c", code]).result(30)[0] == 0
+    finally:
+        pool.stop()
+    return job.log.read_text(encoding="utf-8").strip()
+
+
+THREADS = "import os; print(os.environ['OMP_NUM_THREADS'])"
+
+
+@pytest.mark.parametrize(("cores", "slots", "told"), [(8, 1, "8"), (8, 2, "4"), (8, 3, "2"), (2, 4, "1")])
+def test_runs_share_the_cores(job: Job, monkeypatch: pytest.MonkeyPatch, cores: int, slots: int, told: str) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert said(job, slots, THREADS) == told
+
+
+def test_the_threads_that_the_user_says(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert said(job, 2, THREADS) == "3"
+
+
+def test_the_ranks_of_a_run_share_its_part(lab: Lab, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert said(of_two_ranks(lab, job), 2, THREADS) == "2"
+
+
+def test_a_run_that_is_begun_keeps_its_threads(job: Job) -> None:
+    """Under others it would refuse to be resumed: `--resume --workers 1` after `--workers 2`."""
+    (job.path / "provenance.json").write_text('{"threads": 5}', encoding="utf-8")
+    assert said(job, 1, THREADS) == "5"
+
+
+def test_a_run_is_alone_in_its_session(job: Job) -> None:
+    """Ctrl-C at the terminal reaches the runner alone; from two signals a run would end without saving itself."""
+    assert said(job, 1, "import os; print(os.getpid() == os.getsid(0))") == "True"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os; print('step 7'); os.kill(os.getpid(), 9)", "killed by SIGKILL: step 7"),
+        ("import os; os.kill(os.getpid(), 15)", "killed by SIGTERM: it printed nothing"),
+        ("raise ValueError('no such thing')", "exit code 1: ValueError: no such thing"),
+        ("print('moeloom: lr = x: no'); print('bye'); raise SystemExit(2)", "exit code 2: lr = x: no"),
+        ("raise SystemExit(0)", "exit code 0: it printed nothing"),
+    ],
+)
+def test_how_a_run_ended(job: Job, monkeypatch: pytest.MonkeyPatch, code: str, reason: str) -> None:
+    """What an earlier attempt said is not the reason."""
+    monkeypatch.setattr("core.study.runner.command_of", lambda *_: [sys.executable, "-uc", code])
+    job.log.write_text("moeloom: stopped by SIGTERM after step 3\n", encoding="utf-8")
+    folder = SweepFolder(job.path.parents[2])
+    folder.tell(job, Status("failed", "something else", 100.0))
+    run_jobs([job], folder, LocalPool(1, lambda *_: None), "val_loss", lambda *_: None)
+    status = folder.status(job)
+    assert (status.state, status.reason) == ("failed", reason)
+    assert 100 < status.seconds < 110
+
+
+def test_what_does_not_end_is_killed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.study.runner.GRACE", 0.2)
+    pool = LocalPool(1, lambda *_: None)
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    future = pool.submit(job, [sys.executable, "-c", stubborn])
+    until(lambda: job.log.exists() and job.log.read_bytes())
+    pool.stop()
+    assert future.result(1)[0] == -signal.SIGKILL
+
+
+def test_a_process_that_was_left_behind_is_ended_first(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one that works on this run: numbers are used again."""
+    monkeypatch.setattr("core.study.runner.command_of", lambda *_: [sys.executable, "-c", ""])
+    folder = SweepFolder(job.path.parents[2])
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)", "core.fit"]
+    with subprocess.Popen([*sleep, str(job.path)]) as left, subprocess.Popen(sleep) as other:
+        for process in (left, other):
+            until(lambda process=process: b"time.sleep" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
+            folder.tell(job, Status("running", process=process.pid))
+            run_jobs([job], folder, LocalPool(1, lambda *_: None), "val_loss", lambda *_: None)
+        assert left.wait(5) == -signal.SIGTERM
+        assert other.poll() is None
+        other.kill()
+
+
+def test_the_command_of_a_run(job: Job) -> None:
+    folder = SweepFolder(job.path.parents[2])
+    begin = command_of(job, folder)
+    assert begin[1:4] == ["-m", "core.study.child", str(folder.path / "recipes" / "bias.yaml")]
+    assert begin[4:] == ["trainer.enable_progress_bar=false", "seed=3", "--out", str(job.path)]
+    (job.path / "recipe.yaml").touch()
+    assert command_of(job, folder)[-2:] == ["--resume", str(job.path)]
+
+
+def test_a_run_whose_runner_dies_is_told_once(tmp_path: Path) -> None:
+    """However often the kernel says so: a second SIGTERM would end a run before it is saved."""
+    (tmp_path / "core").mkdir()
+    for name in ("core/__init__.py", "core/study/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "core/study/child.py").write_text((ROOT / "core/study/child.py").read_text(), encoding="utf-8")
+    (tmp_path / "core/fit.py").write_text(
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('told'))\n"
+        "for _ in range(3):\n    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "print(__name__, *sys.argv[1:])\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "core.study.child", "recipe"]
+    done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.splitlines() == ["told", "__main__ recipe"]
+
+
+class Once(ForkPool):
+    """One run, and then Ctrl-C."""
+
+    def submit(self, job: Job, command: list[str]) -> "Future[tuple[int, float]]":
+        """The first."""
+        if self.commands:
+            raise KeyboardInterrupt
+        return super().submit(job, command)
+
+
+class Runner:
+    """`python -m core.sweep` as a user starts it: in a process group of its own, as a terminal makes it."""
+
+    def __init__(self, file: Path, out: Path, *more: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "core.sweep", str(file), "--out", str(out), *more]
+        self.out = out
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def end(self, seconds: float = 120.0) -> tuple[int, str, str]:
+        """Its exit code and what it printed."""
+        out, err = self.process.communicate(timeout=seconds)
+        return self.process.returncode, out, err
+
+    def step(self, name: str) -> int:
+        """How far a run is."""
+        file = self.out / "runs" / name
+        return len(rows(file)) if (file / "metrics.csv").exists() else 0
+
+
+def test_a_killed_runner_takes_its_runs_along_and_the_next_goes_on(
+    lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, out = write(LONG), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("core.study.sweep._pool", lambda *_: Once())
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(read_sweep(file), out)
+    first = Runner(file, out, "--resume")
+    until(lambda: first.step("none/seed-3") > 3)
+    with pytest.raises(UserError, match=rf"another runner \(process {first.process.pid}\) works in this folder"):
+        run_sweep(read_sweep(file), out, resume=True)
+    process = read(out / "runs/none/seed-3/status.json")["process"]
+    assert process in processes_of(out)
+    assert processes_of(out).count(process) == 1
+    first.process.kill()
+    assert first.end()[0] == -signal.SIGKILL
+    until(lambda: not processes_of(out))
+    assert states(out) == {"bias/seed-3": "done", "none/seed-3": "running"}
+    before = {path: content for path, content in kept(out).items() if "bias" in path.parts}
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    said = lab.door("sweep", file, "--out", out, "--resume", "--json", "--workers", "2")
+    assert said.code == 0, said.err
+    results: Any = json.loads(said.out)
+    assert results == read(out / "results.json")
+    assert [row["n"] for row in results["rows"]] == [1, 1]
+    assert {path: content for path, content in kept(out).items() if "bias" in path.parts} == before
+    log = (out / "runs/none/seed-3/log.txt").read_text(encoding="utf-8")
+    assert log.count("moeloom: stopped by SIGTERM after step ") == 1, "it was ended before it could save itself"
+    assert log.count("(resumed after step ") == 1
+    summary = read(out / "runs/none/seed-3/summary.json")
+    assert (summary["steps"], summary["threads"]) == (60, 1)
+    assert not processes_of(out)
+
+
+def test_an_interrupt_saves_what_is_under_way(write: Write, tmp_path: Path) -> None:
+    """As Ctrl-C at a terminal: the signal goes to the runner's whole process group."""
+    text = LONG.replace("every_steps: 20", "every_steps: 1000").replace("steps: 60", "steps: 2000")
+    file, out = write(text), tmp_path / "out"
+    runner = Runner(file, out)
+    until(lambda: runner.step("bias/seed-3") > 3)
+    os.killpg(runner.process.pid, signal.SIGINT)
+    code, _, err = runner.end()
+    assert code == 130
+    assert err.splitlines()[-1] == "moeloom: interrupted"
+    assert "Traceback" not in err
+    assert states(out) == {"bias/seed-3": "waiting"}
+    run = out / "runs/bias/seed-3"
+    assert list((run / "checkpoints").glob("*.ckpt")), "nothing was saved"
+    assert "stopped by SIGTERM after step" in (run / "log.txt").read_text(encoding="utf-8")
+    assert not processes_of(out)

@@ -1,0 +1,69 @@
+"""The same runs through a real Ray on this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab import ROOT, Lab
+
+from core.study.folder import Job
+from core.study.ray_pool import resources
+from core.study.sweep_file import Variant
+
+from .conftest import TWO, Write
+from .test_processes import processes_of, until
+from .test_runner import read, states
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder for Ray's sockets, whose paths must be short."""
+    folder = Path(tempfile.mkdtemp(prefix="ray"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], (1, 0)),
+        (["strategy.accelerator=cuda"], (1, 1)),
+        (["strategy.name=ddp", "strategy.ranks=2"], (2, 0)),
+        (["strategy={name: ddp, ranks: 4, accelerator: cuda}"], (4, 4)),
+    ],
+)
+def test_resources_come_from_the_recipe(lab: Lab, overrides: list[str], told: tuple[int, int]) -> None:
+    job = Job(Variant("a", lab.recipe(*overrides), "", ()), 0, Path("run"))
+    assert resources(job) == told
+
+
+def test_without_ray_its_absence_is_told(
+    lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    said = lab.door("sweep", write(TWO), "--out", tmp_path / "out", "--ray", "local")
+    assert said.code == 2
+    assert said.sentence == "--ray: Ray is not installed here: pip install 'moeloom[ray]'"
+
+
+def test_a_sweep_through_a_real_local_ray(write: Write, tmp_path: Path, short: Path) -> None:
+    """One run that ends and one that fails; nothing is left running."""
+    pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
+    text = TWO.replace("[3, 4]", "[3]").replace("steps: 2", "steps: 4")
+    text = text.replace("{{model.blocks.moe.ffn.balance: []}}", "{{optimizer.lr: 1.0e+30, max_skipped_steps: 1}}")
+    file, out = write(text + "match: {{exempt: {{none: it diverges}}}}\n"), tmp_path / "out"
+    command = [sys.executable, "-m", "core.sweep", str(file), "--out", str(out), "--ray", "local", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(short)}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert said.returncode == 0, said.stderr
+    assert [row["n"] for row in json.loads(said.stdout)["rows"]] == [1, 0]
+    assert states(out) == {"bias/seed-3": "done", "none/seed-3": "failed"}
+    assert read(out / "runs/none/seed-3/status.json")["reason"].startswith("exit code 1: ")
+    assert read(out / "runs/bias/seed-3/summary.json")["threads"] == 1
+    until(lambda: not processes_of(short) and not processes_of(out), 20)

@@ -1,0 +1,225 @@
+"""Sweep files: what is shipped can be run, and what cannot be right is refused before the first run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from lab import ROOT, Lab
+
+from core.contracts.errors import UserError
+from core.recipe.compose import shipped_sweeps
+from core.study.matching import match
+from core.study.sweep_file import METRICS, Sweep, read_sweep
+
+from .conftest import TWO, Write
+
+SHIPPED = sorted(shipped_sweeps())
+
+
+def refused(file: Path, *, smoke: bool = False) -> str:
+    """What is said of a file that cannot be right."""
+    with pytest.raises(UserError) as told:
+        read_sweep(file, smoke=smoke)
+    return str(told.value)
+
+
+def test_the_shipped_sweeps_are_those_that_were_asked_for() -> None:
+    assert SHIPPED == ["attention", "bias_rate", "mtp", "routing", "shared_experts"]
+    routing = read_sweep("routing")
+    assert len(routing.variants) == 10
+    assert len(routing.schema.seeds) == 5
+
+
+@pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_sweep_is_valid_and_its_variants_match(name: str, smoke: bool) -> None:
+    sweep = read_sweep(name, smoke=smoke)
+    found = match(sweep)
+    assert set(found.documents) == {variant.name for variant in sweep.variants}
+    assert sweep.schema.title.endswith("?")
+    assert {"width", "depth", "corpus", "training tokens", "steps", "seed"} <= set(found.held_equal)
+    if smoke:
+        assert sweep.schema.seeds == [0]
+        assert all(document["steps"] <= 3 for document in found.documents.values())
+
+
+def test_what_the_attention_sweep_compares_is_the_cache() -> None:
+    documents = match(read_sweep("attention")).documents
+    caches = {name: document["kv_bytes_per_token"] for name, document in documents.items()}
+    assert caches == {"mla": 512, "mha": 2304, "gqa": 1024, "mqa": 512}
+
+
+def test_a_variant_says_why_it_does_not_match() -> None:
+    (told,) = [line for line in match(read_sweep("routing")).not_equal if line.startswith("switch")]
+    assert told.startswith("switch: flops_per_token ")
+    assert told.endswith("% of deepseek_v3's 22,894,560 (one coarse expert for a token instead of two)")
+
+
+def test_the_metrics_are_the_numbers_of_a_summary(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
+    assert set(METRICS) == set(summary) - {"notices"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("seeds: [3, 4]", "seeds: []", "seeds = []: must hold at least one seed"),
+        ("seeds: [3, 4]", "seeds: [3, 3]", "seeds = [3, 3]: must be different whole numbers"),
+        ("seeds: [3, 4]", "seeds: [3, -1]", "seeds = [3, -1]: must be different whole numbers"),
+        ("seeds: [3, 4]", "seeds: 3", "seeds = 3: must be"),
+        ("seeds: [3, 4]", "", "seeds: required key is missing"),
+        ("baseline: bias", "baseline: bais", "baseline = 'bais': no such variant; did you mean bias?"),
+        ("bias: {{}}", "bias: {{overides: {{}}}}", "variants.bias.overides: unknown key; did you mean overrides?"),
+        ("  none:", "  bias:", "'bias' stands twice"),
+        ("  none:", "  a/b:", "'a/b' cannot name a folder"),
+        ("  none:", "  ..:", "must not be empty or hold a dot"),
+        ("budget: ", "metric: val_los\nbudget: ", "metric = 'val_los': no run logs it; did you mean val_loss"),
+        ("budget: ", "metric: notices\nbudget: ", "metric = 'notices': no run logs it"),
+        ("budget: ", "better: bigger\nbudget: ", "better = 'bigger': must be one of lower, higher"),
+        ("budget: ", "matches: {{}}\nbudget: ", "matches: unknown key; did you mean match?"),
+        ("budget: ", "match: {{params: 2}}\nbudget: ", "match.params = 2: must be at least 0 and less than 1"),
+        ("budget: ", "match: {{exempt: {{nune: why}}}}\nbudget: ", "no variant is named 'nune'; did you mean none?"),
+        ("budget: ", "smoke: {{sedes: [0]}}\nbudget: ", "smoke: unknown key 'sedes'; did you mean seeds?"),
+        ("budget: ", "overrides: {{seed: 5}}\nbudget: ", "overrides: seed is given by `seeds`"),
+        ("budget: ", "grid: {{budget.steps: [1]}}\nbudget: ", "budget.steps is given by `budget`, for every run"),
+        ("budget: ", "grid: {{model.dim: []}}\nbudget: ", "model.dim must have at least one value"),
+        ("budget: ", "grid: {{seed: [1]}}\nbudget: ", "seed is given by `seeds`"),
+        ("budget: ", "grid: {{model.blocks.moe.ffn.experts: [8, 8]}}\nbudget: ", "named 'bias+experts=8'"),
+        ("base: {base}", "base: nowhere", "nowhere: no such recipe"),
+        ("title:", "- title:", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_right_is_refused(write: Write, before: str, after: str, told: str) -> None:
+    assert before in TWO
+    said = refused(write(TWO.replace(before, after)))
+    assert told in said
+    assert "question.yaml" in said
+
+
+def test_all_variants_that_fail_are_told_at_once(lab: Lab, write: Write, tmp_path: Path) -> None:
+    more = (
+        "wide: {{overrides: {{model.dmi: 64}}}}",
+        "lost: {{recipe: nowhere}}",
+        "deep: {{overrides: {{model.dim: x}}}}",
+    )
+    file = write(TWO.replace("budget:", "".join(f"  {line}\n" for line in more) + "budget:"))
+    said = lab.door("sweep", file, "--out", tmp_path / "out")
+    assert said.code == 2
+    told = said.err.splitlines()
+    assert told[0].endswith("3 of 5 variants cannot run:")
+    assert [line.strip().partition(":")[0] for line in told[1:]] == ["wide", "lost", "deep"]
+    assert "model.dmi: unknown key; did you mean dim" in told[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="routng: no such sweep; did you mean routing"):
+        read_sweep("routng")
+
+
+def test_keys_are_read_as_they_stand(write: Write) -> None:
+    """YAML would make false of `no` and text of 1e-3."""
+    sweep = read_sweep(
+        write(TWO.replace("none:", "no:").replace("  bias:", "  1e-3: {{overrides: {{optimizer.lr: 1e-3}}}}\n  bias:"))
+    )
+    assert [variant.name for variant in sweep.variants] == ["1e-3", "bias", "no"]
+    assert sweep.variants[0].overrides[0] == "optimizer.lr=0.001"
+
+
+def test_a_grid_is_every_combination_and_names_say_it(write: Write) -> None:
+    grid = "grid: {{optimizer.lr: [0.001, 1e-2], model.heads.mtp.depth: [1, 2]}}\nbaseline: bias+lr=0.001+depth=1"
+    sweep = read_sweep(write(TWO.replace("baseline: bias", grid)))
+    assert [variant.name for variant in sweep.variants][:4] == [
+        "bias+lr=0.001+depth=1",
+        "bias+lr=0.001+depth=2",
+        "bias+lr=0.01+depth=1",
+        "bias+lr=0.01+depth=2",
+    ]
+    assert len(sweep.variants) == 8
+    assert "model.heads.mtp.depth=2" in sweep.variants[1].overrides
+    told = refused(write(TWO.replace("baseline: bias", grid.replace("lr=0.001+depth=1", "lr=0.1+depth=1"))))
+    assert "did you mean bias+lr=0.01" in told
+
+
+def test_smoke_lays_its_keys_over_the_file(write: Write) -> None:
+    file = write(TWO + "smoke: {{seeds: [0], budget: {{steps: 1}}}}\n")
+    small, full = read_sweep(file, smoke=True), read_sweep(file)
+    assert (small.schema.seeds, small.schema.budget) == ([0], {"steps": 1})
+    assert (full.schema.seeds, full.schema.budget) == ([3, 4], {"steps": 2})
+
+
+def mismatched(write: Write, variant: str, rules: str = "") -> Sweep:
+    """The two variants and a third."""
+    match_ = f"match: {rules}\n" if rules else ""
+    return read_sweep(write(TWO.replace("budget:", f"  third: {{{{overrides: {variant}}}}}\n{match_}budget:")))
+
+
+WIDE = "{{model.blocks.moe.ffn.expert_hidden: 24, optimizer.lr: 0.01}}"
+
+
+def test_variants_that_do_not_match_are_refused_with_the_way_out(write: Write) -> None:
+    with pytest.raises(UserError) as told:
+        match(mismatched(write, WIDE))
+    first, *lines = str(told.value).splitlines()
+    assert "match.allow names what may differ, match.exempt a variant with the reason" in first
+    assert [line.strip().split()[1] for line in lines] == ["params_total", "flops_per_token", "another"]
+    assert all(line.startswith("  third: ") for line in lines)
+    assert "%" in lines[0]
+    assert lines[2].strip() == "third: another optimizer and its schedule than bias"
+
+
+def test_what_is_allowed_is_told_as_not_equal(write: Write) -> None:
+    rules = "{{params: 0.5, flops: null, allow: [optimizer and its schedule]}}"
+    found = match(mismatched(write, WIDE, rules))
+    assert found.not_equal == ["third: another optimizer and its schedule than bias"]
+    assert "params_total within 50% of bias's" in found.held_equal
+    assert not [line for line in found.held_equal if line.startswith("flops")]
+
+
+def test_an_exempt_variant_is_told_with_its_reason(write: Write) -> None:
+    found = match(mismatched(write, WIDE, "{{exempt: {{third: it is wider}}}}"))
+    assert len(found.not_equal) == 3
+    assert all(line.endswith("(it is wider)") for line in found.not_equal)
+    assert "params_total within 2% of bias's, but for third" in found.held_equal
+
+
+def test_nothing_unknown_can_be_allowed(write: Write) -> None:
+    sweep = mismatched(write, WIDE, "{{allow: [atention]}}")
+    with pytest.raises(UserError, match=r"match.allow: 'atention' is nothing that is compared; did you mean attention"):
+        match(sweep)
+
+
+def test_equal_flops_may_take_different_steps(write: Write) -> None:
+    third = "  third: {{overrides: {{model.heads.mtp: null}}}}\nbudget:"
+    text = TWO.replace("steps: 2", "flops: 2.0e9").replace("budget:", third)
+    file = write(text + "match: {{flops: null, allow: [loss heads]}}\n")
+    found = match(read_sweep(file))
+    assert {line.split(" than ")[0] for line in found.not_equal} >= {
+        "third: another steps",
+        "third: another loss heads",
+    }
+    steps = {name: document["steps"] for name, document in found.documents.items()}
+    assert steps["bias"] == steps["none"] < steps["third"]
+
+
+def test_a_dry_run_lists_the_runs_and_starts_nothing(lab: Lab, write: Write, tmp_path: Path) -> None:
+    said = lab.door("sweep", write(TWO), "--out", tmp_path / "out", "--dry-run")
+    assert said.code == 0, said.err
+    assert said.out.splitlines()[0] == "4 runs: 2 variants x 2 seeds"
+    assert [line for line in said.out.splitlines() if line.startswith("run: ")] == [
+        *("run: bias/seed-3", "run: none/seed-3", "run: bias/seed-4", "run: none/seed-4")
+    ]
+    assert "equal: width" in said.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_worker_is_refused(lab: Lab, write: Write) -> None:
+    assert lab.door("sweep", write(TWO), "--workers", "0").sentence == "--workers = 0: must be at least 1"
+
+
+def test_every_shipped_sweep_says_its_command() -> None:
+    for name, file in shipped_sweeps().items():
+        assert f"python -m core.sweep recipes/sweeps/{name}.yaml" in file.read_text(encoding="utf-8")
+        assert file.relative_to(ROOT) == Path("recipes/sweeps") / f"{name}.yaml"
+        assert yaml.safe_load(file.read_text(encoding="utf-8"))["smoke"]["seeds"] == [0]
