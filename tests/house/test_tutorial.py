@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from .documents import ROOT, blocks
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 EXAMPLE = ROOT / "examples" / "moeloom-cosine-router"
-KIT = ("-p", "core.testing.plugin", "--moeloom-plugin", "moeloom_cosine_router")
+INSTALLED = any(point.value == "core.testing.plugin" for point in entry_points(group="pytest11"))
+KIT = (*(() if INSTALLED else ("-p", "core.testing.plugin")), "--moeloom-plugin", "moeloom_cosine_router")
 
 
 def written(folder: Path) -> list[str]:

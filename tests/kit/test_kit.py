@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,9 @@ def test_a_broken_plugin_fails_exactly_its_check(slot: str, name: str) -> None:
 
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """pytest in a process of its own, in a folder without tests."""
-    command = [sys.executable, "-m", "pytest", "-p", "core.testing.plugin", "-p", "no:cacheprovider", *arguments]
+    installed = any(point.value == "core.testing.plugin" for point in entry_points(group="pytest11"))
+    named = [] if installed else ["-p", "core.testing.plugin"]
+    command = [sys.executable, "-m", "pytest", *named, "-p", "no:cacheprovider", *arguments]
     environment = {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False

@@ -73,7 +73,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_blocks_a_second_try(
     def work() -> None:
         import core.run
 
-        core.run.build = lambda recipe: os.kill(os.getpid(), signum)  # type: ignore[assignment]
+        core.run.build = lambda recipe, **_: os.kill(os.getpid(), signum)  # type: ignore[assignment]
         through("fit", lab.file, "--out", tmp_path / "run")
 
     said = forked(work)
