@@ -194,9 +194,12 @@ class Runner:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "core.sweep", str(file), "--out", str(out), *more]
         self.out = out
-        self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
+        try:
+            self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def end(self, seconds: float = 120.0) -> tuple[int, str, str]:
         """Its exit code and what it printed."""
