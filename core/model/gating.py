@@ -49,6 +49,15 @@ class LearnedRouter(Router):
         return Costs(active=sum(p.numel() for p in self.parameters()))
 
 
+class TokenGroupRouter(LearnedRouter):
+    """A learned router that decides over groups of tokens: its `Config` has `group`, a sequence or a whole batch."""
+
+    @classmethod
+    def capabilities_of(cls, config: Any) -> frozenset[str]:
+        """Groups that are whole batches make sequences depend on each other."""
+        return cls.capabilities | ({"batch_dependent"} if config.group == "batch" else set())
+
+
 def best_experts(scores_TE: Tensor, top_k: int, *, groups: int = 1, reach: int = 1, spokesmen: int = 1) -> Tensor:
     """The chosen experts T x K, int64, best first.
 

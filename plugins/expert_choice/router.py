@@ -15,12 +15,12 @@ from core.contracts.errors import Wrong
 from core.contracts.router import Adjust, Routing
 from core.contracts.schema import setting
 from core.model.capacity import even_share, even_share_of
-from core.model.gating import LearnedRouter
+from core.model.gating import TokenGroupRouter
 
 _FIXED = "every expert takes exactly its even share of the group's tokens (n top_k / E)"
 
 
-class ExpertChoiceRouter(LearnedRouter):
+class ExpertChoiceRouter(TokenGroupRouter):
     """Of n tokens every expert takes the n c / E with the highest softmax affinity, which is the gate."""
 
     paper = "Expert Choice (arXiv 2202.09368), section 3.2"
@@ -54,11 +54,6 @@ class ExpertChoiceRouter(LearnedRouter):
                 raise Wrong("chunk", "must be null unless group is sequence")
             if self.chunk is not None and self.chunk < 1:
                 raise Wrong("chunk", "must be at least 1")
-
-    @classmethod
-    def capabilities_of(cls, config: Config) -> frozenset[str]:
-        """Groups that are whole batches make sequences depend on each other."""
-        return cls.capabilities | ({"batch_dependent"} if config.group == "batch" else set())
 
     def route(self, logits_TE: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
         """Expert by expert within each group; an expert's tokens stand together, best first."""

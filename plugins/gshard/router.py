@@ -13,10 +13,10 @@ from core.contracts.router import Adjust, Routing
 from core.contracts.schema import setting
 from core.model.capacity import has_place
 from core.model.chance import Chance
-from core.model.gating import LearnedRouter, best_experts
+from core.model.gating import LearnedRouter, TokenGroupRouter, best_experts
 
 
-class GShardRouter(LearnedRouter):
+class GShardRouter(TokenGroupRouter):
     """Two experts a token, each with a limited number of places; the second one is kept by chance.
 
     Within a local group all first choices take their places before any second choice, in token order. A counter
@@ -55,11 +55,6 @@ class GShardRouter(LearnedRouter):
     def __init__(self, config: Config, build: BuildContext, *, experts: int) -> None:
         super().__init__(config, build, experts=experts)
         self.chance = Chance(build.seed, build.layer)
-
-    @classmethod
-    def capabilities_of(cls, config: Config) -> frozenset[str]:
-        """Groups that are whole batches make sequences depend on each other."""
-        return cls.capabilities | ({"batch_dependent"} if config.group == "batch" else set())
 
     @classmethod
     def traceable_of(cls, config: Config) -> bool:

@@ -13,10 +13,10 @@ from core.contracts.router import Adjust, Routing
 from core.contracts.schema import setting
 from core.model.capacity import has_place
 from core.model.chance import Chance
-from core.model.gating import LearnedRouter
+from core.model.gating import TokenGroupRouter
 
 
-class SwitchRouter(LearnedRouter):
+class SwitchRouter(TokenGroupRouter):
     """The expert of highest probability, which is its gate as it is; places are given in token order."""
 
     paper = "Switch Transformers (arXiv 2101.03961), section 2"
@@ -53,11 +53,6 @@ class SwitchRouter(LearnedRouter):
     def __init__(self, config: Config, build: BuildContext, *, experts: int) -> None:
         super().__init__(config, build, experts=experts)
         self.chance = Chance(build.seed, build.layer)
-
-    @classmethod
-    def capabilities_of(cls, config: Config) -> frozenset[str]:
-        """Groups that are whole batches make sequences depend on each other."""
-        return cls.capabilities | ({"batch_dependent"} if config.group == "batch" else set())
 
     @classmethod
     def traceable_of(cls, config: Config) -> bool:
