@@ -1,0 +1,1 @@
+"""A trained model under the tasks of EleutherAI's lm-evaluation-harness."""

@@ -1,0 +1,44 @@
+"""The likeliest continuations of several prompts at once, from the caches."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from core.model.language_model import LanguageModel
+
+
+@torch.no_grad()
+def write(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], *, tokens: int, ended: Callable[[list[int]], bool]
+) -> list[list[int]]:
+    """Continue prompts of one length greedily.
+
+    One length, because all sequences of a batch share their positions: no padding, no mask, and the same rows as if
+    each prompt were alone.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids, at least one each.
+        tokens: how many to write at most.
+        ended: whether what has been written is complete; asked after each token.
+
+    Returns:
+        What each prompt is continued with, its last token included.
+    """
+    assert len({len(prompt) for prompt in prompts}) == 1, "prompts of one batch are equally long"
+    device = model.embedding.weight.device
+    caches = model.new_caches()
+    fed_BL = torch.tensor([list(prompt) for prompt in prompts], device=device)
+    written: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    for _ in range(tokens):
+        chosen_B = model.decode(fed_BL, caches)[:, -1].argmax(dim=-1)
+        for row, token in enumerate(chosen_B.tolist()):
+            if row in going:
+                written[row].append(token)
+                if ended(written[row]):
+                    going.remove(row)
+        if not going:
+            break
+        fed_BL = chosen_B[:, None]
+    return written
