@@ -23,8 +23,6 @@ CONVENTION = (
     "output each, flops_per_token_main does not; flops_per_token_full takes the whole square of attention; "
     "params_total is the main model with its selection biases, params_experts what its routed and shared experts own"
 )
-OPTIMIZER_BYTES = 8
-"""Two fp32 moments for each parameter."""
 
 
 def describe(recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy") -> dict[str, Any]:
@@ -51,7 +49,7 @@ def describe(recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy")
         "drops": routing.drops,
         "causal": routing.causal,
         "batch_dependent": routing.batch_dependent,
-        "memory_bytes": memory(recipe, model, size, roles.compute_dtype("ffn.down").itemsize),
+        "memory_bytes": memory(recipe, model, size, roles.compute_dtype("embedding").itemsize),
         "steps": plan.steps,
         "tokens": plan.tokens,
         "layers": layers(model),
@@ -80,18 +78,18 @@ def routing_of(model: LanguageModel) -> Traits:
 def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> dict[str, int]:
     """Estimates for one device that holds all of the model and a whole micro-batch.
 
-    Weights, gradients and two fp32 moments are exact; of the activations only the residual stream (two states
+    Weights, gradients and the optimizer's moments are exact; of the activations only the residual stream (two states
     a block, `itemsize` bytes each) and the logits are counted.
     """
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    parameters = sum(p.numel() for p in model.parameters())
+    optimizer = recipe.optimizer.component(recipe.optimizer.config)
     tokens = recipe.batch.sequences * recipe.data.sequence_length
     residual = tokens * recipe.model.dim * itemsize * 2 * (len(model.blocks) + len(model.heads))
     logits = tokens * recipe.data.tokenizer.vocab * 4
     return {
         "weights": weights,
         "gradients": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "optimizer": parameters * OPTIMIZER_BYTES,
+        "optimizer": sum(optimizer.state_bytes(p) for p in model.parameters()),
         "residual_stream": residual,
         "logits": logits,
         "kv_cache_per_sequence": 2 * size.cache_elements * recipe.data.sequence_length,
@@ -149,8 +147,15 @@ class RoleSpy(Precision):
         return self.inner.grouped_linear(groups, inputs, outputs, role, std=std)
 
     def table(self) -> dict[str, dict[str, str]]:
-        """The formats of every role that was asked for."""
-        return {r: {"kept": _short(self.param_dtype(r)), "computed": _short(self.compute_dtype(r))} for r in self.seen}
+        """The formats of every role that was asked for, and the code that takes its products."""
+        return {
+            role: {
+                "kept": _short(self.param_dtype(role)),
+                "computed": _short(self.compute_dtype(role)),
+                "path": "lookup" if role == "embedding" else self.inner.path(role),
+            }
+            for role in self.seen
+        }
 
     def param_dtype(self, role: str) -> torch.dtype:
         self.seen.setdefault(role)

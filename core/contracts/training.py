@@ -25,6 +25,10 @@ class OptimizerFactory(Component, ABC):
     def make(self, parameters: "Iterable[tuple[str, Tensor]]") -> "Optimizer":
         """The optimizer of the named parameters; each group's `lr` is set before every step."""
 
+    def state_bytes(self, parameter: "Tensor") -> int:
+        """Bytes that the optimizer keeps for a parameter: two moments in its format, unless overridden."""
+        return 2 * parameter.numel() * parameter.element_size()
+
     @abstractmethod
     def learning_rate(self, progress: Progress) -> float:
         """The learning rate of the step that ends at `progress`."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from core.contracts.errors import Wrong
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
 from core.contracts.training import OptimizerFactory
+from plugins.adamw.moments import LARGEST_BETA, AdamWBF16
 
 
 class AdamW(OptimizerFactory):
@@ -27,6 +28,9 @@ class AdamW(OptimizerFactory):
         betas: list[float] = setting([0.9, 0.95], doc="decay of the two moments")
         eps: float = setting(1e-8, doc="added to the root of the second moment")
         weight_decay: float = setting(0.1, doc="decoupled weight decay of matrices")
+        moments: Literal["weights", "bf16"] = setting(
+            "weights", doc="format of both moments: the weights' own, or bf16"
+        )
 
         def check(self, parent: Any) -> None:
             """Raises `Wrong` for values outside their ranges."""
@@ -37,6 +41,12 @@ class AdamW(OptimizerFactory):
                 raise Wrong("eps", "must be positive")
             if self.weight_decay < 0:
                 raise Wrong("weight_decay", "must be at least 0")
+            if self.moments == "bf16" and max(self.betas) > LARGEST_BETA:
+                raise Wrong(
+                    "betas",
+                    f"{max(self.betas)} is more than bf16 moments can follow: their 8 significant bits round a change "
+                    f"of less than 2^-8 away, so a beta is at most 1 - 2^-8 = {LARGEST_BETA}; or set moments: weights",
+                )
 
     def make(self, parameters: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
         """One group that decays and one that does not."""
@@ -47,7 +57,13 @@ class AdamW(OptimizerFactory):
         groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
         first, second = self.config.betas
         kept = [group for group in groups if group["params"]]
+        if self.config.moments == "bf16":
+            return AdamWBF16(kept, lr=0.0, betas=(first, second), eps=self.config.eps)
         return torch.optim.AdamW(kept, lr=0.0, betas=(first, second), eps=self.config.eps, fused=True)
+
+    def state_bytes(self, parameter: Tensor) -> int:
+        """Two moments; torch's step counter, four bytes a tensor, is left out."""
+        return 2 * parameter.numel() * (2 if self.config.moments == "bf16" else parameter.element_size())
 
     def learning_rate(self, progress: Progress) -> float:
         """The schedule's value."""
