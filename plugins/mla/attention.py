@@ -8,7 +8,7 @@ Weight layout is the released checkpoint's: `q_up` rows are [nope | rope] per he
 [key nope | value] per head, `kv_down` rows are [latent | rope key].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class LatentAttention(Attention):
         rope_dim: int = setting(doc="width per head of the rotated part (d_h^R)")
         value_dim: int = setting(doc="width per head of the values")
         q_rank: int | None = setting(None, doc="width of the query latent (d'_c); null: queries come straight from x")
+        norm_eps: float | None = setting(None, doc="epsilon of the latents' norms; null: the model's norm_eps")
 
         def check(self, parent: Any) -> None:
             """Raises `Wrong` for widths that make no attention."""
@@ -48,6 +49,8 @@ class LatentAttention(Attention):
                 value = getattr(self, key)
                 if value is not None and value < 1:
                     raise Wrong(key, "must be at least 1")
+            if self.norm_eps is not None and not 0 < self.norm_eps < float("inf"):
+                raise Wrong("norm_eps", "must be positive and finite")
             if self.rope_dim % 2:
                 raise Wrong("rope_dim", "must be even, because positions rotate pairs")
 
@@ -55,14 +58,15 @@ class LatentAttention(Attention):
         super().__init__(config, build)
         self.config, self.rope, self.length = config, build.rope, build.length
         heads, key_dim = config.heads, config.nope_dim + config.rope_dim
+        norms = build if config.norm_eps is None else replace(build, norm_eps=config.norm_eps)
         if config.q_rank is None:
             self.q = build.linear(build.dim, heads * key_dim, "attention.q")
         else:
             self.q_down = build.linear(build.dim, config.q_rank, "attention.q_down")
-            self.q_norm = RMSNorm(config.q_rank, build)
+            self.q_norm = RMSNorm(config.q_rank, norms)
             self.q_up = build.linear(config.q_rank, heads * key_dim, "attention.q_up")
         self.kv_down = build.linear(build.dim, config.kv_rank + config.rope_dim, "attention.kv_down")
-        self.kv_norm = RMSNorm(config.kv_rank, build)
+        self.kv_norm = RMSNorm(config.kv_rank, norms)
         self.kv_up = build.linear(config.kv_rank, heads * (config.nope_dim + config.value_dim), "attention.kv_up")
         self.output = build.linear(heads * config.value_dim, build.dim, "attention.output", residual=True)
         self.scale = softmax_scale(key_dim, build.rope)
