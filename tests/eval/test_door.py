@@ -1,0 +1,179 @@
+"""`python -m core.evaluate RUN --tasks`."""
+
+import json
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import Lab, forked, through
+
+import core
+from core.data.tokenizer import Tokenizer
+
+from .by_hand import greedy, log_likelihood
+from .questions import GENERATED, MULTIPLE_CHOICE, write_task
+
+pytest.importorskip("lm_eval", reason="needs the extra eval")
+
+CHOICES = ["abc", "de fgh", "l k", "ab"]
+ROWS = [{"query": f"{'abc de ' * (k % 3)}which {k}?", "choices": CHOICES, "gold": k % 4} for k in range(10)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Forked processes inherit what takes seconds to import."""
+    import lm_eval.evaluator  # noqa: F401
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tasks of one's own; what the harness caches goes elsewhere too."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    write_task(tmp_path / "tasks", "chosen", MULTIPLE_CHOICE, ROWS)
+    return tmp_path / "tasks"
+
+
+def by_hand(run: Path, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracies by likelihood, and by likelihood per letter."""
+    model, tokenizer = core.load(run), Tokenizer.load(run / "tokenizer.json")
+    right, right_norm = 0, 0
+    for row in rows:
+        context = tokenizer.encode(row["query"])
+        values = []
+        for choice in row["choices"]:
+            ids = [0, *tokenizer.encode(f"{row['query']} {choice}")]
+            values.append(log_likelihood(model, ids, len(ids) - 1 - len(context)))
+        norms = [value / len(choice) for value, choice in zip(values, row["choices"], strict=True)]
+        right += values.index(max(values)) == row["gold"]
+        right_norm += norms.index(max(norms)) == row["gold"]
+    return {"acc": right / len(rows), "acc_norm": right_norm / len(rows)}
+
+
+def test_a_multiple_choice_task_gives_the_accuracy_of_the_likelihoods(lab: Lab, finished: Path, folder: Path) -> None:
+    said = lab.door("evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--json")
+    assert said.code == 0, said.err
+    told = json.loads(said.out)
+    assert told["checkpoint"] == "step-00000012.ckpt"
+    assert (told["limit"], told["groups"], told["notices"]) == (None, {}, [])
+    result = told["tasks"]["chosen"]
+    assert (result["questions"], result["shots"], result["version"]) == (10, 0, 1.0)
+    expected = by_hand(finished, ROWS)
+    assert {name: found["value"] for name, found in result["metrics"].items()} == pytest.approx(expected)
+    share = expected["acc"]
+    assert result["metrics"]["acc"]["stderr"] == pytest.approx((share * (1 - share) / 9) ** 0.5)
+    assert "Scoring answers" in said.err
+
+
+def test_a_limit_asks_the_first_questions_only_and_the_table_says_so(lab: Lab, finished: Path, folder: Path) -> None:
+    said = lab.door(
+        "evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--limit", "3", "--batch-size", "1"
+    )
+    assert said.code == 0, said.err
+    lines = [line.split() for line in said.out.splitlines()]
+    expected = by_hand(finished, ROWS[:3])
+    assert [line[:3] for line in lines] == [["chosen", name, f"{expected[name]:.4f}"] for name in ("acc", "acc_norm")]
+    assert all(line[5:] == ["3", "questions,", "0", "shots"] for line in lines)
+
+
+def test_a_task_that_wants_text_gets_what_the_model_writes(lab: Lab, finished: Path, folder: Path) -> None:
+    model, tokenizer = core.load(finished), Tokenizer.load(finished / "tokenizer.json")
+    ids = greedy(model, [0, *tokenizer.encode("abc")], 4)
+    answer = tokenizer.decode(ids[: ids.index(0)] if 0 in ids else ids)
+    rows = [{"query": "abc", "answer": answer}, {"query": "abc", "answer": answer + "x"}]
+    write_task(folder, "written", GENERATED, rows, stop="#")
+    said = lab.door("evaluate", finished, "--tasks", "written,chosen", "--task-path", folder, "--json")
+    assert said.code == 0, said.err
+    told = json.loads(said.out)["tasks"]
+    assert told["written"]["metrics"]["exact_match"]["value"] == 0.5
+    assert set(told) == {"written", "chosen"}
+
+
+def test_a_name_that_nobody_knows_comes_with_the_nearest(
+    lab: Lab, finished: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside three of the harness's own folders; the index of all 14,000 names takes it ten seconds."""
+    import lm_eval.tasks.manager
+
+    theirs = Path(lm_eval.tasks.manager.__file__).parent
+    for name in ("hellaswag", "arc", "piqa"):
+        shutil.copytree(theirs / name, tmp_path / "theirs" / name)
+    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(tmp_path / "theirs" / "manager.py"))
+    said = lab.door("evaluate", finished, "--tasks", "chosen,helaswag", "--task-path", folder)
+    assert said.code == 2
+    assert said.sentence.startswith(f"--tasks: lm-evaluation-harness and {folder} has no task 'helaswag'; did you mean")
+    assert " hellaswag" in said.sentence
+    said = lab.door("evaluate", finished, "--tasks", "harc_*")
+    assert said.sentence == "--tasks: lm-evaluation-harness has no task 'harc_*'; did you mean arc_easy?"
+
+
+def test_data_that_is_not_there_is_one_sentence(lab: Lab, finished: Path, folder: Path) -> None:
+    (folder / "chosen.jsonl").unlink()
+    said = lab.door("evaluate", finished, "--tasks", "chosen", "--task-path", folder)
+    assert said.code == 2
+    assert said.sentence.startswith("--tasks chosen: cannot be loaded: ")
+    assert "chosen.jsonl" in said.sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--tasks", "a", "--limit", "0"), "--limit = 0: must be at least 1"),
+        (("--tasks", "a", "--batch-size", "-1"), "--batch-size = -1: must be at least 1"),
+        (("--tasks", " , "), "--tasks: name at least one"),
+        (("--tasks", "a", "--task-path", "/no/such"), "--task-path /no/such: there is no such folder"),
+        (("--tasks", "a", "--xz"), "--xz goes with validation, not with --tasks"),
+        (("--limit", "3"), "--limit goes with --tasks"),
+        (("--batch-size", "3"), "--batch-size goes with --tasks"),
+        (("--task-path", "."), "--task-path goes with --tasks"),
+        (("--device", "cpu"), "--device goes with --tasks"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    lab: Lab, finished: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    said = lab.door("evaluate", finished, *arguments)
+    assert said.code == 2
+    assert said.sentence.startswith(sentence)
+
+
+def test_a_device_that_is_not_here_is_refused(lab: Lab, finished: Path, folder: Path) -> None:
+    said = lab.door("evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--device", "nonsense")
+    assert said.code == 2
+    assert said.sentence.startswith("--device nonsense: the model cannot go there: ")
+
+
+def test_without_the_harness_it_says_what_to_install(finished: Path) -> None:
+    def run() -> None:
+        import importlib.util as util
+
+        real = find_spec
+        for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+            del sys.modules[name]
+        util.find_spec = lambda name, *rest: None if name == "lm_eval" else real(name, *rest)
+        sys.modules.pop("core.harness.tasks", None)
+        through("evaluate", finished, "--tasks", "chosen")
+
+    said = forked(run)
+    assert said.code == 2
+    assert said.sentence == "--tasks needs lm-evaluation-harness, not installed here: pip install 'moeloom[eval]'"
+
+
+def test_validation_imports_no_harness(lab: Lab, finished: Path) -> None:
+    """It takes seconds, and may not be there."""
+
+    def run() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+            del sys.modules[name]
+        try:
+            through("evaluate", finished, "--json")
+        finally:
+            found = [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]
+            print(f"found {found}", file=sys.stderr)
+
+    said = forked(run)
+    assert said.code == 0, said.err
+    assert "found []" in said.err
