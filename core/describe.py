@@ -103,7 +103,7 @@ def show(recipe: "Recipe", *, as_json: bool) -> None:
     coefficients = [[k, f"{v['first']:g}", f"{v['last']:g}"] for k, v in document["loss_coefficients"].items()]
     _table(["loss term", "first step", "last step"], coefficients)
     precision = document["precision"].items()
-    _table(["role", "kept", "computed"], [[role, v["kept"], v["computed"]] for role, v in precision])
+    _table(["role", "kept", "computed", "path"], [[role, v["kept"], v["computed"], v["path"]] for role, v in precision])
     owners = document["plugins"]
     _table(["slot", "name", "from"], [[o["slot"], o["name"], f"{o['distribution']} {o['version']}"] for o in owners])
     print(document["flops_convention"])

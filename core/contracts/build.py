@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from core.contracts.precision import Precision
+from core.contracts.precision import ROLES, Precision
 from core.contracts.schema import Section
 
 
@@ -78,10 +78,12 @@ class BuildContext:
 
     def linear(self, inputs: int, outputs: int, role: str, *, residual: bool = False) -> nn.Module:
         """A matrix product made by the precision; `residual` marks those that write into the residual stream."""
+        assert role in ROLES, f"{role!r} is no role of core.contracts.precision.ROLES"
         return self.precision.linear(inputs, outputs, role, std=self._std(residual))
 
     def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, residual: bool = False) -> nn.Module:
         """One matrix product for each expert, weight [E, out, in]."""
+        assert role in ROLES, f"{role!r} is no role of core.contracts.precision.ROLES"
         return self.precision.grouped_linear(groups, inputs, outputs, role, std=self._std(residual))
 
     def _std(self, residual: bool) -> float:

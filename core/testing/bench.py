@@ -43,11 +43,11 @@ class KitPrecision(Precision):
         self.kept, self.computed = kept, computed or kept
 
     def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
-        formats = {"param_dtype": self.param_dtype(role), "compute_dtype": self.compute_dtype(role)}
+        formats: dict[str, Any] = {"param_dtype": self.param_dtype(role), "compute_dtype": self.compute_dtype(role)}
         return Linear(inputs, outputs, std=std, **formats)
 
     def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
-        formats = {"param_dtype": self.param_dtype(role), "compute_dtype": self.compute_dtype(role)}
+        formats: dict[str, Any] = {"param_dtype": self.param_dtype(role), "compute_dtype": self.compute_dtype(role)}
         return GroupedLinear(groups, inputs, outputs, std=std, **formats)
 
     def param_dtype(self, role: str) -> torch.dtype:

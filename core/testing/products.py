@@ -1,22 +1,18 @@
 """The contracts of precisions and dispatchers."""
 
 import itertools
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from core.contracts.precision import Precision
+from core.contracts.precision import ROLES, Precision
 from core.contracts.router import Routing
 from core.testing import bench
 from core.testing.clauses import check, hold
 from core.testing.subject import Subject, distance, snapshot, written
 
 PRECISION, DISPATCHER = "core/contracts/precision.py, Precision", "core/contracts/dispatcher.py, Dispatcher"
-ROLES = re.findall(r"`([a-z_.]+)`", str(Precision.__doc__).partition("*role*")[2])
-"""The roles that the contract names."""
-
 HIGH = ("router", "norm")
 INPUTS, OUTPUTS, GROUPS, ROWS = 32, 48, 4, 40
 

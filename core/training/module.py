@@ -132,8 +132,10 @@ class TrainingModule(L.LightningModule):
                 group["lr"] = rate
             optimizer.step()
             self._balance(seen, progress)
+            self._end_step(done=True)
             self.skipped_in_a_row = 0
         else:
+            self._end_step(done=False)
             self._skip(norm)
         optimizer.zero_grad()
         self.windows_done += 1
@@ -174,6 +176,12 @@ class TrainingModule(L.LightningModule):
             for path, layer in self.model.expert_layers().items():
                 for balancer in layer.balancers:
                     balancer.on_step_end(seen.loads[path], progress)
+
+    def _end_step(self, *, done: bool) -> None:
+        """Product layers that keep something between steps go on to the next."""
+        with torch.no_grad():
+            for layer in self.model.step_states().values():
+                layer.end_step(done=done)
 
     def _skip(self, norm: Tensor) -> None:
         """A non-finite gradient changes nothing: no weight, no moment, no bias."""
@@ -260,6 +268,7 @@ class TrainingModule(L.LightningModule):
             "dropped": self.dropped,
             "validated": dict(self.validated),
             "threads": torch.get_num_threads(),
+            "step_states": {path: layer.step_state() for path, layer in self.model.step_states().items()},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -280,6 +289,8 @@ class TrainingModule(L.LightningModule):
         self.wall_before = own["wall_seconds"]
         self.assigned, self.dropped = own["assigned"], own["dropped"]
         self.validated = dict(own["validated"])
+        for path, layer in self.model.step_states().items():
+            layer.load_step_state(own["step_states"][path])
 
 
 def _as_float(value: Tensor | float) -> Tensor:

@@ -1,7 +1,7 @@
 """fp32, fp64 and bf16: one weight format, one product format, and the roles that stay high."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,13 +22,15 @@ class _Plain(Precision):
 
     def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
         """A `Linear` in this precision's formats."""
-        formats = {"param_dtype": self.param_dtype(role), "compute_dtype": self.compute_dtype(role)}
-        return Linear(inputs, outputs, std=std, **formats)
+        return Linear(inputs, outputs, std=std, **self._formats(role))
 
     def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
         """A `GroupedLinear` in this precision's formats."""
+        return GroupedLinear(groups, inputs, outputs, std=std, **self._formats(role))
+
+    def _formats(self, role: str) -> dict[str, Any]:
         formats = {"param_dtype": self.param_dtype(role), "compute_dtype": self.compute_dtype(role)}
-        return GroupedLinear(groups, inputs, outputs, std=std, **formats)
+        return {**formats, "role": role, "paths": self.paths}
 
     def param_dtype(self, role: str) -> torch.dtype:
         """The same for every role."""

@@ -95,8 +95,8 @@ def test_P13_every_loss_term_is_told_with_its_coefficient(small: dict[str, Any])
 def test_the_precision_of_every_role_is_told(lab: Lab) -> None:
     said = lab.door("describe", lab.file, "precision.name=bf16", "--json")
     roles = json.loads(said.out)["precision"]
-    assert roles["router"] == {"kept": "float32", "computed": "float32"}
-    assert roles["experts.down"] == {"kept": "float32", "computed": "bfloat16"}
+    assert roles["router"] == {"kept": "float32", "computed": "float32", "path": "float32 product"}
+    assert roles["experts.down"] == {"kept": "float32", "computed": "bfloat16", "path": "bfloat16 product"}
     assert {"embedding", "head", "mtp.projection"} <= roles.keys()
 
 
