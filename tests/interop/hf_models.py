@@ -1,8 +1,8 @@
 """Random checkpoints as transformers writes them: configurations that cross every axis, and folders of them.
 
-Every weight is random, norms and selection biases included, and affinities are spread out, so that a tensor in the wrong
-place moves the logits and no choice of an expert is a matter of rounding. transformers is imported inside functions: it
-takes seconds and need not be installed.
+Every weight is random, norms and selection biases included, and affinities are spread out, so that a tensor in the
+wrong place moves the logits and no choice of an expert is a matter of rounding. transformers is imported inside
+functions: it takes seconds and need not be installed.
 """
 
 import json

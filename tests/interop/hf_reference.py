@@ -2,7 +2,8 @@
 
 It follows the papers (see `tests/reference.py`, whose small pieces it uses) and, where a checkpoint's meaning is set by
 transformers and vLLM alone, what those do: which norms have which epsilon, how many affinities speak for a group,
-what YaRN does when a coefficient is missing, and where the multi-token layers lie. It knows neither `core` nor `plugins` nor transformers.
+what YaRN does when a coefficient is missing, and where the multi-token layers lie. It knows neither `core` nor
+`plugins` nor transformers.
 """
 
 import cmath
@@ -30,7 +31,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rope:
-    """How vectors are turned: the frequencies, a factor on cosine and sine, the layout, and the softmax scale's factor."""
+    """How vectors are turned: frequencies, a factor on cosine and sine, the layout, and the softmax scale's factor."""
 
     frequencies: list[float]
     factor: float

@@ -14,11 +14,14 @@ from .hf_reference import route
 NEAR = 1e-5
 """Another expert or argmax is a matter of rounding where the gap between the two is smaller than this."""
 
+EXACT = 1e-10
+"""Between a model of ours in fp64 and the loops."""
+
 FEW = 2
 """So many positions at most may differ by such ties, of a whole case: more would be a pattern."""
 
 FP32, FP64 = 1e-5, 2e-6
-"""Largest differences of logits, times max(1, largest logit). transformers rounds norms and gate to fp32 even in fp64."""
+"""Largest differences of logits, times max(1, largest logit). transformers rounds norms and gate to fp32 always."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,13 @@ def _other_argmax(found: Tensor, expected: Tensor, compared_BL: Tensor) -> int:
     gaps = expected.amax(dim=-1) - expected.gather(-1, one[..., None])[..., 0]
     assert bool((gaps[other] < NEAR).all()), f"another likeliest token, by {float(gaps[other].max())}"
     return int(other.sum())
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Equal up to tolerance times max(1, largest expected value)."""
+    assert found.shape == expected.shape
+    difference = float((found.double() - expected.double()).abs().max())
+    assert difference < tolerance * max(1.0, float(expected.abs().max()))
 
 
 def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ Over configurations in which every two settings meet (`hf_models.AXES`). The loo
 witness: they are held to transformers where it is exact, and hold both it and us where it rounds.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -38,10 +37,7 @@ from .hf_models import (
     transformers_or_skip,
 )
 from .hf_reference import HFReference, route
-from .parity import FP32, FP64, assert_same_bits, assert_same_model, theirs
-
-EXACT = 1e-10
-"""Between our own model in fp64 and the loops, times max(1, largest logit)."""
+from .parity import EXACT, FP32, FP64, assert_near, assert_same_bits, assert_same_model, theirs
 
 CASES = [
     *covering(),
@@ -88,14 +84,9 @@ class Checkpoint:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def checkpoint(request: pytest.FixtureRequest, hf: Any, lab: Lab, tmp_path_factory: Any) -> Iterator[Checkpoint]:
+def checkpoint(request: pytest.FixtureRequest, hf: Any, lab: Lab, tmp_path_factory: Any) -> Checkpoint:
     case: Case = request.param
-    yield Checkpoint(case, random_model(case), lab, tmp_path_factory.mktemp("checkpoint"))
-
-
-def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    difference = float((found.double() - expected.double()).abs().max())
-    assert difference < tolerance * max(1.0, float(expected.abs().max()))
+    return Checkpoint(case, random_model(case), lab, tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_every_two_settings_meet_in_some_case() -> None:
@@ -146,7 +137,7 @@ def test_affinities_are_spread_out(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("case", [BASE, V2_BASE.but(q_rank=None)], ids=str)
 def test_every_tensor_of_a_checkpoint_moves_the_logits(hf: Any, case: Case) -> None:
-    """What the comparison of logits can see: a tensor that is scaled or shuffled shows a hundred times its tolerance."""
+    """What the comparison of logits can see: another tensor, or another expert, shows a hundred times its tolerance."""
     model, tokens = in_dtype(random_model(case), torch.float64), random_tokens(8, 40)
     expected, _ = theirs(model, tokens)
     fill(model, seed=7)
