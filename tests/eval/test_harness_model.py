@@ -13,7 +13,7 @@ from .by_hand import greedy, log_likelihood
 from .conftest import LONGEST
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
-from core.harness.model import HarnessModel  # noqa: E402
+from core.harness.model import HarnessModel
 
 EXACT = 1e-10
 
