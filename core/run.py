@@ -211,7 +211,7 @@ def summarise(
         "skipped_steps": module.skipped_steps,
         "validation_bytes": data.validation_bytes,
         "threads": torch.get_num_threads(),
-        "precision_paths": module.model.precision_paths(),
+        "precision_paths": module.model.paths().table(),
         "notices": notices,
     }
     return finite(results)

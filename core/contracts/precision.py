@@ -42,8 +42,8 @@ NEVER_LOW = ("embedding", "norm", "router")
 """Not a product, or one whose contract asks for fp32 or wider: no recipe can make them low."""
 
 HIGH = ("embedding", "head", "router", "norm", "mtp.projection")
-"""What stays in high precision unless the recipe says otherwise. Report, section 3.3.1: embedding, output head, gating and
-normalisation (attention's own products belong to no layer); the released weights keep the multi-token projection too."""
+"""What stays in high precision unless the recipe says otherwise. Report, section 3.3.1: embedding, output head, gating
+and normalisation (attention's own products belong to no layer); the released weights keep the projection too."""
 
 
 def roles_matching(patterns: Iterable[str]) -> frozenset[str]:

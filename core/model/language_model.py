@@ -13,7 +13,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.contracts.ffn import FeedForward
 from core.contracts.loss_head import LossHead, Shared
-from core.contracts.precision import Precision, StepState
+from core.contracts.precision import Paths, Precision, StepState
 from core.contracts.record import LossTerm, Record, as_pytree
 from core.model.block import Block
 from core.model.initialise import draw_normal
@@ -178,11 +178,11 @@ class LanguageModel(nn.Module):
         """Every product layer that keeps something between steps, by its path."""
         return {path: module for path, module in self.named_modules() if isinstance(module, StepState)}
 
-    def precision_paths(self) -> dict[str, str]:
-        """Which code took the products of each role so far, as the layers noted while they ran."""
+    def paths(self) -> Paths:
+        """Which code took the products of each role so far."""
         precision = self.blocks[0].precision
         assert isinstance(precision, Precision)
-        return precision.paths.table()
+        return precision.paths
 
     def costs(self) -> Costs:
         """The main model, for one token: embedding excluded, output included; loss heads apart."""

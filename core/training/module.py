@@ -268,6 +268,7 @@ class TrainingModule(L.LightningModule):
             "dropped": self.dropped,
             "validated": dict(self.validated),
             "threads": torch.get_num_threads(),
+            "paths": {role: list(ways) for role, ways in self.model.paths().ran.items()},
             "step_states": {path: layer.step_state() for path, layer in self.model.step_states().items()},
         }
 
@@ -289,6 +290,9 @@ class TrainingModule(L.LightningModule):
         self.wall_before = own["wall_seconds"]
         self.assigned, self.dropped = own["assigned"], own["dropped"]
         self.validated = dict(own["validated"])
+        for role, ways in own["paths"].items():
+            for way in ways:
+                self.model.paths().note(role, way)
         for path, layer in self.model.step_states().items():
             layer.load_step_state(own["step_states"][path])
 
