@@ -3,7 +3,6 @@
 import argparse
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,6 @@ class Display:
         left = TextColumn("{task.fields[left]}")
         self.bar = Progress(*columns, left, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("runs", total=None, left="")
-        self.began, self.before = time.monotonic(), 0
 
     def __enter__(self) -> "Display":
         self.bar.start()
@@ -84,14 +82,12 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def told(self, job: Any, status: Any, done: int, total: int) -> None:
-        """At the beginning, and after each run; the time left is that of the runs so far, those of today only."""
+    def told(self, job: Any, status: Any, done: int, total: int, left: float | None) -> None:
+        """At the beginning, and after each run."""
         if job is None:
-            self.began, self.before = time.monotonic(), done
             self.bar.update(self.task, completed=done, total=total)
             return
-        left = (time.monotonic() - self.began) / max(1, done - self.before) * (total - done)
-        told = f"about {_duration(left)} left" if done < total else ""
+        told = f"about {_duration(left)} left" if done < total and left is not None else ""
         self.bar.update(self.task, completed=done, total=total, left=told)
         reason = f": {status.reason}" if status.reason else ""
         line = f"{done}/{total} {job.name} {status.state} in {status.seconds:.0f} s{reason}"

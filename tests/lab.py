@@ -8,15 +8,18 @@ import importlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -216,6 +219,27 @@ def _child(work: Callable[[], object], seconds: float) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+@contextmanager
+def small_disk(folder: Path, *, kilobytes: int) -> Iterator[Path]:
+    """A file system of that size at `folder`; the test is skipped where none can be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False) if os.geteuid() == 0 else None
+    if done is None or done.returncode:
+        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip() if done else 'not root'}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leave no byte."""
+    with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+        while filler.write(bytes(1 << 12)) == 1 << 12:
+            pass
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

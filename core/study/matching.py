@@ -8,6 +8,12 @@ from core.assemble import document_of
 from core.contracts.errors import UserError, nearest
 from core.study.sweep_file import Sweep
 
+NEEDS = {
+    "mtp_acceptance": ("params_mtp", "a multi-token head"),
+    "max_vio_global": ("top_k", "experts"),
+    "max_vio_batch": ("top_k", "experts"),
+}
+"""Metrics that not every model has: the number of its description that must not be 0, and what it lacks."""
 COUNTED = {"params": "params_total", "flops": "flops_per_token"}
 SCHEDULED = ("training tokens", "steps")
 """What differs by intention where every variant gets the same FLOPs."""
@@ -32,12 +38,14 @@ def match(sweep: Sweep) -> Matched:
     """Describe every variant and hold it against the baseline.
 
     Raises:
-        UserError: variants differ in what `match` says must be equal, all of them told.
+        UserError: variants differ in what `match` says must be equal, all of them told; or one of them cannot have the
+            metric.
     """
     rules, base_name = sweep.schema.match, sweep.schema.baseline
     documents = {variant.name: document_of(variant.recipe) for variant in sweep.variants}
+    _has_metric(sweep, documents)
     refused: list[str] = []
-    held_equal: list[str] = []
+    held_equal = _flops_of_runs(sweep, documents)
     not_equal: list[str] = []
     for rule, key in COUNTED.items():
         tolerance = getattr(rules, rule)
@@ -64,6 +72,23 @@ def match(sweep: Sweep) -> Matched:
         how = "match.allow names what may differ, match.exempt a variant with the reason"
         raise UserError(f"sweep {sweep.name}: variants cannot be compared ({how}):{lines}")
     return Matched(documents, held_equal, not_equal)
+
+
+def _has_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
+    """Raises `UserError` for a metric that some variants' summaries will not have."""
+    metric = sweep.schema.metric
+    count, thing = NEEDS.get(metric, ("", ""))
+    without = [name for name, document in documents.items() if count and not document[count]]
+    if without:
+        raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {', '.join(without)} cannot have it without {thing}")
+
+
+def _flops_of_runs(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> list[str]:
+    """Where the budget is in FLOPs: that they are spent alike, but for the last step."""
+    if "flops" not in sweep.schema.budget:
+        return []
+    spent = [document["flops_per_token"] * document["tokens"] for document in documents.values()]
+    return [f"training FLOPs of a run: {min(spent):.4g} to {max(spent):.4g}, as steps are whole"]
 
 
 def _because(name: str, reasons: dict[str, str]) -> str:

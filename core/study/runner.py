@@ -142,7 +142,13 @@ def command_of(job: Job, folder: SweepFolder) -> list[str]:
 
 
 def run_jobs(
-    jobs: list[Job], folder: SweepFolder, pool: Pool, metric: str, ended: Callable[[Job, Status], None]
+    jobs: list[Job],
+    folder: SweepFolder,
+    pool: Pool,
+    metric: str,
+    *,
+    began: Callable[[Job], None],
+    ended: Callable[[Job, Status], None],
 ) -> None:
     """Work on every run that is not done, and write down how each ended.
 
@@ -151,7 +157,8 @@ def run_jobs(
         folder: the sweep's.
         pool: where they run.
         metric: that a finished run must have.
-        ended: told after each run.
+        began: told before each run.
+        ended: told after each run, with how it ended.
     """
     waiting = iter(jobs)
     under_way: dict[Future[tuple[int, float]], Job] = {}
@@ -160,6 +167,7 @@ def run_jobs(
         while True:
             for job in _next(waiting, pool.slots - len(under_way)):
                 _leave_alone(job, folder.status(job))
+                began(job)
                 job.path.mkdir(parents=True, exist_ok=True)
                 folder.tell(job, replace(folder.status(job), state="running", reason=None, process=None))
                 logged[job.path] = job.log.stat().st_size if job.log.exists() else 0

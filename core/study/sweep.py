@@ -10,6 +10,7 @@ from typing import Any
 from core.contracts.errors import UserError
 from core.study.folder import Job, Status, SweepFolder
 from core.study.matching import match
+from core.study.pace import Pace
 from core.study.ray_pool import RayPool
 from core.study.results import identity, results
 from core.study.runner import LocalPool, Pool, run_jobs
@@ -25,7 +26,7 @@ def run_sweep(
     ray: str | None = None,
     resume: bool = False,
     command: str = "",
-    progress: Callable[[Job | None, Status | None, int, int], None] = lambda *_: None,
+    progress: Callable[[Job | None, Status | None, int, int, float | None], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Run what is not done yet, and return `results.json`.
 
@@ -36,7 +37,8 @@ def run_sweep(
         ray: a Ray cluster's address instead.
         resume: go on with what is in the folder.
         command: kept for whoever wants to do it again.
-        progress: told at the beginning (None, None, done, all) and after each run.
+        progress: told at the beginning (None, None, done, all, None) and after each run (run, how it ended, done, all,
+            seconds left).
 
     Raises:
         UserError: variants that cannot be compared, a folder that holds something else, a full disk.
@@ -51,16 +53,23 @@ def run_sweep(
             jobs = folder.jobs(sweep)
             left = [job for job in jobs if folder.status(job).state != "done"]
             ended = len(jobs) - len(left)
-            progress(None, None, ended, len(jobs))
-
-            def after(job: Job, status: Status) -> None:
-                nonlocal ended
-                ended += 1
-                folder.write_json("results.json", results(sweep, folder, matched))
-                progress(job, status, ended, len(jobs))
-
+            progress(None, None, ended, len(jobs), None)
             if left:
-                run_jobs(left, folder, _pool(folder, workers, ray), sweep.schema.metric, after)
+                pool = _pool(folder, workers, ray)
+                work = {job.name: _flops(matched.documents[job.variant.name]) for job in left}
+                pace = Pace(work, pool.slots)
+
+                def before(job: Job) -> None:
+                    pace.begin(job.name, fresh=not (job.path / "recipe.yaml").exists())
+
+                def after(job: Job, status: Status) -> None:
+                    nonlocal ended
+                    ended += 1
+                    pace.end(job.name, whole=status.state == "done")
+                    folder.write_json("results.json", results(sweep, folder, matched))
+                    progress(job, status, ended, len(jobs), pace.left())
+
+                run_jobs(left, folder, pool, sweep.schema.metric, began=before, ended=after)
             found = results(sweep, folder, matched)
             folder.write_json("results.json", found)
             return found
@@ -68,6 +77,11 @@ def run_sweep(
         if is_disk_full(error):
             raise UserError(f"{path}: no space is left on the disk; make room and go on with --resume") from error
         raise
+
+
+def _flops(document: dict[str, Any]) -> float:
+    """Of a whole run."""
+    return float(document["flops_per_token"]) * float(document["tokens"])
 
 
 def _beginning(folder: SweepFolder, command: str) -> dict[str, str]:

@@ -1,8 +1,11 @@
 """Made-up folders that several tests read, and the page of each."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from core.study.folder import SweepFolder
 
 from .synthetic import Made, write_run, write_sweep
 
@@ -30,8 +33,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def under_way(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep with runs in every state, names that are markup, and everything that wants a warning."""
+def under_way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A sweep with runs in every state, names that are markup, and all that wants a warning; a runner is at it."""
     folder = tmp_path_factory.mktemp("under_way") / "odd"
     forced = Made(300, 4.6, 0.0, biased=False, notices=["Forced balance is a bound, not a method."])
     ahead = Made(300, 4.1, 0.01, biased=False, notices=["Experts choose tokens: it is not causal."])
@@ -44,7 +47,8 @@ def under_way(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     unequal = ["forced: another steps than deepseek_v3 (it is a bound)"]
     write_sweep(folder, made, [0, 1, 2], but=but, title=f"Which one, & is it <real>? {EVIL}", not_equal=unequal)
-    return folder
+    with SweepFolder(folder).locked():
+        yield folder
 
 
 @pytest.fixture(scope="session")

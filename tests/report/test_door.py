@@ -40,7 +40,7 @@ def test_json_is_one_document(
     file = tmp_path / "it.html"
     assert door(monkeypatch, under_way, "--out", file, "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    states = {"runs": 12, "done": 8, "failed": 1, "running": 1, "waiting": 2}
+    states = {"runs": 12, "done": 8, "failed": 1, "running": 1, "interrupted": 0, "waiting": 2}
     assert told == {"file": str(file), "kind": "sweep", "bytes": file.stat().st_size, **states}
 
 

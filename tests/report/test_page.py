@@ -60,6 +60,13 @@ def test_the_order_is_progress_warnings_question_results(under_way: Path) -> Non
     assert sorted(order, key=text.index) == order
 
 
+def test_runs_whose_runner_was_killed_are_not_in_progress(under_way: Path, tmp_path: Path) -> None:
+    """Their files still say that they run; nobody holds the folder's lock."""
+    copy = shutil.copytree(under_way, tmp_path / "odd")
+    text = words(page(copy))
+    assert "Not finished: 8 of 12 runs done (1 interrupted, 1 failed, 2 waiting)" in text
+
+
 def test_every_warning_stands_once_with_whom_it_concerns(under_way: Path) -> None:
     text = words(page(under_way)).partition("Asked")[0]
     told = [

@@ -97,6 +97,11 @@ def test_a_run_that_is_begun_keeps_its_threads(job: Job) -> None:
     assert said(job, 1, THREADS) == "5"
 
 
+def alone(job: Job, folder: SweepFolder) -> None:
+    """Work on one run and tell nobody."""
+    run_jobs([job], folder, LocalPool(1, lambda *_: None), "val_loss", began=lambda _: None, ended=lambda *_: None)
+
+
 def test_a_run_is_alone_in_its_session(job: Job) -> None:
     """Ctrl-C at the terminal reaches the runner alone; from two signals a run would end without saving itself."""
     assert said(job, 1, "import os; print(os.getpid() == os.getsid(0))") == "True"
@@ -118,7 +123,7 @@ def test_how_a_run_ended(job: Job, monkeypatch: pytest.MonkeyPatch, code: str, r
     job.log.write_text("moeloom: stopped by SIGTERM after step 3\n", encoding="utf-8")
     folder = SweepFolder(job.path.parents[2])
     folder.tell(job, Status("failed", "something else", 100.0))
-    run_jobs([job], folder, LocalPool(1, lambda *_: None), "val_loss", lambda *_: None)
+    alone(job, folder)
     status = folder.status(job)
     assert (status.state, status.reason) == ("failed", reason)
     assert 100 < status.seconds < 110
@@ -143,7 +148,9 @@ def test_a_process_that_was_left_behind_is_ended_first(job: Job, monkeypatch: py
         for process in (left, other):
             until(lambda process=process: b"time.sleep" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
             folder.tell(job, Status("running", process=process.pid))
-            run_jobs([job], folder, LocalPool(1, lambda *_: None), "val_loss", lambda *_: None)
+            run_jobs(
+                [job], folder, LocalPool(1, lambda *_: None), "val_loss", began=lambda _: None, ended=lambda *_: None
+            )
         assert left.wait(5) == -signal.SIGTERM
         assert other.poll() is None
         other.kill()

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lab import Lab, forked, through
+from lab import Lab, fill, forked, small_disk, through
 
+import core.study.matching
 import core.sweep
 from core.assemble import plan_of
 from core.contracts.errors import UserError
 from core.run import text_data
-from core.study.folder import SweepFolder
+from core.study.folder import Job, SweepFolder
 from core.study.sweep import run_sweep
 from core.study.sweep_file import read_sweep
 
@@ -25,6 +26,8 @@ from .conftest import TWO, ForkPool, Write
 
 CRASH = "  crash: {{overrides: {{optimizer.lr: 1.0e+30, max_skipped_steps: 1}}}}\n"
 CRASHING = TWO.replace("budget:", CRASH + "budget:").replace("steps: 2", "steps: 4")
+WITHOUT_HEAD = TWO.replace("model.blocks.moe.ffn.balance: []", "model.heads.mtp: null")
+WITHOUT_HEAD += "metric: mtp_acceptance\nmatch: {{flops: null, allow: [loss heads]}}\n"
 CRASHING += "match: {{exempt: {{crash: it diverges}}}}\n"
 
 
@@ -232,9 +235,49 @@ def test_a_full_disk_is_one_sentence_and_can_be_resumed(
     assert [row["n"] for row in json.loads(again.out)["rows"]] == [1, 1]
 
 
-def test_a_run_without_the_metric_failed(write: Write, pool: ForkPool, tmp_path: Path) -> None:
-    text = TWO.replace("[3, 4]", "[3]").replace("model.blocks.moe.ffn.balance: []", "model.heads.mtp: null")
-    text += "metric: mtp_acceptance\nmatch: {{flops: null, allow: [loss heads]}}\n"
+def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_was_done(
+    lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A real file system: the third of four runs finds no room, neither does the runner, and --resume does the rest."""
+
+    class FillingPool(ForkPool):
+        def submit(self, job: Job, command: list[str]) -> Any:
+            if len(self.commands) == 2:
+                fill(disk)
+            return super().submit(job, command)
+
+    with small_disk(tmp_path / "disk", kilobytes=16_000) as disk:
+        file, out = write(TWO), disk / "out"
+        with monkeypatch.context() as patch:
+            patch.setattr(core.study.sweep, "_pool", lambda *_: FillingPool())
+            said = forked(lambda: through("sweep", file, "--out", out))
+        assert (said.code, said.sentence) == (
+            2,
+            f"{out}: no space is left on the disk; make room and go on with --resume",
+        )
+        before = {path: value for path, value in kept(out).items() if "seed-3" in path.parts}
+        assert sum(path.name == "summary.json" for path in before) == 2
+        (disk / "filler").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(core.study.sweep, "_pool", lambda *_: ForkPool())
+            again = forked(lambda: through("sweep", file, "--out", out, "--resume", "--json"))
+        assert again.code == 0, again.err
+        assert [row["n"] for row in json.loads(again.out)["rows"]] == [2, 2]
+        assert {path: value for path, value in kept(out).items() if "seed-3" in path.parts} == before
+
+
+def test_a_metric_that_a_variant_cannot_have_is_refused(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metric = 'mtp_acceptance': none cannot have it without a multi-token head$"):
+        run_sweep(read_sweep(write(WITHOUT_HEAD)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_the_metric_failed(
+    write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where it could not be known beforehand."""
+    monkeypatch.setattr(core.study.matching, "NEEDS", {})
+    text = WITHOUT_HEAD.replace("[3, 4]", "[3]")
     rows = run_sweep(read_sweep(write(text)), tmp_path / "out")["rows"]
     assert [(row["n"], row["runs"][0]["state"]) for row in rows] == [(1, "done"), (0, "failed")]
     assert rows[1]["runs"][0]["reason"] == "its summary has no finite mtp_acceptance"

@@ -25,7 +25,7 @@ def refused(file: Path, *, smoke: bool = False) -> str:
 
 
 def test_the_shipped_sweeps_are_those_that_were_asked_for() -> None:
-    assert SHIPPED == ["attention", "bias_rate", "mtp", "routing", "shared_experts"]
+    assert SHIPPED == ["attention", "bias_rate", "mtp", "mtp_flops", "routing", "shared_experts"]
     routing = read_sweep("routing")
     assert len(routing.variants) == 10
     assert len(routing.schema.seeds) == 5
@@ -38,10 +38,19 @@ def test_a_shipped_sweep_is_valid_and_its_variants_match(name: str, smoke: bool)
     found = match(sweep)
     assert set(found.documents) == {variant.name for variant in sweep.variants}
     assert sweep.schema.title.endswith("?")
-    assert {"width", "depth", "corpus", "training tokens", "steps", "seed"} <= set(found.held_equal)
+    spent = {"training tokens", "steps"} if "flops" not in sweep.schema.budget else set()
+    assert {"width", "depth", "corpus", "seed", *spent} <= set(found.held_equal)
     if smoke:
         assert sweep.schema.seeds == [0]
         assert all(document["steps"] <= 3 for document in found.documents.values())
+
+
+def test_equal_flops_are_those_of_whole_runs_within_a_step() -> None:
+    found = match(read_sweep("mtp_flops"))
+    spent = {name: d["flops_per_token"] * d["tokens"] for name, d in found.documents.items()}
+    steps = {name: d["flops_per_token"] * d["tokens"] / d["steps"] for name, d in found.documents.items()}
+    assert all(0 <= flops - 9.16e12 < steps[name] for name, flops in spent.items())
+    assert found.held_equal[0] == "training FLOPs of a run: 9.162e+12 to 9.19e+12, as steps are whole"
 
 
 def test_what_the_attention_sweep_compares_is_the_cache() -> None:
@@ -58,7 +67,7 @@ def test_a_variant_says_why_it_does_not_match() -> None:
 
 def test_the_metrics_are_the_numbers_of_a_summary(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
-    assert set(METRICS) == set(summary) - {"notices"}
+    assert set(METRICS) == set(summary) - {"notices", "precision_paths"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, through
+from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, small_disk, through
 from torch import Tensor
 
 from core.contracts.errors import UserError
@@ -165,14 +165,8 @@ def test_half_a_checkpoint_left_by_a_kill_is_swept_away(lab: Lab, damaged: Path)
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2,200 kB: room for two checkpoints of the small run and their logs."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False) if os.geteuid() == 0 else None
-    if done is None or done.returncode:
-        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip() if done else 'not root'}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", kilobytes=2200) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("suddenly", [False, True], ids=["no room for a checkpoint", "no room for anything"])

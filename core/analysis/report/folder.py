@@ -5,10 +5,11 @@ counts as absent, and is told.
 """
 
 import csv
+import fcntl
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Run:
         variant: its variant's name; the folder's for a run on its own.
         seed: None where nobody recorded it.
         path: the folder.
-        state: waiting, running, done or failed.
+        state: waiting, running, interrupted (its runner is gone), done or failed.
         reason: why it failed.
         seconds: how long it took.
         recipe: `recipe.yaml`.
@@ -145,10 +146,23 @@ class _Reader:
         names = [str(v["name"]) for v in variants] or list(asked.get("recipes") or self._folders())
         results = self.mapping(self.path / "results.json")
         runs = [self.run(*where) for where in self._places(names, about.get("seeds") or [])]
+        if not self._worked_on():
+            runs = [replace(run, state="interrupted") if run.state == "running" else run for run in runs]
         if not runs:
             raise UserError(f"{self.path}: this sweep names no variants and has no runs yet")
         name = str(about.get("name") or self.path.resolve().name)
         return Study(self.path, name, about, results, text, runs, self.unread)
+
+    def _worked_on(self) -> bool:
+        """Whether a runner holds the folder's lock; one that was killed holds nothing, whatever its files say."""
+        try:
+            with (self.path / ".lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def _folders(self) -> list[str]:
         return sorted(folder.name for folder in (self.path / "runs").glob("*") if folder.is_dir())

@@ -36,7 +36,7 @@ def write(folder: Path, file: Path) -> dict[str, Any]:
         os.replace(temporary, file)
     except OSError as cause:
         raise UserError(f"--out {file}: cannot be written: {cause.strerror}") from cause
-    counts = {state: study.count(state) for state in ("done", "failed", "running", "waiting")}
+    counts = {state: study.count(state) for state in ("done", "failed", "running", "interrupted", "waiting")}
     kind = "run" if study.sweep is None else "sweep"
     return {"file": str(file), "kind": kind, "bytes": file.stat().st_size, "runs": len(study.runs), **counts}
 

@@ -66,11 +66,12 @@ def progress(study: Study) -> str | None:
     if study.sweep is None:
         (run,) = study.runs
         return _how_far(run) if run.state in ("running", "waiting") else None
-    waiting = {state: study.count(state) for state in ("running", "failed", "waiting")}
-    if not waiting["running"] and not waiting["waiting"]:
+    rest_of = {state: study.count(state) for state in ("running", "interrupted", "failed", "waiting")}
+    if not any(count for state, count in rest_of.items() if state != "failed"):
         return None
-    rest = ", ".join(f"{count} {state}" for state, count in waiting.items() if count)
-    return f"In progress: {study.count('done')} of {len(study.runs)} runs done ({rest}). All numbers may still change."
+    rest = ", ".join(f"{count} {state}" for state, count in rest_of.items() if count)
+    how = "Not finished" if rest_of["interrupted"] and not rest_of["running"] else "In progress"
+    return f"{how}: {study.count('done')} of {len(study.runs)} runs done ({rest}). All numbers may still change."
 
 
 def _how_far(run: Run) -> str:
