@@ -19,6 +19,7 @@ from core.data.baseline import xz_bits_per_byte
 from core.data.documents import read_split
 from core.data.loaders import ValidationLoader
 from core.data.module import TextData
+from core.interop.run_weights import load_into, weights_of
 from core.model.block import Block
 from core.model.language_model import LanguageModel
 from core.model.sampling import sample
@@ -243,6 +244,9 @@ def load_weights(model: LanguageModel, checkpoint: Path) -> None:
     Raises:
         UserError: the first missing, unexpected or differently shaped tensor, by name.
     """
+    if checkpoint.suffix == ".json":
+        load_into(model, weights_of(checkpoint), checkpoint)
+        return
     state = read_checkpoint(checkpoint)["state_dict"]
     weights = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
     own = model.state_dict()

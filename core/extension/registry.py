@@ -20,7 +20,7 @@ SLOTS = {
     "loss_head": "core.contracts.loss_head:LossHead",
     "precision": "core.contracts.precision:Precision",
     "dispatcher": "core.contracts.dispatcher:Dispatcher",
-    "checkpoint_format": "core.contracts.component:Component",
+    "checkpoint_format": "core.contracts.checkpoint_format:CheckpointFormat",
     "optimizer": "core.contracts.training:OptimizerFactory",
     "corpus": "core.contracts.corpus:Corpus",
     "strategy": "core.contracts.training:StrategyFactory",

@@ -16,6 +16,9 @@ from core.training.folder import RunFolder
 REPRODUCED = ("seed", "model", "precision", "data", "optimizer", "batch", "budget", "gradient_clip", "initial_weights")
 """Sections that a resumed run must share with the one it continues: it would be another run."""
 
+CONVERTED = Path("weights", "model.safetensors.index.json")
+"""What a run that was converted from another program's files has in place of checkpoints."""
+
 LAYOUT = ("strategy", "compile", "trainer")
 """Sections that may change, at the price of other bits."""
 
@@ -96,7 +99,7 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """A checkpoint file given as itself or as its run's folder.
+    """A checkpoint file given as itself or as its run's folder; of a converted run the index of its weights.
 
     Raises:
         UserError: there is none.
@@ -104,6 +107,8 @@ def newest_checkpoint(path: Path) -> Path:
     if path.is_file():
         return path
     files = checkpoints_in(path)
+    if not files and (path / CONVERTED).is_file():
+        return path / CONVERTED
     if not files:
         raise UserError(f"{path}: no checkpoint here: give a run folder or a checkpoint file")
     return files[-1]

@@ -1,0 +1,62 @@
+"""python -m core.convert from-hf DIR RUN, to-hf RUN DIR: Hugging Face checkpoints, both ways."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from core.door import run_door
+
+FORMATS = ("fp32", "bf16", "fp16", "fp64")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The door's arguments."""
+    p = argparse.ArgumentParser(
+        prog="python -m core.convert",
+        description="Convert Hugging Face checkpoints to run folders and back; a conversion that was stopped goes on.",
+    )
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    read = commands.add_parser("from-hf", help="a Hugging Face folder to a run folder")
+    read.add_argument("dir", type=Path, metavar="DIR", help="config.json, safetensors files, tokenizer files")
+    read.add_argument("run", type=Path, metavar="RUN", help="the new run folder")
+    read.add_argument(
+        "--dtype", choices=FORMATS, help="keep weights in this format (default: as they come, FP8 blocks included)"
+    )
+    write = commands.add_parser("to-hf", help="a run to a Hugging Face folder")
+    write.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint file")
+    write.add_argument("dir", type=Path, metavar="DIR", help="the new folder")
+    write.add_argument(
+        "--dtype", choices=FORMATS, help="write weights in this format (default: as they came; bf16 for a trained run)"
+    )
+    fp8 = write.add_mutually_exclusive_group()
+    fp8.add_argument("--fp8", action="store_true", help="quantise matrices to FP8 in blocks of 128 x 128")
+    fp8.add_argument("--keep-fp8", action="store_true", help="write the FP8 blocks that the run was converted from")
+    return p
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Convert, and say what was made."""
+    from core.interop.from_hf import from_hf
+    from core.interop.to_hf import Wish, to_hf
+    from core.run import run_of
+    from core.training.resume import newest_checkpoint
+
+    started = time.perf_counter()
+    if arguments.command == "from-hf":
+        target = arguments.run
+        made = from_hf(arguments.dir, target, dtype=arguments.dtype, say=_say)
+    else:
+        target, checkpoint = arguments.dir, newest_checkpoint(arguments.run)
+        wish = Wish(arguments.dtype, fp8=arguments.fp8, keep_fp8=arguments.keep_fp8)
+        made = to_hf(run_of(checkpoint).path, checkpoint, target, wish, say=_say)
+    seconds = time.perf_counter() - started
+    print(f"{target}: {made['format']}, {made['tensors']} tensors, {made['bytes'] / 1e9:.3g} GB, {seconds:.1f} s")
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_door(main, parser())

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs: streaming safetensors in and out. Names and configurations belong to plugins."""

@@ -1,0 +1,247 @@
+"""A Hugging Face folder becomes a run folder: its recipe, its tokenizer, and its weights under our names.
+
+Weights keep the number formats they came in, FP8 codes with their scales included, so nothing is lost on the way and
+`to-hf` can give back every bit. What `to-hf` must know for that lies in the run's folder `hf`: the small files as they
+were, and which tensor stood where in which format.
+"""
+
+import math
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from core.assemble import build
+from core.contracts.checkpoint_format import CheckpointFormat, Piece, Translation
+from core.contracts.errors import UserError, Wrong
+from core.contracts.schema import Provenance
+from core.extension.checks import told_where
+from core.interop.accounting import check_ours, check_theirs, owners, wanted
+from core.interop.blocks import ReadBlocks
+from core.interop.formats import format_named, format_of, read_config, read_json
+from core.interop.moves import Compare, Copy, Move
+from core.interop.shards import Shards, shards_of
+from core.interop.tensors import CODES, DTYPES, SCALE, Kind, scale_kind
+from core.interop.transfer import Conversion, check_target
+from core.interop.writing import planned
+from core.recipe.compose import Recipe, compose
+from core.training.folder import RunFolder, provenance
+
+HF = "hf"
+"""The folder of a converted run that holds what came with the weights."""
+
+LAYOUT = "layout.json"
+WEIGHTS = "weights"
+LARGEST_COMPANION = 128 * 2**20
+WEIGHT_SUFFIXES = frozenset([".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx"])
+PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16", CODES: "bf16"}
+"""The precision that suits a format; fp32 for every other."""
+
+
+def from_hf(
+    source: Path, target: Path, *, dtype: str | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Convert a folder.
+
+    Args:
+        source: with config.json and safetensors files.
+        target: the run folder; must not exist, or be empty.
+        dtype: the format of all weights but selection biases, a key of `DTYPES`; None: as they came.
+        say: told what nobody who uses the run may overlook.
+
+    Returns:
+        What was done: the format's name, how many tensors and parameters.
+
+    Raises:
+        UserError: anything that is wrong with the folder; the target is as before.
+    """
+    check_target(target, "name another folder")
+    config = read_config(source)
+    made = format_of(config, source / "config.json")
+    shards = shards_of(source)
+    theirs = ReadBlocks(shards)
+    translation = _translated(made, config, theirs.kinds, source)
+    recipe = composed(translation.recipe, f"{source / 'config.json'}")
+    model = build(recipe, device="meta")
+    ours = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    listed = made.pieces(config, recipe.to_dict(), [name for name in theirs.kinds if not _is_scale(name, theirs.codes)])
+    pieces = wanted(listed, theirs.kinds)
+    check_theirs(pieces, theirs.kinds, made, source)
+    check_ours(pieces, ours, f"checkpoint_format {made.label}")
+    kinds = _kinds(pieces, theirs, ours, DTYPES[dtype] if dtype else None, source)
+    moves = _moves(pieces, theirs, kinds, source)
+    layout = _layout(made, config, recipe, shards, [piece.theirs for piece in pieces])
+    plan = planned(kinds, index=True)
+    conversion = Conversion(target, ["from-hf", _stamps(source), layout, _spelt(kinds)])
+    with conversion.folder_in_the_making(plan.bytes) as folder:
+        if conversion.resumed:
+            say(f"going on with {folder}, which an earlier conversion left")
+        _write_companions(source, folder, layout, say)
+        conversion.move(moves, theirs, plan, WEIGHTS)
+        _write_run(RunFolder(folder), recipe, made, config, source, translation.notices)
+    for notice in translation.notices:
+        say(f"note: {notice}")
+    count = sum(math.prod(shape) for shape in ours.values())
+    return {"format": made.label, "tensors": len(theirs.kinds), "parameters": count, "bytes": plan.bytes}
+
+
+def _translated(
+    made: CheckpointFormat, config: Mapping[str, Any], names: Mapping[str, Kind], source: Path
+) -> Translation:
+    sizes: Counter[torch.dtype] = Counter()
+    for kind in names.values():
+        sizes[kind.dtype] += kind.bytes
+    common = max(sizes, key=lambda d: sizes[d], default=torch.float32)
+    try:
+        return made.recipe_of(config, list(names), PRECISIONS.get(common, "fp32"))
+    except Wrong as wrong:
+        value = f" = {config[wrong.key]!r}" if wrong.key in config else ""
+        raise UserError(f"{source / 'config.json'}: {wrong.key}{value}: {wrong.why}") from wrong
+    except Exception as cause:
+        who = f"checkpoint_format {made.label}"
+        raise UserError(f"{source / 'config.json'}: {who} cannot read it: {told_where(cause)}") from cause
+
+
+def composed(values: Mapping[str, Any], source: str) -> Recipe:
+    """A raw recipe, validated.
+
+    Raises:
+        UserError: what is wrong with it, told of `source`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
+        try:
+            return compose(file)
+        except UserError as cause:
+            raise UserError(f"{source}: gives no model that can be built here: {cause}".replace(f"{file}: ", "")) from cause
+
+
+def _is_scale(name: str, codes: set[str]) -> bool:
+    return name.endswith(SCALE) and name.removesuffix(SCALE) in codes
+
+
+def _kinds(
+    pieces: Sequence[Piece],
+    theirs: ReadBlocks,
+    ours: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | None,
+    source: Path,
+) -> dict[str, Kind]:
+    """Our tensors in the order of the model, with the widest format of their pieces."""
+    formats: dict[str, torch.dtype] = {}
+    for piece in pieces:
+        if piece.ours is None or piece.copy:
+            continue
+        found = theirs.kinds[piece.theirs].dtype
+        if not found.is_floating_point:
+            raise UserError(f"{source}: tensor {piece.theirs} is {found}, which is no format of weights".replace("torch.", ""))
+        if dtype is not None:
+            found = dtype
+        if piece.exact:
+            found = torch.promote_types(found if found.itemsize > 1 else torch.float32, torch.float32)
+        known = formats.setdefault(piece.ours, found)
+        if CODES in (known, found) and known != found:
+            raise UserError(f"{source}: tensor {piece.theirs} and its neighbours must be FP8 blocks all, or none of them")
+        formats[piece.ours] = known if known == found else torch.promote_types(known, found)
+    kinds = {}
+    for name, shape in ours.items():
+        kinds[name] = Kind(formats[name], shape)
+        if formats[name] == CODES:
+            kinds[name + SCALE] = scale_kind(kinds[name])
+    return kinds
+
+
+def _moves(pieces: Sequence[Piece], theirs: ReadBlocks, kinds: Mapping[str, Kind], source: Path) -> list[Move]:
+    """Comparisons first: what is wrong should be told before hours of copying."""
+    by_rows = owners(pieces)
+    compares: list[Move] = []
+    copies: list[Move] = []
+    for piece in pieces:
+        if piece.ours is None:
+            continue
+        kind = theirs.kinds[piece.theirs]
+        if piece.copy:
+            owner = by_rows[piece.ours, piece.first].theirs
+            compares.append(Compare(piece.theirs, owner, kind, str(source)))
+            continue
+        dtype = kinds[piece.ours].dtype
+        copies.append(Copy(piece.theirs, piece.ours, 0, piece.first, kind, dtype, piece.order))
+        if dtype == CODES:
+            scales = theirs.kinds[piece.theirs + SCALE]
+            names = piece.theirs + SCALE, piece.ours + SCALE
+            copies.append(Copy(*names, 0, piece.first, scales, scales.dtype, piece.order))
+    return compares + copies
+
+
+def _layout(
+    made: CheckpointFormat, config: Mapping[str, Any], recipe: Recipe, shards: Shards, names: Sequence[str]
+) -> dict[str, Any]:
+    """What `to-hf` needs to give the same files back: names by file, formats, and the model they belong to."""
+    files: dict[str, list[str]] = {}
+    for name, file in shards.files.items():
+        files.setdefault(file.name, []).append(name)
+    formats = {name: str(shards.kinds[name].dtype).removeprefix("torch.") for name in names}
+    return {"format": made.label, "model": recipe.to_dict()["model"], "files": files, "formats": formats}
+
+
+def _spelt(kinds: Mapping[str, Kind]) -> list[str]:
+    return [f"{name} {kind.dtype} {kind.shape}" for name, kind in kinds.items()]
+
+
+def _stamps(source: Path) -> list[tuple[str, int, int]]:
+    """What tells a changed source from the one that a conversion was begun with."""
+    files = sorted(file for file in source.iterdir() if file.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _write_companions(source: Path, folder: Path, layout: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """The small files as they were, and our tokenizer.json."""
+    place = RunFolder(folder / HF)
+    place.path.mkdir(exist_ok=True)
+    for file in sorted(source.iterdir()):
+        index = file.name.endswith(".index.json")
+        if not file.is_file() or index or file.suffix in WEIGHT_SUFFIXES or file.name.startswith("."):
+            continue
+        if file.stat().st_size <= LARGEST_COMPANION:
+            shutil.copyfile(file, place.path / file.name)
+    place.write_json(LAYOUT, layout)
+    if (place.path / "tokenizer.json").exists():
+        shutil.copyfile(place.path / "tokenizer.json", RunFolder(folder).tokenizer)
+    else:
+        say(f"note: {source} holds no tokenizer.json: the run takes tokens, and no text")
+
+
+def _write_run(
+    run: RunFolder,
+    recipe: Recipe,
+    made: CheckpointFormat,
+    config: Mapping[str, Any],
+    source: Path,
+    notices: Sequence[str],
+) -> None:
+    """What the run is; the recipe last, as always."""
+    owner: Provenance = format_named(made.label)[1]
+    converted = {
+        "source": str(source.resolve()),
+        "format": made.label,
+        "distribution": owner.distribution,
+        "version": owner.version,
+        "notices": list(notices),
+        **markers(run.path / HF, config),
+    }
+    run.write_json("provenance.json", provenance(recipe.sections(), converted=converted))
+    run.write_recipe(recipe.to_dict())
+
+
+def markers(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids that begin and end a text, as the generation's configuration, or else the model's, has them."""
+    file = folder / "generation_config.json"
+    merged = {**config, **{k: v for k, v in (read_json(file) if file.is_file() else {}).items() if v is not None}}
+    begin, end = merged.get("bos_token_id"), merged.get("eos_token_id")
+    return {"begin": begin, "end": end[0] if isinstance(end, list) and end else end}

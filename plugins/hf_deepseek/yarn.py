@@ -1,0 +1,91 @@
+"""Rotary positions and YaRN: transformers' keys to ours and back.
+
+Two numbers decide: the factor on cos and sin, and the factor on the softmax scale. With s the factor of the context
+and m(x) = 0.1 x ln s + 1,
+
+    transformers:  cos, sin: m(mscale) / m(mscale_all_dim) where both are given, else m(1), or `attention_factor`
+                   scale:    m(mscale_all_dim)^2 where it is given, else 1
+    here:          cos, sin: m(mscale) / m(mscale_all_dim), m of a missing one being 1
+                   scale:    m(mscale_all_dim)^2, likewise
+
+so of theirs only our `mscale` has to be worked out, from m(mscale) = their ratio x m(mscale_all_dim).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from core.contracts.errors import Wrong
+
+YARN_KEYS = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def temperature(factor: float, coefficient: float | None) -> float:
+    """m(x); 1 without a coefficient, or where nothing is stretched."""
+    return 0.1 * coefficient * math.log(factor) + 1.0 if coefficient and factor > 1 else 1.0
+
+
+def rope_of(config: Mapping[str, Any], max_length: int) -> tuple[dict[str, Any], list[str]]:
+    """Our `model.rope`, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before it)."""
+    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    kind = given.get("rope_type", given.get("type", "default"))
+    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    theta = given.get("rope_theta", config.get("rope_theta") or 10000.0)
+    if given.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise Wrong(where, "partial_rotary_factor must be 1: the rotated part is qk_rope_head_dim")
+    if kind == "default":
+        return {"theta": float(theta), "max_length": max_length}, []
+    if kind != "yarn":
+        raise Wrong(where, f"the type {kind!r} is not supported; known: default, yarn")
+    if not given.get("truncate", True):
+        raise Wrong(where, "truncate must be true")
+    yarn = _yarn_of(config, given, max_length, where)
+    reach, notices = math.floor(yarn["factor"] * yarn["original_length"]), []
+    if max_length > reach:
+        notices = [f"max_position_embeddings = {max_length} is further than YaRN reaches: at most {reach} positions"]
+    return {"theta": float(theta), "max_length": min(max_length, reach), "yarn": yarn}, notices
+
+
+def _yarn_of(config: Mapping[str, Any], given: Mapping[str, Any], max_length: int, where: str) -> dict[str, Any]:
+    original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+    original = original or max_length
+    factor = given.get("factor") or max_length / original
+    mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
+    both = bool(mscale and all_dim)
+    ratio = given.get("attention_factor")
+    if ratio is None and not both:
+        ratio = temperature(factor, 1.0)
+    if ratio is not None:
+        mscale = _coefficient(factor, ratio * temperature(factor, all_dim), where)
+    betas = {key: float(given.get(key) or default) for key, default in YARN_KEYS.items()}
+    scales = {"mscale": mscale or None, "mscale_all_dim": all_dim or None}
+    return {"factor": float(factor), "original_length": int(original), **betas, **scales}
+
+
+def _coefficient(factor: float, wanted: float, where: str) -> float | None:
+    """The coefficient x with m(x) = wanted."""
+    if wanted == 1.0:
+        return None
+    if factor <= 1:
+        raise Wrong(where, "attention_factor must be 1 where the factor is 1")
+    return (wanted - 1.0) / (0.1 * math.log(factor))
+
+
+def config_of(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Their keys, in the form that every version of transformers and vLLM reads."""
+    config = {"rope_theta": rope["theta"], "max_position_embeddings": rope["max_length"]}
+    yarn = rope["yarn"]
+    if yarn is None:
+        return {**config, "rope_scaling": None}
+    factor, mscale, all_dim = yarn["factor"], yarn["mscale"] or None, yarn["mscale_all_dim"] or None
+    scaling = {"type": "yarn", "factor": factor, "original_max_position_embeddings": yarn["original_length"]}
+    scaling |= {key: yarn[key] for key in YARN_KEYS}
+    if mscale and all_dim:
+        scaling |= {"mscale": mscale, "mscale_all_dim": all_dim}
+        return {**config, "rope_scaling": scaling}
+    if all_dim:
+        scaling["mscale_all_dim"] = all_dim
+    ratio = temperature(factor, mscale) / temperature(factor, all_dim)
+    if ratio != temperature(factor, 1.0):
+        scaling["attention_factor"] = ratio
+    return {**config, "rope_scaling": scaling}
