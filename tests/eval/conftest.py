@@ -19,6 +19,16 @@ def model(lab: Lab) -> LanguageModel:
 
 
 @pytest.fixture(scope="session")
+def exported(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A trained run that transformers has an architecture for, and its export in the run's own format."""
+    folder = tmp_path_factory.mktemp("exported")
+    lab.fit(folder / "run", "model.blocks.moe.ffn.router.group_score=2", "budget.steps=60")
+    said = lab.door("convert", "to-hf", folder / "run", folder / "hf", "--dtype", "fp32")
+    assert said.code == 0, said.err
+    return folder / "run", folder / "hf"
+
+
+@pytest.fixture(scope="session")
 def tokenizer(finished: Path) -> Tokenizer:
     """300 entries."""
     return Tokenizer.load(finished / "tokenizer.json")

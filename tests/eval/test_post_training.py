@@ -1,0 +1,121 @@
+"""A trained model goes to TRL, takes a step of reinforcement learning (GRPO), and comes back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lab import Lab
+from torch import Tensor
+
+import core
+from core.data.tokenizer import Tokenizer
+
+pytest.importorskip("trl", reason="needs trl")
+
+PROMPTS = ["abc de", "f", "ghi jkl", "abc"]
+BIAS = "e_score_correction_bias"
+
+
+def reward(completions: list[str], **columns: Any) -> list[float]:
+    """Different letters: any rule that tells answers apart will do."""
+    return [float(len(set(text))) for text in completions]
+
+
+@pytest.fixture(scope="module")
+def stepped(lab: Lab, exported: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The step and the way back, once: the weights before it, the model after it, the run that came back."""
+    folder = tmp_path_factory.mktemp("stepped")
+    trainer, before = _step(exported[1], folder)
+    trainer.save_model(str(folder / "tuned"))
+    back = lab.door("convert", "from-hf", folder / "tuned", folder / "back")
+    assert back.code == 0, back.err
+    log = trainer.state.log_history
+    return {"before": before, "model": trainer.model, "log": log, "said": back.out + back.err, "run": folder / "back"}
+
+
+def _step(export: Path, folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    settings = GRPOConfig(
+        output_dir=str(folder / "trl"),
+        max_steps=1,
+        learning_rate=1e-3,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=8,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        seed=0,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=AutoTokenizer.from_pretrained(export, add_bos_token=True),
+        reward_funcs=reward,
+        args=settings,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+    )
+    trainer.train()
+    return trainer, before
+
+
+def test_the_step_had_something_to_learn(stepped: dict[str, Any]) -> None:
+    log = stepped["log"][0]
+    assert log["step"] == 1
+    assert log["reward_std"] > 0
+    assert log["grad_norm"] > 0
+
+
+def test_every_weight_moves_by_adams_first_step_at_most_and_the_router_bias_not_at_all(stepped: dict[str, Any]) -> None:
+    """Adam's first step is the learning rate times the gradient's sign, or less where the gradient is tiny."""
+    after = stepped["model"].state_dict()
+    moved = {name: float((after[name] - tensor).abs().max()) for name, tensor in stepped["before"].items()}
+    biases = {name for name in moved if name.endswith(BIAS)}
+    assert len(biases) == 1
+    assert all(stepped["before"][name].abs().max() > 0 for name in biases), "training left the bias at 0"
+    assert {name for name, most in moved.items() if most == 0} == biases
+    assert max(moved.values()) <= 1e-3 * (1 + 1e-3)
+    parameters = dict(stepped["model"].named_parameters())
+    assert biases & set(parameters) == set()
+
+
+def test_with_add_bos_token_every_prompt_begins_with_the_marker(exported: tuple[Path, Path]) -> None:
+    """As in training; TRL encodes prompts with the tokenizer's own settings."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(exported[1], add_bos_token=True)
+    ours = Tokenizer.load(exported[0] / "tokenizer.json")
+    for prompt in PROMPTS:
+        assert theirs(prompt)["input_ids"] == [0, *ours.encode(prompt)]
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 0, 0)
+
+
+def test_what_comes_back_computes_what_trl_left(exported: tuple[Path, Path], stepped: dict[str, Any]) -> None:
+    tokens_BL = torch.tensor([[0, 17, 40, 5, 200, 3, 77, 12], [0, 3, 3, 9, 110, 250, 7, 1]])
+    theirs = stepped["model"].eval()
+    with torch.no_grad():
+        before_BLV = core.load(exported[0]).logits(tokens_BL)
+        ours_BLV = core.load(stepped["run"]).logits(tokens_BL)
+        theirs_BLV = theirs(tokens_BL).logits
+    assert float((ours_BLV - theirs_BLV).abs().max()) <= 1e-5 * max(1.0, float(theirs_BLV.abs().max()))
+    assert float((ours_BLV - before_BLV).abs().max()) > 1e-3
+
+
+def test_transformers_drops_the_multi_token_head_and_the_way_back_says_so(stepped: dict[str, Any]) -> None:
+    assert not any("layers.2" in name for name in stepped["before"])
+    assert "no multi-token head" in stepped["said"]
+    assert set(dict(core.load(stepped["run"]).loss_heads())) == {"next_token"}
+
+
+def test_what_came_back_can_be_evaluated_and_continued(lab: Lab, stepped: dict[str, Any]) -> None:
+    said = lab.door("generate", stepped["run"], "--prompt", "abc", "--tokens", "4", "--json")
+    assert said.code == 0, said.err
