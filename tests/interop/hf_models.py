@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-LAYERS, VOCABULARY, POSITIONS = 3, 61, 128
+LAYERS, VOCABULARY, POSITIONS = 3, 263, 128
 V3, V2 = "deepseek_v3", "deepseek_v2"
 
 ROUTING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -390,7 +390,7 @@ def mtp_tensors(case: Case, depths: int, scratch: Path) -> dict[str, Tensor]:
     """
     blocks = random_model(replace(case.but(dense=0), config={**case.config, "num_hidden_layers": depths}))
     save(case, in_dtype(blocks, case.point["dtype"]), scratch)
-    draw, dim = torch.Generator().manual_seed(case.seed), WIDTHS[case.point["widths"]]["hidden_size"]
+    draw, dim = torch.Generator().manual_seed(case.seed), case.settings()["hidden_size"]
     found = {}
     for name, tensor in read_tensors(scratch).items():
         if name.startswith("model.layers."):
