@@ -74,7 +74,6 @@ def _ask(arguments: argparse.Namespace) -> None:
         given["folder"] = Path(arguments.task_path)
     wanted = Wanted(tuple(name.strip() for name in arguments.tasks.split(",") if name.strip()), **given)
     loaded = load_tasks(wanted)
-    from core.data.tokenizer import Tokenizer
     from core.recipe.compose import compose
     from core.run import load, run_of
 
@@ -83,7 +82,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     for notice in notices:
         _say(f"note: {notice}")
     model = moved(load(checkpoint), arguments.device or "cpu")
-    told = run_tasks(loaded, model, Tokenizer.load(folder.tokenizer), wanted, say=_say)
+    told = run_tasks(loaded, folder, model, wanted, say=_say)
     if arguments.json:
         print_json({"checkpoint": checkpoint.name, **told, "notices": notices})
         return

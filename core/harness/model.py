@@ -1,7 +1,7 @@
 """Our model as lm-evaluation-harness asks for one (`lm_eval.api.model`).
 
-Every text that is scored or continued begins with the end-of-text marker, as every document did in training; the
-harness's own `hf` model does the same under `add_bos_token=True`. A marker that a text spells out is text.
+Every text that is scored or continued begins with a marker, as every document did in training; the harness's own `hf`
+model does the same under `add_bos_token=True`. A marker that a text spells out is text.
 """
 
 from collections import defaultdict
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
+from core.harness.markers import Markers
 from core.harness.scoring import Request, Score, score
 from core.harness.writing import write
 from core.model.language_model import LanguageModel
@@ -34,22 +35,34 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
     Args:
         model: in evaluation mode, on the device where it is to run.
         tokenizer: the run's.
+        markers: the run's.
         batch_size: sequences in a forward.
         say: told what nobody who reads the results may overlook.
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, *, batch_size: int, say: Callable[[str], None] = print
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        markers: Markers,
+        *,
+        batch_size: int,
+        say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
         self.model, self.batch_size, self.say = model, batch_size, say
-        self._tokenizer = tokenizer
+        self._tokenizer, self._markers = tokenizer, markers
         self._device = model.embedding.weight.device
 
     @property
     def eot_token_id(self) -> int:
-        """The marker, which ends what is generated."""
-        return self._tokenizer.end
+        """The marker that ends what is written."""
+        return self._markers.end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The marker that begins a text."""
+        return self._markers.begin
 
     @property
     def max_length(self) -> int:

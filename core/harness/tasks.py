@@ -13,7 +13,9 @@ from typing import Any
 
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
+from core.harness.markers import markers_of
 from core.model.language_model import LanguageModel
+from core.training.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -70,21 +72,22 @@ def load_tasks(wanted: Wanted) -> Any:
 
 
 def run_tasks(
-    loaded: Any, model: LanguageModel, tokenizer: Tokenizer, wanted: Wanted, *, say: Callable[[str], None] = print
+    loaded: Any, run: RunFolder, model: LanguageModel, wanted: Wanted, *, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Evaluate a model in evaluation mode on loaded tasks.
+    """Evaluate a run's model, in evaluation mode, on loaded tasks.
 
     Returns:
         Under `tasks` and `groups`, by name: metrics with their standard errors, shots, version, number of questions.
 
     Raises:
-        UserError: a question that the model cannot be asked.
+        UserError: a question that the model cannot be asked, or a run without a tokenizer.
     """
     from lm_eval.evaluator import evaluate
 
     from core.harness.model import HarnessModel
 
-    answering = HarnessModel(model, tokenizer, batch_size=wanted.batch_size, say=say)
+    tokenizer, markers = Tokenizer.load(run.tokenizer), markers_of(run)
+    answering = HarnessModel(model, tokenizer, markers, batch_size=wanted.batch_size, say=say)
     results = evaluate(lm=answering, task_dict=loaded, limit=wanted.limit, log_samples=False)
     groups = results.get("groups", {})
     return {

