@@ -32,6 +32,12 @@ def grouped_product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return result
 
 
+def grouped_outer(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
+    """dy^T x of each expert's rows, [E, out, in]: the weight gradient, for those who take it by themselves."""
+    result: Tensor = _outer(dy_AO, x_AI, ends_E)
+    return result
+
+
 def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
     ends = ends_E.tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))

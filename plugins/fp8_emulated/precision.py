@@ -1,0 +1,136 @@
+"""The `fp8_emulated` precision: which roles are low, how they are scaled, what is saved."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from core.contracts.errors import Wrong
+from core.contracts.precision import roles_matching
+from core.contracts.schema import setting
+from core.model.fp8 import FP8Precision, FP8Settings
+from core.model.quantise import E4M3, E5M6, FORMATS, Format
+from core.model.quantised_product import RoundedGroupedLinear, RoundedLinear
+from plugins.fp8_emulated.accumulate import AT_ONCE, NarrowRounding
+from plugins.fp8_emulated.delayed import DelayedAmax
+from plugins.fp8_emulated.rounding import TILES, EmulatedRounding
+
+
+class EmulatedFP8(FP8Precision):
+    """All three products of every low layer with FP8 operands, rounded by arithmetic in fp32: any machine can."""
+
+    paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3"
+    example: ClassVar[dict[str, Any]] = {"name": "fp8_emulated"}
+
+    @dataclass(kw_only=True)
+    class Config(FP8Settings):
+        """Emulated FP8; every default is the report's."""
+
+        scaling: Literal["tile", "tensor", "delayed", "mxfp8"] = setting(
+            "tile", doc="what shares a scale: 1x128 and 128x128 tiles; a tensor, now or of earlier steps; 1x32"
+        )
+        scales: Literal["fp32", "ue8m0"] = setting("fp32", doc="format of scales; ue8m0: powers of two, as mxfp8 needs")
+        gradients: Literal["e4m3", "e5m2"] = setting("e4m3", doc="format of output gradients")
+        weight_gradient: Literal["paper", "te"] = setting(
+            "paper", doc="activation of the weight gradient: the saved FP8 codes (paper), or the original (te)"
+        )
+        e5m6: list[str] = setting(["attention.output"], doc="roles whose input is saved in E5M6; only for paper")
+        history: int = setting(16, doc="steps that delayed scaling remembers")
+        accumulator_bits: int | None = setting(
+            None, doc="significant bits that sums keep, slow: 14 is an H800; null: fp32"
+        )
+        promote_every: int | None = setting(
+            128, doc="elements after which such a sum is added to an fp32 one; null: never"
+        )
+
+        def check(self, parent: Any) -> None:
+            """Raises `Wrong` for roles that are none, and for sums that no tensor core takes."""
+            super().check(parent)
+            try:
+                roles_matching(self.e5m6)
+            except Wrong as wrong:
+                raise Wrong(f"e5m6.{wrong.key}", wrong.why) from wrong
+            if self.history < 1:
+                raise Wrong("history", "must be at least 1")
+            if self.accumulator_bits is not None:
+                self._check_sums(self.accumulator_bits)
+
+        def _check_sums(self, bits: int) -> None:
+            if not 4 <= bits <= 18:
+                raise Wrong("accumulator_bits", "must be from 4 to 18: sums of 32 such numbers are exact in fp32")
+            if self.scaling == "mxfp8":
+                raise Wrong("accumulator_bits", "must be null with mxfp8, whose scales are applied inside the sum")
+            every = self.promote_every
+            if every is None and self.scaling == "tile":
+                raise Wrong(
+                    "promote_every", "must be a number with tile scaling: a tile's scale needs a sum of its own"
+                )
+            if every is not None and (every < AT_ONCE or 128 % every):
+                raise Wrong("promote_every", "must be 32, 64 or 128, whole instructions that divide a tile")
+
+    def low_linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+        """A layer with rounded operands."""
+        rounding = self._rounding(inputs, role, experts=0)
+        return _with_state(RoundedLinear(inputs, outputs, rounding, self.low_path(role), std=std, **self.formats(role)))
+
+    def low_grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+        """The same for each group; tiles never cross groups."""
+        rounding = self._rounding(inputs, role, experts=groups)
+        path = self.low_path(role)
+        return _with_state(RoundedGroupedLinear(groups, inputs, outputs, rounding, path, std=std, **self.formats(role)))
+
+    def gradient_dtype(self, role: str) -> torch.dtype:
+        """As the recipe says, where the role is low."""
+        if not self.is_low(role):
+            return super().gradient_dtype(role)
+        dtype = FORMATS[self.config.gradients].dtype
+        assert dtype is not None
+        return dtype
+
+    def low_path(self, role: str) -> str:
+        """For example `emulated e4m3 1x128 / 128x128`: activations and gradients, then weights."""
+        config, tiles = self.config, TILES[self.config.scaling]
+        delayed = "delayed " if config.scaling == "delayed" else ""
+        told = [f"emulated e4m3 {delayed}{tiles.row} / {tiles.weight}"]
+        if self._power_of_two:
+            told.append("ue8m0 scales")
+        if config.gradients != "e4m3":
+            told.append(f"{config.gradients} gradients")
+        if (saved := self._saved(role)) is not E4M3:
+            told.append(f"saved in {saved.name}" if saved else "input saved as it is")
+        if config.accumulator_bits is not None:
+            every = f"every {config.promote_every}" if config.promote_every else "never promoted"
+            told.append(f"{config.accumulator_bits}-bit sums {every}")
+        return ", ".join(told)
+
+    @property
+    def _power_of_two(self) -> bool:
+        return self.config.scales == "ue8m0" or self.config.scaling == "mxfp8"
+
+    def _saved(self, role: str) -> Format | None:
+        if self.config.weight_gradient == "te":
+            return None
+        return E5M6 if role in roles_matching(self.config.e5m6) else E4M3
+
+    def _rounding(self, inputs: int, role: str, *, experts: int) -> EmulatedRounding:
+        config = self.config
+        settings: dict[str, Any] = {
+            "inputs": inputs,
+            "tiles": TILES[config.scaling],
+            "gradients": FORMATS[config.gradients],
+            "power_of_two": self._power_of_two,
+            "saved": self._saved(role),
+            "amax": DelayedAmax(config.history, experts) if config.scaling == "delayed" else None,
+        }
+        if config.accumulator_bits is None:
+            return EmulatedRounding(**settings)
+        return NarrowRounding(**settings, bits=config.accumulator_bits, every=config.promote_every)
+
+
+def _with_state(layer: RoundedLinear | RoundedGroupedLinear) -> nn.Module:
+    """What the rounding keeps from step to step moves and is found with its layer."""
+    assert isinstance(layer.rounding, EmulatedRounding)
+    if layer.rounding.amax is not None:
+        layer.amax = layer.rounding.amax
+    return layer
