@@ -232,7 +232,11 @@ def peak_memory_bytes() -> int:
 
 
 def check_environment(recipe: Recipe) -> None:
-    """Raises `UserError` where a component cannot run here."""
+    """Raises `UserError` for shapes that a part of the model refuses, and where a component cannot run here."""
+    try:
+        build(recipe, device="meta")
+    except UserError as refused:
+        raise UserError(f"{recipe.source}: {refused}") from refused
     found = obstacles(recipe)
     if found:
         raise UserError(f"{recipe.source}: cannot run here: {'; '.join(found)}")

@@ -1,0 +1,47 @@
+"""Rows sorted by group, each group's padded with zeros to whole tiles: the shape that FP8 kernels ask for.
+
+A group without rows gets one tile of zeros, so that no kernel ever meets an empty operand. Zeros change no product:
+rows of the output are cut away again, and to a weight's gradient they add nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class PaddedGroups:
+    """Where every row goes.
+
+    Args:
+        rows: of the tensor as it comes.
+        owned: of those, the rows that belong to a group; what follows the last end does not.
+        sizes: rows of each group, padded.
+        places_A: for each owned row its place among the padded ones, int64.
+    """
+
+    rows: int
+    owned: int
+    sizes: list[int]
+    places_A: Tensor
+
+    @classmethod
+    def of(cls, ends_E: Tensor, rows: int, tile: int) -> "PaddedGroups":
+        """The plan for groups that end at `ends_E`, each padded to a multiple of `tile` rows; waits for the device."""
+        ends = ends_E.tolist()
+        counts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+        sizes = [max(-(-count // tile), 1) * tile for count in counts]
+        begins = torch.tensor([0, *sizes[:-1]]).cumsum(0) - torch.tensor([0, *ends[:-1]])
+        shift_A = begins.repeat_interleave(torch.tensor(counts))
+        places_A = (torch.arange(ends[-1]) + shift_A).to(ends_E.device)
+        return cls(rows, ends[-1], sizes, places_A)
+
+    def pad(self, x_AI: Tensor) -> Tensor:
+        """The padded rows, [sum of sizes, I]."""
+        return x_AI.new_zeros(sum(self.sizes), x_AI.shape[1]).index_copy(0, self.places_A, x_AI[: self.owned])
+
+    def cut(self, y_PO: Tensor) -> Tensor:
+        """The rows as they came, [A, O]; those without a group are 0."""
+        return F.pad(y_PO.index_select(0, self.places_A), (0, 0, 0, self.rows - self.owned))

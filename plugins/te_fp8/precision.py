@@ -1,0 +1,104 @@
+"""FP8 products on NVIDIA GPUs by Transformer Engine; weights and optimizer state as in every other precision."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from core.contracts.component import Environment
+from core.contracts.errors import UserError, Wrong
+from core.contracts.schema import setting
+from core.model.fp8 import FP8Precision, FP8Settings
+from plugins.te_fp8.engine import SCALINGS, obstacle
+from plugins.te_fp8.layers import Recipe, TEGroupedLinear, TELinear
+
+
+class TransformerEngineFP8(FP8Precision):
+    """Low roles by `te.Linear` and `te.GroupedLinear`, always under a recipe that this section names."""
+
+    paper = "DeepSeek-V3 Technical Report (arXiv 2412.19437, section 3.3)"
+    example = {"name": "te_fp8"}
+    capabilities = frozenset({"gpu_only"})
+    traceable = False
+
+    @dataclass(kw_only=True)
+    class Config(FP8Settings):
+        """Settings of te_fp8."""
+
+        stream: Literal["fp32", "bf16"] = setting(
+            "bf16", doc="format of the residual stream, of what products return, and of products that stay high"
+        )
+        scaling: Literal["block", "current", "delayed", "mxfp8"] = setting(
+            "block",
+            doc="block: 1x128 and 128x128 (Hopper); current or delayed: one scale a tensor; mxfp8: 1x32 (Blackwell)",
+        )
+        gradients: Literal["e4m3", "e5m2"] = setting("e4m3", doc="format of the gradients of outputs")
+        scales: Literal["power_of_two", "fp32"] = setting("power_of_two", doc="of scaling block")
+        history: int = setting(1024, doc="largest values that scaling delayed remembers")
+
+        def check(self, parent: Any) -> None:
+            """Raises `Wrong` for what cannot go together."""
+            super().check(parent)
+            if self.history < 1:
+                raise Wrong("history", "must be at least 1")
+            if self.scales == "fp32" and self.scaling != "block":
+                raise Wrong("scales", f"is of scaling block; scaling {self.scaling} has scales of its own")
+
+    @classmethod
+    def capabilities_of(cls, config: Any) -> frozenset[str]:
+        """Delayed scaling gives other bits the second time: its scales have moved on in between."""
+        return cls.capabilities | ({"remembers_products"} if config.scaling == "delayed" else set())
+
+    @classmethod
+    def requires(cls, config: Any, environment: Environment) -> str | None:
+        """A GPU and a CUDA that can scale so, and a Transformer Engine that works."""
+        return obstacle(config.scaling, environment)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How every low role is scaled."""
+        config = self.config
+        return Recipe(config.scaling, gradients=config.gradients, scales=config.scales, history=config.history)
+
+    def low_linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+        """A `TELinear`; raises `UserError` for widths that it cannot take."""
+        self._check_widths(inputs, outputs, role)
+        return TELinear(inputs, outputs, std=std, recipe=self.recipe, stream=self.stream, **self.formats(role))
+
+    def low_grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+        """A `TEGroupedLinear`; raises `UserError` for widths that it cannot take."""
+        self._check_widths(inputs, outputs, role)
+        made = {"recipe": self.recipe, "stream": self.stream, **self.formats(role)}
+        return TEGroupedLinear(groups, inputs, outputs, std=std, **made)
+
+    def low_path(self, role: str) -> str:
+        """Transformer Engine, under a recipe."""
+        return self.recipe.path
+
+    def gradient_dtype(self, role: str) -> torch.dtype:
+        """What `gradients` says where the role is low."""
+        if self.is_low(role) and self.config.gradients == "e5m2":
+            return torch.float8_e5m2
+        return super().gradient_dtype(role)
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Only for delayed scaling, whose history would otherwise roll at every product instead of every block.
+
+        Each layer enters `te.autocast` by itself, so that a product is FP8 in a recomputed block and outside of blocks
+        too.
+        """
+        if self.config.scaling == "delayed" and torch.cuda.is_available():
+            return self.recipe.context()
+        return nullcontext()
+
+    def _check_widths(self, inputs: int, outputs: int, role: str) -> None:
+        tile = SCALINGS[self.config.scaling].tile
+        for what, width in (("inputs", inputs), ("outputs", outputs)):
+            if width % tile:
+                raise UserError(
+                    f"precision te_fp8: {role} has {width} {what}, and Transformer Engine takes multiples of {tile} "
+                    f"under scaling {self.config.scaling}: change the width, or name {role} in precision.high"
+                )
