@@ -10,6 +10,8 @@ from core.data.tokenizer import Tokenizer
 from core.model.language_model import LanguageModel
 
 LONGEST = 24
+GROUPS = "model.blocks.moe.ffn.router.group_score=2"
+"""As transformers rates groups, always."""
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +24,7 @@ def model(lab: Lab) -> LanguageModel:
 def exported(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A trained run that transformers has an architecture for, and its export in the run's own format."""
     folder = tmp_path_factory.mktemp("exported")
-    lab.fit(folder / "run", "model.blocks.moe.ffn.router.group_score=2", "budget.steps=60")
+    lab.fit(folder / "run", GROUPS, "budget.steps=60")
     said = lab.door("convert", "to-hf", folder / "run", folder / "hf", "--dtype", "fp32")
     assert said.code == 0, said.err
     return folder / "run", folder / "hf"

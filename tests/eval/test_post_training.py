@@ -5,13 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from lab import Lab
+from house.documents import blocks
+from lab import ROOT, Lab
 from torch import Tensor
 
 import core
 from core.data.tokenizer import Tokenizer
 
+from .conftest import GROUPS
+from .questions import MULTIPLE_CHOICE, write_task
+
 pytest.importorskip("trl", reason="needs trl")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 PROMPTS = ["abc de", "f", "ghi jkl", "abc"]
 BIAS = "e_score_correction_bias"
@@ -27,45 +32,46 @@ def stepped(lab: Lab, exported: tuple[Path, Path], tmp_path_factory: pytest.Temp
     """The step and the way back, once: the weights before it, the model after it, the run that came back."""
     folder = tmp_path_factory.mktemp("stepped")
     trainer, before = _step(exported[1], folder)
-    trainer.save_model(str(folder / "tuned"))
     back = lab.door("convert", "from-hf", folder / "tuned", folder / "back")
     assert back.code == 0, back.err
     log = trainer.state.log_history
-    return {"before": before, "model": trainer.model, "log": log, "said": back.out + back.err, "run": folder / "back"}
+    return {
+        "before": before,
+        "model": trainer.model,
+        "log": log,
+        "said": back.out + back.err,
+        "run": folder / "back",
+        "tuned": folder / "tuned",
+    }
 
 
 def _step(export: Path, folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The first and the last block of the document; ours are the folders, the reward, and how small the step is."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
-    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    settings = GRPOConfig(
-        output_dir=str(folder / "trl"),
-        max_steps=1,
-        learning_rate=1e-3,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_completion_length=8,
-        beta=0.0,
-        use_cpu=True,
-        bf16=False,
-        seed=0,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-    )
-    trainer = GRPOTrainer(
-        model=model,
-        processing_class=AutoTokenizer.from_pretrained(export, add_bos_token=True),
-        reward_funcs=reward,
-        args=settings,
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
-    )
-    trainer.train()
-    return trainer, before
+    load, _, train = (block.text for block in blocks(ROOT / "docs" / "post_training.md", "python"))
+    small = "learning_rate=1e-3, max_steps=1, per_device_train_batch_size=8, save_strategy='no', logging_steps=1"
+    names: dict[str, Any] = {"reward": reward, "prompts": Dataset.from_list([{"prompt": text} for text in PROMPTS])}
+    exec(_with(load, EXPORT=str(export)), names)
+    before = {name: tensor.detach().clone() for name, tensor in names["model"].state_dict().items()}
+    changes = {
+        '"out"': f'"{folder / "out"}"',
+        "num_generations=8": "num_generations=4",
+        "=128": "=8",
+        "bf16=True": f"bf16=False, use_cpu=True, {small}",
+    }
+    for old, new in changes.items():
+        assert train.count(old) == 1, f"the document has no {old}"
+        train = train.replace(old, new)
+    exec(_with(train, TUNED=str(folder / "tuned")), names)
+    return names["trainer"], before
+
+
+def _with(code: str, **folders: str) -> str:
+    for name, folder in folders.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(folder))
+    return code
 
 
 def test_the_step_had_something_to_learn(stepped: dict[str, Any]) -> None:
@@ -99,6 +105,17 @@ def test_with_add_bos_token_every_prompt_begins_with_the_marker(exported: tuple[
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 0, 0)
 
 
+def test_the_tokenizer_comes_back_as_it_was(exported: tuple[Path, Path], stepped: dict[str, Any]) -> None:
+    """TRL saves it with the marker built in; ours adds none to a text, whatever the file says."""
+    from transformers import AutoTokenizer
+
+    ours, back = (Tokenizer.load(run / "tokenizer.json") for run in (exported[0], stepped["run"]))
+    saved = AutoTokenizer.from_pretrained(stepped["tuned"])
+    for prompt in PROMPTS:
+        assert back.encode(prompt) == ours.encode(prompt)
+        assert saved(prompt)["input_ids"] == [0, *ours.encode(prompt)]
+
+
 def test_what_comes_back_computes_what_trl_left(exported: tuple[Path, Path], stepped: dict[str, Any]) -> None:
     tokens_BL = torch.tensor([[0, 17, 40, 5, 200, 3, 77, 12], [0, 3, 3, 9, 110, 250, 7, 1]])
     theirs = stepped["model"].eval()
@@ -116,6 +133,19 @@ def test_transformers_drops_the_multi_token_head_and_the_way_back_says_so(steppe
     assert set(dict(core.load(stepped["run"]).loss_heads())) == {"next_token"}
 
 
-def test_what_came_back_can_be_evaluated_and_continued(lab: Lab, stepped: dict[str, Any]) -> None:
-    said = lab.door("generate", stepped["run"], "--prompt", "abc", "--tokens", "4", "--json")
-    assert said.code == 0, said.err
+def test_what_came_back_is_a_run_like_any_other(
+    lab: Lab, stepped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    write_task(tmp_path / "tasks", "one", MULTIPLE_CHOICE, [{"query": "abc", "choices": ["de", "f"], "gold": 0}])
+    for door, *arguments in (
+        ("generate", "--prompt", "abc", "--tokens", "4"),
+        ("evaluate", "--tasks", "one", "--task-path", tmp_path / "tasks"),
+    ):
+        said = lab.door(door, stepped["run"], *arguments, "--json")
+        assert said.code == 0, said.err
+    no_mtp = "model.heads.mtp=null"
+    weights = f"initial_weights={stepped['run']}"
+    summary = lab.fit(tmp_path / "next", no_mtp, GROUPS, weights, "budget.steps=1", "optimizer.lr=1e-9")
+    fresh = lab.fit(tmp_path / "fresh", no_mtp, GROUPS, "budget.steps=1", "optimizer.lr=1e-9")
+    assert summary["val_loss"] < fresh["val_loss"] - 0.1, "the new run began with other weights"
