@@ -115,6 +115,10 @@ class StepState(ABC):
     def end_step(self, *, done: bool) -> None:
         """An optimizer step is over; `done` is False where it was skipped, and what it saw must be forgotten."""
 
+    def maxima(self) -> list[Tensor]:
+        """fp32 tensors that data ranks must agree on: the largest of all ranks is put in before `end_step`."""
+        return []
+
     @abstractmethod
     def step_state(self) -> dict[str, Tensor]:
         """What a checkpoint must keep."""

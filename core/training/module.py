@@ -23,7 +23,7 @@ from core.data.batch import Batch
 from core.model.language_model import LanguageModel
 from core.recipe.plan import Plan
 from core.training.load import measures
-from core.training.ranks import rank_and_world, reduce_sum
+from core.training.ranks import rank_and_world, reduce_sum, share_largest
 from core.training.validation import ValidationTotals
 from core.training.window import Seen, balance_term, denominators, objective
 
@@ -180,7 +180,9 @@ class TrainingModule(L.LightningModule):
     def _end_step(self, *, done: bool) -> None:
         """Product layers that keep something between steps go on to the next."""
         with torch.no_grad():
-            for layer in self.model.step_states().values():
+            layers = self.model.step_states().values()
+            share_largest([tensor for layer in layers for tensor in layer.maxima()])
+            for layer in layers:
                 layer.end_step(done=done)
 
     def _skip(self, norm: Tensor) -> None:
@@ -290,7 +292,7 @@ class TrainingModule(L.LightningModule):
         self.wall_before = own["wall_seconds"]
         self.assigned, self.dropped = own["assigned"], own["dropped"]
         self.validated = dict(own["validated"])
-        for role, ways in own["paths"].items():
+        for role, ways in own.get("paths", {}).items():
             for way in ways:
                 self.model.paths().note(role, way)
         for path, layer in self.model.step_states().items():

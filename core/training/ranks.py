@@ -1,7 +1,7 @@
-"""Sums over data ranks, the identity where there is one; and how several ranks share one run folder."""
+"""Sums and maxima over data ranks, the identity where there is one; and how several ranks share one run folder."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,16 @@ def largest(value: int, device: torch.device) -> int:
     held = torch.tensor(value, device=device)
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     return int(held)
+
+
+def share_largest(tensors: Sequence[Tensor]) -> None:
+    """Put the largest over ranks into every element of some fp32 tensors, by one exchange."""
+    if rank_and_world()[1] == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:

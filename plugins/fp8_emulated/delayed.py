@@ -43,6 +43,10 @@ class DelayedAmax(ExactState, StepState):
         now = self.get_buffer(f"{operand}_now")
         torch.maximum(now, torch.where(amax.isfinite(), amax, 0.0), out=now)
 
+    def maxima(self) -> list[Tensor]:
+        """The present ones."""
+        return [self.get_buffer(f"{operand}_now") for operand in OPERANDS]
+
     def end_step(self, *, done: bool) -> None:
         """The present maxima move into the history; those of a skipped step do not."""
         for operand in OPERANDS:

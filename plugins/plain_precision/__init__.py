@@ -1,4 +1,4 @@
-"""The plain number formats: fp32, fp64, and bf16 with fp32 master weights."""
+"""The plain number formats: fp32, fp64, and bf16 with fp32 master weights, real and emulated."""
 
 from typing import Any
 
@@ -13,3 +13,4 @@ def register(registry: Any) -> None:
     registry.precision("fp32", "plugins.plain_precision.precision:FP32")
     registry.precision("fp64", "plugins.plain_precision.precision:FP64")
     registry.precision("bf16", "plugins.plain_precision.precision:BF16")
+    registry.precision("bf16_emulated", "plugins.plain_precision.precision:BF16Emulated")

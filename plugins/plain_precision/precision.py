@@ -1,13 +1,14 @@
-"""fp32, fp64 and bf16: one weight format, one product format, and the roles that stay high."""
+"""fp32, fp64, bf16 and its emulation: one weight format, one product format, and the roles that stay high."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.contracts.precision import Precision
 from core.model.linear import GroupedLinear, Linear
+from core.model.quantised_product import Kept, RoundedGroupedLinear, RoundedLinear, Rounding
 
 
 class _Plain(Precision):
@@ -60,3 +61,71 @@ class BF16(_Plain):
 
     kept, computed = torch.float32, torch.bfloat16
     example = {"name": "bf16"}
+
+
+class BF16Rounding(Rounding):
+    """Every operand rounded to bf16 and held in fp32; activations and weights are saved in bf16."""
+
+    def activation(self, x_AI: Tensor, ends_E: Tensor | None) -> tuple[Tensor, Kept]:
+        """X."""
+        return _in_bf16(x_AI)
+
+    def activation_again(self, kept: Kept, ends_E: Tensor | None) -> Tensor:
+        """The same X."""
+        return kept[0].to(torch.float32)
+
+    def weight(self, weight: Tensor) -> tuple[Tensor, Kept]:
+        """W."""
+        return _in_bf16(weight)
+
+    def weight_again(self, kept: Kept) -> Tensor:
+        """The same W."""
+        return kept[0].to(torch.float32)
+
+    def gradient(self, dy_AO: Tensor, ends_E: Tensor | None) -> Tensor:
+        """dY."""
+        return _in_bf16(dy_AO)[0]
+
+    def gradient_again(self, dy_AO: Tensor, ends_E: Tensor | None) -> Tensor:
+        """The same dY."""
+        return _in_bf16(dy_AO)[0]
+
+
+def _in_bf16(x: Tensor) -> tuple[Tensor, Kept]:
+    short = x.to(torch.bfloat16)
+    return short.to(torch.float32), (short,)
+
+
+class BF16Emulated(_Plain):
+    """bf16 operands and fp32 sums, by rounding and fp32 products: what `bf16` is on a GPU, on CPUs that crawl in bf16.
+
+    Results and the residual stream stay in fp32.
+    """
+
+    kept, computed = torch.float32, torch.bfloat16
+    example = {"name": "bf16_emulated"}
+
+    def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+        """A layer with rounded operands, but for the router."""
+        if self._is_high(role):
+            return super().linear(inputs, outputs, role, std=std)
+        return RoundedLinear(inputs, outputs, BF16Rounding(), self.path(role), std=std, **self._formats(role))
+
+    def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+        """The same for each group."""
+        if self._is_high(role):
+            return super().grouped_linear(groups, inputs, outputs, role, std=std)
+        rounding, path = BF16Rounding(), self.path(role)
+        return RoundedGroupedLinear(groups, inputs, outputs, rounding, path, std=std, **self._formats(role))
+
+    def compute_dtype(self, role: str) -> torch.dtype:
+        """Of operands; the embedding's is the residual stream's, fp32."""
+        return self.kept if self._is_high(role) else self.computed
+
+    def path(self, role: str) -> str:
+        """Rounding, then fp32 products."""
+        return super().path(role) if self._is_high(role) else "emulated bfloat16"
+
+    @staticmethod
+    def _is_high(role: str) -> bool:
+        return role in ("router", "norm", "embedding")
