@@ -59,10 +59,14 @@ def check_ours(pieces: Sequence[Piece], ours: Mapping[str, tuple[int, ...]], who
         at = 0
         for begin, end, theirs in sorted(spans.get(name, [])):
             if begin != at:
-                raise UserError(f"{who}: rows {min(at, begin)} to {max(at, begin)} of {name}, before {theirs}, do not add up")
+                raise UserError(
+                    f"{who}: rows {min(at, begin)} to {max(at, begin)} of {name}, before {theirs}, do not add up"
+                )
             at = end
         if at != Kind(_ANY, shape).rows:
-            raise UserError(f"{who}: has no place for tensor {name} of this model (rows {at} to {Kind(_ANY, shape).rows})")
+            raise UserError(
+                f"{who}: has no place for tensor {name} of this model (rows {at} to {Kind(_ANY, shape).rows})"
+            )
 
 
 def owners(pieces: Iterable[Piece]) -> dict[tuple[str, int], Piece]:

@@ -39,7 +39,7 @@ class ReadBlocks(Tensors):
         for grid, name in grids.items():
             if name not in kinds or kinds[name].dtype != CODES:
                 raise UserError(f"{shards.files[grid]}: tensor {grid} scales no FP8 tensor {name}")
-            if shards.kinds[grid] != grid_kind(kinds[name]):
+            if len(kinds[name].shape) != 2 or shards.kinds[grid] != grid_kind(kinds[name]):
                 wanted = list(grid_kind(kinds[name]).shape)
                 got = f"{shards.kinds[grid].dtype} {list(shards.kinds[grid].shape)}".removeprefix("torch.")
                 raise UserError(f"{shards.files[grid]}: tensor {grid} is {got}, and must be float32 {wanted}")

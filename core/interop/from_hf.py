@@ -22,7 +22,7 @@ from core.contracts.errors import UserError, Wrong
 from core.contracts.schema import Provenance
 from core.extension.checks import told_where
 from core.interop.accounting import check_ours, check_theirs, owners, wanted
-from core.interop.blocks import ReadBlocks
+from core.interop.blocks import INVERSE, ReadBlocks
 from core.interop.formats import format_named, format_of, read_config, read_json
 from core.interop.moves import Compare, Copy, Move
 from core.interop.shards import Shards, shards_of
@@ -38,8 +38,10 @@ HF = "hf"
 LAYOUT = "layout.json"
 WEIGHTS = "weights"
 LARGEST_COMPANION = 128 * 2**20
-WEIGHT_SUFFIXES = frozenset([".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx"])
-PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16", CODES: "bf16"}
+WEIGHT_SUFFIXES = frozenset(
+    [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx"]
+)
+PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16"}
 """The precision that suits a format; fp32 for every other."""
 
 
@@ -64,8 +66,10 @@ def from_hf(
     config = read_config(source)
     made = format_of(config, source / "config.json")
     shards = shards_of(source)
+    wished = DTYPES[dtype] if dtype else None
+    plain = wished or plain_format(shards)
+    translation = _translated(made, config, shards.kinds, PRECISIONS.get(plain, "fp32"), source)
     theirs = ReadBlocks(shards)
-    translation = _translated(made, config, theirs.kinds, source)
     recipe = composed(translation.recipe, f"{source / 'config.json'}")
     model = build(recipe, device="meta")
     ours = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -73,9 +77,9 @@ def from_hf(
     pieces = wanted(listed, theirs.kinds)
     check_theirs(pieces, theirs.kinds, made, source)
     check_ours(pieces, ours, f"checkpoint_format {made.label}")
-    kinds = _kinds(pieces, theirs, ours, DTYPES[dtype] if dtype else None, source)
+    kinds = _kinds(pieces, theirs, ours, wished, source)
     moves = _moves(pieces, theirs, kinds, source)
-    layout = _layout(made, config, recipe, shards, [piece.theirs for piece in pieces])
+    layout = _layout(made, recipe, shards, pieces, plain, wished)
     plan = planned(kinds, index=True)
     conversion = Conversion(target, ["from-hf", _stamps(source), layout, _spelt(kinds)])
     with conversion.folder_in_the_making(plan.bytes) as folder:
@@ -91,20 +95,25 @@ def from_hf(
 
 
 def _translated(
-    made: CheckpointFormat, config: Mapping[str, Any], names: Mapping[str, Kind], source: Path
+    made: CheckpointFormat, config: Mapping[str, Any], names: Mapping[str, Kind], precision: str, source: Path
 ) -> Translation:
-    sizes: Counter[torch.dtype] = Counter()
-    for kind in names.values():
-        sizes[kind.dtype] += kind.bytes
-    common = max(sizes, key=lambda d: sizes[d], default=torch.float32)
     try:
-        return made.recipe_of(config, list(names), PRECISIONS.get(common, "fp32"))
+        return made.recipe_of(config, list(names), precision)
     except Wrong as wrong:
         value = f" = {config[wrong.key]!r}" if wrong.key in config else ""
         raise UserError(f"{source / 'config.json'}: {wrong.key}{value}: {wrong.why}") from wrong
     except Exception as cause:
         who = f"checkpoint_format {made.label}"
         raise UserError(f"{source / 'config.json'}: {who} cannot read it: {told_where(cause)}") from cause
+
+
+def plain_format(shards: Shards) -> torch.dtype:
+    """The format of most of what is not in FP8 blocks."""
+    sizes: Counter[torch.dtype] = Counter({torch.bfloat16: 0})
+    for name, kind in shards.kinds.items():
+        if kind.dtype.is_floating_point and kind.dtype != CODES and not name.endswith(INVERSE):
+            sizes[kind.dtype] += kind.bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def composed(values: Mapping[str, Any], source: str) -> Recipe:
@@ -119,7 +128,9 @@ def composed(values: Mapping[str, Any], source: str) -> Recipe:
         try:
             return compose(file)
         except UserError as cause:
-            raise UserError(f"{source}: gives no model that can be built here: {cause}".replace(f"{file}: ", "")) from cause
+            raise UserError(
+                f"{source}: gives no model that can be built here: {cause}".replace(f"{file}: ", "")
+            ) from cause
 
 
 def _is_scale(name: str, codes: set[str]) -> bool:
@@ -140,14 +151,18 @@ def _kinds(
             continue
         found = theirs.kinds[piece.theirs].dtype
         if not found.is_floating_point:
-            raise UserError(f"{source}: tensor {piece.theirs} is {found}, which is no format of weights".replace("torch.", ""))
+            raise UserError(
+                f"{source}: tensor {piece.theirs} is {found}, which is no format of weights".replace("torch.", "")
+            )
         if dtype is not None:
             found = dtype
         if piece.exact:
             found = torch.promote_types(found if found.itemsize > 1 else torch.float32, torch.float32)
         known = formats.setdefault(piece.ours, found)
         if CODES in (known, found) and known != found:
-            raise UserError(f"{source}: tensor {piece.theirs} and its neighbours must be FP8 blocks all, or none of them")
+            raise UserError(
+                f"{source}: tensor {piece.theirs} and its neighbours must be FP8 blocks all, or none of them"
+            )
         formats[piece.ours] = known if known == found else torch.promote_types(known, found)
     kinds = {}
     for name, shape in ours.items():
@@ -180,14 +195,26 @@ def _moves(pieces: Sequence[Piece], theirs: ReadBlocks, kinds: Mapping[str, Kind
 
 
 def _layout(
-    made: CheckpointFormat, config: Mapping[str, Any], recipe: Recipe, shards: Shards, names: Sequence[str]
+    made: CheckpointFormat,
+    recipe: Recipe,
+    shards: Shards,
+    pieces: Sequence[Piece],
+    plain: torch.dtype,
+    wished: torch.dtype | None,
 ) -> dict[str, Any]:
     """What `to-hf` needs to give the same files back: names by file, formats, and the model they belong to."""
     files: dict[str, list[str]] = {}
     for name, file in shards.files.items():
         files.setdefault(file.name, []).append(name)
-    formats = {name: str(shards.kinds[name].dtype).removeprefix("torch.") for name in names}
-    return {"format": made.label, "model": recipe.to_dict()["model"], "files": files, "formats": formats}
+    formats = {p.theirs: shards.kinds[p.theirs].dtype if wished is None or p.exact else wished for p in pieces}
+    spelt = {name: str(dtype).removeprefix("torch.") for name, dtype in {**formats, "": plain}.items()}
+    return {
+        "format": made.label,
+        "plain": spelt.pop(""),
+        "model": recipe.to_dict()["model"],
+        "files": files,
+        "formats": spelt,
+    }
 
 
 def _spelt(kinds: Mapping[str, Kind]) -> list[str]:

@@ -105,7 +105,9 @@ def read_header(file: Path) -> dict[str, tuple[Kind, int]]:
             size = os.fstat(stream.fileno()).st_size
             length = struct.unpack("<Q", head)[0] if len(head := stream.read(8)) == 8 else size
             if length > min(size - 8, LARGEST_HEADER):
-                raise UserError(f"{file}: is truncated, or no safetensors file: its header does not fit into {size} bytes")
+                raise UserError(
+                    f"{file}: is truncated, or no safetensors file: its header does not fit into {size} bytes"
+                )
             header = json.loads(stream.read(length))
     except OSError as cause:
         raise UserError(f"{file}: cannot be read: {cause.strerror}") from cause
@@ -164,7 +166,9 @@ def shards_of(folder: Path, index: str = INDEX) -> Shards:
             raise UserError(f"{folder}: holds {len(files)} safetensors files and no {index}, which says what they are")
         pickled = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         if pickled:
-            raise UserError(f"{folder}: only pickled weights ({pickled[0]}); they can run code, so only safetensors are read")
+            raise UserError(
+                f"{folder}: only pickled weights ({pickled[0]}); they can run code, so only safetensors are read"
+            )
         raise UserError(f"{folder}: no weights here: neither {index} nor a .safetensors file")
     weight_map = _weight_map(written)
     for name, file in weight_map.items():
@@ -177,9 +181,9 @@ def shards_of(folder: Path, index: str = INDEX) -> Shards:
     for name, file in weight_map.items():
         if name not in shards.files or shards.files[name].name != file:
             raise UserError(f"{written}: tensor {name} should be in {file}, and is not")
-    for name, path in shards.files.items():
+    for name in shards.files:
         if name not in weight_map:
-            raise UserError(f"{written}: tensor {name} of {path.name} is not in this index")
+            raise UserError(f"{written}: tensor {name} of {shards.files[name].name} is not in this index")
     return shards
 
 

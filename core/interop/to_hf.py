@@ -55,12 +55,14 @@ class Origin:
         config: its configuration.
         files: names by file.
         formats: of every tensor.
+        plain: the format of what was not in FP8 blocks.
     """
 
     folder: Path
     config: dict[str, Any]
     files: dict[str, list[str]]
     formats: dict[str, torch.dtype]
+    plain: torch.dtype
 
 
 def to_hf(
@@ -95,7 +97,13 @@ def to_hf(
     moves = _moves(pieces, kinds, theirs)
     in_fp8 = any(kind.dtype == CODES for kind in theirs.values())
     config = _with_formats(config, theirs, made.fp8_config if in_fp8 else None, origin)
-    identity = ["to-hf", str(checkpoint.resolve()), checkpoint.stat().st_mtime_ns, config, sorted(map(str, theirs.items()))]
+    identity = [
+        "to-hf",
+        str(checkpoint.resolve()),
+        checkpoint.stat().st_mtime_ns,
+        config,
+        sorted(map(str, theirs.items())),
+    ]
     conversion = Conversion(target, identity)
     with conversion.folder_in_the_making(plan.bytes) as place:
         if conversion.resumed:
@@ -116,7 +124,11 @@ def _described(folder: RunFolder, recipe: Recipe) -> tuple[CheckpointFormat, dic
         if layout["model"] == values["model"]:
             made, config = format_named(layout["format"])[0], read_json(folder.path / HF / "config.json")
             formats = {name: getattr(torch, dtype) for name, dtype in layout["formats"].items()}
-            return made, config, Origin(written.parent, config, layout["files"], formats)
+            return (
+                made,
+                config,
+                Origin(written.parent, config, layout["files"], formats, getattr(torch, layout["plain"])),
+            )
     made, config = config_for(values, str(folder.recipe))
     return made, config, None
 
@@ -138,9 +150,7 @@ def _check_wish(wish: Wish, made: CheckpointFormat, weights: Tensors, run: Path)
         raise UserError(f"--keep-fp8: {run} holds no FP8 blocks; --fp8 makes some")
 
 
-def _kinds(
-    pieces: Sequence[Piece], kinds: Mapping[str, Kind], wish: Wish, origin: Origin | None
-) -> dict[str, Kind]:
+def _kinds(pieces: Sequence[Piece], kinds: Mapping[str, Kind], wish: Wish, origin: Origin | None) -> dict[str, Kind]:
     """Their tensors in order, in the formats that are wished for; grids of block scales beside their codes."""
     theirs: dict[str, Kind] = {}
     for piece in pieces:
@@ -162,6 +172,8 @@ def _dtype(piece: Piece, kinds: Mapping[str, Kind], wish: Wish, origin: Origin |
         return came
     if piece.exact:
         return torch.float32
+    if wish.dtype is None and origin is not None:
+        return origin.plain
     return DTYPES[wish.dtype or "bf16"]
 
 

@@ -158,7 +158,13 @@ def _flushed(stream: IO[str]) -> None:
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, where somebody looks at it."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("converting", total=total)
         yield lambda done: progress.advance(task, done)

@@ -110,7 +110,7 @@ class Writer:
         assert rows.dtype == kind.dtype, f"{name}: {rows.dtype} is not the planned {kind.dtype}"
         if rows.numel() == 0:
             return
-        view = memoryview(rows.contiguous().view(torch.uint8).numpy().reshape(-1))
+        view = memoryview(rows.contiguous().view(torch.uint8).numpy().reshape(-1).data)
         at = self._begin[name] + first * kind.row_bytes
         while view:
             done = os.pwrite(self._descriptor(name), view, at)

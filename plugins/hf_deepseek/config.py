@@ -88,7 +88,7 @@ class Given:
             return
         for key in ("quant_method", "fmt", "weight_block_size"):
             if not isinstance(quantisation, dict) or quantisation.get(key, FP8[key]) != FP8[key]:
-                raise Wrong("quantization_config", f"must have {key} {FP8[key]}, the released FP8 blocks")
+                raise Wrong("quantization_config", f"must have {key} {FP8[key]}: only the released FP8 blocks are read")
 
 
 def _shown(value: Any) -> str:

@@ -58,7 +58,9 @@ class _DeepSeek(CheckpointFormat):
         if depths and any(name.startswith(f"model.layers.{first}.") for name in names):
             heads["mtp"] = {"name": "mtp", "depth": depths}
         elif depths:
-            notices.append("num_nextn_predict_layers is set, and there are no such weights: no multi-token head is made")
+            notices.append(
+                "num_nextn_predict_layers is set, and there are no such weights: no multi-token head is made"
+            )
         model = {
             "dim": given.count("hidden_size"),
             "attention": _attention(given),
@@ -112,7 +114,10 @@ class _DeepSeek(CheckpointFormat):
             key = "model.attention.norm_eps" if attention["norm_eps"] is not None else "model.norm_eps"
             raise Wrong(key, f"must make the latents' epsilon {LATENT_EPS:g}: transformers takes that for them always")
         if layout.depths and layout.experts is None:
-            raise Wrong("model.heads", "a multi-token module has experts in this architecture, and these blocks have none")
+            raise Wrong(
+                "model.heads", "a multi-token module has experts in this architecture, and these blocks have none"
+            )
+        routing = self.routing_of(layout)
         return {
             "architectures": [self.architectures[0]],
             "model_type": self.model_type,
@@ -128,7 +133,7 @@ class _DeepSeek(CheckpointFormat):
             "qk_rope_head_dim": attention["rope_dim"],
             "v_head_dim": attention["value_dim"],
             **self._widths(layout),
-            **self.routing_of(layout),
+            **routing,
             "moe_layer_freq": 1,
             "rms_norm_eps": model["norm_eps"],
             "tie_word_embeddings": layout.tied,
@@ -205,9 +210,19 @@ def _attention(given: Given) -> dict[str, Any]:
     return section if given.number("rms_norm_eps") == LATENT_EPS else {**section, "norm_eps": LATENT_EPS}
 
 
-def _groups(given: Given) -> dict[str, Any]:
+def _groups(given: Given, spokesmen: int) -> dict[str, Any]:
+    """Groups and how many of them a token reaches; each must hold the experts that speak for it."""
+    experts, top_k = given.count("n_routed_experts"), given.count("num_experts_per_tok")
     groups = 1 if given.get("n_group") is None else given.count("n_group")
     reach = groups if given.get("topk_group") is None else given.count("topk_group")
+    if experts % groups:
+        raise Wrong("n_group", f"must divide n_routed_experts = {experts}")
+    if reach > groups:
+        raise Wrong("topk_group", f"must be at most n_group = {groups}")
+    if reach < groups and experts // groups < spokesmen:
+        raise Wrong("n_group", f"must leave {spokesmen} experts in a group: so many speak for it")
+    if top_k > experts // groups * reach:
+        raise Wrong("num_experts_per_tok", f"must be at most {experts // groups * reach}, what topk_group leaves")
     return {"groups": groups, "group_limit": reach if groups > 1 else None}
 
 
@@ -249,10 +264,14 @@ class DeepSeekV3(_DeepSeek):
 
     def router_of(self, given: Given) -> dict[str, Any]:
         """A group is as strong as its two best experts, always."""
+        if given.get("norm_topk_prob") and given.count("num_experts_per_tok") == 1:
+            raise Wrong(
+                "num_experts_per_tok", "must be at least 2 with norm_topk_prob: the gate of top_k 1 would be a constant"
+            )
         section = {
             "name": "deepseek_v3",
             "top_k": given.count("num_experts_per_tok"),
-            **_groups(given),
+            **_groups(given, 2),
             "scale": given.number("routed_scaling_factor"),
             "normalise": bool(given.get("norm_topk_prob")),
         }
@@ -329,7 +348,7 @@ class DeepSeekV2(_DeepSeek):
         return {
             "name": "deepseek_v2",
             "top_k": given.count("num_experts_per_tok"),
-            **(_groups(given) if limited else {}),
+            **(_groups(given, 1) if limited else {}),
             "scale": given.number("routed_scaling_factor"),
         }
 

@@ -5,9 +5,8 @@ else is the same matrix under another name, except where the rotated rows of a h
 (`rope_interleave: false`: x0 ... x31 with x32 ... x63) and ours in pairs.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from functools import lru_cache
-from typing import Any
 
 from core.contracts.checkpoint_format import Piece
 from plugins.hf_deepseek.layout import Layout
