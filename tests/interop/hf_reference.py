@@ -51,8 +51,10 @@ class Rope:
         factor, one, all_dim = told["factor"], told.get("mscale"), told.get("mscale_all_dim")
         yarn = Yarn(factor, told["original_max_position_embeddings"], told["beta_fast"], told["beta_slow"])
         both = mscale(factor, one) / mscale(factor, all_dim) if one and all_dim else mscale(factor, 1.0)
+        told_factor = told.get("attention_factor")
         temperature = mscale(factor, all_dim) ** 2 if all_dim else 1.0
-        return cls(frequencies(dim, theta, yarn), both, interleaved, temperature)
+        on_rotated = both if told_factor is None else told_factor
+        return cls(frequencies(dim, theta, yarn), on_rotated, interleaved, temperature)
 
     def turn(self, x: Tensor, position: int) -> Tensor:
         """Neighbours are pairs, or the two halves are each other's partners."""
