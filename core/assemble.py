@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core.analysis.asked import Asked
 from core.analysis.describe import RoleSpy, describe
 from core.analysis.size import size_of
 from core.contracts.build import BuildContext, Init, Rope
@@ -147,11 +148,11 @@ def plan_of(recipe: Recipe, model: LanguageModel | None = None) -> Plan:
     )
 
 
-def document_of(recipe: Recipe) -> dict[str, Any]:
+def document_of(recipe: Recipe, asked: Asked | None = None) -> dict[str, Any]:
     """Build the recipe on the meta device, with a precision that remembers its roles, and describe it."""
     spy = RoleSpy(make(recipe.precision))
     model = build(recipe, device="meta", precision=spy)
-    return describe(recipe, model, plan_of(recipe, model), spy)
+    return describe(recipe, model, plan_of(recipe, model), spy, asked)
 
 
 def make(section: Section) -> Any:

@@ -9,11 +9,13 @@ from core.contracts.errors import UserError
 from core.door import print_json, run_door
 
 if TYPE_CHECKING:
+    from core.analysis.asked import Asked
     from core.recipe.compose import Recipe
 
 SHOWN = (
     *("params_total", "params_experts", "params_mtp", "params_active"),
-    *("flops_per_token", "flops_per_token_main", "flops_per_token_full", "kv_bytes_per_token"),
+    *("flops_per_token", "flops_per_token_main", "flops_per_token_full"),
+    *("flops_per_token_megatron", "flops_per_token_megatron_main", "kv_bytes_per_token"),
     *("top_k", "capacity_factor", "drops", "causal", "batch_dependent", "steps", "tokens"),
 )
 PIPED = 100
@@ -27,6 +29,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, which hold for every recipe")
     compare = "a table of these recipes, measured against the first of all"
     p.add_argument("--compare", nargs="+", default=[], metavar="RECIPE", help=compare)
+    add = p.add_argument_group("one GPU's memory").add_argument
+    add("--layout", metavar="AXIS=N,...", help="data, expert and pipeline: data=128,expert=64,pipeline=16")
+    add("--microbatch", type=int, metavar="N", help="sequences a GPU takes at once (default: 1 in a pipeline)")
+    add("--schedule", choices=("1f1b", "dualpipe"), help="of the pipeline (default: 1f1b)")
+    add = p.add_argument_group("GPU-hours").add_argument
+    add("--mfu", type=float, metavar="PART", help="of the peak, by Megatron-LM's count (default: DeepSeek-V3's 0.3894)")
+    add("--gpu-peak", type=float, metavar="TFLOPS", help="a GPU's dense peak (default: an H800's 989 in bf16)")
     p.add_argument("--json", action="store_true", help="print one JSON document; a list of them with --compare")
     return p
 
@@ -36,11 +45,37 @@ def main(arguments: argparse.Namespace) -> None:
     from core.recipe.compose import compose
 
     files, overrides = sorted_out(arguments)
+    asked = _asked(arguments)
     recipes = [compose(path, overrides) for path in files]
     if arguments.compare:
         set_beside(recipes, as_json=arguments.json)
     else:
-        show(recipes[0], as_json=arguments.json)
+        show(recipes[0], as_json=arguments.json, asked=asked)
+
+
+def _asked(arguments: argparse.Namespace) -> "Asked":
+    """What is asked beside the recipe.
+
+    Raises:
+        UserError: an option that cannot be, or that has nothing to say here.
+    """
+    from core.analysis.asked import Asked
+    from core.analysis.layout import parse
+
+    given = {"--layout": arguments.layout, "--microbatch": arguments.microbatch, "--schedule": arguments.schedule}
+    costs = {"--mfu": arguments.mfu, "--gpu-peak": arguments.gpu_peak}
+    for option, value in (given | costs).items():
+        if value is not None and arguments.compare:
+            raise UserError(f"{option} describes one recipe: leave out --compare")
+        if value is not None and option in given and arguments.layout is None:
+            raise UserError(f"{option} belongs to a layout: give --layout data=N,expert=N,pipeline=N")
+    return Asked(
+        layout=None if arguments.layout is None else parse(arguments.layout),
+        sequences=arguments.microbatch,
+        schedule=arguments.schedule or "1f1b",
+        mfu=arguments.mfu,
+        tflops=arguments.gpu_peak,
+    )
 
 
 def sorted_out(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -83,21 +118,23 @@ def set_beside(recipes: list["Recipe"], *, as_json: bool) -> None:
     _say(lines + [f"note on {', '.join(owners)}: {notice}" for notice, owners in told.items()])
 
 
-def document_of(recipe: "Recipe") -> dict[str, Any]:
+def document_of(recipe: "Recipe", asked: "Asked | None" = None) -> dict[str, Any]:
     """What `--json` prints of a recipe."""
     from core import assemble
 
-    return assemble.document_of(recipe)
+    return assemble.document_of(recipe, asked)
 
 
-def show(recipe: "Recipe", *, as_json: bool) -> None:
+def show(recipe: "Recipe", *, as_json: bool, asked: "Asked | None" = None) -> None:
     """Print one description."""
-    document = document_of(recipe)
+    document = document_of(recipe, asked)
     if as_json:
         print_json(document)
         return
     columns = ("part", "kind", "parameters", "active", "experts")
     _table(columns, [[_number(row[c]) for c in columns] for row in document["layers"]])
+    kinds = ("component", "parameters", "active", "flops_per_token")
+    _table(kinds, [[_number(row[kind]) for kind in kinds] for row in document["components"]])
     _table(["", "value"], [[key, _number(document[key])] for key in SHOWN])
     _table(["memory", "bytes (estimate)"], [[key, _number(value)] for key, value in document["memory_bytes"].items()])
     coefficients = [[k, f"{v['first']:g}", f"{v['last']:g}"] for k, v in document["loss_coefficients"].items()]
@@ -106,13 +143,59 @@ def show(recipe: "Recipe", *, as_json: bool) -> None:
     _table(["role", "kept", "computed", "path"], [[role, v["kept"], v["computed"], v["path"]] for role, v in precision])
     owners = document["plugins"]
     _table(["slot", "name", "from"], [[o["slot"], o["name"], f"{o['distribution']} {o['version']}"] for o in owners])
+    if document["layout"] is not None:
+        _show_layout(document["layout"])
     print(document["flops_convention"])
+    if document["gpu_hours"] is not None:
+        cost = document["gpu_hours"]
+        hours = f"{cost['hours']:,.0f}" if cost["hours"] >= 1000 else f"{cost['hours']:.4g}"
+        rate = f"{cost['mfu']:.2%} of {cost['peak_flops'] / 1e12:g} TFLOPS"
+        print(f"{cost['gpu']}-hours: {hours} at {rate} ({cost['source']}); {cost['convention']}")
     for key in document["dropped_keys"]:
         print(f"dropped {key}: the component now named there has no such key")
     for notice in document["notices"]:
         print(f"note: {notice}")
     if document["runnable_here"] is not True:
         print("not runnable here: " + "; ".join(document["runnable_here"]))
+
+
+def _show_layout(layout: dict[str, Any]) -> None:
+    """A line for each pipeline stage, in GB, and what the fullest GPU holds."""
+    ways = tuple(layout["largest"])
+    parts = (("activations", ways), ("in all", ways))
+    print(" " * 53 + "".join(f"{name:^27}" for name, _ in parts).rstrip())
+    names = "".join(f"{name:>9}" for name in ("weights", "grads", "optim.", *ways, *ways))
+    print(f"{'stage':<6}{'blocks':<13}{'held':>5}{names}".replace("selective", "  select."))
+    for row in layout["stages"]:
+        states = [row[key] for key in ("weights", "gradients", "optimizer")]
+        states += [row[part][way] for part in ("activations", "total") for way in ways]
+        print(f"{row['stage']:<6}{_span(row['blocks']):<13}{row['waiting']:>5}{''.join(map(_gigabytes, states))}")
+    axes = ", ".join(f"{axis} {size}" for axis, size in layout["axes"].items())
+    print(f"{layout['gpus']:,} GPUs ({axes}), {_batches(layout)}; held: micro-batches at once; columns in GB")
+    fullest = [f"{layout['largest_bytes'][way] / 1e9:.2f} GB with recompute {way}" for way in ways]
+    print(f"the fullest GPU holds {', '.join(fullest)}; {layout['convention']}")
+
+
+def _batches(layout: dict[str, Any]) -> str:
+    count, sequences = layout["microbatches_per_step"], layout["microbatch_sequences"]
+    return f"schedule {layout['schedule']}, {count:,} micro-batches of {sequences:,} sequences a step"
+
+
+def _span(blocks: list[str]) -> str:
+    """`3-6`, or `59-60+1` with a block of a head."""
+    numbers = [int(name.removeprefix("blocks.")) for name in blocks if name.startswith("blocks.")]
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    told = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return told + (f"+{len(blocks) - len(numbers)}" if len(blocks) > len(numbers) else "")
+
+
+def _gigabytes(value: int) -> str:
+    return f"{value / 1e9:>9,.2f}"
 
 
 def _number(value: Any) -> str:

@@ -5,6 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from core.analysis.asked import Asked
+from core.analysis.components import components
+from core.analysis.cost import gpu_hours, speed
+from core.analysis.memory import per_gpu
+from core.analysis.products import Product
 from core.analysis.size import Size, size_of
 from core.contracts.component import Environment
 from core.contracts.errors import UserError
@@ -21,18 +26,27 @@ CONVENTION = (
     "training FLOPs per token = 6 x active parameters (embedding excluded, output included) + 3 x forward attention "
     "over the causal half of the sequence; flops_per_token counts the multi-token modules with one more use of the "
     "output each, flops_per_token_main does not; flops_per_token_full takes the whole square of attention; "
+    "flops_per_token_megatron is Megatron-LM's count: without routers, and without norms outside attention; "
     "params_total is the main model with its selection biases, params_experts what its routed and shared experts own"
 )
 
 
-def describe(recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy") -> dict[str, Any]:
+def describe(
+    recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy", asked: Asked | None = None
+) -> dict[str, Any]:
     """The description as plain containers: what `--json` prints.
 
     Args:
         model: the recipe's, on the meta device, built with `roles` as its precision.
         plan: the recipe's steps.
+        asked: what else to work out.
+
+    Raises:
+        UserError: a layout that the model cannot have, or a speed that no GPU has.
     """
+    asked = asked or Asked()
     size, routing = size_of(model), routing_of(model)
+    rate = speed(roles, asked.mfu, asked.tflops)
     return {
         "recipe": recipe.source,
         "params_total": size.params_total,
@@ -42,6 +56,8 @@ def describe(recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy")
         "flops_per_token": size.flops_per_token,
         "flops_per_token_main": size.flops_per_token_main,
         "flops_per_token_full": size.flops_per_token_full,
+        "flops_per_token_megatron": size.flops_per_token_megatron,
+        "flops_per_token_megatron_main": size.flops_per_token_megatron_main,
         "flops_convention": CONVENTION,
         "kv_bytes_per_token": 2 * size.cache_elements,
         "top_k": routing.top_k,
@@ -50,8 +66,11 @@ def describe(recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy")
         "causal": routing.causal,
         "batch_dependent": routing.batch_dependent,
         "memory_bytes": memory(recipe, model, size, roles.compute_dtype("embedding").itemsize),
+        "layout": _laid_out(recipe, model, plan, roles, asked),
         "steps": plan.steps,
         "tokens": plan.tokens,
+        "gpu_hours": gpu_hours(size.flops_per_token_megatron_main, plan.tokens, rate),
+        "components": components(model, roles.made),
         "layers": layers(model),
         "loss_coefficients": coefficients(model, plan),
         "precision": roles.table(),
@@ -60,6 +79,15 @@ def describe(recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy")
         "runnable_here": obstacles(recipe) or True,
         "dropped_keys": list(recipe.dropped),
     }
+
+
+def _laid_out(
+    recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy", asked: Asked
+) -> dict[str, Any] | None:
+    if asked.layout is None:
+        return None
+    sequences, schedule = asked.sequences, asked.schedule
+    return per_gpu(recipe, model, plan, roles.made, roles, asked.layout, sequences=sequences, schedule=schedule)
 
 
 def routing_of(model: LanguageModel) -> Traits:
@@ -133,18 +161,23 @@ def _ends(owner: Any, first: Progress, last: Progress) -> dict[str, float]:
 
 
 class RoleSpy(Precision):
-    """Passes everything on and remembers the roles that were asked for, in order."""
+    """Passes everything on and remembers the roles that were asked for, in order, and what it made for them."""
 
     def __init__(self, inner: Precision) -> None:
         self.inner, self.seen = inner, dict.fromkeys(["embedding"])
+        self.made: dict[nn.Module, Product] = {}
 
     def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
         self.seen[role] = None
-        return self.inner.linear(inputs, outputs, role, std=std)
+        layer = self.inner.linear(inputs, outputs, role, std=std)
+        self.made[layer] = Product(role, inputs, outputs)
+        return layer
 
     def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
         self.seen[role] = None
-        return self.inner.grouped_linear(groups, inputs, outputs, role, std=std)
+        layer = self.inner.grouped_linear(groups, inputs, outputs, role, std=std)
+        self.made[layer] = Product(role, inputs, outputs, groups)
+        return layer
 
     def table(self) -> dict[str, dict[str, str]]:
         """The formats of every role that was asked for, and the code that takes its products."""

@@ -1,0 +1,24 @@
+"""What a description is asked to work out beside the recipe; no torch, so that a mistake is told at once."""
+
+from dataclasses import dataclass
+
+from core.analysis.layout import Layout, Schedule
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a description should go into beyond the recipe.
+
+    Args:
+        layout: GPUs to lay the model out over; None: none.
+        sequences: that one of them takes at once; None: as `core.analysis.layout.traffic` says.
+        schedule: of the pipeline.
+        mfu: the part of the peak that training gets; None: the published one, where it fits.
+        tflops: a GPU's dense peak in TFLOPS; None: an H800's, where it fits.
+    """
+
+    layout: Layout | None = None
+    sequences: int | None = None
+    schedule: Schedule = "1f1b"
+    mfu: float | None = None
+    tflops: float | None = None
