@@ -142,6 +142,22 @@ def test_codes_and_scales_that_are_kept_come_back_bit_by_bit(source: Quantised, 
     assert meaning(tmp_path / "back") == meaning(source.folder)
 
 
+def test_a_plain_checkpoint_is_quantised_on_request(hf: Any, lab: Lab, tmp_path: Path) -> None:
+    """The matrices that the release has in FP8, by the loops' codes and scales; read again they are code x scale."""
+    case = replace(BASE.but(dtype=torch.bfloat16), config=RAGGED)
+    folder = save(case, in_dtype(random_model(case), torch.bfloat16), tmp_path / "checkpoint")
+    tensors = {**read_tensors(folder), **mtp_tensors(case, 1, tmp_path / "scratch")}
+    write_tensors(folder, tensors := {**tensors, **shared_copies(tensors, 1)})
+    convert(lab, "from-hf", folder, tmp_path / "run")
+    convert(lab, "to-hf", tmp_path / "run", tmp_path / "fp8", "--fp8")
+    expected = quantised(tensors, SQUARE)
+    assert_same_bits(read_tensors(tmp_path / "fp8"), expected)
+    assert meaning(tmp_path / "fp8") == {**meaning(folder), "quantization_config": quantisation(SQUARE)}
+    convert(lab, "from-hf", tmp_path / "fp8", tmp_path / "again")
+    convert(lab, "to-hf", tmp_path / "again", tmp_path / "back", "--dtype", "bf16")
+    assert_same_bits(read_tensors(tmp_path / "back"), dequantised(expected, SQUARE, torch.bfloat16))
+
+
 def test_blocks_of_another_size_are_refused(hf: Any, lab: Lab, tmp_path: Path) -> None:
     oblong = write(replace(BASE, config=RAGGED), (32, 48), 0, tmp_path)
     said = lab.door("convert", "from-hf", oblong.folder, tmp_path / "run")

@@ -2,18 +2,20 @@
 
 import json
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lab import Lab
+from tokenizers import Tokenizer as TokenizersEngine
 from torch.nn import functional as F
 
 import core
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import Tokenizer, train
 
-from .hf_models import read_config, read_tensors, transformers_or_skip
+from .hf_models import BASE, in_dtype, random_model, read_config, read_tensors, save, transformers_or_skip
 
 GROUP = "model.blocks.moe.ffn.router.group_score=2"
 """transformers adds up a group's two best affinities, whatever top_k and the limit are."""
@@ -105,6 +107,44 @@ def test_greedy_text_is_the_same(hf: Any, lab: Lab, run: Path, exported: Path, m
     assert said.code == 0, said.err
     text = tokenizer.decode([token for token in written.tolist() if token != END], clean_up_tokenization_spaces=False)
     assert json.loads(said.out)["text"] == text
+
+
+def test_the_files_for_text_go_out_and_back_unchanged(lab: Lab, exported: Path, tmp_path: Path) -> None:
+    for command, source, target in (("from-hf", exported, "run"), ("to-hf", tmp_path / "run", "again")):
+        said = lab.door("convert", command, source, tmp_path / target)
+        assert said.code == 0, said.err
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        one, two = (json.loads((folder / name).read_text()) for folder in (exported, tmp_path / "again"))
+        assert one == two, name
+
+
+def test_a_foreign_tokenizer_goes_through_unchanged(hf: Any, lab: Lab, tmp_path: Path) -> None:
+    """Markers of its own, three different ones, and a chat template."""
+    engine = train([lab.file.read_text()], 258)
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=TokenizersEngine.from_str(engine.to_json()),
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        chat_template="{% for m in messages %}<|begin|>{{ m.content }}<|end|>{% endfor %}",
+    )
+    ids = {f"{kind}_token_id": getattr(fast, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    assert sorted(ids.values()) == [258, 259, 260]
+    case = replace(BASE, config=ids)
+    source = save(case, in_dtype(random_model(case), torch.float32), tmp_path / "checkpoint")
+    fast.save_pretrained(source)
+    for command, here, there in (("from-hf", source, "run"), ("to-hf", tmp_path / "run", "back")):
+        said = lab.door("convert", command, here, tmp_path / there)
+        assert said.code == 0, said.err
+    one, two = (hf.AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "back"))
+    chat = [{"role": "user", "content": "naïve café"}]
+    assert one.apply_chat_template(chat, tokenize=False) == two.apply_chat_template(chat, tokenize=False)
+    for text in [*TEXTS, "<|begin|>a<|end|> <|pad|>"]:
+        assert one(text)["input_ids"] == two(text)["input_ids"]
+    assert one.special_tokens_map == two.special_tokens_map
+    generation = hf.GenerationConfig.from_pretrained(tmp_path / "back")
+    assert {key: getattr(generation, key) for key in ids} == ids
+    assert {key: read_config(tmp_path / "back")[key] for key in ids} == ids
 
 
 @torch.no_grad()
