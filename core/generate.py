@@ -31,6 +31,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p in (0, 1]")
     from core.data.tokenizer import Tokenizer
+    from core.harness.markers import markers_of
     from core.model.sampling import sample
     from core.recipe.compose import compose
     from core.run import load, run_of
@@ -41,8 +42,8 @@ def main(arguments: argparse.Namespace) -> None:
     notices = compose(run_of(checkpoint).recipe).notices()
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
-    tokenizer = Tokenizer.load(run_of(checkpoint).tokenizer)
-    prompt = [tokenizer.end, *tokenizer.encode(arguments.prompt)]
+    tokenizer, markers = Tokenizer.load(run_of(checkpoint).tokenizer), markers_of(run_of(checkpoint))
+    prompt = [markers.begin, *tokenizer.encode(arguments.prompt)]
     begin = time.perf_counter()
     written = list(
         sample(
@@ -52,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             seed=arguments.seed,
-            stop=tokenizer.end,
+            stop=markers.end,
         )
     )
     seconds = time.perf_counter() - begin

@@ -19,6 +19,7 @@ from core.data.baseline import xz_bits_per_byte
 from core.data.documents import read_split
 from core.data.loaders import ValidationLoader
 from core.data.module import TextData
+from core.data.tokenizer import Tokenizer
 from core.interop.run_weights import load_into, weights_of
 from core.model.block import Block
 from core.model.language_model import LanguageModel
@@ -91,7 +92,9 @@ def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[
         if isinstance(block, Block):
             block.compile()
     if recipe.initial_weights and start is None:
-        load_weights(model, newest_checkpoint(Path(recipe.initial_weights)))
+        source = newest_checkpoint(Path(recipe.initial_weights))
+        load_weights(model, source)
+        _tell_other_tokenizer(source, data, say)
     peak = measured_peak_flops(torch.device("cpu")) if not torch.cuda.is_available() else None
     module = TrainingModule(
         model,
@@ -116,6 +119,13 @@ def _tell_notices(recipe: Recipe, say: Callable[[str], None]) -> None:
     """What nobody who reads the results may overlook."""
     for notice in recipe.notices():
         say(f"note: {notice}")
+
+
+def _tell_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
+    """Weights know tokens by their numbers: under another tokenizer those stand for other text."""
+    known = source.parent.parent / "tokenizer.json"
+    if known.is_file() and Tokenizer.load(known).to_json() != data.tokenizer.to_json():
+        say(f"note: {known} is another tokenizer than this run's, so its weights have to learn the tokens anew")
 
 
 def text_data(recipe: Recipe, plan: Plan) -> TextData:

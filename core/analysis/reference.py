@@ -74,7 +74,7 @@ def _index() -> str:
 def _first(slot: str) -> str:
     module, _, name = SLOTS[slot].partition(":")
     doc = ast.get_docstring(_class(_tree(module), name)) or ""
-    return " ".join(doc.partition("\n\n")[0].split()) if slot != "checkpoint_format" else "Not settled yet."
+    return " ".join(doc.partition("\n\n")[0].split())
 
 
 def _shared_page() -> str:
@@ -89,9 +89,7 @@ def _slot_page(slot: str) -> str:
     module, _, name = SLOTS[slot].partition(":")
     also = "What every component has, and the types that are not explained here, are in [shared.md](shared.md)."
     lines = [f"# {slot}", f"Made by `{COMMAND}`. Contract: `{module}.{name}`.", also, ""]
-    if slot == "checkpoint_format":
-        lines += ["Not settled yet: it asks for nothing beyond that.", ""]
-    elif module == "core.contracts.training":
+    if module == "core.contracts.training":
         lines += _definition(_class(_tree(module), name), 2)
     else:
         lines += _definition(_class(_tree(module), name), 2)

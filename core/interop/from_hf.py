@@ -26,7 +26,7 @@ from core.interop.blocks import INVERSE, ReadBlocks
 from core.interop.formats import format_named, format_of, read_config, read_json
 from core.interop.moves import Compare, Copy, Move
 from core.interop.shards import Shards, shards_of
-from core.interop.tensors import CODES, DTYPES, SCALE, Kind, scale_kind
+from core.interop.tensors import CODES, DTYPES, SCALE, Kind, Tensors, scale_kind
 from core.interop.transfer import Conversion, check_target
 from core.interop.writing import planned
 from core.recipe.compose import Recipe, compose
@@ -77,8 +77,8 @@ def from_hf(
     pieces = wanted(listed, theirs.kinds)
     check_theirs(pieces, theirs.kinds, made, source)
     check_ours(pieces, ours, f"checkpoint_format {made.label}")
-    kinds = _kinds(pieces, theirs, ours, wished, source)
-    moves = _moves(pieces, theirs, kinds, source)
+    kinds = kinds_in(pieces, theirs, ours, wished, source)
+    moves = moves_in(pieces, theirs, kinds, str(source))
     layout = _layout(made, recipe, shards, pieces, plain, wished)
     plan = planned(kinds, index=True)
     conversion = Conversion(target, ["from-hf", _stamps(source), layout, _spelt(kinds)])
@@ -137,7 +137,7 @@ def _is_scale(name: str, codes: set[str]) -> bool:
     return name.endswith(SCALE) and name.removesuffix(SCALE) in codes
 
 
-def _kinds(
+def kinds_in(
     pieces: Sequence[Piece],
     theirs: ReadBlocks,
     ours: Mapping[str, tuple[int, ...]],
@@ -172,8 +172,8 @@ def _kinds(
     return kinds
 
 
-def _moves(pieces: Sequence[Piece], theirs: ReadBlocks, kinds: Mapping[str, Kind], source: Path) -> list[Move]:
-    """Comparisons first: what is wrong should be told before hours of copying."""
+def moves_in(pieces: Sequence[Piece], theirs: Tensors, kinds: Mapping[str, Kind], where: str) -> list[Move]:
+    """From their tensors to ours; comparisons first, because what is wrong should be told before hours of copying."""
     by_rows = owners(pieces)
     compares: list[Move] = []
     copies: list[Move] = []
@@ -183,7 +183,7 @@ def _moves(pieces: Sequence[Piece], theirs: ReadBlocks, kinds: Mapping[str, Kind
         kind = theirs.kinds[piece.theirs]
         if piece.copy:
             owner = by_rows[piece.ours, piece.first].theirs
-            compares.append(Compare(piece.theirs, owner, kind, str(source)))
+            compares.append(Compare(piece.theirs, owner, kind, where))
             continue
         dtype = kinds[piece.ours].dtype
         copies.append(Copy(piece.theirs, piece.ours, 0, piece.first, kind, dtype, piece.order))

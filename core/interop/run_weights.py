@@ -46,6 +46,6 @@ def load_into(model: nn.Module, weights: Tensors, where: Path) -> None:
         if theirs != ours:
             raise UserError(f"{where}: tensor {name} is {theirs}, the model's {ours}")
     for name, tensor in own.items():
-        rows = tensor.view(kinds[name].rows, -1)
+        rows = tensor.view(kinds[name].rows, kinds[name].width)
         for low, high in chunks(kinds[name], 0, kinds[name].rows):
             rows[low:high] = weights.values(name, low, high, tensor.dtype)

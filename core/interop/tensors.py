@@ -82,7 +82,8 @@ class Loaded(Tensors):
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
         """A view."""
-        return self._tensors[name].detach().reshape(self.kinds[name].rows, -1)[begin:end]
+        kind = self.kinds[name]
+        return self._tensors[name].detach().reshape(kind.rows, kind.width)[begin:end]
 
 
 def chunks(kind: Kind, begin: int, end: int, step: int = 1) -> Iterator[tuple[int, int]]:

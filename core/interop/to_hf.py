@@ -94,7 +94,7 @@ def to_hf(
     _check_wish(wish, made, weights, run)
     theirs = _kinds(pieces, kinds, wish, origin)
     plan = _planned(theirs, wish, origin)
-    moves = _moves(pieces, kinds, theirs)
+    moves = moves_out(pieces, kinds, theirs)
     in_fp8 = any(kind.dtype == CODES for kind in theirs.values())
     config = _with_formats(config, theirs, made.fp8_config if in_fp8 else None, origin)
     identity = [
@@ -185,7 +185,8 @@ def _planned(theirs: Mapping[str, Kind], wish: Wish, origin: Origin | None) -> P
     return planned(theirs)
 
 
-def _moves(pieces: Sequence[Piece], kinds: Mapping[str, Kind], theirs: Mapping[str, Kind]) -> list[Move]:
+def moves_out(pieces: Sequence[Piece], kinds: Mapping[str, Kind], theirs: Mapping[str, Kind]) -> list[Move]:
+    """From our tensors to theirs."""
     moves: list[Move] = []
     for piece in pieces:
         if piece.ours is None:

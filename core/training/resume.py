@@ -40,8 +40,11 @@ def check_same(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) ->
     """Hold a recipe against the one that the run was started with.
 
     Raises:
-        UserError: another recipe (the first difference is named).
+        UserError: another recipe (the first difference is named), or no run that could go on.
     """
+    if (folder.path / CONVERTED).exists():
+        how = "start a run from its weights with initial_weights"
+        raise UserError(f"--resume {folder.path}: was converted from another program's files, and never trained; {how}")
     before, now = compose(folder.recipe).to_dict(), recipe.to_dict()
     difference = first_difference({k: before[k] for k in REPRODUCED}, {k: now[k] for k in REPRODUCED})
     if difference:
@@ -59,9 +62,13 @@ def check_data(folder: RunFolder, fingerprint: str) -> None:
     """Hold the data against what the run was started with.
 
     Raises:
-        UserError: the corpus is another one.
+        UserError: the corpus is another one, or none was written down.
     """
-    before = json.loads(folder.provenance.read_text(encoding="utf-8"))["data"]
+    written = json.loads(folder.provenance.read_text(encoding="utf-8"))
+    if "converted" in written:
+        how = "score it with --tasks"
+        raise UserError(f"{folder.path}: was converted from another program's files, which name no corpus; {how}")
+    before = written["data"]
     if before != fingerprint:
         raise UserError(
             f"{folder.path}: the corpus has changed since this run began: its fingerprint is {fingerprint[:12]}, "

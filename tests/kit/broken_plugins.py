@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from broken_formats import *  # noqa: F403 - classes that are found by their name
+from broken_formats import FORMATS
 from torch import Tensor
 
 from core.contracts.attention import Cache
@@ -33,11 +35,14 @@ BROKEN = {
     ("ffn", "diary"): "forward_writes_nothing",
     ("loss_head", "wrong_divisor"): "head_counts_are_known_beforehand",
     ("precision", "optimist"): "products_are_as_exact_as_declared",
+    ("precision", "saturating"): "infinities_propagate",
+    ("precision", "boaster"): "what_ran_is_noted",
     ("attention", "one_cache"): "decoding_equals_the_full_forward",
     ("attention", "own_positions"): "positions_come_from_the_context",
     ("balancer", "forgetful"): "state_round_trips",
     ("loss_head", "prophet"): "head_does_not_see_its_target",
 }
+BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 """The one check that each must fail."""
 
 
@@ -201,6 +206,37 @@ class Optimist(KitPrecision):
         return layer
 
 
+class _Plain(KitPrecision):
+    """fp32 that the kit can make."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Nothing to set."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(torch.float32)
+
+
+class Saturating(_Plain):
+    """Takes the largest number for what is not finite, as a cast to a small format does."""
+
+    example = {"name": "saturating"}
+
+    def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> Any:
+        layer = super().linear(inputs, outputs, role, std=std)
+        layer.register_forward_pre_hook(lambda _, given: (given[0].nan_to_num(),))
+        return layer
+
+
+class Boaster(_Plain):
+    """Announces another product than the one that runs."""
+
+    example = {"name": "boaster"}
+
+    def path(self, role: str) -> str:
+        return "tensor cores"
+
+
 class OneCache(KitAttention):
     """Gives every sequence of tokens the same cache."""
 
@@ -255,6 +291,7 @@ class Prophet(KitHead):
 
 CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
-    *(CountsPadding, Melting, Diary, WrongDivisor, Optimist),
+    *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster),
     *(OneCache, OwnPositions, Forgetful, Prophet),
+    *FORMATS,
 )

@@ -1,0 +1,58 @@
+"""Checkpoint formats, each with one mistake: DeepSeek-V3's with something taken away."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from core.contracts.checkpoint_format import Piece
+from core.contracts.errors import Wrong
+from plugins.hf_deepseek.formats import DeepSeekV3
+
+
+class Anonymous(DeepSeekV3):
+    """Reads another architecture than its example has."""
+
+    example = {"name": "anonymous"}
+    architectures = ("SomebodyElsesForCausalLM",)
+
+
+class Scaleless(DeepSeekV3):
+    """Forgets the factor on the gates on the way back."""
+
+    example = {"name": "scaleless"}
+
+    def config_of(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().config_of(recipe), "routed_scaling_factor": 1.0}
+
+
+class Credulous(DeepSeekV3):
+    """Writes whatever attention as if it were its own."""
+
+    example = {"name": "credulous"}
+
+    def config_of(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return super().config_of(recipe)
+        except Wrong:
+            return {}
+
+
+class Overlapping(DeepSeekV3):
+    """Puts every up projection over the gate."""
+
+    example = {"name": "overlapping"}
+
+    def pieces(
+        self, config: Mapping[str, Any], recipe: Mapping[str, Any], names: Collection[str] | None
+    ) -> Iterator[Piece]:
+        for piece in super().pieces(config, recipe, names):
+            yield replace(piece, first=0) if ".up_proj." in piece.theirs else piece
+
+
+FORMATS = {
+    Anonymous: "format_names_its_architectures",
+    Scaleless: "format_translates_both_ways",
+    Credulous: "format_refuses_with_a_reason",
+    Overlapping: "format_accounts_for_every_row",
+}
+"""The one check that each must fail."""
