@@ -43,12 +43,14 @@ class KitPrecision(Precision):
         self.kept, self.computed = kept, computed or kept
 
     def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
-        formats: dict[str, Any] = {"param_dtype": self.param_dtype(role), "compute_dtype": self.compute_dtype(role)}
-        return Linear(inputs, outputs, std=std, **formats)
+        return Linear(inputs, outputs, std=std, **self._formats(role))
 
     def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
-        formats: dict[str, Any] = {"param_dtype": self.param_dtype(role), "compute_dtype": self.compute_dtype(role)}
-        return GroupedLinear(groups, inputs, outputs, std=std, **formats)
+        return GroupedLinear(groups, inputs, outputs, std=std, **self._formats(role))
+
+    def _formats(self, role: str) -> dict[str, Any]:
+        formats = {"param_dtype": self.param_dtype(role), "compute_dtype": self.compute_dtype(role)}
+        return {**formats, "role": role, "paths": self.paths}
 
     def param_dtype(self, role: str) -> torch.dtype:
         return self.kept
