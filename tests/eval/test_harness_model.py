@@ -225,6 +225,13 @@ def test_a_text_is_cut_before_its_first_stop(ours: Any) -> None:
     assert written(ours, ("abc", {"until": early, "max_gen_toks": 12})) == [whole[: whole.index(early)]]
 
 
+def test_of_two_stops_in_one_token_the_earlier_cuts(ours: Any) -> None:
+    (whole,) = written(ours, ("abc", {"max_gen_toks": 12}))
+    place = next(k for k in range(1, len(whole)) if whole.index(whole[k]) == k)
+    late, early = whole[place], whole[place - 1 : place + 1]
+    assert written(ours, ("abc", {"until": [late, early], "max_gen_toks": 12})) == [whole[: place - 1]]
+
+
 def test_answers_in_batches_are_those_alone(model: LanguageModel, tokenizer: Tokenizer) -> None:
     prompts = ["abc", "def", "abd", "b", "c", "abc de"]
     asked = [(prompt, {"until": ["a"], "max_gen_toks": 7}) for prompt in prompts]

@@ -1,5 +1,6 @@
 """Log-likelihoods in batches are those of one token after another."""
 
+import math
 import random
 
 import pytest
@@ -75,6 +76,12 @@ def test_greedy_means_that_every_token_is_the_likeliest(model: LanguageModel) ->
     of_context = Request((0, 17, 40, changed[0], *greedy(model, [0, 17, 40, changed[0]], 2)), 2)
     found = score(model, [right, last, first, of_context], batch_size=4)
     assert [s.greedy for s in found] == [True, False, False, True]
+
+
+def test_of_all_tokens_one_is_the_likeliest(model: LanguageModel) -> None:
+    found = score(model, [Request((0, 17, 40, token), 1) for token in range(300)], batch_size=1)
+    assert [token for token, got in enumerate(found) if got.greedy] == greedy(model, [0, 17, 40], 1)
+    assert sum(math.exp(got.log_likelihood) for got in found) == pytest.approx(1, abs=EXACT)
 
 
 def test_choices_that_differ_in_their_last_token_share_a_forward(model: LanguageModel) -> None:
