@@ -1,6 +1,7 @@
 """FLOPs per token by two published conventions, against counts by hand and torch's own counter (A17, P39)."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +62,19 @@ def test_what_the_two_counts_differ_in() -> None:
     mtp = found["flops_per_token"] - found["flops_per_token_main"]
     mtp_megatron = found["flops_per_token_megatron"] - found["flops_per_token_megatron_main"]
     assert mtp - mtp_megatron == 6 * (256 * 7168 + (2 + 3) * 7168)  # its router; its block's norms and its own three
+
+
+def test_the_printed_figures_are_these() -> None:
+    """docs/describe.md, in its table of conventions."""
+    text = (Path(__file__).resolve().parents[2] / "docs/describe.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `flops_per_token")]
+    printed = {
+        key.strip("` "): f
+        for keys, _, figures in rows
+        for key, f in zip(keys.split(","), figures.split(","), strict=True)
+    }
+    assert len(printed) == 5
+    assert {key: f"{deepseek_v3()[key] / 1e9:.3f} G" for key in printed} == {k: f.strip() for k, f in printed.items()}
 
 
 SIZES = ["model.dim=32", "data.sequence_length=16", "data.tokenizer.vocab=300", "model.blocks.moe.ffn.expert_hidden=12"]

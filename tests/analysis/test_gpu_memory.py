@@ -43,8 +43,9 @@ def test_a_middle_stage_of_deepseek_v3_by_hand() -> None:
     wide = router + norms + latent_norms  # kept and computed in fp32: no copy
     assert stage["weights"] == 4 * (2 * (alone - wide) + 4 * wide + 2 * routed)
     assert stage["gradients"] == 4 * 4 * (alone + routed)
-    master_and_moments = (4 + 4 + 4) * (alone - wide) + 8 * wide
-    assert stage["optimizer"] == pytest.approx(4 * (master_and_moments / 128 + 12 * routed / 2), abs=100)
+    master, moments = 4, 2 + 2
+    replicated = (master + moments) * (alone - wide) + moments * wide
+    assert stage["optimizer"] == pytest.approx(4 * (replicated / 128 + (master + moments) * routed / 2), abs=100)
 
 
 def test_the_ends_of_deepseek_v3_hold_the_embedding_and_the_output() -> None:
@@ -63,7 +64,7 @@ def test_every_parameter_is_somewhere_and_its_states_once() -> None:
     routed = 59 * 256 * EXPERT
     assert sum(row["parameters"] for row in stages) == everything - routed + routed // 64
     fp32 = 59 * 256 * D + 62 * (2 * D + 2048) + D + 3 * D  # routers; norms of 62 blocks, of the end, of the module
-    assert sum(row["optimizer"] for row in stages) * 128 == pytest.approx(12 * everything - 4 * fp32, rel=1e-6)
+    assert sum(row["optimizer"] for row in stages) * 128 == pytest.approx(8 * everything - 4 * fp32, rel=1e-6)
 
 
 def test_activations_of_a_deepseek_v3_layer_by_hand() -> None:
