@@ -29,7 +29,7 @@ class Recipe:
     Args:
         scaling: one of `SCALINGS`.
         gradients: e4m3 or e5m2, the format of the output's gradient.
-        scales: power_of_two or fp32; of block scaling, the others have a kind of their own.
+        scales: ue8m0 (powers of two) or fp32; of block scaling, the others have a kind of their own.
         history: steps of the largest values that delayed scaling remembers.
     """
 
@@ -48,7 +48,7 @@ class Recipe:
                 chosen |= {"amax_history_len": self.history, "amax_compute_algo": "max"}
             made = getattr(library, SCALINGS[self.scaling].recipe)(**chosen)
             if self.scaling == "block":  # said outright, since an environment variable sets its default
-                said = library.QParams(power_2_scale=self.scales == "power_of_two", amax_epsilon=0.0)
+                said = library.QParams(power_2_scale=self.scales == "ue8m0", amax_epsilon=0.0)
                 made.fp8_quant_fwd_inp = made.fp8_quant_fwd_weight = made.fp8_quant_bwd_grad = said
             self._made = made
         return self._made

@@ -36,7 +36,7 @@ class TransformerEngineFP8(FP8Precision):
             doc="block: 1x128 and 128x128 (Hopper); current or delayed: one scale a tensor; mxfp8: 1x32 (Blackwell)",
         )
         gradients: Literal["e4m3", "e5m2"] = setting("e4m3", doc="format of the gradients of outputs")
-        scales: Literal["power_of_two", "fp32"] = setting("power_of_two", doc="of scaling block")
+        scales: Literal["ue8m0", "fp32"] = setting("ue8m0", doc="of scaling block")
         history: int = setting(1024, doc="largest values that scaling delayed remembers")
 
         def check(self, parent: Any) -> None:

@@ -175,12 +175,12 @@ def test_the_recipe_is_always_said(lab: Lab, state: type[State], scaling: str, g
     assert made.recipe.make() is recipe  # one object for all layers: histories are found by it
 
 
-@pytest.mark.parametrize("scales", ["power_of_two", "fp32"])
+@pytest.mark.parametrize("scales", ["ue8m0", "fp32"])
 def test_the_kind_of_scales_is_said_outright(lab: Lab, state: type[State], scales: str) -> None:
     made: Any = precision(lab, f"precision.scales={scales}")
     recipe = made.recipe.make()
     operands = (recipe.fp8_quant_fwd_inp, recipe.fp8_quant_fwd_weight, recipe.fp8_quant_bwd_grad)
-    assert {(said.power_2_scale, said.amax_epsilon) for said in operands} == {(scales == "power_of_two", 0.0)}
+    assert {(said.power_2_scale, said.amax_epsilon) for said in operands} == {(scales == "ue8m0", 0.0)}
     assert te_standin.Float8BlockScaling.fp8_quant_fwd_inp.power_2_scale  # the class is left as it is
 
 
@@ -198,14 +198,14 @@ def test_transformer_engines_own_recipe_classes_take_what_we_say(scaling: str, m
     monkeypatch.setitem(sys.modules, spec.name, library)
     spec.loader.exec_module(library)
     monkeypatch.setattr("plugins.te_fp8.layers.recipes", lambda: library)
-    for gradients, scales in (("e4m3", "power_of_two"), ("e5m2", "fp32")):
+    for gradients, scales in (("e4m3", "ue8m0"), ("e5m2", "fp32")):
         made = Recipe(scaling, gradients=gradients, scales=scales, history=7).make()
         assert type(made).__name__ == SCALINGS[scaling].recipe
         assert made.fp8_format.name == {"e4m3": "E4M3", "e5m2": "HYBRID"}[gradients]
         assert isinstance(made, library.Recipe)
         assert getattr(made, "amax_history_len", 7) == 7
         if scaling == "block":
-            assert made.fp8_quant_fwd_inp.power_2_scale == (scales == "power_of_two")
+            assert made.fp8_quant_fwd_inp.power_2_scale == (scales == "ue8m0")
             assert (made.x_block_scaling_dim, made.w_block_scaling_dim, made.grad_block_scaling_dim) == (1, 2, 1)
         repr(made)  # Transformer Engine tells contexts apart by it
 

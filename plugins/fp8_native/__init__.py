@@ -1,0 +1,13 @@
+"""FP8 products by torch's own `scaled_mm`."""
+
+from typing import Any
+
+from core.extension.hookspec import hookimpl
+
+CONTRACTS = "1.0"
+
+
+@hookimpl
+def register(registry: Any) -> None:
+    """Offer the components of this room."""
+    registry.precision("fp8_native", "plugins.fp8_native.precision:NativeFP8")

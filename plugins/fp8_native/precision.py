@@ -1,0 +1,124 @@
+"""FP8 products by torch alone: on Hopper in the report's tiles, on CPUs with the scales that torch has there."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.contracts.component import Environment
+from core.contracts.precision import plain_path
+from core.contracts.schema import setting
+from core.model.fp8 import FP8Precision, FP8Settings
+from core.model.grouped import grouped_product
+from core.model.quantise import E4M3, quantise
+from core.model.quantised_product import RoundedGroupedLinear, RoundedLinear
+from plugins.fp8_native.operand import Operand, multiply
+from plugins.fp8_native.rounding import TILES, NativeRounding
+
+INSTEAD = "precision fp8_emulated has them on any machine"
+
+
+class NativeLinear(RoundedLinear):
+    """A `RoundedLinear` whose product is plain where `scaled_mm` lacks its scales: a sample on a CPU after a run."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        if takes(self.rounding, x):
+            return super().forward(x)
+        self.note(plain_path(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class NativeGroupedLinear(RoundedGroupedLinear):
+    """The same for each group."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
+        """Rows sorted by group, and where each group ends."""
+        if takes(self.rounding, x_AI):
+            return super().forward(x_AI, ends_E)
+        self.note(plain_path(x_AI.dtype))
+        return grouped_product(x_AI, self.weight.to(x_AI.dtype), ends_E)
+
+
+def takes(rounding: Any, x: Tensor) -> bool:
+    """Whether a product of x goes to `scaled_mm`."""
+    return x.is_cuda or rounding.tiles != TILES["tile"]
+
+
+class NativeFP8(FP8Precision):
+    """Low roles by `torch.nn.functional.scaled_mm`, E4M3 throughout."""
+
+    paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3"
+    example = {"name": "fp8_native", "scaling": "row", "stream": "fp32"}
+    traceable = False
+
+    @dataclass(kw_only=True)
+    class Config(FP8Settings):
+        """Settings of fp8_native."""
+
+        stream: Literal["fp32", "bf16"] = setting(
+            "bf16", doc="format of the residual stream, of what products return, and of products that stay high"
+        )
+        scaling: Literal["tile", "row", "tensor"] = setting(
+            "tile", doc="what shares a scale: 1x128 and 128x128 tiles (Hopper); a row of each operand; a tensor"
+        )
+        scales: Literal["fp32", "ue8m0"] = setting("fp32", doc="format of scales; ue8m0: powers of two")
+        weight_gradient: Literal["paper", "te"] = setting(
+            "paper", doc="activation of the weight gradient: the saved FP8 codes (paper), or the original (te)"
+        )
+
+    @classmethod
+    def requires(cls, config: Any, environment: Environment) -> str | None:
+        """A device whose `scaled_mm` has these scales; asked for one small product."""
+        cuda = environment.device == "cuda"
+        hopper = environment.capability is not None and environment.capability[0] == 9
+        if config.scaling == "tile" and not cuda:
+            return (
+                "torch's scaled_mm has 1x128 and 128x128 scales on Hopper GPUs, and none on CPUs; "
+                f"scaling row and tensor run here, and {INSTEAD}"
+            )
+        if config.scaling != "tensor" and cuda and not hopper:
+            own = ".".join(map(str, environment.capability or ()))
+            return (
+                f"torch's scaled_mm has what scaling {config.scaling} needs on compute capability 9.0 alone (Hopper), "
+                f"and this GPU has {own}; {INSTEAD}"
+            )
+        return missing(config.scaling, environment.device)
+
+    def low_linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+        """A `NativeLinear`."""
+        return NativeLinear(inputs, outputs, self._rounding(inputs), self.low_path(role), std=std, **self.formats(role))
+
+    def low_grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+        """A `NativeGroupedLinear`, one product after the other."""
+        made = {"rounding": self._rounding(inputs), "path": self.low_path(role), "std": std, **self.formats(role)}
+        return NativeGroupedLinear(groups, inputs, outputs, **made)
+
+    def low_path(self, role: str) -> str:
+        """For example `torch scaled_mm, e4m3 1x128 / 128x128`."""
+        tiles = {"tile": "1x128 / 128x128", "row": "rows", "tensor": "tensors"}[self.config.scaling]
+        return f"torch scaled_mm, e4m3 {tiles}{', ue8m0 scales' if self.config.scales == 'ue8m0' else ''}"
+
+    def _rounding(self, inputs: int) -> NativeRounding:
+        config = self.config
+        paper, ue8m0 = config.weight_gradient == "paper", config.scales == "ue8m0"
+        return NativeRounding(inputs, TILES[config.scaling], self.stream, power_of_two=ue8m0, codes_again=paper)
+
+
+def missing(scaling: str, device: str) -> str | None:
+    """What a device lacks for products in these scales, as one sentence; None where a small one comes out right."""
+    tiles = TILES[scaling]
+    ones = torch.ones(16, 128, device=device)
+    a, b = (Operand.of(quantise(ones, tile, E4M3)) for tile in (tiles.rows, tiles.weight))
+    try:
+        right = bool((multiply(a, b, torch.float32) == 128).all())
+        why = "its result is wrong"
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as cause:
+        right, why = False, str(cause).strip().partition("\n")[0]
+    return (
+        None if right else f"torch {torch.__version__} has no scaled_mm for scaling {scaling} here ({why}); {INSTEAD}"
+    )

@@ -1,0 +1,147 @@
+"""The operands of a layer's three products, and the products by `scaled_mm` (report, section 3.3.2 and figure 7).
+
+    Y  = Q1x128(X)    Q128x128(W)^T
+    dX = Q1x128(dY)   Q128x128(W)          the same quantised W
+    dW = Q128x1(dY)^T Q128x1(X')           tiles along tokens, restarted at each expert's first row
+
+A 128x1 tile of a matrix is a 1x128 tile of its transpose, which is what the kernel is given. `scaled_mm` has no grouped
+form with such scales: experts follow one another.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.model.quantise import BLOCK, E4M3, ROW, WHOLE, Quantised, Tile, dequantise, quantise
+from core.model.quantised_product import Kept, Rounding
+from plugins.fp8_native.operand import CHANNEL, Operand, multiply
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Which elements of an operand share a scale, with the contraction along its rows.
+
+    Args:
+        rows: of activations and gradients.
+        weight: of weights.
+    """
+
+    rows: Tile
+    weight: Tile
+
+
+TILES = {"tile": Tiles(ROW, BLOCK), "row": Tiles(CHANNEL, CHANNEL), "tensor": Tiles(WHOLE, WHOLE)}
+
+
+@dataclass(frozen=True)
+class NativeRounding(Rounding):
+    """E4M3 codes all the way; see `core.model.quantised_product.Rounding`.
+
+    Args:
+        inputs: width of the activations.
+        tiles: which elements share a scale.
+        dtype: of outputs and input gradients; weight gradients are fp32.
+        power_of_two: scales are powers of two.
+        codes_again: X' is the saved FP8 tensor, and not X itself.
+    """
+
+    inputs: int
+    tiles: Tiles
+    dtype: torch.dtype
+    power_of_two: bool = False
+    codes_again: bool = True
+
+    def activation(self, x_AI: Tensor, ends_E: Tensor | None) -> tuple[Any, Kept]:
+        """Q(X) by rows; its codes are saved, or X."""
+        stored = self._quantise(self._owned(x_AI, ends_E), self.tiles.rows)
+        return Operand.of(stored), (stored.codes, stored.scales) if self.codes_again else (x_AI,)
+
+    def activation_again(self, kept: Kept, ends_E: Tensor | None) -> Any:
+        """Q(X') along tokens, one operand [I, tokens] for each expert."""
+        if not self.codes_again:
+            return self._along_tokens(kept[0], ends_E)
+        stored = Quantised(*kept, self.tiles.rows, E4M3, self.inputs)
+        if self.tiles.rows == WHOLE:
+            return self._split(stored, ends_E)
+        return self._along_tokens(dequantise(stored), ends_E)
+
+    def weight(self, weight: Tensor) -> tuple[Any, Kept]:
+        """Q(W), one operand [O, I] for each expert; its codes are saved where the input gradient takes the same."""
+        stored = self._quantise(weight, self.tiles.weight)
+        kept = (weight,) if self.tiles.weight == CHANNEL else (stored.codes, stored.scales)
+        return [Operand(*both, self.tiles.weight) for both in _each(stored.codes, stored.scales)], kept
+
+    def weight_again(self, kept: Kept) -> Any:
+        """The same turned round, [I, O]; with a scale for each row, quantised by its columns."""
+        if self.tiles.weight == CHANNEL:
+            turned = self._quantise(kept[0].transpose(-1, -2), CHANNEL)
+            return [Operand(*both, CHANNEL) for both in _each(turned.codes, turned.scales)]
+        return [Operand(*both, self.tiles.weight).transposed() for both in _each(*kept)]
+
+    def gradient(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:
+        """Q(dY) by rows."""
+        return Operand.of(self._quantise(self._owned(dy_AO, ends_E), self.tiles.rows))
+
+    def gradient_again(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:
+        """Q(dY) along tokens, one operand [O, tokens] for each expert."""
+        if self.tiles.rows == WHOLE:
+            return self._split(self._quantise(self._owned(dy_AO, ends_E), WHOLE), ends_E)
+        return self._along_tokens(dy_AO, ends_E)
+
+    def product(self, rows: Any, weight: Any, ends_E: Tensor | None) -> Tensor:
+        """[A, O]; rows of no expert are 0."""
+        parts = [multiply(rows.part(*span), own, self.dtype) for span, own in self._owners(rows, weight, ends_E)]
+        done = sum(map(len, parts))
+        rest = rows.scales.new_zeros(len(rows.codes) - done, len(weight[0].codes), dtype=self.dtype)
+        return torch.cat([*parts, rest]) if len(rest) or len(parts) > 1 else parts[0]
+
+    def product_back(self, rows: Any, weight: Any, ends_E: Tensor | None) -> Tensor:
+        """[A, I], of weights that are turned round already."""
+        return self.product(rows, weight, ends_E)
+
+    def outer(self, dy: Any, x: Any, ends_E: Tensor | None) -> Tensor:
+        """[O, I] or [E, O, I] in fp32."""
+        each = [multiply(own, other, torch.float32) for own, other in zip(dy, x, strict=True)]
+        return each[0] if ends_E is None else torch.stack(each)
+
+    def _quantise(self, x: Tensor, tile: Tile) -> Quantised:
+        return quantise(x, tile, E4M3, power_of_two=self.power_of_two)
+
+    def _along_tokens(self, x_AI: Tensor, ends_E: Tensor | None) -> list[Operand]:
+        tile = self.tiles.rows
+        return [Operand.of(self._quantise(x_AI[b:e].t(), tile)) for b, e in _spans(len(x_AI), ends_E)]
+
+    def _split(self, stored: Quantised, ends_E: Tensor | None) -> list[Operand]:
+        """Under one scale for all, what was quantised is turned round as it is."""
+        whole = Operand.of(stored)
+        return [whole.part(*span).transposed() for span in _spans(len(stored.codes), ends_E)]
+
+    def _owners(
+        self, rows: Operand, weight: list[Operand], ends_E: Tensor | None
+    ) -> Iterator[tuple[tuple[int, int], Operand]]:
+        return zip(_spans(len(rows.codes), ends_E), weight, strict=True)
+
+    def _owned(self, x_AI: Tensor, ends_E: Tensor | None) -> Tensor:
+        """Under one scale for all, rows that belong to nobody must not set it."""
+        if ends_E is None or self.tiles.rows != WHOLE:
+            return x_AI
+        rows_A = torch.arange(len(x_AI), device=x_AI.device)
+        return x_AI.masked_fill((rows_A >= ends_E[-1])[:, None], 0)
+
+
+def _spans(rows: int, ends_E: Tensor | None) -> list[tuple[int, int]]:
+    """Where each expert's rows begin and end; all of them without experts."""
+    if ends_E is None:
+        return [(0, rows)]
+    ends = ends_E.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _each(codes: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes and scales of every expert's matrix, or of the only one."""
+    if codes.ndim == 2:
+        return iter([(codes, scales)])
+    return zip(codes.unbind(0), scales.unbind(0), strict=True)

@@ -1,0 +1,293 @@
+"""fp8_native: its three products against fp64 products of operands that are quantised here, tile by tile in loops.
+
+On a CPU torch has the scales of `row` and `tensor`, which run for real. Those of `tile` run against a stand-in that
+checks what CUDA checks, and for real where there is a Hopper GPU.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from lab import Lab
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.assemble import build, make
+from core.contracts.component import Environment
+from core.contracts.precision import Precision
+from plugins.fp8_native import operand, precision
+from plugins.fp8_native.precision import NativeFP8
+
+from .native_standin import hopper_scaled_mm
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+DEVICES = ["standin", pytest.param("cuda", marks=pytest.mark.skipif(not HOPPER, reason="no Hopper GPU"))]
+SIZES: dict[str, tuple[int, int, int]] = {
+    "ragged": (37, 200, 150),
+    "whole": (128, 256, 128),
+    "one of each": (1, 1, 1),
+    "wide": (20, 700, 40),
+    "long": (300, 30, 260),
+}
+"""Rows, inputs, outputs."""
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where products run: on a GPU, or on a CPU with Hopper's `scaled_mm` stood in for."""
+    if request.param == "standin":
+        monkeypatch.setattr(operand.F, "scaled_mm", hopper_scaled_mm)
+        monkeypatch.setattr(precision, "takes", lambda rounding, x: True)
+    return "cpu" if request.param == "standin" else "cuda"
+
+
+def quantised(x: Tensor, rows: int, columns: int, *, ue8m0: bool = False) -> Tensor:
+    """code * scale in fp64, one tile after the other; 0 for a whole axis."""
+    rows, columns = rows or max(len(x), 1), columns or max(x.shape[1], 1)
+    result = torch.zeros(x.shape, dtype=torch.float64)
+    for i in range(0, x.shape[0], rows):
+        for j in range(0, x.shape[1], columns):
+            tile = x[i : i + rows, j : j + columns].float()
+            scale = tile.abs().max() / 448
+            if ue8m0:
+                scale = torch.tensor(2.0 ** math.ceil(math.log2(float(scale)))) if scale > 0 else scale
+            if scale > 0:
+                codes = (tile / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+                result[i : i + rows, j : j + columns] = codes.double() * scale.double()
+    return result
+
+
+TILE = {"rows": (1, 128), "weight": (128, 128), "back": (128, 128), "columns": (128, 1)}
+ROW = {"rows": (1, 0), "weight": (1, 0), "back": (0, 1), "columns": (0, 1)}
+TENSOR = {"rows": (0, 0), "weight": (0, 0), "back": (0, 0), "columns": (0, 0)}
+
+
+def by_hand(
+    x: Tensor, weight: Tensor, dy: Tensor, how: dict[str, tuple[int, int]], *, paper: bool, ue8m0: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, dX and dW of one matrix in fp64."""
+
+    def q(t: Tensor, part: str) -> Tensor:
+        return quantised(t, *how[part], ue8m0=ue8m0)
+
+    again = q(x, "rows").float() if paper else x
+    y = q(x, "rows") @ q(weight, "weight").T
+    dx = q(dy, "rows") @ q(weight, "back")
+    return y, dx, q(dy, "columns").T @ (q(x, "rows") if how is TENSOR else q(again, "columns"))
+
+
+def close(actual: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """Within the sum's own rounding, relative to |a| |b|."""
+    allowed = 4e-6 if dtype == torch.float32 else 2**-8 + 4e-6
+    error = ((actual.detach().cpu().double() - right).abs() / scale.clamp(min=1e-30)).max() if right.numel() else 0.0
+    assert float(error) <= allowed, float(error)
+
+
+def data(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """Rows and gradients with an outlier, some zeros, and very small numbers."""
+    draw = torch.Generator().manual_seed(rows + inputs)
+    x, dy = (torch.randn(rows, width, generator=draw) for width in (inputs, outputs))
+    x[:, inputs // 2] *= 1e3
+    x[rows // 2] *= 1e-6
+    dy[rows // 3] = 0
+    return x, dy * 1e-4
+
+
+def native(lab: Lab, *overrides: str) -> Precision:
+    made: Precision = make(lab.recipe("precision={name: fp8_native, stream: fp32}", *overrides).precision)
+    return made
+
+
+def check_linear(
+    lab: Lab, sizes: tuple[int, int, int], how: dict[str, tuple[int, int]], device: str, *overrides: str
+) -> None:
+    _, inputs, outputs = sizes
+    torch.manual_seed(1)
+    layer: Any = native(lab, *overrides).linear(inputs, outputs, "ffn.down", std=0.1).to(device)
+    x, dy = data(*sizes)
+    own = x.to(device).requires_grad_()
+    y = layer(own)
+    y.backward(dy.to(device))
+    weight = layer.weight.detach().cpu()
+    told = {"paper": not any("te" in o for o in overrides), "ue8m0": any("ue8m0" in o for o in overrides)}
+    right = by_hand(x, weight, dy, how, **told)
+    sizes_of = (x.abs() @ weight.abs().T, dy.abs() @ weight.abs(), dy.abs().T @ x.abs())
+    for actual, expected, size in zip((y, own.grad, layer.weight.grad), right, sizes_of, strict=True):
+        close(actual, expected, size, torch.float32)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_the_three_products_in_tiles(lab: Lab, device: str, sizes: tuple[int, int, int]) -> None:
+    check_linear(lab, sizes, TILE, device)
+
+
+@pytest.mark.parametrize("override", ["precision.weight_gradient=te", "precision.scales=ue8m0"])
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_the_options_of_tiles(lab: Lab, device: str, override: str) -> None:
+    check_linear(lab, SIZES["ragged"], TILE, device, override)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("scaling", "how"), [("row", ROW), ("tensor", TENSOR)])
+def test_the_three_products_by_torchs_cpu_kernels(
+    lab: Lab, scaling: str, how: dict[str, tuple[int, int]], sizes: tuple[int, int, int]
+) -> None:
+    check_linear(lab, sizes, how, "cpu", f"precision.scaling={scaling}")
+
+
+ENDS = {"ragged": ([5, 5, 150, 170], 170), "empty": ([0, 0, 0, 0], 0), "one owner": ([0, 33, 33, 33], 40)}
+
+
+def check_grouped(
+    lab: Lab, ends: list[int], rows: int, how: dict[str, tuple[int, int]], device: str, *overrides: str
+) -> None:
+    layer: Any = native(lab, *overrides).grouped_linear(4, 70, 40, "experts.down", std=0.1).to(device)
+    x, dy = data(max(rows, 1), 70, 40)
+    x, dy = x[:rows], dy[:rows]
+    own = x.clone()
+    own[ends[-1] :] = torch.nan
+    own = own.to(device).requires_grad_()
+    y = layer(own, torch.tensor(ends, dtype=torch.int32, device=device))
+    y.backward(dy.to(device))
+    weight = layer.weight.detach().cpu()
+    y_right, dx_right, dw_right = torch.zeros(rows, 40).double(), torch.zeros(rows, 70).double(), weight.double() * 0
+    if how is TENSOR:  # one scale for the rows of all experts
+        rows_q, dy_q = (quantised(t[: ends[-1]], 0, 0) for t in (x, dy))
+    for expert, (b, e) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        if e > b and how is TENSOR:
+            w = quantised(weight[expert], 0, 0)
+            y_right[b:e], dx_right[b:e], dw_right[expert] = rows_q[b:e] @ w.T, dy_q[b:e] @ w, dy_q[b:e].T @ rows_q[b:e]
+        elif e > b:
+            both = by_hand(x[b:e], weight[expert], dy[b:e], how, paper=True)
+            y_right[b:e], dx_right[b:e], dw_right[expert] = both
+    for actual, right in ((y, y_right), (own.grad, dx_right), (layer.weight.grad, dw_right)):
+        assert bool(torch.isfinite(actual).all())
+        torch.testing.assert_close(
+            actual.detach().cpu().double(), right, rtol=1e-4, atol=1e-6 * (right.abs().max() if right.numel() else 1.0)
+        )
+
+
+@pytest.mark.parametrize(("ends", "rows"), ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_experts_in_tiles(lab: Lab, device: str, ends: list[int], rows: int) -> None:
+    check_grouped(lab, ends, rows, TILE, device)
+
+
+@pytest.mark.parametrize(("ends", "rows"), ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize(("scaling", "how"), [("row", ROW), ("tensor", TENSOR)])
+def test_experts_by_torchs_cpu_kernels(
+    lab: Lab, scaling: str, how: dict[str, tuple[int, int]], ends: list[int], rows: int
+) -> None:
+    check_grouped(lab, ends, rows, how, "cpu", f"precision.scaling={scaling}")
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_it_is_what_the_emulation_emulates(lab: Lab, device: str) -> None:
+    """The same three products as `fp8_emulated` with its defaults, up to the order of sums."""
+    here: Any = native(lab).linear(200, 150, "ffn.down", std=0.1).to(device)
+    there: Any = make(lab.recipe("precision.name=fp8_emulated").precision).linear(200, 150, "ffn.down", std=0.1)
+    there.load_state_dict(here.state_dict())
+    x, dy = data(37, 200, 150)
+    results = []
+    for layer, where in ((here, device), (there, "cpu")):
+        own = x.to(where).requires_grad_()
+        y = layer(own)
+        y.backward(dy.to(where))
+        results.append([t.detach().cpu() for t in (y, own.grad, layer.weight.grad)])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6 * float(two.abs().max()))
+
+
+@pytest.mark.parametrize("scaling", ["row", "tensor"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(lab: Lab, scaling: str, bad: float) -> None:
+    layer = native(lab, f"precision.scaling={scaling}").linear(32, 16, "ffn.down", std=0.1)
+    x = torch.ones(4, 32)
+    x[1, 3] = bad
+    y = layer(x)
+    assert bool(y[1].isnan().all())
+    assert bool(y[[0, 2, 3]].isfinite().all()) == (scaling == "row")
+
+
+def test_outputs_are_in_the_streams_format_and_gradients_of_masters_fp32(lab: Lab) -> None:
+    made = native(lab, "precision.scaling=row", "precision.stream=bf16")
+    layer: Any = made.linear(32, 16, "ffn.down", std=0.1)
+    x = torch.ones(4, 32, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, layer.weight.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+# The precision
+
+
+def needs(scaling: str, *environment: Any) -> str | None:
+    return NativeFP8.requires(NativeFP8.Config(scaling=scaling), Environment(*environment))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "environment", "sentence"),
+    [
+        ("tile", ("cpu",), "has 1x128 and 128x128 scales on Hopper GPUs, and none on CPUs; scaling row and tensor run"),
+        ("tile", ("cuda", (10, 0), "13.0"), "on compute capability 9.0 alone (Hopper), and this GPU has 10.0"),
+        ("tile", ("cuda", (8, 9), "12.9"), "this GPU has 8.9; precision fp8_emulated"),
+        ("row", ("cuda", (8, 9), "12.9"), "has what scaling row needs on compute capability 9.0 alone"),
+        ("row", ("cpu",), None),
+        ("tensor", ("cpu",), None),
+    ],
+)
+def test_what_a_device_must_have(scaling: str, environment: tuple[Any, ...], sentence: str | None) -> None:
+    said = needs(scaling, *environment)
+    assert (said is None) if sentence is None else (said is not None and sentence in said), said
+
+
+@pytest.mark.parametrize("error", [ValueError("Invalid scaling\nconfiguration"), RuntimeError("cublasLt >= 12.9")])
+def test_a_torch_that_cannot_is_found_by_one_small_product(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def failing(*_: Any, **__: Any) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(operand.F, "scaled_mm", failing)
+    said = needs("row", "cpu")
+    assert said is not None
+    assert f"no scaled_mm for scaling row here ({str(error).splitlines()[0]})" in said
+    monkeypatch.delattr(operand.F, "scaled_mm")
+    said = needs("row", "cpu")
+    assert said is not None
+    assert "scaled_mm" in said
+
+
+def test_tiles_on_a_cpu_are_refused_by_fit_and_described(lab: Lab, tmp_path: Any) -> None:
+    said = lab.door("fit", lab.file, "precision.name=fp8_native", "--out", tmp_path / "run")
+    assert said.code == 2
+    assert "precision fp8_native: torch's scaled_mm has 1x128 and 128x128 scales on Hopper GPUs" in said.sentence
+    assert not (tmp_path / "run").exists()
+    assert lab.door("describe", lab.file, "precision.name=fp8_native").code == 0
+
+
+def test_a_run_trains_and_says_which_code_ran(lab: Lab) -> None:
+    overrides = ("precision={name: fp8_native, scaling: row, stream: fp32}", "budget.steps=2")
+    module = lab.train(*overrides)
+    table = module.model.paths().table()
+    assert table["experts.gate_up"] == table["ffn.down"] == "torch scaled_mm, e4m3 rows"
+    assert table["head"] == "float32 product"
+    again = lab.train(*overrides, "recompute.blocks=[dense, moe]")
+    for one, two in zip(module.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_in_tiles_a_cpu_takes_plain_products_and_says_so(lab: Lab) -> None:
+    made = native(lab)
+    layer = made.linear(32, 16, "ffn.down", std=0.1)
+    x = torch.ones(3, 32)
+    assert torch.equal(layer(x), F.linear(x, layer.weight))
+    made.grouped_linear(2, 32, 16, "experts.down", std=0.1)(x, torch.tensor([1, 3]))
+    assert made.paths.table() == {"ffn.down": "float32 product", "experts.down": "float32 product"}
+
+
+def test_names_and_initial_values_are_those_of_fp32(lab: Lab) -> None:
+    here, there = build(lab.recipe("precision.name=fp8_native")), build(lab.recipe())
+    assert list(here.state_dict()) == list(there.state_dict())
+    for name, value in there.state_dict().items():
+        assert torch.equal(here.state_dict()[name], value), name
