@@ -30,6 +30,13 @@ def exported(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return folder / "run", folder / "hf"
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` caches goes away with the test; it read its environment as it was imported."""
+    datasets = pytest.importorskip("datasets", reason="comes with the extra eval")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(scope="session")
 def tokenizer(finished: Path) -> Tokenizer:
     """300 entries."""

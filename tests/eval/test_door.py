@@ -29,10 +29,8 @@ def imported() -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two tasks of one's own; what the harness caches goes elsewhere too."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+def folder(tmp_path: Path, cache: None) -> Path:
+    """A task of one's own."""
     write_task(tmp_path / "tasks", "chosen", MULTIPLE_CHOICE, ROWS)
     return tmp_path / "tasks"
 

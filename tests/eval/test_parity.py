@@ -76,11 +76,10 @@ def answers(lm: Any, questions: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_real_questions_get_the_same_answers_through_transformers(
-    exported: tuple[Path, Path], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: tuple[Path, Path], questions: Path, cache: None
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     run, folder = exported
     said: list[str] = []
     tokenizer, markers = Tokenizer.load(run / "tokenizer.json"), markers_of(RunFolder(run))

@@ -133,10 +133,7 @@ def test_transformers_drops_the_multi_token_head_and_the_way_back_says_so(steppe
     assert set(dict(core.load(stepped["run"]).loss_heads())) == {"next_token"}
 
 
-def test_what_came_back_is_a_run_like_any_other(
-    lab: Lab, stepped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+def test_what_came_back_is_a_run_like_any_other(lab: Lab, stepped: dict[str, Any], tmp_path: Path, cache: None) -> None:
     write_task(tmp_path / "tasks", "one", MULTIPLE_CHOICE, [{"query": "abc", "choices": ["de", "f"], "gold": 0}])
     for door, *arguments in (
         ("generate", "--prompt", "abc", "--tokens", "4"),
