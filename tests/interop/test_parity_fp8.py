@@ -43,11 +43,20 @@ RAGGED = {
 }
 """Over 128 and no multiple of it: blocks of one row or column of 128 are followed by ragged ones."""
 
+STRADDLING = {
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 16,
+    "head_dim": 16,
+}
+"""The rotated rows of the fifth head, 124 to 139, lie in two blocks: whoever reorders them takes their scales along."""
+
 SQUARE = (128, 128)
 RELEASED = replace(BASE.but(style="released", dtype=torch.bfloat16), config=RAGGED)
 CASES = [
     (RELEASED, SQUARE, 1),
-    (replace(RELEASED.but(dtype=torch.float32, q_rank=None), config=RAGGED), SQUARE, 0),
+    (replace(RELEASED.but(dtype=torch.float32, q_rank=None, interleave=False), config=RAGGED | STRADDLING), SQUARE, 0),
     (replace(V2_BASE.but(style="released"), config=RAGGED), SQUARE, 0),
 ]
 
