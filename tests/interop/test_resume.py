@@ -1,0 +1,166 @@
+"""A conversion that is stopped leaves no target, and goes on where it was; a second one does not get in its way."""
+
+import fcntl
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lab import Lab, Said, fill, forked, small_disk, through
+from torch import Tensor
+
+from core.interop import transfer
+from core.interop.shards import Shards
+
+from .checkpoints import V3, read, same_bits, tensors_of, write
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path / "source", V3, tensors_of(V3), 2)
+
+
+def stopped_after(reads: int, stop: Callable[[], object], *arguments: str | Path, every: int = 1) -> Said:
+    """A conversion that is stopped before so many reads of rows, with a journal entry for every so many bytes."""
+
+    def work() -> None:
+        count, plain = 0, Shards.rows
+
+        def counted(self: Shards, name: str, begin: int, end: int) -> Tensor:
+            nonlocal count
+            count += 1
+            if count > reads:
+                stop()
+            return plain(self, name, begin, end)
+
+        transfer.EVERY = every
+        Shards.rows = counted  # type: ignore[method-assign]
+        through("convert", *arguments)
+
+    return forked(work)
+
+
+def reads_of(*arguments: str | Path) -> tuple[int, Said]:
+    """How often a conversion reads rows."""
+    report, wrote = os.pipe()
+
+    def work() -> None:
+        count, plain = 0, Shards.rows
+
+        def counted(self: Shards, name: str, begin: int, end: int) -> Tensor:
+            nonlocal count
+            count += 1
+            return plain(self, name, begin, end)
+
+        Shards.rows = counted  # type: ignore[method-assign]
+        try:
+            through("convert", *arguments)
+        finally:
+            os.write(wrote, str(count).encode())
+
+    said = forked(work)
+    os.close(wrote)
+    with os.fdopen(report) as stream:
+        return int(stream.read()), said
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(interrupted, 130), (killed, 137)])
+@pytest.mark.parametrize("command", ["from-hf", "to-hf"])
+def test_a_second_run_goes_on(
+    lab: Lab, source: Path, tmp_path: Path, command: str, stop: Callable[[], object], code: int
+) -> None:
+    expected = tmp_path / "whole"
+    if command == "to-hf":
+        lab.door("convert", "from-hf", source, tmp_path / "run")
+        source = tmp_path / "run"
+    total, said = reads_of(command, source, expected)
+    assert said.code == 0
+    assert stopped_after(30, stop, command, source, tmp_path / "out").code == code
+    assert not (tmp_path / "out").exists()
+    again, said = reads_of(command, source, tmp_path / "out")
+    assert said.code == 0, said.err
+    assert "going on with" in said.err
+    assert again == total - 30
+    weights = "weights" if command == "from-hf" else "."
+    same_bits(read(tmp_path / "out" / weights), read(expected / weights))
+    names = [sorted(str(f.relative_to(place)) for f in place.rglob("*")) for place in (expected, tmp_path / "out")]
+    assert names[0] == names[1]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_was_not_yet_in_the_journal_is_done_again(lab: Lab, source: Path, tmp_path: Path) -> None:
+    total, _ = reads_of("from-hf", source, tmp_path / "whole")
+    stopped_after(30, killed, "from-hf", source, tmp_path / "out", every=10**9)
+    again, said = reads_of("from-hf", source, tmp_path / "out")
+    assert (again, said.code) == (total, 0)
+    same_bits(read(tmp_path / "out/weights"), read(tmp_path / "whole/weights"))
+
+
+@pytest.mark.parametrize("what", ["the source", "the wish"])
+def test_what_was_begun_otherwise_is_begun_anew(lab: Lab, source: Path, tmp_path: Path, what: str) -> None:
+    stopped_after(30, killed, "from-hf", source, tmp_path / "out")
+    wish: list[str] = ["--dtype", "bf16"] if what == "the wish" else []
+    if what == "the source":
+        tensors = {name: -tensor for name, tensor in read(source).items()}
+        write(tmp_path / "other", V3, tensors, 2)
+        for file in (tmp_path / "other").iterdir():
+            os.replace(file, source / file.name)
+    total, _ = reads_of("from-hf", source, tmp_path / "whole", *wish)
+    again, said = reads_of("from-hf", source, tmp_path / "out", *wish)
+    assert (again, said.code) == (total, 0)
+    assert "going on" not in said.err
+    same_bits(read(tmp_path / "out/weights"), read(tmp_path / "whole/weights"))
+
+
+def test_two_conversions_to_one_folder_are_refused(lab: Lab, source: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    with (tmp_path / ".out.partial/journal").open("w") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        said = lab.door("convert", "from-hf", source, tmp_path / "out")
+    assert said.code == 2
+    assert "another process is converting to it" in said.sentence
+    assert (tmp_path / ".out.partial/journal").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(lab: Lab, source: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial/diary.txt").write_text("mine")
+    said = lab.door("convert", "from-hf", source, tmp_path / "out")
+    assert said.code == 2
+    assert "is in the way" in said.sentence
+    assert (tmp_path / ".out.partial/diary.txt").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_is_done(lab: Lab, source: Path, tmp_path: Path) -> None:
+    """The files have their places by then; what may still be lacking is a journal entry or a small file."""
+    with small_disk(tmp_path / "disk", kilobytes=1000) as disk:
+        said = stopped_after(30, lambda: fill(disk), "from-hf", source, disk / "out")
+        assert said.code == 2
+        assert "make room and give the same command again" in said.sentence
+        assert not (disk / "out").exists()
+        (disk / "filler").unlink()
+        again, said = reads_of("from-hf", source, disk / "out")
+        assert said.code == 0, said.err
+        total, _ = reads_of("from-hf", source, tmp_path / "whole")
+        assert again <= total - 30
+        same_bits(read(disk / "out/weights"), read(tmp_path / "whole/weights"))
+
+
+def test_numbers_that_blocks_cannot_hold_leave_nothing(lab: Lab, tmp_path: Path) -> None:
+    theirs = tensors_of(V3)
+    theirs["model.layers.1.mlp.experts.2.up_proj.weight"][3, 3] = torch.inf
+    lab.door("convert", "from-hf", write(tmp_path / "infinite", V3, theirs), tmp_path / "run")
+    said = lab.door("convert", "to-hf", tmp_path / "run", tmp_path / "out", "--fp8")
+    assert said.code == 2
+    assert "blocks.1.ffn.routed.gate_up.weight holds numbers that are not finite" in said.sentence
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["infinite", "run"]
