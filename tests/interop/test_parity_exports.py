@@ -4,7 +4,6 @@ The runs have the files of a trained one and weights that are all drawn at rando
 weights near their initial values hide what is in the wrong place.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from lab import Lab
 
 import core
 from core.contracts.context import SequenceContext
-from core.training.checkpoints import checkpoints_in, read_checkpoint
-from core.training.folder import RunFolder
 
 from .hf_models import read_config, read_tensors, transformers_or_skip
 from .hf_reference import HFReference
+from .our_runs import random_run
 from .parity import FP32, assert_near, assert_same_model
 
 FFN, ROUTER = "model.blocks.moe.ffn", "model.blocks.moe.ffn.router"
@@ -53,28 +51,6 @@ TOKENS = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(
 @pytest.fixture(scope="module")
 def hf() -> Any:
     return transformers_or_skip()
-
-
-@torch.no_grad()
-def random_run(lab: Lab, finished: Path, folder: Path, *overrides: str) -> Path:
-    """A run folder as training leaves it, with random weights in its checkpoint."""
-    recipe, draw = lab.recipe(*overrides), torch.Generator().manual_seed(11)
-    model = core.build(recipe)
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
-        noise = torch.randn(tensor.shape, generator=draw)
-        kinds = {"norm": 1 + 0.3 * noise, ".bias": 0.15 * noise - 1, "embedding": 0.5 * noise, "centroids": 0.4 * noise}
-        plain = noise / tensor.shape[-1] ** 0.5
-        tensor.copy_(next((value for kind, value in kinds.items() if kind in f".{name}"), plain))
-    run = RunFolder(folder)
-    run.create()
-    checkpoint = checkpoints_in(finished)[-1]
-    content = {**read_checkpoint(checkpoint), "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}}
-    target = folder / "checkpoints" / checkpoint.name
-    target.parent.mkdir(exist_ok=True)
-    torch.save(content, target)
-    shutil.copy(finished / "tokenizer.json", run.tokenizer)
-    run.write_recipe(recipe.to_dict())
-    return folder
 
 
 def draft_logits(model: Any) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ from .hf_models import (
     save,
     transformers_or_skip,
 )
+from .our_runs import random_run
 from .parity import FP32, assert_same_model
 
 TOKENS = random_tokens(2, 20, seed=9)
@@ -79,14 +80,15 @@ UNKNOWN_THERE = {
     "affinity": [TWO, f"{FFN}.router.affinity=softmax"],
     "balance.0.form": [TWO, f"{FFN}.balance.0.form=multiplicative"],
     "switch": [f"{FFN}.router={{name: switch}}", f"{FFN}.balance=[{{name: switch, alpha: 0.01}}]"],
+    "dense blocks": [TWO, "model.blocks.last={count: 1, ffn: {name: swiglu, hidden: 48}}"],
     "attention.name": ["model.attention={name: mha, heads: 2}", TWO],
 }
 """What can be trained here and cannot be said in a config.json, by the word that the refusal must hold."""
 
 
 @pytest.mark.parametrize("word", UNKNOWN_THERE)
-def test_what_transformers_cannot_compute_is_not_exported(lab: Lab, tmp_path: Path, word: str) -> None:
-    lab.fit(tmp_path / "run", *UNKNOWN_THERE[word], "budget.steps=1")
+def test_what_transformers_cannot_compute_is_not_exported(lab: Lab, finished: Path, tmp_path: Path, word: str) -> None:
+    random_run(lab, finished, tmp_path / "run", *UNKNOWN_THERE[word])
     said = lab.door("convert", "to-hf", tmp_path / "run", tmp_path / "exported")
     assert said.code == 2
     assert word in said.sentence
