@@ -138,6 +138,9 @@ class Precision(Component, ABC):
 
     A precision whose layers are not `core.model.linear`'s has them note in `paths` which code took a product, at
     every product: a run writes down what really ran.
+
+    Capabilities that recipes are checked by: `gpu_only` (training needs a GPU), `remembers_products` (a product repeated
+    within a step may differ, so that nothing can be recomputed).
     """
 
     def __init__(self, config: Any) -> None:

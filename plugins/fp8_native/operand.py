@@ -80,8 +80,7 @@ def multiply(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
 def _padded(codes: Tensor) -> Tensor:
     """Dense, with rows and columns of zeros up to whole multiples; bytes, because FP8 itself cannot be padded."""
     rows, columns = codes.shape
-    bytes_RK = codes.view(torch.uint8) if codes.stride(-1) == 1 else codes.t().view(torch.uint8).t()
-    padded = F.pad(bytes_RK, (0, -columns % WIDTH, 0, -rows % ROWS)).contiguous()
+    padded = F.pad(codes.view(torch.uint8), (0, -columns % WIDTH, 0, -rows % ROWS)).contiguous()
     return padded.view(codes.dtype)
 
 

@@ -120,7 +120,8 @@ ROUTER = "model.blocks.moe.ffn.router"
 
 # What only a component's own `Config` can tell.
 COMPONENTS = {
-    "optimizer.learning_rate=1": "{o}: optimizer.learning_rate: unknown key; known: betas, eps, lr, moments, name, weight_decay",
+    "optimizer.learning_rate=1": "{o}: optimizer.learning_rate: unknown key; "
+    "known: betas, eps, lr, moments, name, weight_decay",
     "precision.naem=fp32": "{o}: precision.naem: unknown key; did you mean name? known: name",
     f"{ROUTER}.topk=2": f"{{o}}: {ROUTER}.topk: unknown key; did you mean top_k? "
     "known: affinity, group_limit, group_score, groups, name, normalise, scale, top_k",
