@@ -16,6 +16,7 @@ import core
 from core.data.tokenizer import Tokenizer, train
 
 from .hf_models import BASE, in_dtype, random_model, read_config, read_tensors, save, transformers_or_skip
+from .parity import assert_same_bits
 
 GROUP = "model.blocks.moe.ffn.router.group_score=2"
 """transformers adds up a group's two best affinities, whatever top_k and the limit are."""
@@ -107,6 +108,21 @@ def test_greedy_text_is_the_same(hf: Any, lab: Lab, run: Path, exported: Path, m
     assert said.code == 0, said.err
     text = tokenizer.decode([token for token in written.tolist() if token != END], clean_up_tokenization_spaces=False)
     assert json.loads(said.out)["text"] == text
+
+
+def test_without_a_wish_weights_are_rounded_once_to_bf16_and_that_is_said(
+    hf: Any, lab: Lab, run: Path, exported: Path, tmp_path: Path
+) -> None:
+    said = lab.door("convert", "to-hf", run, tmp_path / "bf16")
+    assert said.code == 0, said.err
+    assert len([line for line in said.err.splitlines() if "bf16" in line and "--dtype fp32" in line]) == 1
+    expected = {
+        name: tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)
+        for name, tensor in read_tensors(exported).items()
+    }
+    assert_same_bits(read_tensors(tmp_path / "bf16"), expected)
+    assert hf.AutoConfig.from_pretrained(tmp_path / "bf16").dtype == torch.bfloat16
+    assert hf.AutoConfig.from_pretrained(exported).dtype == torch.float32
 
 
 def test_the_files_for_text_go_out_and_back_unchanged(lab: Lab, exported: Path, tmp_path: Path) -> None:
