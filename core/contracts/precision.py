@@ -134,13 +134,14 @@ class Precision(Component, ABC):
     Parameter names are the same in every precision: a layer has one parameter `weight`, in high precision,
     of shape [out, in] or [groups, out, in], which absorption, export and chunked losses may read. A *role*, one
     of `ROLES`, says what a layer is for. A layer takes inputs in the format of the residual stream, which is
-    `compute_dtype("embedding")`, or wider. What is not finite is never hidden: it makes its row of a product not finite.
+    `compute_dtype("embedding")`, or wider. What is not finite is never hidden: it makes its row of a product not
+    finite.
 
     A precision whose layers are not `core.model.linear`'s has them note in `paths` which code took a product, at
     every product: a run writes down what really ran.
 
-    Capabilities that recipes are checked by: `gpu_only` (training needs a GPU), `remembers_products` (a product repeated
-    within a step may differ, so that nothing can be recomputed).
+    Capabilities that recipes are checked by: `gpu_only` (training needs a GPU), `remembers_products` (a product
+    repeated within a step may differ, so that nothing can be recomputed).
     """
 
     def __init__(self, config: Any) -> None:

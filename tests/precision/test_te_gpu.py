@@ -77,6 +77,13 @@ def test_experts(lab: Lab, scaling: str, ends: list[int]) -> None:
         assert calc_diff(own, dy[b:e].double().T @ x[b:e].double()) < 1.5e-3
 
 
+def test_nan_goes_through(lab: Lab, scaling: str) -> None:
+    layer = precision(lab, scaling).linear(256, 128, "ffn.down", std=0.1).cuda()
+    x = torch.ones(64, 256, device="cuda", dtype=torch.bfloat16)
+    x[3, 5] = torch.nan
+    assert layer(x)[3].isnan().all()
+
+
 def test_a_run_trains_recomputes_and_reaches_other_precisions(lab: Lab, scaling: str, tmp_path: Path) -> None:
     if scaling == "mxfp8":
         pytest.skip("the small recipe has widths of 16")
