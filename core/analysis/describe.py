@@ -160,6 +160,10 @@ def _ends(owner: Any, first: Progress, last: Progress) -> dict[str, float]:
     return {"first": owner.coefficient(first), "last": owner.coefficient(last)}
 
 
+NO_PRODUCT = {"embedding": "lookup", "norm": "norm"}
+"""Roles that have a format and no matrix product."""
+
+
 class RoleSpy(Precision):
     """Passes everything on and remembers the roles that were asked for, in order, and what it made for them."""
 
@@ -185,7 +189,7 @@ class RoleSpy(Precision):
             role: {
                 "kept": _short(self.param_dtype(role)),
                 "computed": _short(self.compute_dtype(role)),
-                "path": "lookup" if role == "embedding" else self.inner.path(role),
+                "path": NO_PRODUCT.get(role) or self.inner.path(role),
             }
             for role in self.seen
         }
