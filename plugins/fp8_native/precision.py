@@ -12,7 +12,7 @@ from core.contracts.precision import plain_path
 from core.contracts.schema import setting
 from core.model.fp8 import FP8Precision, FP8Settings
 from core.model.grouped import grouped_product
-from core.model.quantise import E4M3, quantise
+from core.model.quantise import E4M3, dequantise, quantise
 from core.model.quantised_product import RoundedGroupedLinear, RoundedLinear
 from plugins.fp8_native.operand import Operand, multiply
 from plugins.fp8_native.rounding import TILES, NativeRounding
@@ -110,15 +110,24 @@ class NativeFP8(FP8Precision):
 
 
 def missing(scaling: str, device: str) -> str | None:
-    """What a device lacks for products in these scales, as one sentence; None where a small one comes out right."""
+    """What a device lacks for products in these scales, as one sentence; None where small ones come out right.
+
+    Every tile of these operands has a scale of its own, so scales in another order would show.
+    """
     tiles = TILES[scaling]
-    ones = torch.ones(16, 128, device=device)
-    a, b = (Operand.of(quantise(ones, tile, E4M3)) for tile in (tiles.rows, tiles.weight))
+    m, n, k = (torch.arange(size, device=device, dtype=torch.float32)[:, None] for size in (48, 272, 640))
+    a, b = (1 + m) * 2 ** (k.t() // 128), (1 + n // 128) * 3 ** (k.t() // 128)
     try:
-        right = bool((multiply(a, b, torch.float32) == 128).all())
-        why = "its result is wrong"
-    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as cause:
-        right, why = False, str(cause).strip().partition("\n")[0]
-    return (
-        None if right else f"torch {torch.__version__} has no scaled_mm for scaling {scaling} here ({why}); {INSTEAD}"
-    )
+        for tile in dict.fromkeys((tiles.weight, tiles.rows)):  # of the weight, and of the weight gradient's operand
+            left, right = quantise(a, tiles.rows, E4M3), quantise(b, tile, E4M3)
+            exact = dequantise(left).double() @ dequantise(right).double().t()
+            error = (multiply(Operand.of(left), Operand.of(right), torch.float32) - exact).abs() / exact
+            if not bool((error < 1e-2).all()):
+                return _lacks(scaling, "its results are wrong")
+    except (RuntimeError, ValueError, AttributeError) as cause:
+        return _lacks(scaling, str(cause).strip().partition("\n")[0])
+    return None
+
+
+def _lacks(scaling: str, why: str) -> str:
+    return f"torch {torch.__version__} has no scaled_mm for scaling {scaling} here ({why}); {INSTEAD}"
