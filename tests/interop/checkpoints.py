@@ -120,7 +120,7 @@ def in_blocks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same with matrices of attention and feed-forward layers in FP8: a loop over blocks of 128 x 128."""
     result = dict(tensors)
     for name, tensor in tensors.items():
-        if name.endswith("_proj.weight") and "eh_proj" not in name:
+        if "_proj" in name and "eh_proj" not in name:
             rows, columns = tensor.shape
             codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
             scales = torch.empty(ceil(rows / 128), ceil(columns / 128))
