@@ -150,7 +150,8 @@ def spread(scales: Tensor, like: Tensor, tile: Tile) -> Tensor:
 
 def scales_of(amax: Tensor, form: Format, *, power_of_two: bool) -> Tensor:
     """The scale of each largest magnitude; NaN where that is not finite."""
-    scales = (amax / form.largest).clamp(min=SMALLEST)
+    largest = amax.new_full((), form.largest)  # by a Python number CUDA multiplies by a rounded reciprocal
+    scales = (amax / largest).clamp(min=SMALLEST)
     if power_of_two:  # add what carries into the exponent unless the mantissa is 0, then cut the mantissa off
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return torch.where(amax.isfinite(), scales, torch.nan)
