@@ -32,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     fp8 = write.add_mutually_exclusive_group()
     fp8.add_argument("--fp8", action="store_true", help="quantise matrices to FP8 in blocks of 128 x 128")
     fp8.add_argument("--keep-fp8", action="store_true", help="write the FP8 blocks that the run was converted from")
+    write.add_argument(
+        "--main-only", action="store_true", help="leave the modules of multi-token prediction out: the main model alone"
+    )
     return p
 
 
@@ -48,7 +51,7 @@ def main(arguments: argparse.Namespace) -> None:
         made = from_hf(arguments.dir, target, dtype=arguments.dtype, say=_say)
     else:
         target, checkpoint = arguments.dir, newest_checkpoint(arguments.run)
-        wish = Wish(arguments.dtype, fp8=arguments.fp8, keep_fp8=arguments.keep_fp8)
+        wish = Wish(arguments.dtype, fp8=arguments.fp8, keep_fp8=arguments.keep_fp8, main_only=arguments.main_only)
         made = to_hf(run_of(checkpoint).path, checkpoint, target, wish, say=_say)
     seconds = time.perf_counter() - started
     print(f"{target}: {made['format']}, {made['tensors']} tensors, {made['bytes'] / 1e9:.3g} GB, {seconds:.1f} s")

@@ -30,7 +30,7 @@ from core.training.checkpoints import is_disk_full, read_checkpoint
 from core.training.folder import RunFolder, provenance
 from core.training.module import TrainingModule
 from core.training.ranks import leads, one_group, rank_and_world
-from core.training.resume import Resume, check_data, check_same, newest, newest_checkpoint
+from core.training.resume import Resume, check_data, check_same, check_trained, newest, newest_checkpoint
 from core.training.setup import Watchers, make_trainer, watch
 from core.training.throughput import measured_peak_flops
 
@@ -299,6 +299,7 @@ def evaluate(checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] =
         UserError: no run, a damaged checkpoint, data that differs from the run's, or no validation split.
     """
     folder = run_of(checkpoint)
+    check_trained(folder, "score it with --tasks")
     recipe = compose(folder.recipe)
     _tell_notices(recipe, say)
     data = text_data(recipe, plan_of(recipe))

@@ -171,16 +171,16 @@ def shards_of(folder: Path, index: str = INDEX) -> Shards:
             )
         raise UserError(f"{folder}: no weights here: neither {index} nor a .safetensors file")
     weight_map = _weight_map(written)
-    for name, file in weight_map.items():
-        if not (folder / file).is_file():
-            raise UserError(f"{written}: names {file} for tensor {name}, and there is no such file")
+    for name, listed in weight_map.items():
+        if not (folder / listed).is_file():
+            raise UserError(f"{written}: names {listed} for tensor {name}, and there is no such file")
     for file in files:
         if file.name not in weight_map.values():
             raise UserError(f"{written}: {file.name} is not in this index, and lies beside it")
-    shards = Shards(folder / file for file in dict.fromkeys(weight_map.values()))
-    for name, file in weight_map.items():
-        if name not in shards.files or shards.files[name].name != file:
-            raise UserError(f"{written}: tensor {name} should be in {file}, and is not")
+    shards = Shards(folder / listed for listed in dict.fromkeys(weight_map.values()))
+    for name, listed in weight_map.items():
+        if name not in shards.files or shards.files[name].name != listed:
+            raise UserError(f"{written}: tensor {name} should be in {listed}, and is not")
     for name in shards.files:
         if name not in weight_map:
             raise UserError(f"{written}: tensor {name} of {shards.files[name].name} is not in this index")

@@ -22,10 +22,10 @@ from core.interop.formats import config_for, format_named, read_json
 from core.interop.from_hf import HF, LAYOUT
 from core.interop.moves import Copy, Move, Quantise, inverse
 from core.interop.run_weights import own_kinds, weights_of
-from core.interop.tensors import CODES, DTYPES, SCALE, Kind, Tensors
+from core.interop.tensors import CODES, DTYPES, SCALE, Kind, Tensors, scale_kind
 from core.interop.transfer import Conversion, check_target
 from core.interop.writing import Plan, planned
-from core.recipe.compose import Recipe, compose
+from core.recipe.compose import compose
 from core.training.folder import RunFolder
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
@@ -39,11 +39,13 @@ class Wish:
         dtype: of all but selection biases, a key of `DTYPES`; None: as they came, bf16 for a run that was trained here.
         fp8: matrices in FP8 blocks, quantised now.
         keep_fp8: matrices in the FP8 blocks that they came in.
+        main_only: without the modules of loss heads, such as multi-token prediction.
     """
 
     dtype: str | None = None
     fp8: bool = False
     keep_fp8: bool = False
+    main_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,12 @@ class Origin:
 
     Args:
         folder: its small files.
-        config: its configuration.
         files: names by file.
         formats: of every tensor.
         plain: the format of what was not in FP8 blocks.
     """
 
     folder: Path
-    config: dict[str, Any]
     files: dict[str, list[str]]
     formats: dict[str, torch.dtype]
     plain: torch.dtype
@@ -82,11 +82,13 @@ def to_hf(
     """
     check_target(target, "name another folder")
     folder = RunFolder(run)
-    recipe = compose(folder.recipe)
-    made, config, origin = _described(folder, recipe)
-    weights = weights_of(checkpoint)
+    values, weights = compose(folder.recipe).to_dict(), weights_of(checkpoint)
     kinds = own_kinds(weights)
-    pieces = list(made.pieces(config, recipe.to_dict(), list(origin.formats) if origin else None))
+    if wish.main_only:
+        values["model"]["heads"] = {}
+        kinds = {name: kind for name, kind in kinds.items() if not name.startswith("heads.")}
+    made, config, origin = _described(folder, values)
+    pieces = list(made.pieces(config, values, list(origin.formats) if origin else None))
     if origin is not None:
         pieces = wanted(pieces, origin.formats)
     check_ours(pieces, {name: kind.shape for name, kind in kinds.items()}, f"{run}: checkpoint_format {made.label}")
@@ -115,20 +117,16 @@ def to_hf(
     return {"format": made.label, "tensors": len(theirs), "bytes": plan.bytes}
 
 
-def _described(folder: RunFolder, recipe: Recipe) -> tuple[CheckpointFormat, dict[str, Any], Origin | None]:
+def _described(folder: RunFolder, values: Mapping[str, Any]) -> tuple[CheckpointFormat, dict[str, Any], Origin | None]:
     """The format, its configuration, and the source where the run still is what came from it."""
-    values = recipe.to_dict()
     written = folder.path / HF / LAYOUT
     if written.is_file():
         layout = read_json(written)
         if layout["model"] == values["model"]:
             made, config = format_named(layout["format"])[0], read_json(folder.path / HF / "config.json")
             formats = {name: getattr(torch, dtype) for name, dtype in layout["formats"].items()}
-            return (
-                made,
-                config,
-                Origin(written.parent, config, layout["files"], formats, getattr(torch, layout["plain"])),
-            )
+            plain = getattr(torch, layout["plain"])
+            return made, config, Origin(written.parent, layout["files"], formats, plain)
     made, config = config_for(values, str(folder.recipe))
     return made, config, None
 
@@ -199,8 +197,7 @@ def moves_out(pieces: Sequence[Piece], kinds: Mapping[str, Kind], theirs: Mappin
             continue
         moves.append(Copy(piece.ours, piece.theirs, piece.first, 0, rows, wanted_kind.dtype, order))
         if wanted_kind.dtype == CODES:
-            width = -(-piece.shape[-1] // 128)
-            scales = Kind(torch.float32, (*piece.shape[:-1], width))
+            scales = scale_kind(rows)
             names = piece.ours + SCALE, piece.theirs + SCALE
             moves.append(Copy(*names, piece.first, 0, scales, torch.float32, order))
     return moves

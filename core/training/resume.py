@@ -42,9 +42,7 @@ def check_same(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) ->
     Raises:
         UserError: another recipe (the first difference is named), or no run that could go on.
     """
-    if (folder.path / CONVERTED).exists():
-        how = "start a run from its weights with initial_weights"
-        raise UserError(f"--resume {folder.path}: was converted from another program's files, and never trained; {how}")
+    check_trained(folder, "start a run from its weights with initial_weights")
     before, now = compose(folder.recipe).to_dict(), recipe.to_dict()
     difference = first_difference({k: before[k] for k in REPRODUCED}, {k: now[k] for k in REPRODUCED})
     if difference:
@@ -58,17 +56,20 @@ def check_same(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) ->
         say("without trainer.deterministic a GPU does not promise the same bits as if the run had never stopped")
 
 
+def check_trained(folder: RunFolder, instead: str) -> None:
+    """Raises `UserError` for a run that was converted: it has no corpus and no steps; `instead` says what helps."""
+    if (folder.path / CONVERTED).exists():
+        why = "was converted from another program's files, which say nothing of its training"
+        raise UserError(f"{folder.path}: {why}; {instead}")
+
+
 def check_data(folder: RunFolder, fingerprint: str) -> None:
     """Hold the data against what the run was started with.
 
     Raises:
-        UserError: the corpus is another one, or none was written down.
+        UserError: the corpus is another one.
     """
-    written = json.loads(folder.provenance.read_text(encoding="utf-8"))
-    if "converted" in written:
-        how = "score it with --tasks"
-        raise UserError(f"{folder.path}: was converted from another program's files, which name no corpus; {how}")
-    before = written["data"]
+    before = json.loads(folder.provenance.read_text(encoding="utf-8"))["data"]
     if before != fingerprint:
         raise UserError(
             f"{folder.path}: the corpus has changed since this run began: its fingerprint is {fingerprint[:12]}, "

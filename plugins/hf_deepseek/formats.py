@@ -359,7 +359,7 @@ class DeepSeekV2(_DeepSeek):
     def routing_of(self, layout: Layout) -> dict[str, Any]:
         """`greedy` without groups."""
         if layout.depths:
-            raise Wrong("model.heads", "DeepSeek-V2 has no multi-token module")
+            raise Wrong("model.heads", "DeepSeek-V2 has no multi-token module (--main-only leaves it out)")
         if layout.bias is not None:
             raise Wrong("model.blocks", "DeepSeek-V2 has no selection bias, and these experts have one")
         fixed: dict[str, Any] = {"scoring_func": "softmax", "norm_topk_prob": False}

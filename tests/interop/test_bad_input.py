@@ -237,6 +237,6 @@ def test_other_doors_say_what_a_converted_run_lacks(lab: Lab, tmp_path: Path, do
     }
     said = lab.door(door, *arguments[door][: 1 if door == "evaluate" else None])
     assert said.code == 2, said.err
-    words = {"evaluate": "name no corpus", "generate": "tokenizer.json cannot be read", "fit": "initial_weights"}
+    words = {"evaluate": "score it with --tasks", "generate": "tokenizer.json cannot be read", "fit": "initial_weights"}
     assert words[door] in said.sentence
     assert os.listdir(tmp_path / "run") != []

@@ -101,3 +101,24 @@ def test_a_converted_run_writes_text_and_starts_another(lab: Lab, run: Path, tmp
     before, after = core.load(run).state_dict(), core.load(tmp_path / "tuned").state_dict()
     for name, tensor in before.items():
         assert name.endswith(".bias") or torch.equal(after[name], tensor), name
+
+
+def test_the_main_model_goes_alone_where_it_is_asked_for(lab: Lab, run: Path, tmp_path: Path) -> None:
+    """Of a V2 model with a multi-token head only that way: the architecture has none."""
+    convert(lab, "to-hf", run, tmp_path / "out", "--main-only", "--dtype", "fp32")
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
+    found = read(tmp_path / "out")
+    assert not any(name.startswith("model.layers.2.") for name in found)
+    assert sum(t.numel() for t in found.values()) == sum(
+        t.numel() for name, t in core.load(run).state_dict().items() if not name.startswith("heads.")
+    )
+    router = "model.blocks.moe.ffn.router={name: deepseek_v2, top_k: 2, groups: 4, group_limit: 2}"
+    lab.fit(tmp_path / "v2", router, "model.blocks.moe.ffn.balance=[{name: expert}]", "budget.steps=1")
+    said = lab.door("convert", "to-hf", tmp_path / "v2", tmp_path / "refused")
+    assert said.code == 2
+    assert "DeepSeek-V2 has no multi-token module" in said.sentence
+    assert "--main-only" in said.sentence
+    convert(lab, "to-hf", tmp_path / "v2", tmp_path / "v2-out", "--main-only")
+    config = json.loads((tmp_path / "v2-out/config.json").read_text())
+    assert config["architectures"] == ["DeepseekV2ForCausalLM"]
+    assert (config["topk_method"], config["n_group"], config["topk_group"]) == ("group_limited_greedy", 4, 2)
