@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from core.model.grouped import grouped_outer, grouped_product
 from core.model.linear import Formats, GroupedLinear, Linear
@@ -90,6 +91,7 @@ class RoundedProduct(torch.autograd.Function):
         return rounding.product(rows, matrix, ends_E)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy_AO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
         """dX and dW, each only where it is asked for."""
         ends_E, *kept = ctx.saved_tensors
