@@ -7,7 +7,7 @@ import torch
 
 from core.contracts.checkpoint_format import CheckpointFormat, Piece
 from core.contracts.errors import UserError
-from core.interop.tensors import SCALE, Kind
+from core.interop.tensors import CODES, SCALE, Kind
 
 _ANY = torch.float32  # a format that no sum of rows depends on
 
@@ -25,8 +25,9 @@ def check_theirs(pieces: Sequence[Piece], theirs: Mapping[str, Kind], made: Chec
     """
     expected = {piece.theirs: piece for piece in pieces}
     for name in theirs:
-        owner = name.removesuffix(SCALE)
-        if name not in expected and owner not in expected and not made.ignores(name):
+        codes = theirs.get(name.removesuffix(SCALE))
+        is_scale = name.endswith(SCALE) and codes is not None and codes.dtype == CODES
+        if name not in expected and not is_scale and not made.ignores(name):
             raise UserError(f"{folder}: tensor {name} is unexpected: config.json describes no such part")
     for name, piece in expected.items():
         if name not in theirs:

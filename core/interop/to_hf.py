@@ -98,7 +98,7 @@ def to_hf(
     plan = _planned(theirs, wish, origin)
     moves = moves_out(pieces, kinds, theirs)
     in_fp8 = any(kind.dtype == CODES for kind in theirs.values())
-    config = _with_formats(config, theirs, made.fp8_config if in_fp8 else None, origin)
+    config = _with_formats(config, theirs, made.fp8_config if in_fp8 else None, wish, origin)
     identity = [
         "to-hf",
         str(checkpoint.resolve()),
@@ -207,6 +207,7 @@ def _with_formats(
     config: Mapping[str, Any],
     theirs: Mapping[str, Kind],
     fp8: Mapping[str, Any] | None,
+    wish: Wish,
     origin: Origin | None,
 ) -> dict[str, Any]:
     """The configuration with what it says of number formats and, for a run of ours, of markers."""
@@ -218,8 +219,8 @@ def _with_formats(
     if fp8 is not None:
         common = next(kind.dtype for name, kind in theirs.items() if kind.dtype in NAMES and not name.endswith(INVERSE))
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    if origin is None or any(config.get(key) is not None for key in keys):
-        told |= {key: NAMES[common] for key in keys if origin is None or config.get(key) is not None}
+    if origin is None or wish.dtype is not None:
+        told |= dict.fromkeys(keys, NAMES[common])
     if origin is None:
         told |= {"bos_token_id": END, "eos_token_id": END, "pad_token_id": None}
     return told

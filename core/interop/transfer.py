@@ -49,8 +49,8 @@ class Conversion:
     """
 
     def __init__(self, target: Path, identity: Any) -> None:
-        self.target = target
-        self.folder = target.with_name(f".{target.name}.partial")
+        self.target = Path(os.path.abspath(target))
+        self.folder = self.target.with_name(f".{self.target.name}.partial")
         self.resumed = self._moving = False
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -37,7 +37,8 @@ def pieces(layout: Layout, names: Collection[str] | None, *, interleaved: bool, 
 
 class _Namer:
     def __init__(self, layout: Layout, names: Collection[str] | None, *, interleaved: bool, biased: bool) -> None:
-        self.layout, self.names, self.interleaved, self.biased = layout, names, interleaved, biased
+        self.layout, self.interleaved, self.biased = layout, interleaved, biased
+        self.names = frozenset(names or ())
 
     def module(self, theirs: str, ours: str) -> Iterator[Piece]:
         """A multi-token module, with its own copies of the embedding and the output, as released."""
@@ -96,7 +97,7 @@ class _Namer:
             place = None if bias is None else f"{ours}.balance.{bias.index}.bias"
             yield Piece(f"{theirs}.gate.e_score_correction_bias", (experts,), place, exact=True)
         packed = f"{theirs}.experts.gate_up_proj"
-        if self.names is not None and packed in self.names:
+        if packed in self.names:
             yield Piece(packed, (experts, 2 * hidden, dim), f"{ours}.routed.gate_up.weight")
             down = (experts, dim, hidden)
             yield Piece(f"{theirs}.experts.down_proj", down, f"{ours}.routed.down.weight")

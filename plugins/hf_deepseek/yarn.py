@@ -30,7 +30,7 @@ def rope_of(config: Mapping[str, Any], max_length: int) -> tuple[dict[str, Any],
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = given.get("rope_type", given.get("type", "default"))
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    theta = given.get("rope_theta", config.get("rope_theta") or 10000.0)
+    theta = given.get("rope_theta") or config.get("rope_theta") or 10000.0
     if given.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise Wrong(where, "partial_rotary_factor must be 1: the rotated part is qk_rope_head_dim")
     if kind == "default":

@@ -1,14 +1,17 @@
 """A checkpoint to a run and back, by the commands: every number at its place, every bit on the way back."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lab import Lab
 
 import core
+from core.contracts.errors import UserError
 
 from .checkpoints import FP8, V2, V3, in_blocks, out_of_blocks, read, same_bits, tensors_of, write
 
@@ -225,3 +228,41 @@ def test_fp8_that_is_not_there_cannot_be_kept(lab: Lab, tmp_path: Path) -> None:
     said = lab.door("convert", "to-hf", tmp_path / "run", tmp_path / "back", "--keep-fp8")
     assert (said.code, (tmp_path / "back").exists()) == (2, False)
     assert "--keep-fp8" in said.sentence
+
+
+def spoil_length(folder: Path) -> None:
+    with (folder / "weights/model.safetensors").open("r+b") as file:
+        file.truncate((folder / "weights/model.safetensors").stat().st_size - 1)
+
+
+def spoil_recipe(key: str, value: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe["model"][key] = value
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_length, "model.safetensors: is truncated: 1 bytes"),
+        (spoil_recipe("tied_embedding", True), "tensor output.weight is not of this model"),
+        (spoil_recipe("dim", 32), r"tensor embedding.weight is \(300, 24\), the model's \(300, 32\)"),
+    ],
+)
+def test_a_converted_run_that_was_spoilt_is_told_by_tensor(
+    lab: Lab, tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    convert(lab, "from-hf", write(tmp_path / "source", V3, tensors_of(V3)), tmp_path / "run")
+    spoil(tmp_path / "run")
+    with pytest.raises(UserError, match=words):
+        core.load(tmp_path / "run")
+
+
+def test_a_tensor_that_looks_like_a_scale_is_unexpected(lab: Lab, tmp_path: Path) -> None:
+    theirs = tensors_of(V3) | {"lm_head.weight_scale": torch.ones(300)}
+    said = lab.door("convert", "from-hf", write(tmp_path / "source", V3, theirs), tmp_path / "run")
+    assert said.code == 2
+    assert "tensor lm_head.weight_scale is unexpected" in said.sentence
