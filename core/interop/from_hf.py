@@ -81,10 +81,8 @@ def from_hf(
     moves = moves_in(pieces, theirs, kinds, str(source))
     layout = _layout(made, recipe, shards, pieces, plain, wished)
     plan = planned(kinds, index=True)
-    conversion = Conversion(target, ["from-hf", _stamps(source), layout, _spelt(kinds)])
+    conversion = Conversion(target, ["from-hf", _stamps(source), layout, _spelt(kinds)], say)
     with conversion.folder_in_the_making(plan.bytes) as folder:
-        if conversion.resumed:
-            say(f"going on with {folder}, which an earlier conversion left")
         _write_companions(source, folder, layout, say)
         conversion.move(moves, theirs, plan, WEIGHTS)
         _write_run(RunFolder(folder), recipe, made, config, source, translation.notices)

@@ -106,10 +106,8 @@ def to_hf(
         config,
         sorted(map(str, theirs.items())),
     ]
-    conversion = Conversion(target, identity)
+    conversion = Conversion(target, identity, say)
     with conversion.folder_in_the_making(plan.bytes) as place:
-        if conversion.resumed:
-            say(f"going on with {place}, which an earlier conversion left")
         conversion.move(moves, weights, plan)
         _write_companions(RunFolder(place), folder, config, origin)
     if origin is None and wish.dtype is None:

@@ -46,9 +46,11 @@ class Conversion:
     Args:
         target: where it will be.
         identity: what decides its bytes; a folder that was begun with another one is begun anew.
+        say: told what a person at the terminal wants to know.
     """
 
-    def __init__(self, target: Path, identity: Any) -> None:
+    def __init__(self, target: Path, identity: Any, say: Callable[[str], None]) -> None:
+        self._say = say
         self.target = Path(os.path.abspath(target))
         self.folder = self.target.with_name(f".{self.target.name}.partial")
         self.resumed = self._moving = False
@@ -71,6 +73,9 @@ class Conversion:
                     yield self.folder
                 except UserError:
                     shutil.rmtree(self.folder, ignore_errors=True)
+                    raise
+                except (KeyboardInterrupt, SystemExit):
+                    self._say(f"what is done is kept in {self.folder}; the same command goes on from there")
                     raise
                 (self.folder / JOURNAL).unlink()
                 os.replace(self.folder, self.target)
@@ -97,6 +102,8 @@ class Conversion:
                 raise UserError(f"{self.target}: another process is converting to it") from None
             self._stream = stream
             self._begin_or_go_on()
+            if self.resumed:
+                self._say(f"going on with {self.folder}, which an earlier conversion left")
             yield
 
     def _begin_or_go_on(self) -> None:

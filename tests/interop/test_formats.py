@@ -2,6 +2,9 @@
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +104,27 @@ def test_the_released_v3_configuration_gives_the_shipped_recipe() -> None:
     yarn = {"factor": 40.0, "original_length": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
     assert model["rope"]["yarn"] == {**yarn, "mscale": 1.0, "mscale_all_dim": 1.0}
     assert model["rope"]["max_length"] == 163840
+
+
+def test_the_full_model_has_the_published_number_of_parameters() -> None:
+    """Selection biases included; of the multi-token module what it does not share."""
+    from core.recipe.compose import compose
+
+    recipe, made = compose("dsv3_671b").to_dict(), DeepSeekV3(None)
+    listed = list(made.pieces(made.config_of(recipe), recipe, None))
+    own = [(".layers.61." in p.theirs, math.prod(p.shape)) for p in listed if not p.copy]
+    assert sum(size for module, size in own if not module) == 671_026_419_200
+    assert sum(size for module, size in own if module) == 11_610_068_224
+    assert [p.theirs for p in listed if p.copy] == [
+        f"model.layers.61.{n}.weight" for n in ("embed_tokens", "shared_head.head")
+    ]
+
+
+def test_formats_are_read_without_torch() -> None:
+    probe = "import sys, plugins.hf_deepseek.formats; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", probe], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 GIVEN = {"equal": (0.8, 0.8), "different": (0.6, 1.2), "no mscale": (None, 0.9), "no all_dim": (0.9, None)}

@@ -85,7 +85,9 @@ def test_a_second_run_goes_on(
         source = tmp_path / "run"
     total, said = reads_of(command, source, expected)
     assert said.code == 0
-    assert stopped_after(30, stop, command, source, tmp_path / "out").code == code
+    first = stopped_after(30, stop, command, source, tmp_path / "out")
+    assert first.code == code
+    assert ("the same command goes on" in first.err) == (code == 130)
     assert not (tmp_path / "out").exists()
     again, said = reads_of(command, source, tmp_path / "out")
     assert said.code == 0, said.err
