@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -10,6 +11,7 @@ from lab import Lab, assert_same_run, forked, last_checkpoint
 from torch import Tensor
 
 from core.training.callbacks import KeepLatest
+from core.training.module import TrainingModule
 from core.training.ranks import share_largest
 
 from .layers import drawn, precision, through, with_weight
@@ -152,6 +154,24 @@ def test_every_low_layer_has_a_history_and_it_moves_once_a_step(lab: Lab) -> Non
         history = torch.cat([value.flatten(1).amax(dim=1)[None] for value in state.values()])
         assert (history[:, :2] > 0).all(), path
         assert not history[:, 2].any(), path
+
+
+def test_a_run_forgets_what_a_skipped_step_saw(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Histories as if its window had not been."""
+    windows: list[Any] = []
+
+    class Windows(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            windows.append(batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingModule, "_agreed_finite", lambda self, norm: self.windows_done != 1)
+        skipped = lab.train(DELAYED, "budget.steps=4", callbacks=[Windows()])
+    assert skipped.skipped_steps == 1
+    without = lab.train(DELAYED, windows=[windows[0], *windows[2:]])
+    for path, state in skipped.model.step_states().items():
+        other = without.model.step_states()[path].step_state()
+        assert all(torch.equal(other[name], value) for name, value in state.step_state().items()), path
 
 
 def test_a_run_that_is_interrupted_resumes_to_the_same_bits(lab: Lab, tmp_path: Path) -> None:

@@ -130,6 +130,11 @@ def test_a_narrow_sum_by_hand() -> None:
     assert summed(34, 6, None) == 0.25 * 34
     assert summed(160, 5, None) == 0.25 * 32
     assert summed(160, 5, 32) == 0.25 * 160
+    seven = torch.cat([torch.tensor([7.0]), torch.zeros(31), torch.ones(32)])[None]
+    both = accumulated(
+        Scaled(seven, torch.ones(1, 64)), Scaled(torch.ones(1, 64), torch.ones(1, 64)), bits=5, every=None
+    )
+    assert float(both) == 38  # 7 and 32 ones fit beside each other, and their sum, 39, is cut once more
 
 
 @pytest.mark.parametrize("grouped", [False, True])
