@@ -266,3 +266,28 @@ def test_a_tensor_that_looks_like_a_scale_is_unexpected(lab: Lab, tmp_path: Path
     said = lab.door("convert", "from-hf", write(tmp_path / "source", V3, theirs), tmp_path / "run")
     assert said.code == 2
     assert "tensor lm_head.weight_scale is unexpected" in said.sentence
+
+
+def test_tensors_that_go_in_many_chunks_arrive_whole(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows by the dozen, blocks of 128 rows one by one; everything as with one chunk each."""
+    config = {**WIDE, "num_nextn_predict_layers": 1}
+    source = write(tmp_path / "source", config, tensors_of(config, depths=1))
+    convert(lab, "from-hf", source, tmp_path / "run")
+    convert(lab, "to-hf", tmp_path / "run", tmp_path / "fp8", "--fp8")
+    monkeypatch.setattr("core.interop.tensors.CHUNK", 10_000)
+    convert(lab, "from-hf", source, tmp_path / "run again")
+    same_bits(read(tmp_path / "run again/weights"), read(tmp_path / "run/weights"))
+    convert(lab, "to-hf", tmp_path / "run again", tmp_path / "back")
+    same_bits(read(tmp_path / "back"), read(source))
+    convert(lab, "to-hf", tmp_path / "run again", tmp_path / "fp8 again", "--fp8")
+    same_bits(read(tmp_path / "fp8 again"), read(tmp_path / "fp8"))
+    convert(lab, "from-hf", tmp_path / "fp8", tmp_path / "coded")
+    one, two = core.load(tmp_path / "coded").state_dict(), out_of_blocks(read(tmp_path / "fp8"), torch.float32)
+    assert torch.equal(one["blocks.0.attention.output.weight"], two["model.layers.0.self_attn.o_proj.weight"])
+    assert torch.equal(
+        one["blocks.2.ffn.shared.down.weight"], two["model.layers.2.mlp.shared_experts.down_proj.weight"]
+    )
+    changed = tensors_of(config, depths=1)
+    changed["model.layers.3.embed_tokens.weight"][297] += 1
+    said = lab.door("convert", "from-hf", write(tmp_path / "other", config, changed), tmp_path / "never")
+    assert said.code == 2
