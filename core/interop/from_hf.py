@@ -81,13 +81,13 @@ def from_hf(
     moves = moves_in(pieces, theirs, kinds, str(source))
     layout = _layout(made, recipe, shards, pieces, plain, wished)
     plan = planned(kinds, index=True)
+    for notice in translation.notices:
+        say(f"note: {notice}")
     conversion = Conversion(target, ["from-hf", _stamps(source), layout, _spelt(kinds)], say)
     with conversion.folder_in_the_making(plan.bytes) as folder:
         _write_companions(source, folder, layout, say)
         conversion.move(moves, theirs, plan, WEIGHTS)
         _write_run(RunFolder(folder), recipe, made, config, source, translation.notices)
-    for notice in translation.notices:
-        say(f"note: {notice}")
     count = sum(math.prod(shape) for shape in ours.values())
     return {"format": made.label, "tensors": len(theirs.kinds), "parameters": count, "bytes": plan.bytes}
 

@@ -54,15 +54,17 @@ class Origin:
 
     Args:
         folder: its small files.
-        files: names by file.
-        formats: of every tensor.
+        config: its configuration.
         plain: the format of what was not in FP8 blocks.
+        files: names by file; none where the model was changed since, so that the files cannot come back as they were.
+        formats: of every tensor, likewise.
     """
 
     folder: Path
+    config: dict[str, Any]
+    plain: torch.dtype
     files: dict[str, list[str]]
     formats: dict[str, torch.dtype]
-    plain: torch.dtype
 
 
 def to_hf(
@@ -88,9 +90,10 @@ def to_hf(
         values["model"]["heads"] = {}
         kinds = {name: kind for name, kind in kinds.items() if not name.startswith("heads.")}
     made, config, origin = _described(folder, values)
-    pieces = list(made.pieces(config, values, list(origin.formats) if origin else None))
-    if origin is not None:
-        pieces = wanted(pieces, origin.formats)
+    came = origin.formats if origin is not None else {}
+    pieces = list(made.pieces(config, values, came or None))
+    if came:
+        pieces = wanted(pieces, came)
     check_ours(pieces, {name: kind.shape for name, kind in kinds.items()}, f"{run}: checkpoint_format {made.label}")
     check_shapes(pieces, kinds, str(checkpoint))
     _check_wish(wish, made, weights, run)
@@ -116,17 +119,17 @@ def to_hf(
 
 
 def _described(folder: RunFolder, values: Mapping[str, Any]) -> tuple[CheckpointFormat, dict[str, Any], Origin | None]:
-    """The format, its configuration, and the source where the run still is what came from it."""
+    """The format, its configuration, and what a converted run remembers."""
     written = folder.path / HF / LAYOUT
-    if written.is_file():
-        layout = read_json(written)
-        if layout["model"] == values["model"]:
-            made, config = format_named(layout["format"])[0], read_json(folder.path / HF / "config.json")
-            formats = {name: getattr(torch, dtype) for name, dtype in layout["formats"].items()}
-            plain = getattr(torch, layout["plain"])
-            return made, config, Origin(written.parent, layout["files"], formats, plain)
-    made, config = config_for(values, str(folder.recipe))
-    return made, config, None
+    if not written.is_file():
+        return *config_for(values, str(folder.recipe)), None
+    layout, source = read_json(written), read_json(folder.path / HF / "config.json")
+    plain = getattr(torch, layout["plain"])
+    if layout["model"] != values["model"]:
+        return *config_for(values, str(folder.recipe)), Origin(written.parent, source, plain, {}, {})
+    formats = {name: getattr(torch, dtype) for name, dtype in layout["formats"].items()}
+    made, _ = format_named(layout["format"])
+    return made, source, Origin(written.parent, source, plain, layout["files"], formats)
 
 
 def check_shapes(pieces: Sequence[Piece], kinds: Mapping[str, Kind], where: str) -> None:
@@ -163,7 +166,7 @@ def _dtype(piece: Piece, kinds: Mapping[str, Kind], wish: Wish, origin: Origin |
         return CODES
     if wish.fp8 and piece.blocks:
         return CODES
-    came = origin.formats[piece.theirs] if origin is not None else None
+    came = origin.formats.get(piece.theirs) if origin is not None else None
     if wish.dtype is None and came is not None and came != CODES:
         return came
     if piece.exact:
@@ -217,10 +220,12 @@ def _with_formats(
     if fp8 is not None:
         common = next(kind.dtype for name, kind in theirs.items() if kind.dtype in NAMES and not name.endswith(INVERSE))
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    if origin is None or wish.dtype is not None:
+    anew = origin is None or not origin.formats
+    if anew or wish.dtype is not None:
         told |= dict.fromkeys(keys, NAMES[common])
-    if origin is None:
-        told |= {"bos_token_id": END, "eos_token_id": END, "pad_token_id": None}
+    if anew:
+        told |= {key: END if origin is None else origin.config.get(key) for key in ("bos_token_id", "eos_token_id")}
+        told["pad_token_id"] = None if origin is None else origin.config.get("pad_token_id")
     return told
 
 

@@ -291,3 +291,23 @@ def test_tensors_that_go_in_many_chunks_arrive_whole(lab: Lab, tmp_path: Path, m
     changed["model.layers.3.embed_tokens.weight"][297] += 1
     said = lab.door("convert", "from-hf", write(tmp_path / "other", config, changed), tmp_path / "never")
     assert said.code == 2
+
+
+def test_a_converted_run_that_is_written_anew_keeps_its_markers_formats_and_files(lab: Lab, tmp_path: Path) -> None:
+    """Without its multi-token modules: only the layout is ours then."""
+    config = {**V3, "num_nextn_predict_layers": 1, "rope_interleave": False}
+    source = write(tmp_path / "source", config, tensors_of(config, depths=1, dtype=torch.bfloat16))
+    (source / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    convert(lab, "from-hf", source, tmp_path / "run")
+    said = convert(lab, "to-hf", tmp_path / "run", tmp_path / "main", "--main-only")
+    assert "bf16" not in said
+    told = json.loads((tmp_path / "main/config.json").read_text())
+    assert (told["bos_token_id"], told["eos_token_id"], told["torch_dtype"]) == (3, [5, 7], "bfloat16")
+    assert (told["rope_interleave"], told["num_nextn_predict_layers"]) == (True, 0)
+    assert (tmp_path / "main/tokenizer_config.json").read_text() == '{"bos_token": "<s>"}'
+    found, before = read(tmp_path / "main"), read(source)
+    assert set(found) == {name for name in before if not name.startswith("model.layers.3.")}
+    assert {t.dtype for n, t in found.items() if not n.endswith("_bias")} == {torch.bfloat16}
+    convert(lab, "from-hf", tmp_path / "main", tmp_path / "again")
+    one, two = core.load(tmp_path / "run").state_dict(), core.load(tmp_path / "again").state_dict()
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
