@@ -11,6 +11,7 @@ from lab import Lab
 from core.contracts.errors import UserError, Wrong
 from core.contracts.precision import HIGH, NEVER_LOW, ROLES, Paths, roles_matching
 from core.model.linear import GroupedLinear, Linear
+from core.testing import bench
 
 from .layers import precision
 
@@ -131,3 +132,11 @@ def test_several_paths_are_told_in_the_order_in_which_they_ran() -> None:
 )
 def test_the_path_tells_the_options(keys: dict[str, Any], path: str) -> None:
     assert precision(**keys).path("ffn.down") == path
+
+
+def test_a_layer_for_no_role_is_a_mistake_of_its_plugin() -> None:
+    """Recipes could not name it."""
+    build = bench.build_context(bench.KitPrecision(torch.float32))
+    for make in (lambda: build.linear(8, 4, "attention.out"), lambda: build.grouped_linear(2, 8, 4, "attention.out")):
+        with pytest.raises(AssertionError, match=r"'attention\.out' is no role"):
+            make()
