@@ -14,6 +14,10 @@ ROUNDING = 1e-12
 """Differences that spread less than this, as a fraction of the values, are equal."""
 
 NOTHING_SHOWN = "no difference shown"
+"""Where the interval holds 0."""
+
+NOT_AFTER_HOLM = "not shown after Holm's correction"
+"""Where the interval leaves out 0, and so many variants were asked that one would by chance."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,10 @@ class Difference:
 
     Args:
         interval: of the mean difference, variant minus baseline.
-        effect_size: the mean difference over the standard deviation of the differences (Cohen's d_z).
-        p: two-sided, of a paired t test.
+        effect_size: the mean difference over the standard deviation of the differences (Cohen's d_z); None where they
+            do not spread.
+        p: two-sided, of a paired t test; None below two seeds. Differences that do not spread are its limit: 0, or 1
+            where they are 0 themselves.
     """
 
     interval: Interval
@@ -71,9 +77,11 @@ def paired(baseline: Mapping[int, float], variant: Mapping[int, float]) -> Diffe
     differences = [variant[seed] - baseline[seed] for seed in seeds]
     spread = deviation(differences)
     scale = max(abs(value) for seed in seeds for value in (baseline[seed], variant[seed]))
-    if spread is None or spread <= ROUNDING * scale:  # one seed, or equal differences: there is nothing to divide by
-        return Difference(interval(differences), None, None)
     mean = sum(differences) / len(differences)
+    if spread is None:
+        return Difference(interval(differences), None, None)
+    if spread <= ROUNDING * scale:  # equal differences: there is nothing to divide by
+        return Difference(interval(differences), None, 1.0 if abs(mean) <= ROUNDING * scale else 0.0)
     t = mean / (spread / len(differences) ** 0.5)
     return Difference(interval(differences), mean / spread, float(2 * stats.t.sf(abs(t), len(differences) - 1)))
 
@@ -92,7 +100,7 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 
 
 def verdict(difference: Difference, p_holm: float | None, better: str) -> str | None:
-    """`better`, `worse`, or that no difference is shown; None where there are too few seeds to say.
+    """`better`, `worse`, or that nothing is shown, alone or after Holm; None where there are too few seeds to say.
 
     A difference is shown where its interval leaves out 0 and its corrected p is below ALPHA.
 
@@ -102,8 +110,10 @@ def verdict(difference: Difference, p_holm: float | None, better: str) -> str | 
     low, high = difference.interval.low, difference.interval.high
     if low is None or high is None:
         return None
-    if low <= 0 <= high or p_holm is None or p_holm >= ALPHA:
+    if low <= 0 <= high or difference.p == 1:  # equal runs: what is left of their interval is rounding
         return NOTHING_SHOWN
+    if p_holm is None or p_holm >= ALPHA:
+        return NOT_AFTER_HOLM
     return "better" if (difference.interval.mean < 0) == (better == "lower") else "worse"
 
 

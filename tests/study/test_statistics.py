@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import pytest
 from scipy import stats
 
-from core.analysis.statistics import NOTHING_SHOWN, Difference, Interval, compare, holm, interval, paired, verdict
+from core.analysis.statistics import (
+    NOT_AFTER_HOLM,
+    NOTHING_SHOWN,
+    Difference,
+    Interval,
+    compare,
+    holm,
+    interval,
+    paired,
+    verdict,
+)
 
 BASE = {0: 2.31, 1: 2.35, 2: 2.28, 3: 2.40, 4: 2.33}
 MINE = {0: 2.27, 1: 2.34, 2: 2.25, 3: 2.31, 4: 2.30}
@@ -56,14 +66,18 @@ def test_one_common_seed_has_a_difference_and_nothing_else() -> None:
     assert verdict(found, None, "lower") is None
 
 
-@pytest.mark.parametrize("step", [0.0, 0.5, 0.1])  # 0.1 differs from itself by rounding
-def test_equal_differences_have_no_spread_to_divide_by(step: float) -> None:
+@pytest.mark.parametrize(
+    ("step", "p", "told"),
+    [(0.0, 1.0, NOTHING_SHOWN), (1e-15, 1.0, NOTHING_SHOWN), (0.5, 0.0, "worse"), (0.1, 0.0, "worse")],
+)  # 0.1 differs from itself by rounding
+def test_equal_differences_have_no_spread_to_divide_by(step: float, p: float, told: str) -> None:
+    """A variant that is 0.5 worse with every seed is worse: p is what it tends to as the spread does to 0."""
     base = {seed: 1.3 * seed + 0.7 for seed in range(4)}
     found = paired(base, {seed: value + step for seed, value in base.items()})
     assert found is not None
-    assert (found.effect_size, found.p) == (None, None)
-    assert found.interval.mean == pytest.approx(step)
-    assert verdict(found, None, "lower") == NOTHING_SHOWN
+    assert (found.effect_size, found.p) == (None, p)
+    assert found.interval.mean == pytest.approx(step, abs=1e-14)
+    assert verdict(found, found.p, "lower") == told
 
 
 def test_holm_by_hand() -> None:
@@ -87,17 +101,18 @@ def test_holm_counts_only_what_has_a_p_and_stays_at_most_one() -> None:
         (-0.1, 0.2, 0.04, "lower", NOTHING_SHOWN),
         (0.0, 0.2, 0.04, "lower", NOTHING_SHOWN),
         (-0.2, 0.0, 0.04, "lower", NOTHING_SHOWN),
-        (0.1, 0.2, 0.05, "lower", NOTHING_SHOWN),
+        (0.1, 0.2, 0.05, "lower", NOT_AFTER_HOLM),
+        (-0.2, -0.1, 0.3, "higher", NOT_AFTER_HOLM),
         (0.1, 0.2, 0.0499, "lower", "worse"),
-        (0.1, 0.2, None, "lower", NOTHING_SHOWN),
     ],
 )
-def test_the_words(low: float, high: float, p: float | None, better: str, told: str) -> None:
+def test_the_words(low: float, high: float, p: float, better: str, told: str) -> None:
     assert verdict(Difference(Interval(5, (low + high) / 2, low, high), 1.0, p), p, better) == told
 
 
-def test_no_difference_shown_are_the_words() -> None:
+def test_the_words_themselves() -> None:
     assert NOTHING_SHOWN == "no difference shown"
+    assert NOT_AFTER_HOLM == "not shown after Holm's correction"
 
 
 def test_a_correction_can_take_a_difference_away() -> None:
@@ -113,8 +128,8 @@ def test_a_correction_can_take_a_difference_away() -> None:
     assert alone is not None
     assert among is not None
     assert alone["p_holm"] == alone["p"] == among["p"] == pytest.approx(0.0402, abs=1e-4)
-    assert among["p_holm"] == pytest.approx(3 * among["p"])  # "c" is the baseline itself and has no p
-    assert (alone["verdict"], among["verdict"]) == ("worse", NOTHING_SHOWN)
+    assert among["p_holm"] == pytest.approx(4 * among["p"])
+    assert (alone["verdict"], among["verdict"]) == ("worse", NOT_AFTER_HOLM)
     assert among["low"] > 0
 
 
@@ -155,5 +170,5 @@ def test_five_variants_that_are_all_the_same_are_rarely_told_apart() -> None:
     for _ in range(trials):
         values = {name: {seed: draw.gauss(2.3, 0.1) for seed in range(5)} for name in names}
         told: Sequence[object] = [row["verdict"] for row in compare(values, "base", "lower").values() if row]
-        wrong += any(word != NOTHING_SHOWN for word in told)
+        wrong += any(word in ("better", "worse") for word in told)
     assert wrong <= 0.05 * trials + 3 * math.sqrt(trials * 0.05 * 0.95)
