@@ -12,7 +12,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m core.generate", description="Write text with a trained model.")
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint file")
     p.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
-    p.add_argument("--tokens", type=int, default=128, metavar="N", help="how many tokens to write at most (128)")
+    p.add_argument(
+        "--tokens", type=int, metavar="N", help="how many tokens to write at most (128, or as many as the model reads)"
+    )
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the most likely token")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens only")
     p.add_argument("--seed", type=int, default=0, help="of the draws")
@@ -26,7 +28,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     from core.contracts.errors import UserError
 
-    if arguments.tokens < 1:
+    if arguments.tokens is not None and arguments.tokens < 1:
         raise UserError(f"--tokens = {arguments.tokens}: must be at least 1")
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p in (0, 1]")
@@ -44,12 +46,18 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"note: {notice}", file=sys.stderr)
     tokenizer, markers = Tokenizer.load(run_of(checkpoint).tokenizer), markers_of(run_of(checkpoint))
     prompt = [markers.begin, *tokenizer.encode(arguments.prompt)]
+    room = model.max_length + 1 - len(prompt)  # what is written last is not read
+    if room < (arguments.tokens or 1):
+        raise UserError(
+            f"--prompt of {len(prompt)} tokens with the marker, --tokens {arguments.tokens or 1}: together at most "
+            f"{model.max_length + 1}, because the model reads model.rope.max_length = {model.max_length}"
+        )
     begin = time.perf_counter()
     written = list(
         sample(
             model,
             prompt,
-            tokens=arguments.tokens,
+            tokens=arguments.tokens or min(128, room),
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             seed=arguments.seed,

@@ -124,7 +124,7 @@ def _tell_notices(recipe: Recipe, say: Callable[[str], None]) -> None:
 def _tell_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
     """Weights know tokens by their numbers: under another tokenizer those stand for other text."""
     known = source.parent.parent / "tokenizer.json"
-    if known.is_file() and Tokenizer.load(known).to_json() != data.tokenizer.to_json():
+    if known.is_file() and Tokenizer.load(known).entries() != data.tokenizer.entries():
         say(f"note: {known} is another tokenizer than this run's, so its weights have to learn the tokens anew")
 
 
@@ -183,8 +183,8 @@ def _finish(
     """Write what the run measured; the summary last, because its presence makes the run complete."""
     watchers.loads.write()
     module.eval()
-    opening = data.tokenizer.end
-    written = sample(module.model, [opening], tokens=128, temperature=0.8, top_p=0.9, stop=opening)
+    opening, length = data.tokenizer.end, min(128, module.model.max_length)
+    written = sample(module.model, [opening], tokens=length, temperature=0.8, top_p=0.9, stop=opening)
     folder.write_text("sample.txt", data.tokenizer.decode(list(written)) + "\n")
     summary = summarise(module, data, size, watchers, notices)
     folder.write_json("summary.json", summary)

@@ -10,11 +10,12 @@ normalised, and `decode(encode(text)) == text`. Entry 0 is the end marker `<|end
 made from text, even from a text that spells it out, so id 0 in a stream always is a document boundary.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from core.contracts.errors import UserError
 
@@ -71,6 +72,26 @@ class Tokenizer:
     def to_json(self) -> str:
         """The contents of a `tokenizer.json`, which Hugging Face's libraries read too."""
         return str(self._engine.to_str(pretty=True))
+
+    def marked_json(self) -> str:
+        """The same for other programs: by default a text begins with the end marker there, as it does in training.
+
+        `encode` adds no marker, whatever a file says.
+        """
+        engine = tokenizers.Tokenizer.from_str(self.to_json())
+        engine.post_processor = processors.TemplateProcessing(
+            single=f"{END_TEXT} $A", pair=f"{END_TEXT} $A {END_TEXT}:1 $B:1", special_tokens=[(END_TEXT, END)]
+        )
+        return str(engine.to_str(pretty=True))
+
+    def entries(self) -> tuple[dict[str, int], list[list[str]], dict[int, str]]:
+        """What decides which text each id stands for: the vocabulary, the merges, the added tokens.
+
+        Other programs save the same tokenizer with other settings around these.
+        """
+        told = json.loads(self.to_json())
+        model, added = told["model"], {token["id"]: token["content"] for token in told["added_tokens"]}
+        return self._engine.get_vocab(with_added_tokens=False), model.get("merges", []), added
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json`."""

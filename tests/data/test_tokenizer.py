@@ -1,8 +1,10 @@
 """The tokenizer: exact size, exact round trip, the same bytes every time."""
 
+import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer, train
@@ -67,6 +69,30 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert loaded.encode(text) == tokenizer.encode(text)
     assert loaded.decode(loaded.encode(text)) == text
     assert loaded.to_json() == tokenizer.to_json()
+
+
+def test_what_other_programs_are_given_begins_with_the_marker_there_and_not_here(tokenizer: Tokenizer) -> None:
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.marked_json())
+    text, other = "The Union's 1789", "It's"
+    ids, more = tokenizer.encode(text), tokenizer.encode(other)
+    assert theirs.encode(text).ids == [0, *ids]
+    assert theirs.encode(text, other).ids == [0, *ids, 0, *more]
+    assert theirs.encode(text, add_special_tokens=False).ids == ids
+    assert Tokenizer(theirs).encode(text) == ids
+    assert tokenizer.to_json() == train(PROSE, 280).to_json(), "what is saved here stays as it was"
+
+
+def test_entries_tell_vocabularies_apart_and_nothing_else(tokenizer: Tokenizer) -> None:
+    marked = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer.marked_json()))
+    assert marked.to_json() != tokenizer.to_json()
+    assert marked.entries() == tokenizer.entries()
+    assert train(PROSE, 279).entries() != tokenizer.entries()
+    more = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    more.add_special_tokens(["<|pad|>"])
+    assert Tokenizer(more).entries() != tokenizer.entries()
+    told = json.loads(tokenizer.to_json())
+    told["model"]["merges"].reverse()
+    assert Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(told))).entries() != tokenizer.entries()
 
 
 def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:

@@ -79,6 +79,25 @@ def test_settings_that_cannot_be_are_refused(lab: Lab, finished: Path, arguments
     assert sentence in said.sentence
 
 
+def test_a_short_table_of_positions_is_filled_and_not_passed(lab: Lab, tmp_path: Path) -> None:
+    """Its run is whole too, with a sample as long as the table."""
+    summary = lab.fit(tmp_path / "run", "model.rope.max_length=24", "budget.steps=1")
+    assert summary["steps"] == 1
+    assert (tmp_path / "run/summary.json").exists()
+    assert (tmp_path / "run/sample.txt").read_text().strip()
+    said = lab.door("generate", tmp_path / "run", "--prompt", "ab", "--json")
+    assert said.code == 0, said.err
+    prompt = len(Tokenizer.load(tmp_path / "run/tokenizer.json").encode("ab")) + 1
+    ends = greedy(tmp_path / "run", [0, *Tokenizer.load(tmp_path / "run/tokenizer.json").encode("ab")], 25 - prompt)
+    assert 0 not in ends, "the text ended by itself"
+    assert json.loads(said.out)["tokens"] == 25 - prompt
+    for arguments in (("ab", "--tokens", str(26 - prompt)), ("abc " * 40,)):
+        said = lab.door("generate", tmp_path / "run", "--prompt", *arguments)
+        assert said.code == 2
+        assert "together at most 25" in said.sentence
+        assert "model.rope.max_length = 24" in said.sentence
+
+
 @pytest.mark.parametrize("door", [("generate", "--prompt", "a"), ("evaluate",)])
 def test_a_folder_without_a_run_is_refused(lab: Lab, tmp_path: Path, door: tuple[str, ...]) -> None:
     said = lab.door(door[0], tmp_path, *door[1:])
