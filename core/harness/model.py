@@ -1,7 +1,7 @@
 """Our model as lm-evaluation-harness asks for one (`lm_eval.api.model`).
 
-Every text that is scored or continued begins with a marker, as every document did in training; the harness's own `hf`
-model does the same under `add_bos_token=True`. A marker that a text spells out is text.
+Every text that is scored or continued begins with a marker, as every document did in training, and as the exported
+tokenizer has it for the harness's own `hf` model. A marker that a text spells out is text.
 """
 
 from collections import defaultdict

@@ -15,7 +15,7 @@ import torch
 
 from core.contracts.checkpoint_format import CheckpointFormat, Piece
 from core.contracts.errors import UserError
-from core.data.tokenizer import END, END_TEXT
+from core.data.tokenizer import END, END_TEXT, Tokenizer
 from core.interop.accounting import check_ours, wanted
 from core.interop.blocks import INVERSE, grid_kind
 from core.interop.formats import config_for, format_named, read_json
@@ -239,7 +239,7 @@ def _write_companions(place: RunFolder, run: RunFolder, config: Mapping[str, Any
         ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
         place.write_json("generation_config.json", {"_from_model_config": True, **ids})
         if run.tokenizer.exists():
-            (place.path / "tokenizer.json").write_bytes(run.tokenizer.read_bytes())
+            place.write_text("tokenizer.json", Tokenizer.load(run.tokenizer).marked_json())
             place.write_json("tokenizer_config.json", tokenizer_config(config["max_position_embeddings"]))
     place.write_text("config.json", json.dumps(config, indent=2) + "\n")
 

@@ -84,14 +84,7 @@ def test_real_questions_get_the_same_answers_through_transformers(
     said: list[str] = []
     tokenizer, markers = Tokenizer.load(run / "tokenizer.json"), markers_of(RunFolder(run))
     ours = HarnessModel(core.load(run), tokenizer, markers, batch_size=16, say=said.append)
-    theirs = HFLM(
-        pretrained=str(folder),
-        device="cpu",
-        dtype="float32",
-        softmax_dtype="float64",
-        batch_size=16,
-        add_bos_token=True,
-    )
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", softmax_dtype="float64", batch_size=16)
     assert (ours.prefix_token_id, ours.max_length) == (theirs.prefix_token_id, theirs.max_length)
     by_us, by_them = answers(ours, questions), answers(theirs, questions)
     differences, ties = [], []

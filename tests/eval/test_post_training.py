@@ -11,6 +11,8 @@ from torch import Tensor
 
 import core
 from core.data.tokenizer import Tokenizer
+from core.run import fit
+from core.training.folder import RunFolder
 
 from .conftest import GROUPS
 from .questions import MULTIPLE_CHOICE, write_task
@@ -94,11 +96,11 @@ def test_every_weight_moves_by_adams_first_step_at_most_and_the_router_bias_not_
     assert biases & set(parameters) == set()
 
 
-def test_with_add_bos_token_every_prompt_begins_with_the_marker(exported: tuple[Path, Path]) -> None:
+def test_every_prompt_begins_with_the_marker(exported: tuple[Path, Path]) -> None:
     """As in training; TRL encodes prompts with the tokenizer's own settings."""
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(exported[1], add_bos_token=True)
+    theirs = AutoTokenizer.from_pretrained(exported[1])
     ours = Tokenizer.load(exported[0] / "tokenizer.json")
     for prompt in PROMPTS:
         assert theirs(prompt)["input_ids"] == [0, *ours.encode(prompt)]
@@ -143,6 +145,10 @@ def test_what_came_back_is_a_run_like_any_other(lab: Lab, stepped: dict[str, Any
         assert said.code == 0, said.err
     no_mtp = "model.heads.mtp=null"
     weights = f"initial_weights={stepped['run']}"
-    summary = lab.fit(tmp_path / "next", no_mtp, GROUPS, weights, "budget.steps=1", "optimizer.lr=1e-9")
+    said_by_fit: list[str] = []
+    recipe = lab.recipe(no_mtp, GROUPS, weights, "budget.steps=1", "optimizer.lr=1e-9")
+    summary = fit(recipe, RunFolder(tmp_path / "next"), say=said_by_fit.append)
+    assert not any("another tokenizer" in line for line in said_by_fit), "TRL saved the same entries"
+    assert (stepped["run"] / "tokenizer.json").read_text() != (tmp_path / "next/tokenizer.json").read_text()
     fresh = lab.fit(tmp_path / "fresh", no_mtp, GROUPS, "budget.steps=1", "optimizer.lr=1e-9")
     assert summary["val_loss"] < fresh["val_loss"] - 0.1, "the new run began with other weights"
