@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,8 +77,11 @@ class Conversion:
                 except (KeyboardInterrupt, SystemExit):
                     self._say(f"what is done is kept in {self.folder}; the same command goes on from there")
                     raise
-                (self.folder / JOURNAL).unlink()
+                _flush_tree(self.folder)
                 os.replace(self.folder, self.target)
+                (self.target / JOURNAL).unlink()
+                _flush_folder(self.target)
+                _flush_folder(self.target.parent)
         except OSError as cause:
             if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise UserError(f"{self.target}: cannot be written: {cause.strerror}") from cause
@@ -159,6 +162,23 @@ class Conversion:
 def _flushed(stream: IO[str]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
+
+
+def _flush_tree(top: Path) -> None:
+    """Everything in a folder on the disk: after a power cut, a folder that was renamed must not name empty files."""
+    for folder, _, files in os.walk(top):
+        for name in files:
+            with open(os.path.join(folder, name), "rb") as stream:
+                os.fsync(stream.fileno())
+        _flush_folder(folder)
+
+
+def _flush_folder(folder: str | Path) -> None:
+    """A folder's names on the disk; a file system that syncs no folders keeps its own order."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
 
 
 @contextmanager

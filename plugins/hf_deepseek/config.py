@@ -8,6 +8,9 @@ from core.contracts.errors import Wrong
 LATENT_EPS = 1e-6
 """Epsilon of the two latent norms: transformers and the released code take it whatever `rms_norm_eps` is."""
 
+SMALLEST_VOCABULARY = 257
+"""A recipe's: 256 bytes and a marker."""
+
 COMMON = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,

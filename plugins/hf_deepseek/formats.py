@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from core.contracts.checkpoint_format import CheckpointFormat, Piece, Translation
 from core.contracts.errors import Wrong
 from plugins.hf_deepseek import yarn
-from plugins.hf_deepseek.config import FP8, LATENT_EPS, Given
+from plugins.hf_deepseek.config import FP8, LATENT_EPS, SMALLEST_VOCABULARY, Given
 from plugins.hf_deepseek.layout import Layout, layout_of
 from plugins.hf_deepseek.names import pieces
 
@@ -72,7 +72,7 @@ class _DeepSeek(CheckpointFormat):
             "heads": heads,
         }
         data = {
-            "tokenizer": {"vocab": given.count("vocab_size")},
+            "tokenizer": {"vocab": given.count("vocab_size", SMALLEST_VOCABULARY)},
             "sequence_length": min(rope["max_length"], 4096),
         }
         recipe = {

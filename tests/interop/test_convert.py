@@ -205,6 +205,15 @@ def test_fp8_blocks_are_read_kept_and_left(lab: Lab, tmp_path: Path, interleaved
     assert torch.equal(model.state_dict()["blocks.1.ffn.routed.gate_up.weight"][3], torch.cat([gate, up]))
 
 
+def test_fp8_blocks_beside_fp32_are_computed_and_written_in_fp32(lab: Lab, tmp_path: Path) -> None:
+    config = {**WIDE, "quantization_config": FP8}
+    theirs = in_blocks(tensors_of(config))
+    convert(lab, "from-hf", write(tmp_path / "source", config, theirs), tmp_path / "run")
+    assert core.compose(tmp_path / "run/recipe.yaml").precision.name == "fp32"
+    convert(lab, "to-hf", tmp_path / "run", tmp_path / "plain")
+    same_bits(read(tmp_path / "plain"), out_of_blocks(theirs, torch.float32))
+
+
 def test_fp8_blocks_are_made_on_request(lab: Lab, tmp_path: Path) -> None:
     """The codes and scales of a loop over blocks; routers, norms, embeddings and projections between modules stay."""
     config = {**WIDE, "num_nextn_predict_layers": 1}

@@ -211,6 +211,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"n_group": 4}, "n_group"),
     ("deepseek_v3", {"topk_group": 3}, "topk_group"),
     ("deepseek_v3", {"hidden_size": "24"}, "hidden_size"),
+    ("deepseek_v3", {"vocab_size": 256}, "vocab_size"),
     ("deepseek_v3", {"routed_scaling_factor": None}, "routed_scaling_factor"),
     ("deepseek_v3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
     ("deepseek_v3", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters"),
@@ -284,5 +285,5 @@ def test_a_run_without_a_selection_bias_is_written_with_zeros() -> None:
 
 
 def test_what_cannot_be_built_is_told_of_the_configuration() -> None:
-    with pytest.raises(UserError, match=r"gives no model that can be built here: .*vocab = 100"):
-        recipe_of({**V3, "vocab_size": 100})
+    with pytest.raises(UserError, match=r"gives no model that can be built here: .*rope_dim = 7"):
+        recipe_of({**V3, "qk_rope_head_dim": 7})

@@ -12,6 +12,7 @@ from lab import Lab, Said, fill, forked, small_disk, through
 from torch import Tensor
 
 from core.interop import transfer
+from core.interop.from_hf import from_hf
 from core.interop.shards import Shards
 
 from .checkpoints import V3, read, same_bits, tensors_of, write
@@ -106,6 +107,34 @@ def test_what_was_not_yet_in_the_journal_is_done_again(lab: Lab, source: Path, t
     again, said = reads_of("from-hf", source, tmp_path / "out")
     assert (again, said.code) == (total, 0)
     same_bits(read(tmp_path / "out/weights"), read(tmp_path / "whole/weights"))
+
+
+def test_all_is_on_the_disk_before_the_folder_has_its_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and folder is synced before the rename, and the folder that names the target after it."""
+    synced: set[int] = set()
+    before: list[set[int]] = []
+    sync, rename = os.fsync, os.replace
+
+    def noted(descriptor: int) -> None:
+        sync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def renamed(here: Path, there: Path) -> None:
+        rename(here, there)
+        if Path(there) == tmp_path / "out":
+            before.append(set(synced))
+            synced.clear()
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", renamed)
+    from_hf(source, tmp_path / "out", say=lambda _: None)
+    whole = {path.stat().st_ino for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]}
+    assert len(whole) > 6
+    assert len(before) == 1
+    assert whole <= before[0]
+    assert tmp_path.stat().st_ino in synced
 
 
 @pytest.mark.parametrize("what", ["the source", "the wish"])
