@@ -1,6 +1,7 @@
 """The same runs on a Ray cluster. Its nodes must see the sweep's folder under the same path and have moeloom."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ from typing import Any
 from core.contracts.errors import UserError
 from core.study.folder import Job
 from core.study.runner import GRACE, start, threads_begun_with
+
+POLL = 0.2
+"""Seconds between two looks at whether a run has ended."""
 
 
 class RayPool:
@@ -32,11 +36,14 @@ class RayPool:
         self.ray: Any = ray
         own = {"include_dashboard": False} if address == "local" else {}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told unless the user says so
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True, **own)
         except Exception as cause:
             why = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise UserError(f"--ray {address}: no cluster answers: {why}") from cause
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # Ray's own ends this process at once, and no run is told
         self.slots = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._tasks: list[Any] = []
 
@@ -83,7 +90,8 @@ def _on_a_node(command: list[str], log: str, threads: int) -> tuple[int, float]:
     with open(log, "ab") as file:
         process = start([sys.executable, *command[1:]], file, threads)
         try:
-            code = process.wait()
+            while (code := process.poll()) is None:
+                time.sleep(POLL)  # Ray cancels between two steps of Python, and never inside a wait for a process
         except BaseException:  # cancelled: it saves itself
             process.terminate()
             try:

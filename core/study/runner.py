@@ -5,6 +5,7 @@ checkpoints stay, and the next runner goes on from them.
 """
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Protocol
 
-from core.study.child import ORPHANED
+from core.study.child import NO_SPACE, ORPHANED
 from core.study.folder import Job, Status, SweepFolder
 from core.study.results import value_of
 
@@ -159,6 +160,9 @@ def run_jobs(
         metric: that a finished run must have.
         began: told before each run.
         ended: told after each run, with how it ended.
+
+    Raises:
+        OSError: no space is left on the disk, for the runner or for a run; that run waits.
     """
     waiting = iter(jobs)
     under_way: dict[Future[tuple[int, float]], Job] = {}
@@ -178,6 +182,9 @@ def run_jobs(
                 job = under_way.pop(future)
                 code, seconds = future.result()
                 before = folder.status(job)
+                if code == NO_SPACE:  # every other run would meet it too
+                    folder.tell(job, replace(before, state="waiting", seconds=before.seconds + seconds, process=None))
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 status = _ended(job, code, before.seconds + seconds, metric, logged[job.path])
                 folder.tell(job, status)
                 ended(job, status)

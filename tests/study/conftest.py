@@ -8,6 +8,7 @@ import pytest
 from lab import Lab, forked, through
 
 import core.study.sweep
+from core.study.child import full_disk_told
 from core.study.folder import Job
 
 Write = Callable[[str], Path]
@@ -35,7 +36,7 @@ class ForkPool:
     def submit(self, job: Job, command: list[str]) -> "Future[tuple[int, float]]":
         """Run it here and now."""
         self.commands.append(command)
-        said = forked(lambda: through("fit", *command[3:]))
+        said = forked(lambda: _fit(command[3:]))
         with job.log.open("a", encoding="utf-8") as log:
             log.write(said.out + said.err)
         future: Future[tuple[int, float]] = Future()
@@ -44,6 +45,12 @@ class ForkPool:
 
     def stop(self) -> None:
         """Nothing is under way."""
+
+
+def _fit(arguments: list[str]) -> None:
+    """As `core.study.child` does."""
+    with full_disk_told():
+        through("fit", *arguments)
 
 
 @pytest.fixture

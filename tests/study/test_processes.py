@@ -15,6 +15,7 @@ import pytest
 from lab import ROOT, Lab, rows
 
 from core.contracts.errors import UserError
+from core.study.child import NO_SPACE
 from core.study.folder import Job, Status, SweepFolder
 from core.study.runner import LocalPool, command_of, run_jobs
 from core.study.sweep import run_sweep
@@ -182,6 +183,22 @@ def test_a_run_whose_runner_dies_is_told_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "core.study.child", "recipe"]
     done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout.splitlines() == ["told", "__main__ recipe"]
+
+
+@pytest.mark.parametrize(("number", "code"), [("ENOSPC", "NO_SPACE"), ("EDQUOT", "NO_SPACE"), ("EACCES", "2")])
+def test_a_run_that_finds_no_space_has_an_exit_code_of_its_own(tmp_path: Path, number: str, code: str) -> None:
+    """As the door leaves: SystemExit(2) while the sentence's own cause is an OSError."""
+    program = (
+        "import errno\nfrom core.study.child import NO_SPACE, full_disk_told\n"
+        "from core.contracts.errors import UserError\nfrom core.door import leave\n"
+        "with full_disk_told():\n    try:\n        try:\n"
+        f"            raise OSError(errno.{number}, 'no')\n"
+        "        except OSError as cause:\n            raise UserError('it says so') from cause\n"
+        "    except UserError as error:\n        leave(2, str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == "moeloom: it says so\n"
+    assert done.returncode == (NO_SPACE if code == "NO_SPACE" else int(code))
 
 
 class Once(ForkPool):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from core.study.ray_pool import resources
 from core.study.sweep_file import Variant
 
 from .conftest import TWO, Write
-from .test_processes import processes_of, until
+from .test_processes import LONG, Runner, processes_of, until
 from .test_runner import read, states
 
 
@@ -67,3 +68,27 @@ def test_a_sweep_through_a_real_local_ray(write: Write, tmp_path: Path, short: P
     assert read(out / "runs/none/seed-3/status.json")["reason"].startswith("exit code 1: ")
     assert read(out / "runs/bias/seed-3/summary.json")["threads"] == 1
     until(lambda: not processes_of(short) and not processes_of(out), 20)
+
+
+@pytest.mark.parametrize(
+    ("signum", "left"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_an_interrupt_saves_what_the_cluster_works_on(
+    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short: Path, signum: int, left: int
+) -> None:
+    """Ctrl-C goes to the runner's whole process group, SIGTERM to the runner; Ray must not answer for either."""
+    pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
+    text = LONG.replace("every_steps: 20", "every_steps: 1000").replace("steps: 60", "steps: 2000")
+    file, out = write(text), tmp_path / "out"
+    monkeypatch.setenv("RAY_TMPDIR", str(short))
+    runner = Runner(file, out, "--ray", "local")
+    until(lambda: runner.step("bias/seed-3") > 3, 150)
+    (os.killpg if signum == signal.SIGINT else os.kill)(runner.process.pid, signum)
+    code, _, err = runner.end()
+    assert code == left, err
+    assert "Traceback" not in err
+    assert set(states(out).values()) == {"waiting"}
+    run = out / "runs/bias/seed-3"
+    until(lambda: not processes_of(short) and not processes_of(out), 20)
+    assert list((run / "checkpoints").glob("*.ckpt")), "nothing was saved"
+    assert "stopped by SIGTERM after step" in (run / "log.txt").read_text(encoding="utf-8")

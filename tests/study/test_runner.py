@@ -268,6 +268,36 @@ def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_was_done(
         assert {path: value for path, value in kept(out).items() if "seed-3" in path.parts} == before
 
 
+@pytest.mark.parametrize("what", ["summary.json", "step-00000005.ckpt"])
+def test_a_run_that_finds_no_space_ends_the_sweep_and_is_not_failed(
+    lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    """The runner's small files still fit: no later run is begun to fail in turn, and the run itself goes on later."""
+
+    class FullPool(ForkPool):
+        def submit(self, job: Job, command: list[str]) -> Any:
+            with monkeypatch.context() as patch:
+                if not self.commands:
+                    patch.setattr(os, "replace", full)
+                return super().submit(job, command)
+
+    def full(source: Path, target: Path, replace: Any = os.replace) -> None:
+        if Path(target).name == what:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    file, out = write(TWO.replace("[3, 4]", "[3]").replace("steps: 2", "steps: 6")), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(core.study.sweep, "_pool", lambda *_: FullPool())
+        said = forked(lambda: through("sweep", file, "--out", out))
+    assert (said.code, said.sentence) == (2, f"{out}: no space is left on the disk; make room and go on with --resume")
+    assert states(out) == {"bias/seed-3": "waiting"}
+    with monkeypatch.context() as patch:
+        patch.setattr(core.study.sweep, "_pool", lambda *_: ForkPool())
+        again = forked(lambda: through("sweep", file, "--out", out, "--resume", "--json"))
+    assert [row["n"] for row in json.loads(again.out)["rows"]] == [1, 1]
+
+
 def test_a_metric_that_a_variant_cannot_have_is_refused(write: Write, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metric = 'mtp_acceptance': none cannot have it without a multi-token head$"):
         run_sweep(read_sweep(write(WITHOUT_HEAD)), tmp_path / "out")
