@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from core.analysis.report import experts as packing
-from core.analysis.report.curves import POINTS, curve
+from core.analysis.report.curves import POINTS, SMOOTH, curve, paired
 from core.analysis.report.folder import Run, read
-from core.analysis.report.style import broken, styles
+from core.analysis.report.style import DASHES, broken, styles
 
 from .synthetic import Made, write_sweep
 
@@ -42,6 +42,32 @@ def test_a_band_is_mean_lowest_and_highest_over_seeds() -> None:
     found = curve([run_of([1.0, 4.0]), run_of([2.0, 5.0], 1), run_of([6.0, 6.0], 2)], "y", axis="tokens", end=2)
     assert found is not None
     assert (found.mean, found.low, found.high, found.seeds) == ([3, 5], [1, 4], [6, 6], [3, 3])
+
+
+def test_a_paired_difference_is_of_equal_parts_seed_by_seed() -> None:
+    """What the batches of a seed hold cancels; parts are means of 5 of 200 steps."""
+    draws = np.random.default_rng(0)
+    batches, trend = draws.normal(0, 1, (3, 200)), np.linspace(0, -0.4, 200)
+    pairs = [
+        (run_of(list(batches[seed] + trend + 0.01 * seed), seed), run_of(list(batches[seed]), seed))
+        for seed in range(3)
+    ]
+    found = paired(pairs, "y", axis="tokens", end=200)
+    assert found is not None
+    parts = (np.arange(1, 201) / 200 * SMOOTH).clip(max=SMOOTH - 1).astype(int)
+    slow = [trend[parts == part].mean() for part in range(SMOOTH)]
+    assert (len(found.x), found.x[-1], set(found.seeds)) == (SMOOTH, 200, {3})
+    for values, above in ((found.low, 0.0), (found.mean, 0.01), (found.high, 0.02)):
+        assert values == pytest.approx(np.add(slow, above), abs=1e-5)
+
+
+def test_a_pair_is_held_together_only_where_both_have_values() -> None:
+    longer, shorter = run_of([1.0] * 200), run_of([0.25] * 100)
+    found = paired([(longer, shorter)], "y", axis="tokens", end=200)
+    assert found is not None
+    assert (set(found.mean), found.x[-1]) == ({0.75}, 100)
+    assert paired([(longer, run_of([float("nan")] * 9))], "y", axis="tokens", end=200) is None
+    assert paired([], "y", axis="tokens", end=200) is None
 
 
 def test_values_that_are_no_numbers_are_left_out() -> None:
@@ -102,7 +128,23 @@ def test_loads_without_room_leave_out_later_seeds_first(tmp_path: Path, monkeypa
 def test_no_two_of_many_variants_look_alike() -> None:
     looks = styles([f"v{i}" for i in range(63)], "v5")
     assert len(set(looks.values())) == 63
-    assert looks["v5"].colour == "#000000"
+    assert [name for name, look in looks.items() if look.colour == "#000000"] == ["v5"]
+
+
+def lightness(colour: str) -> float:
+    """CIE L* of an sRGB colour, 0 to 100."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
+
+
+def test_two_of_one_dash_differ_in_lightness_too() -> None:
+    """On grey paper the dash is nearly all that is left of a line; two rounds of dashes are told apart by how dark."""
+    looks = list(styles([f"v{i}" for i in range(2 * len(DASHES) + 1)], "v0").values())
+    pairs = [(a, b) for i, a in enumerate(looks) for b in looks[i + 1 :] if a.dash == b.dash]
+    assert [(a.colour, b.colour) for a, b in pairs if abs(lightness(a.colour) - lightness(b.colour)) < 20] == []
+    assert [look.colour for look in looks if lightness(look.colour) > 65] == []  # white paper swallows what is lighter
 
 
 def test_a_long_name_is_broken_and_loses_nothing() -> None:

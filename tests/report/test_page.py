@@ -142,6 +142,31 @@ def test_plotly_knows_every_key_of_every_figure(name: str, request: pytest.Fixtu
         go.Figure(data=figure.traces, layout=figure.layout)  # raises where a key or a value is none of plotly's
 
 
+def test_the_paired_loss_has_a_panel_for_each_variant_around_zero(large: Path, under_way: Path) -> None:
+    study = read(large)
+    figures = {figure.key: figure for figure in figures_of(study, "bits")}
+    figure = figures["paired"]
+    assert figure.title == "Training loss minus that of deepseek_v3"
+    assert [note["text"] for note in figure.layout["annotations"]] == [f"<b>{n}</b>" for n in study.variants[1:]]
+    assert figure.panels == 5
+    lines = {t["name"]: t for t in figure.traces if t["line"]["width"] > 1}
+    assert [lines[name].get("xaxis") for name in study.variants[1:]] == [None, "x2", "x3", "x4", "x5"]
+    assert lines["switch"]["y"][-1] == pytest.approx(0.1, abs=0.02)  # made so: 4.3 and 4.2
+    low, high = figure.layout["yaxis"]["range"]
+    assert low < 0 < high
+    assert len(figure.traces) == 10  # a band and a line for each
+    assert not any("fill" in trace for trace in figures["loss"].traces)  # bands only there
+    thin = {figure.key: figure for figure in figures_of(read(under_way), "bits")}["paired"]
+    assert "single seeds of which a run has not finished, or failed" in thin.note
+
+
+def test_runs_of_unequal_length_are_told_beside_their_difference(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(60), "b": Made(40)}, [0, 1])
+    figure = {figure.key: figure for figure in figures_of(read(tmp_path / "s"), "bits")}["paired"]
+    assert "The runs are of unequal length" in figure.note
+    assert max(x for trace in figure.traces for x in trace["x"]) <= 40 * 2048
+
+
 def test_a_figure_without_data_says_why(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", {"dense": Made(20, uneven=None, depths=0)}, [0])
     text = words(page(tmp_path / "s"))

@@ -7,6 +7,8 @@ from core.analysis.report.folder import Run
 
 POINTS = 400
 """The most points of one curve."""
+SMOOTH = 40
+"""The most points of a curve of differences, which are small beside what one step's loss varies by."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,44 @@ def curve(runs: list[Run], column: str, *, axis: str, end: float) -> Curve | Non
     if not pieces:
         return None
     rows = pd.concat(pieces)
-    if rows["x"].nunique() > POINTS and end > 0:
-        rows["part"] = (rows["x"] / end * POINTS).clip(upper=POINTS - 1).astype(int)
-    else:
-        rows["part"] = rows["x"]
-    of_runs = rows.groupby(["part", "run"]).agg(x=("x", "max"), y=("y", "mean"), rows=("y", "size")).reset_index()
+    many = rows["x"].nunique() > POINTS and end > 0
+    return _gathered(_averaged(rows, _part(rows, end, POINTS) if many else rows["x"]))
+
+
+def paired(pairs: list[tuple[Run, Run]], column: str, *, axis: str, end: float) -> Curve | None:
+    """How far a column of each run lies above that of its partner; None where no two have values in one part.
+
+    The axis is always cut, into `SMOOTH` parts: what a batch happens to hold goes through both runs of a pair alike, and
+    what is left of it is averaged out.
+
+    Args:
+        pairs: a run and the baseline's of the same seed.
+    """
+    import pandas as pd  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    both = [(n, pair) for n, pair in enumerate(pairs) if all(run.has(column) for run in pair)]
+    if not both or end <= 0:
+        return None
+    sides = [pd.concat([_column(pair[side], column, axis, n) for n, pair in both]) for side in (0, 1)]
+    mine, theirs = (_averaged(rows, _part(rows, end, SMOOTH)) for rows in sides)
+    rows = mine.merge(theirs, on=["part", "run"], suffixes=("", "_theirs"))
+    differences = rows.assign(x=rows[["x", "x_theirs"]].min(axis=1), y=rows["y"] - rows["y_theirs"])
+    return _gathered(differences) if len(rows) else None
+
+
+def _part(rows: Any, end: float, count: int) -> Any:
+    """Which of so many equal parts of the axis a row lies in."""
+    return (rows["x"] / end * count).clip(upper=count - 1).astype(int)
+
+
+def _averaged(rows: Any, part: Any) -> Any:
+    """Each run's mean in each part."""
+    by_run = rows.assign(part=part).groupby(["part", "run"])
+    return by_run.agg(x=("x", "max"), y=("y", "mean"), rows=("y", "size")).reset_index()
+
+
+def _gathered(of_runs: Any) -> Curve:
+    """Mean, lowest and highest of the runs in each part."""
     points = of_runs.groupby("part").agg(
         x=("x", "max"), mean=("y", "mean"), low=("y", "min"), high=("y", "max"), seeds=("y", "size")
     )

@@ -19,7 +19,9 @@ class Figure:
         title: its heading.
         note: how to read it.
         traces, layout: plotly's; what `layout` leaves open is the page's.
-        height: of the plotting area, in pixels.
+        height: of the plotting area, in pixels; of one panel where there are several.
+        panels: how many plots share the axes, side by side as far as the page is wide; the traces of the second name
+            `x2` and `y2`, and so on.
         missing: why there is nothing to draw.
     """
 
@@ -29,6 +31,7 @@ class Figure:
     traces: list[Trace] = field(default_factory=list)
     layout: dict[str, Any] = field(default_factory=dict)
     height: int = 330
+    panels: int = 1
     missing: str | None = None
 
     def document(self) -> dict[str, Any]:

@@ -10,6 +10,11 @@ from core.analysis.report.folder import Run, Study
 from core.analysis.report.points import at_the_end, validated_once
 from core.analysis.report.style import DASHES, Style, brief, plain, styles
 
+MARKS, ALL_MARKED = 10, 40
+"""About how many points of a line are marked, each line's at others; and up to how many all of them are."""
+STEEP = 0.1
+"""Of training: how much of it is left above the frame where the rest would be flattened."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -22,6 +27,67 @@ class Line:
     group: str
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A line with its curves.
+
+    Args:
+        whole: of the finished runs together.
+        parts: of each run that has not finished, or failed.
+    """
+
+    line: Line
+    whole: Curve | None
+    parts: list[tuple[Run, Curve]]
+
+    @property
+    def curves(self) -> list[Curve]:
+        """All that there are."""
+        return [*([self.whole] if self.whole else []), *(part for _, part in self.parts)]
+
+    @property
+    def last(self) -> float:
+        """Where it ends."""
+        return self.whole.mean[-1] if self.whole else max(part.mean[-1] for _, part in self.parts)
+
+    def traces(self, rank: int, *, band: bool = True) -> list[Trace]:
+        """A band, a line and thin lines, which the legend takes for one."""
+        name, look = self.line.name, self.line.style
+        common = {"type": "scatter", "legendgroup": name, "legendrank": 1000 + rank, "name": brief(name)}
+        common |= {"mode": "lines+markers"}
+        few = max(len(found.x) for found in self.curves) <= ALL_MARKED
+        mark = {"symbol": look.marker, "color": look.colour, "maxdisplayed": 0 if few else MARKS}
+        pen = {"color": look.colour, "dash": look.dash}
+        traces: list[Trace] = []
+        if self.whole:
+            seeds = max(self.whole.seeds)
+            if seeds > 1 and band:
+                traces.append(common | _band(self.whole, look))
+            text = plain(name) + (f"<br>mean of {seeds} seeds" if seeds > 1 else "")
+            thick = {"line": pen | {"width": 2.2}, "marker": mark | {"size": 8}}
+            traces.append(common | _path(self.whole) | thick | _hover(text))
+        for index, (run, part) in enumerate(self.parts):
+            thin = {"line": pen | {"width": 1}, "marker": mark | {"size": 5}}
+            text = f"{plain(name)}<br>seed {run.seed}, {plain(run.state)}"
+            first = self.whole is None and index == 0
+            traces.append(common | _path(part) | thin | _hover(text) | {"showlegend": first})
+        return traces
+
+
+def _path(curve: Curve) -> Trace:
+    return {"x": curve.x, "y": curve.mean}
+
+
+def _band(curve: Curve, look: Style) -> Trace:
+    around = {"x": curve.x + curve.x[::-1], "y": curve.high + curve.low[::-1], "mode": "lines", "line": {"width": 0}}
+    return around | {"fill": "toself", "fillcolor": look.faint(0.12), "hoverinfo": "skip", "showlegend": False}
+
+
+def _hover(text: str) -> Trace:
+    """What a pointer is told; the text stands in `meta`, where nothing in it is taken for a placeholder."""
+    return {"meta": text, "hovertemplate": "%{meta}<br>%{x:,.4~g}: %{y:.5~g}<extra></extra>"}
+
+
 class OverTraining:
     """Draws columns of `metrics.csv` over training.
 
@@ -29,9 +95,9 @@ class OverTraining:
     fewer and fewer seeds would bend where one ends.
     """
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, axis: str | None = None) -> None:
         self.study = study
-        self.axis = axis_of(study.runs)
+        self.axis = axis or axis_of(study.runs)
         self.end = reach(study.runs, self.axis)
         self.styles = styles(study.variants, (study.sweep or {}).get("baseline"))
 
@@ -41,30 +107,36 @@ class OverTraining:
             Line(name + suffix, self.study.of(name), column, self.styles[name], name) for name in self.study.variants
         ]
 
+    def losses(self) -> list[Line]:
+        """A single run's training losses, a line for each."""
+        columns = self.columns(["loss/next_token", "loss/mtp/"])
+        looks = styles(columns, "loss/next_token")
+        return [Line(c.removeprefix("loss/"), self.study.runs, c, looks[c], c) for c in columns]
+
     def columns(self, prefixes: Iterable[str]) -> list[str]:
         """The columns that some run has values in and whose name begins so, sorted."""
         named = {c for run in self.study.runs if run.metrics is not None for c in run.metrics}
         starts = tuple(prefixes)
         return sorted(c for c in named if c.startswith(starts) and any(run.has(c) for run in self.study.runs))
 
-    def figure(self, blank: Figure, lines: list[Line], *, y: str, markers: bool = False) -> Figure:
+    def figure(self, blank: Figure, lines: list[Line], *, y: str, bands: bool = True) -> Figure:
         """Fill a figure; `missing` says why it would be empty, and is dropped where it is not."""
-        drawn = [(line, *self._curves(line)) for line in lines]
-        drawn = sorted((d for d in drawn if d[1] or d[2]), key=lambda d: -_last(d[1], d[2]))
+        found = [Drawn(line, *self._curves(line)) for line in lines]
+        drawn = sorted((d for d in found if d.whole or d.parts), key=lambda d: -d.last)
         if not drawn:
             return blank
         blank.missing = None
-        for rank, (line, whole, parts) in enumerate(drawn):
-            blank.traces += _traces(line, whole, parts, rank, markers=markers)
+        for rank, one in enumerate(drawn):
+            blank.traces += one.traces(rank, band=bands)
         axis = {"title": {"text": self.x_title}, "range": [0, 1.01 * self.end]}
         blank.layout = {"xaxis": axis, "yaxis": {"title": {"text": y}}} | blank.layout
-        blank.note = " ".join(filter(None, [blank.note, *self._reading(drawn)]))
+        blank.note = " ".join(filter(None, [blank.note, *_reading(drawn, bands=bands)]))
         return blank
 
     @property
     def x_title(self) -> str:
         """What the figures run over."""
-        return "training tokens" if self.axis == "tokens" else "steps"
+        return {"tokens": "training tokens", "step": "steps"}.get(self.axis, self.axis)
 
     def _curves(self, line: Line) -> tuple[Curve | None, list[tuple[Run, Curve]]]:
         done = [run for run in line.runs if run.state == "done" or self.study.sweep is None]
@@ -73,79 +145,44 @@ class OverTraining:
         parts = [(run, curve([run], line.column, axis=self.axis, end=self.end)) for run in rest]
         return whole, [(run, part) for run, part in parts if part is not None]
 
-    def _reading(self, drawn: list[tuple[Line, Curve | None, list[tuple[Run, Curve]]]]) -> Iterable[str]:
-        curves = [c for _, whole, parts in drawn for c in (whole, *(part for _, part in parts)) if c]
-        every = max(c.every for c in curves)
-        if every > 1:
-            yield f"Each point is the mean of up to {every} steps."
-        if any(max(c.seeds) > 1 for c in curves):
-            yield "Lines are means over the seeds, bands reach from the lowest seed to the highest."
-        if any(parts for _, _, parts in drawn):
-            yield "Thin lines are single runs that have not finished, or failed."
-        if len(drawn) > 1:
-            yield "The legend is in the order in which the lines end."
 
-
-def _last(whole: Curve | None, parts: list[tuple[Run, Curve]]) -> float:
-    return whole.mean[-1] if whole else max(part.mean[-1] for _, part in parts)
-
-
-def _traces(
-    line: Line, whole: Curve | None, parts: list[tuple[Run, Curve]], rank: int, *, markers: bool
-) -> list[Trace]:
-    common = {"type": "scatter", "legendgroup": line.name, "legendrank": 1000 + rank, "name": brief(line.name)}
-    mode = "lines+markers" if markers else "lines"
-    shape = {"symbol": line.style.marker, "size": 7, "color": line.style.colour}
-    traces: list[Trace] = []
-    if whole and max(whole.seeds) > 1:
-        around = {"x": whole.x + whole.x[::-1], "y": whole.high + whole.low[::-1]}
-        look = {"fill": "toself", "fillcolor": line.style.faint(0.12), "line": {"width": 0}, "mode": "lines"}
-        traces.append({**common, **around, **look, "hoverinfo": "skip", "showlegend": False})
-    if whole:
-        pen = {"color": line.style.colour, "dash": line.style.dash, "width": 2.2}
-        over = f"<br>mean of {max(whole.seeds)} seeds" if max(whole.seeds) > 1 else ""
-        text = f"{plain(line.name)}{over}"
-        traces.append(
-            {**common, "x": whole.x, "y": whole.mean, "mode": mode, "line": pen, "marker": shape, **_hover(text)}
-        )
-    for index, (run, part) in enumerate(parts):
-        pen = {"color": line.style.colour, "dash": line.style.dash, "width": 1}
-        text = f"{plain(line.name)}<br>seed {run.seed}, {plain(run.state)}"
-        first = whole is None and index == 0
-        thin = {"x": part.x, "y": part.mean, "mode": mode, "line": pen, "marker": {**shape, "size": 5}}
-        traces.append({**common, **thin, **_hover(text), "showlegend": first})
-    return traces
-
-
-def _hover(text: str) -> Trace:
-    """What a pointer is told; the text stands in `meta`, where nothing in it is taken for a placeholder."""
-    return {"meta": text, "hovertemplate": "%{meta}<br>%{x:,.4~g}: %{y:.5~g}<extra></extra>"}
+def _reading(drawn: list[Drawn], *, bands: bool) -> Iterable[str]:
+    curves = [found for one in drawn for found in one.curves]
+    every = max(c.every for c in curves)
+    if every > 1:
+        yield f"Each point is the mean of up to {every} steps."
+    if any(max(c.seeds) > 1 for c in curves):
+        reach_to = ", bands reach from the lowest seed to the highest" if bands else ""
+        yield f"Lines are means over the seeds{reach_to}."
+    if any(one.parts for one in drawn):
+        yield "Thin lines are single runs that have not finished, or failed."
+    if len(drawn) > 1:
+        yield "The legend is in the order in which the lines end."
 
 
 def training_loss(over: OverTraining) -> Figure:
-    """The loss that was trained on; for one run with the depths beside it."""
+    """The loss that was trained on; for one run with the depths beside it.
+
+    Several variants have no bands here: what a batch happens to hold is wider than what sets them apart, and
+    `against_baseline` shows that.
+    """
     figure = Figure("loss", "Training loss", missing="No run has logged a training loss yet.")
     lines = over.lines("loss/next_token")
     if over.study.sweep is None:
-        columns = over.columns(["loss/next_token", "loss/mtp/"])
-        looks = styles(columns, "loss/next_token")
-        lines = [Line(c.removeprefix("loss/"), over.study.runs, c, looks[c], c) for c in columns]
-    figure = over.figure(figure, lines, y="nats per token")
-    limits = _without_start(figure, over.end)
-    if limits:
-        figure.layout["yaxis"] |= {"range": limits, "autorange": False}
-        figure.note += " The first 4% lie above the frame: double-click the figure to see all."
-    return figure
+        lines = over.losses()
+    return _framed(over.figure(figure, lines, y="nats per token", bands=len(lines) == 1), over.end)
 
 
-def _without_start(figure: Figure, end: float) -> list[float] | None:
-    """Limits that leave the first steep fall out; None where there is little after it."""
+def _framed(figure: Figure, end: float) -> Figure:
+    """Leave the first steep fall above the frame; not where there is little after it."""
     points = [(x, y) for trace in figure.traces for x, y in zip(trace["x"], trace["y"], strict=True)]
-    late = [y for x, y in points if x > 0.04 * end]
+    late = [y for x, y in points if x > STEEP * end]
     if len(late) < 20 or max(late) >= 0.95 * max(y for _, y in points):
-        return None
+        return figure
     room = 0.04 * (max(late) - min(late))
-    return [min(late) - room, max(late) + room]
+    figure.layout["yaxis"] |= {"range": [min(late) - room, max(late) + room], "autorange": False}
+    figure.note += f" The first {STEEP:.0%} lie above the frame: double-click the figure to see all."
+    return figure
 
 
 def validation(over: OverTraining, metric: str, words: str) -> Figure:
@@ -155,12 +192,7 @@ def validation(over: OverTraining, metric: str, words: str) -> Figure:
     blank = Figure("validation", f"Over training: {title}", missing="No run has been validated yet.")
     if validated_once(over.study, [column]):
         return at_the_end(replace(blank, title=title.capitalize()), over.study, {"": column}, title)
-    figure = over.figure(blank, over.lines(column), y=title, markers=True)
-    limits = _without_start(figure, over.end)
-    if limits:
-        figure.layout["yaxis"] |= {"range": limits, "autorange": False}
-        figure.note += " The first 4% lie above the frame: double-click the figure to see all."
-    return figure
+    return _framed(over.figure(blank, over.lines(column), y=title), over.end)
 
 
 def violation(over: OverTraining) -> Figure:
@@ -200,7 +232,7 @@ def acceptance(over: OverTraining) -> Figure:
     for (column, suffix), dash in zip(depths.items(), cycle(DASHES), strict=False):
         found = over.lines(column, suffix)
         lines += [replace(line, style=replace(line.style, dash=dash)) for line in found] if suffix else found
-    figure = over.figure(blank, lines, y="fraction", markers=True)
+    figure = over.figure(blank, lines, y="fraction")
     if len(columns) == 1 and not figure.missing:
         figure.note = f"Depth {columns[0].rpartition('_')[2]}. {figure.note}"
     return figure

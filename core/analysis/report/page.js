@@ -78,16 +78,39 @@
     return { rows: Math.ceil(shown.length / across), layout: { showlegend: true } };
   };
 
+  // Panels share both axes. They stand in as many columns as there is room for, and name an axis where it leaves the page.
+  const panelsOf = (figure, width) => {
+    const { xaxis, yaxis } = figure.layout;
+    const columns = Math.min(figure.panels, width >= 1000 ? 3 : width >= 560 ? 2 : 1);
+    const rows = Math.ceil(figure.panels / columns);
+    const grid = { rows, columns, pattern: "independent", xgap: 0.05, ygap: 38 / figure.height };
+    const axes = {};
+    for (let i = 0; i < figure.panels; i += 1) {
+      const number = i ? String(i + 1) : "";
+      const [lowest, leftmost] = [i + columns >= figure.panels, i % columns === 0];
+      const bare = (own, named) => axis({
+        ...own, showticklabels: named, nticks: 5, zerolinecolor: INK, zerolinewidth: 1.5,
+        title: named ? own.title : { text: "" },
+      });
+      axes[`xaxis${number}`] = { ...bare(xaxis, lowest), ...(i ? { matches: "x" } : {}) };
+      axes[`yaxis${number}`] = { ...bare(yaxis, leftmost), ...(i ? { matches: "y" } : {}) };
+    }
+    return { height: rows * figure.height, layout: { grid, ...axes } };
+  };
+
   const layoutOf = (figure, width) => {
     const legend = legendOf(figure, width);
     const below = 62 + legend.rows * 20;
-    const [side, above] = width >= 760 ? [16, ABOVE] : [8, 10];
+    const [side, above] = width >= 760 ? [16, ABOVE] : [8, figure.panels > 1 ? 24 : 10];
     const { xaxis, yaxis, ...rest } = figure.layout;
+    const plots = figure.panels > 1
+      ? panelsOf(figure, width)
+      : { height: figure.height, layout: { xaxis: axis(xaxis), yaxis: axis(yaxis) } };
     const layout = {
-      width, height: figure.height + above + below, font: { family: "inherit", size: 13, color: INK },
+      width, height: plots.height + above + below, font: { family: "inherit", size: 13, color: INK },
       paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", dragmode: width >= 760 ? "zoom" : false,
       hoverlabel: { bgcolor: "#fff", bordercolor: INK, font: { color: INK }, align: "left" },
-      margin: { l: 76, r: side, t: above, b: below }, ...legend.layout, xaxis: axis(xaxis), yaxis: axis(yaxis), ...rest,
+      margin: { l: 76, r: side, t: above, b: below }, ...legend.layout, ...plots.layout, ...rest,
     };
     if (legend.rows) {
       layout.legend = { orientation: "h", x: 0, xanchor: "left", y: -52 / figure.height, yanchor: "top" };

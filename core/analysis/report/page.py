@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from core.analysis.report import points, provenance, table, words
+from core.analysis.report import cost, points, provenance, table, words
 from core.analysis.report.experts import experts
 from core.analysis.report.figure import Figure
 from core.analysis.report.folder import Study, read
@@ -19,6 +19,7 @@ from core.analysis.report.over_training import (
     validation,
     violation,
 )
+from core.analysis.report.paired import against_baseline
 from core.contracts.errors import UserError
 
 
@@ -97,9 +98,10 @@ def context(study: Study) -> dict[str, Any]:
 def figures_of(study: Study, metric: str) -> list[Figure]:
     """All figures but those of the experts, which the page's script draws from the loads themselves."""
     over = OverTraining(study)
-    curves = [training_loss(over), validation(over, study.metric, metric), violation(over)]
+    loss, later = training_loss(over), [validation(over, study.metric, metric), violation(over)]
     if study.sweep is None:
-        return [*curves, acceptance(over), speed(over)]
+        return [loss, *later, cost.against_flops(study), cost.against_time(study), acceptance(over), speed(over)]
+    curves = [loss, *([against_baseline(over)] if len(study.variants) > 1 else []), *later]
     costs = [points.against_flops(study, study.metric, metric), points.against_time(study, study.metric, metric)]
     return [points.differences(study, metric), *curves, *costs, acceptance(over), points.throughput(study)]
 

@@ -3,9 +3,12 @@
 import html
 import re
 from dataclasses import dataclass
+from itertools import cycle, islice
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#AA4499", "#B58900", "#56B4E9", "#7A4B00", "#666666")
-"""After Okabe and Ito, without the yellow that white swallows; the first is the baseline's."""
+BASELINE = "#000000"
+COLOURS = ("#005B96", "#8B1A4F", "#E8641B", "#1FA187", "#6B4300", "#00553A", "#3A97DB", "#B58900", "#8A8A8A")
+"""Of all but the baseline. After Okabe and Ito, ordered dark, dark, light, light: where the dashes, seven of them, begin
+again, a dark line meets a light one, so that two of one dash differ on grey paper too."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "2px,2px,8px,2px")
 MARKERS = ("circle", "square", "triangle-up", "diamond", "cross", "x", "triangle-down", "star", "hexagon", "pentagon")
 
@@ -25,12 +28,11 @@ class Style:
 
 
 def styles(names: list[str], baseline: str | None) -> dict[str, Style]:
-    """A look for each name; the baseline has the first. Lengths without common divisor: no two of 63 look alike."""
+    """A look for each name; the baseline's is its own. Counts without common divisor: no two of 63 look alike."""
     ordered = sorted(names, key=lambda name: name != baseline)
-    return {
-        name: Style(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)])
-        for i, name in enumerate(ordered)
-    }
+    colours = [BASELINE, *islice(cycle(COLOURS), len(ordered))]
+    looks = zip(ordered, colours, cycle(DASHES), cycle(MARKERS), strict=False)
+    return {name: Style(*look) for name, *look in looks}
 
 
 def plain(text: str) -> str:
