@@ -187,7 +187,7 @@ def _is_method(node: ast.stmt) -> bool:
 
 
 def _function(node: Any, level: int) -> str:
-    marks = {_source(mark) for mark in node.decorator_list}
+    marks = {_source(mark).replace("cached_property", "property") for mark in node.decorator_list}
     kind = [word for mark, word in (("abstractmethod", "must be written"), ("property", "property")) if mark in marks]
     kind += ["class method"] if "classmethod" in marks else []
     returns = f" -> {_source(node.returns)}" if node.returns else ""

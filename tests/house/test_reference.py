@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def contract(slot: str) -> Any:
 
 def methods(cls: type) -> set[str]:
     """What a class itself defines for others to call or to write."""
-    kinds = (property, classmethod, staticmethod)
+    kinds = (property, cached_property, classmethod, staticmethod)
     return {
         n for n, v in vars(cls).items() if not n.startswith("_") and (inspect.isfunction(v) or isinstance(v, kinds))
     }
