@@ -75,7 +75,8 @@ class _Lent(StepState):
         """Set what every such layer has."""
         self.recipe, self.stream, self.names = recipe, stream, names
         self.__dict__["_module"] = None  # not registered: it has neither parameters nor a place in the state dict
-        self._waiting: dict[str, Tensor] = {}
+        self._settled: dict[str, Tensor] = {}  # the memory after the last step that was done
+        self._waiting: dict[str, Tensor] | None = None  # a memory that the next product begins with
 
     def module(self) -> Any:
         """A new module on the meta device."""
@@ -88,9 +89,9 @@ class _Lent(StepState):
             module = self.__dict__["_module"]
             if module is None:
                 module = self.__dict__["_module"] = self._owning_nothing(weights[0])
-            if self._waiting:
+            if self._waiting is not None:
                 self._recall(module, self._waiting)
-                self._waiting = {}
+                self._waiting = None
             vars(module).update(zip(self.names, weights, strict=True))
             try:
                 yield module
@@ -112,23 +113,30 @@ class _Lent(StepState):
         return x.is_cuda
 
     def end_step(self, *, done: bool) -> None:
-        """Nothing: Transformer Engine rolls its own history, at every block and whatever becomes of the step."""
+        """Transformer Engine rolls its history at every block, whatever becomes of the step; it is put back."""
+        if done:
+            self._settled = self.step_state()
+        else:
+            self.load_step_state(self._settled)
 
     def step_state(self) -> dict[str, Tensor]:
-        """Scales and largest values of delayed scaling; empty under every other kind, which remembers nothing."""
+        """Scales and largest values of delayed scaling; empty before the first product, and under other scalings."""
         module = self.__dict__["_module"]
-        if self.recipe.scaling != "delayed" or module is None:
-            return dict(self._waiting)
+        if self._waiting is not None or module is None or self.recipe.scaling != "delayed":
+            return dict(self._waiting or {})
         return {f"{half}.{name}": kept.detach().clone() for half, name, kept in _memories(module)}
 
     def load_step_state(self, state: dict[str, Tensor]) -> None:
         """Kept until the next product, because the module has no memory before its first."""
-        self._waiting = dict(state)
+        if self.recipe.scaling == "delayed":
+            self._waiting = self._settled = dict(state)
 
     def _recall(self, module: Any, state: dict[str, Tensor]) -> None:
+        """Into the tensors themselves, which Transformer Engine's own lists hold too; what is not told starts anew."""
         module.init_fp8_metadata(num_gemms=len(self.names))
         for half, name, kept in _memories(module):
-            kept.copy_(state[f"{half}.{name}"])
+            told = state.get(f"{half}.{name}")
+            kept.copy_(told if told is not None else torch.full_like(kept, 1.0 if name == "scale" else 0.0))
 
 
 def _memories(module: Any) -> list[tuple[str, str, Tensor]]:

@@ -119,6 +119,18 @@ def test_every_expert_has_a_scale_of_its_own() -> None:
     assert torch.equal(grouped.amax.known("weight").flatten(), grouped.weight.detach().abs().amax(dim=(1, 2)))
 
 
+@pytest.mark.parametrize("rest", [1e6, float("inf")])
+def test_rows_that_belong_to_nobody_enter_no_history(rest: float) -> None:
+    """Those of dropped assignments: neither as an activation nor as a gradient."""
+    grouped = with_weight(precision(scaling="delayed").grouped_linear(3, 40, 24, "experts.down", std=0.1))
+    x, dy, ends = drawn(30, 40, seed=2), drawn(30, 24, seed=3), torch.tensor([10, 10, 25], dtype=torch.int32)
+    x[25:], dy[25:] = rest, rest
+    through(grouped, x, dy, ends)
+    grouped.amax.end_step(done=True)
+    assert known(grouped)[0] == float(x[:25].abs().max())
+    assert known(grouped)[2] == float(dy[:25].abs().max())
+
+
 def test_history_is_no_part_of_the_state_dict_and_keeps_its_format() -> None:
     own = layer()
     step(own, drawn(30, 40), drawn(30, 24))

@@ -342,10 +342,41 @@ def test_the_memory_of_delayed_scaling_reaches_the_checkpoint_and_comes_back(lab
         assert not torch.equal(fresh, right)
 
 
+@pytest.mark.parametrize("before", [0, 2])
+def test_delayed_scaling_forgets_a_skipped_step(lab: Lab, state: type[State], before: int) -> None:
+    """The first of all, and a later one: what follows is as if its products had not been; so is a checkpoint."""
+    made = precision(lab, "precision.scaling=delayed", "precision.history=4")
+
+    def run(*skips: int) -> list[Tensor]:
+        """Memory and products of some steps; one that is skipped comes after so many others."""
+        state.remembering.clear()  # leaving the context rolls the history of every module, and each run is alone
+        torch.manual_seed(0)
+        layer: Any = made.linear(32, 48, "ffn.down", std=0.1)
+        layer.reset_parameters()
+        found = []
+        for step in range(4):
+            if step in skips:
+                layer(1e4 * random(32, 32, seed=7))
+                layer.end_step(done=False)
+            found += layer.step_state().values()
+            found.append(layer(3.0**step * random(32, 32, seed=step)))
+            layer.end_step(done=True)
+        return found
+
+    plain, skipped = run(), run(before)
+    assert len(plain) == len(skipped) > 4
+    for one, two in zip(plain, skipped, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_other_scalings_remember_nothing(lab: Lab, state: type[State]) -> None:
     layer: Any = precision(lab).linear(32, 48, "ffn.down", std=0.1)
+    for done in (True, False):
+        layer(random(16, 32))
+        layer.end_step(done=done)
+        assert layer.step_state() == {}
+    layer.load_step_state({})
     layer(random(16, 32))
-    assert layer.step_state() == {}
 
 
 def test_a_block_rolls_the_history_once(lab: Lab, state: type[State], monkeypatch: pytest.MonkeyPatch) -> None:
