@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
-from core.analysis.report.folder import read
+from core.analysis.report.cost import seconds_of
+from core.analysis.report.folder import Run, read
 from core.analysis.report.page import context, figures_of, render
-from core.analysis.report.words import metric_words, signed
+from core.analysis.report.words import in_short, metric_words, signed
+from core.analysis.statistics import NOT_AFTER_HOLM
 
 from .conftest import EVIL, HOSTILE, LONG
 from .synthetic import Made, write_json, write_run, write_sweep
 
-pytest.importorskip("pandas", reason="the extra `report` is not installed")
+pd = pytest.importorskip("pandas", reason="the extra `report` is not installed")
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
 
 
@@ -129,7 +131,58 @@ def test_in_short_gives_every_verdict_with_its_caveat(large: Path, under_way: Pa
     text = words(page(under_way))
     assert f"Better than deepseek_v3: {LONG} (see its note)." in text
     assert "Worse than deepseek_v3: forced (see its note, not held equal)." in text
-    assert f"Too few seeds in common with deepseek_v3 to say: {HOSTILE}." in text
+    assert f"Too few seeds in common with deepseek_v3 to say: {HOSTILE} (1 of 3 failed)." in text
+
+
+def judged(folder: Path, verdicts: dict[str, str]) -> None:
+    """Another verdict in `results.json`."""
+    document = json.loads((folder / "results.json").read_text())
+    for row in document["rows"]:
+        if row["variant"] in verdicts:
+            row["difference"]["verdict"] = verdicts[row["variant"]]
+    write_json(folder / "results.json", document)
+
+
+def test_what_holms_correction_takes_away_has_words_and_a_mark_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    write_sweep(folder, {name: Made(20) for name in ("a", "b", "c", "d")}, [0, 1])
+    judged(folder, {"b": NOT_AFTER_HOLM, "c": "no difference shown", "d": "worse"})
+    figure = figures_of(read(folder), "bits")[0]
+    symbols = {str(trace["name"]): str(trace["marker"]["symbol"]) for trace in figure.traces}
+    assert [symbols[name].partition("-")[2] for name in "bc"] == ["open-dot", "up-open"]  # a square, a triangle-up
+    assert symbols["d"] == "diamond"
+    assert "Hollow marks with a dot: the interval leaves out 0, but not after that correction." in figure.note
+    assert cells(folder, "b")["verdict"].text == "not shown after Holm's correction"
+    text = words(page(folder))
+    told = "No difference to a shown after Holm's correction, though the interval leaves out 0: b."
+    assert text.index("Worse than a: d.") < text.index(told) < text.index("No difference to a shown: c.")
+    judged(folder, {"b": "no difference shown"})
+    assert "with a dot" not in words(page(folder))
+
+
+def test_failed_seeds_stand_with_the_verdict(tmp_path: Path) -> None:
+    but = {(name, 2): Made(20, state="failed", reason="killed") for name in ("a", "b")}
+    write_sweep(tmp_path / "s", {"a": Made(20), "b": Made(20, level=5.0), "c": Made(20)}, [0, 1, 2], but=but)
+    file = tmp_path / "s/runs/c/seed-1/summary.json"
+    write_json(file, json.loads(file.read_text()) | {"val_bits_per_byte": None})
+    told = in_short(read(tmp_path / "s"))
+    assert any(line.startswith("Worse than a: b (1 of 3 failed)") for line in told)
+    assert any("c (1 of 3 without a value)" in line for line in told)
+    assert told[-1] == "All of this rests on fewer seeds of a than were asked for (1 of 3 failed)."
+    assert cells(tmp_path / "s", "b")["verdict"].under == "1 of 3 failed"
+
+
+def test_a_loss_that_rises_above_its_first_is_told_though_it_stayed_finite(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(40), "b": Made(40)}, [0, 1])
+    assert "Losses that rose" not in words(page(tmp_path / "s"))
+    file = tmp_path / "s/runs/b/seed-1/metrics.csv"
+    frame = pd.read_csv(file)
+    first = frame["loss/next_token"].iloc[0]
+    frame.loc[frame["step"] == 14, "loss/next_token"] = first + 0.25
+    frame.to_csv(file, index=False)
+    text = words(page(tmp_path / "s")).partition("Asked")[0]
+    told = f"b, seed 1: {first + 0.25:.2f} nats at step 14, from {first:.2f} at first"
+    assert f"Losses that rose above where they began {told}" in text
 
 
 @pytest.mark.parametrize("name", ["large", "under_way", "single"])
@@ -235,6 +288,34 @@ def test_a_run_alone_has_its_numbers_and_no_comparison(single: Path) -> None:
     assert "Nothing is compared" in text
     assert "In progress" not in text
     assert 'id="results"' not in page(single)
+
+
+def test_a_run_alone_sets_its_loss_against_what_it_cost(single: Path) -> None:
+    study = read(single)
+    figures = {figure.key: figure for figure in figures_of(study, "bits")}
+    loss, flops, seconds = (figures[key].traces[0] for key in ("loss", "flops", "time"))
+    (run,) = study.runs
+    assert loss["y"] == pytest.approx(flops["y"], rel=0.02)
+    assert flops["x"][-1] == run.summary["flops_per_token"] * run.summary["tokens"]
+    assert figures["time"].layout["xaxis"]["title"]["text"] == "minutes of training"
+    assert 60 * seconds["x"][-1] == pytest.approx(
+        run.summary["train_seconds"], rel=0.1
+    )  # noise in its making: 3% twice
+    assert [trace["name"] for trace in figures["time"].traces] == [trace["name"] for trace in figures["loss"].traces]
+
+
+def test_the_time_of_steps_is_their_tokens_over_their_speed() -> None:
+    frame = pd.DataFrame({"tokens": [10.0, 20, 20, 40], "tokens_per_second": [float("nan"), 5, float("nan"), 10]})
+    assert list(seconds_of(Run("a", 0, Path(), "done", metrics=frame))) == [2, 4, 4, 6]  # the third row is a validation
+    assert seconds_of(Run("a", 0, Path(), "done", metrics=frame[["tokens"]])) is None
+
+
+def test_a_run_alone_that_is_not_finished_has_no_flops_but_a_time(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", Made(40, state="running"))
+    figures = {figure.key: figure for figure in figures_of(read(tmp_path / "run"), "bits")}
+    assert "written when the run is complete" in str(figures["flops"].missing)
+    assert figures["time"].missing is None
+    assert figures["time"].title == "Training loss against time"
 
 
 def test_a_run_under_way_says_how_far_it_is(tmp_path: Path) -> None:

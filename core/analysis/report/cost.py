@@ -21,12 +21,12 @@ def against_flops(study: Study) -> Figure:
 
 def against_time(study: Study) -> Figure:
     """The training losses over the time inside training steps."""
-    longest = _seconds(study.runs[0])
+    longest = seconds_of(study.runs[0])
     most = 0.0 if longest is None else float(longest.max())
     unit, size = ("hours", 3600.0) if most > 7200 else ("minutes", 60.0) if most > 120 else ("seconds", 1.0)
 
     def scaled(run: Run) -> Any:
-        found = _seconds(run)
+        found = seconds_of(run)
         return None if found is None else found / size
 
     figure = _over(study, f"{unit} of training", scaled, "No throughput has been logged yet, so no time is known.")
@@ -34,8 +34,8 @@ def against_time(study: Study) -> Figure:
     return _named(figure, "time", "Training loss against time", note)
 
 
-def _seconds(run: Run) -> Any:
-    """A column of the time since training began; the first steps, whose speed nobody knows, are taken for the next's."""
+def seconds_of(run: Run) -> Any:
+    """A column of the time since training began; the first steps, of unknown speed, take the next's."""
     if not run.has("tokens") or not run.has("tokens_per_second"):
         return None
     tokens, speed = run.metrics["tokens"], run.metrics["tokens_per_second"]

@@ -63,8 +63,8 @@ def curve(runs: list[Run], column: str, *, axis: str, end: float) -> Curve | Non
 def paired(pairs: list[tuple[Run, Run]], column: str, *, axis: str, end: float) -> Curve | None:
     """How far a column of each run lies above that of its partner; None where no two have values in one part.
 
-    The axis is always cut, into `SMOOTH` parts: what a batch happens to hold goes through both runs of a pair alike, and
-    what is left of it is averaged out.
+    The axis is always cut, into `SMOOTH` parts: what a batch happens to hold goes through both runs of a pair alike,
+    and what is left of it is averaged out.
 
     Args:
         pairs: a run and the baseline's of the same seed.

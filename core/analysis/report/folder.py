@@ -5,7 +5,6 @@ counts as absent, and is told.
 """
 
 import csv
-import fcntl
 import json
 import math
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from core.analysis.report.lock import is_locked
 from core.contracts.errors import UserError
 
 KEPT = ("step", "tokens", "tokens_per_second", "load/max_vio_batch", "skipped_steps")
@@ -146,23 +146,12 @@ class _Reader:
         names = [str(v["name"]) for v in variants] or list(asked.get("recipes") or self._folders())
         results = self.mapping(self.path / "results.json")
         runs = [self.run(*where) for where in self._places(names, about.get("seeds") or [])]
-        if not self._worked_on():
+        if any(run.state == "running" for run in runs) and not is_locked(self.path / ".lock"):
             runs = [replace(run, state="interrupted") if run.state == "running" else run for run in runs]
         if not runs:
             raise UserError(f"{self.path}: this sweep names no variants and has no runs yet")
         name = str(about.get("name") or self.path.resolve().name)
         return Study(self.path, name, about, results, text, runs, self.unread)
-
-    def _worked_on(self) -> bool:
-        """Whether a runner holds the folder's lock; one that was killed holds nothing, whatever its files say."""
-        try:
-            with (self.path / ".lock").open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
 
     def _folders(self) -> list[str]:
         return sorted(folder.name for folder in (self.path / "runs").glob("*") if folder.is_dir())

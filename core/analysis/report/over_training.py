@@ -9,6 +9,7 @@ from core.analysis.report.figure import Figure, Trace
 from core.analysis.report.folder import Run, Study
 from core.analysis.report.points import at_the_end, validated_once
 from core.analysis.report.style import DASHES, Style, brief, plain, styles
+from core.analysis.report.words import LOSS
 
 MARKS, ALL_MARKED = 10, 40
 """About how many points of a line are marked, each line's at others; and up to how many all of them are."""
@@ -109,8 +110,8 @@ class OverTraining:
 
     def losses(self) -> list[Line]:
         """A single run's training losses, a line for each."""
-        columns = self.columns(["loss/next_token", "loss/mtp/"])
-        looks = styles(columns, "loss/next_token")
+        columns = self.columns([LOSS, "loss/mtp/"])
+        looks = styles(columns, LOSS)
         return [Line(c.removeprefix("loss/"), self.study.runs, c, looks[c], c) for c in columns]
 
     def columns(self, prefixes: Iterable[str]) -> list[str]:
@@ -167,7 +168,7 @@ def training_loss(over: OverTraining) -> Figure:
     `against_baseline` shows that.
     """
     figure = Figure("loss", "Training loss", missing="No run has logged a training loss yet.")
-    lines = over.lines("loss/next_token")
+    lines = over.lines(LOSS)
     if over.study.sweep is None:
         lines = over.losses()
     return _framed(over.figure(figure, lines, y="nats per token", bands=len(lines) == 1), over.end)

@@ -6,10 +6,10 @@ from core.analysis.report.curves import SMOOTH, paired
 from core.analysis.report.figure import Figure, Trace
 from core.analysis.report.over_training import STEEP, Drawn, Line, OverTraining
 from core.analysis.report.style import brief
+from core.analysis.report.words import LOSS
 
 HEIGHT = 165
 """Pixels of one panel."""
-LOSS = "loss/next_token"
 ALONE = {"mode": "lines", "showlegend": False}
 """A line that has its panel to itself and its name above it."""
 

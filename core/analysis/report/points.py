@@ -7,7 +7,10 @@ from typing import Any
 from core.analysis.report.figure import Figure, Trace
 from core.analysis.report.folder import Run, Study, finite
 from core.analysis.report.style import Style, brief, broken, plain, styles
+from core.analysis.statistics import NOT_AFTER_HOLM
 
+MARKED = {"better": "", "worse": "", NOT_AFTER_HOLM: "-open-dot"}
+"""What a verdict adds to a marker's name."""
 ROW, LINE = 34, 17
 """Pixels of a row that stands for a variant, and of a line of its name."""
 
@@ -34,13 +37,14 @@ def differences(study: Study, words: str) -> Figure:
         "Mean of the seeds' differences and its 95% interval. Filled marks: a difference is shown, also after Holm's "
         "correction for asking about several variants. Hollow marks: no difference shown."
     )
+    if any(row["difference"].get("verdict") == NOT_AFTER_HOLM for row in rows):
+        figure.note += " Hollow marks with a dot: the interval leaves out 0, but not after that correction."
     return figure
 
 
 def _interval(difference: dict[str, Any], name: str, look: Style) -> Trace:
     mean, low, high = (float(difference[key]) for key in ("mean", "low", "high"))
-    shown = difference.get("verdict") in ("better", "worse")
-    symbol = look.marker if shown else f"{look.marker}-open"
+    symbol = look.marker + MARKED.get(str(difference.get("verdict")), "-open")
     bars = {"type": "data", "array": [high - mean], "arrayminus": [mean - low], "thickness": 2, "width": 6}
     told = f"{plain(name)}: {plain(str(difference.get('verdict')))}<br>{mean:+.5g}, from {low:+.5g} to {high:+.5g}"
     marker = {"symbol": symbol, "size": 11, "color": look.colour, "line": {"width": 2, "color": look.colour}}

@@ -7,8 +7,8 @@ from itertools import cycle, islice
 
 BASELINE = "#000000"
 COLOURS = ("#005B96", "#8B1A4F", "#E8641B", "#1FA187", "#6B4300", "#00553A", "#3A97DB", "#B58900", "#8A8A8A")
-"""Of all but the baseline. After Okabe and Ito, ordered dark, dark, light, light: where the dashes, seven of them, begin
-again, a dark line meets a light one, so that two of one dash differ on grey paper too."""
+"""Of all but the baseline. After Okabe and Ito, ordered dark, dark, light, light: where the seven dashes begin again, a
+dark line meets a light one, so that two of one dash differ on grey paper too."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "2px,2px,8px,2px")
 MARKERS = ("circle", "square", "triangle-up", "diamond", "cross", "x", "triangle-down", "star", "hexagon", "pentagon")
 

@@ -59,12 +59,12 @@ class Table:
 
 COLUMNS = [
     Column("variant", "", "the first column; sort by any heading"),
+    Column("verdict", "result", "better or worse only where the interval leaves out 0 and Holm's p is below 0.05"),
     Column("seeds", "result", "finished runs with a value"),
     Column("mean", "result", "mean over seeds, with its 95% interval by Student's t"),
     Column("difference", "result", "to the baseline, mean of the seeds' differences, with its 95% interval"),
     Column("effect size", "result", "mean difference / standard deviation of the differences (Cohen's d_z)"),
     Column("Holm p", "result", "p of a paired t test, corrected for the number of variants"),
-    Column("verdict", "result", "shown only where the interval leaves out 0 and Holm's p is below 0.05"),
     Column("params", "model", "of the main model"),
     Column("active", "model", "parameters used by one token"),
     Column("FLOPs/token", "model", "training, forward and backward"),
@@ -88,7 +88,7 @@ def results(study: Study) -> Table:
     for name in study.variants:
         row, fact, runs = found.get(name, {}), facts.get(name, {}), study.of(name)
         statistics = _statistics(row, runs, decimals, is_baseline=name == baseline)
-        statistics[-1] = replace(statistics[-1], under=caveats(study, name))
+        statistics[0] = replace(statistics[0], under=caveats(study, name))
         rows.append([Cell(name, value=name, kind="name"), *statistics, *_facts(fact), *_measured(runs)])
     return Table(COLUMNS, rows)
 
@@ -108,14 +108,15 @@ def _statistics(row: dict[str, Any], runs: list[Run], decimals: int, *, is_basel
     mean_cell = Cell(number(average, decimals), _from_to(row, decimals), average)
     if is_baseline:
         blank = [Cell(NONE, value=None)] * 3
-        return [seeds, mean_cell, *blank, Cell("baseline", value="baseline", kind="word")]
+        return [Cell("baseline", value="baseline", kind="verdict"), seeds, mean_cell, *blank]
     difference = row.get("difference") or {}
     value, effect, p = (finite(difference.get(key)) for key in ("mean", "effect_size", "p_holm"))
     verdict = str(difference.get("verdict") or ("too few seeds" if count else "no result yet"))
+    strong = verdict if verdict in ("better", "worse") else ""
     return [
-        *(seeds, mean_cell, Cell(signed(value, decimals), _from_to(difference, decimals, signed), value)),
+        *(Cell(verdict, value=verdict, kind=f"verdict {strong}"), seeds, mean_cell),
+        Cell(signed(value, decimals), _from_to(difference, decimals, signed), value),
         *(Cell(signed(effect, 2), value=effect), Cell(_p(p), value=p)),
-        Cell(verdict, value=verdict, kind=f"word {verdict if verdict in ('better', 'worse') else ''}"),
     ]
 
 

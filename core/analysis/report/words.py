@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from core.analysis.report.folder import Run, Study, finite
+from core.analysis.statistics import NOT_AFTER_HOLM, NOTHING_SHOWN
 
 METRICS = {
     "val_bits_per_byte": "validation bits per byte",
@@ -14,6 +15,7 @@ METRICS = {
     "tokens_per_second": "tokens per second",
     "dropped_fraction": "dropped fraction",
 }
+LOSS = "loss/next_token"
 NONE = "–"  # noqa: RUF001 - a dash, as in tables
 
 
@@ -99,12 +101,17 @@ def in_short(study: Study) -> list[str]:
     told = [
         f"{word.capitalize()} than {baseline}: {listed(found[word])}." for word in ("better", "worse") if word in found
     ]
-    if "no difference shown" in found:
-        told.append(f"No difference to {baseline} shown: {listed(found['no difference shown'])}.")
+    if NOT_AFTER_HOLM in found:
+        corrected = f"No difference to {baseline} shown after Holm's correction, though the interval leaves out 0"
+        told.append(f"{corrected}: {listed(found[NOT_AFTER_HOLM])}.")
+    if NOTHING_SHOWN in found:
+        told.append(f"No difference to {baseline} shown: {listed(found[NOTHING_SHOWN])}.")
     if not told and None in found:
         return [f"There are too few seeds to tell any variant from {baseline}."]
     if None in found:
         told.append(f"Too few seeds in common with {baseline} to say: {listed(found[None])}.")
+    if told and (but := seeds_without(study, baseline)):
+        told.append(f"All of this rests on fewer seeds of {baseline} than were asked for ({but}).")
     return told
 
 
@@ -115,19 +122,29 @@ def caveats(study: Study, name: str) -> str:
     found = ["not causal"] if fact.get("causal") is False else ["see its note"] if fact.get("notices") else []
     if any(str(line).startswith(f"{name}:") for line in sweep.get("not_equal") or []):
         found.append("not held equal")
-    return ", ".join(found)
+    return ", ".join(filter(None, [seeds_without(study, name), *found]))
+
+
+def seeds_without(study: Study, name: str) -> str:
+    """How many of a variant's seeds count nowhere, because they failed or finished without the metric."""
+    runs = study.of(name)
+    failed, lost = sum(run.state == "failed" for run in runs), sum(_is_lost(study, run) for run in runs)
+    told = [f"{failed} of {len(runs)} failed"] * bool(failed) + [f"{lost} of {len(runs)} without a value"] * bool(lost)
+    return ", ".join(told)
 
 
 def warnings(study: Study) -> list[tuple[str, list[str]]]:
     """What a reader must know before any number: headings and their sentences."""
     sweep = study.sweep or {}
     failed = [_failure(study, run) for run in study.runs if run.state == "failed"]
+    rose = [s for run in study.runs if (s := _rise(study, run))]
     skipped = [s for run in study.runs if (s := _skipped(study, run))]
     notices = _notices(study)
     lost = [
         f"{_name(study, run)}: finished without a finite {study.metric}" for run in study.runs if _is_lost(study, run)
     ]
     grouped = [("Runs that failed", failed), ("Runs without a result", lost), ("Steps that were skipped", skipped)]
+    grouped += [("Losses that rose above where they began", rose)]
     unequal = [str(line) for line in sweep.get("not_equal") or []]
     grouped += [("Not held equal", unequal), ("Notes on the parts in use", notices)]
     known = {line for _, lines in grouped for line in lines} | _told_by_runner(study)
@@ -154,6 +171,17 @@ def _skipped(study: Study, run: Run) -> str | None:
     logged = float(run.metrics["skipped_steps"].max()) if run.has("skipped_steps") else 0.0
     count = run.number("skipped_steps") or logged
     return f"{_name(study, run)}: {count:,.0f} steps, because the gradient was not finite" if count else None
+
+
+def _rise(study: Study, run: Run) -> str | None:
+    """Divergence that stayed finite: a loss above the first one, which an untrained model has."""
+    if not run.has(LOSS):
+        return None
+    losses = run.metrics[["step", LOSS]].dropna()
+    first, highest = losses[LOSS].iloc[0], losses.loc[losses[LOSS].idxmax()]
+    if not highest[LOSS] > first:
+        return None
+    return f"{_name(study, run)}: {highest[LOSS]:.2f} nats at step {highest['step']:,.0f}, from {first:.2f} at first"
 
 
 def _notices(study: Study) -> list[str]:
