@@ -134,6 +134,7 @@ def _held(recipe: Recipe, document: dict[str, Any]) -> dict[str, Any]:
         "sequence length": recipe.data.sequence_length,
         "vocabulary": recipe.data.tokenizer.vocab,
         "corpus": to_dict(recipe.data.corpus),
+        "document masking": recipe.data.mask_documents,
         "training tokens": document["tokens"],
         "steps": document["steps"],
         "optimizer and its schedule": {**to_dict(recipe.optimizer), "gradient_clip": recipe.gradient_clip},

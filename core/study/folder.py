@@ -95,9 +95,9 @@ class SweepFolder:
         """
         mine, file = describe_file(sweep), self.path / "sweep.yaml"
         if file.exists():
-            theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if theirs != mine:
-                raise UserError(f"--out {self.path}: holds another sweep ({_difference(theirs, mine)})")
+            theirs = _without_paths(self._read(file))
+            if theirs != _without_paths(mine):
+                raise UserError(f"--out {self.path}: holds another sweep ({_difference(theirs, _without_paths(mine))})")
             if not resume:
                 raise UserError(f"--out {self.path}: holds this sweep already; go on with --resume, or name another")
             self._check_recipes(sweep)
@@ -112,13 +112,24 @@ class SweepFolder:
     def _check_recipes(self, sweep: Sweep) -> None:
         """Raises `UserError` where a variant's recipe has been changed since its runs were begun."""
         for variant in sweep.variants:
-            theirs = yaml.safe_load(self.recipe(variant).read_text(encoding="utf-8"))
+            theirs = self._read(self.recipe(variant))
             mine = yaml.safe_load(yaml.safe_dump(variant.recipe.to_dict()))
             if theirs != mine:
                 key = next(key for key in [*mine, *theirs] if mine.get(key) != theirs.get(key))
                 raise UserError(
                     f"--out {self.path}: {variant.name}'s recipe has changed since ({key}); name another folder"
                 )
+
+    def _read(self, file: Path) -> dict[str, Any]:
+        """Raises `UserError` where one of the sweep's own files is lost or damaged."""
+        try:
+            document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
+            why = cause.strerror if isinstance(cause, OSError) else "it is damaged"
+            raise UserError(f"--out {self.path}: {file.relative_to(self.path)} cannot be read: {why}") from cause
+        if not isinstance(document, dict):
+            raise UserError(f"--out {self.path}: {file.relative_to(self.path)} cannot be read: it is damaged")
+        return document
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -177,8 +188,19 @@ def describe_file(sweep: Sweep) -> dict[str, Any]:
     return {"name": sweep.name, "smoke": sweep.smoke, **keys, "recipes": recipes}
 
 
-def _difference(theirs: Any, mine: dict[str, Any]) -> str:
-    if not isinstance(theirs, dict):
-        return "its sweep.yaml cannot be read"
+def _without_paths(document: dict[str, Any]) -> dict[str, Any]:
+    """The same sweep has other paths in another checkout; what its recipes hold is compared by itself."""
+    plain = {key: value for key, value in document.items() if key != "base"}
+    for key, path in (("variants", "recipe"), ("recipes", "source")):
+        if isinstance(sections := plain.get(key), dict):
+            plain[key] = {name: _less(section, path) for name, section in sections.items()}
+    return plain
+
+
+def _less(section: Any, key: str) -> Any:
+    return {k: v for k, v in section.items() if k != key} if isinstance(section, dict) else section
+
+
+def _difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
     key = next(key for key in [*mine, *theirs] if mine.get(key) != theirs.get(key))
     return f"{key}: {theirs.get(key)} there, {mine.get(key)} here"

@@ -14,7 +14,6 @@ NEEDS = {
     "max_vio_batch": ("top_k", "experts"),
 }
 """Metrics that not every model has: the number of its description that must not be 0, and what it lacks."""
-COUNTED = {"params": "params_total", "flops": "flops_per_token"}
 SCHEDULED = ("training tokens", "steps")
 """What differs by intention where every variant gets the same FLOPs."""
 
@@ -45,16 +44,16 @@ def match(sweep: Sweep) -> Matched:
     documents = {variant.name: document_of(variant.recipe) for variant in sweep.variants}
     _has_metric(sweep, documents)
     refused: list[str] = []
-    held_equal = _flops_of_runs(sweep, documents)
+    held_equal: list[str] = []
     not_equal: list[str] = []
-    for rule, key in COUNTED.items():
+    for rule, key, counts in _counted(sweep, documents):
         tolerance = getattr(rules, rule)
-        base, off = documents[base_name][key], []
-        for name, document in documents.items():
-            difference = document[key] / base - 1
+        base, off = counts[base_name], []
+        for name, count in counts.items():
+            difference = count / base - 1
             if tolerance is None or abs(difference) <= tolerance:
                 continue
-            sentence = f"{name}: {key} {document[key]:,.0f} is {difference:+.1%} of {base_name}'s {base:,.0f}"
+            sentence = f"{name}: {key} {count:,.0f} is {difference:+.1%} of {base_name}'s {base:,.0f}"
             off.append(name)
             (not_equal if name in rules.exempt else refused).append(sentence + _because(name, rules.exempt))
         if tolerance is not None:
@@ -83,12 +82,19 @@ def _has_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
         raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {', '.join(without)} cannot have it without {thing}")
 
 
-def _flops_of_runs(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> list[str]:
-    """Where the budget is in FLOPs: that they are spent alike, but for the last step."""
-    if "flops" not in sweep.schema.budget:
-        return []
-    spent = [document["flops_per_token"] * document["tokens"] for document in documents.values()]
-    return [f"training FLOPs of a run: {min(spent):.4g} to {max(spent):.4g}, as steps are whole"]
+def _counted(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[str, float]]]:
+    """What must be equal but for a tolerance: its key in `match`, its name, and its count in each variant.
+
+    Where the sweep's budget is in FLOPs, what must be equal is what a whole run spends: steps are whole, so a budget of
+    a few steps may be missed by more than the tolerance.
+    """
+    by_budget = "flops" in sweep.schema.budget
+    flops = {n: d["flops_per_token"] * (d["tokens"] if by_budget else 1) for n, d in documents.items()}
+    params = {name: document["params_total"] for name, document in documents.items()}
+    return [
+        ("params", "params_total", params),
+        ("flops", "training FLOPs of a run" if by_budget else "flops_per_token", flops),
+    ]
 
 
 def _because(name: str, reasons: dict[str, str]) -> str:

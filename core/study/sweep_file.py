@@ -38,7 +38,9 @@ class MatchSection:
     """What must be equal, and for whom it need not be."""
 
     params: float | None = setting(0.02, doc="total parameters, as a fraction of the baseline's; null: not checked")
-    flops: float | None = setting(0.02, doc="training FLOPs per token, likewise; null: not checked")
+    flops: float | None = setting(
+        0.02, doc="training FLOPs per token, or of a run where budget.flops is given; likewise"
+    )
     allow: list[str] = setting([], doc="things that may differ, in the words of describe --compare (attention, steps)")
     exempt: dict[str, str] = setting({}, doc="variants that need not match, each with the reason, which is printed")
 

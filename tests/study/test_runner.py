@@ -183,6 +183,44 @@ def test_a_folder_that_holds_a_sweep(write: Write, crashed: Path, text: str, res
     assert kept(crashed) == before
 
 
+def test_the_same_sweep_by_another_path_is_the_same(lab: Lab, crashed: Path, tmp_path: Path) -> None:
+    """A moved checkout, or the same recipe named from elsewhere: its resolved recipes say what it is."""
+    moved, file = tmp_path / "moved.yaml", tmp_path / "question.yaml"
+    shutil.copy2(lab.file, moved)
+    file.write_text(CRASHING.format(base=moved), encoding="utf-8")
+    before = kept(crashed)
+    SweepFolder(crashed).open(read_sweep(file), resume=True)
+    moved.write_text(lab.file.read_text(encoding="utf-8").replace("lr: 0.003", "lr: 0.004"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"bias's recipe has changed since \(optimizer\)"):
+        SweepFolder(crashed).open(read_sweep(file), resume=True)
+    assert kept(crashed) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("sweep.yaml", "seeds: [", "sweep.yaml cannot be read: it is damaged"),
+        ("sweep.yaml", "lost", "sweep.yaml cannot be read: it is damaged"),
+        ("sweep.yaml", b"\xff\xfe", "sweep.yaml cannot be read: it is damaged"),
+        ("recipes/none.yaml", None, "recipes/none.yaml cannot be read: No such file or directory"),
+        ("recipes/none.yaml", "", "recipes/none.yaml cannot be read: it is damaged"),
+    ],
+)
+def test_a_damaged_sweep_folder_is_told(
+    write: Write, crashed: Path, tmp_path: Path, name: str, content: str | bytes | None, told: str
+) -> None:
+    out = tmp_path / "out"
+    for part in ("sweep.yaml", "recipes"):
+        copy = shutil.copytree if (crashed / part).is_dir() else shutil.copy2
+        out.mkdir(exist_ok=True)
+        copy(crashed / part, out / part)
+    (out / name).unlink()
+    if content is not None:
+        (out / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=re.escape(f"--out {out}: {told}")):
+        run_sweep(read_sweep(write(CRASHING)), out, resume=True)
+
+
 def test_a_changed_base_is_refused(lab: Lab, write: Write, crashed: Path) -> None:
     text = lab.file.read_text(encoding="utf-8")
     try:
