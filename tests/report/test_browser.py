@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from core.analysis.report.page import write
+from core.analysis.report.table import COLUMNS
 
 from .conftest import EVIL, HOSTILE
 
@@ -135,7 +136,7 @@ return [...document.querySelectorAll(".plot")].filter((plot) => !plot.hidden).ma
 """
 
 
-@pytest.mark.parametrize(("name", "figures"), [("large", 10), ("under_way", 10), ("single", 7)])
+@pytest.mark.parametrize(("name", "figures"), [("large", 11), ("under_way", 11), ("single", 9)])
 def test_every_figure_draws_and_nothing_leaves_the_file(
     name: str, figures: int, page: Page, reports: dict[str, Path]
 ) -> None:
@@ -241,6 +242,11 @@ def test_a_phone_scrolls_the_table_not_the_page(name: str, page: Page, reports: 
     if name == "under_way":
         assert page.run("const box = document.querySelector('.scroll'); return box.scrollWidth > box.clientWidth")
         assert page.driver.find_element("id", "results-hint").is_displayed()
+        head = "document.querySelector('#results thead tr:last-child').cells[{}].getBoundingClientRect().right"
+        assert page.column("verdict")[0] == "baseline"
+        assert page.run(f"return {head.format(1)}") <= PHONE[0] < page.run(f"return {head.format(4)}")
+        panels = "document.getElementById('plot-paired')._fullLayout"
+        assert page.run(f"return [{panels}.grid.rows, {panels}.grid.columns]") == [3, 1]
     page.shot(f"{name}-phone")
 
 
@@ -250,7 +256,20 @@ def test_paper_has_the_whole_table_all_figures_and_no_controls(page: Page, repor
     page.command("Emulation.setEmulatedMedia", media="print")
     page.wait("return [...document.querySelectorAll('details')].every((d) => d.open)")
     assert not page.driver.find_element("id", "results-filter").is_displayed()
-    assert page.run("return document.getElementById('results').getBoundingClientRect().right") <= PAPER[0]
+    assert not page.driver.find_element("id", "results").is_displayed()
+    halves = "return [...document.querySelectorAll('.half')].map((table) => {}).flat()"
+    shown = "[...table.tHead.rows[1].cells].map((head) => head.innerText.trim()).join()"
+    columns = [column.title for column in COLUMNS]
+    assert page.run(halves.format(shown)) == [",".join(columns[:7]), ",".join(["variant", *columns[7:]])]
+    widths = "table.tBodies[0].rows[1].cells.length, table.getBoundingClientRect().right"
+    assert page.run(halves.format(f"[{widths}]"))[::2] == [7, 11]
+    assert max(page.run(halves.format(f"[{widths}]"))) <= PAPER[0]
+    sizes = "return getComputedStyle(document.querySelector('.half td')).fontSize"
+    assert page.run(sizes) == "12px"  # 9 points
+    lines = (
+        "return [...document.querySelectorAll('.half td small')].filter((e) => e.getClientRects().length > 1).length"
+    )
+    assert page.run(lines) == 0
     right = (
         "return Math.max(...[...document.querySelectorAll('.main-svg')].map((e) => e.getBoundingClientRect().right))"
     )
@@ -258,6 +277,8 @@ def test_paper_has_the_whole_table_all_figures_and_no_controls(page: Page, repor
     page.shot("under_way-print")
     page.command("Emulation.setEmulatedMedia", media="")
     page.wait("return ![...document.querySelectorAll('details')].some((d) => d.open)")
+    assert page.run("return document.querySelectorAll('.half').length") == 0
+    assert page.driver.find_element("id", "results").is_displayed()
     printed = base64.b64decode(page.command("Page.printToPDF", preferCSSPageSize=True)["data"])
     assert printed.startswith(b"%PDF")
     (page.shots / "under_way.pdf").write_bytes(printed)

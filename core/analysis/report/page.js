@@ -253,6 +253,30 @@
     document.documentElement.dataset.drawn = String(Math.round(performance.now()));
   };
 
+  // A wide table is two tables on paper; copies, so that they are sorted and filtered as the table on the screen is.
+  const half = (table, isKept) => {
+    const copy = table.cloneNode(true);
+    copy.removeAttribute("id");
+    copy.className = "half";
+    for (const row of copy.rows) {
+      let at = 0;
+      for (const cell of [...row.cells]) {
+        if (!isKept(at)) cell.remove();
+        at += cell.colSpan;
+      }
+    }
+    return copy;
+  };
+
+  const halve = (on) => {
+    for (const copy of document.querySelectorAll(".half")) copy.remove();
+    for (const table of document.querySelectorAll("[data-cut]")) {
+      const cut = Number(table.dataset.cut);
+      if (on) table.after(half(table, (at) => at < cut), half(table, (at) => at === 0 || at >= cut));
+      table.hidden = on;
+    }
+  };
+
   let opened = [];
   const toPaper = (on) => {
     if (on === printing) return;
@@ -263,6 +287,7 @@
     } else {
       for (const one of opened) one.open = false;
     }
+    halve(on);
     refit();
   };
   window.addEventListener("beforeprint", () => toPaper(true));

@@ -40,10 +40,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows of cells."""
+    """Columns and rows of cells.
+
+    Args:
+        cut: after how many columns it is cut in two for paper, on which nothing scrolls; the first column stands in
+            both. A group is never cut.
+    """
 
     columns: list[Column]
     rows: list[list[Cell]]
+    cut: int | None = None
 
     @property
     def groups(self) -> list[tuple[str, int]]:
@@ -90,7 +96,7 @@ def results(study: Study) -> Table:
         statistics = _statistics(row, runs, decimals, is_baseline=name == baseline)
         statistics[0] = replace(statistics[0], under=caveats(study, name))
         rows.append([Cell(name, value=name, kind="name"), *statistics, *_facts(fact), *_measured(runs)])
-    return Table(COLUMNS, rows)
+    return Table(COLUMNS, rows, cut=1 + sum(column.group == "result" for column in COLUMNS))
 
 
 def _decimals(rows: list[dict[str, Any]]) -> int:
