@@ -57,6 +57,11 @@ class Tokenizer:
         """Entries of the vocabulary, the end marker included."""
         return int(self._engine.get_vocab_size())
 
+    @property
+    def last(self) -> int:
+        """The largest id; other programs' tokenizers may leave some out."""
+        return max(self._engine.get_vocab(with_added_tokens=True).values(), default=0)
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any marker."""
         return self.encode_batch([text])[0]

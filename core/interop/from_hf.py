@@ -20,6 +20,7 @@ from core.assemble import build
 from core.contracts.checkpoint_format import CheckpointFormat, Piece, Translation
 from core.contracts.errors import UserError, Wrong
 from core.contracts.schema import Provenance
+from core.data.tokenizer import Tokenizer
 from core.extension.checks import told_where
 from core.interop.accounting import check_ours, check_theirs, owners, wanted
 from core.interop.blocks import INVERSE, ReadBlocks
@@ -80,14 +81,16 @@ def from_hf(
     kinds = kinds_in(pieces, theirs, ours, wished, source)
     moves = moves_in(pieces, theirs, kinds, str(source))
     layout = _layout(made, recipe, shards, pieces, plain, wished)
+    marked = markers(source, config)
     plan = planned(kinds, index=True)
     for notice in translation.notices:
         say(f"note: {notice}")
+    _tell_tokenizer(source, recipe.data.tokenizer.vocab, say)
     conversion = Conversion(target, ["from-hf", _stamps(source), layout, _spelt(kinds)], say)
     with conversion.folder_in_the_making(plan.bytes) as folder:
-        _write_companions(source, folder, layout, say)
+        _write_companions(source, folder, layout)
         conversion.move(moves, theirs, plan, WEIGHTS)
-        _write_run(RunFolder(folder), recipe, made, config, source, translation.notices)
+        _write_run(RunFolder(folder), recipe, made, marked, source, translation.notices)
     count = sum(math.prod(shape) for shape in ours.values())
     return {"format": made.label, "tensors": len(theirs.kinds), "parameters": count, "bytes": plan.bytes}
 
@@ -225,7 +228,7 @@ def _stamps(source: Path) -> list[tuple[str, int, int]]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _write_companions(source: Path, folder: Path, layout: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def _write_companions(source: Path, folder: Path, layout: Mapping[str, Any]) -> None:
     """The small files as they were, and our tokenizer.json."""
     place = RunFolder(folder / HF)
     place.path.mkdir(exist_ok=True)
@@ -238,15 +241,28 @@ def _write_companions(source: Path, folder: Path, layout: Mapping[str, Any], say
     place.write_json(LAYOUT, layout)
     if (place.path / "tokenizer.json").exists():
         shutil.copyfile(place.path / "tokenizer.json", RunFolder(folder).tokenizer)
-    else:
+
+
+def _tell_tokenizer(source: Path, vocabulary: int, say: Callable[[str], None]) -> None:
+    """Weights are of use without text, so what is wrong with a tokenizer is told and not refused."""
+    file = source / "tokenizer.json"
+    if not file.is_file():
         say(f"note: {source} holds no tokenizer.json: the run takes tokens, and no text")
+        return
+    try:
+        last = Tokenizer.load(file).last
+    except UserError as cause:
+        say(f"note: {cause}")
+        return
+    if last >= vocabulary:
+        say(f"note: {file} has a token {last}, and the model knows {vocabulary}, from 0: a text that needs it fails")
 
 
 def _write_run(
     run: RunFolder,
     recipe: Recipe,
     made: CheckpointFormat,
-    config: Mapping[str, Any],
+    marked: Mapping[str, int | None],
     source: Path,
     notices: Sequence[str],
 ) -> None:
@@ -258,15 +274,25 @@ def _write_run(
         "distribution": owner.distribution,
         "version": owner.version,
         "notices": list(notices),
-        **markers(run.path / HF, config),
+        **marked,
     }
     run.write_json("provenance.json", provenance(recipe.sections(), converted=converted))
     run.write_recipe(recipe.to_dict())
 
 
-def markers(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids that begin and end a text, as the generation's configuration, or else the model's, has them."""
-    file = folder / "generation_config.json"
-    merged = {**config, **{k: v for k, v in (read_json(file) if file.is_file() else {}).items() if v is not None}}
-    begin, end = merged.get("bos_token_id"), merged.get("eos_token_id")
-    return {"begin": begin, "end": end[0] if isinstance(end, list) and end else end}
+def markers(source: Path, config: Mapping[str, Any]) -> dict[str, int | None]:
+    """The ids that begin and end a text, as the generation's configuration, or else the model's, has them.
+
+    Raises:
+        UserError: one is no whole number, or the generation's configuration cannot be read.
+    """
+    generation, found = source / "generation_config.json", {}
+    places = {generation: read_json(generation) if generation.is_file() else {}, source / "config.json": config}
+    for name, key in (("begin", "bos_token_id"), ("end", "eos_token_id")):
+        given = ((file, place[key]) for file, place in places.items() if place.get(key) is not None)
+        file, value = next(given, (source, None))
+        first = value[0] if isinstance(value, list) and value else value
+        if first is not None and (isinstance(first, bool) or not isinstance(first, int)):
+            raise UserError(f"{file}: {key} = {value!r}: must be a token's number")
+        found[name] = first
+    return found

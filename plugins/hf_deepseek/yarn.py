@@ -18,6 +18,11 @@ from typing import Any
 from core.contracts.errors import Wrong
 
 YARN_KEYS = {"beta_fast": 32.0, "beta_slow": 1.0}
+NUMBERS = (
+    *("rope_theta", "partial_rotary_factor", "factor", "attention_factor", "mscale", "mscale_all_dim"),
+    *("original_max_position_embeddings", *YARN_KEYS),
+)
+"""What must be a number where it is given."""
 
 
 def temperature(factor: float, coefficient: float | None) -> float:
@@ -27,9 +32,11 @@ def temperature(factor: float, coefficient: float | None) -> float:
 
 def rope_of(config: Mapping[str, Any], max_length: int) -> tuple[dict[str, Any], list[str]]:
     """Our `model.rope`, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before it)."""
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    kind = given.get("rope_type", given.get("type", "default"))
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    given = _checked(config.get(where) or {}, where)
+    if not _is_number(config.get("rope_theta") or 0):
+        raise Wrong("rope_theta", "must be a number")
+    kind = given.get("rope_type", given.get("type", "default"))
     theta = given.get("rope_theta") or config.get("rope_theta") or 10000.0
     if given.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise Wrong(where, "partial_rotary_factor must be 1: the rotated part is qk_rope_head_dim")
@@ -44,6 +51,19 @@ def rope_of(config: Mapping[str, Any], max_length: int) -> tuple[dict[str, Any],
     if max_length > reach:
         notices = [f"max_position_embeddings = {max_length} is further than YaRN reaches: at most {reach} positions"]
     return {"theta": float(theta), "max_length": min(max_length, reach), "yarn": yarn}, notices
+
+
+def _checked(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise Wrong(where, "must be a section")
+    for key in NUMBERS:
+        if not _is_number(given.get(key) or 0):
+            raise Wrong(where, f"{key} = {given[key]!r} must be a number")
+    return dict(given)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _yarn_of(config: Mapping[str, Any], given: Mapping[str, Any], max_length: int, where: str) -> dict[str, Any]:

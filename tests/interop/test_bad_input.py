@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lab import Lab, fill, small_disk
+from tokenizers import Tokenizer, models
 
 from .checkpoints import FP8, V3, in_blocks, tensors_of, write
 
@@ -129,6 +130,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         ("quantization_config", "weight_block_size"),
     ),
     "another quantisation": (change_config(quantization_config={"quant_method": "gptq"}), ("quant_method",)),
+    "generation's configuration is no JSON": (
+        lambda f: (f / "generation_config.json").write_text("{"),
+        ("source/generation_config.json: cannot be read as JSON",),
+    ),
+    "a marker that is no number": (
+        change_config(eos_token_id=["</s>"]),
+        ("source/config.json: eos_token_id = ['</s>']: must be a token's number",),
+    ),
 }
 
 
@@ -149,6 +158,24 @@ def test_it_is_one_sentence_and_nothing_is_left(
     for word in words:
         assert word in said.sentence
     assert [f.name for f in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "words"),
+    [(0, "cannot be read as a tokenizer"), (300, None), (301, "has a token 300, and the model knows 300, from 0")],
+)
+def test_a_tokenizer_that_fails_later_is_told_at_once(
+    lab: Lab, tmp_path: Path, tensors: Mapping[str, torch.Tensor], vocabulary: int, words: str | None
+) -> None:
+    """And not refused: the weights are of use without it."""
+    source = write(tmp_path / "source", V3, tensors)
+    engine = Tokenizer(models.BPE({f"t{i}": i for i in range(vocabulary)}, []))
+    (source / "tokenizer.json").write_text(engine.to_str() if vocabulary else "{}")
+    said = lab.door("convert", "from-hf", source, tmp_path / "run")
+    assert said.code == 0, said.err
+    notes = [line for line in said.err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (words is not None)
+    assert words is None or words in notes[0]
 
 
 def test_a_folder_that_is_not_there_is_told(lab: Lab, tmp_path: Path) -> None:
