@@ -14,6 +14,7 @@ import yaml
 
 from core.contracts.errors import UserError
 from core.contracts.schema import Section
+from core.training.machine import code, machine
 
 
 class RunFolder:
@@ -139,7 +140,7 @@ def _is_of(folder: str, name: str) -> bool:
 
 
 def provenance(sections: Iterable[Section], **rest: Any) -> dict[str, Any]:
-    """Everything that shaped a run: components with their owners, versions, the command.
+    """Everything that shaped a run: components with their owners, versions, the commit, the machine, the command.
 
     Lightning's own entry-point group adds callbacks to every Trainer unseen; they are named too.
     """
@@ -161,6 +162,8 @@ def provenance(sections: Iterable[Section], **rest: Any) -> dict[str, Any]:
         "lightning_callback_factories": [f"{point.name} = {point.value}" for point in unseen],
         "python": platform.python_version(),
         "platform": platform.platform(),
+        **machine(),
+        **code(),
         "packages": {name: metadata.version(name) for name in packages},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **rest,

@@ -12,6 +12,7 @@ import pytest
 from core.analysis.report.cost import seconds_of
 from core.analysis.report.folder import Run, read
 from core.analysis.report.page import context, figures_of, render
+from core.analysis.report.provenance import facts
 from core.analysis.report.words import in_short, metric_words, signed
 from core.analysis.statistics import NOT_AFTER_HOLM
 
@@ -271,6 +272,19 @@ def test_provenance_differences_and_commands(under_way: Path, single: Path) -> N
     assert "torch 2.13.0+cpu" in text
     assert f"model.blocks.moe.ffn.router.name deepseek_v3 {HOSTILE}" in text
     assert "python -m core.fit 'recipes/with space.yaml' budget.steps=60 --out runs/it" in words(page(single))
+
+
+def test_the_commit_and_the_machine_are_told(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(20)}, [0, 1])
+    known = {"cpu": "A fast one", "cores": 8, "gpus": ["GPU A", "GPU A", "GPU B"], "commit": "c0ffee", "dirty": False}
+    for seed, dirty in ((0, False), (1, True)):
+        file = tmp_path / f"s/runs/a/seed-{seed}/provenance.json"
+        write_json(file, json.loads(file.read_text()) | known | {"dirty": dirty})
+    told = dict(facts(read(tmp_path / "s")))
+    assert told["commit"] == ["c0ffee (1 of 2 runs)", "c0ffee, with changes (1 of 2 runs)"]
+    assert (told["cpu"], told["cores"]) == (["A fast one"], ["8"])
+    assert told["GPU"] == ["2 \N{MULTIPLICATION SIGN} GPU A, GPU B"]
+    assert not {"dirty", "gpus"} & set(told)
 
 
 def test_runs_on_unlike_machines_are_told_apart(tmp_path: Path) -> None:

@@ -208,6 +208,8 @@ def test_P27_provenance_names_everything_that_shaped_the_run(
         assert component["version"]
     assert found["packages"]["torch"] == metadata.version("torch")
     assert (found["data"], found["threads"]) == ("abc", 1)
+    assert found["cpu"]
+    assert found.keys() >= {"cores", "gpus", "commit", "dirty"}
 
 
 def test_the_runs_provenance_holds_its_datas_fingerprint(lab: Lab, finished: Path) -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 from core.analysis.report.folder import Run, Study
 
+TOLD = ("components", "command", "commit", "dirty", "gpus")
+"""What is recorded and not told under its own name."""
+
 
 def facts(study: Study) -> list[tuple[str, list[str]]]:
     """What is recorded, and each value of it with the number of runs where the runs differ."""
@@ -28,8 +31,12 @@ def _of(run: Run) -> list[tuple[str, str]]:
     owners = sorted({f"{p.get('distribution')} {p.get('version')}" for p in parts})
     used = sorted({f"{p.get('slot')}: {p.get('name')} ({p.get('distribution')})" for p in parts})
     pairs = [("distributions", ", ".join(owners))] + [("parts", part) for part in used]
+    if recorded.get("commit"):
+        pairs.append(("commit", f"{recorded['commit']}{', with changes' if recorded.get('dirty') else ''}"))
+    gpus = Counter(map(str, recorded.get("gpus") or []))
+    pairs.append(("GPU", ", ".join(f"{count} × {name}" if count > 1 else name for name, count in gpus.items())))  # noqa: RUF001
     for key, value in recorded.items():
-        if key in ("components", "command") or value in (None, [], {}):
+        if key in TOLD or value in (None, [], {}):
             continue
         if isinstance(value, dict):
             pairs.append((key, ", ".join(f"{k} {v}" for k, v in value.items())))
