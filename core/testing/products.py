@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.contracts.precision import ROLES, Precision
+from core.contracts.precision import ROLES, Precision, StepState
 from core.contracts.router import Routing
 from core.testing import bench
 from core.testing.clauses import check, hold, spare
@@ -228,6 +228,57 @@ def products_are_pure(subject: Subject) -> None:
         {name: direct.state_dict()[name] for name in moved.state_dict() if name == "weight"}, strict=False
     )
     hold(torch.equal(moved(x), direct(x)), "made on the meta device it gives other products")
+
+
+@check(
+    "precision",
+    clause="`end_step` alone moves what layers keep, a skipped step does not, and `step_state` is all of it",
+    where="core/contracts/precision.py, StepState",
+)
+def skipped_steps_are_forgotten(subject: Subject) -> None:
+    """The products of three steps: as they are, repeated within one, after a skipped one, and after loading."""
+    for grouped in (False, True):
+        layer, *others = (_layers(subject.precision(), "ffn.down")[grouped] for _ in range(4))
+        spare(_states(layer), "its layers keep nothing between steps")
+        expected = [_stepped(layer, grouped, step) for step in range(3)]
+        repeated, skipping, loaded = others
+        _stepped(skipping, grouped, 5, done=False)
+        for step in range(2):
+            _stepped(skipping, grouped, step)
+            _stepped(skipping, grouped, step + 5, done=False)
+            if "remembers_products" not in subject.capabilities:
+                _passed(repeated, grouped, step)
+            _stepped(repeated, grouped, step)
+        for (_, own), (_, kept) in zip(_states(loaded).items(), _states(skipping).items(), strict=True):
+            own.load_step_state(kept.step_state())
+        for what, other in (("repeated", repeated), ("a skipped step", skipping), ("loaded", loaded)):
+            found = _stepped(other, grouped, 2)
+            same = all(torch.equal(one, two) for one, two in zip(found, expected[2], strict=True))
+            hold(same, f"{what}: the next step's products have other bits")
+
+
+def _states(layer: Any) -> dict[str, StepState]:
+    return {path: part for path, part in layer.named_modules() if isinstance(part, StepState)}
+
+
+def _passed(layer: Any, grouped: bool, step: int) -> list[Tensor]:
+    """Y, dX and dW of a step, whose numbers are of a size of their own."""
+    draw = torch.Generator().manual_seed(step)
+    x = (3.0**step * torch.randn(ROWS, INPUTS, generator=draw)).requires_grad_()
+    more = (torch.tensor([10, 10, 25, ROWS], dtype=torch.int32),) if grouped else ()
+    layer.zero_grad()
+    y = layer(x, *more)
+    y.backward(3.0**-step * torch.randn(y.shape, generator=draw).to(y.dtype))
+    assert x.grad is not None
+    return [y.detach(), x.grad, layer.weight.grad.clone()]
+
+
+def _stepped(layer: Any, grouped: bool, step: int, *, done: bool = True) -> list[Tensor]:
+    """The same, and the end of the step."""
+    found = _passed(layer, grouped, step)
+    for state in _states(layer).values():
+        state.end_step(done=done)
+    return found
 
 
 def assignments(kept: bool, token_major: bool) -> tuple[Routing, Tensor]:

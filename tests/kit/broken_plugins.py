@@ -14,11 +14,13 @@ from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.loss_head import HeadOutput
+from core.contracts.precision import StepState
 from core.contracts.router import Adjust, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
 from core.extension.hookspec import hookimpl
 from core.model.attend import TensorCache
+from core.model.linear import Linear
 from core.model.share_loss import ShareLoss
 from core.testing.bench import KitAttention, KitDense, KitHead, KitPrecision, KitRouter
 
@@ -37,6 +39,7 @@ BROKEN = {
     ("precision", "optimist"): "products_are_as_exact_as_declared",
     ("precision", "saturating"): "infinities_propagate",
     ("precision", "boaster"): "what_ran_is_noted",
+    ("precision", "grudge"): "skipped_steps_are_forgotten",
     ("attention", "one_cache"): "decoding_equals_the_full_forward",
     ("attention", "own_positions"): "positions_come_from_the_context",
     ("balancer", "forgetful"): "state_round_trips",
@@ -237,6 +240,37 @@ class Boaster(_Plain):
         return "tensor cores"
 
 
+class Remembering(Linear, StepState):
+    """Cuts off what is more than twice as large as what earlier steps held."""
+
+    def __init__(self, inputs: int, outputs: int, **formats: Any) -> None:
+        super().__init__(inputs, outputs, **formats)
+        self.now, self.known = [0.0], [torch.inf]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.now.append(float(x.detach().abs().max()))
+        return super().forward(x.where(~x.isfinite(), x.clamp(-2 * max(self.known), 2 * max(self.known))))
+
+    def end_step(self, *, done: bool) -> None:
+        self.known, self.now = [max(self.now)], [0.0]
+
+    def step_state(self) -> dict[str, Tensor]:
+        return {"known": torch.tensor(self.known)}
+
+    def load_step_state(self, state: dict[str, Tensor]) -> None:
+        self.known = state["known"].tolist()
+
+
+class Grudge(_Plain):
+    """Remembers what a skipped step saw."""
+
+    example = {"name": "grudge"}
+
+    def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> Any:
+        return Remembering(inputs, outputs, std=std, **self._formats(role))
+
+
 class OneCache(KitAttention):
     """Gives every sequence of tokens the same cache."""
 
@@ -291,7 +325,7 @@ class Prophet(KitHead):
 
 CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
-    *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster),
+    *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet),
     *FORMATS,
 )

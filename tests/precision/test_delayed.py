@@ -1,6 +1,7 @@
 """P49, delayed scaling: a step's products only take maxima; the history moves when the optimizer has stepped."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ import torch.multiprocessing as mp
 from lab import Lab, assert_same_run, forked, last_checkpoint
 from torch import Tensor
 
+from core.testing.products import skipped_steps_are_forgotten
 from core.training.callbacks import KeepLatest
 from core.training.module import TrainingModule
 from core.training.ranks import share_largest
@@ -141,6 +143,12 @@ def test_history_is_no_part_of_the_state_dict_and_keeps_its_format() -> None:
     other = layer()
     other.amax.load_step_state(before)
     assert known(other) == known(own)
+
+
+def test_the_kits_clause_of_what_is_kept_holds() -> None:
+    """The example that the kit makes of fp8_emulated keeps nothing, so here it is asked under delayed scaling."""
+    asked: Any = SimpleNamespace(precision=lambda: precision(scaling="delayed", history=2), capabilities=frozenset())
+    skipped_steps_are_forgotten(asked)
 
 
 # ---- in runs

@@ -114,6 +114,24 @@ def test_the_emulation_of_bf16_rounds_operands_and_nothing_else() -> None:
     assert not torch.equal(y, y.bfloat16().float())
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_bf16_stream_rounds_results_but_no_gradient_of_a_master(grouped: bool) -> None:
+    """Report, section 3.3.1: weight gradients are fp32; bit by bit those of the same numbers in an fp32 stream."""
+    x, dy = drawn(30, 40, seed=2).bfloat16(), drawn(30, 24, seed=3).bfloat16()
+    found = []
+    for stream, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        made, more = precision(stream=stream), ()
+        layer = made.linear(40, 24, "ffn.down", std=0.1)
+        if grouped:
+            layer, more = made.grouped_linear(2, 40, 24, "experts.down", std=0.1), (torch.tensor([11, 30]),)
+        found.append(through(with_weight(layer), x.to(dtype), dy.to(dtype), *more))
+    wide, short = found
+    for one, two in zip(short[:2], wide[:2], strict=True):
+        assert torch.equal(one, two.bfloat16())
+    assert torch.equal(short[2], wide[2])
+    assert not torch.equal(short[2], short[2].bfloat16().float())
+
+
 @pytest.mark.parametrize("name", ["fp8_emulated", "bf16_emulated"])
 def test_leading_axes_are_rows(name: str) -> None:
     layer = with_weight(precision(name).linear(40, 24, "ffn.down", std=0.1))
