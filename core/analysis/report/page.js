@@ -103,9 +103,10 @@
     const below = 62 + legend.rows * 20;
     const [side, above] = width >= 760 ? [16, ABOVE] : [8, figure.panels > 1 ? 24 : 10];
     const { xaxis, yaxis, ...rest } = figure.layout;
+    const few = width >= 760 ? {} : { nticks: 4, tickangle: 0 }; // else long numbers are slanted into the legend
     const plots = figure.panels > 1
       ? panelsOf(figure, width)
-      : { height: figure.height, layout: { xaxis: axis(xaxis), yaxis: axis(yaxis) } };
+      : { height: figure.height, layout: { xaxis: axis({ ...few, ...xaxis }), yaxis: axis(yaxis) } };
     const layout = {
       width, height: plots.height + above + below, font: { family: "inherit", size: 13, color: INK },
       paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", dragmode: width >= 760 ? "zoom" : false,
