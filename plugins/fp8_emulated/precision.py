@@ -53,6 +53,9 @@ class EmulatedFP8(FP8Precision):
                 raise Wrong(f"e5m6.{wrong.key}", wrong.why) from wrong
             if self.history < 1:
                 raise Wrong("history", "must be at least 1")
+            every = self.promote_every
+            if every is not None and (every < AT_ONCE or 128 % every):
+                raise Wrong("promote_every", "must be 32, 64 or 128, whole instructions that divide a tile")
             if self.accumulator_bits is not None:
                 self._check_sums(self.accumulator_bits)
 
@@ -61,13 +64,10 @@ class EmulatedFP8(FP8Precision):
                 raise Wrong("accumulator_bits", "must be from 4 to 18: sums of 32 such numbers are exact in fp32")
             if self.scaling == "mxfp8":
                 raise Wrong("accumulator_bits", "must be null with mxfp8, whose scales are applied inside the sum")
-            every = self.promote_every
-            if every is None and self.scaling == "tile":
+            if self.promote_every is None and self.scaling == "tile":
                 raise Wrong(
                     "promote_every", "must be a number with tile scaling: a tile's scale needs a sum of its own"
                 )
-            if every is not None and (every < AT_ONCE or 128 % every):
-                raise Wrong("promote_every", "must be 32, 64 or 128, whole instructions that divide a tile")
 
     def low_linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
         """A layer with rounded operands."""

@@ -161,6 +161,7 @@ def test_sums_of_many_bits_are_the_plain_ones(keys: dict[str, Any], grouped: boo
         ({"accumulator_bits": 24}, "accumulator_bits = 24: must be from 4 to 18"),
         ({"accumulator_bits": 14, "promote_every": None}, "promote_every = null: must be a number with tile scaling"),
         ({"accumulator_bits": 14, "promote_every": 48}, "promote_every = 48: must be 32, 64 or 128"),
+        ({"promote_every": 256}, "promote_every = 256: must be 32, 64 or 128"),
         ({"accumulator_bits": 14, "scaling": "mxfp8"}, "accumulator_bits = 14: must be null with mxfp8"),
         ({"history": 0}, "history = 0: must be at least 1"),
         ({"e5m6": ["attention.out"]}, "e5m6.0 = 'attention.out': is no role; did you mean attention.output"),
