@@ -32,7 +32,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     if arguments.workers < 1:
         raise UserError(f"--workers = {arguments.workers}: must be at least 1")
-    sweep = read_sweep(arguments.sweep, smoke=arguments.smoke)
+    sweep = read_sweep(arguments.sweep, smoke=arguments.smoke, here=arguments.ray is None)
     if arguments.dry_run:
         _dry_run(sweep)
         return

@@ -3,107 +3,20 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import yaml
 
-from core.contracts.errors import UserError, Wrong, nearest
-from core.contracts.schema import setting
+from core.analysis.describe import obstacles
+from core.assemble import build
+from core.contracts.errors import UserError, nearest
 from core.extension.registry import Registry
 from core.recipe.compose import Recipe, compose, find_recipe, shipped_sweeps
 from core.recipe.resolve import Resolver
-
-METRICS = (
-    *("val_bits_per_byte", "val_loss", "max_vio_global", "max_vio_batch", "dropped_fraction", "mtp_acceptance"),
-    *("steps", "tokens", "skipped_steps", "wall_seconds", "train_seconds", "tokens_per_second", "mfu", "peak_flops"),
-    *("params_total", "params_mtp", "params_active", "flops_per_token", "peak_memory_bytes", "validation_bytes"),
-    "threads",
-)
-"""The numbers in summary.json."""
-
-
-@dataclass(kw_only=True)
-class VariantSection:
-    """One variant: a recipe, or the base, with something changed."""
-
-    recipe: str | None = setting(None, doc="a recipe file or shipped name; null: the sweep's base")
-    overrides: dict[str, Any] = setting({}, doc="KEY.PATH: VALUE, as on the command line")
-
-
-@dataclass(kw_only=True)
-class MatchSection:
-    """What must be equal, and for whom it need not be."""
-
-    params: float | None = setting(0.02, doc="total parameters, as a fraction of the baseline's; null: not checked")
-    flops: float | None = setting(
-        0.02, doc="training FLOPs per token, or of a run where budget.flops is given; likewise"
-    )
-    allow: list[str] = setting([], doc="things that may differ, in the words of describe --compare (attention, steps)")
-    exempt: dict[str, str] = setting({}, doc="variants that need not match, each with the reason, which is printed")
-
-    def check(self, parent: Any) -> None:
-        """Raises `Wrong` for a tolerance that is none."""
-        for key in ("params", "flops"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value < 1:
-                raise Wrong(key, "must be at least 0 and less than 1, or null")
-
-
-@dataclass(kw_only=True)
-class SweepSchema:
-    """A whole sweep file."""
-
-    title: str = setting("", doc="what is asked, one sentence")
-    base: str = setting(doc="a recipe file or shipped name that variants start from")
-    seeds: list[int] = setting(doc="one run of every variant for each")
-    variants: dict[str, VariantSection] = setting(doc="what is compared, by name")
-    grid: dict[str, list[Any]] = setting({}, doc="KEY.PATH: [values]; every variant with every combination")
-    baseline: str = setting(doc="the variant that all others are held against")
-    metric: str = setting("val_bits_per_byte", doc="a key of summary.json")
-    better: Literal["lower", "higher"] = setting("lower", doc="values of the metric")
-    budget: dict[str, Any] = setting({}, doc="the recipe's budget for every run; empty: each recipe's own")
-    overrides: dict[str, Any] = setting({}, doc="KEY.PATH: VALUE for every run")
-    match: MatchSection = setting({}, doc="what must be equal before anything is run")
-    smoke: dict[str, Any] = setting({}, doc="keys of this file for --smoke, each in the place of the whole key above")
-
-    def check(self, parent: Any) -> None:
-        """Raises `Wrong` for nothing to run, for names that are none, and for what two keys would both set."""
-        if not self.seeds:
-            raise Wrong("seeds", "must hold at least one seed")
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise Wrong("seeds", "must be different whole numbers of at least 0")
-        if not self.variants:
-            raise Wrong("variants", "must hold at least one variant")
-        for name in self.variants:
-            if not name or not all(c.isalnum() or c in "_-+=" for c in name):
-                raise Wrong("variants", f"{name!r} cannot name a folder: use letters, digits and _ - + =")
-        for key, values in self.grid.items():
-            if not values:
-                raise Wrong("grid", f"{key} must have at least one value")
-        if self.metric not in METRICS:
-            raise Wrong("metric", f"no run logs it; {nearest(self.metric, METRICS)}")
-        for key in self.smoke:
-            if key not in self.__dataclass_fields__ or key == "smoke":
-                raise Wrong("smoke", f"unknown key {key!r}; {nearest(key, set(self.__dataclass_fields__) - {'smoke'})}")
-        for where, keys in (("overrides", self.overrides), ("grid", self.grid)):
-            if taken := _taken(keys, self.budget):
-                raise Wrong(where, taken)
-        for name, section in self.variants.items():
-            if taken := _taken(section.overrides, self.budget):
-                raise Wrong("variants", f"{name}: {taken}")
-
-
-def _taken(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:
-    """Why an override would be lost without a word."""
-    for key in keys:
-        if key == "seed":
-            return "seed is given by `seeds`"
-        if budget and key.partition(".")[0] == "budget":
-            return f"{key} is given by `budget`, for every run"
-    return None
+from core.study.schema import LONGEST, SweepSchema, VariantSection
 
 
 @dataclass(frozen=True)
@@ -140,41 +53,132 @@ class Sweep:
     smoke: bool
 
 
-def read_sweep(path: str | Path, *, smoke: bool = False) -> Sweep:
-    """Read and validate a sweep file and every one of its variants.
+def read_sweep(path: str | Path, *, smoke: bool = False, here: bool = True) -> Sweep:
+    """Read and validate a sweep file and every one of its variants, as they stand and with `smoke` laid over.
 
     Args:
         path: a file, or a shipped sweep's name.
         smoke: lay the file's `smoke` keys over it, and every recipe's `smoke` section over the recipe.
+        here: whether the runs are this machine's, so that every variant must be able to run on it.
 
     Raises:
-        UserError: what cannot be right; of several variants that fail, all are told.
+        UserError: what cannot be right; all of it is told.
     """
     file = find_sweep(path)
     values = _read(file)
-    if smoke and isinstance(small := values.get("smoke", {}), Mapping):
-        values = {**values, **small}
-    resolver = Resolver(Registry(), lambda _: str(file), {})
-    schema: SweepSchema = resolver.section(SweepSchema, values, "")
-    variants, errors = [], []
-    for name, section, point in _points(schema):
+    small = values.get("smoke")
+    laid = (
+        {k: v for k, v in small.items() if k in SweepSchema.__dataclass_fields__} if isinstance(small, Mapping) else {}
+    )
+    laid.pop("smoke", None)
+    full, little = (
+        _Reading(file, each, smoke=s, here=here) for each, s in ((values, False), ({**values, **laid}, True))
+    )
+    more = [f"with --smoke: {line}" for line in little.mistakes if line not in full.mistakes] if laid else []
+    if mistakes := [*full.mistakes, *more]:
+        if len(mistakes) == 1 and not full.refused:
+            raise UserError(f"{file}: {mistakes[0]}")
+        lines = "".join(f"\n  {line}" for line in mistakes)
+        only_variants = len(full.refused) == len(mistakes)
+        what = f"of {full.count} variants cannot run" if only_variants else "mistakes"
+        raise UserError(f"{file}: {len(mistakes)} {what}:{lines}")
+    chosen = little if smoke else full
+    return Sweep(file.stem, chosen.schema, chosen.variants, smoke)
+
+
+class _Reading:
+    """A sweep file's values, read key by key and variant by variant, so that no mistake hides another.
+
+    Args:
+        file: that they stand in.
+        values: of its keys.
+        smoke: lay every recipe's `smoke` section over it.
+        here: whether every variant must be able to run on this machine.
+    """
+
+    FILLER: ClassVar[dict[str, Any]] = {"base": "", "seeds": [0], "variants": {}, "baseline": ""}
+    """In the place of a required key that is missing or wrong, while the others are read."""
+
+    def __init__(self, file: Path, values: Mapping[str, Any], *, smoke: bool, here: bool) -> None:
+        self.file, self.smoke, self.here = file, smoke, here
+        self.resolver = Resolver(Registry(), lambda _: str(file), {})
+        self.mistakes: list[str] = []
+        self.lost: set[str] = set()
+        self.schema = self._schema(values)
+        for wrong in self.schema.wrongs():
+            if wrong.key not in self.lost:
+                self._tell(self.resolver.error(wrong.key, getattr(self.schema, wrong.key), wrong.why))
+                self.lost.add(wrong.key)
+        self.variants: list[Variant] = []
+        self.refused: list[str] = []
+        points = list(_points(self.schema)) if "grid" not in self.lost else []
+        self.count = len(points)
+        for point in points:
+            self._variant(*point)
+        self._names([name for name, _, _ in points])
+
+    def _tell(self, told: UserError) -> None:
+        line = str(told).removeprefix(f"{self.file}: ")
+        if line not in self.mistakes:
+            self.mistakes.append(line)
+
+    def _schema(self, values: Mapping[str, Any]) -> SweepSchema:
+        """What of the file is right, with the filler for the rest."""
+        good = {**self.FILLER, "variants": {}}
+        for key, value in values.items():
+            if key == "variants" and isinstance(value, Mapping):
+                sections = {name: {name: section} for name, section in value.items()}
+                good[key] = {
+                    n: value[n] for n, one in sections.items() if self._right(f"{key}.{n}", {**good, key: one})
+                }
+            elif self._right(key, {**self.FILLER, key: value}):
+                good[key] = value
+        for key in self.FILLER.keys() - values.keys():
+            self._right(key, {k: v for k, v in self.FILLER.items() if k != key})
+        schema: SweepSchema = self.resolver.section(SweepSchema, good, "")
+        return schema
+
+    def _right(self, what: str, values: Mapping[str, Any]) -> bool:
         try:
-            variants.append(_variant(file, schema, name, section, point, smoke=smoke))
+            self.resolver.section(SweepSchema, values, "")
         except UserError as told:
-            errors.append(f"{name}: {told}")
-    if errors:
-        lines = "".join(f"\n  {line}" for line in errors)
-        raise UserError(f"{file}: {len(errors)} of {len(errors) + len(variants)} variants cannot run:{lines}")
-    names = [variant.name for variant in variants]
-    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
-    if twice is not None:
-        raise UserError(f"{file}: two variants of the grid are named {twice!r}; give one of them another name")
-    for name in schema.match.exempt:
-        if name not in names:
-            raise UserError(f"{file}: match.exempt: no variant is named {name!r}; {nearest(name, names)}")
-    if schema.baseline not in names:
-        raise UserError(f"{file}: baseline = {schema.baseline!r}: no such variant; {nearest(schema.baseline, names)}")
-    return Sweep(file.stem, schema, variants, smoke)
+            self._tell(told)
+            self.lost |= {what, what.partition(".")[0]}
+            return False
+        return True
+
+    def _variant(self, name: str, section: VariantSection, point: dict[str, Any]) -> None:
+        """Compose it, build it without memory, and ask its components whether they can run here."""
+        if not section.recipe and "base" in self.lost:
+            return
+        try:
+            if len(name.encode()) > LONGEST:
+                raise UserError(f"a name of {len(name.encode())} bytes cannot name a folder: at most {LONGEST}")
+            seed = 0 if "seeds" in self.lost else self.schema.seeds[0]
+            variant = _variant(self.file, self.schema, name, section, point, seed=seed, smoke=self.smoke)
+            build(variant.recipe, device="meta")
+            if self.here and (found := obstacles(variant.recipe)):
+                raise UserError(f"cannot run here: {'; '.join(found)}")
+            self.variants.append(variant)
+        except UserError as told:
+            self.refused.append(name)
+            self.mistakes.append(f"{name if len(name) <= LONGEST else name[:40] + '...'}: {told}")
+
+    def _names(self, names: list[str]) -> None:
+        """What stands twice, and what names no variant."""
+        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+        if twice is not None:
+            self._tell(UserError(f"two variants of the grid are named {twice!r}; give one of them another name"))
+        for name in self.schema.match.exempt if "match" not in self.lost else ():
+            if self._is_none(name, names):
+                self._tell(UserError(f"match.exempt: no variant is named {name!r}; {nearest(name, names)}"))
+        name = self.schema.baseline
+        if "baseline" not in self.lost and self._is_none(name, names):
+            self._tell(UserError(f"baseline = {name!r}: no such variant; {nearest(name, names)}"))
+
+    def _is_none(self, name: str, names: list[str]) -> bool:
+        """Whether no variant has that name; of one that could not be read nothing is known."""
+        return bool(names) and name not in names and f"variants.{name.partition('+')[0]}" not in self.lost
 
 
 def find_sweep(path: str | Path) -> Path:
@@ -243,7 +247,14 @@ def _written(value: Any) -> str:
 
 
 def _variant(
-    file: Path, schema: SweepSchema, name: str, section: VariantSection, point: dict[str, Any], *, smoke: bool
+    file: Path,
+    schema: SweepSchema,
+    name: str,
+    section: VariantSection,
+    point: dict[str, Any],
+    *,
+    seed: int,
+    smoke: bool,
 ) -> Variant:
     source = section.recipe or schema.base
     beside = file.parent / source
@@ -251,5 +262,5 @@ def _variant(
     layers = {**schema.overrides, **section.overrides, **point}
     overrides = [f"{key}={_written(value)}" for key, value in layers.items()]
     overrides += [f"budget.{key}={_written(value)}" for key, value in schema.budget.items()]
-    seeded = [*overrides, f"seed={schema.seeds[0]}"]
+    seeded = [*overrides, f"seed={seed}"]
     return Variant(name, compose(found, seeded, smoke=smoke), str(found), tuple(overrides))

@@ -9,7 +9,8 @@ from lab import ROOT
 
 from core.recipe.compose import shipped_sweeps
 from core.study.matching import match
-from core.study.sweep_file import MatchSection, SweepSchema, VariantSection, read_sweep
+from core.study.schema import MatchSection, SweepSchema, VariantSection
+from core.study.sweep_file import read_sweep
 
 PAGE = ROOT / "docs" / "sweeps.md"
 

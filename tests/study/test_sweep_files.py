@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from lab import ROOT, Lab
 
 from core.contracts.errors import UserError
 from core.recipe.compose import shipped_sweeps
 from core.study.matching import match
-from core.study.sweep_file import METRICS, Sweep, read_sweep
+from core.study.schema import METRICS
+from core.study.sweep_file import Sweep, read_sweep
 
 from .conftest import TWO, Write
 
@@ -121,6 +123,54 @@ def test_all_variants_that_fail_are_told_at_once(lab: Lab, write: Write, tmp_pat
     assert [line.strip().partition(":")[0] for line in told[1:]] == ["wide", "lost", "deep"]
     assert "model.dmi: unknown key; did you mean dim" in told[1]
     assert not (tmp_path / "out").exists()
+
+
+def test_no_mistake_hides_another(write: Write) -> None:
+    text = TWO.replace("[3, 4]", "[]").replace("baseline: bias", "baseline: bais")
+    text = text.replace("budget:", "  wide: {{overrides: {{model.dmi: 64}}}}\n  lost: {{recipee: x}}\nbudget:")
+    text += "metric: val_los\nmatsh: {{}}\nsmoke: {{budget: {{stesp: 1}}, sedes: [0]}}\n"
+    first, *lines = refused(write(text)).splitlines()
+    assert first.endswith("question.yaml: 9 mistakes:")
+    told = [line.strip() for line in lines]
+    for line in (
+        "variants.lost.recipee: unknown key; did you mean recipe?",
+        "matsh: unknown key; did you mean match?",
+        "seeds = []: must hold at least one seed",
+        "metric = 'val_los': no run logs it; did you mean val_loss",
+        "smoke: unknown key 'sedes'; did you mean seeds?",
+        "wide: ",
+        "baseline = 'bais': no such variant; did you mean bias",
+        "with --smoke: bias: ",
+        "with --smoke: none: ",
+    ):
+        assert [each for each in told if each.startswith(line)], line
+
+
+def test_what_only_the_small_sizes_have_wrong_is_told_without_them(write: Write) -> None:
+    file = write(TWO + "smoke: {{seeds: []}}\n")
+    assert refused(file).endswith("question.yaml: with --smoke: seeds = []: must hold at least one seed")
+    assert refused(file, smoke=True) == refused(file)
+
+
+def test_a_name_that_no_folder_can_have_is_refused(write: Write) -> None:
+    told = refused(write(TWO.replace("none:", f"{'n' * 260}:")))
+    assert told.endswith(f"{'n' * 40}...: a name of 260 bytes cannot name a folder: at most 200")
+    assert len(read_sweep(write(TWO.replace("none:", f"{'n' * 200}:"))).variants) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what this machine has")
+def test_variants_that_cannot_run_here_are_refused_unless_they_run_elsewhere(lab: Lab, write: Write) -> None:
+    fast = (
+        "  fast: {{overrides: {{strategy.accelerator: cuda}}}}\n  odd: {{overrides: {{model.attention.rope_dim: 3}}}}\n"
+    )
+    file = write(TWO.replace("budget:", fast + "budget:"))
+    told = refused(file).splitlines()
+    assert told[0].endswith("2 of 4 variants cannot run:")
+    assert told[1].startswith("  fast: cannot run here: strategy single: ")
+    assert told[2].startswith("  odd: ")
+    with pytest.raises(UserError) as elsewhere:
+        read_sweep(file, here=False)
+    assert "1 of 4 variants" in str(elsewhere.value)
 
 
 def test_a_sweep_that_is_not_there() -> None:

@@ -1,0 +1,100 @@
+"""The keys of a sweep file, and what cannot be right about their values."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from core.contracts.errors import Wrong, nearest
+from core.contracts.schema import setting
+
+LONGEST = 200
+"""Bytes of a variant's name: it names a folder and a file, and a file system takes 255 with what is put around it."""
+
+METRICS = (
+    *("val_bits_per_byte", "val_loss", "max_vio_global", "max_vio_batch", "dropped_fraction", "mtp_acceptance"),
+    *("steps", "tokens", "skipped_steps", "wall_seconds", "train_seconds", "tokens_per_second", "mfu", "peak_flops"),
+    *("params_total", "params_mtp", "params_active", "flops_per_token", "peak_memory_bytes", "validation_bytes"),
+    "threads",
+)
+"""The numbers in summary.json."""
+
+
+@dataclass(kw_only=True)
+class VariantSection:
+    """One variant: a recipe, or the base, with something changed."""
+
+    recipe: str | None = setting(None, doc="a recipe file or shipped name; null: the sweep's base")
+    overrides: dict[str, Any] = setting({}, doc="KEY.PATH: VALUE, as on the command line")
+
+
+@dataclass(kw_only=True)
+class MatchSection:
+    """What must be equal, and for whom it need not be."""
+
+    params: float | None = setting(0.02, doc="total parameters, as a fraction of the baseline's; null: not checked")
+    flops: float | None = setting(
+        0.02, doc="training FLOPs per token, or of a run where budget.flops is given; likewise"
+    )
+    allow: list[str] = setting([], doc="things that may differ, in the words of describe --compare (attention, steps)")
+    exempt: dict[str, str] = setting({}, doc="variants that need not match, each with the reason, which is printed")
+
+    def check(self, parent: Any) -> None:
+        """Raises `Wrong` for a tolerance that is none."""
+        for key in ("params", "flops"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < 1:
+                raise Wrong(key, "must be at least 0 and less than 1, or null")
+
+
+@dataclass(kw_only=True)
+class SweepSchema:
+    """A whole sweep file."""
+
+    title: str = setting("", doc="what is asked, one sentence")
+    base: str = setting(doc="a recipe file or shipped name that variants start from")
+    seeds: list[int] = setting(doc="one run of every variant for each")
+    variants: dict[str, VariantSection] = setting(doc="what is compared, by name")
+    grid: dict[str, list[Any]] = setting({}, doc="KEY.PATH: [values]; every variant with every combination")
+    baseline: str = setting(doc="the variant that all others are held against")
+    metric: str = setting("val_bits_per_byte", doc="a key of summary.json")
+    better: Literal["lower", "higher"] = setting("lower", doc="values of the metric")
+    budget: dict[str, Any] = setting({}, doc="the recipe's budget for every run; empty: each recipe's own")
+    overrides: dict[str, Any] = setting({}, doc="KEY.PATH: VALUE for every run")
+    match: MatchSection = setting({}, doc="what must be equal before anything is run")
+    smoke: dict[str, Any] = setting({}, doc="keys of this file for --smoke, each in the place of the whole key above")
+
+    def wrongs(self) -> Iterator[Wrong]:
+        """Nothing to run, names that are none, and what two keys would both set: all of it."""
+        if not self.seeds:
+            yield Wrong("seeds", "must hold at least one seed")
+        elif len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            yield Wrong("seeds", "must be different whole numbers of at least 0")
+        if not self.variants:
+            yield Wrong("variants", "must hold at least one variant")
+        for name in self.variants:
+            if not name or not all(c.isalnum() or c in "_-+=" for c in name):
+                yield Wrong("variants", f"{name!r} cannot name a folder: use letters, digits and _ - + =")
+        for key, values in self.grid.items():
+            if not values:
+                yield Wrong("grid", f"{key} must have at least one value")
+        if self.metric not in METRICS:
+            yield Wrong("metric", f"no run logs it; {nearest(self.metric, METRICS)}")
+        for key in self.smoke:
+            if key not in self.__dataclass_fields__ or key == "smoke":
+                yield Wrong("smoke", f"unknown key {key!r}; {nearest(key, set(self.__dataclass_fields__) - {'smoke'})}")
+        for where, keys in (("overrides", self.overrides), ("grid", self.grid)):
+            if taken := _taken(keys, self.budget):
+                yield Wrong(where, taken)
+        for name, section in self.variants.items():
+            if taken := _taken(section.overrides, self.budget):
+                yield Wrong("variants", f"{name}: {taken}")
+
+
+def _taken(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:
+    """Why an override would be lost without a word."""
+    for key in keys:
+        if key == "seed":
+            return "seed is given by `seeds`"
+        if budget and key.partition(".")[0] == "budget":
+            return f"{key} is given by `budget`, for every run"
+    return None
