@@ -36,11 +36,18 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _dry_run(sweep)
         return
+    from core.study.cores import cores
     from core.study.sweep import run_sweep
 
+    workers = arguments.workers
+    if arguments.ray is None and workers > (there := cores()):
+        print(
+            f"note: --workers = {workers}: {there} runs at a time, as this machine has {there} cores", file=sys.stderr
+        )
+        workers = there
     path = arguments.out or Path("sweeps") / (f"{sweep.name}-smoke" if arguments.smoke else sweep.name)
     command = f"python -m core.sweep {shlex.join(sys.argv[1:])}"
-    more = {"workers": arguments.workers, "ray": arguments.ray, "resume": arguments.resume, "command": command}
+    more = {"workers": workers, "ray": arguments.ray, "resume": arguments.resume, "command": command}
     with Display(sys.stderr) as display:
         found = run_sweep(sweep, path, progress=display.told, **more)
     if arguments.json:

@@ -19,6 +19,14 @@ FACTS = (
 CLOCK = ("wall_seconds", "train_seconds", "tokens_per_second", "mfu")
 """Metrics that depend on what else the machine did."""
 
+MEASURED = ("mfu", "peak_flops", "peak_memory_bytes")
+"""Metrics that not every machine can measure."""
+
+NOTHING_HELD_OUT = "the corpus has no validation split (fewer than 11 documents)"
+
+HELD_OUT = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance")
+"""Metrics that are measured on validation text."""
+
 
 def identity(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
     """`sweep.json`: the question, what was held equal, and what each variant is."""
@@ -65,6 +73,21 @@ def value_of(job: Job, metric: str) -> float | None:
     except (OSError, ValueError):
         return None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def never_measured(job: Job, metric: str) -> str | None:
+    """Why no run of the sweep can have the metric, where a finished one tells; a loss that is no number is its own."""
+    try:
+        summary = json.loads((job.path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if summary.get(metric) is not None:
+        return None
+    if metric in MEASURED:
+        return "this machine does not measure it"
+    if metric in HELD_OUT and not summary.get("validation_bytes"):
+        return NOTHING_HELD_OUT
+    return None
 
 
 def results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[str, Any]:

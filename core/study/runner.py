@@ -20,9 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Protocol
 
+from core.contracts.errors import UserError
 from core.study.child import NO_SPACE, ORPHANED
+from core.study.cores import cores
 from core.study.folder import Job, Status, SweepFolder
-from core.study.results import value_of
+from core.study.results import never_measured, value_of
 
 GRACE = 60.0
 """Seconds that a run gets to save itself before it is killed."""
@@ -43,7 +45,7 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """Processes on this machine, which share its cores: each gets its part, or OMP_NUM_THREADS where that is set.
+    """Processes on this machine, which share its cores: each gets its part, or OMP_NUM_THREADS where that is less.
 
     A run that was begun keeps the threads that it began with: under others its bits would differ.
 
@@ -55,7 +57,8 @@ class LocalPool:
     def __init__(self, slots: int, started: Callable[[Job, int], None]) -> None:
         self.slots, self.started = slots, started
         told = os.environ.get("OMP_NUM_THREADS", "")
-        self.threads = int(told) if told.isdecimal() and int(told) else max(1, len(os.sched_getaffinity(0)) // slots)
+        share = max(1, cores() // slots)
+        self.threads = min(int(told), share) if told.isdecimal() and int(told) else share
         self._workers = ThreadPoolExecutor(slots)
         self._under_way: set[subprocess.Popen[bytes]] = set()
         self._lock, self._stopping = threading.Lock(), False
@@ -115,7 +118,7 @@ def start(command: list[str], log: IO[bytes], threads: int) -> "subprocess.Popen
 
     return subprocess.Popen(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
@@ -162,6 +165,7 @@ def run_jobs(
         ended: told after each run, with how it ended.
 
     Raises:
+        UserError: a finished run shows that none can have the metric.
         OSError: no space is left on the disk, for the runner or for a run; that run waits.
     """
     waiting = iter(jobs)
@@ -188,6 +192,8 @@ def run_jobs(
                 status = _ended(job, code, before.seconds + seconds, metric, logged[job.path])
                 folder.tell(job, status)
                 ended(job, status)
+                if code == 0 and (why := never_measured(job, metric)):
+                    raise UserError(f"metric = {metric!r}: {job.name} has ended without it: {why}")
     finally:
         pool.stop()
         for job in under_way.values():

@@ -7,12 +7,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from core.assemble import plan_of
 from core.contracts.errors import UserError
+from core.recipe.resolve import to_dict
+from core.run import text_data
 from core.study.folder import Job, Status, SweepFolder
 from core.study.matching import match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
-from core.study.results import identity, results
+from core.study.results import HELD_OUT, NOTHING_HELD_OUT, identity, results
 from core.study.runner import LocalPool, Pool, run_jobs
 from core.study.sweep_file import Sweep
 from core.training.checkpoints import is_disk_full
@@ -55,6 +58,8 @@ def run_sweep(
             ended = len(jobs) - len(left)
             progress(None, None, ended, len(jobs), None)
             if left:
+                if ray is None:
+                    _prepare(sweep)
                 pool = _pool(folder, workers, ray)
                 work = {job.name: _flops(matched.documents[job.variant.name]) for job in left}
                 pace = Pace(work, pool.slots)
@@ -77,6 +82,28 @@ def run_sweep(
         if is_disk_full(error):
             raise UserError(f"{path}: no space is left on the disk; make room and go on with --resume") from error
         raise
+
+
+def _prepare(sweep: Sweep) -> None:
+    """Have the data of every run in the cache before several of them would make it at once.
+
+    Raises:
+        UserError: a mistake in the data; or nothing is held out, and the metric is measured on that.
+    """
+    seen: list[Any] = []
+    for variant in sweep.variants:
+        recipe = variant.recipe
+        section = [to_dict(recipe.data.corpus), recipe.data.tokenizer.vocab, recipe.data.sequence_length]
+        if section in seen:
+            continue
+        seen.append(section)
+        data = text_data(recipe, plan_of(recipe))
+        data.prepare()
+        if sweep.schema.metric in HELD_OUT and not data.validation_bytes:
+            raise UserError(
+                f"sweep {sweep.name}: metric = {sweep.schema.metric!r}: "
+                f"{variant.name} cannot have it: {NOTHING_HELD_OUT}"
+            )
 
 
 def _flops(document: dict[str, Any]) -> float:

@@ -16,6 +16,7 @@ from lab import ROOT, Lab, rows
 
 from core.contracts.errors import UserError
 from core.study.child import NO_SPACE
+from core.study.cores import cores
 from core.study.folder import Job, Status, SweepFolder
 from core.study.runner import LocalPool, command_of, run_jobs
 from core.study.sweep import run_sweep
@@ -74,6 +75,13 @@ def said(job: Job, slots: int, code: str) -> str:
 THREADS = "import os; print(os.environ['OMP_NUM_THREADS'])"
 
 
+@pytest.fixture(autouse=True)
+def no_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """This machine's container must not decide what a test finds."""
+    monkeypatch.setattr("core.study.cores.QUOTA", tmp_path / "cpu.max")
+    return tmp_path / "cpu.max"
+
+
 @pytest.mark.parametrize(("cores", "slots", "told"), [(8, 1, "8"), (8, 2, "4"), (8, 3, "2"), (2, 4, "1")])
 def test_runs_share_the_cores(job: Job, monkeypatch: pytest.MonkeyPatch, cores: int, slots: int, told: str) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -82,8 +90,28 @@ def test_runs_share_the_cores(job: Job, monkeypatch: pytest.MonkeyPatch, cores: 
 
 
 def test_the_threads_that_the_user_says(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not more than their share: several runs would take turns on every core."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert said(job, 2, THREADS) == "3"
+    assert said(job, 4, THREADS).splitlines()[-1] == "2"
+
+
+def test_the_tokenizer_has_no_more_threads_than_the_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert said(job, 1, "import os; print(os.environ['RAYON_NUM_THREADS'])") == "1"
+
+
+@pytest.mark.parametrize(
+    ("quota", "told"),
+    [("300000 100000", 3), ("350000 100000", 3), ("50000 100000", 1), ("max 100000", 8), ("900000 100000", 8), ("", 8)],
+)
+def test_a_containers_quota_is_all_there_is(
+    no_quota: Path, monkeypatch: pytest.MonkeyPatch, quota: str, told: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    no_quota.write_text(quota + "\n", encoding="utf-8")
+    assert cores() == told
 
 
 def test_the_ranks_of_a_run_share_its_part(lab: Lab, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

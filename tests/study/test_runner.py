@@ -13,6 +13,7 @@ import torch
 import yaml
 from lab import Lab, fill, forked, small_disk, through
 
+import core.run
 import core.study.matching
 import core.sweep
 from core.assemble import plan_of
@@ -351,6 +352,46 @@ def test_a_run_without_the_metric_failed(
     rows = run_sweep(read_sweep(write(text)), tmp_path / "out")["rows"]
     assert [(row["n"], row["runs"][0]["state"]) for row in rows] == [(1, "done"), (0, "failed")]
     assert rows[1]["runs"][0]["reason"] == "its summary has no finite mtp_acceptance"
+
+
+def test_a_metric_of_text_that_nobody_holds_out_is_refused_before_a_run(
+    lab: Lab, write: Write, pool: ForkPool, tmp_path: Path
+) -> None:
+    few = f"overrides: {{{{data.corpus.paths: ['{lab.texts}/doc-0*.txt'], data.tokenizer.vocab: 270}}}}\n"
+    with pytest.raises(
+        UserError, match=r"metric = 'val_bits_per_byte': bias cannot have it: the corpus has no validation"
+    ):
+        run_sweep(read_sweep(write(TWO + few)), tmp_path / "out")
+    assert pool.commands == []
+
+
+def test_a_metric_that_the_machine_does_not_measure_ends_the_sweep_with_the_first_run(
+    write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(core.run, "measured_peak_flops", lambda device: None)
+    with pytest.raises(
+        UserError, match=r"metric = 'mfu': bias/seed-3 has ended without it: this machine does not meas"
+    ):
+        run_sweep(read_sweep(write(TWO + "metric: mfu\n")), tmp_path / "out")
+    assert len(pool.commands) == 1
+
+
+def test_the_data_are_made_once_before_the_first_run(
+    lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Several runs that begin at once with a cold cache would each train the same tokenizer."""
+
+    class Cold(ForkPool):
+        def submit(self, job: Job, command: list[str]) -> Any:
+            assert len(list((tmp_path / "cache").glob("*/seal.json"))) == 2
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("MOELOOM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(core.study.sweep, "_pool", lambda *_: Cold())
+    more = "  other: {{overrides: {{data.tokenizer.vocab: 280}}}}\nbudget:"
+    rules = "match: {{params: null, flops: null, allow: [vocabulary]}}\n"
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(read_sweep(write(TWO.replace("budget:", more) + rules)), tmp_path / "out")
 
 
 def test_what_the_clock_measured_stands_beside_the_spread_of_throughput(

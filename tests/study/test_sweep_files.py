@@ -295,6 +295,16 @@ def test_no_worker_is_refused(lab: Lab, write: Write) -> None:
     assert lab.door("sweep", write(TWO), "--workers", "0").sentence == "--workers = 0: must be at least 1"
 
 
+def test_more_workers_than_cores_are_as_many_as_cores(
+    lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("core.study.cores.cores", lambda: 3)
+    monkeypatch.setattr("core.study.sweep.run_sweep", lambda *_, workers, **__: print(workers) or {"rows": []})
+    said = lab.door("sweep", write(TWO), "--workers", "9", "--json", "--out", tmp_path / "out")
+    assert said.out.splitlines()[0] == "3"
+    assert "note: --workers = 9: 3 runs at a time, as this machine has 3 cores" in said.err
+
+
 def test_every_shipped_sweep_says_its_command() -> None:
     for name, file in shipped_sweeps().items():
         assert f"python -m core.sweep recipes/sweeps/{name}.yaml" in file.read_text(encoding="utf-8")

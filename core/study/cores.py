@@ -1,0 +1,17 @@
+"""How many cores this process may use: those it may run on, or what a container's quota allows of them."""
+
+import os
+from pathlib import Path
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of all cores together in a period, and the period; `max` where there is no quota (cgroup v2)."""
+
+
+def cores() -> int:
+    """Whole ones, at least 1."""
+    free = len(os.sched_getaffinity(0))
+    try:
+        quota, period = map(int, QUOTA.read_text(encoding="utf-8").split())
+    except (OSError, ValueError):  # another system, or no quota
+        return free
+    return max(1, min(free, quota // period))
