@@ -27,7 +27,7 @@ def refused(file: Path, *, smoke: bool = False) -> str:
 
 
 def test_the_shipped_sweeps_are_those_that_were_asked_for() -> None:
-    assert SHIPPED == ["attention", "bias_rate", "mtp", "mtp_flops", "routing", "shared_experts"]
+    assert SHIPPED == ["attention", "bias_rate", "mtp", "mtp_flops", "precision", "routing", "shared_experts"]
     routing = read_sweep("routing")
     assert len(routing.variants) == 10
     assert len(routing.schema.seeds) == 5
@@ -54,6 +54,22 @@ def test_equal_flops_are_those_of_whole_runs_within_a_step() -> None:
     assert all(0 <= flops - 9.16e12 < steps[name] for name, flops in spent.items())
     assert "training FLOPs of a run within 2% of depth_0's" in found.held_equal
     assert not [line for line in [*found.held_equal, *found.not_equal] if "flops_per_token" in line]
+
+
+def test_the_bias_rate_sweep_is_the_papers_table_and_long_enough_to_tell() -> None:
+    """arXiv 2408.15664: three rates of three rules, the loss, and softmax; the slowest bias can move by 0.2."""
+    sweep = read_sweep("bias_rate")
+    rules = {f"{rule}_1e-{n}" for rule in ("sign", "proportional", "multiplicative") for n in (2, 3, 4)}
+    other = {"centred_1e-3", "loss_1e-3", "softmax_loss_3e-4", "softmax_proportional_1e-3"}
+    assert {variant.name for variant in sweep.variants} == rules | other
+    for variant in sweep.variants:
+        if variant.name in rules:
+            bias = variant.recipe.model.blocks["moe"].ffn.config.balance[0].config
+            rule, _, rate = variant.name.partition("_")
+            assert (bias.rate, bias.update == "proportional") == (float(rate), rule == "proportional")
+            assert (bias.form == "multiplicative") == (rule == "multiplicative")
+    assert 1e-4 * match(sweep).documents["sign_1e-4"]["steps"] >= 0.2
+    assert sweep.schema.metric == "max_vio_global"
 
 
 def test_what_the_attention_sweep_compares_is_the_cache() -> None:
