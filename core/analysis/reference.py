@@ -30,6 +30,9 @@ HEADINGS = ("Args:", "Returns:", "Raises:", "Class attributes:")
 
 COMMAND = "python -m core.analysis.reference docs/reference"
 
+LINE = 120
+"""Characters of a line of code."""
+
 
 def pages() -> dict[str, str]:
     """Every page by its file name."""
@@ -149,7 +152,17 @@ def _module(module: str, level: int, without: str = "") -> Iterator[str]:
         elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield _function(node, level)
         elif name := _assigned(node):
-            yield f"{'#' * level} {name}\n\n```python\n{_source(node)}\n```\n\n{_told(body, index)}\n"
+            yield f"{'#' * level} {name}\n\n```python\n{_value(node)}\n```\n\n{_told(body, index)}\n"
+
+
+def _value(node: ast.stmt) -> str:
+    """An assignment in one line; a long table with a line for each entry, as formatters write it."""
+    line = _source(node)
+    if len(line) <= LINE or not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Dict):
+        return line
+    entries = zip(node.value.keys, node.value.values, strict=True)
+    rows = [f"    {_source(key)}: {_source(value)},\n" for key, value in entries if key is not None]
+    return f"{_source(node.targets[0])} = {{\n{''.join(rows)}}}"
 
 
 def _assigned(node: ast.stmt) -> str:

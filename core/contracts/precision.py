@@ -66,7 +66,7 @@ class RoleSettings:
     """The keys that every precision shares in which some roles are low and others high: derive a `Config` from it."""
 
     high: list[str] = setting(
-        list(HIGH), doc="roles that stay in high precision; embedding, norm and router do without being named"
+        list(HIGH), doc="roles that stay in high precision, as embedding, norm and router always do"
     )
 
     def check(self, parent: Any) -> None:

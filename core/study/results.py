@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from core.analysis.statistics import compare, interval
 from core.recipe.resolve import to_dict
+from core.study.curves import against
 from core.study.folder import Job, SweepFolder
 from core.study.matching import Matched
 from core.study.sweep_file import Sweep
@@ -95,10 +97,11 @@ def results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[str, An
     metric, baseline = sweep.schema.metric, sweep.schema.baseline
     runs: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in sweep.variants}
     values: dict[str, dict[int, float]] = {variant.name: {} for variant in sweep.variants}
+    done: dict[str, dict[int, Path]] = {variant.name: {} for variant in sweep.variants}
     for job in folder.jobs(sweep):
         status, value = folder.status(job), None
         if status.state == "done" and (value := value_of(job, metric)) is not None:
-            values[job.variant.name][job.seed] = value
+            values[job.variant.name][job.seed], done[job.variant.name][job.seed] = value, job.path
         row = {"seed": job.seed, "state": status.state, "value": value, "reason": status.reason}
         runs[job.variant.name].append(row)
     differences = compare(values, baseline, sweep.schema.better)
@@ -106,7 +109,9 @@ def results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[str, An
     for name, mine in values.items():
         found = interval(list(mine.values())) if mine else None
         spread = {key: getattr(found, key) if found else None for key in ("mean", "low", "high")}
-        rows.append({"variant": name, "runs": runs[name], "n": len(mine), **spread, "difference": differences[name]})
+        held = {"difference": differences[name]}
+        held["training_loss"] = against(done[baseline], done[name]) if name != baseline else None
+        rows.append({"variant": name, "runs": runs[name], "n": len(mine), **spread, **held})
     return {
         "metric": metric,
         "baseline": baseline,
