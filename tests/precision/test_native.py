@@ -24,6 +24,11 @@ from .native_standin import hopper_scaled_mm
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 DEVICES = ["standin", pytest.param("cuda", marks=pytest.mark.skipif(not HOPPER, reason="no Hopper GPU"))]
+CPU_LACKS = precision.missing("row", "cpu") or precision.missing("tensor", "cpu")
+on_a_cpu = pytest.mark.skipif(CPU_LACKS is not None, reason=str(CPU_LACKS))
+"""torch 2.11 has no `scaled_mm` for CPUs."""
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU is told")
+
 SIZES: dict[str, tuple[int, int, int]] = {
     "ragged": (37, 200, 150),
     "whole": (128, 256, 128),
@@ -78,8 +83,9 @@ def by_hand(
     return y, dx, q(dy, "columns").T @ (q(x, "rows") if how is TENSOR else q(again, "columns"))
 
 
-SUMS = {"cpu": 4e-6, "cuda": 2**-12}
-"""Rounding of sums, relative to |a| |b|: fp32, and the 14 bits or so that a tensor core keeps within 128 elements."""
+SUMS = {"cpu": 4e-6, "cuda": 2**-10}
+"""Rounding of sums, relative to |a| |b|: fp32; and a tensor core's, which keeps about 13 bits below the largest of the 32
+products that it adds at once (32 x 2^-13 at the worst; 6.8e-4 is what these cases have on an H100)."""
 
 
 def close(actual: Tensor, right: Tensor, size: Tensor, device: str) -> None:
@@ -138,6 +144,7 @@ def test_the_options_of_tiles(lab: Lab, device: str, override: str) -> None:
     check_linear(lab, SIZES["ragged"], TILE, device, override)
 
 
+@on_a_cpu
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize(("scaling", "how"), [("row", ROW), ("tensor", TENSOR)])
 def test_the_three_products_by_torchs_cpu_kernels(
@@ -186,6 +193,7 @@ def test_experts_in_tiles(lab: Lab, device: str, ends: list[int], rows: int) -> 
     check_grouped(lab, ends, rows, TILE, device)
 
 
+@on_a_cpu
 @pytest.mark.parametrize(("ends", "rows"), ENDS.values(), ids=ENDS)
 @pytest.mark.parametrize(("scaling", "how"), [("row", ROW), ("tensor", TENSOR)])
 def test_experts_by_torchs_cpu_kernels(
@@ -211,6 +219,7 @@ def test_it_is_what_the_emulation_emulates(lab: Lab, device: str) -> None:
         close(one, two.double(), size, device)
 
 
+@on_a_cpu
 @pytest.mark.parametrize("scaling", ["row", "tensor"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_stays_so(lab: Lab, scaling: str, bad: float) -> None:
@@ -222,6 +231,7 @@ def test_what_is_not_finite_stays_so(lab: Lab, scaling: str, bad: float) -> None
     assert bool(y[[0, 2, 3]].isfinite().all()) == (scaling == "row")
 
 
+@on_a_cpu
 def test_outputs_are_in_the_streams_format_and_gradients_of_masters_fp32(lab: Lab) -> None:
     made = native(lab, "precision.scaling=row", "precision.stream=bf16")
     layer: Any = made.linear(32, 16, "ffn.down", std=0.1)
@@ -245,8 +255,8 @@ def needs(scaling: str, *environment: Any) -> str | None:
         ("tile", ("cuda", (10, 0), "13.0"), "on compute capability 9.0 alone (Hopper), and this GPU has 10.0"),
         ("tile", ("cuda", (8, 9), "12.9"), "this GPU has 8.9; precision fp8_emulated"),
         ("row", ("cuda", (8, 9), "12.9"), "has what scaling row needs on compute capability 9.0 alone"),
-        ("row", ("cpu",), None),
-        ("tensor", ("cpu",), None),
+        pytest.param("row", ("cpu",), None, marks=on_a_cpu),
+        pytest.param("tensor", ("cpu",), None, marks=on_a_cpu),
     ],
 )
 def test_what_a_device_must_have(scaling: str, environment: tuple[Any, ...], sentence: str | None) -> None:
@@ -287,6 +297,7 @@ def test_scales_in_another_order_are_found_too(monkeypatch: pytest.MonkeyPatch, 
     assert "(its results are wrong)" in said
 
 
+@without_gpu
 def test_tiles_on_a_cpu_are_refused_by_fit_and_described(lab: Lab, tmp_path: Path) -> None:
     said = lab.door("fit", lab.file, "precision.name=fp8_native", "--out", tmp_path / "run")
     assert said.code == 2
@@ -295,6 +306,7 @@ def test_tiles_on_a_cpu_are_refused_by_fit_and_described(lab: Lab, tmp_path: Pat
     assert lab.door("describe", lab.file, "precision.name=fp8_native").code == 0
 
 
+@on_a_cpu
 def test_a_run_trains_and_says_which_code_ran(lab: Lab) -> None:
     overrides = ("precision={name: fp8_native, scaling: row, stream: fp32}", "budget.steps=2")
     module = lab.train(*overrides)
