@@ -3,11 +3,12 @@
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -144,12 +145,10 @@ class SweepFolder:
         except OSError as cause:
             raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _alone(lock):
                 lock.seek(0)
                 who = lock.read().strip() or "unknown"
-                raise UserError(f"--out {self.path}: another runner (process {who}) works in this folder") from None
+                raise UserError(f"--out {self.path}: another runner (process {who}) works in this folder")
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
@@ -176,6 +175,18 @@ class SweepFolder:
         temporary = file.with_name(f".{file.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, file)
+
+
+def _alone(lock: IO[str]) -> bool:
+    """Take the lock. A report that looks whether it is held holds it for a moment, a runner for as long as it works."""
+    for patience in (0.1, 0.2, 0.0):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(patience)
+        else:
+            return True
+    return False
 
 
 def describe_file(sweep: Sweep) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def by_hand(
 
 
 SUMS = {"cpu": 4e-6, "cuda": 2**-10}
-"""Rounding of sums, relative to |a| |b|: fp32; and a tensor core's, which keeps about 13 bits below the largest of the 32
-products that it adds at once (32 x 2^-13 at the worst; 6.8e-4 is what these cases have on an H100)."""
+"""Rounding of sums, relative to |a| |b|: fp32; and a tensor core's, which keeps about 13 bits below the largest of the
+32 products that it adds at once (32 x 2^-13 at the worst; 6.8e-4 is what these cases have on an H100)."""
 
 
 def close(actual: Tensor, right: Tensor, size: Tensor, device: str) -> None:

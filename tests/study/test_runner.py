@@ -1,11 +1,13 @@
 """Running a sweep, with runs that are forked: what is written, what a failure leaves, what is refused."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -253,6 +255,18 @@ def test_a_second_runner_is_refused(write: Write, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             run_sweep(sweep, tmp_path / "out", resume=True)
     assert not (tmp_path / "out" / "sweep.yaml").exists()
+
+
+def test_a_report_that_looks_at_the_lock_keeps_no_runner_out(tmp_path: Path) -> None:
+    """It holds the lock, shared, for a moment only."""
+    folder = SweepFolder(tmp_path / "out")
+    with folder.locked():
+        pass
+    with (tmp_path / "out" / ".lock").open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        Timer(0.15, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        with folder.locked():
+            pass
 
 
 @pytest.mark.parametrize("name", ["sweep.yaml", "status.json", "results.json"])
