@@ -12,13 +12,16 @@ from core.contracts.errors import UserError
 from core.recipe.resolve import to_dict
 from core.run import text_data
 from core.study.folder import Job, Status, SweepFolder
-from core.study.matching import match
+from core.study.matching import Matched, match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
 from core.study.results import HELD_OUT, NOTHING_HELD_OUT, identity, results
 from core.study.runner import LocalPool, Pool, run_jobs
 from core.study.sweep_file import Sweep
 from core.training.checkpoints import is_disk_full
+
+Progress = Callable[[Job | None, Status | None, int, int, float | None], None]
+"""Told of a run, how it ended, how many have ended of how many, and the seconds left; see `run_sweep`."""
 
 
 def run_sweep(
@@ -29,7 +32,7 @@ def run_sweep(
     ray: str | None = None,
     resume: bool = False,
     command: str = "",
-    progress: Callable[[Job | None, Status | None, int, int, float | None], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Run what is not done yet, and return `results.json`.
 
@@ -55,26 +58,11 @@ def run_sweep(
             folder.write_json("sweep.json", identity(sweep, matched, **began))
             jobs = folder.jobs(sweep)
             left = [job for job in jobs if folder.status(job).state != "done"]
-            ended = len(jobs) - len(left)
-            progress(None, None, ended, len(jobs), None)
+            progress(None, None, len(jobs) - len(left), len(jobs), None)
             if left:
                 if ray is None:
                     _prepare(sweep)
-                pool = _pool(folder, workers, ray)
-                work = {job.name: _flops(matched.documents[job.variant.name]) for job in left}
-                pace = Pace(work, pool.slots)
-
-                def before(job: Job) -> None:
-                    pace.begin(job.name, fresh=not (job.path / "recipe.yaml").exists())
-
-                def after(job: Job, status: Status) -> None:
-                    nonlocal ended
-                    ended += 1
-                    pace.end(job.name, whole=status.state == "done")
-                    folder.write_json("results.json", results(sweep, folder, matched))
-                    progress(job, status, ended, len(jobs), pace.left())
-
-                run_jobs(left, folder, pool, sweep.schema.metric, began=before, ended=after)
+                _work_on(left, _pool(folder, workers, ray), sweep, folder, matched, progress)
             found = results(sweep, folder, matched)
             folder.write_json("results.json", found)
             return found
@@ -82,6 +70,27 @@ def run_sweep(
         if is_disk_full(error):
             raise UserError(f"{path}: no space is left on the disk; make room and go on with --resume") from error
         raise
+
+
+def _work_on(
+    left: list[Job], pool: Pool, sweep: Sweep, folder: SweepFolder, matched: Matched, progress: Progress
+) -> None:
+    """Work on every run that is left; after each, write what was found and tell the time that is left."""
+    pace = Pace({job.name: _flops(matched.documents[job.variant.name]) for job in left}, pool.slots)
+    jobs = len(folder.jobs(sweep))
+    ended = jobs - len(left)
+
+    def before(job: Job) -> None:
+        pace.begin(job.name, fresh=not (job.path / "recipe.yaml").exists())
+
+    def after(job: Job, status: Status) -> None:
+        nonlocal ended
+        ended += 1
+        pace.end(job.name, whole=status.state == "done")
+        folder.write_json("results.json", results(sweep, folder, matched))
+        progress(job, status, ended, jobs, pace.left())
+
+    run_jobs(left, folder, pool, sweep.schema.metric, began=before, ended=after)
 
 
 def _prepare(sweep: Sweep) -> None:
