@@ -92,10 +92,8 @@ def _slot_page(slot: str) -> str:
     module, _, name = SLOTS[slot].partition(":")
     also = "What every component has, and the types that are not explained here, are in [shared.md](shared.md)."
     lines = [f"# {slot}", f"Made by `{COMMAND}`. Contract: `{module}.{name}`.", also, ""]
-    if module == "core.contracts.training":
-        lines += _definition(_class(_tree(module), name), 2)
-    else:
-        lines += _definition(_class(_tree(module), name), 2)
+    lines += _definition(_class(_tree(module), name), 2)
+    if module != "core.contracts.training":
         lines += _module(module, 2, without=name)
     if words := getattr(importlib.import_module(module), "CAPABILITIES", {}):
         lines += ["## Capabilities", f"A {slot} that declares a word", "", "| word | says that it |\n|---|---|"]
