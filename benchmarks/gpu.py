@@ -1,0 +1,115 @@
+"""python benchmarks/gpu.py [PART ...]: what the laboratory is worth on one GPU; numbers as they come out.
+
+Parts: correctness (results of a CPU and of the GPU), fp8 (its products and its loss curves), speed (a model of a billion
+parameters, beside transformers), layer (a mixture-of-experts layer of DeepSeek-V3's shape), profile (where a step's time
+goes). Each writes its numbers into OUT/gpu.json as soon as it is done, beside those of other parts that are there; a
+short table comes last. `--quick` takes toy sizes: a dry run of every step, on any machine.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from core.contracts.errors import UserError
+from core.door import run_door
+
+PARTS = ("correctness", "fp8", "speed", "layer", "profile")
+PACKAGES = ("torch", "triton", "transformers", "transformer-engine", "lightning", "nvidia-cublas", "nvidia-cudnn-cu13")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description="One GPU, measured.")
+    p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    p.add_argument("--out", type=Path, default=Path("records/gpu"), metavar="DIR", help="default: records/gpu")
+    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    p.add_argument("--quick", action="store_true", help="toy sizes: shows that every step runs, and nothing else")
+    return p
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run the parts one after the other, then print.
+
+    Raises:
+        UserError: an unknown part, no GPU, or a step that failed: the rest is measured and written all the same.
+    """
+    import torch
+
+    from benchmarks.on_gpu.measure import Lab, attempt, ceilings
+
+    for part in arguments.parts:
+        if part not in PARTS:
+            raise UserError(f"{part}: is no part; allowed: {', '.join(PARTS)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU that torch can use; --device cpu --quick is a dry run")
+    if arguments.device == "cpu" and not arguments.quick:
+        raise UserError("--device cpu: only with --quick, a dry run: these sizes are a GPU's")
+    lab = Lab(arguments.device, arguments.quick, arguments.out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    target = arguments.out / ("gpu-quick.json" if arguments.quick else "gpu.json")
+    document = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+    rows: list[tuple[str, str, str]] = []
+    for part in arguments.parts or PARTS:
+        module, began = import_module(f"benchmarks.on_gpu.{part}"), time.perf_counter()
+        print(f"{part} ...", file=sys.stderr, flush=True)
+        found = attempt(module.run, lab)
+        about = provenance(arguments) | {"seconds": round(time.perf_counter() - began, 1)}
+        document[part] = {"about": about, "ceilings": attempt(ceilings, lab), "found": found}
+        _write(target, document)
+        told = attempt(module.rows, found)
+        rows += [(part, *row) for row in ([("failed", told["error"])] if isinstance(told, dict) else told)]
+    print("| part | what | figure |\n|---|---|---|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    if errors := list(_errors(document)):
+        raise UserError(f"{target}: {len(errors)} steps failed; the first: {errors[0]}")
+
+
+def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
+    """When, on what, with which versions, and by which command."""
+    from core.training.machine import code, machine
+
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    quick = ["--quick", "--device", arguments.device] if arguments.quick else []
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "benchmarks/gpu.py", *arguments.parts, *quick]),
+        "machine": machine(),
+        "code": code(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "packages": versions,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _write(target: Path, document: dict[str, Any]) -> None:
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    part.replace(target)
+
+
+def _errors(found: Any) -> list[str]:
+    """Every step that failed, wherever it stands."""
+    if isinstance(found, dict):
+        own = [str(found["error"])] if "error" in found else []
+        return own + [told for value in found.values() for told in _errors(value)]
+    return [told for value in found for told in _errors(value)] if isinstance(found, list) else []
+
+
+if __name__ == "__main__":
+    run_door(main, parser())

@@ -1,0 +1,138 @@
+"""What every part of `benchmarks/gpu.py` measures with: the device's two ceilings, and times taken in turns.
+
+A time is the wall clock between two waits for the device, so that work of the host which the device waits for counts
+too. Versions that are compared take turns within one round, in an order that moves from round to round: what else the
+machine does hits all of them.
+"""
+
+import gc
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where a part runs.
+
+    Args:
+        device: "cuda" or "cpu".
+        quick: toy sizes, a dry run of every step.
+        folder: a part may leave files in a folder of its own name here.
+    """
+
+    device: str
+    quick: bool
+    folder: Path
+
+
+def attempt(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """What the function gives; of an exception its sentence and its trace, so that one failure loses nothing else."""
+    try:
+        return function(*arguments, **keywords)
+    except Exception as cause:  # whatever it is, it is told, and the other measurements go on
+        lines = traceback.format_exc().splitlines()
+        told = str(cause).strip().partition("\n")[0][:300]
+        return {"error": f"{type(cause).__name__}: {told}", "traceback": lines[-14:]}
+    finally:
+        release()
+
+
+def failed(found: Any) -> str | None:
+    """The sentence of an attempt that failed."""
+    return found.get("error") if isinstance(found, Mapping) else None
+
+
+def release() -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def wait(device: str) -> None:
+    """Until the device has done everything."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(function: Callable[[], Any], device: str) -> float:
+    """Wall time of one call, from an idle device to an idle device."""
+    wait(device)
+    began = time.perf_counter()
+    function()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def in_turns(functions: Mapping[str, Callable[[], Any]], device: str, *, rounds: int, warm: int) -> dict[str, Any]:
+    """Seconds of each function in each round, with median and range, after `warm` rounds that are not counted."""
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warm, rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            spent = seconds_of(functions[name], device)
+            if turn >= 0:
+                seconds[name].append(spent)
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median, least and most, and the values."""
+    rounded = [float(f"{value:.6g}") for value in values]
+    return {"median": statistics.median(rounded), "least": min(rounded), "most": max(rounded), "all": rounded}
+
+
+def ratio(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Of two versions' seconds, round by round: how many times the first's the second's speed is."""
+    return spread([a / b for a, b in zip(one["all"], other["all"], strict=True)])
+
+
+# ---- the two ceilings
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    """FLOPs per second of size^3 products of random operands, the median of twenty."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = [seconds_of(lambda: a @ b, device) for _ in range(25)][5:]
+    return 2.0 * size**3 / statistics.median(seconds)
+
+
+def fp8_rate(size: int) -> float:
+    """The same of E4M3 operands with a scale for each row, by torch's `scaled_mm`."""
+    codes = [torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2)]
+    ones = torch.ones(size, 1, device="cuda")
+
+    def product() -> Tensor:
+        return torch._scaled_mm(codes[0], codes[1].t(), ones, ones.t(), out_dtype=torch.bfloat16)
+
+    seconds = [seconds_of(product, "cuda") for _ in range(25)][5:]
+    return 2.0 * size**3 / statistics.median(seconds)
+
+
+def copy_rate(device: str, size: int) -> float:
+    """Bytes per second of a copy within the device, read and written counted."""
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = [seconds_of(lambda: target.copy_(source), device) for _ in range(15)][5:]
+    return 2.0 * source.nbytes / statistics.median(seconds)
+
+
+def ceilings(lab: Lab) -> dict[str, Any]:
+    """Measured rates of products and of copies: what every floor and every MFU here is held against."""
+    side = 256 if lab.quick else 8192
+    found: dict[str, Any] = {"side": side, "bf16": matmul_rate(lab.device, torch.bfloat16, side)}
+    found["fp32"] = matmul_rate(lab.device, torch.float32, side)
+    if lab.device == "cuda":
+        found["fp8_rowwise"] = attempt(fp8_rate, side)
+    found["bytes"] = copy_rate(lab.device, 2**22 if lab.quick else 2**32)
+    release()
+    return found
