@@ -2,9 +2,9 @@
 
 The reference reads the model's fp32 weights exactly, so what lies between them is rounding alone, and rounding grows by
 what the computation amplifies, whichever the format. Measured in units of roundoff on CPUs, where both formats run too,
-in eight batches each: losses at most 3.7 (fp32) and 1.3 (bf16), affinities 4.2 and 4.5, all gradients as one vector 11 to
-20 and 9 to 21, a single tensor's 52 and 44. A GPU adds in another order, which draws other errors of the same size: the
-limits below are three to four times these. TF32 in the place of fp32 would miss them by a factor of thousands.
+in eight batches each: losses at most 3.7 (fp32) and 1.3 (bf16), affinities 4.2 and 4.5, all gradients as one vector
+11 to 20 and 9 to 21, a single tensor's 52 and 44. A GPU adds in another order, which draws other errors of the same
+size: the limits below are three to four times these. TF32 in the place of fp32 would miss them thousandfold.
 
 In bf16 a token whose experts are nearly tied may take another, which is no error. So the choice is held to be exactly
 that of the scores that the model saw, the scores to be those of the reference, and the reference then follows the

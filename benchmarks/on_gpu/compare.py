@@ -1,0 +1,79 @@
+"""How near two tensors are, and the layers and numbers that precisions are compared on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import core
+from core.assemble import make
+from core.contracts.component import Environment
+from core.contracts.precision import Precision
+from core.contracts.schema import Section
+
+PRODUCTS = ("y", "dX", "dW")
+
+
+def calc_diff(one: Tensor, two: Tensor) -> float:
+    """1 - 2 <x, y> / (|x|^2 + |y|^2) in fp64, as DeepGEMM's tests take it; 0 for two zeros."""
+    one, two = (t.detach().to("cpu", torch.float64) for t in (one, two))
+    size = float((one.square() + two.square()).sum())
+    return float(1 - 2 * (one * two).sum() / size) if size else 0.0
+
+
+def differing(one: Tensor, two: Tensor) -> int:
+    """How many elements are not the same bits; one NaN is as good as another."""
+    one, two = (t.detach().cpu() for t in (one, two))
+    if not one.is_floating_point():
+        return int((one != two).sum())
+    return int(((one != two) & ~(one.isnan() & two.isnan())).sum())
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, each row with a scale of its own over six powers of two."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 2.0 ** torch.randint(-3, 4, (*shape[:-1], 1), generator=generator)
+    return (torch.randn(shape, generator=generator) * size).to(dtype)
+
+
+def section_of(text: str) -> Section:
+    """A precision's section, checked as a recipe's is: `{name: fp8_native}`."""
+    return core.compose("dsv3_small", [f"precision={text}"]).precision
+
+
+def obstacle(section: Section, device: str) -> str | None:
+    """Why a precision cannot run here, in its own words."""
+    cuda = device == "cuda"
+    capability = torch.cuda.get_device_capability() if cuda else None
+    why: str | None = section.component.requires(section.config, Environment(device, capability, torch.version.cuda))
+    return why
+
+
+def precision_of(text: str) -> Precision:
+    """The precision itself."""
+    made: Precision = make(section_of(text))
+    return made
+
+
+def layer_of(precision: Precision, role: str, inputs: int, outputs: int, groups: int, device: str) -> Any:
+    """A layer of some role with the same drawn weight in every precision; groups 0: not grouped."""
+    made = precision.grouped_linear(groups, inputs, outputs, role, std=0.1) if groups else None
+    layer: Any = made or precision.linear(inputs, outputs, role, std=0.1)
+    with torch.no_grad():
+        layer.weight.copy_(drawn(*layer.weight.shape, seed=1))
+    return layer.to(device)
+
+
+def three_products(layer: Any, x: Tensor, dy: Tensor, *more: Tensor) -> dict[str, Tensor]:
+    """Y, dX and dW of one forward and backward."""
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad()
+    y = layer(x, *more)
+    y.backward(dy.to(y.dtype))
+    assert x.grad is not None
+    return dict(zip(PRODUCTS, (y.detach(), x.grad, layer.weight.grad), strict=True))
+
+
+def short(value: float) -> float:
+    """Three significant digits, for a long list."""
+    return float(f"{value:.3g}")

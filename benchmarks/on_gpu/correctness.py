@@ -1,0 +1,350 @@
+"""Whether a GPU computes what a CPU does: the reference tests, logits, losses, and the emulation of FP8.
+
+Without a GPU everything is compared with the CPU itself, so that each step can be tried.
+"""
+
+import os
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import core
+from benchmarks.on_gpu.compare import (
+    calc_diff,
+    differing,
+    drawn,
+    layer_of,
+    precision_of,
+    short,
+    three_products,
+)
+from benchmarks.on_gpu.measure import Lab, attempt, failed
+from benchmarks.on_gpu.runs import TOTAL, Fits, Process, curve, prepare_data
+from core.assemble import plan_of
+from core.contracts.context import SequenceContext
+from core.contracts.router import Router
+from core.model import quantise as q
+from core.model.language_model import LanguageModel
+from core.run import load_weights, text_data
+from core.training.resume import newest_checkpoint
+
+RECIPE = "dsv3_small"
+TESTS = ("model/test_cuda.py", "precision/test_cuda.py", "precision/test_native.py", "precision/test_te_gpu.py")
+TOY = [
+    "model.dim=32",
+    "model.attention={name: mla, heads: 2, q_rank: 16, kv_rank: 16, nope_dim: 8, rope_dim: 8, value_dim: 16}",
+    "model.blocks.dense.ffn.hidden=64",
+    "model.blocks.moe.count=1",
+    "model.blocks.moe.ffn.expert_hidden=16",
+    "data.sequence_length=64",
+    "batch.sequences=2",
+]
+"""A dry run's sizes; text and vocabulary are the recipe's, because those are in the cache."""
+SECONDS = {"tests": 420.0, "runs": 240.0}
+
+
+def run(lab: Lab) -> dict[str, Any]:
+    """Tests and runs go on in processes of their own while this one compares; each part tells its own failure."""
+    folder = lab.folder / "correctness"
+    tests = start_tests(folder)
+    try:
+        with Fits(folder) as fits:
+            attempt(start_losses, lab, fits)
+            found = {"fp8_emulated": attempt(emulation, lab)}
+            found["losses"] = attempt(losses, lab, fits)
+            found["logits"] = attempt(logits, lab, fits.run("longer_cpu"))
+        found["tests"] = attempt(tests_told, tests, folder)
+    finally:
+        tests.stop()
+    return found
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The short table's."""
+    parts = {"tests": _test_rows, "logits": _logit_rows, "losses": _loss_rows, "fp8_emulated": _emulation_rows}
+    if sentence := failed(found):
+        return [("correctness", sentence)]
+    told: list[tuple[str, str]] = []
+    for name, rows_of in parts.items():
+        part = found.get(name, {"error": "was not reached"})
+        sentence = failed(part)
+        told += [(name, sentence)] if sentence else rows_of(part)
+    return told
+
+
+# ---- the reference tests
+
+
+def start_tests(folder: Path) -> Process:
+    """pytest over the files that need a GPU."""
+    files = [f"tests/{name}" for name in TESTS]
+    report = ["-q", "-rfEs", "-p", "no:cacheprovider", f"--junitxml={folder.resolve() / 'tests.xml'}"]
+    return Process.start(["-m", "pytest", *report, *files], folder / "tests.log", threads=2)
+
+
+def tests_told(process: Process, folder: Path) -> dict[str, Any]:
+    """Counts, what failed with the last line of why, why others were skipped, and what tests recorded."""
+    in_time = process.wait(process.began + SECONDS["tests"])
+    found = junit(folder / "tests.xml")
+    return found | {"ended": "finished" if in_time else "interrupted: the time was up", "said": process.last_line()}
+
+
+def junit(report: Path) -> dict[str, Any]:
+    """What a report of pytest holds."""
+    counts: Counter[str] = Counter(passed=0, failed=0, error=0, skipped=0)
+    broken, why, recorded = {}, Counter[str](), {}
+    for case in ET.parse(report).getroot().iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        outcome = next((e for kind in ("failure", "error", "skipped") if (e := case.find(kind)) is not None), None)
+        kind = "passed" if outcome is None else {"failure": "failed"}.get(outcome.tag, outcome.tag)
+        counts[kind] += 1
+        if outcome is not None and kind != "skipped":
+            lines = (outcome.get("message") or outcome.text or "").strip().splitlines()
+            broken[name] = lines[0][:300] if lines else ""
+        elif outcome is not None:
+            why[outcome.get("message", "")[:200]] += 1
+        recorded |= {p.get("name"): p.get("value") for p in case.iter("property")}
+    return {**counts, "broken": broken, "skipped_because": dict(why), "recorded": recorded}
+
+
+def _test_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    counted = ", ".join(f"{found[kind]} {kind}" for kind in ("passed", "failed", "error", "skipped"))
+    return [("reference tests", counted), *((f"  {name}", why) for name, why in found["broken"].items())]
+
+
+# ---- losses
+
+
+def start_losses(lab: Lab, fits: Fits) -> None:
+    """The same steps on both devices: a few with the recipe's own schedule, and more under a warm-up as long."""
+    toy = TOY if lab.quick else []
+    steps = {"first": 2, "longer": 4} if lab.quick else {"first": 10, "longer": 50}
+    own = ["precision={name: fp32}", "validation.sequences=16", *toy]
+    prepare_data(RECIPE, own)
+    peak = core.compose(RECIPE).optimizer.config.lr.segments[0].to
+    warm = f"optimizer.lr={{start: 0.0, segments: [{{shape: linear, to: {peak}, until: 1.0}}]}}"
+    threads = max(1, (os.cpu_count() or 2) // 2)
+    for name, schedule in (("first", []), ("longer", [warm])):
+        for kind, device in (("cpu", "cpu"), ("gpu", lab.device)):
+            overrides = [*own, *schedule, f"budget.steps={steps[name]}", f"strategy.accelerator={device}"]
+            fits.start(f"{name}_{kind}", RECIPE, overrides, threads=threads if kind == "cpu" else 1)
+
+
+def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
+    """The relative difference of every step's total loss, and how the runs ended."""
+    ended = fits.results(SECONDS["runs"])
+    found: dict[str, Any] = {}
+    for name in ("first", "longer"):
+        cpu, gpu = (curve(fits.run(f"{name}_{kind}"), TOTAL) for kind in ("cpu", "gpu"))
+        each = [abs(gpu[step] - cpu[step]) / abs(cpu[step]) for step in sorted(cpu.keys() & gpu.keys())]
+        found[name] = {
+            "steps": len(each),
+            "largest": max(each, default=None),
+            "largest_of_first_10": max(each[:10], default=None),
+            "each": [short(value) for value in each],
+            "cpu": [round(value, 6) for value in cpu.values()],
+            "gpu": [round(value, 6) for value in gpu.values()],
+        }
+    kept = ("steps", "val_loss", "tokens_per_second", "precision_paths")
+    for result in ended.values():
+        result["summary"] = {key: result["summary"].get(key) for key in kept}
+    return found | {"runs": ended, "column": TOTAL, "devices": ["cpu", lab.device]}
+
+
+def _loss_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    told = []
+    for name, said in (("first", "own schedule"), ("longer", "warm-up all along")):
+        one = found[name]
+        what = f"losses in fp32, CPU to GPU, {one['steps']} steps, {said}"
+        told.append((what, "no common step" if one["largest"] is None else f"{one['largest']:.1e} at most"))
+    broken = {name: run.get("error") for name, run in found["runs"].items() if run["ended"] != "finished"}
+    return told + [(f"  {name}", why or found["runs"][name]["ended"]) for name, why in broken.items()]
+
+
+# ---- logits
+
+
+def logits(lab: Lab, trained: Path) -> dict[str, Any]:
+    """One model on one batch of validation text in every format, beside fp64 on the CPU.
+
+    Args:
+        trained: run folder of the model; where it was not reached, the initial weights are taken, and that is said.
+    """
+    overrides = TOY if lab.quick else []
+    recipe = core.compose(RECIPE, [*overrides, "validation.sequences=8"])
+    data = text_data(recipe, plan_of(recipe))
+    data.prepare()
+    tokens_BL = next(iter(data.val_dataloader())).tokens_BL
+    folder = attempt(newest_checkpoint, trained)
+    source = "initial weights" if failed(folder) else f"after training: {trained.name}/{folder.name}"
+    seen = {}
+    for device, precision in dict.fromkeys(_formats(lab.device)):
+        model: LanguageModel = core.build(core.compose(RECIPE, [*overrides, f"precision={{name: {precision}}}"]))
+        if not failed(folder):
+            load_weights(model, folder)
+        seen[f"{device} {precision}"] = attempt(outputs, model.to(device).eval(), tokens_BL.to(device))
+    base, *others = seen.items()
+    return {
+        "weights": source,
+        "tokens": tokens_BL.numel(),
+        "largest_logit": float(base[1][0].abs().max()),
+        "to": base[0],
+        "formats": {name: attempt(beside, base[1], own) for name, own in others},
+    }
+
+
+def _formats(device: str) -> Iterator[tuple[str, str]]:
+    yield from (("cpu", "fp64"), ("cpu", "fp32"), (device, "fp64"), (device, "fp32"), (device, "bf16"))
+
+
+@torch.no_grad()
+def outputs(model: LanguageModel, tokens_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits in fp64, and for every expert layer whether a token takes an expert, T x E; both on the CPU."""
+    chosen: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_: Any, __: Any, routing: Any) -> None:
+            taken_TE = torch.zeros_like(routing.scores_TE, dtype=torch.bool)
+            taken_TE[routing.token_A, routing.expert_A] = True
+            chosen[path] = taken_TE.cpu()
+
+        return hook
+
+    for path, module in model.named_modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(keep(path))
+    hidden_BLD, _ = model.hidden(SequenceContext.of(tokens_BL))
+    return model.output(hidden_BLD).to("cpu", torch.float64), chosen
+
+
+def beside(base: Any, own: Any) -> dict[str, Any]:
+    """How far logits lie from those of the base, and how many choices are others."""
+    if sentence := failed(own):
+        return {"error": sentence}
+    (right, right_experts), (logits_BLV, experts) = base, own
+    others = {path: int((taken & ~right_experts[path]).sum()) for path, taken in experts.items()}
+    return {
+        "largest_relative_to_largest_logit": float((logits_BLV - right).abs().max() / right.abs().max()),
+        "calc_diff": calc_diff(logits_BLV, right),
+        "other_argmax": float((logits_BLV.argmax(-1) != right.argmax(-1)).double().mean()),
+        "other_experts": sum(others.values()) / sum(int(taken.sum()) for taken in right_experts.values()),
+        "other_experts_by_layer": others,
+    }
+
+
+def _logit_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    told = []
+    for name, one in found["formats"].items():
+        shown = one.get("error") or (
+            f"{one['largest_relative_to_largest_logit']:.1e} of the largest, calc_diff {one['calc_diff']:.1e}, "
+            f"other argmax {one['other_argmax']:.2%}, other experts {one['other_experts']:.2%}"
+        )
+        told.append((f"logits, {name} to {found['to']}", shown))
+    return told
+
+
+# ---- the emulation of FP8
+
+TILES = {"1x128": q.ROW, "128x1": q.COLUMN, "128x128": q.BLOCK, "tensor": q.WHOLE, "1x32": q.Tile(1, 32)}
+TILES["32x1"] = q.Tile(32, 1)
+KEYS = ("", "weight_gradient: te", "scales: ue8m0", "gradients: e5m2", "scaling: tensor", "scaling: delayed")
+KEYS += ("scaling: mxfp8", "accumulator_bits: 14")
+
+
+def emulation(lab: Lab) -> dict[str, Any]:
+    """Codes and scales bit for bit; the products of layers by calc_diff, and whether they are the same bits twice."""
+    return {"codes": attempt(codes_and_scales, lab), "products": attempt(emulated_products, lab)}
+
+
+def codes_and_scales(lab: Lab) -> dict[str, Any]:
+    """Every format, tile and kind of scale, of drawn numbers and of some with zero and infinite tiles; and grouped."""
+    shape = (300, 333) if lab.quick else (1100, 1417)
+    compared, unequal = Counter[str](), dict[str, int]()
+    for name, x in _inputs(shape).items():
+        ends_E = (torch.tensor([0.1, 0.1, 0.47, 0.97]) * len(x)).to(torch.int32)
+        for form in q.FORMATS.values():
+            for label, tile in TILES.items():
+                for power_of_two in (False, True):
+                    both = [_quantised(x.to(d), tile, form, power_of_two, ends_E.to(d)) for d in ("cpu", lab.device)]
+                    for kind, one in both[0].items():
+                        if kind == "codes" and name != "finite":
+                            continue  # an infinite tile's codes stand for nothing; what they are worth is compared
+                        compared[kind] += one.numel()
+                        if wrong := differing(one, both[1][kind]):
+                            unequal[f"{kind}, {name}, {form.name}, {label}, power_of_two={power_of_two}"] = wrong
+    return {"compared": dict(compared), "unequal": unequal, "shape": list(shape)}
+
+
+def _inputs(shape: tuple[int, int]) -> dict[str, Tensor]:
+    finite = drawn(*shape, seed=0)
+    special = finite.clone()
+    special[5], special[7, 3], special[40:170, 128:256] = 0, torch.inf, 0
+    return {"finite": finite, "zeros and infinities": special}
+
+
+def _quantised(x: Tensor, tile: q.Tile, form: q.Format, power_of_two: bool, ends_E: Tensor) -> dict[str, Tensor]:
+    made = q.quantise(x, tile, form, power_of_two=power_of_two)
+    found = {"scales": made.scales, "codes": made.codes.view(torch.uint8), "values": q.dequantise(made)}
+    if tile.rows == 1 or tile.columns == 1:  # as activations and gradients of experts are
+        found["grouped"] = q.rounded(x, tile, form, power_of_two=power_of_two, ends_E=ends_E)
+    return found
+
+
+def emulated_products(lab: Lab) -> dict[str, Any]:
+    """Y, dX and dW of a plain and a grouped layer with an empty expert, whose last rows belong to nobody."""
+    rows = 300 if lab.quick else 1000
+    ends_E = (torch.tensor([0.05, 0.05, 0.47, 0.97]) * rows).to(torch.int32)
+    x, dy = drawn(rows, 200, seed=2), drawn(rows, 72, seed=3)
+    found: dict[str, Any] = {}
+    with deterministic():
+        for keys in KEYS:
+            for groups in (0, 4):
+                text = f"{{name: fp8_emulated, {keys}}}" if keys else "{name: fp8_emulated}"
+                made = []
+                for device in ("cpu", lab.device, lab.device):
+                    layer = layer_of(precision_of(text), "experts.down", 200, 72, groups, device)
+                    more = (ends_E.to(device),) if groups else ()
+                    made.append(three_products(layer, x.to(device), dy.to(device), *more))
+                here, there, again = made
+                found[f"{text}{', grouped' if groups else ''}"] = {
+                    "calc_diff": {name: short(calc_diff(there[name], here[name])) for name in here},
+                    "other_bits_again": sum(differing(there[name], again[name]) for name in here),
+                    "elements": sum(t.numel() for t in here.values()),
+                }
+    return found
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """torch's deterministic algorithms, and what cuBLAS asks for."""
+    before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if before is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        else:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = before
+
+
+def _emulation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    codes, products = found["codes"], found["products"]
+    told = [("codes and scales, CPU to GPU", failed(codes) or "")]
+    if not failed(codes):
+        compared, wrong = codes["compared"], sum(codes["unequal"].values())
+        told = [("codes and scales, CPU to GPU", f"{wrong} of {sum(compared.values()):,} differ")]
+    if sentence := failed(products):
+        return [*told, ("products of fp8_emulated", sentence)]
+    largest = max(value for one in products.values() for value in one["calc_diff"].values())
+    again = sum(one["other_bits_again"] for one in products.values())
+    figure = f"calc_diff {largest:.1e} at most; other bits the second time: {again}"
+    return [*told, ("products of fp8_emulated, CPU to GPU", figure)]
