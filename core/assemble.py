@@ -134,6 +134,17 @@ def _float_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def compile_parts(model: LanguageModel, **options: Any) -> None:
+    """`torch.compile` every block and every loss head, in place; parameters keep their names.
+
+    Args:
+        model: from `build`.
+        options: of `torch.compile`.
+    """
+    for part in [*model.blocks, *model.heads.values()]:
+        part.compile(**options)
+
+
 def plan_of(recipe: Recipe, model: LanguageModel | None = None) -> Plan:
     """The steps of the run; a budget in FLOPs needs the model's size."""
     budget, tokens = recipe.budget, recipe.budget.tokens

@@ -13,7 +13,7 @@ import torch
 
 from core.analysis.describe import obstacles
 from core.analysis.size import Size, size_of
-from core.assemble import build, make, plan_of
+from core.assemble import build, compile_parts, make, plan_of
 from core.contracts.errors import Interrupted, RunFailed, UserError
 from core.data.baseline import xz_bits_per_byte
 from core.data.documents import read_split
@@ -21,7 +21,6 @@ from core.data.loaders import ValidationLoader
 from core.data.module import TextData
 from core.data.tokenizer import Tokenizer
 from core.interop.run_weights import load_into, weights_of
-from core.model.block import Block
 from core.model.language_model import LanguageModel
 from core.model.sampling import sample
 from core.recipe.compose import Recipe, compose
@@ -88,9 +87,8 @@ def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[
     data.prepare()
     model = build(recipe, token_counts=data.token_counts)
     size = size_of(model)
-    for block in model.modules() if recipe.compile else ():
-        if isinstance(block, Block):
-            block.compile()
+    if recipe.compile:
+        compile_parts(model)
     if recipe.initial_weights and start is None:
         source = newest_checkpoint(Path(recipe.initial_weights))
         load_weights(model, source)

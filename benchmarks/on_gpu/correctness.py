@@ -151,7 +151,7 @@ def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
             "cpu": [round(value, 6) for value in cpu.values()],
             "gpu": [round(value, 6) for value in gpu.values()],
         }
-    kept = ("steps", "val_loss", "tokens_per_second", "precision_paths")
+    kept = ("steps", "val_loss", "tokens_per_second")
     for result in ended.values():
         result["summary"] = {key: result["summary"].get(key) for key in kept}
     return found | {"runs": ended, "column": TOTAL, "devices": ["cpu", lab.device]}

@@ -114,7 +114,7 @@ class Fits:
         code, steps = process.running.returncode, curve(self.run(name), TOTAL)
         found: dict[str, Any] = {"ended": "finished", "steps": len(steps)}
         if not in_time:
-            found["ended"] = f"stopped after step {max(steps, default=-1) + 1}: the time was up"
+            found["ended"] = f"stopped after step {max(steps, default=0)}: the time was up"
         elif code:
             found |= {"ended": f"failed with exit code {code}", "error": process.last_line()}
         return found | {"summary": summary(self.run(name))}

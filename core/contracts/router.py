@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from core.contracts.build import BuildContext
 from core.contracts.component import Component, Costs
+from core.contracts.counting import count
 from core.contracts.context import SequenceContext
 from core.contracts.record import as_pytree
 
@@ -70,8 +71,7 @@ class Routing:
 
     def load(self, valid_T: Tensor) -> Tensor:
         """int64 assignments of valid tokens to each expert, before drops."""
-        load_E = torch.zeros(self.scores_TE.shape[1], dtype=torch.int64, device=self.expert_A.device)
-        return load_E.index_add(0, self.expert_A, valid_T[self.token_A].to(torch.int64))
+        return count(self.expert_A, self.scores_TE.shape[1], valid_T[self.token_A])
 
     def dropped(self, valid_T: Tensor) -> Tensor:
         """int64 scalar: assignments of valid tokens that are not kept."""

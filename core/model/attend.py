@@ -1,11 +1,23 @@
 """Softmax attention over positions, and the plain cache, shared by every attention plugin."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.contracts.attention import Cache
 from core.contracts.context import SequenceContext
+
+KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Best first; each passes on what it cannot take."""
 
 
 class TensorCache(Cache):
@@ -48,8 +60,17 @@ def attend(q_BLHR: Tensor, k_BSHR: Tensor, v_BSHV: Tensor, scale: float, context
     width, missing = v.shape[-1], q.shape[-1] - v.shape[-1]
     if missing > 0 and v.device.type == "cpu":
         v = F.pad(v, (0, missing))  # the fused CPU kernel wants one width; without it all scores are stored
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    with _best_kernel(q, mask):
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return o[..., :width].transpose(1, 2)
+
+
+def _best_kernel(q: Tensor, mask: Tensor | None) -> AbstractContextManager[Any]:
+    """On GPUs cuDNN's where it takes the inputs: of torch's own choices, only a slow one takes values of another width."""
+    if not q.is_cuda or mask is not None:
+        return nullcontext()
+    chosen: AbstractContextManager[Any] = sdpa_kernel(KERNELS, set_priority=True)
+    return chosen
 
 
 def _mask(new: int, seen: int, context: SequenceContext) -> Tensor | None:

@@ -28,14 +28,32 @@ def grouped_product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     Returns:
         y_AO, same format; rows past the last end are 0.
     """
-    result: Tensor = _product(x_AI, weight_EOI, ends_E)
-    return result
+    apart = _masks_apart(x_AI)
+    y_AO: Tensor = _product(x_AI, weight_EOI, ends_E, not apart)
+    return _without_rest(y_AO, ends_E) if apart else y_AO
 
 
 def grouped_outer(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
     """dy^T x of each expert's rows, [E, out, in]: the weight gradient, for those who take it by themselves."""
-    result: Tensor = _outer(dy_AO, x_AI, ends_E)
+    result: Tensor = _outer(dy_AO, x_AI, ends_E, True)
     return result
+
+
+def _masks_apart(x: Tensor) -> bool:
+    """Whether zeros are put in outside of the op: compiled, that pass is fused into whatever reads the result next."""
+    return torch.compiler.is_compiling() and _kernel_pays(x)
+
+
+def _without_rest(y_AO: Tensor, ends_E: Tensor) -> Tensor:
+    """0 in the rows past the last end."""
+    rows = torch.arange(len(y_AO), device=y_AO.device)
+    return y_AO.masked_fill((rows >= ends_E[-1])[:, None], 0)
+
+
+def _without_empty(dw_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """0 for experts without rows."""
+    empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+    return dw_EOI.masked_fill(empty_E[:, None, None], 0)
 
 
 def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
@@ -57,11 +75,11 @@ def _kernel_takes(rows_AX: Tensor, other: Tensor) -> bool:
 
 
 @torch.library.custom_op("moeloom::grouped_product", mutates_args=())
-def _product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def _product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor, clean: bool) -> Tensor:
+    """Unless `clean`, rows past the last end may hold anything."""
     if _kernel_takes(x_AI, weight_EOI):
         y_AO = F.grouped_mm(x_AI, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
-        rows = torch.arange(len(y_AO), device=y_AO.device)
-        return y_AO.masked_fill_((rows >= ends_E[-1])[:, None], 0)
+        return _without_rest(y_AO, ends_E) if clean else y_AO
     y_AO = x_AI.new_empty(x_AI.shape[0], weight_EOI.shape[1])
     last = 0
     for (begin, end), weight_OI in zip(_spans(ends_E), weight_EOI.unbind(0), strict=True):
@@ -73,12 +91,11 @@ def _product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("moeloom::grouped_outer", mutates_args=())
-def _outer(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
-    """dy^T x for the rows of each expert: the gradient of the weights, [E, O, I]."""
+def _outer(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor, clean: bool) -> Tensor:
+    """dy^T x for the rows of each expert, [E, O, I]; unless `clean`, that of an expert without rows may be anything."""
     if _kernel_takes(dy_AO, x_AI):
         dw_EOI = F.grouped_mm(dy_AO.t(), x_AI, offs=ends_E.to(torch.int32))
-        empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
-        return dw_EOI.masked_fill_(empty_E[:, None, None], 0)
+        return _without_empty(dw_EOI, ends_E) if clean else dw_EOI
     dw_EOI = x_AI.new_empty(len(ends_E), dy_AO.shape[1], x_AI.shape[1])
     for (begin, end), dw_OI in zip(_spans(ends_E), dw_EOI.unbind(0), strict=True):
         if end > begin:
@@ -89,25 +106,31 @@ def _outer(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 @_product.register_fake
-def _(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def _(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor, clean: bool) -> Tensor:
     return x_AI.new_empty(x_AI.shape[0], weight_EOI.shape[1])
 
 
 @_outer.register_fake
-def _(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
+def _(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor, clean: bool) -> Tensor:
     return x_AI.new_empty(ends_E.shape[0], dy_AO.shape[1], x_AI.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.clean = inputs[3]
 
 
-def _backward(ctx: Any, dy_AO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, dy_AO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x_AI, weight_EOI, ends_E = ctx.saved_tensors
     dy_AO = dy_AO.contiguous()  # expanded gradients (of a sum, say) have stride 0
-    dx = _product(dy_AO, weight_EOI.transpose(1, 2), ends_E) if ctx.needs_input_grad[0] else None
-    dw = _outer(dy_AO, x_AI, ends_E) if ctx.needs_input_grad[1] else None
-    return dx, dw, None
+    dx = dw = None
+    if ctx.needs_input_grad[0]:
+        dx = _product(dy_AO, weight_EOI.transpose(1, 2), ends_E, ctx.clean)
+        dx = dx if ctx.clean else _without_rest(dx, ends_E)
+    if ctx.needs_input_grad[1]:
+        dw = _outer(dy_AO, x_AI, ends_E, ctx.clean)
+        dw = dw if ctx.clean else _without_empty(dw, ends_E)
+    return dx, dw, None, None
 
 
 _product.register_autograd(_backward, setup_context=_save)

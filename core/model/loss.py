@@ -10,6 +10,8 @@ from core.model.numerics import at_least_fp32
 IGNORED = -100
 ROWS = 512
 """Rows of logits in a piece: large enough for the product, small enough to stay out of fresh memory maps."""
+MANY_ROWS = 8192
+"""The same on GPUs, where every piece reads the output's weight anew and adds to its gradient."""
 
 
 def cross_entropy_sum(
@@ -26,7 +28,8 @@ def cross_entropy_sum(
     hidden_TD = hidden_BLD.flatten(0, 1)
     targets_T = targets_BL.masked_fill(~counted_BL, IGNORED).flatten()
     total = at_least_fp32(hidden_TD[:0]).sum()
-    for rows_RD, targets_R in zip(hidden_TD.split(ROWS), targets_T.split(ROWS), strict=True):
+    rows = MANY_ROWS if hidden_BLD.is_cuda else ROWS
+    for rows_RD, targets_R in zip(hidden_TD.split(rows), targets_T.split(rows), strict=True):
         wide_RV = at_least_fp32(logits(rows_RD))
         total = total + F.cross_entropy(wide_RV, targets_R, ignore_index=IGNORED, reduction="sum")
     return total

@@ -24,7 +24,7 @@ from core.contracts.record import LossTerm
 from core.contracts.router import Routing
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
-from core.model.capacity import pieces_of
+from core.model.capacity import Pieces, groups_of
 
 
 @dataclass(kw_only=True)
@@ -69,7 +69,7 @@ class ShareLoss(Balancer):
     def observe(self, routing: Routing, context: SequenceContext) -> dict[str, Tensor]:
         """For each piece N: how often each expert is chosen, the sum of its share, and the tokens; counts are int64."""
         scores_TE = routing.scores_TE
-        piece_T, pieces = self._pieces(context)
+        pieces = self._pieces(context)
         valid_T = context.valid().flatten()
         share_TE = scores_TE / (scores_TE.sum(dim=1, keepdim=True) + 1e-20)
         with torch.no_grad():
@@ -79,13 +79,12 @@ class ShareLoss(Balancer):
             "share_NE": share_TE,
             "tokens_N": torch.ones_like(valid_T, dtype=torch.int64),
         }
-        return {name: sum_by_piece(column, valid_T, piece_T, pieces) for name, column in columns.items()}
+        return {name: sum_by_piece(column, valid_T, pieces) for name, column in columns.items()}
 
     def count(self, context: SequenceContext) -> Tensor:
         """Pieces with at least one valid token."""
-        piece_T, pieces = self._pieces(context)
-        tokens_N = torch.zeros(pieces, dtype=torch.int64, device=piece_T.device)
-        return (tokens_N.index_add(0, piece_T, context.valid().flatten().to(torch.int64)) > 0).sum()
+        valid_T = context.valid().flatten()
+        return (self._pieces(context).sums(valid_T.to(torch.int64)) > 0).sum()
 
     def loss(self, sums: dict[str, Tensor]) -> LossTerm:
         """Summed over pieces."""
@@ -99,10 +98,8 @@ class ShareLoss(Balancer):
         """alpha."""
         return value_at(self.config.alpha, progress)
 
-    def _pieces(self, context: SequenceContext) -> tuple[Tensor, int]:
-        if self.scope == "sequence":
-            return pieces_of(context)
-        return torch.zeros_like(context.tokens_BL).flatten(), 1
+    def _pieces(self, context: SequenceContext) -> Pieces:
+        return groups_of(context, by_sequence=self.scope == "sequence")
 
 
 class FirstChoiceLoss(ShareLoss):
@@ -129,10 +126,9 @@ class FirstChoiceLoss(ShareLoss):
         return torch.zeros_like(routing.scores_TE).scatter(1, best_T1, 1.0)
 
 
-def sum_by_piece(column: Tensor, valid_T: Tensor, piece_T: Tensor, pieces: int) -> Tensor:
+def sum_by_piece(column: Tensor, valid_T: Tensor, pieces: Pieces) -> Tensor:
     """The sum of T x ... over the valid tokens of each piece, N x ..., in the column's own format."""
-    mask = valid_T.view(-1, *[1] * (column.dim() - 1)).to(column.dtype)
-    return column.new_zeros(pieces, *column.shape[1:]).index_add(0, piece_T, column * mask)
+    return pieces.sums(column * valid_T.view(-1, *[1] * (column.dim() - 1)).to(column.dtype))
 
 
 def routed_choices(routing: Routing) -> Tensor:

@@ -101,10 +101,9 @@ class CommunicationLoss(ShareLoss):
         """Beside the usual sums, how many tokens of each piece go to each device."""
         sums = super().observe(routing, context)
         with torch.no_grad():
-            piece_T, pieces = pieces_of(context)
             per_device_TDX = routed_choices(routing).unflatten(1, (self.config.devices, -1))
             sent_TD = per_device_TDX.amax(dim=2).to(torch.int64)
-            return {**sums, "sent_ND": sum_by_piece(sent_TD, context.valid().flatten(), piece_T, pieces)}
+            return {**sums, "sent_ND": sum_by_piece(sent_TD, context.valid().flatten(), pieces_of(context))}
 
     def value(self, f_NE: Tensor, p_NE: Tensor, sums: dict[str, Tensor]) -> Tensor:
         """Eq. 29."""

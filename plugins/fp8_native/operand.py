@@ -59,6 +59,29 @@ class Operand:
         return Operand(self.codes.t(), self.scales.t(), self.tile)
 
 
+@dataclass(frozen=True)
+class Laid:
+    """An operand in the shape and layout that `scaled_mm` takes.
+
+    Args:
+        codes: FP8 [rows, K], both padded.
+        scales: as the module says.
+        kind: of scales.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    kind: ScalingType
+
+
+def multiply_into(y_MN: Tensor, a: Laid, b: Laid) -> None:
+    """As `multiply`, into memory that is there: `F.scaled_mm`, of which it is the operator, takes none."""
+    kinds = [a.kind.value], [b.kind.value]
+    torch.ops.aten._scaled_mm_v2.out(
+        a.codes, b.codes.t(), [a.scales], kinds[0], [], [b.scales], kinds[1], [], None, y_MN.dtype, out=y_MN
+    )
+
+
 def multiply(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """a b^T, [M, N] in `dtype`, summed in fp32 with promotion (`use_fast_accum` off)."""
     m, n, k = len(a.codes), len(b.codes), a.codes.shape[1]

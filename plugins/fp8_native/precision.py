@@ -14,6 +14,7 @@ from core.model.fp8 import FP8Precision, FP8Settings
 from core.model.grouped import grouped_product
 from core.model.quantise import E4M3, dequantise, quantise
 from core.model.quantised_product import RoundedGroupedLinear, RoundedLinear
+from plugins.fp8_native.fused import FusedRounding
 from plugins.fp8_native.operand import Operand, multiply
 from plugins.fp8_native.rounding import TILES, NativeRounding
 
@@ -106,7 +107,8 @@ class NativeFP8(FP8Precision):
     def _rounding(self, inputs: int) -> NativeRounding:
         config = self.config
         paper, ue8m0 = config.weight_gradient == "paper", config.scales == "ue8m0"
-        return NativeRounding(inputs, TILES[config.scaling], self.stream, power_of_two=ue8m0, codes_again=paper)
+        kind = FusedRounding if config.scaling == "tile" else NativeRounding
+        return kind(inputs, TILES[config.scaling], self.stream, power_of_two=ue8m0, codes_again=paper)
 
 
 def missing(scaling: str, device: str) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from core.model.quantise import BLOCK, E4M3, ROW, WHOLE, Quantised, Tile, dequantise, quantise
 from core.model.quantised_product import Kept, Rounding
+from plugins.fp8_native.ends import spans
 from plugins.fp8_native.operand import CHANNEL, Operand, multiply
 
 
@@ -112,17 +113,17 @@ class NativeRounding(Rounding):
 
     def _along_tokens(self, x_AI: Tensor, ends_E: Tensor | None) -> list[Operand]:
         tile = self.tiles.rows
-        return [Operand.of(self._quantise(x_AI[b:e].t(), tile)) for b, e in _spans(len(x_AI), ends_E)]
+        return [Operand.of(self._quantise(x_AI[b:e].t(), tile)) for b, e in spans(len(x_AI), ends_E)]
 
     def _split(self, stored: Quantised, ends_E: Tensor | None) -> list[Operand]:
         """Under one scale for all, what was quantised is turned round as it is."""
         whole = Operand.of(stored)
-        return [whole.part(*span).transposed() for span in _spans(len(stored.codes), ends_E)]
+        return [whole.part(*span).transposed() for span in spans(len(stored.codes), ends_E)]
 
     def _owners(
         self, rows: Operand, weight: list[Operand], ends_E: Tensor | None
     ) -> Iterator[tuple[tuple[int, int], Operand]]:
-        return zip(_spans(len(rows.codes), ends_E), weight, strict=True)
+        return zip(spans(len(rows.codes), ends_E), weight, strict=True)
 
     def _owned(self, x_AI: Tensor, ends_E: Tensor | None) -> Tensor:
         """Under one scale for all, rows that belong to nobody must not set it."""
@@ -130,14 +131,6 @@ class NativeRounding(Rounding):
             return x_AI
         rows_A = torch.arange(len(x_AI), device=x_AI.device)
         return x_AI.masked_fill((rows_A >= ends_E[-1])[:, None], 0)
-
-
-def _spans(rows: int, ends_E: Tensor | None) -> list[tuple[int, int]]:
-    """Where each expert's rows begin and end; all of them without experts."""
-    if ends_E is None:
-        return [(0, rows)]
-    ends = ends_E.tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _each(codes: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

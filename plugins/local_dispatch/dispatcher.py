@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.build import BuildContext
+from core.contracts.counting import ends_of
 from core.contracts.dispatcher import Dispatcher, Handle
 from core.contracts.router import Routing
 
@@ -44,6 +45,13 @@ class _Spread(torch.autograd.Function):
         return dy_AD.index_select(0, inverse_A).unflatten(0, (-1, ctx.choices)).sum(dim=1), None, None, None
 
 
+def _weighted_sum(gate_TK: Tensor, y_TKD: Tensor) -> Tensor:
+    """Over the choices of each token. A compiler fuses the plain form with the gather before it; a product it would not."""
+    if torch.compiler.is_compiling() and y_TKD.is_cuda:
+        return (gate_TK[:, :, None] * y_TKD).sum(dim=1)
+    return torch.einsum("tk,tkd->td", gate_TK, y_TKD)
+
+
 @dataclass(frozen=True)
 class _Done(Handle):
     value: Any
@@ -69,11 +77,9 @@ class LocalDispatcher(Dispatcher):
         expert_A = routing.expert_A
         if routing.kept_A is not None:
             expert_A = expert_A.masked_fill(~routing.kept_A, self.experts)
-        order_A = expert_A.argsort(stable=True)
+        sorted_A, order_A = expert_A.sort(stable=True)
         inverse_A = torch.empty_like(order_A).scatter(0, order_A, torch.arange(len(order_A), device=order_A.device))
-        counts = torch.zeros(self.experts + 1, dtype=torch.int32, device=order_A.device)
-        counts = counts.index_add(0, expert_A, torch.ones_like(expert_A, dtype=torch.int32))
-        ends_E = counts[:-1].cumsum(0, dtype=torch.int32)
+        ends_E = ends_of(sorted_A, self.experts).to(torch.int32)
         if routing.choices:
             x_AD = _Spread.apply(x_TD, order_A, inverse_A, routing.choices)
         else:
@@ -90,7 +96,7 @@ class LocalDispatcher(Dispatcher):
         if routing.choices:
             y_TKD = y_AD.unflatten(0, (tokens, routing.choices))
             gate_TK = gate_A.view(tokens, routing.choices).to(y_AD.dtype)
-            return _Done(torch.einsum("tk,tkd->td", gate_TK, y_TKD))
+            return _Done(_weighted_sum(gate_TK, y_TKD))
         y_AD = y_AD * gate_A[:, None].to(y_AD.dtype)
         y_TD = y_AD.new_zeros(tokens, y_AD.shape[1])
         return _Done(y_TD.index_add(0, routing.token_A, y_AD))

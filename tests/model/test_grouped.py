@@ -130,16 +130,17 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(lambda x, w: grouped_product(x, w, ends), (x_AI, weight_EOI))
 
 
+@pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("op", ["grouped_product", "grouped_outer"])
-def test_opcheck(op: str) -> None:
+def test_opcheck(op: str, clean: bool) -> None:
     """Schema, autograd registration, fake implementation and aot dispatch, as torch checks them."""
     x_AI, weight_EOI = operands()
     ends = torch.tensor(ENDS["rows past the last end"], dtype=torch.int32)
     if op == "grouped_product":
-        torch.library.opcheck(torch.ops.moeloom.grouped_product.default, (x_AI, weight_EOI, ends))
+        torch.library.opcheck(torch.ops.moeloom.grouped_product.default, (x_AI, weight_EOI, ends, clean))
     else:
         dy_AO = torch.randn(12, 5, dtype=torch.float64)
-        torch.library.opcheck(torch.ops.moeloom.grouped_outer.default, (dy_AO, x_AI.detach(), ends))
+        torch.library.opcheck(torch.ops.moeloom.grouped_outer.default, (dy_AO, x_AI.detach(), ends, clean))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,0 +1,245 @@
+"""FP8 by kernels: Transformer Engine and torch's `scaled_mm` beside the emulation, product by product and in training."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.on_gpu.compare import (
+    PRODUCTS,
+    calc_diff,
+    drawn,
+    layer_of,
+    obstacle,
+    precision_of,
+    section_of,
+    short,
+    three_products,
+)
+from benchmarks.on_gpu.measure import Lab, attempt, failed
+from benchmarks.on_gpu.runs import NEXT_TOKEN, Fits, curve, prepare_data
+from core.analysis.smoothed import SETTLED, largest, relative
+
+
+def run(lab: Lab) -> dict[str, Any]:
+    """First the products, then the runs: those share the GPU among themselves only."""
+    return {"products": attempt(products, lab), "training": attempt(training, lab)}
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The short table's."""
+    if sentence := failed(found):
+        return [("fp8", sentence)]
+    told: list[tuple[str, str]] = []
+    for name, rows_of in (("products", _product_rows), ("training", _training_rows)):
+        part = found.get(name, {"error": "was not reached"})
+        sentence = failed(part)
+        told += [(f"fp8 {name}", sentence)] if sentence else rows_of(part)
+    return told
+
+
+# ---- products
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer; `groups` 0: not grouped."""
+
+    role: str
+    inputs: int
+    outputs: int
+    groups: int = 0
+
+
+CASES = {
+    "whole tiles": Case("ffn.down", 1024, 384),
+    "less than a tile": Case("attention.kv_up", 96, 256),
+    "ragged tiles": Case("attention.output", 336, 208),
+    "experts in": Case("experts.gate_up", 384, 512, groups=4),
+    "experts out": Case("experts.down", 256, 384, groups=4),
+}
+"""Every width is a multiple of 16, as the kernels ask for. The second of the experts has no rows."""
+ENDS = (0.11, 0.11, 0.388, 0.9)
+"""Of the rows: where each expert's end; those past the last belong to nobody."""
+
+TE = "weight_gradient: te"
+PAIRS = {
+    f"name: te_fp8, scaling: block, scales: ue8m0, {TE}": f"scales: ue8m0, {TE}",
+    f"name: te_fp8, scaling: block, scales: fp32, {TE}": TE,
+    f"name: te_fp8, scaling: current, {TE}": f"scaling: tensor, {TE}",
+    "name: fp8_native": "e5m6: []",
+    f"name: fp8_native, {TE}": TE,
+    f"name: fp8_native, scales: ue8m0, {TE}": f"scales: ue8m0, {TE}",
+    "name: fp8_native, scaling: tensor": "scaling: tensor, e5m6: []",
+}
+"""A precision, and the keys with which `fp8_emulated` rounds the same operands in the same way. Transformer Engine's
+weight gradient always is that of the original activation and has no key."""
+STREAMS = ("fp32", "bf16")
+"""What a product returns: in fp32 nothing but sums and scales can differ, bf16 is what runs have."""
+
+
+def products(lab: Lab) -> dict[str, Any]:
+    """Every product of every case by calc_diff: to the emulation, and of both to fp64 products of the same numbers."""
+    height = 300 if lab.quick else 1000
+    beside: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    for text, keys in PAIRS.items():
+        for stream in STREAMS:
+            name = f"{{{text}, stream: {stream}}}".replace(f", {TE}", "" if "te_fp8" in text else f", {TE}")
+            if why := obstacle(section_of(name), lab.device):
+                missing[name] = why
+            else:
+                beside[name] = attempt(_cases, name, f"{{name: fp8_emulated, {keys}}}", height, lab.device)
+    plain = attempt(_cases, "{name: bf16}", "{name: bf16_emulated}", height, lab.device)
+    return {"rows": height, "cases": {k: vars(c) for k, c in CASES.items()}, "missing": missing, "beside": beside} | {
+        "bf16": plain
+    }
+
+
+def _cases(name: str, emulated: str, height: int, device: str) -> dict[str, Any]:
+    cases = {label: attempt(_case, case, name, emulated, height, device) for label, case in CASES.items()}
+    return {"emulated": emulated, "cases": cases}
+
+
+def _case(case: Case, name: str, emulated: str, height: int, device: str) -> dict[str, Any]:
+    """calc_diff of Y, dX and dW: `to_emulated`; `to_exact` and the emulation's own `emulated_to_exact`; the path."""
+    x, dy = (drawn(height, width, seed=seed).bfloat16() for seed, width in ((2, case.inputs), (3, case.outputs)))
+    made = {text: precision_of(text) for text in (name, emulated, "{name: fp64}")}
+    found: list[dict[str, Tensor]] = []
+    for precision in made.values():
+        stream = precision.compute_dtype("embedding")
+        layer = layer_of(precision, case.role, case.inputs, case.outputs, case.groups, device)
+        ends_E = torch.tensor([int(end * height) for end in ENDS], dtype=torch.int32, device=device)
+        more = (ends_E,) if case.groups else ()
+        found.append(three_products(layer, x.to(device, stream), dy.to(device, stream), *more))
+    own, like, exact = found
+    return {
+        "to_emulated": {p: short(calc_diff(own[p], like[p])) for p in PRODUCTS},
+        "to_exact": {p: short(calc_diff(own[p], exact[p])) for p in PRODUCTS},
+        "emulated_to_exact": {p: short(calc_diff(like[p], exact[p])) for p in PRODUCTS},
+        "path": made[name].paths.table().get(case.role),
+    }
+
+
+def _product_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    told = []
+    for name, one in {**found["beside"], "bf16 to bf16_emulated": found["bf16"]}.items():
+        cases = {} if failed(one) else one["cases"]
+        good = [case for case in cases.values() if not failed(case)]
+        figure = failed(one) or next((failed(case) for case in cases.values() if failed(case)), "")
+        if good:
+            worst = (f"{p} {max(case['to_emulated'][p] for case in good):.1e}" for p in PRODUCTS)
+            exact = max(case["to_exact"][p] for case in good for p in PRODUCTS)
+            shown = f"calc_diff to the emulation {', '.join(worst)}; to fp64 {exact:.1e}"
+            figure = f"{shown}; {figure}" if figure else shown
+        told.append((f"products, {name}", figure or ""))
+    return told + [(f"products, {name}", f"cannot run here: {why}") for name, why in found["missing"].items()]
+
+
+# ---- training
+
+RECIPE = "dsv3_small"
+BASE, FLOOR = "bf16", "fp32"
+WIDE = [
+    "model.dim=256",
+    "model.attention={name: mla, heads: 4, q_rank: 128, kv_rank: 128, nope_dim: 96, rope_dim: 32, value_dim: 128}",
+    "model.blocks.dense.ffn.hidden=512",
+    "model.blocks.moe.ffn.expert_hidden=128",
+]
+"""dsv3_small with every width a multiple of 128, but for the rows that give the shared rotated key."""
+SCHEDULE = (
+    "optimizer.lr={start: 0.0, segments: "
+    "[{shape: linear, to: 0.001, until: 0.25}, {shape: cosine, to: 0.0001, until: 1.0}]}"
+)
+"""That of recipes/sweeps/precision.yaml: under the recipe's own, rounding alone drives runs apart."""
+TOY = ["model.blocks.moe.count=1", "model.dim=128", "model.blocks.moe.ffn.experts=8", "data.sequence_length=64"]
+RUNS = {
+    BASE: "{name: bf16}",
+    FLOOR: "{name: fp32}",
+    "te_fp8 block": "{name: te_fp8, scaling: block}",
+    "te_fp8 current": "{name: te_fp8, scaling: current}",
+    "fp8_native": "{name: fp8_native}",
+    "fp8_emulated": "{name: fp8_emulated, stream: bf16}",
+}
+SECONDS = 240.0
+
+
+def training(lab: Lab) -> dict[str, Any]:
+    """The same steps in each precision that can run here, all at once, and how far each curve lies from bf16's."""
+    steps = 3 if lab.quick else 300
+    common = [*WIDE, *(TOY if lab.quick else []), SCHEDULE, f"budget.steps={steps}", "validation.sequences=16"]
+    common.append(f"strategy.accelerator={lab.device}")
+    prepare_data(RECIPE, common)
+    cannot = {name: obstacle(section_of(text), lab.device) for name, text in RUNS.items()}
+    with Fits(lab.folder / "fp8") as fits:
+        for name, text in RUNS.items():
+            if not cannot[name]:
+                fits.start(_folder(name), RECIPE, [*common, f"precision={text}"], threads=1)
+        ended = fits.results(SECONDS)
+        curves = {name: curve(fits.run(_folder(name)), NEXT_TOKEN) for name in RUNS}
+    found: dict[str, Any] = {}
+    for name, text in RUNS.items():
+        if cannot[name]:
+            found[name] = {"precision": text, "cannot_run": cannot[name]}
+        else:
+            found[name] = {"precision": text, **_told(ended[_folder(name)], curves[name], curves[BASE])}
+    return {
+        "recipe": RECIPE,
+        "overrides": common,
+        "steps": steps,
+        "loss": NEXT_TOKEN,
+        "seconds_allowed": SECONDS,
+        "note": "tokens per second are of runs that shared one device, all at once",
+        "runs": found,
+    }
+
+
+def _folder(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def _told(ended: dict[str, Any], own: dict[int, float], base: dict[int, float]) -> dict[str, Any]:
+    """How a run ended, what it measured, its curve, and how far that lies from the base's."""
+    summary = ended.pop("summary")
+    kept = ("val_bits_per_byte", "val_loss", "tokens_per_second", "skipped_steps", "precision_paths")
+    return {
+        **ended,
+        **{key: summary.get(key) for key in kept},
+        "to_bf16": apart(own, base),
+        "first_step": min(own, default=None),
+        "losses": [round(value, 6) for value in own.values()],
+    }
+
+
+def apart(own: dict[int, float], base: dict[int, float]) -> dict[str, Any] | None:
+    """The relative difference of smoothed losses: mean and largest size after the first tenth, and the last one."""
+    each = relative(own, base)
+    if not each:
+        return None
+    settled = each[int(SETTLED * len(each)) :]
+    return {
+        "steps": len(each),
+        "mean": sum(settled) / len(settled),
+        "mean_size": sum(map(abs, settled)) / len(settled),
+        "last": each[-1],
+        "largest": largest(each),
+    }
+
+
+def _training_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    told = []
+    for name, one in found["runs"].items():
+        if one.get("cannot_run"):
+            told.append((f"training, {name}", f"cannot run here: {one['cannot_run']}"))
+            continue
+        parts = [f"{one['steps']} steps", *([] if one["ended"] == "finished" else [one.get("error") or one["ended"]])]
+        if name != BASE and (far := one["to_bf16"]):
+            parts.append(
+                f"loss to bf16: mean {far['mean']:+.3%}, last {far['last']:+.3%}, largest {far['largest']:.3%}"
+            )
+        if one["val_bits_per_byte"] is not None:
+            parts.append(f"{one['val_bits_per_byte']:.4f} bits per byte")
+        paths = (one["precision_paths"] or {}).get("experts.gate_up")
+        told.append((f"training, {name}", "; ".join([*parts, *([paths] if paths else [])])))
+    return told

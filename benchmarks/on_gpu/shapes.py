@@ -1,0 +1,130 @@
+"""The models that are timed, as overrides of shipped recipes, and one training step of each.
+
+A step is what a run's is: forward, backward, the gradient's norm and clipping, AdamW on fp32 weights, the balancers'
+end of step. Tokens are random, so routers balance them no better than real ones.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import core
+from core.analysis.size import size_of
+from core.assemble import compile_parts, make
+from core.contracts.context import SequenceContext
+from core.contracts.schedule import Progress
+from core.model.language_model import LanguageModel
+from core.recipe.compose import Recipe
+from core.training.window import Seen, denominators, objective
+
+LENGTH = ["data.sequence_length=4096", "model.rope.max_length=4096"]
+MLA = "{name: mla, heads: 8, kv_rank: 512, nope_dim: 128, rope_dim: 64, value_dim: 128}"
+V3_ROUTING = "{name: deepseek_v3, top_k: 6, scale: 2.5}"
+TOY = {
+    "dsv3_1b": ["model.dim=64", "model.blocks.moe.count=1", "data.tokenizer.vocab=512", "model.blocks.moe.ffn.experts=8"],
+    "dsv2_lite": ["model.dim=64", "data.tokenizer.vocab=512", "model.blocks.moe.ffn.experts=8"],
+}
+SMALL = ["data.sequence_length=64", "model.rope.max_length=64", "model.blocks.moe.ffn.expert_hidden=32"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its micro-batch.
+
+    Args:
+        recipe: a shipped recipe.
+        overrides: what is changed in it.
+        sequences: of 4,096 tokens.
+    """
+
+    recipe: str
+    overrides: list[str] = field(default_factory=list)
+    sequences: int = 4
+
+    def compose(self, precision: str = "{name: bf16}", *, quick: bool = False) -> Recipe:
+        """The recipe in a precision."""
+        overrides = [*self.overrides, *LENGTH, f"batch={{sequences: {self.sequences}}}"]
+        if quick:
+            overrides += [*TOY[self.recipe], *SMALL, "batch.sequences=2"]
+        return core.compose(self.recipe, [*overrides, f"precision={precision}"])
+
+
+SHAPES = {
+    "1b_mla": Shape("dsv3_1b", [f"model.attention={MLA}", f"model.blocks.moe.ffn.router={V3_ROUTING}"]),
+    "1b": Shape("dsv3_1b"),
+    "3b_wide": Shape("dsv2_lite", ["model.blocks.moe.count=4"], sequences=4),
+}
+"""The loss-free paper's billion with DeepSeek-V3's attention and gates, which transformers has too; the same as it is
+shipped; and DeepSeek-V2-Lite's widths with as many blocks as fit beside fp32 weights, gradients and moments."""
+
+
+def random_context(recipe: Recipe, device: str) -> SequenceContext:
+    """One micro-batch of random tokens."""
+    size = (recipe.batch.sequences, recipe.data.sequence_length + 1)
+    tokens_BM = torch.randint(recipe.data.tokenizer.vocab, size, generator=torch.Generator().manual_seed(0)).to(device)
+    return SequenceContext.of(tokens_BM[:, :-1].contiguous(), targets_BL=tokens_BM[:, 1:].contiguous())
+
+
+@dataclass
+class Stepper:
+    """A model of ours that takes steps on one micro-batch.
+
+    Args:
+        model: on the device, training.
+        context: the micro-batch.
+        flops: of a forward and a backward of it, by the stated convention (docs/describe.md).
+    """
+
+    model: LanguageModel
+    context: SequenceContext
+    flops: float
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: str, *, compiled: bool) -> "Stepper":
+        """A new model with the recipe's initial weights."""
+        model, context = core.build(recipe).to(device).train(), random_context(recipe, device)
+        tokens = context.tokens_BL.numel()
+        flops = size_of(model).flops_per_token * tokens
+        if compiled:
+            compile_parts(model)
+        optimizer = make(recipe.optimizer).make(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-6
+        return cls(model, context, flops, optimizer)
+
+    @property
+    def tokens(self) -> int:
+        """Of the micro-batch."""
+        return self.context.tokens_BL.numel()
+
+    def loss(self, seen: Seen | None = None) -> Tensor:
+        """What training descends."""
+        progress = Progress(step=1, tokens=self.tokens, total_steps=100, total_tokens=0)
+        window = denominators(self.model, [self.context])
+        return objective(self.model, self.model(self.context), window, progress, seen or Seen())
+
+    def gradients(self) -> None:
+        """Forward and backward; gradients are dropped."""
+        self.loss().backward()
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        """A whole optimizer step."""
+        seen = Seen()
+        self.loss(seen).backward()
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        progress = Progress(step=1, tokens=self.tokens, total_steps=100, total_tokens=0)
+        with torch.no_grad():
+            for path, layer in self.model.expert_layers().items():
+                for balancer in layer.balancers:
+                    balancer.on_step_end(seen.loads[path], progress)
+            for state in self.model.step_states().values():
+                state.end_step(done=True)

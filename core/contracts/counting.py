@@ -1,0 +1,28 @@
+"""Counting in integers, the same on every device and in every order."""
+
+import torch
+from torch import Tensor
+
+
+def count(index_A: Tensor, size: int, counted_A: Tensor | None = None) -> Tensor:
+    """How often each of the numbers 0 ... size - 1 stands in a list: int64, [size].
+
+    On a GPU the list is sorted and searched: added up one by one, as `index_add` does, entries that share a counter
+    wait for each other, and compiled it takes milliseconds.
+
+    Args:
+        index_A: int64 in [0, size).
+        size: how many counters there are.
+        counted_A: bool, which entries count; None: all.
+    """
+    if not index_A.is_cuda:
+        ones_A = torch.ones_like(index_A) if counted_A is None else counted_A.to(torch.int64)
+        return torch.zeros(size, dtype=torch.int64, device=index_A.device).index_add(0, index_A, ones_A)
+    if counted_A is not None:
+        index_A = index_A.masked_fill(~counted_A, size)
+    return ends_of(index_A.sort().values, size).diff(prepend=index_A.new_zeros(1))
+
+
+def ends_of(sorted_A: Tensor, size: int) -> Tensor:
+    """Where each number's entries end in a sorted list: int64, [size]; larger numbers come after the last end."""
+    return torch.searchsorted(sorted_A, torch.arange(size, device=sorted_A.device), right=True)

@@ -1,0 +1,182 @@
+"""The operands of `scaling: tile` by one kernel each, and products written where their results belong.
+
+What `NativeRounding` does with torch alone, and still does where there is no GPU or no Triton, is done here by
+`plugins.fp8_native.kernels`: the same codes and scales, at once in the layouts that `scaled_mm` takes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.model.quantised_product import Kept
+from plugins.fp8_native import operand
+from plugins.fp8_native.ends import Spans, spans
+from plugins.fp8_native.operand import ROWS, WIDTH, Laid
+from plugins.fp8_native.rounding import NativeRounding
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """The kernels, where Triton is installed."""
+    if find_spec("triton") is None:
+        return None
+    from plugins.fp8_native import kernels as found
+
+    return found
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels quantise x."""
+    return x.is_cuda and kernels() is not None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Each expert's rows in 1x128 tiles, as `kernels.rows` leaves them."""
+
+    codes: Tensor
+    scales: Tensor
+    count: int
+
+    def parts(self, where: Spans) -> Iterator[Laid]:
+        """Each expert's. Rows that pad it are the next expert's: what comes of them is not kept."""
+        across = self.codes.shape[1] // WIDTH
+        for expert, (begin, end) in enumerate(where):
+            size = _up(end - begin, ROWS)
+            first = (begin // ROWS + expert) * ROWS * across
+            scales = self.scales.as_strided((size, across), (1, size), first)
+            yield Laid(self.codes[begin : begin + size], scales, operand.KINDS[operand.ROW])
+
+
+@dataclass(frozen=True)
+class Turned:
+    """The transpose of each expert's rows in tiles along its tokens, as `kernels.turned` leaves them."""
+
+    codes: Tensor
+    scales: Tensor
+    outer: int
+    count: int
+
+    def parts(self, where: Spans) -> Iterator[Laid]:
+        """Each expert's [I, tokens]."""
+        padded = self.scales.shape[1]
+        for expert, (begin, end) in enumerate(where):
+            slot, size = begin // WIDTH + expert, _up(end - begin, WIDTH)
+            codes = self.codes.as_strided((padded, size), (size, 1), slot * WIDTH * padded)
+            yield Laid(codes, self.scales[slot : slot + size // WIDTH].t(), operand.KINDS[operand.ROW])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Matrices in 128x128 blocks, as `kernels.blocks` leaves them; `outer` of their rows are real."""
+
+    codes: Tensor
+    scales: Tensor
+    outer: int
+
+    def parts(self) -> Iterator[Laid]:
+        """Each matrix."""
+        for codes, scales in zip(self.codes.unbind(0), self.scales.unbind(0), strict=True):
+            yield Laid(codes, scales.t(), operand.KINDS[operand.BLOCK])
+
+
+@dataclass(frozen=True)
+class FusedRounding(NativeRounding):
+    """`NativeRounding` in tiles, by kernels where they can run."""
+
+    def activation(self, x_AI: Tensor, ends_E: Tensor | None) -> tuple[Any, Kept]:
+        """Q(X) by rows; its codes are saved, or X."""
+        if not takes(x_AI):
+            return super().activation(x_AI, ends_E)
+        rows = self._rows(x_AI, ends_E)
+        return rows, (rows.codes, rows.scales) if self.codes_again else (x_AI,)
+
+    def activation_again(self, kept: Kept, ends_E: Tensor | None) -> Any:
+        """Q(X') along tokens."""
+        if not takes(kept[0]):
+            return super().activation_again(kept, ends_E)
+        if not self.codes_again:
+            return self._turned(kept[0], None, len(kept[0]), self.inputs, ends_E)
+        codes, scales = kept
+        return self._turned(codes, scales, len(codes) - _kernels().SPARE, self.inputs, ends_E)
+
+    def weight(self, weight: Tensor) -> tuple[Any, Kept]:
+        """Q(W), and of its transpose the same codes, which are what is saved."""
+        if not takes(weight):
+            return super().weight(weight)
+        each = weight if weight.ndim == 3 else weight[None]
+        both = not torch.is_inference_mode_enabled()  # which has no backward pass
+        codes, scales, *turned = _kernels().blocks(each, power_of_two=self.power_of_two, both=both)
+        return Blocks(codes, scales, each.shape[1]), tuple(turned)
+
+    def weight_again(self, kept: Kept) -> Any:
+        """The transpose that `weight` made."""
+        return Blocks(*kept, self.inputs) if takes(kept[0]) else super().weight_again(kept)
+
+    def gradient(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:
+        """Q(dY) by rows."""
+        return self._rows(dy_AO, ends_E) if takes(dy_AO) else super().gradient(dy_AO, ends_E)
+
+    def gradient_again(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:
+        """Q(dY) along tokens."""
+        if not takes(dy_AO):
+            return super().gradient_again(dy_AO, ends_E)
+        return self._turned(dy_AO, None, *dy_AO.shape, ends_E)
+
+    def product(self, rows: Any, weight: Any, ends_E: Tensor | None) -> Tensor:
+        """[A, O]; rows of no expert are 0. An expert's padding is overwritten by the next one's rows."""
+        if not isinstance(rows, Rows):
+            return super().product(rows, weight, ends_E)
+        where = spans(rows.count, ends_E)
+        y_PO = rows.scales.new_empty(len(rows.codes), weight.codes.shape[1], dtype=self.dtype)
+        for (begin, end), own, matrix in zip(where, rows.parts(where), weight.parts(), strict=True):
+            if end > begin:
+                operand.multiply_into(y_PO[begin : begin + len(own.codes)], own, matrix)
+        y_PO[where[-1][1] : rows.count] = 0
+        return _cut(y_PO, rows.count, weight.outer)
+
+    def outer(self, dy: Any, x: Any, ends_E: Tensor | None) -> Tensor:
+        """[O, I] or [E, O, I] in fp32."""
+        if not isinstance(dy, Turned):
+            return super().outer(dy, x, ends_E)
+        where = spans(dy.count, ends_E)
+        dw_EOI = dy.scales.new_empty(len(where), dy.scales.shape[1], x.scales.shape[1])
+        each = zip(where, dw_EOI.unbind(0), dy.parts(where), x.parts(where), strict=True)
+        for (begin, end), dw_OI, own, other in each:
+            if end > begin:
+                operand.multiply_into(dw_OI, own, other)
+            else:
+                dw_OI.zero_()
+        dw_EOI = dw_EOI[:, : dy.outer, : x.outer].contiguous()
+        return dw_EOI[0] if ends_E is None else dw_EOI
+
+    def _rows(self, x_AI: Tensor, ends_E: Tensor | None) -> Rows:
+        return Rows(*_kernels().rows(x_AI, ends_E, power_of_two=self.power_of_two), len(x_AI))
+
+    def _turned(
+        self, x_AI: Tensor, scales: Tensor | None, count: int, columns: int, ends_E: Tensor | None
+    ) -> Turned:
+        options = {"count": count, "columns": columns, "power_of_two": self.power_of_two}
+        return Turned(*_kernels().turned(x_AI, scales, ends_E, **options), columns, count)
+
+
+def _kernels() -> ModuleType:
+    found = kernels()
+    assert found is not None, "asked for by `takes` first"
+    return found
+
+
+def _cut(y_PO: Tensor, count: int, outer: int) -> Tensor:
+    """Without padding; no view, which autograd would forbid to be changed in place."""
+    cut = y_PO[:count]
+    return cut.detach() if y_PO.shape[1] == outer else cut[:, :outer].contiguous()
+
+
+def _up(size: int, multiple: int) -> int:
+    return size + -size % multiple

@@ -1,0 +1,338 @@
+"""Triton kernels that quantise in tiles, one read and one write each, into the layouts that `scaled_mm` takes.
+
+Codes and scales are those of `core.model.quantise.quantise` bit for bit: a tile's largest magnitude is found among bit
+patterns, which for finite numbers, infinities and NaN are in that order; divisions are IEEE's; what rounds to zero
+becomes +0, as it does there.
+
+Experts' rows, [begin, end) for expert e, are padded to whole multiples of a step S, and every expert starts at slot
+begin // S + e. Slots never overlap (floor(end / S) + 1 - floor(begin / S) is at least ceil((end - begin) / S)), there
+are at most A // S + E of them, and both sides know the place without a sum over experts or a word from the device.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plugins.fp8_native.operand import ROWS, SCALES, WIDTH
+
+SPARE = ROWS - 1
+"""Rows of codes past the last: an expert's padding is what follows its rows, and results there are not kept."""
+
+E4M3 = torch.float8_e4m3fn
+READ = (torch.float32, torch.bfloat16, torch.float16)
+STEP = 32
+CHANNELS = 64
+OPTIONS = {
+    "rows": {"num_warps": 4, "maxnreg": 64},
+    "turned": {"num_warps": 8, "maxnreg": 64},
+    "blocks": {"num_warps": 8, "maxnreg": 128},
+}
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Triton's interpreter casts neither ties nor NaN to E4M3 as GPUs do."""
+INFINITE = tl.constexpr(0x7F800000)
+TILE = tl.constexpr(WIDTH)
+PAD = tl.constexpr(ROWS)
+
+
+# ---- the arithmetic
+
+
+@triton.jit
+def _magnitude(x):
+    """|x| as bits, which for all that are not negative are in the order of the numbers."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale(amax_bits, POWER_OF_TWO: tl.constexpr):
+    """The scale of tiles of these largest magnitudes; see `core.model.quantise.scales_of`."""
+    amax = amax_bits.to(tl.float32, bitcast=True)
+    bits = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)).to(tl.int32, bitcast=True)
+    bits = tl.maximum(bits, 0x00800000)
+    if POWER_OF_TWO:
+        bits = (bits + 0x7FFFFF) & INFINITE
+    return tl.where(amax_bits < INFINITE, bits, 0x7FC00000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _divide(x, scale):
+    """x / scale as IEEE rounds it, by one reciprocal for a tile instead of a division for an element.
+
+    From y, the reciprocal rounded to nearest, q = x y is improved by its remainder twice. The first leaves q within one
+    unit of its last place, and then the second is exact (Markstein, IBM J. Res. Dev. 34(1), 1990, theorem 8.1), where no
+    remainder is subnormal: tiny tiles are lifted by a power of two, and quotients that tiny themselves are 0 in E4M3.
+    """
+    if INTERPRETED:  # without fused multiply-add
+        q = tl.div_rn(x, scale)
+    else:
+        lift = tl.where(scale < 8.673617379884035e-19, 1.2089258196146292e24, 1.0)  # 2^-60, 2^80
+        x, scale = x * lift, scale * lift
+        y = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        less, y = tl.broadcast_to(-scale, x.shape), tl.broadcast_to(y, x.shape)
+        q = x * y
+        q = tl.fma(tl.fma(q, less, x), y, q)
+        q = tl.fma(tl.fma(q, less, x), y, q)
+    return q
+
+
+@triton.jit
+def _encode(x, scale):
+    """E4M3 codes of x / scale as bytes: nearest, ties to even, no negative zero."""
+    q = _divide(x, scale)
+    if INTERPRETED:
+        bits = q.to(tl.int32, bitcast=True)
+        binade = tl.maximum(bits & INFINITE, 121 << 23)
+        magic = binade.to(tl.float32, bitcast=True) * 1572864.0  # 1.5 * 2^20; see `onto_grid_`
+        units = (q + magic).to(tl.int32, bitcast=True) - magic.to(tl.int32, bitcast=True)
+        code = (((binade >> 23) - 121) << 3) + tl.abs(units) + tl.where(units < 0, 0x80, 0)
+        code = tl.where(q == q, code, 0x7F).to(tl.uint8)
+    else:
+        q = tl.where(tl.abs(q) <= 0.0009765625, 0.0, q)  # 2^-10: half of the smallest code
+        code = q.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return code
+
+
+@triton.jit
+def _decode(codes):
+    """fp32 numbers of codes, as in `core.model.quantise.decode`."""
+    if INTERPRETED:
+        bits = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385  # less the upper bit of fp16's exponent
+        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _owner(ends_ptr, slot, rows, experts, S: tl.constexpr, EXPERTS: tl.constexpr):
+    """Expert of a slot, where its rows begin and end, and the slot's first row; none is left where that is the end."""
+    if EXPERTS:
+        each = tl.arange(0, EXPERTS)
+        ends = tl.load(ends_ptr + each, mask=each < experts, other=0).to(tl.int32)
+        expert = tl.sum(((ends // S + each + 1 <= slot) & (each < experts)).to(tl.int32), 0)
+        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0).to(tl.int32)
+        end = tl.load(ends_ptr + expert, mask=expert < experts, other=0).to(tl.int32)
+    else:
+        expert, begin, end = slot * 0, slot * 0, rows
+    return expert, begin, end, begin + (slot - begin // S - expert) * S
+
+
+# ---- kernels
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr,
+    ends_ptr,
+    codes_ptr,
+    scales_ptr,
+    rows,
+    columns,
+    stride,
+    across,
+    experts,
+    EXPERTS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    S: tl.constexpr,
+):
+    slot, column = tl.program_id(0) // across, tl.program_id(0) % across
+    expert, begin, end, first = _owner(ends_ptr, slot, rows, experts, S, EXPERTS)
+    if first < end:
+        row = first + tl.arange(0, S)
+        inner = column * TILE + tl.arange(0, TILE)
+        there = (row < end)[:, None]
+        far = row.to(tl.int64)[:, None]
+        x = tl.load(x_ptr + far * stride + inner[None, :], mask=there & (inner < columns)[None, :], other=0.0)
+        x = x.to(tl.float32)
+        scale = _scale(tl.max(_magnitude(x), 1), POWER_OF_TWO)
+        tl.store(codes_ptr + far * (across * TILE) + inner[None, :], _encode(x, scale[:, None]), mask=there)
+        padded = (end - begin + PAD - 1) // PAD * PAD
+        start = ((begin // PAD + expert) * PAD).to(tl.int64) * across + column.to(tl.int64) * padded
+        tl.store(scales_ptr + start + (row - begin), scale, mask=row - begin < padded)
+
+
+@triton.jit
+def _turned_kernel(
+    x_ptr,
+    own_ptr,
+    ends_ptr,
+    codes_ptr,
+    scales_ptr,
+    rows,
+    columns,
+    stride,
+    across,
+    blocks,
+    outer,
+    experts,
+    EXPERTS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    CODED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    slot, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    expert, begin, end, first = _owner(ends_ptr, slot, rows, experts, TILE, EXPERTS)
+    if first < end:
+        token = first + tl.arange(0, TILE)
+        channel = block * CHANNELS + tl.arange(0, CHANNELS)
+        there = (token < end)[:, None] & (channel < columns)[None, :]
+        x = tl.load(x_ptr + token.to(tl.int64)[:, None] * stride + channel[None, :], mask=there, other=0)
+        if CODED:
+            padded = (end - begin + PAD - 1) // PAD * PAD
+            column = (block * CHANNELS // TILE).to(tl.int64)
+            start = ((begin // PAD + expert) * PAD).to(tl.int64) * across + column * padded
+            own = tl.load(own_ptr + start + (token - begin), mask=token < end, other=0.0)
+            x = _decode(x) * own[:, None]
+        x = x.to(tl.float32)
+        scale = _scale(tl.max(_magnitude(x), 0), POWER_OF_TWO)
+        codes = tl.trans(_encode(x, scale[None, :]))
+        length = (end - begin + TILE - 1) // TILE * TILE
+        start = ((begin // TILE + expert) * TILE).to(tl.int64) * outer + (first - begin)
+        place = channel.to(tl.int64)[:, None] * length + tl.arange(0, TILE)[None, :]
+        tl.store(codes_ptr + start + place, codes, mask=(channel < outer)[:, None])
+        tl.store(scales_ptr + slot.to(tl.int64) * outer + channel, scale, mask=channel < outer)
+
+
+@triton.jit
+def _blocks_kernel(
+    w_ptr,
+    codes_ptr,
+    scales_ptr,
+    turned_ptr,
+    turned_scales_ptr,
+    rows,
+    columns,
+    down,
+    across,
+    rows_padded,
+    columns_padded,
+    length,
+    turned_length,
+    POWER_OF_TWO: tl.constexpr,
+    TURNED: tl.constexpr,
+    MORE: tl.constexpr,
+):
+    j = tl.program_id(0) % across
+    i = tl.program_id(0) // across % down
+    matrix = (tl.program_id(0) // across // down).to(tl.int64)
+    row = i * TILE + tl.arange(0, TILE)
+    column = j * TILE + tl.arange(0, TILE)
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    far = matrix * rows + row
+    w = tl.load(w_ptr + far[:, None] * columns + column[None, :], mask=there, other=0.0).to(tl.float32)
+    scale = _scale(tl.max(tl.max(_magnitude(w), 1), 0), POWER_OF_TWO)
+    codes = _encode(w, scale)
+    more = tl.arange(0, MORE)
+    own = tl.where(more == 0, scale, 1.0)
+    far = matrix * rows_padded + row
+    place = far[:, None] * (across * TILE) + column[None, :]
+    tl.store(codes_ptr + place, codes, mask=(row < rows_padded)[:, None])
+    last = (more == 0) | ((j == across - 1) & (j + more < length))
+    tl.store(scales_ptr + (matrix * down + i) * length + j + more, own, mask=last)
+    if TURNED:
+        far = matrix * columns_padded + column
+        place = far[:, None] * (down * TILE) + row[None, :]
+        tl.store(turned_ptr + place, tl.trans(codes), mask=(column < columns_padded)[:, None])
+        last = (more == 0) | ((i == down - 1) & (i + more < turned_length))
+        tl.store(turned_scales_ptr + (matrix * across + j) * turned_length + i + more, own, mask=last)
+
+
+# ---- what they are called with
+
+
+def rows(x_AI: Tensor, ends_E: Tensor | None, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Each expert's rows in 1x128 tiles.
+
+    Returns:
+        FP8 codes [A + SPARE, I padded to 128], and fp32 scales in one dimension, of expert e [I / 128, rows padded to
+        16] from slot begin // 16 + e. What no expert owns is left as the memory was.
+    """
+    x_AI = _readable(x_AI)
+    count, columns = x_AI.shape
+    across = triton.cdiv(columns, WIDTH)
+    codes = x_AI.new_empty(count + SPARE, across * WIDTH, dtype=torch.uint8)
+    scales = x_AI.new_empty(slots(count, ends_E, ROWS) * ROWS * across, dtype=torch.float32)
+    if codes.numel() and count:
+        ends, experts, lanes = _told(ends_E, x_AI)
+        grid = (slots(count, ends_E, STEP) * across,)
+        sizes = (count, columns, x_AI.stride(0), across, experts)
+        _rows_kernel[grid](
+            x_AI, ends, codes, scales, *sizes, EXPERTS=lanes, POWER_OF_TWO=power_of_two, S=STEP, **OPTIONS["rows"]
+        )
+    return codes.view(E4M3), scales
+
+
+def turned(
+    x_AI: Tensor, scales: Tensor | None, ends_E: Tensor | None, *, count: int, columns: int, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    """The transpose of each expert's rows in 1x128 tiles along its tokens, ragged ends padded with zeros.
+
+    Args:
+        x_AI: the rows, or codes as `rows` gives them.
+        scales: of the codes; None for numbers.
+        count: A.
+        columns: I.
+
+    Returns:
+        FP8 codes in one dimension, of expert e [I padded to 16, tokens padded to 128] from slot begin // 128 + e; fp32
+        scales [slots, I padded to 16].
+    """
+    x_AI = _readable(x_AI) if scales is None else x_AI.view(torch.uint8)
+    outer, pieces = columns + -columns % ROWS, slots(count, ends_E, WIDTH)
+    codes = x_AI.new_empty(pieces * WIDTH * outer, dtype=torch.uint8)
+    found = x_AI.new_empty(pieces, outer, dtype=torch.float32)
+    if codes.numel() and count:
+        ends, experts, lanes = _told(ends_E, x_AI)
+        blocks = triton.cdiv(outer, CHANNELS)
+        own = found if scales is None else scales
+        sizes = (count, columns, x_AI.stride(0), triton.cdiv(columns, WIDTH), blocks, outer, experts)
+        options = {"EXPERTS": lanes, "POWER_OF_TWO": power_of_two, "CODED": scales is not None, "CHANNELS": CHANNELS}
+        _turned_kernel[(pieces * blocks,)](x_AI, own, ends, codes, found, *sizes, **options, **OPTIONS["turned"])
+    return codes.view(E4M3), found
+
+
+def blocks(weight_EOI: Tensor, *, power_of_two: bool, both: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Matrices in 128x128 blocks, and, if `both`, the same codes of their transposes.
+
+    Returns:
+        Codes [E, O padded to 16, I padded to 128], scales [E, O / 128, I / 128 padded to 4 with ones], and the two of
+        the transposes, of no elements unless asked for.
+    """
+    weight_EOI = _readable(weight_EOI).contiguous()
+    matrices, count, columns = weight_EOI.shape
+    down, across = triton.cdiv(count, WIDTH), triton.cdiv(columns, WIDTH)
+    rows_padded, columns_padded = count + -count % ROWS, columns + -columns % ROWS
+    length, turned_length = across + -across % SCALES, down + -down % SCALES
+    new = weight_EOI.new_empty
+    codes = new(matrices, rows_padded, across * WIDTH, dtype=torch.uint8)
+    scales = new(matrices, down, length, dtype=torch.float32)
+    others = matrices if both else 0
+    codes_t = new(others, columns_padded, down * WIDTH, dtype=torch.uint8)
+    scales_t = new(others, across, turned_length, dtype=torch.float32)
+    if weight_EOI.numel():
+        sizes = (count, columns, down, across, rows_padded, columns_padded, length, turned_length)
+        options = {"POWER_OF_TWO": power_of_two, "TURNED": both, "MORE": SCALES}
+        grid = (matrices * down * across,)
+        _blocks_kernel[grid](
+            weight_EOI, codes, scales, codes_t, scales_t, *sizes, **options, **OPTIONS["blocks"]
+        )
+    return codes.view(E4M3), scales, codes_t.view(E4M3), scales_t
+
+
+def slots(count: int, ends_E: Tensor | None, step: int) -> int:
+    """Enough steps for all experts' rows, each expert's padded."""
+    return triton.cdiv(count, step) if ends_E is None else count // step + len(ends_E)
+
+
+def _told(ends_E: Tensor | None, x: Tensor) -> tuple[Tensor, int, int]:
+    """What the kernels are told of experts: where they end, how many, and how many lanes read that (0: no experts)."""
+    return (x, 1, 0) if ends_E is None else (ends_E, len(ends_E), triton.next_power_of_2(len(ends_E)))
+
+
+def _readable(x: Tensor) -> Tensor:
+    x = x if x.dtype in READ else x.to(torch.float32)
+    return x if x.stride(-1) == 1 else x.contiguous()
