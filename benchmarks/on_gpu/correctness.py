@@ -25,7 +25,7 @@ from benchmarks.on_gpu.compare import (
     three_products,
 )
 from benchmarks.on_gpu.measure import Lab, attempt, failed
-from benchmarks.on_gpu.runs import TOTAL, Fits, Process, curve, prepare_data
+from benchmarks.on_gpu.runs import TOTAL, Fits, Process, curve, prepare_data, stop, toy_text
 from core.assemble import plan_of
 from core.contracts.context import SequenceContext
 from core.contracts.router import Router
@@ -42,10 +42,8 @@ TOY = [
     "model.blocks.dense.ffn.hidden=64",
     "model.blocks.moe.count=1",
     "model.blocks.moe.ffn.expert_hidden=16",
-    "data.sequence_length=64",
-    "batch.sequences=2",
 ]
-"""A dry run's sizes; text and vocabulary are the recipe's, because those are in the cache."""
+"""A dry run's sizes."""
 SECONDS = {"tests": 420.0, "runs": 240.0}
 
 
@@ -61,7 +59,7 @@ def run(lab: Lab) -> dict[str, Any]:
             found["logits"] = attempt(logits, lab, fits.run("longer_cpu"))
         found["tests"] = attempt(tests_told, tests, folder)
     finally:
-        tests.stop()
+        stop([tests])
     return found
 
 
@@ -91,6 +89,7 @@ def start_tests(folder: Path) -> Process:
 def tests_told(process: Process, folder: Path) -> dict[str, Any]:
     """Counts, what failed with the last line of why, why others were skipped, and what tests recorded."""
     in_time = process.wait(process.began + SECONDS["tests"])
+    stop([process])
     found = junit(folder / "tests.xml")
     return found | {"ended": "finished" if in_time else "interrupted: the time was up", "said": process.last_line()}
 
@@ -123,7 +122,7 @@ def _test_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def start_losses(lab: Lab, fits: Fits) -> None:
     """The same steps on both devices: a few with the recipe's own schedule, and more under a warm-up as long."""
-    toy = TOY if lab.quick else []
+    toy = [*TOY, *toy_text(lab.folder)] if lab.quick else []
     steps = {"first": 2, "longer": 4} if lab.quick else {"first": 10, "longer": 50}
     own = ["precision={name: fp32}", "validation.sequences=16", *toy]
     prepare_data(RECIPE, own)
@@ -176,7 +175,7 @@ def logits(lab: Lab, trained: Path) -> dict[str, Any]:
     Args:
         trained: run folder of the model; where it was not reached, the initial weights are taken, and that is said.
     """
-    overrides = TOY if lab.quick else []
+    overrides = [*TOY, *toy_text(lab.folder)] if lab.quick else []
     recipe = core.compose(RECIPE, [*overrides, "validation.sequences=8"])
     data = text_data(recipe, plan_of(recipe))
     data.prepare()

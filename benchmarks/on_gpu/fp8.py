@@ -1,4 +1,4 @@
-"""FP8 by kernels: Transformer Engine and torch's `scaled_mm` beside the emulation, product by product and in training."""
+"""FP8 by kernels: Transformer Engine and torch's `scaled_mm` beside the emulation, in products and in training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from benchmarks.on_gpu.compare import (
     three_products,
 )
 from benchmarks.on_gpu.measure import Lab, attempt, failed
-from benchmarks.on_gpu.runs import NEXT_TOKEN, Fits, curve, prepare_data
+from benchmarks.on_gpu.runs import NEXT_TOKEN, Fits, curve, prepare_data, toy_text
 from core.analysis.smoothed import SETTLED, largest, relative
 
 
@@ -65,9 +65,9 @@ ENDS = (0.11, 0.11, 0.388, 0.9)
 
 TE = "weight_gradient: te"
 PAIRS = {
-    f"name: te_fp8, scaling: block, scales: ue8m0, {TE}": f"scales: ue8m0, {TE}",
-    f"name: te_fp8, scaling: block, scales: fp32, {TE}": TE,
-    f"name: te_fp8, scaling: current, {TE}": f"scaling: tensor, {TE}",
+    "name: te_fp8, scaling: block, scales: ue8m0": f"scales: ue8m0, {TE}",
+    "name: te_fp8, scaling: block, scales: fp32": TE,
+    "name: te_fp8, scaling: current": f"scaling: tensor, {TE}",
     "name: fp8_native": "e5m6: []",
     f"name: fp8_native, {TE}": TE,
     f"name: fp8_native, scales: ue8m0, {TE}": f"scales: ue8m0, {TE}",
@@ -86,15 +86,14 @@ def products(lab: Lab) -> dict[str, Any]:
     missing: dict[str, str] = {}
     for text, keys in PAIRS.items():
         for stream in STREAMS:
-            name = f"{{{text}, stream: {stream}}}".replace(f", {TE}", "" if "te_fp8" in text else f", {TE}")
+            name = f"{{{text}, stream: {stream}}}"
             if why := obstacle(section_of(name), lab.device):
                 missing[name] = why
             else:
                 beside[name] = attempt(_cases, name, f"{{name: fp8_emulated, {keys}}}", height, lab.device)
     plain = attempt(_cases, "{name: bf16}", "{name: bf16_emulated}", height, lab.device)
-    return {"rows": height, "cases": {k: vars(c) for k, c in CASES.items()}, "missing": missing, "beside": beside} | {
-        "bf16": plain
-    }
+    cases = {label: vars(case) for label, case in CASES.items()}
+    return {"rows": height, "cases": cases, "missing": missing, "beside": beside, "bf16": plain}
 
 
 def _cases(name: str, emulated: str, height: int, device: str) -> dict[str, Any]:
@@ -134,7 +133,16 @@ def _product_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             shown = f"calc_diff to the emulation {', '.join(worst)}; to fp64 {exact:.1e}"
             figure = f"{shown}; {figure}" if figure else shown
         told.append((f"products, {name}", figure or ""))
-    return told + [(f"products, {name}", f"cannot run here: {why}") for name, why in found["missing"].items()]
+    return told + _absent("products", found["missing"])
+
+
+def _absent(what: str, missing: dict[str, str]) -> list[tuple[str, str]]:
+    """One row for each reason."""
+    told = []
+    for why in dict.fromkeys(missing.values()):
+        names = [name.partition(",")[0].strip("{").removeprefix("name: ") for name in missing if missing[name] == why]
+        told.append((f"{what}, {' and '.join(dict.fromkeys(names))}", f"cannot run here: {why}"))
+    return told
 
 
 # ---- training
@@ -153,7 +161,7 @@ SCHEDULE = (
     "[{shape: linear, to: 0.001, until: 0.25}, {shape: cosine, to: 0.0001, until: 1.0}]}"
 )
 """That of recipes/sweeps/precision.yaml: under the recipe's own, rounding alone drives runs apart."""
-TOY = ["model.blocks.moe.count=1", "model.dim=128", "model.blocks.moe.ffn.experts=8", "data.sequence_length=64"]
+TOY = ["model.blocks.moe.count=1", "model.dim=128", "model.blocks.moe.ffn.experts=8"]
 RUNS = {
     BASE: "{name: bf16}",
     FLOOR: "{name: fp32}",
@@ -168,7 +176,13 @@ SECONDS = 240.0
 def training(lab: Lab) -> dict[str, Any]:
     """The same steps in each precision that can run here, all at once, and how far each curve lies from bf16's."""
     steps = 3 if lab.quick else 300
-    common = [*WIDE, *(TOY if lab.quick else []), SCHEDULE, f"budget.steps={steps}", "validation.sequences=16"]
+    common = [
+        *WIDE,
+        *([*TOY, *toy_text(lab.folder)] if lab.quick else []),
+        SCHEDULE,
+        f"budget.steps={steps}",
+        "validation.sequences=16",
+    ]
     common.append(f"strategy.accelerator={lab.device}")
     prepare_data(RECIPE, common)
     cannot = {name: obstacle(section_of(text), lab.device) for name, text in RUNS.items()}
@@ -230,8 +244,7 @@ def apart(own: dict[int, float], base: dict[int, float]) -> dict[str, Any] | Non
 def _training_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     told = []
     for name, one in found["runs"].items():
-        if one.get("cannot_run"):
-            told.append((f"training, {name}", f"cannot run here: {one['cannot_run']}"))
+        if "cannot_run" in one:
             continue
         parts = [f"{one['steps']} steps", *([] if one["ended"] == "finished" else [one.get("error") or one["ended"]])]
         if name != BASE and (far := one["to_bf16"]):
@@ -242,4 +255,5 @@ def _training_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             parts.append(f"{one['val_bits_per_byte']:.4f} bits per byte")
         paths = (one["precision_paths"] or {}).get("experts.gate_up")
         told.append((f"training, {name}", "; ".join([*parts, *([paths] if paths else [])])))
-    return told
+    missing = {name: one["cannot_run"] for name, one in found["runs"].items() if "cannot_run" in one}
+    return told + _absent("training", missing)

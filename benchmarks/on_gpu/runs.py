@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,24 +49,20 @@ class Process:
         return cls(running, log, time.monotonic())
 
     def wait(self, deadline: float) -> bool:
-        """Whether it ended by itself before the deadline; else it is interrupted, and ended where that is not enough.
-
-        Args:
-            deadline: of `time.monotonic`.
-        """
+        """Whether it ends by itself before the deadline, on the clock `time.monotonic`."""
         with suppress(subprocess.TimeoutExpired):
             self.running.wait(max(0.1, deadline - time.monotonic()))
             return True
-        self.stop()
         return False
 
-    def stop(self) -> None:
-        """As Ctrl-C would; a run then saves, and pytest writes its report."""
+    def interrupt(self) -> None:
+        """As Ctrl-C would: a run then saves, and pytest writes its report."""
         if self.running.poll() is None:
             self.running.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                self.running.wait(GRACE)
-        if self.running.poll() is None:
+
+    def end(self) -> None:
+        """It is given time to leave, and ended where that is not enough."""
+        if not self.wait(time.monotonic() + GRACE):
             self.running.kill()
             self.running.wait()
 
@@ -74,6 +71,15 @@ class Process:
         lines = [line.strip() for line in self.log.read_text("utf-8", "replace").splitlines() if line.strip()]
         told = [line.removeprefix("moeloom: ") for line in lines if line.startswith("moeloom: ")]
         return (told or lines or ["it said nothing"])[-1][:500]
+
+
+def stop(processes: Iterable[Process]) -> None:
+    """Interrupt those that are still there, all at once, and see them end."""
+    processes = list(processes)
+    for process in processes:
+        process.interrupt()
+    for process in processes:
+        process.end()
 
 
 class Fits:
@@ -91,8 +97,7 @@ class Fits:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes.values():
-            process.stop()
+        stop(self.processes.values())
 
     def start(self, name: str, recipe: str, overrides: list[str], *, threads: int) -> None:
         """`python -m core.fit RECIPE KEY=VALUE ...`; the folder must be new."""
@@ -107,10 +112,11 @@ class Fits:
     def results(self, seconds: float) -> dict[str, dict[str, Any]]:
         """What every run came to, once all have ended or that long after the last one began."""
         deadline = max(process.began for process in self.processes.values()) + seconds
-        return {name: self._result(name, process, deadline) for name, process in self.processes.items()}
+        in_time = {name: process.wait(deadline) for name, process in self.processes.items()}
+        stop(self.processes.values())
+        return {name: self._result(name, process, in_time[name]) for name, process in self.processes.items()}
 
-    def _result(self, name: str, process: Process, deadline: float) -> dict[str, Any]:
-        in_time = process.wait(deadline)
+    def _result(self, name: str, process: Process, in_time: bool) -> dict[str, Any]:
         code, steps = process.running.returncode, curve(self.run(name), TOTAL)
         found: dict[str, Any] = {"ended": "finished", "steps": len(steps)}
         if not in_time:
@@ -143,3 +149,17 @@ def prepare_data(recipe: str, overrides: list[str]) -> None:
     """Tokenizer and tokens into the cache, once for all runs."""
     made = compose(recipe, overrides)
     text_data(made, plan_of(made)).prepare()
+
+
+def toy_text(folder: Path) -> list[str]:
+    """Overrides for a dry run, which reads the docs: all text that is held out is validated on, so it must be little.
+
+    Args:
+        folder: where copies go.
+    """
+    texts = (folder / "texts").resolve()
+    texts.mkdir(parents=True, exist_ok=True)
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        (texts / page.with_suffix(".txt").name).write_text(page.read_text("utf-8"), "utf-8")
+    corpus = f"data.corpus={{name: files, paths: ['{texts}/*.txt']}}"
+    return [corpus, "data.tokenizer.vocab=512", "data.sequence_length=64", "batch.sequences=2"]
