@@ -139,7 +139,7 @@ class FusedRounding(NativeRounding):
             if end > begin:
                 operand.multiply_into(y_PO[begin : begin + len(own.codes)], own, matrix)
         y_PO[where[-1][1] : rows.count] = 0
-        return _cut(y_PO, rows.count, weight.outer)
+        return _owned(y_PO[: rows.count, : weight.outer])
 
     def outer(self, dy: Any, x: Any, ends_E: Tensor | None) -> Tensor:
         """[O, I] or [E, O, I] in fp32."""
@@ -153,15 +153,13 @@ class FusedRounding(NativeRounding):
                 operand.multiply_into(dw_OI, own, other)
             else:
                 dw_OI.zero_()
-        dw_EOI = dw_EOI[:, : dy.outer, : x.outer].contiguous()
-        return dw_EOI[0] if ends_E is None else dw_EOI
+        cut = dw_EOI[:, : dy.outer, : x.outer]
+        return _owned(cut[0] if ends_E is None else cut)
 
     def _rows(self, x_AI: Tensor, ends_E: Tensor | None) -> Rows:
         return Rows(*_kernels().rows(x_AI, ends_E, power_of_two=self.power_of_two), len(x_AI))
 
-    def _turned(
-        self, x_AI: Tensor, scales: Tensor | None, count: int, columns: int, ends_E: Tensor | None
-    ) -> Turned:
+    def _turned(self, x_AI: Tensor, scales: Tensor | None, count: int, columns: int, ends_E: Tensor | None) -> Turned:
         options = {"count": count, "columns": columns, "power_of_two": self.power_of_two}
         return Turned(*_kernels().turned(x_AI, scales, ends_E, **options), columns, count)
 
@@ -172,10 +170,9 @@ def _kernels() -> ModuleType:
     return found
 
 
-def _cut(y_PO: Tensor, count: int, outer: int) -> Tensor:
-    """Without padding; no view, which autograd would forbid to be changed in place."""
-    cut = y_PO[:count]
-    return cut.detach() if y_PO.shape[1] == outer else cut[:, :outer].contiguous()
+def _owned(cut: Tensor) -> Tensor:
+    """Dense, and no view, which autograd would forbid to be changed in place."""
+    return cut.contiguous().detach()
 
 
 def _up(size: int, multiple: int) -> int:

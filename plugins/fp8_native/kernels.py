@@ -23,12 +23,13 @@ SPARE = ROWS - 1
 
 E4M3 = torch.float8_e4m3fn
 READ = (torch.float32, torch.bfloat16, torch.float16)
-STEP = 32
-CHANNELS = 64
+STEP, CHANNELS = 32, 64
+"""Rows of a program that quantises rows, columns of one that turns them."""
+
 OPTIONS = {
     "rows": {"num_warps": 4, "maxnreg": 64},
-    "turned": {"num_warps": 8, "maxnreg": 64},
-    "blocks": {"num_warps": 8, "maxnreg": 128},
+    "turned": {"num_warps": 8},
+    "blocks": {"num_warps": 16, "maxnreg": 64},
 }
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -39,6 +40,16 @@ PAD = tl.constexpr(ROWS)
 
 
 # ---- the arithmetic
+
+
+@triton.jit
+def _read(x):
+    """fp32 numbers; of bf16 by its bits, because the interpreter's cast loses subnormal ones."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -63,8 +74,8 @@ def _divide(x, scale):
     """x / scale as IEEE rounds it, by one reciprocal for a tile instead of a division for an element.
 
     From y, the reciprocal rounded to nearest, q = x y is improved by its remainder twice. The first leaves q within one
-    unit of its last place, and then the second is exact (Markstein, IBM J. Res. Dev. 34(1), 1990, theorem 8.1), where no
-    remainder is subnormal: tiny tiles are lifted by a power of two, and quotients that tiny themselves are 0 in E4M3.
+    unit of its last place, and then the second rounds as a division does (Markstein, IBM J. Res. Dev. 34(1), 1990) as
+    long as remainders are exact: tiny tiles are lifted by a power of two, and where quotients are tiny codes are 0.
     """
     if INTERPRETED:  # without fused multiply-add
         q = tl.div_rn(x, scale)
@@ -147,7 +158,7 @@ def _rows_kernel(
         there = (row < end)[:, None]
         far = row.to(tl.int64)[:, None]
         x = tl.load(x_ptr + far * stride + inner[None, :], mask=there & (inner < columns)[None, :], other=0.0)
-        x = x.to(tl.float32)
+        x = _read(x)
         scale = _scale(tl.max(_magnitude(x), 1), POWER_OF_TWO)
         tl.store(codes_ptr + far * (across * TILE) + inner[None, :], _encode(x, scale[:, None]), mask=there)
         padded = (end - begin + PAD - 1) // PAD * PAD
@@ -187,7 +198,8 @@ def _turned_kernel(
             start = ((begin // PAD + expert) * PAD).to(tl.int64) * across + column * padded
             own = tl.load(own_ptr + start + (token - begin), mask=token < end, other=0.0)
             x = _decode(x) * own[:, None]
-        x = x.to(tl.float32)
+        else:
+            x = _read(x)
         scale = _scale(tl.max(_magnitude(x), 0), POWER_OF_TWO)
         codes = tl.trans(_encode(x, scale[None, :]))
         length = (end - begin + TILE - 1) // TILE * TILE
@@ -223,7 +235,7 @@ def _blocks_kernel(
     column = j * TILE + tl.arange(0, TILE)
     there = (row < rows)[:, None] & (column < columns)[None, :]
     far = matrix * rows + row
-    w = tl.load(w_ptr + far[:, None] * columns + column[None, :], mask=there, other=0.0).to(tl.float32)
+    w = _read(tl.load(w_ptr + far[:, None] * columns + column[None, :], mask=there, other=0.0))
     scale = _scale(tl.max(tl.max(_magnitude(w), 1), 0), POWER_OF_TWO)
     codes = _encode(w, scale)
     more = tl.arange(0, MORE)
@@ -317,9 +329,7 @@ def blocks(weight_EOI: Tensor, *, power_of_two: bool, both: bool) -> tuple[Tenso
         sizes = (count, columns, down, across, rows_padded, columns_padded, length, turned_length)
         options = {"POWER_OF_TWO": power_of_two, "TURNED": both, "MORE": SCALES}
         grid = (matrices * down * across,)
-        _blocks_kernel[grid](
-            weight_EOI, codes, scales, codes_t, scales_t, *sizes, **options, **OPTIONS["blocks"]
-        )
+        _blocks_kernel[grid](weight_EOI, codes, scales, codes_t, scales_t, *sizes, **options, **OPTIONS["blocks"])
     return codes.view(E4M3), scales, codes_t.view(E4M3), scales_t
 
 

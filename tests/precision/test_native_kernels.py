@@ -38,7 +38,7 @@ ENDS: dict[str, list[int] | None] = {
     "one owner, others nobody's": [0, 33, 33],
     "none": [0, 0, 0],
 }
-ROWS_A, WIDTHS = 400, {"ragged": 200, "whole": 256, "narrow": 40}
+ROWS_A, WIDTHS = 400, {"ragged": 200, "whole": 256}
 kinds = pytest.mark.parametrize("power_of_two", [False, True], ids=["fp32 scales", "ue8m0"])
 grouped = pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 widths = pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
@@ -103,11 +103,15 @@ def on_device(ends: list[int] | None) -> Tensor | None:
 
 
 def same_as_laid(laid: operand.Laid, right: Quantised) -> None:
-    """What is laid out for `scaled_mm` is these rows; of its padding, columns are 0 (rows may be anything)."""
+    """What is laid out for `scaled_mm` is these rows; of its padding, columns are 0 (rows may be anything).
+
+    But for a tile that is NaN, which its padding may be too.
+    """
     rows, columns = right.codes.shape
     scales = right.scales
     same(laid.codes[:rows, :columns], right.codes)
-    assert not laid.codes[:rows, columns:].contiguous().view(torch.uint8).any()
+    padding = laid.codes[:rows, columns:].contiguous().view(torch.uint8)
+    assert not padding[scales[:, -1:].isfinite().expand_as(padding)].any()
     same(laid.scales[:rows, : scales.shape[1]], scales)
     padded, k = laid.codes.shape
     assert padded % 16 == k % 128 == 0
@@ -156,9 +160,7 @@ def test_weights(shape: tuple[int, int, int], power_of_two: bool) -> None:
     weight[-1, :128, :128] = 0
     *found, codes_t, scales_t = fused._kernels().blocks(weight, power_of_two=power_of_two, both=True)
     right = quantise(weight, BLOCK, E4M3, power_of_two=power_of_two)
-    each = zip(
-        fused.Blocks(*found, shape[1]).parts(), fused.Blocks(codes_t, scales_t, shape[2]).parts(), strict=True
-    )
+    each = zip(fused.Blocks(*found, shape[1]).parts(), fused.Blocks(codes_t, scales_t, shape[2]).parts(), strict=True)
     for index, (plain, turned) in enumerate(each):
         for laid, codes, scales in (
             (plain, right.codes[index], right.scales[index]),
@@ -210,7 +212,7 @@ def stood_in(y_MN: Tensor, a: operand.Laid, b: operand.Laid) -> None:
 @compared
 @grouped
 @pytest.mark.parametrize("codes_again", [True, False], ids=["paper", "te"])
-@pytest.mark.parametrize(("inputs", "outputs"), [(200, 40), (256, 128), (70, 37)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 128), (70, 37)])
 def test_products_are_those_of_the_reference(
     monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, codes_again: bool, ends: list[int] | None
 ) -> None:
