@@ -53,9 +53,9 @@ def run(lab: Lab) -> dict[str, Any]:
     tests = start_tests(folder)
     try:
         with Fits(folder) as fits:
-            attempt(start_losses, lab, fits)
+            started = attempt(start_losses, lab, fits)
             found = {"fp8_emulated": attempt(emulation, lab)}
-            found["losses"] = attempt(losses, lab, fits)
+            found["losses"] = started if failed(started) else attempt(losses, lab, fits)
             found["logits"] = attempt(logits, lab, fits.run("longer_cpu"))
         found["tests"] = attempt(tests_told, tests, folder)
     finally:
