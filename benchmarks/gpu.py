@@ -54,7 +54,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError("--device cuda: there is no GPU that torch can use; --device cpu --quick is a dry run")
     if arguments.device == "cpu" and not arguments.quick:
         raise UserError("--device cpu: only with --quick, a dry run: these sizes are a GPU's")
-    lab = Lab(arguments.device, arguments.quick, arguments.out)
+    rates = ceilings(arguments.device, quick=arguments.quick)
+    lab = Lab(arguments.device, arguments.quick, arguments.out, rates)
     arguments.out.mkdir(parents=True, exist_ok=True)
     target = arguments.out / ("gpu-quick.json" if arguments.quick else "gpu.json")
     document = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
@@ -64,7 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"{part} ...", file=sys.stderr, flush=True)
         found = attempt(module.run, lab)
         about = provenance(arguments) | {"seconds": round(time.perf_counter() - began, 1)}
-        document[part] = {"about": about, "ceilings": attempt(ceilings, lab), "found": found}
+        document[part] = {"about": about, "ceilings": rates, "found": found}
         _write(target, document)
         told = attempt(module.rows, found)
         rows += [(part, *row) for row in ([("failed", told["error"])] if isinstance(told, dict) else told)]

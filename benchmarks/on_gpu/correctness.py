@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -49,17 +50,17 @@ SECONDS = {"tests": 420.0, "runs": 240.0}
 
 def run(lab: Lab) -> dict[str, Any]:
     """Tests and runs go on in processes of their own while this one compares; each part tells its own failure."""
-    folder = lab.folder / "correctness"
-    tests = start_tests(folder)
-    try:
-        with Fits(folder) as fits:
+    found: dict[str, Any] = {}
+    with TemporaryDirectory() as scratch, Fits(Path(scratch)) as fits:  # checkpoints are large, and nobody's result
+        tests = start_tests(Path(scratch))
+        try:
             started = attempt(start_losses, lab, fits)
-            found = {"fp8_emulated": attempt(emulation, lab)}
+            found["fp8_emulated"] = attempt(emulation, lab)
             found["losses"] = started if failed(started) else attempt(losses, lab, fits)
-            found["logits"] = attempt(logits, lab, fits.run("longer_cpu"))
-        found["tests"] = attempt(tests_told, tests, folder)
-    finally:
-        stop([tests])
+            found["logits"] = attempt(logits, lab, fits)
+            found["tests"] = attempt(tests_told, tests, Path(scratch))
+        finally:
+            stop([tests])
     return found
 
 
@@ -96,12 +97,12 @@ def tests_told(process: Process, folder: Path) -> dict[str, Any]:
 
 def junit(report: Path) -> dict[str, Any]:
     """What a report of pytest holds."""
-    counts: Counter[str] = Counter(passed=0, failed=0, error=0, skipped=0)
+    counts: Counter[str] = Counter(passed=0, failed=0, errors=0, skipped=0)
     broken, why, recorded = {}, Counter[str](), {}
     for case in ET.parse(report).getroot().iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
         outcome = next((e for kind in ("failure", "error", "skipped") if (e := case.find(kind)) is not None), None)
-        kind = "passed" if outcome is None else {"failure": "failed"}.get(outcome.tag, outcome.tag)
+        kind = "passed" if outcome is None else {"failure": "failed", "error": "errors"}.get(outcome.tag, outcome.tag)
         counts[kind] += 1
         if outcome is not None and kind != "skipped":
             lines = (outcome.get("message") or outcome.text or "").strip().splitlines()
@@ -113,7 +114,7 @@ def junit(report: Path) -> dict[str, Any]:
 
 
 def _test_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    counted = ", ".join(f"{found[kind]} {kind}" for kind in ("passed", "failed", "error", "skipped"))
+    counted = ", ".join(f"{found[kind]} {kind}" for kind in ("passed", "failed", "errors", "skipped"))
     return [("reference tests", counted), *((f"  {name}", why) for name, why in found["broken"].items())]
 
 
@@ -122,7 +123,7 @@ def _test_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def start_losses(lab: Lab, fits: Fits) -> None:
     """The same steps on both devices: a few with the recipe's own schedule, and more under a warm-up as long."""
-    toy = [*TOY, *toy_text(lab.folder)] if lab.quick else []
+    toy = [*TOY, *toy_text(fits.folder)] if lab.quick else []
     steps = {"first": 2, "longer": 4} if lab.quick else {"first": 10, "longer": 50}
     own = ["precision={name: fp32}", "validation.sequences=16", *toy]
     prepare_data(RECIPE, own)
@@ -169,13 +170,13 @@ def _loss_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 # ---- logits
 
 
-def logits(lab: Lab, trained: Path) -> dict[str, Any]:
+def logits(lab: Lab, fits: Fits) -> dict[str, Any]:
     """One model on one batch of validation text in every format, beside fp64 on the CPU.
 
-    Args:
-        trained: run folder of the model; where it was not reached, the initial weights are taken, and that is said.
+    It is the one that the longer run on the CPU trained; where there is none, the initial weights, and that is said.
     """
-    overrides = [*TOY, *toy_text(lab.folder)] if lab.quick else []
+    trained = fits.run("longer_cpu")
+    overrides = [*TOY, *toy_text(fits.folder)] if lab.quick else []
     recipe = core.compose(RECIPE, [*overrides, "validation.sequences=8"])
     data = text_data(recipe, plan_of(recipe))
     data.prepare()

@@ -10,7 +10,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ class Lab:
         device: "cuda" or "cpu".
         quick: toy sizes, a dry run of every step.
         folder: a part may leave files in a folder of its own name here.
+        ceilings: see `ceilings`; measured before the first part.
     """
 
     device: str
     quick: bool
     folder: Path
+    ceilings: dict[str, Any] = field(default_factory=dict)
 
 
 def attempt(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
@@ -126,13 +128,12 @@ def copy_rate(device: str, size: int) -> float:
     return 2.0 * source.nbytes / statistics.median(seconds)
 
 
-def ceilings(lab: Lab) -> dict[str, Any]:
-    """Measured rates of products and of copies: what every floor and every MFU here is held against."""
-    side = 256 if lab.quick else 8192
-    found: dict[str, Any] = {"side": side, "bf16": matmul_rate(lab.device, torch.bfloat16, side)}
-    found["fp32"] = matmul_rate(lab.device, torch.float32, side)
-    if lab.device == "cuda":
-        found["fp8_rowwise"] = attempt(fp8_rate, side)
-    found["bytes"] = copy_rate(lab.device, 2**22 if lab.quick else 2**32)
+def ceilings(device: str, *, quick: bool) -> dict[str, Any]:
+    """Measured rates of products (FLOPs per second) and of copies (bytes): what floors and MFU are held against."""
+    side = 256 if quick else 8192
+    found: dict[str, Any] = {"side": side, "bf16": matmul_rate(device, torch.bfloat16, side)}
+    found["fp32"] = matmul_rate(device, torch.float32, side)
+    found["fp8"] = fp8_rate(side) if device == "cuda" else found["bf16"]
+    found["bytes"] = copy_rate(device, 2**22 if quick else 2**32)
     release()
     return found

@@ -4,13 +4,12 @@ A step is what a run's is: forward, backward, the gradient's norm and clipping, 
 end of step. Tokens are random, so routers balance them no better than real ones.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import core
 from core.analysis.size import size_of
@@ -69,6 +68,27 @@ def random_context(recipe: Recipe, device: str) -> SequenceContext:
     return SequenceContext.of(tokens_BM[:, :-1].contiguous(), targets_BL=tokens_BM[:, 1:].contiguous())
 
 
+def share(model: nn.Module, owner: nn.Module) -> None:
+    """Give a model the parameters of another one that has the same, by name: the same weights, held once."""
+    theirs = dict(owner.named_parameters())
+    for path, module in list(model.named_modules()):
+        for name in list(module._parameters):
+            module._parameters[name] = theirs[f"{path}.{name}".lstrip(".")]
+
+
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """Without what `torch.compile` made of its parts."""
+    kept = {module: module._compiled_call_impl for module in model.modules()}
+    for module in kept:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, compiled in kept.items():
+            module._compiled_call_impl = compiled
+
+
 @dataclass
 class Stepper:
     """A model of ours that takes steps on one micro-batch.
@@ -77,6 +97,7 @@ class Stepper:
         model: on the device, training.
         context: the micro-batch.
         flops: of a forward and a backward of it, by the stated convention (docs/describe.md).
+        optimizer: of its weights.
     """
 
     model: LanguageModel
@@ -85,13 +106,22 @@ class Stepper:
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, recipe: Recipe, device: str, *, compiled: bool) -> "Stepper":
-        """A new model with the recipe's initial weights."""
-        model, context = core.build(recipe).to(device).train(), random_context(recipe, device)
-        tokens = context.tokens_BL.numel()
-        flops = size_of(model).flops_per_token * tokens
+    def of(cls, recipe: Recipe, device: str, *, compiled: bool, owner: "Stepper | None" = None) -> "Stepper":
+        """A new model with the recipe's initial weights, or with those, and the optimizer, of another stepper."""
+        model, context = core.build(recipe, device="meta"), random_context(recipe, device)
+        flops = size_of(model).flops_per_token * context.tokens_BL.numel()
+        if owner is None:
+            model = core.build(recipe).to(device)
+        else:
+            share(model, owner.model)
+            for module in model.modules():
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = torch.zeros_like(buffer, device=device)
+        model = model.train()
         if compiled:
             compile_parts(model)
+        if owner is not None:
+            return cls(model, context, flops, owner.optimizer)
         optimizer = make(recipe.optimizer).make(model.named_parameters())
         for group in optimizer.param_groups:
             group["lr"] = 1e-6

@@ -1,0 +1,99 @@
+"""The same weights in transformers: written from our model's, loaded by `from_pretrained`, stepping as ours does."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.on_gpu.shapes import Stepper
+from core.interop.formats import config_for
+from core.interop.run_weights import own_kinds
+from core.interop.tensors import Kind, Loaded
+from core.interop.to_hf import moves_out
+from core.model.attend import KERNELS
+from core.recipe.compose import Recipe
+
+
+class _Memory:
+    """Tensors that rows are written into."""
+
+    def __init__(self, kinds: dict[str, Kind]) -> None:
+        self.tensors = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in kinds.items()}
+        self._kinds = kinds
+
+    def write(self, name: str, first: int, rows: Tensor) -> None:
+        kind = self._kinds[name]
+        self.tensors[name].view(kind.rows, kind.width)[first : first + len(rows)] = rows
+
+    def sync(self) -> None:
+        pass
+
+
+def export(recipe: Recipe, stepper: Stepper, folder: Path) -> None:
+    """config.json and model.safetensors, matrices in bf16, as `core.convert to-hf` lays them out."""
+    from safetensors.torch import save_file
+
+    values = recipe.to_dict()
+    made, config = config_for(values, recipe.source)
+    weights = Loaded({name: tensor.detach().cpu() for name, tensor in stepper.model.state_dict().items()})
+    pieces, kinds = list(made.pieces(config, values, None)), own_kinds(weights)
+    theirs = {piece.theirs: Kind(torch.float32 if piece.exact else torch.bfloat16, piece.shape) for piece in pieces}
+    memory = _Memory(theirs)
+    for move in moves_out(pieces, kinds, theirs):
+        move.run(weights, memory)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(memory.tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}), encoding="utf-8")
+
+
+class Theirs:
+    """transformers' model in bf16, moments too: less memory and less arithmetic for the optimizer than ours has.
+
+    Args:
+        folder: from `export`.
+        experts: an experts implementation of transformers.
+        like: the stepper whose tokens it reads.
+    """
+
+    def __init__(self, folder: Path, experts: str, like: Stepper, device: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, experts_implementation=experts, attn_implementation="sdpa"
+        )
+        self.model = found.to(device).train()
+        self.tokens_BL, self.targets_BL = like.context.tokens_BL, like.context.targets_BL
+        on_gpu = device == "cuda"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=on_gpu)
+
+    def loss(self) -> Tensor:
+        """Its own: the mean over the same positions as ours."""
+        out = self.model(self.tokens_BL, labels=self.tokens_BL, shift_labels=self.targets_BL, use_cache=False)
+        loss: Tensor = out.loss
+        return loss
+
+    def gradients(self) -> None:
+        """Forward and backward; gradients are dropped."""
+        self.loss().backward()
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        """A whole optimizer step."""
+        self.loss().backward()
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@contextmanager
+def our_kernels() -> Iterator[None]:
+    """Attention by the kernel that we prefer, which transformers left alone does not ask for."""
+    kernels: list[SDPBackend] = KERNELS
+    with sdpa_kernel(kernels, set_priority=True):
+        yield
