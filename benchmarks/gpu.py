@@ -1,9 +1,9 @@
 """python benchmarks/gpu.py [PART ...]: what the laboratory is worth on one GPU; numbers as they come out.
 
-Parts: correctness (results of a CPU and of the GPU), fp8 (its products and its loss curves), speed (a model of a billion
-parameters, beside transformers), layer (a mixture-of-experts layer of DeepSeek-V3's shape), profile (where a step's time
-goes). Each writes its numbers into OUT/gpu.json as soon as it is done, beside those of other parts that are there; a
-short table comes last. `--quick` takes toy sizes: a dry run of every step, on any machine.
+Parts: correctness (results of a CPU and of the GPU), fp8 (its products and its loss curves), speed (a model of a
+billion parameters, beside transformers), layer (a mixture-of-experts layer of DeepSeek-V3's shape), profile (where a
+step's time goes). Each writes its numbers into OUT/gpu.json as soon as it is done, beside those of other parts that are
+there; a short table comes last. `--quick` takes toy sizes: a dry run of every step, on any machine.
 """
 
 import argparse

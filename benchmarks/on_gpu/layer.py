@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import core
 from benchmarks.on_gpu.measure import Lab, attempt, failed, in_turns, ratio
-from benchmarks.on_gpu.shapes import share
+from benchmarks.on_gpu.shapes import fill, share
 from core.contracts.component import Environment
 from core.contracts.context import SequenceContext
 from core.contracts.ffn import FeedForward
@@ -23,7 +23,7 @@ ROUTERS = {
     "even": f"{{name: forced_balance, top_k: {TOP_K}, scale: 2.5}}",
     "routed": f"{{name: deepseek_v3, top_k: {TOP_K}, scale: 2.5}}",
 }
-"""Experts in turn; or whom random centroids choose for random tokens."""
+"""Experts in turn; or whom random centroids choose, for tokens that share a part as hidden states do."""
 VERSIONS = {
     "bf16": ("{name: bf16}", False),
     "bf16 compiled": ("{name: bf16}", True),
@@ -59,9 +59,7 @@ def make_layer(lab: Lab, router: str, precision: str, owner: nn.Module | None) -
     if owner is not None:
         share(layer, owner)
     else:
-        layer = layer.to_empty(device=lab.device)
-        for weight in layer.parameters():
-            nn.init.normal_(weight, std=0.006)
+        fill(layer, lab.device)
     return layer.train(), recipe.precision
 
 
@@ -70,7 +68,8 @@ def measure(lab: Lab, load: str) -> dict[str, Any]:
     owner, _ = make_layer(lab, load, "{name: fp32}", None)
     dim = next(p for p in owner.parameters()).shape[-1] if lab.quick else 7168
     stream = torch.bfloat16 if lab.device == "cuda" else torch.float32
-    x_BLD = torch.randn(1, _tokens(lab), dim, device=lab.device, dtype=stream, requires_grad=True)
+    shared = 0.5 * torch.randn(1, 1, dim, device=lab.device)
+    x_BLD = (torch.randn(1, _tokens(lab), dim, device=lab.device) + shared).to(stream).requires_grad_()
     dy_BLD = torch.randn_like(x_BLD) * 1e-3
     context = SequenceContext.of(torch.zeros(1, _tokens(lab), dtype=torch.int64, device=lab.device))
     forwards, both, left_out, load_E = {}, {}, {}, None
@@ -159,13 +158,23 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             told.append((load, f"failed: {sentence}"))
             continue
         floor = part["floors"]
-        told.append((f"{load}: floors", f"operations {floor['bf16_operations_seconds'] * 1e3:.2f} ms in bf16 and "
-                     f"{floor['fp8_operations_seconds'] * 1e3:.2f} in FP8, bytes {floor['bytes_seconds'] * 1e3:.2f}; "
-                     f"MaxVio {part['max_vio']:.2f}"))
+        told.append(
+            (
+                f"{load}: floors",
+                f"operations {floor['bf16_operations_seconds'] * 1e3:.2f} ms in bf16 and "
+                f"{floor['fp8_operations_seconds'] * 1e3:.2f} in FP8, bytes {floor['bytes_seconds'] * 1e3:.2f}; "
+                f"MaxVio {part['max_vio']:.2f}",
+            )
+        )
         for name, spent in part["forward_and_backward"].items():
             times, over = part["speed_over_bf16"][name], part["speed_over_bf16_compiled"][name]
-            told.append((f"{load}: {name}", f"forward {part['forward'][name]['median'] * 1e3:.2f} ms, with backward "
-                         f"{spent['median'] * 1e3:.2f}; {times['median']:.2f}x bf16, {over['median']:.2f}x bf16 compiled "
-                         f"({over['least']:.2f}-{over['most']:.2f})"))
+            told.append(
+                (
+                    f"{load}: {name}",
+                    f"forward {part['forward'][name]['median'] * 1e3:.2f} ms, with backward "
+                    f"{spent['median'] * 1e3:.2f}; {times['median']:.2f}x bf16, {over['median']:.2f}x bf16 compiled "
+                    f"({over['least']:.2f}-{over['most']:.2f})",
+                )
+            )
         told += [(f"{load}: {name}", f"left out: {failed(why) or why}") for name, why in part["left_out"].items()]
     return told

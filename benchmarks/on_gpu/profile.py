@@ -1,8 +1,8 @@
 """One optimizer step under torch's profiler: what the device did by kind of work, how long it waited, the floors.
 
-A kind's gap is its time over its floor: for products, the model's own FLOPs at the measured rate; for the optimizer, the
-bytes of weights, gradients and moments at the measured bandwidth. Passes over memory and waiting have no floor: they
-could be fused or hidden.
+A kind's gap is its time over its floor: for products, the model's own FLOPs at the measured rate; for the optimizer,
+the bytes of weights, gradients and moments at the measured bandwidth. Passes over memory and waiting have no floor:
+they could be fused or hidden.
 """
 
 import re
@@ -101,7 +101,9 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             continue
         kinds = sorted(part["kinds"].items(), key=lambda item: -item[1])
         shown = ", ".join(f"{kind} {spent * 1e3:.1f} (floor {part['floors'][kind] * 1e3:.1f})" for kind, spent in kinds)
-        told.append((name, f"step {part['wall_seconds'] * 1e3:.1f} ms, kernels {part['busy_seconds'] * 1e3:.1f}: {shown}"))
+        told.append(
+            (name, f"step {part['wall_seconds'] * 1e3:.1f} ms, kernels {part['busy_seconds'] * 1e3:.1f}: {shown}")
+        )
         gaps = list(part["gaps"].items())[:3]
         told.append((f"{name}: largest gaps", ", ".join(f"{kind} {gap * 1e3:.1f} ms" for kind, gap in gaps)))
     return told

@@ -24,7 +24,12 @@ LENGTH = ["data.sequence_length=4096", "model.rope.max_length=4096"]
 MLA = "{name: mla, heads: 8, kv_rank: 512, nope_dim: 128, rope_dim: 64, value_dim: 128}"
 V3_ROUTING = "{name: deepseek_v3, top_k: 6, scale: 2.5}"
 TOY = {
-    "dsv3_1b": ["model.dim=64", "model.blocks.moe.count=1", "data.tokenizer.vocab=512", "model.blocks.moe.ffn.experts=8"],
+    "dsv3_1b": [
+        "model.dim=64",
+        "model.blocks.moe.count=1",
+        "data.tokenizer.vocab=512",
+        "model.blocks.moe.ffn.experts=8",
+    ],
     "dsv2_lite": ["model.dim=64", "data.tokenizer.vocab=512", "model.blocks.moe.ffn.experts=8"],
 }
 SMALL = ["data.sequence_length=64", "model.rope.max_length=64", "model.blocks.moe.ffn.expert_hidden=32"]
@@ -38,11 +43,13 @@ class Shape:
         recipe: a shipped recipe.
         overrides: what is changed in it.
         sequences: of 4,096 tokens.
+        fp8: whether it is timed in FP8 as well.
     """
 
     recipe: str
     overrides: list[str] = field(default_factory=list)
     sequences: int = 4
+    fp8: bool = False
 
     def compose(self, precision: str = "{name: bf16}", *, quick: bool = False) -> Recipe:
         """The recipe in a precision."""
@@ -54,8 +61,8 @@ class Shape:
 
 SHAPES = {
     "1b_mla": Shape("dsv3_1b", [f"model.attention={MLA}", f"model.blocks.moe.ffn.router={V3_ROUTING}"]),
-    "1b": Shape("dsv3_1b"),
-    "3b_wide": Shape("dsv2_lite", ["model.blocks.moe.count=4"], sequences=4),
+    "1b": Shape("dsv3_1b", sequences=8),
+    "3b_wide": Shape("dsv2_lite", ["model.blocks.moe.count=4"], fp8=True),
 }
 """The loss-free paper's billion with DeepSeek-V3's attention and gates, which transformers has too; the same as it is
 shipped; and DeepSeek-V2-Lite's widths with as many blocks as fit beside fp32 weights, gradients and moments."""
@@ -68,12 +75,27 @@ def random_context(recipe: Recipe, device: str) -> SequenceContext:
     return SequenceContext.of(tokens_BM[:, :-1].contiguous(), targets_BL=tokens_BM[:, 1:].contiguous())
 
 
+def fill(model: nn.Module, device: str) -> None:
+    """Off the meta device: matrices N(0, 0.006) by the device itself, since a host takes minutes; norms 1."""
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            nn.init.ones_(weight)
+        else:
+            nn.init.normal_(weight, std=0.006)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
 def share(model: nn.Module, owner: nn.Module) -> None:
-    """Give a model the parameters of another one that has the same, by name: the same weights, held once."""
-    theirs = dict(owner.named_parameters())
+    """Give a model on the meta device the tensors of one that has the same, by name: the same weights, held once."""
+    parameters, buffers = dict(owner.named_parameters()), dict(owner.named_buffers())
     for path, module in list(model.named_modules()):
         for name in list(module._parameters):
-            module._parameters[name] = theirs[f"{path}.{name}".lstrip(".")]
+            module._parameters[name] = parameters[f"{path}.{name}".lstrip(".")]
+        for name in list(module._buffers):
+            module._buffers[name] = buffers[f"{path}.{name}".lstrip(".")]
 
 
 @contextmanager
@@ -107,17 +129,14 @@ class Stepper:
 
     @classmethod
     def of(cls, recipe: Recipe, device: str, *, compiled: bool, owner: "Stepper | None" = None) -> "Stepper":
-        """A new model with the recipe's initial weights, or with those, and the optimizer, of another stepper."""
+        """A new model with weights of its own, or with those, and the optimizer, of another stepper."""
         model, context = core.build(recipe, device="meta"), random_context(recipe, device)
         flops = size_of(model).flops_per_token * context.tokens_BL.numel()
+        model = model.train()
         if owner is None:
-            model = core.build(recipe).to(device)
+            fill(model, device)
         else:
             share(model, owner.model)
-            for module in model.modules():
-                for name, buffer in module._buffers.items():
-                    module._buffers[name] = torch.zeros_like(buffer, device=device)
-        model = model.train()
         if compiled:
             compile_parts(model)
         if owner is not None:

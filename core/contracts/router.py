@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from core.contracts.build import BuildContext
 from core.contracts.component import Component, Costs
-from core.contracts.counting import count
 from core.contracts.context import SequenceContext
+from core.contracts.counting import count
 from core.contracts.record import as_pytree
 
 Adjust = Callable[[Tensor], Tensor]

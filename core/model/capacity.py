@@ -52,8 +52,10 @@ class Pieces:
     def sums(self, column: Tensor) -> Tensor:
         """The sum of T x ... over each piece's tokens, N x ..., in the column's own format."""
         if self.even:
-            return column.unflatten(0, (self.number, len(column) // max(self.number, 1))).sum(dim=1)
-        return column.new_zeros(self.number, *column.shape[1:]).index_add(0, self.of_T, column)
+            rows: Tensor = column.unflatten(0, (self.number, len(column) // max(self.number, 1)))
+            return rows.sum(dim=1)
+        zeros: Tensor = column.new_zeros(self.number, *column.shape[1:])
+        return zeros.index_add(0, self.of_T, column)
 
 
 def pieces_of(context: SequenceContext) -> Pieces:

@@ -45,15 +45,15 @@ def _masks_apart(x: Tensor) -> bool:
 
 
 def _without_rest(y_AO: Tensor, ends_E: Tensor) -> Tensor:
-    """0 in the rows past the last end."""
+    """0 in the rows past the last end, in place."""
     rows = torch.arange(len(y_AO), device=y_AO.device)
-    return y_AO.masked_fill((rows >= ends_E[-1])[:, None], 0)
+    return y_AO.masked_fill_((rows >= ends_E[-1])[:, None], 0)
 
 
 def _without_empty(dw_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """0 for experts without rows."""
+    """0 for experts without rows, in place."""
     empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
-    return dw_EOI.masked_fill(empty_E[:, None, None], 0)
+    return dw_EOI.masked_fill_(empty_E[:, None, None], 0)
 
 
 def _spans(ends_E: Tensor) -> list[tuple[int, int]]:

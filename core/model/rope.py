@@ -25,8 +25,14 @@ def correction_range(dim: int, theta: float, yarn: Any) -> tuple[int, int]:
     return max(low, 0), min(high, dim - 1)
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _frequencies(dim: int, theta: float, yarn: tuple[float, ...] | None) -> tuple[float, ...]:
+    """A constant to the compiler, which would trace into the cache and warn."""
+    return _cached_frequencies(dim, theta, yarn)
+
+
+@lru_cache(maxsize=64)
+def _cached_frequencies(dim: int, theta: float, yarn: tuple[float, ...] | None) -> tuple[float, ...]:
     plain = [theta ** (-2 * j / dim) for j in range(dim // 2)]
     if yarn is None:
         return tuple(plain)

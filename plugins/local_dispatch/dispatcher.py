@@ -46,7 +46,7 @@ class _Spread(torch.autograd.Function):
 
 
 def _weighted_sum(gate_TK: Tensor, y_TKD: Tensor) -> Tensor:
-    """Over the choices of each token. A compiler fuses the plain form with the gather before it; a product it would not."""
+    """Over the choices of each token; a compiler fuses the plain form with the gather before it, a product not."""
     if torch.compiler.is_compiling() and y_TKD.is_cuda:
         return (gate_TK[:, :, None] * y_TKD).sum(dim=1)
     return torch.einsum("tk,tkd->td", gate_TK, y_TKD)
