@@ -46,12 +46,12 @@ class Rows:
 
     def parts(self, where: Spans) -> Iterator[Laid]:
         """Each expert's. Rows that pad it are the next expert's: what comes of them is not kept."""
-        across = self.codes.shape[1] // WIDTH
+        codes, scales, recipe = self.codes, self.scales, operand.RECIPES[operand.ROW]
+        across = codes.shape[1] // WIDTH
         for expert, (begin, end) in enumerate(where):
             size = _up(end - begin, ROWS)
             first = (begin // ROWS + expert) * ROWS * across
-            scales = self.scales.as_strided((size, across), (1, size), first)
-            yield Laid(self.codes[begin : begin + size], scales, operand.KINDS[operand.ROW])
+            yield Laid(codes.narrow(0, begin, size), scales.as_strided((size, across), (1, size), first), recipe)
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,12 @@ class Turned:
 
     def parts(self, where: Spans) -> Iterator[Laid]:
         """Each expert's [I, tokens]."""
-        padded = self.scales.shape[1]
+        padded, recipe = self.scales.shape[1], operand.RECIPES[operand.ROW]
+        scales = self.scales.t()
         for expert, (begin, end) in enumerate(where):
             slot, size = begin // WIDTH + expert, _up(end - begin, WIDTH)
             codes = self.codes.as_strided((padded, size), (size, 1), slot * WIDTH * padded)
-            yield Laid(codes, self.scales[slot : slot + size // WIDTH].t(), operand.KINDS[operand.ROW])
+            yield Laid(codes, scales.narrow(1, slot, size // WIDTH), recipe)
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ class Blocks:
 
     def parts(self) -> Iterator[Laid]:
         """Each matrix."""
-        for codes, scales in zip(self.codes.unbind(0), self.scales.unbind(0), strict=True):
-            yield Laid(codes, scales.t(), operand.KINDS[operand.BLOCK])
+        recipe = operand.RECIPES[operand.BLOCK]
+        for codes, scales in zip(self.codes.unbind(0), self.scales.transpose(1, 2).unbind(0), strict=True):
+            yield Laid(codes, scales, recipe)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class FusedRounding(NativeRounding):
         """Q(X) by rows; its codes are saved, or X."""
         if not takes(x_AI):
             return super().activation(x_AI, ends_E)
+        spans(len(x_AI), ends_E)  # read before this layer's kernels are queued: the host waits for the device here
         rows = self._rows(x_AI, ends_E)
         return rows, (rows.codes, rows.scales) if self.codes_again else (x_AI,)
 
@@ -137,8 +140,9 @@ class FusedRounding(NativeRounding):
         y_PO = rows.scales.new_empty(len(rows.codes), weight.codes.shape[1], dtype=self.dtype)
         for (begin, end), own, matrix in zip(where, rows.parts(where), weight.parts(), strict=True):
             if end > begin:
-                operand.multiply_into(y_PO[begin : begin + len(own.codes)], own, matrix)
-        y_PO[where[-1][1] : rows.count] = 0
+                operand.multiply_into(y_PO.narrow(0, begin, own.codes.shape[0]), own, matrix)
+        if where[-1][1] < rows.count:
+            y_PO[where[-1][1] : rows.count] = 0
         return _owned(y_PO[: rows.count, : weight.outer])
 
     def outer(self, dy: Any, x: Any, ends_E: Tensor | None) -> Tensor:

@@ -30,6 +30,9 @@ READ = (torch.float32, torch.bfloat16, torch.float16)
 STEP, CHANNELS = 16, 64
 """Rows of a program that quantises rows, columns of one that turns them."""
 
+LANES = 32
+"""At least; fewer would be another compilation and no faster."""
+
 OPTIONS = {
     "rows": {"num_warps": 4},
     "turned": {"num_warps": 4},
@@ -127,7 +130,18 @@ def _decode(codes):
 def _words(a, b, c, d):
     """Four codes in a word, the first in its lowest byte."""
     a, b, c, d = a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), d.to(tl.int32)
-    return a | (b << 8) | (c << 16) | (d << 24)
+    if INTERPRETED:
+        word = a | (b << 8) | (c << 16) | (d << 24)
+    else:  # out of the compiler's sight, which takes shifts for packing of bytes
+        word = tl.inline_asm_elementwise(
+            "{ .reg .b32 l, h; prmt.b32 l, $1, $2, 0x0040; prmt.b32 h, $3, $4, 0x0040; prmt.b32 $0, l, h, 0x5410; }",
+            "=r,r,r,r,r",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return word
 
 
 @triton.jit
@@ -190,7 +204,8 @@ def _tokens(x_ptr, own_ptr, token, channel, begin, end, columns, stride, CODED: 
     there = (token < end)[:, None] & (channel < columns)[None, :]
     x = tl.load(x_ptr + token.to(tl.int64)[:, None] * stride + channel[None, :], mask=there, other=0)
     if CODED:
-        x = _decode(x) * tl.load(own_ptr + (token - begin), mask=token < end, other=0.0)[:, None]
+        own = tl.load(own_ptr + (token - begin), mask=token < end, other=0.0)
+        x = _decode(x) * own[:, None]
     else:
         x = _read(x)
     return x
@@ -387,7 +402,9 @@ def slots(count: int, ends_E: Tensor | None, step: int) -> int:
 
 def _told(ends_E: Tensor | None, x: Tensor) -> tuple[Tensor, int, int]:
     """What the kernels are told of experts: where they end, how many, and how many lanes read that (0: no experts)."""
-    return (x, 1, 0) if ends_E is None else (ends_E, len(ends_E), triton.next_power_of_2(len(ends_E)))
+    if ends_E is None:
+        return x, 1, 0
+    return ends_E, len(ends_E), max(LANES, triton.next_power_of_2(len(ends_E)))
 
 
 def _readable(x: Tensor) -> Tensor:

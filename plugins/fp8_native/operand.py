@@ -10,6 +10,7 @@ implementation checks and cuBLAS's documentation of block scaling adds, for M ro
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ CHANNEL = Tile(1, 0)
 
 KINDS = {ROW: ScalingType.BlockWise1x128, BLOCK: ScalingType.BlockWise128x128}
 KINDS |= {CHANNEL: ScalingType.RowWise, WHOLE: ScalingType.TensorWise}
+RECIPES = {tile: [kind.value] for tile, kind in KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,24 @@ class Operand:
         return Operand(self.codes.t(), self.scales.t(), self.tile)
 
 
-@dataclass(frozen=True)
-class Laid:
+class Laid(NamedTuple):
     """An operand in the shape and layout that `scaled_mm` takes.
 
     Args:
         codes: FP8 [rows, K], both padded.
         scales: as the module says.
-        kind: of scales.
+        recipe: number of the kind of scales, in a list.
     """
 
     codes: Tensor
     scales: Tensor
-    kind: ScalingType
+    recipe: list[int]
 
 
 def multiply_into(y_MN: Tensor, a: Laid, b: Laid) -> None:
-    """As `multiply`, into memory that is there: `F.scaled_mm`, of which it is the operator, takes none."""
-    kinds = [a.kind.value], [b.kind.value]
-    torch.ops.aten._scaled_mm_v2.out(
-        a.codes, b.codes.t(), [a.scales], kinds[0], [], [b.scales], kinds[1], [], None, y_MN.dtype, out=y_MN
+    """As `multiply`, into memory that is there: `F.scaled_mm`, of which this is what it calls, takes none."""
+    torch._scaled_mm_v2(
+        a.codes, b.codes.t(), [a.scales], a.recipe, [], [b.scales], b.recipe, [], None, y_MN.dtype, out=y_MN
     )
 
 
