@@ -50,7 +50,7 @@ def profiled(lab: Lab, name: str) -> dict[str, Any]:
     kernels = _kernels(profiler, lab.device)
     kinds: dict[str, float] = {}
     for kernel, spent, _ in kernels:
-        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), REST)
+        kind = kind_of(kernel)
         kinds[kind] = kinds.get(kind, 0.0) + spent
     busy = sum(kinds.values())
     floors = {kind: flops.get(kind, 0.0) / lab.ceilings["bf16"] for kind in kinds}
@@ -67,6 +67,11 @@ def profiled(lab: Lab, name: str) -> dict[str, Any]:
         "gaps": dict(sorted(gaps.items(), key=lambda item: -item[1])),
         "kernels": [{"name": kernel[:160], "seconds": spent, "calls": calls} for kernel, spent, calls in kernels[:40]],
     }
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel is for, by its name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), REST)
 
 
 def _kernels(profiler: Any, device: str) -> list[tuple[str, float, int]]:

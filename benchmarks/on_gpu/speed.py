@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.on_gpu.measure import Lab, attempt, failed, in_turns, ratio, release
 from benchmarks.on_gpu.shapes import SHAPES, Stepper, eagerly
-from benchmarks.on_gpu.theirs import Theirs, export, our_kernels
+from benchmarks.on_gpu.theirs import Theirs, apart, export, our_kernels
 from core.contracts.component import Environment
 from core.recipe.compose import Recipe
 
@@ -140,6 +140,7 @@ def beside_transformers(lab: Lab) -> dict[str, Any]:
         return called
 
     found: dict[str, Any] = {"experts": tried, "best": best, "losses": losses, "tokens": base.tokens}
+    found["logits_calc_diff"] = apart(base, theirs)
     for what in ("gradients", "step"):
         ours, other = getattr(base, what), getattr(theirs, what)
         versions = {"ours": eager(ours), "ours compiled": ours, "transformers": other}

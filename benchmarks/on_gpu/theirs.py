@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.on_gpu.compare import calc_diff
 from benchmarks.on_gpu.shapes import Stepper
 from core.interop.formats import config_for
 from core.interop.run_weights import own_kinds
@@ -89,6 +90,13 @@ class Theirs:
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+@torch.no_grad()
+def apart(ours: Stepper, theirs: Theirs) -> float:
+    """calc_diff of the logits of the first sequence: what bf16 and other sums leave, and nothing more."""
+    tokens_BL = ours.context.tokens_BL[:1]
+    return calc_diff(theirs.model(tokens_BL, use_cache=False).logits, ours.model.logits(tokens_BL))
 
 
 @contextmanager

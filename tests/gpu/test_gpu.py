@@ -1,0 +1,155 @@
+"""benchmarks/gpu.py: its floors are counted as their definitions say, failures lose nothing, and it is one command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import core
+from benchmarks import gpu
+from benchmarks.on_gpu import layer, measure, profile, shapes, speed, theirs
+from core.analysis.size import size_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: Any) -> Any:
+    """The command, without `torch.compile`: compilers are slow, and not what is tried here."""
+    command = [sys.executable, "benchmarks/gpu.py", *map(str, arguments)]
+    env = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> measure.Lab:
+    rates = {"bf16": 1e12, "fp8": 2e12, "fp32": 5e11, "bytes": 1e10}
+    return measure.Lab("cpu", True, tmp_path, rates)
+
+
+def test_the_layers_floor_is_three_products_and_three_passes_over_the_weights(lab: measure.Lab) -> None:
+    made, _ = layer.make_layer(lab, "even", "{name: fp32}", None)
+    tokens, dim, hidden = 64, 64, 32
+    rows = tokens * layer.TOP_K
+    products = 3 * 2 * (rows * 3 * dim * hidden + tokens * 3 * dim * hidden + tokens * dim * layer.EXPERTS)
+    weights = 4 * (layer.EXPERTS * 3 * dim * hidden + 3 * dim * hidden + dim * layer.EXPERTS)
+    found = layer.floors(made, lab)
+    assert found["operations"] == products
+    assert found["bytes"] == 3 * weights + 4 * 2 * tokens * dim
+    assert found["bf16_operations_seconds"] == pytest.approx(products / 1e12)
+    assert found["fp8_operations_seconds"] == pytest.approx(products / 2e12)
+    assert found["bytes_seconds"] == pytest.approx(found["bytes"] / 1e10)
+
+
+def test_the_layer_has_the_published_shape_where_it_is_not_a_toy(tmp_path: Path) -> None:
+    """DeepSeek-V3: hidden 7168, experts of 2048, one shared; 32 of its experts."""
+    recipe = core.compose("dsv3_671b", [f"model.blocks.moe.ffn.experts={layer.EXPERTS}", "model.blocks.moe.count=1"])
+    ffn = recipe.model.blocks["moe"].ffn.config
+    assert (recipe.model.dim, ffn.expert_hidden, ffn.shared_experts, ffn.router.config.top_k) == (7168, 2048, 1, 8)
+
+
+def test_the_billion_has_a_billion_parameters_and_attention_that_transformers_has() -> None:
+    for name in ("1b", "1b_mla"):
+        size = size_of(core.build(shapes.SHAPES[name].compose(), device="meta"))
+        assert 0.9e9 < size.params_total < 1.2e9
+    assert shapes.SHAPES[speed.BESIDE].compose().model.attention.name == "mla"
+
+
+def test_shared_weights_are_the_same_tensors_and_step_as_one(lab: measure.Lab) -> None:
+    recipe = shapes.SHAPES["1b"].compose("{name: fp32}", quick=True)
+    one = shapes.Stepper.of(recipe, "cpu", compiled=False)
+    other = shapes.Stepper.of(recipe, "cpu", compiled=False, owner=one)
+    mine, theirs_too = dict(one.model.named_parameters()), dict(other.model.named_parameters())
+    assert mine.keys() == theirs_too.keys()
+    assert all(theirs_too[name] is tensor for name, tensor in mine.items())
+    before = [tensor.detach().clone() for tensor in mine.values()]
+    assert torch.equal(one.loss(), other.loss())
+    other.step()
+    assert any(not torch.equal(tensor, kept) for tensor, kept in zip(mine.values(), before, strict=True))
+    assert torch.equal(one.loss(), other.loss())
+
+
+def test_transformers_gets_the_same_weights(lab: measure.Lab) -> None:
+    """Its logits and its loss of the same tokens are ours, as far as bf16 goes; with other weights they are not."""
+    pytest.importorskip("transformers")
+    recipe = shapes.SHAPES[speed.BESIDE].compose("{name: fp32}", quick=True)
+    ours = shapes.Stepper.of(recipe, "cpu", compiled=False)
+    with torch.no_grad():
+        for weight in ours.model.parameters():
+            weight.mul_(20 if weight.ndim > 1 else 1)  # else every loss is log V
+    theirs.export(recipe, ours, lab.folder / "hf")
+    there = theirs.Theirs(lab.folder / "hf", "eager", ours, "cpu")
+    with torch.no_grad():
+        assert float(there.loss()) == pytest.approx(float(ours.loss()), rel=2e-3)
+        same = theirs.apart(ours, there)
+        assert same < 2e-4  # bf16 rounds a value by 2^-9 at most, and errors of that size add up like noise
+        there.model.model.layers[1].mlp.experts.down_proj[0].mul_(-1)
+        assert theirs.apart(ours, there) > 20 * same
+
+
+def test_flops_by_torchs_counter_are_those_of_the_convention(lab: measure.Lab) -> None:
+    """The profile's floors against `size_of`, which MFU uses; routers and norms are what they leave out."""
+    stepper = shapes.Stepper.of(shapes.SHAPES["1b_mla"].compose("{name: fp32}", quick=True), "cpu", compiled=False)
+    counted = sum(profile._flops(stepper).values())
+    assert counted == pytest.approx(stepper.flops, rel=0.15)
+
+
+def test_kinds_of_kernels() -> None:
+    """Names as a profiler gave them on an H100."""
+    names = {
+        "attention": "fmha_cutlassB_bf16_aligned_128x64_k65536_sm80(PyTorchMemEffAttention::AttentionBackwardKernel",
+        "optimizer and norm": "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::FusedOpti",
+        "products": "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT",
+        profile.REST: "triton_poi_fused_cat_masked_fill_mul_silu_silu_backward_split_8",
+    }
+    for kind, name in names.items():
+        assert profile.kind_of(name) == kind
+
+
+def test_versions_take_turns_and_are_compared_round_by_round() -> None:
+    called: list[str] = []
+    found = measure.in_turns({name: (lambda name=name: called.append(name)) for name in "abc"}, "cpu", rounds=3, warm=1)
+    assert [called[at : at + 3] for at in range(0, 12, 3)] == [list("cab"), list("abc"), list("bca"), list("cab")]
+    assert all(len(spent["all"]) == 3 for spent in found.values())
+    assert measure.ratio({"all": [2.0, 6.0]}, {"all": [1.0, 2.0]})["all"] == [2.0, 3.0]
+
+
+def test_a_failure_is_told_and_loses_nothing_else() -> None:
+    def broken() -> None:
+        raise ValueError("no such kernel\nand more")
+
+    found = {"good": 1, "bad": measure.attempt(broken), "list": [{"error": "x"}]}
+    assert measure.failed(found["bad"]) == "ValueError: no such kernel"
+    assert gpu._errors(found) == ["ValueError: no such kernel", "x"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_one_sentence_says_what_is_possible(tmp_path: Path) -> None:
+    told = run("layer", "--out", tmp_path / "out")
+    assert told.returncode == 2
+    assert "there is no GPU that torch can use; --device cpu --quick is a dry run" in told.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_part_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    told = run("speeed", "--quick", "--device", "cpu", "--out", tmp_path / "out")
+    assert told.returncode == 2
+    assert "speeed: is no part; allowed: correctness, fp8, speed, layer, profile" in told.stderr
+
+
+def test_a_part_leaves_its_numbers_beside_those_of_others(tmp_path: Path) -> None:
+    (tmp_path / "gpu-quick.json").write_text('{"speed": {"found": {}}}', encoding="utf-8")
+    told = run("layer", "--quick", "--device", "cpu", "--out", tmp_path)
+    assert told.returncode == 0, told.stderr
+    document = json.loads((tmp_path / "gpu-quick.json").read_text(encoding="utf-8"))
+    assert document.keys() == {"speed", "layer"}
+    about, found = document["layer"]["about"], document["layer"]["found"]
+    assert about["command"] == "python benchmarks/gpu.py layer --quick --device cpu"
+    assert about["packages"]["torch"] == torch.__version__
+    assert found["even"]["max_vio"] == 0 < found["routed"]["max_vio"]
+    assert found["even"]["forward_and_backward"].keys() == layer.VERSIONS.keys()
+    assert "| layer | even: bf16 compiled | forward" in told.stdout
