@@ -4,6 +4,7 @@ What `NativeRounding` does with torch alone, and still does where there is no GP
 `plugins.fp8_native.kernels`: the same codes and scales, at once in the layouts that `scaled_mm` takes.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -17,8 +18,8 @@ from torch import Tensor
 from core.model.quantised_product import Kept
 from plugins.fp8_native import operand
 from plugins.fp8_native.ends import Spans, spans
-from plugins.fp8_native.operand import ROWS, WIDTH, Laid
-from plugins.fp8_native.rounding import NativeRounding
+from plugins.fp8_native.operand import ROWS, WIDTH, Laid, Operand
+from plugins.fp8_native.rounding import TILES, NativeRounding
 
 
 @cache
@@ -32,8 +33,8 @@ def kernels() -> ModuleType | None:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels quantise x."""
-    return x.is_cuda and kernels() is not None
+    """Whether the kernels quantise x: on a GPU, where they are there and have shown that they are right."""
+    return x.is_cuda and kernels() is not None and faithful(str(x.device))
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,18 @@ class FusedRounding(NativeRounding):
         return self._turned(codes, scales, len(codes) - _kernels().SPARE, self.inputs, ends_E)
 
     def weight(self, weight: Tensor) -> tuple[Any, Kept]:
-        """Q(W), and of its transpose the same codes, which are what is saved."""
+        """Q(W), whose codes are saved."""
         if not takes(weight):
             return super().weight(weight)
         each = weight if weight.ndim == 3 else weight[None]
-        both = not torch.is_inference_mode_enabled()  # which has no backward pass
-        codes, scales, *turned = _kernels().blocks(each, power_of_two=self.power_of_two, both=both)
-        return Blocks(codes, scales, each.shape[1]), tuple(turned)
+        made = self._blocks(each)
+        return made, (made.codes, made.scales)
 
     def weight_again(self, kept: Kept) -> Any:
-        """The transpose that `weight` made."""
-        return Blocks(*kept, self.inputs) if takes(kept[0]) else super().weight_again(kept)
+        """The same codes turned round."""
+        if not takes(kept[0]):
+            return super().weight_again(kept)
+        return self._flipped(*kept)
 
     def gradient(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:
         """Q(dY) by rows."""
@@ -163,9 +165,67 @@ class FusedRounding(NativeRounding):
     def _rows(self, x_AI: Tensor, ends_E: Tensor | None) -> Rows:
         return Rows(*_kernels().rows(x_AI, ends_E, power_of_two=self.power_of_two), len(x_AI))
 
+    def _blocks(self, weight_EOI: Tensor) -> Blocks:
+        return Blocks(*_kernels().blocks(weight_EOI, power_of_two=self.power_of_two), weight_EOI.shape[1])
+
+    def _flipped(self, codes: Tensor, scales: Tensor) -> Blocks:
+        return Blocks(*_kernels().flipped(codes, scales, columns=self.inputs), self.inputs)
+
     def _turned(self, x_AI: Tensor, scales: Tensor | None, count: int, columns: int, ends_E: Tensor | None) -> Turned:
         options = {"count": count, "columns": columns, "power_of_two": self.power_of_two}
         return Turned(*_kernels().turned(x_AI, scales, ends_E, **options), columns, count)
+
+
+@cache
+@torch.no_grad()
+def faithful(device: str) -> bool:
+    """Whether every kernel gives what torch's own operations give, bit for bit, on some numbers; told once if not.
+
+    A compiler can break a kernel on one device and no other, and loss curves would not show it.
+    """
+    draw = torch.Generator().manual_seed(0)
+    x_AI = torch.randn(420, 272, generator=draw) * torch.logspace(-9, 9, 420)[:, None]
+    x_AI[7], x_AI[:, 5] = 0, 0
+    w_EOI = torch.randn(3, 208, 272, generator=draw) * torch.logspace(-3, 3, 272)
+    x_AI, w_EOI = x_AI.to(device, torch.bfloat16), w_EOI.to(device)
+    ends_E = torch.tensor([0, 131, 400], dtype=torch.int32, device=device)
+    if all(same for power_of_two in (False, True) for same in _compared(x_AI, w_EOI, ends_E, power_of_two)):
+        return True
+    told = (
+        "fp8_native: its kernels do not give the bits of torch's operations on this device, so the latter run instead"
+    )
+    warnings.warn(told, stacklevel=2)
+    return False
+
+
+def _compared(x_AI: Tensor, w_EOI: Tensor, ends_E: Tensor, power_of_two: bool) -> Iterator[bool]:
+    """Whether each kernel's operands are those of `NativeRounding`, one after the other."""
+    where, width = spans(len(x_AI), ends_E), x_AI.shape[1]
+    own = FusedRounding(width, TILES["tile"], torch.bfloat16, power_of_two)
+    plain = NativeRounding(width, TILES["tile"], torch.bfloat16, power_of_two)
+    whole, kept = plain.activation(x_AI, ends_E)
+    matrices, kept_w = plain.weight(w_EOI)
+    rows, blocks = own._rows(x_AI, ends_E), own._blocks(w_EOI)
+    turned = own._turned(x_AI, None, *x_AI.shape, ends_E)
+    again = own._turned(rows.codes, rows.scales, *x_AI.shape, ends_E)
+    flipped = own._flipped(blocks.codes, blocks.scales)
+    for found, right in (
+        (rows.parts(where), [whole.part(*span) for span in where]),
+        (turned.parts(where), plain._along_tokens(x_AI, ends_E)),
+        (again.parts(where), plain.activation_again(kept, ends_E)),
+        (blocks.parts(), matrices),
+        (flipped.parts(), plain.weight_again(kept_w)),
+    ):
+        yield all(_same(*pair) for pair in zip(found, right, strict=True))
+
+
+def _same(laid: Laid, right: Operand) -> bool:
+    """Codes and scales, padding apart."""
+    down, across = right.codes.shape
+    codes = laid.codes[:down, :across].contiguous().view(torch.uint8)
+    scales = laid.scales.t() if right.tile == operand.BLOCK else laid.scales
+    scales = scales[: right.scales.shape[0], : right.scales.shape[1]]
+    return torch.equal(codes, right.codes.contiguous().view(torch.uint8)) and torch.equal(scales, right.scales)
 
 
 def _kernels() -> ModuleType:

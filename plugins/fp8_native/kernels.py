@@ -10,7 +10,8 @@ are at most A // S + E of them, and both sides know the place without a sum over
 
 What is turned round is read as four tiles, of every fourth row from the first, second, third and fourth on. Four codes
 that follow one another in a column then sit in four registers of one thread, become one word, and words are turned
-instead of bytes: fewer accesses to shared memory, and none of the byte packing of which Triton 3.6 lost codes.
+instead of bytes, with fewer accesses to shared memory. Matrices are turned by a kernel of their own: when the one that
+quantises them did it as well, Triton 3.6 gave wrong codes on an H100. So `faithful` is asked before anything else is.
 """
 
 import os
@@ -37,6 +38,7 @@ OPTIONS = {
     "rows": {"num_warps": 4},
     "turned": {"num_warps": 4},
     "blocks": {"num_warps": 8},
+    "flipped": {"num_warps": 4},
 }
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -253,66 +255,55 @@ def _turned_kernel(
         tl.store(scales_ptr + slot.to(tl.int64) * outer + channel, scale, mask=channel < outer)
 
 
-@triton.jit
-def _encoded_rows(codes_ptr, w, scale, row, column, matrix, rows_padded, width):
-    """Codes of some rows of a block, stored and returned."""
-    codes = _encode(w, scale)
-    place = (matrix * rows_padded + row)[:, None] * width + column[None, :]
-    tl.store(codes_ptr + place, codes, mask=(row < rows_padded)[:, None])
-    return codes
-
-
-@triton.jit
-def _block_rows(w_ptr, row, column, matrix, rows, columns):
-    """Some rows of a block as fp32."""
-    there = (row < rows)[:, None] & (column < columns)[None, :]
-    return _read(tl.load(w_ptr + (matrix * rows + row)[:, None] * columns + column[None, :], mask=there, other=0.0))
-
-
-@triton.jit(do_not_specialize=["rows", "down", "across", "rows_padded", "columns_padded", "length", "turned_length"])
+@triton.jit(do_not_specialize=["rows", "down", "across", "rows_padded", "length"])
 def _blocks_kernel(
     w_ptr,
     codes_ptr,
     scales_ptr,
-    words_ptr,
-    turned_scales_ptr,
     rows,
     columns,
     down,
     across,
     rows_padded,
-    columns_padded,
     length,
-    turned_length,
     POWER_OF_TWO: tl.constexpr,
-    TURNED: tl.constexpr,
     MORE: tl.constexpr,
 ):
     j = tl.program_id(0) % across
     i = tl.program_id(0) // across % down
     matrix = (tl.program_id(0) // across // down).to(tl.int64)
+    row = i * TILE + tl.arange(0, TILE)
+    column = j * TILE + tl.arange(0, TILE)
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    w = _read(tl.load(w_ptr + (matrix * rows + row)[:, None] * columns + column[None, :], mask=there, other=0.0))
+    scale = _scale(tl.max(tl.max(_magnitude(w), 1), 0), POWER_OF_TWO)
+    place = (matrix * rows_padded + row)[:, None] * (across * TILE) + column[None, :]
+    tl.store(codes_ptr + place, _encode(w, scale), mask=(row < rows_padded)[:, None])
+    more = tl.arange(0, MORE)
+    last = (more == 0) | ((j == across - 1) & (j + more < length))
+    tl.store(scales_ptr + (matrix * down + i) * length + j + more, tl.where(more == 0, scale, 1.0), mask=last)
+
+
+@triton.jit
+def _bytes(codes_ptr, row, column, rows, width):
+    """Codes of some rows [rows, columns]; 0 past the last row."""
+    return tl.load(codes_ptr + row.to(tl.int64)[:, None] * width + column[None, :], mask=(row < rows)[:, None], other=0)
+
+
+@triton.jit(do_not_specialize=["rows", "down", "columns_padded"])
+def _flipped_kernel(codes_ptr, words_ptr, rows, width, down, columns_padded, CHANNELS: tl.constexpr):
+    i, j = tl.program_id(0) % down, tl.program_id(0) // down
+    matrix = tl.program_id(1).to(tl.int64)
     word = tl.arange(0, WORDS)
     row = i * TILE + 4 * word
-    column = j * TILE + tl.arange(0, TILE)
-    width = across * TILE
-    a = _block_rows(w_ptr, row, column, matrix, rows, columns)
-    b = _block_rows(w_ptr, row + 1, column, matrix, rows, columns)
-    c = _block_rows(w_ptr, row + 2, column, matrix, rows, columns)
-    d = _block_rows(w_ptr, row + 3, column, matrix, rows, columns)
-    scale = _scale(tl.max(tl.max(_largest(a, b, c, d), 1), 0), POWER_OF_TWO)
-    a = _encoded_rows(codes_ptr, a, scale, row, column, matrix, rows_padded, width)
-    b = _encoded_rows(codes_ptr, b, scale, row + 1, column, matrix, rows_padded, width)
-    c = _encoded_rows(codes_ptr, c, scale, row + 2, column, matrix, rows_padded, width)
-    d = _encoded_rows(codes_ptr, d, scale, row + 3, column, matrix, rows_padded, width)
-    more = tl.arange(0, MORE)
-    own = tl.where(more == 0, scale, 1.0)
-    last = (more == 0) | ((j == across - 1) & (j + more < length))
-    tl.store(scales_ptr + (matrix * down + i) * length + j + more, own, mask=last)
-    if TURNED:
-        place = (matrix * columns_padded + column)[:, None] * (down * WORDS) + (i * WORDS + word)[None, :]
-        tl.store(words_ptr + place, tl.trans(_words(a, b, c, d)), mask=(column < columns_padded)[:, None])
-        last = (more == 0) | ((i == down - 1) & (i + more < turned_length))
-        tl.store(turned_scales_ptr + (matrix * across + j) * turned_length + i + more, own, mask=last)
+    column = j * CHANNELS + tl.arange(0, CHANNELS)
+    codes_ptr += matrix * rows * width
+    a = _bytes(codes_ptr, row, column, rows, width)
+    b = _bytes(codes_ptr, row + 1, column, rows, width)
+    c = _bytes(codes_ptr, row + 2, column, rows, width)
+    d = _bytes(codes_ptr, row + 3, column, rows, width)
+    place = (matrix * columns_padded + column)[:, None] * (down * WORDS) + (i * WORDS + word)[None, :]
+    tl.store(words_ptr + place, tl.trans(_words(a, b, c, d)), mask=(column < columns_padded)[:, None])
 
 
 # ---- what they are called with
@@ -369,30 +360,40 @@ def turned(
     return words.view(E4M3), found
 
 
-def blocks(weight_EOI: Tensor, *, power_of_two: bool, both: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Matrices in 128x128 blocks, and, if `both`, the same codes of their transposes.
+def blocks(weight_EOI: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Matrices in 128x128 blocks.
 
     Returns:
-        Codes [E, O padded to 16, I padded to 128], scales [E, O / 128, I / 128 padded to 4 with ones], and the two of
-        the transposes, of no elements unless asked for.
+        Codes [E, O padded to 16, I padded to 128], scales [E, O / 128, I / 128 padded to 4 with ones].
     """
     weight_EOI = _readable(weight_EOI).contiguous()
     matrices, count, columns = weight_EOI.shape
     down, across = triton.cdiv(count, WIDTH), triton.cdiv(columns, WIDTH)
-    rows_padded, columns_padded = count + -count % ROWS, columns + -columns % ROWS
-    length, turned_length = across + -across % SCALES, down + -down % SCALES
-    new = weight_EOI.new_empty
-    codes = new(matrices, rows_padded, across * WIDTH, dtype=torch.uint8)
-    scales = new(matrices, down, length, dtype=torch.float32)
-    others = matrices if both else 0
-    words_t = new(others, columns_padded, down * WIDTH // 4, dtype=torch.int32)
-    scales_t = new(others, across, turned_length, dtype=torch.float32)
+    rows_padded, length = count + -count % ROWS, across + -across % SCALES
+    codes = weight_EOI.new_empty(matrices, rows_padded, across * WIDTH, dtype=torch.uint8)
+    scales = weight_EOI.new_empty(matrices, down, length, dtype=torch.float32)
     if weight_EOI.numel():
-        sizes = (count, columns, down, across, rows_padded, columns_padded, length, turned_length)
-        options = {"POWER_OF_TWO": power_of_two, "TURNED": both, "MORE": SCALES}
-        grid = (matrices * down * across,)
-        _blocks_kernel[grid](weight_EOI, codes, scales, words_t, scales_t, *sizes, **options, **OPTIONS["blocks"])
-    return codes.view(E4M3), scales, words_t.view(E4M3), scales_t
+        sizes = (count, columns, down, across, rows_padded, length)
+        options = {"POWER_OF_TWO": power_of_two, "MORE": SCALES, **OPTIONS["blocks"]}
+        _blocks_kernel[(matrices * down * across,)](weight_EOI, codes, scales, *sizes, **options)
+    return codes.view(E4M3), scales
+
+
+def flipped(codes: Tensor, scales: Tensor, *, columns: int) -> tuple[Tensor, Tensor]:
+    """The transposes of what `blocks` gave for matrices of I = `columns`, with the same codes.
+
+    Returns:
+        Codes [E, I padded to 16, O padded to 128], scales [E, I / 128, O / 128 padded to 4 with ones].
+    """
+    matrices, rows_padded, width = codes.shape
+    down, across, padded = triton.cdiv(rows_padded, WIDTH), triton.cdiv(columns, WIDTH), columns + -columns % ROWS
+    words = codes.new_empty(matrices, padded, down * WIDTH // 4, dtype=torch.int32)
+    if words.numel():
+        grid, sizes = (down * triton.cdiv(padded, CHANNELS), matrices), (rows_padded, width, down, padded)
+        _flipped_kernel[grid](codes.view(torch.uint8), words, *sizes, CHANNELS=CHANNELS, **OPTIONS["flipped"])
+    turned = scales.new_ones(matrices, across, down + -down % SCALES)
+    turned[:, :, :down] = scales[:, :, :across].transpose(1, 2)
+    return words.view(E4M3), turned
 
 
 def slots(count: int, ends_E: Tensor | None, step: int) -> int:

@@ -173,7 +173,8 @@ def test_along_tokens(width: int, ends: list[int] | None, given: str, power_of_t
 def test_weights(shape: tuple[int, int, int], power_of_two: bool) -> None:
     weight = awkward(shape[0] * shape[1], shape[2], torch.float32).view(shape)
     weight[-1, :128, :128] = 0
-    *found, codes_t, scales_t = fused._kernels().blocks(weight, power_of_two=power_of_two, both=True)
+    found = fused._kernels().blocks(weight, power_of_two=power_of_two)
+    codes_t, scales_t = fused._kernels().flipped(*found, columns=shape[2])
     right = quantise(weight, BLOCK, E4M3, power_of_two=power_of_two)
     each = zip(fused.Blocks(*found, shape[1]).parts(), fused.Blocks(codes_t, scales_t, shape[2]).parts(), strict=True)
     for index, (plain, turned) in enumerate(each):
@@ -203,11 +204,30 @@ def test_a_tile_that_is_not_finite_becomes_nan_as_a_whole(bad: float) -> None:
     for given, values in (((x, None), x), ((found.codes, found.scales), dequantise(right))):
         laid = next(fused.Turned(*fused._kernels().turned(*given, None, **told), 300, 200).parts(where))
         same_as_laid(laid, quantise(values.t(), ROW, E4M3))
-    codes, scales, *turned = fused._kernels().blocks(x[None], power_of_two=False, both=False)
-    assert not any(t.numel() for t in turned)
+    codes, scales = fused._kernels().blocks(x[None], power_of_two=False)
     right = quantise(x, BLOCK, E4M3)
     same(codes[0, :200, :300], right.codes)
     same(scales[0, :, :3], right.scales)
+
+
+@compared
+@pytest.mark.parametrize("broken", [None, "rows", "turned", "blocks", "flipped"])
+def test_a_kernel_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch, broken: str | None) -> None:
+    """One code in thousands is enough to be found out."""
+    kernels = fused._kernels()
+    if broken is None:
+        assert fused.faithful.__wrapped__(DEVICE)
+        return
+    real = getattr(kernels, broken)
+
+    def spoilt(*arguments: Any, **named: Any) -> Any:
+        codes, scales = real(*arguments, **named)
+        codes.view(torch.uint8).view(-1)[3::4096] ^= 1
+        return codes, scales
+
+    monkeypatch.setattr(kernels, broken, spoilt)
+    with pytest.warns(UserWarning, match="do not give the bits"):
+        assert not fused.faithful.__wrapped__(DEVICE)
 
 
 @compared
