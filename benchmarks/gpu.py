@@ -1,9 +1,10 @@
 """python benchmarks/gpu.py [PART ...]: what the laboratory is worth on one GPU; numbers as they come out.
 
-Parts: correctness (results of a CPU and of the GPU), fp8 (its products and its loss curves), speed (a model of a
-billion parameters, beside transformers), layer (a mixture-of-experts layer of DeepSeek-V3's shape), profile (where a
-step's time goes). Each writes its numbers into OUT/gpu.json as soon as it is done, beside those of other parts that are
-there; a short table comes last. `--quick` takes toy sizes: a dry run of every step, on any machine.
+Parts: tests (those that need a GPU), correctness (results of a CPU and of the GPU), fp8 (its products and its loss
+curves), speed (a model of a billion parameters, beside transformers), layer (a mixture-of-experts layer of
+DeepSeek-V3's shape), profile (where a step's time goes). Each writes its numbers into OUT/gpu.json as they come, beside
+those of other parts that are there; a short table comes last. `--quick` takes toy sizes: a dry run of every step, on
+any machine.
 """
 
 import argparse
@@ -23,7 +24,7 @@ if __name__ == "__main__":
 from core.contracts.errors import UserError
 from core.door import run_door
 
-PARTS = ("correctness", "fp8", "speed", "layer", "profile")
+PARTS = ("tests", "correctness", "fp8", "speed", "layer", "profile")
 PACKAGES = ("torch", "triton", "transformers", "transformer-engine", "lightning", "nvidia-cublas", "nvidia-cudnn-cu13")
 
 
@@ -55,7 +56,6 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.device == "cpu" and not arguments.quick:
         raise UserError("--device cpu: only with --quick, a dry run: these sizes are a GPU's")
     rates = ceilings(arguments.device, quick=arguments.quick)
-    lab = Lab(arguments.device, arguments.quick, arguments.out, rates)
     arguments.out.mkdir(parents=True, exist_ok=True)
     target = arguments.out / ("gpu-quick.json" if arguments.quick else "gpu.json")
     document = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
@@ -63,10 +63,14 @@ def main(arguments: argparse.Namespace) -> None:
     for part in arguments.parts or PARTS:
         module, began = import_module(f"benchmarks.on_gpu.{part}"), time.perf_counter()
         print(f"{part} ...", file=sys.stderr, flush=True)
-        found = attempt(module.run, lab)
-        about = provenance(arguments) | {"seconds": round(time.perf_counter() - began, 1)}
-        document[part] = {"about": about, "ceilings": rates, "found": found}
-        _write(target, document)
+
+        def keep(found: Any, part: str = part, began: float = began) -> None:
+            about = provenance(arguments) | {"seconds": round(time.perf_counter() - began, 1)}
+            document[part] = {"about": about, "ceilings": rates, "found": found}
+            _write(target, document)
+
+        found = attempt(module.run, Lab(arguments.device, arguments.quick, arguments.out, rates, keep))
+        keep(found)
         told = attempt(module.rows, found)
         rows += [(part, *row) for row in ([("failed", told["error"])] if isinstance(told, dict) else told)]
     print("| part | what | figure |\n|---|---|---|")

@@ -1,10 +1,9 @@
-"""Whether a GPU computes what a CPU does: the reference tests, logits, losses, and the emulation of FP8.
+"""Whether a GPU computes what a CPU does: logits, losses, and the emulation of FP8.
 
 Without a GPU everything is compared with the CPU itself, so that each step can be tried.
 """
 
 import os
-import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from benchmarks.on_gpu.compare import (
     three_products,
 )
 from benchmarks.on_gpu.measure import Lab, attempt, failed
-from benchmarks.on_gpu.runs import TOTAL, Fits, Process, curve, prepare_data, stop, toy_text
+from benchmarks.on_gpu.runs import TOTAL, Fits, curve, prepare_data, toy_text
 from core.assemble import plan_of
 from core.contracts.context import SequenceContext
 from core.contracts.router import Router
@@ -36,7 +35,6 @@ from core.run import load_weights, text_data
 from core.training.resume import newest_checkpoint
 
 RECIPE = "dsv3_small"
-TESTS = ("model/test_cuda.py", "precision/test_cuda.py", "precision/test_native.py", "precision/test_te_gpu.py")
 TOY = [
     "model.dim=32",
     "model.attention={name: mla, heads: 2, q_rank: 16, kv_rank: 16, nope_dim: 8, rope_dim: 8, value_dim: 16}",
@@ -45,28 +43,25 @@ TOY = [
     "model.blocks.moe.ffn.expert_hidden=16",
 ]
 """A dry run's sizes."""
-SECONDS = {"tests": 420.0, "runs": 240.0}
+SECONDS = 240.0
 
 
 def run(lab: Lab) -> dict[str, Any]:
-    """Tests and runs go on in processes of their own while this one compares; each part tells its own failure."""
+    """Runs go on in processes of their own while this one compares; each part tells its own failure."""
     found: dict[str, Any] = {}
     with TemporaryDirectory() as scratch, Fits(Path(scratch)) as fits:  # checkpoints are large, and nobody's result
-        tests = start_tests(Path(scratch))
-        try:
-            started = attempt(start_losses, lab, fits)
-            found["fp8_emulated"] = attempt(emulation, lab)
-            found["losses"] = started if failed(started) else attempt(losses, lab, fits)
-            found["logits"] = attempt(logits, lab, fits)
-            found["tests"] = attempt(tests_told, tests, Path(scratch))
-        finally:
-            stop([tests])
+        started = attempt(start_losses, lab, fits)
+        found["fp8_emulated"] = attempt(emulation, lab)
+        lab.keep(found)
+        found["losses"] = started if failed(started) else attempt(losses, lab, fits)
+        lab.keep(found)
+        found["logits"] = attempt(logits, lab, fits)
     return found
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The short table's."""
-    parts = {"tests": _test_rows, "logits": _logit_rows, "losses": _loss_rows, "fp8_emulated": _emulation_rows}
+    parts = {"logits": _logit_rows, "losses": _loss_rows, "fp8_emulated": _emulation_rows}
     if sentence := failed(found):
         return [("correctness", sentence)]
     told: list[tuple[str, str]] = []
@@ -75,47 +70,6 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         sentence = failed(part)
         told += [(name, sentence)] if sentence else rows_of(part)
     return told
-
-
-# ---- the reference tests
-
-
-def start_tests(folder: Path) -> Process:
-    """pytest over the files that need a GPU."""
-    files = [f"tests/{name}" for name in TESTS]
-    report = ["-q", "-rfEs", "-p", "no:cacheprovider", f"--junitxml={folder.resolve() / 'tests.xml'}"]
-    return Process.start(["-m", "pytest", *report, *files], folder / "tests.log", threads=2)
-
-
-def tests_told(process: Process, folder: Path) -> dict[str, Any]:
-    """Counts, what failed with the last line of why, why others were skipped, and what tests recorded."""
-    in_time = process.wait(process.began + SECONDS["tests"])
-    stop([process])
-    found = junit(folder / "tests.xml")
-    return found | {"ended": "finished" if in_time else "interrupted: the time was up", "said": process.last_line()}
-
-
-def junit(report: Path) -> dict[str, Any]:
-    """What a report of pytest holds."""
-    counts: Counter[str] = Counter(passed=0, failed=0, errors=0, skipped=0)
-    broken, why, recorded = {}, Counter[str](), {}
-    for case in ET.parse(report).getroot().iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
-        outcome = next((e for kind in ("failure", "error", "skipped") if (e := case.find(kind)) is not None), None)
-        kind = "passed" if outcome is None else {"failure": "failed", "error": "errors"}.get(outcome.tag, outcome.tag)
-        counts[kind] += 1
-        if outcome is not None and kind != "skipped":
-            lines = (outcome.get("message") or outcome.text or "").strip().splitlines()
-            broken[name] = lines[0][:300] if lines else ""
-        elif outcome is not None:
-            why[outcome.get("message", "")[:200]] += 1
-        recorded |= {p.get("name"): p.get("value") for p in case.iter("property")}
-    return {**counts, "broken": broken, "skipped_because": dict(why), "recorded": recorded}
-
-
-def _test_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    counted = ", ".join(f"{found[kind]} {kind}" for kind in ("passed", "failed", "errors", "skipped"))
-    return [("reference tests", counted), *((f"  {name}", why) for name, why in found["broken"].items())]
 
 
 # ---- losses
@@ -138,7 +92,7 @@ def start_losses(lab: Lab, fits: Fits) -> None:
 
 def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
     """The relative difference of every step's total loss, and how the runs ended."""
-    ended = fits.results(SECONDS["runs"])
+    ended = fits.results(SECONDS)
     found: dict[str, Any] = {}
     for name in ("first", "longer"):
         cpu, gpu = (curve(fits.run(f"{name}_{kind}"), TOTAL) for kind in ("cpu", "gpu"))

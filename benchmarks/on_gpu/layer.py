@@ -41,6 +41,7 @@ def run(lab: Lab) -> dict[str, Any]:
     found: dict[str, Any] = {"tokens": _tokens(lab), "top_k": TOP_K, "experts": EXPERTS}
     for load in ROUTERS:
         found[load] = attempt(measure, lab, load)
+        lab.keep(found)
         torch.compiler.reset()
     return found
 
@@ -90,7 +91,7 @@ def measure(lab: Lab, load: str) -> dict[str, Any]:
             continue
         load_E = layer(x_BLD, context)[1].load_E
         forwards[name], both[name] = forward, backward
-    rounds = {"rounds": 2, "warm": 1} if lab.quick else {"rounds": 20, "warm": 5}
+    rounds = {"rounds": 2, "warm": 1} if lab.quick else {"rounds": 15, "warm": 3}
     with torch.no_grad():
         alone = in_turns(forwards, lab.device, **rounds)
     together = in_turns(both, lab.device, **rounds)

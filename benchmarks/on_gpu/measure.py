@@ -27,12 +27,14 @@ class Lab:
         quick: toy sizes, a dry run of every step.
         folder: a part may leave files in a folder of its own name here.
         ceilings: see `ceilings`; measured before the first part.
+        keep: told what a part has found so far, whenever there is more, and writes it down.
     """
 
     device: str
     quick: bool
     folder: Path
     ceilings: dict[str, Any] = field(default_factory=dict)
+    keep: Callable[[dict[str, Any]], None] = lambda found: None
 
 
 def attempt(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

@@ -32,6 +32,7 @@ def run(lab: Lab) -> dict[str, Any]:
     found = {}
     for name in ("1b_mla", "3b_wide"):
         found[name] = attempt(profiled, lab, name)
+        lab.keep(found)
         torch.compiler.reset()
     return found
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 import core
@@ -20,6 +21,7 @@ from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
 from core.training.window import Seen, denominators, objective
 
+torch._dynamo.config.recompile_limit = 64  # a block's code is compiled for every kind of block in every precision
 LENGTH = ["data.sequence_length=4096", "model.rope.max_length=4096"]
 MLA = "{name: mla, heads: 8, kv_rank: 512, nope_dim: 128, rope_dim: 64, value_dim: 128}"
 V3_ROUTING = "{name: deepseek_v3, top_k: 6, scale: 2.5}"

@@ -16,8 +16,7 @@ from benchmarks.on_gpu.theirs import Theirs, apart, export, our_kernels
 from core.contracts.component import Environment
 from core.recipe.compose import Recipe
 
-FP8 = {"te_fp8 block": "{name: te_fp8}", "te_fp8 current": "{name: te_fp8, scaling: current}"}
-FP8 |= {"fp8_native": "{name: fp8_native}"}
+FP8 = {"te_fp8 block": "{name: te_fp8}", "fp8_native": "{name: fp8_native}"}
 BESIDE = "1b_mla"
 """The shape that transformers has too; it is timed beside it, and not again by itself."""
 
@@ -26,11 +25,8 @@ def run(lab: Lab) -> dict[str, Any]:
     """Each shape in each precision; one of them beside transformers."""
     found: dict[str, Any] = {}
     for name in SHAPES:
-        if name == BESIDE:
-            found[name] = attempt(beside_transformers, lab)
-            torch.compiler.reset()
-            continue
-        found[name] = attempt(precisions, lab, name)
+        found[name] = attempt(beside_transformers, lab) if name == BESIDE else attempt(precisions, lab, name)
+        lab.keep(found)
         torch.compiler.reset()
     return found
 
@@ -67,6 +63,7 @@ def precisions(lab: Lab, name: str) -> dict[str, Any]:
         stepper = Stepper.of(own, lab.device, compiled=True, owner=base)
         if isinstance(tried := attempt(stepper.step), dict):
             left_out[label] = tried
+            base.optimizer.zero_grad()
             continue
         versions[f"{label} compiled"] = stepper.step
     memory = {label: _peak(step, lab) for label, step in versions.items()}

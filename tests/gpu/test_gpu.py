@@ -138,7 +138,7 @@ def test_without_a_gpu_one_sentence_says_what_is_possible(tmp_path: Path) -> Non
 def test_an_unknown_part_is_refused_with_those_there_are(tmp_path: Path) -> None:
     told = run("speeed", "--quick", "--device", "cpu", "--out", tmp_path / "out")
     assert told.returncode == 2
-    assert "speeed: is no part; allowed: correctness, fp8, speed, layer, profile" in told.stderr
+    assert "speeed: is no part; allowed: tests, correctness, fp8, speed, layer, profile" in told.stderr
 
 
 def test_a_part_leaves_its_numbers_beside_those_of_others(tmp_path: Path) -> None:
