@@ -173,7 +173,7 @@ RUNS = {
     "te_fp8 current": "{name: te_fp8, scaling: current}",
     "fp8_native": "{name: fp8_native}",
 }
-SECONDS = 170.0
+SECONDS = 240.0
 
 
 def training(lab: Lab) -> dict[str, Any]:
