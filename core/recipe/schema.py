@@ -275,7 +275,7 @@ class RecipeSchema:
     checkpoint: CheckpointSection = setting({}, doc="when to save")
     validation: ValidationSection = setting({}, doc="when to validate")
     recompute: RecomputeSection = setting({}, doc="activation recomputation")
-    compile: bool = setting(False, doc="compile every block with torch.compile")
+    compile: bool = setting(False, doc="compile every block and loss head with torch.compile")
     strategy: Child = child("strategy", {"name": "single"}, doc="on which devices, and how they share the work")
     callbacks: Child = children("callback", "list", doc="further Lightning callbacks")
     loggers: Child = children("logger", "list", [{"name": "csv"}, {"name": "tensorboard"}], doc="where metrics go")
