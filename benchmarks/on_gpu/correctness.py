@@ -25,13 +25,14 @@ from benchmarks.on_gpu.compare import (
     three_products,
 )
 from benchmarks.on_gpu.measure import Lab, attempt, failed
-from benchmarks.on_gpu.runs import TOTAL, Fits, curve, prepare_data, toy_text
+from benchmarks.on_gpu.runs import TOTAL, Fits, prepare_data, toy_text
 from core.assemble import plan_of
 from core.contracts.context import SequenceContext
 from core.contracts.router import Router
 from core.model import quantise as q
 from core.model.language_model import LanguageModel
 from core.run import load_weights, text_data
+from core.study import curves
 from core.training.resume import newest_checkpoint
 
 RECIPE = "dsv3_small"
@@ -95,7 +96,7 @@ def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
     ended = fits.results(SECONDS)
     found: dict[str, Any] = {}
     for name in ("first", "longer"):
-        cpu, gpu = (curve(fits.run(f"{name}_{kind}"), TOTAL) for kind in ("cpu", "gpu"))
+        cpu, gpu = (curves.losses(fits.run(f"{name}_{kind}"), TOTAL) for kind in ("cpu", "gpu"))
         each = [abs(gpu[step] - cpu[step]) / abs(cpu[step]) for step in sorted(cpu.keys() & gpu.keys())]
         found[name] = {
             "steps": len(each),

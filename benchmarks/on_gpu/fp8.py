@@ -20,8 +20,8 @@ from benchmarks.on_gpu.compare import (
     three_products,
 )
 from benchmarks.on_gpu.measure import Lab, attempt, failed
-from benchmarks.on_gpu.runs import NEXT_TOKEN, Fits, curve, prepare_data, toy_text
-from core.analysis.smoothed import SETTLED, largest, relative
+from benchmarks.on_gpu.runs import Fits, prepare_data, toy_text
+from core.study.curves import LOSS, against, losses
 
 
 def run(lab: Lab) -> dict[str, Any]:
@@ -173,85 +173,80 @@ RUNS = {
     "te_fp8 current": "{name: te_fp8, scaling: current}",
     "fp8_native": "{name: fp8_native}",
 }
-SECONDS = 240.0
+SEEDS = (0, 1, 2)
+SECONDS = 150.0
+"""For the runs of one seed."""
 
 
 def training(lab: Lab) -> dict[str, Any]:
-    """The same steps in each precision that can run here, all at once, and how far each curve lies from bf16's."""
-    steps = 3 if lab.quick else 300
+    """The same steps in each precision that can run here, and how far their losses lie from bf16's.
+
+    The runs of a seed go on all at once, and seeds follow one another; what is found so far is kept after each.
+    """
+    steps, seeds = (3, SEEDS[:1]) if lab.quick else (300, SEEDS)
     cannot = {name: obstacle(section_of(text), lab.device) for name, text in RUNS.items()}
-    with TemporaryDirectory() as scratch, Fits(Path(scratch)) as fits:  # checkpoints are large, and nobody's result
-        toy = [*TOY, *toy_text(fits.folder)] if lab.quick else []
+    able = [name for name in RUNS if not cannot[name]]
+    found: dict[str, Any] = {"recipe": RECIPE, "steps": steps, "loss": LOSS, "seconds_allowed": SECONDS}
+    found["note"] = "tokens per second are of runs that shared one device, all at once"
+    found["runs"] = {name: {"precision": text, "cannot_run": cannot[name], "seeds": {}} for name, text in RUNS.items()}
+    with TemporaryDirectory() as scratch:  # checkpoints are large, and nobody's result
+        toy = [*TOY, *toy_text(Path(scratch))] if lab.quick else []
         common = [*WIDE, *toy, SCHEDULE, f"budget.steps={steps}", "validation.sequences=16"]
         common.append(f"strategy.accelerator={lab.device}")
+        found["overrides"] = common
         prepare_data(RECIPE, common)
-        for name, text in RUNS.items():
-            if not cannot[name]:
-                fits.start(_folder(name), RECIPE, [*common, f"precision={text}"], threads=1)
-        ended = fits.results(SECONDS)
-        curves = {name: curve(fits.run(_folder(name)), NEXT_TOKEN) for name in RUNS}
-    found: dict[str, Any] = {}
-    for name, text in RUNS.items():
-        if cannot[name]:
-            found[name] = {"precision": text, "cannot_run": cannot[name]}
-        else:
-            found[name] = {"precision": text, **_told(ended[_folder(name)], curves[name], curves[BASE])}
-    return {
-        "recipe": RECIPE,
-        "overrides": common,
-        "steps": steps,
-        "loss": NEXT_TOKEN,
-        "seconds_allowed": SECONDS,
-        "note": "tokens per second are of runs that shared one device, all at once",
-        "runs": found,
-    }
+        done: dict[str, dict[int, Path]] = {name: {} for name in able}
+        for seed in seeds:
+            with Fits(Path(scratch) / str(seed)) as fits:
+                for name in able:
+                    overrides = [*common, f"seed={seed}", f"precision={RUNS[name]}"]
+                    fits.start(_folder(name), RECIPE, overrides, threads=1)
+                ended = fits.results(SECONDS)
+            for name in able:
+                one, run = ended[_folder(name)], fits.run(_folder(name))
+                found["runs"][name]["seeds"][seed] = _told(one, run)
+                if one["ended"] == "finished":
+                    done[name][seed] = run
+                found["runs"][name]["to_bf16"] = against(done[BASE], done[name])
+            lab.keep({"training": found})
+    return found
 
 
 def _folder(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def _told(ended: dict[str, Any], own: dict[int, float], base: dict[int, float]) -> dict[str, Any]:
-    """How a run ended, what it measured, its curve, and how far that lies from the base's."""
-    summary = ended.pop("summary")
+def _told(ended: dict[str, Any], run: Path) -> dict[str, Any]:
+    """How a run ended, what it measured, and its curve."""
+    summary, own = ended.pop("summary"), losses(run)
     kept = ("val_bits_per_byte", "val_loss", "tokens_per_second", "skipped_steps", "precision_paths")
     return {
         **ended,
         **{key: summary.get(key) for key in kept},
-        "to_bf16": apart(own, base),
         "first_step": min(own, default=None),
         "losses": [round(value, 6) for value in own.values()],
-    }
-
-
-def apart(own: dict[int, float], base: dict[int, float]) -> dict[str, Any] | None:
-    """The relative difference of smoothed losses: mean and largest size after the first tenth, and the last one."""
-    each = relative(own, base)
-    if not each:
-        return None
-    settled = each[int(SETTLED * len(each)) :]
-    return {
-        "steps": len(each),
-        "mean": sum(settled) / len(settled),
-        "mean_size": sum(map(abs, settled)) / len(settled),
-        "last": each[-1],
-        "largest": largest(each),
     }
 
 
 def _training_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     told = []
     for name, one in found["runs"].items():
-        if "cannot_run" in one:
+        if one["cannot_run"]:
             continue
-        parts = [f"{one['steps']} steps", *([] if one["ended"] == "finished" else [one.get("error") or one["ended"]])]
+        seeds = list(one["seeds"].values())
+        parts = [f"{len(seeds)} seeds, {min(run['steps'] for run in seeds)} steps"]
+        parts += [run.get("error") or run["ended"] for run in seeds if run["ended"] != "finished"]
         if name != BASE and (far := one["to_bf16"]):
-            parts.append(
-                f"loss to bf16: mean {far['mean']:+.3%}, last {far['last']:+.3%}, largest {far['largest']:.3%}"
-            )
-        if one["val_bits_per_byte"] is not None:
-            parts.append(f"{one['val_bits_per_byte']:.4f} bits per byte")
-        paths = (one["precision_paths"] or {}).get("experts.gate_up")
+            mean, last = (_percent(far[key]) for key in ("mean", "last"))
+            parts.append(f"loss to bf16: mean {mean}, last {last}, largest {far['largest']:.3%}")
+        if bits := [run["val_bits_per_byte"] for run in seeds if run["val_bits_per_byte"] is not None]:
+            parts.append(f"{sum(bits) / len(bits):.4f} bits per byte")
+        paths = (seeds[0]["precision_paths"] or {}).get("experts.gate_up")
         told.append((f"training, {name}", "; ".join([*parts, *([paths] if paths else [])])))
-    missing = {name: one["cannot_run"] for name, one in found["runs"].items() if "cannot_run" in one}
+    missing = {name: one["cannot_run"] for name, one in found["runs"].items() if one["cannot_run"]}
     return told + _absent("training", missing)
+
+
+def _percent(value: dict[str, float | None]) -> str:
+    within = "" if value["low"] is None else f" ({value['low']:+.3%}, {value['high']:+.3%})"
+    return f"{value['value']:+.3%}{within}"

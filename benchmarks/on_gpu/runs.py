@@ -1,8 +1,6 @@
 """Runs of `core.fit` in processes of their own, several at once, and what their folders tell."""
 
-import csv
 import json
-import math
 import os
 import signal
 import subprocess
@@ -17,12 +15,13 @@ from typing import Any
 from core.assemble import plan_of
 from core.recipe.compose import compose
 from core.run import text_data
+from core.study.curves import losses
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 20.0
 """Seconds that a process has to leave by itself."""
-TOTAL, NEXT_TOKEN = "loss/total", "loss/next_token"
-"""Columns of `metrics.csv`."""
+TOTAL = "loss/total"
+"""A column of `metrics.csv`."""
 
 
 @dataclass(frozen=True)
@@ -117,25 +116,13 @@ class Fits:
         return {name: self._result(name, process, in_time[name]) for name, process in self.processes.items()}
 
     def _result(self, name: str, process: Process, in_time: bool) -> dict[str, Any]:
-        code, steps = process.running.returncode, curve(self.run(name), TOTAL)
+        code, steps = process.running.returncode, losses(self.run(name), TOTAL)
         found: dict[str, Any] = {"ended": "finished", "steps": len(steps)}
         if not in_time:
             found["ended"] = f"stopped after step {max(steps, default=0)}: the time was up"
         elif code:
             found |= {"ended": f"failed with exit code {code}", "error": process.last_line()}
         return found | {"summary": summary(self.run(name))}
-
-
-def curve(run: Path, column: str) -> dict[int, float]:
-    """A column of `metrics.csv` by step, without what is missing, not finite or half written."""
-    found: dict[int, float] = {}
-    with suppress(OSError), (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            with suppress(KeyError, TypeError, ValueError):
-                step, value = int(float(row["step"])), float(row[column])
-                if math.isfinite(value):
-                    found[step] = value
-    return found
 
 
 def summary(run: Path) -> dict[str, Any]:

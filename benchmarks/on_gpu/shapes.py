@@ -4,7 +4,7 @@ A step is what a run's is: forward, backward, the gradient's norm and clipping, 
 end of step. Tokens are random, so routers balance them no better than real ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -113,6 +113,12 @@ def eagerly(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = compiled
 
 
+def clip(weights: Sequence[Tensor]) -> None:
+    """The norm of all gradients to 1 at most, as a training step does."""
+    norm = torch.nn.utils.get_total_norm(weight.grad for weight in weights if weight.grad is not None)
+    torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
+
+
 @dataclass
 class Stepper:
     """A model of ours that takes steps on one micro-batch.
@@ -168,8 +174,7 @@ class Stepper:
         """A whole optimizer step."""
         seen = Seen()
         self.loss(seen).backward()
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, norm)
+        clip(list(self.model.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress = Progress(step=1, tokens=self.tokens, total_steps=100, total_tokens=0)

@@ -142,6 +142,8 @@ def beside_transformers(lab: Lab) -> dict[str, Any]:
         ours, other = getattr(base, what), getattr(theirs, what)
         versions = {"ours": eager(ours), "ours compiled": ours, "transformers": other}
         versions["transformers, our attention kernel"] = on_our_kernels(other)
+        if what == "step":
+            versions["transformers, fp32 masters"] = theirs.step_with_masters
         memory = {label: _peak(call, lab) for label, call in versions.items()}
         seconds = in_turns(versions, lab.device, **_rounds(lab))
         found[what] = _told(seconds, memory, base, lab, "transformers")

@@ -3,15 +3,16 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.on_gpu.compare import calc_diff
-from benchmarks.on_gpu.shapes import Stepper
+from benchmarks.on_gpu.shapes import Stepper, clip
 from core.interop.formats import config_for
 from core.interop.run_weights import own_kinds
 from core.interop.tensors import Kind, Loaded
@@ -52,6 +53,31 @@ def export(recipe: Recipe, stepper: Stepper, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}), encoding="utf-8")
 
 
+class Masters:
+    """AdamW on fp32 copies of bf16 weights, which is what ours is: the usual way to train a model held in bf16.
+
+    Args:
+        weights: in bf16; their gradients are read and they are written.
+        options: of torch's AdamW.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], **options: Any) -> None:
+        self.weights = weights
+        self.masters = [weight.detach().float().requires_grad_() for weight in weights]
+        self.optimizer = torch.optim.AdamW(self.masters, **options)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Gradients into fp32, their norm clipped to 1, AdamW, weights back into bf16; gradients are dropped."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        clip(self.masters)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        torch._foreach_copy_(self.weights, self.masters)
+
+
 class Theirs:
     """transformers' model in bf16, moments too: less memory and less arithmetic for the optimizer than ours has.
 
@@ -69,8 +95,9 @@ class Theirs:
         )
         self.model = found.to(device).train()
         self.tokens_BL, self.targets_BL = like.context.tokens_BL, like.context.targets_BL
-        on_gpu = device == "cuda"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=on_gpu)
+        self.weights = list(self.model.parameters())
+        self.options: dict[str, Any] = {"lr": 1e-6, "betas": (0.9, 0.95), "fused": device == "cuda"}
+        self.optimizer = torch.optim.AdamW(self.weights, **self.options)
 
     def loss(self) -> Tensor:
         """Its own: the mean over the same positions as ours."""
@@ -86,10 +113,19 @@ class Theirs:
     def step(self) -> None:
         """A whole optimizer step."""
         self.loss().backward()
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, norm)
+        clip(self.weights)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    @cached_property
+    def masters(self) -> Masters:
+        """fp32 copies of its weights, made when they are asked for."""
+        return Masters(self.weights, **self.options)
+
+    def step_with_masters(self) -> None:
+        """A whole optimizer step that updates what ours updates: fp32 weights with fp32 moments."""
+        self.loss().backward()
+        self.masters.step()
 
 
 @torch.no_grad()

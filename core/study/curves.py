@@ -13,14 +13,14 @@ LOSS = "loss/next_token"
 """The column of `metrics.csv`: nats per token of the main model."""
 
 
-def losses(run: Path) -> dict[int, float]:
-    """The training loss by step; empty where a run logged none, without what is not finite or half written."""
+def losses(run: Path, column: str = LOSS) -> dict[int, float]:
+    """A training loss by step; empty where a run logged none, without what is not finite or half written."""
     found: dict[int, float] = {}
     try:
         with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 try:
-                    step, loss = int(float(row["step"])), float(row[LOSS])
+                    step, loss = int(float(row["step"])), float(row[column])
                 except (KeyError, TypeError, ValueError):
                     continue
                 if math.isfinite(loss):

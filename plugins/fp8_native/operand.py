@@ -6,7 +6,9 @@ implementation checks and cuBLAS's documentation of block scaling adds, for M ro
 - K and N are multiples of 16. Here K is padded with zeros to whole tiles of 128, M and N to 16;
 - 1x128 scales are [rows, K / 128] with strides (1, rows): outer dimension first in memory;
 - 128x128 scales are [L, rows / 128] with strides (1, L), L being K / 128 rounded up to a multiple of 4;
-- two 128x128 operands are refused, which no product of a layer needs.
+- two 128x128 operands are refused, which no product of a layer needs;
+- codes and scales begin at multiples of 16 bytes: where one expert's scale stood among the others', cuBLAS had no
+  algorithm.
 """
 
 from dataclasses import dataclass
@@ -108,10 +110,10 @@ def _padded(codes: Tensor) -> Tensor:
 
 
 def _laid_out(operand: Operand) -> Tensor:
-    """Scales of the padded operand, in fresh memory, so that strides of axes of length 1 are right too."""
+    """Scales of the padded operand, in fresh memory: aligned, and strides of axes of length 1 are right too."""
     scales, rows = operand.scales, len(operand.codes)
     if operand.tile == WHOLE:
-        return scales.reshape(1)
+        return scales.reshape(1).clone()
     down, across = scales.shape
     if operand.tile == BLOCK:
         block = scales.new_ones(down, across + -across % SCALES)
