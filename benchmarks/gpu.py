@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
     """
     import torch
 
-    from benchmarks.on_gpu.measure import Lab, attempt, ceilings
+    from benchmarks.on_gpu.measure import ceilings
 
     for part in arguments.parts:
         if part not in PARTS:
@@ -55,29 +55,51 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError("--device cuda: there is no GPU that torch can use; --device cpu --quick is a dry run")
     if arguments.device == "cpu" and not arguments.quick:
         raise UserError("--device cpu: only with --quick, a dry run: these sizes are a GPU's")
-    rates = ceilings(arguments.device, quick=arguments.quick)
+    parts, rates = arguments.parts or PARTS, ceilings(arguments.device, quick=arguments.quick)
     arguments.out.mkdir(parents=True, exist_ok=True)
     target = arguments.out / ("gpu-quick.json" if arguments.quick else "gpu.json")
     document = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     rows: list[tuple[str, str, str]] = []
-    for part in arguments.parts or PARTS:
-        module, began = import_module(f"benchmarks.on_gpu.{part}"), time.perf_counter()
-        print(f"{part} ...", file=sys.stderr, flush=True)
-
-        def keep(found: Any, part: str = part, began: float = began) -> None:
-            about = provenance(arguments) | {"seconds": round(time.perf_counter() - began, 1)}
-            document[part] = {"about": about, "ceilings": rates, "found": found}
-            _write(target, document)
-
-        found = attempt(module.run, Lab(arguments.device, arguments.quick, arguments.out, rates, keep))
-        keep(found)
-        told = attempt(module.rows, found)
-        rows += [(part, *row) for row in ([("failed", told["error"])] if isinstance(told, dict) else told)]
+    for part in parts:
+        rows += [(part, *row) for row in measured(part, arguments, document, target, rates)]
+        rates = document[part]["ceilings_after"]
     print("| part | what | figure |\n|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
-    if errors := list(_errors(document)):
+    if errors := [told for part in parts for told in _errors(document[part]["found"])]:
         raise UserError(f"{target}: {len(errors)} steps failed; the first: {errors[0]}")
+
+
+def measured(
+    part: str, arguments: argparse.Namespace, document: dict[str, Any], target: Path, rates: dict[str, Any]
+) -> list[tuple[str, str]]:
+    """One part, written into the document as it goes; the device's rates are measured again after it.
+
+    Returns:
+        Its rows of the table.
+    """
+    from benchmarks.on_gpu.measure import Lab, attempt, ceilings, failed, moved
+
+    module, began = import_module(f"benchmarks.on_gpu.{part}"), time.perf_counter()
+    print(f"{part} ...", file=sys.stderr, flush=True)
+    kept: dict[str, Any] = {}
+
+    def keep(found: dict[str, Any]) -> None:
+        kept.update(found)
+        about = provenance(arguments) | {"seconds": round(time.perf_counter() - began, 1)}
+        document[part] = {"about": about, "ceilings": rates, "found": kept}
+        _write(target, document)
+
+    found = attempt(module.run, Lab(arguments.device, arguments.quick, arguments.out, rates, keep))
+    keep(found)  # of a part that failed, what was kept before stays
+    told = attempt(module.rows, found)
+    rows = [("failed", failed(found) or failed(told))] if failed(told) else told
+    document[part]["ceilings_after"] = after = ceilings(arguments.device, quick=arguments.quick)
+    _write(target, document)
+    if changed := moved(rates, after):
+        shown = ", ".join(f"{name} {change:+.0%}" for name, change in changed.items())
+        rows = [*rows, ("the device's own rates changed meanwhile", shown)]
+    return rows
 
 
 def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -109,9 +131,10 @@ def _write(target: Path, document: dict[str, Any]) -> None:
 
 
 def _errors(found: Any) -> list[str]:
-    """Every step that failed, wherever it stands."""
+    """Every step or test that failed, wherever it stands."""
     if isinstance(found, dict):
         own = [str(found["error"])] if "error" in found else []
+        own += [f"{name}: {why}" for name, why in found.get("broken", {}).items()]
         return own + [told for value in found.values() for told in _errors(value)]
     return [told for value in found for told in _errors(value)] if isinstance(found, list) else []
 

@@ -14,6 +14,9 @@ from core.contracts.schema import Section
 PRODUCTS = ("y", "dX", "dW")
 
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def calc_diff(one: Tensor, two: Tensor) -> float:
     """1 - 2 <x, y> / (|x|^2 + |y|^2) in fp64, as DeepGEMM's tests take it; 0 for two zeros."""
     one, two = (t.detach().to("cpu", torch.float64) for t in (one, two))
@@ -26,7 +29,8 @@ def differing(one: Tensor, two: Tensor) -> int:
     one, two = (t.detach().cpu() for t in (one, two))
     if not one.is_floating_point():
         return int((one != two).sum())
-    return int(((one != two) & ~(one.isnan() & two.isnan())).sum())
+    bits = [x.contiguous().view(BITS[x.element_size()]) for x in (one, two)]
+    return int(((bits[0] != bits[1]) & ~(one.isnan() & two.isnan())).sum())
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -77,34 +77,57 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def start_losses(lab: Lab, fits: Fits) -> None:
-    """The same steps on both devices: a few with the recipe's own schedule, and more under a warm-up as long."""
+    """The same steps on both devices: a few with the recipe's own schedule, and more under a warm-up as long.
+
+    The latter also in fp64, and on the CPU with another number of threads: how far rounding alone drives runs apart.
+    """
     toy = [*TOY, *toy_text(fits.folder)] if lab.quick else []
     steps = {"first": 2, "longer": 4} if lab.quick else {"first": 10, "longer": 50}
-    own = ["precision={name: fp32}", "validation.sequences=16", *toy]
+    own = ["validation.sequences=16", *toy]
     prepare_data(RECIPE, own)
     peak = core.compose(RECIPE).optimizer.config.lr.segments[0].to
     warm = f"optimizer.lr={{start: 0.0, segments: [{{shape: linear, to: {peak}, until: 1.0}}]}}"
-    threads = max(1, (os.cpu_count() or 2) // 2)
-    for name, schedule in (("first", []), ("longer", [warm])):
-        for kind, device in (("cpu", "cpu"), ("gpu", lab.device)):
-            overrides = [*own, *schedule, f"budget.steps={steps[name]}", f"strategy.accelerator={device}"]
-            fits.start(f"{name}_{kind}", RECIPE, overrides, threads=threads if kind == "cpu" else 1)
+    threads = max(1, (os.cpu_count() or 2) // 4)
+    for name, precision, device, count in (
+        ("first_cpu", "fp32", "cpu", threads),
+        ("first_gpu", "fp32", lab.device, 1),
+        ("longer_cpu", "fp32", "cpu", threads),
+        ("longer_gpu", "fp32", lab.device, 1),
+        ("longer_cpu_again", "fp32", "cpu", max(1, threads - 1)),
+        ("longer_cpu_fp64", "fp64", "cpu", threads),
+        ("longer_gpu_fp64", "fp64", lab.device, 1),
+    ):
+        kind = name.partition("_")[0]
+        overrides = [*own, *([warm] if kind == "longer" else []), f"precision={{name: {precision}}}"]
+        overrides += [f"budget.steps={steps[kind]}", f"strategy.accelerator={device}"]
+        fits.start(name, RECIPE, overrides, threads=count)
+
+
+PAIRS = {
+    "first": ("first_cpu", "first_gpu", "fp32, CPU to GPU, the recipe's schedule", " (goal 1e-5)"),
+    "longer": ("longer_cpu", "longer_gpu", "fp32, CPU to GPU, warm-up all along", " (goal 1e-4)"),
+    "longer_cpu": ("longer_cpu", "longer_cpu_again", "fp32, CPU to CPU with fewer threads, warm-up all along", ""),
+    "longer_fp64": ("longer_cpu_fp64", "longer_gpu_fp64", "fp64, CPU to GPU, warm-up all along", ""),
+}
+"""Two runs each, what they are, and the goal for the largest difference."""
 
 
 def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
     """The relative difference of every step's total loss, and how the runs ended."""
     ended = fits.results(SECONDS)
     found: dict[str, Any] = {}
-    for name in ("first", "longer"):
-        cpu, gpu = (curves.losses(fits.run(f"{name}_{kind}"), TOTAL) for kind in ("cpu", "gpu"))
-        each = [abs(gpu[step] - cpu[step]) / abs(cpu[step]) for step in sorted(cpu.keys() & gpu.keys())]
+    for name, (one, other, _, _) in PAIRS.items():
+        base, own = (curves.losses(fits.run(run), TOTAL) for run in (one, other))
+        common = sorted(base.keys() & own.keys())
+        each = [abs(own[step] - base[step]) / abs(base[step]) for step in common]
         found[name] = {
-            "steps": len(each),
+            "runs": [one, other],
+            "steps": len(common),
+            "steps_of_one_alone": len(base.keys() ^ own.keys()),  # missing, or not finite
             "largest": max(each, default=None),
             "largest_of_first_10": max(each[:10], default=None),
             "each": [short(value) for value in each],
-            "cpu": [round(value, 6) for value in cpu.values()],
-            "gpu": [round(value, 6) for value in gpu.values()],
+            "losses": [[round(run[step], 9) for step in common] for run in (base, own)],
         }
     kept = ("steps", "val_loss", "tokens_per_second")
     for result in ended.values():
@@ -114,10 +137,14 @@ def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
 
 def _loss_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     told = []
-    for name, said in (("first", "own schedule"), ("longer", "warm-up all along")):
-        one = found[name]
-        what = f"losses in fp32, CPU to GPU, {one['steps']} steps, {said}"
-        told.append((what, "no common step" if one["largest"] is None else f"{one['largest']:.1e} at most"))
+    for name, (_, _, said, goal) in PAIRS.items():
+        one, what = found[name], f"losses, {said}, {found[name]['steps']} steps"
+        shown = "no common step"
+        if one["largest"] is not None:
+            shown = f"{one['largest']:.1e} at most{goal}; first ten {one['largest_of_first_10']:.1e}"
+        if alone := one["steps_of_one_alone"]:
+            shown += f"; {alone} steps of one run alone"
+        told.append((what, shown))
     broken = {name: run.get("error") for name, run in found["runs"].items() if run["ended"] != "finished"}
     return told + [(f"  {name}", why or found["runs"][name]["ended"]) for name, why in broken.items()]
 

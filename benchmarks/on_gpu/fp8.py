@@ -26,7 +26,8 @@ from core.study.curves import LOSS, against, losses
 
 def run(lab: Lab) -> dict[str, Any]:
     """First the runs, which share the GPU among themselves only, then the products."""
-    found = {"training": attempt(training, lab)}
+    found: dict[str, Any] = {"training": {}}
+    found["training"] |= attempt(training, lab, found)
     lab.keep(found)
     return found | {"products": attempt(products, lab)}
 
@@ -178,15 +179,17 @@ SECONDS = 150.0
 """For the runs of one seed."""
 
 
-def training(lab: Lab) -> dict[str, Any]:
+def training(lab: Lab, part: dict[str, Any]) -> dict[str, Any]:
     """The same steps in each precision that can run here, and how far their losses lie from bf16's.
 
-    The runs of a seed go on all at once, and seeds follow one another; what is found so far is kept after each.
+    The runs of a seed go on all at once, and seeds follow one another; what is found so far is kept after each, in
+    `part["training"]`.
     """
     steps, seeds = (3, SEEDS[:1]) if lab.quick else (300, SEEDS)
     cannot = {name: obstacle(section_of(text), lab.device) for name, text in RUNS.items()}
     able = [name for name in RUNS if not cannot[name]]
-    found: dict[str, Any] = {"recipe": RECIPE, "steps": steps, "loss": LOSS, "seconds_allowed": SECONDS}
+    found: dict[str, Any] = part["training"]
+    found |= {"recipe": RECIPE, "steps": steps, "loss": LOSS, "seconds_allowed": SECONDS}
     found["note"] = "tokens per second are of runs that shared one device, all at once"
     found["runs"] = {name: {"precision": text, "cannot_run": cannot[name], "seeds": {}} for name, text in RUNS.items()}
     with TemporaryDirectory() as scratch:  # checkpoints are large, and nobody's result
@@ -208,7 +211,7 @@ def training(lab: Lab) -> dict[str, Any]:
                 if one["ended"] == "finished":
                     done[name][seed] = run
                 found["runs"][name]["to_bf16"] = against(done[BASE], done[name])
-            lab.keep({"training": found})
+            lab.keep(part)
     return found
 
 
@@ -231,9 +234,8 @@ def _told(ended: dict[str, Any], run: Path) -> dict[str, Any]:
 def _training_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     told = []
     for name, one in found["runs"].items():
-        if one["cannot_run"]:
+        if not (seeds := list(one["seeds"].values())):
             continue
-        seeds = list(one["seeds"].values())
         parts = [f"{len(seeds)} seeds, {min(run['steps'] for run in seeds)} steps"]
         parts += [run.get("error") or run["ended"] for run in seeds if run["ended"] != "finished"]
         if name != BASE and (far := one["to_bf16"]):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import core
+from benchmarks.on_gpu.compare import obstacle
 from benchmarks.on_gpu.measure import Lab, attempt, failed, in_turns, ratio
 from benchmarks.on_gpu.shapes import fill, share
-from core.contracts.component import Environment
 from core.contracts.context import SequenceContext
 from core.contracts.ffn import FeedForward
+from core.contracts.precision import Paths
 from core.contracts.schema import Section
 
 TOKENS, TOP_K, EXPERTS = 4096, 8, 32
@@ -50,38 +51,39 @@ def _tokens(lab: Lab) -> int:
     return 64 if lab.quick else TOKENS
 
 
-def make_layer(lab: Lab, router: str, precision: str, owner: nn.Module | None) -> tuple[FeedForward, Section]:
-    """The layer out of a recipe of the whole model, with new weights or with those of another one."""
+def make_layer(lab: Lab, router: str, precision: str, owner: nn.Module | None) -> tuple[FeedForward, Section, Paths]:
+    """The layer out of a recipe of the whole model, with new weights or another one's; and what it notes."""
     overrides = ["model.blocks.dense.count=1", "model.blocks.moe.count=1", f"model.blocks.moe.ffn.experts={EXPERTS}"]
     overrides += [f"model.blocks.moe.ffn.router={ROUTERS[router]}", "model.blocks.moe.ffn.balance=[]"]
     recipe = core.compose("dsv3_671b", [*overrides, f"precision={precision}", *(TOY if lab.quick else [])])
-    layer = core.build(recipe, device="meta").blocks[-1].ffn
+    model = core.build(recipe, device="meta")
+    layer = model.blocks[-1].ffn
     assert isinstance(layer, FeedForward)
     if owner is not None:
         share(layer, owner)
     else:
         fill(layer, lab.device)
-    return layer.train(), recipe.precision
+    return layer.train(), recipe.precision, model.paths()
 
 
 def measure(lab: Lab, load: str) -> dict[str, Any]:
     """Seconds of each version in turns, all with one set of weights; the floors; the load."""
-    owner, _ = make_layer(lab, load, "{name: fp32}", None)
+    owner, _, _ = make_layer(lab, load, "{name: fp32}", None)
     dim = next(p for p in owner.parameters()).shape[-1] if lab.quick else 7168
     stream = torch.bfloat16 if lab.device == "cuda" else torch.float32
     shared = 0.5 * torch.randn(1, 1, dim, device=lab.device)
     x_BLD = (torch.randn(1, _tokens(lab), dim, device=lab.device) + shared).to(stream).requires_grad_()
     dy_BLD = torch.randn_like(x_BLD) * 1e-3
     context = SequenceContext.of(torch.zeros(1, _tokens(lab), dtype=torch.int64, device=lab.device))
-    forwards, both, left_out, load_E = {}, {}, {}, None
+    forwards, both, left_out, paths, load_E = {}, {}, {}, {}, None
     for name, (section, compiled) in VERSIONS.items():
         made = attempt(make_layer, lab, load, "{name: fp32}" if lab.device == "cpu" else section, owner)
         if failed(made):
             left_out[name] = made
             continue
-        layer, precision = made
-        if lab.device == "cuda" and (obstacle := _obstacle(precision)):
-            left_out[name] = obstacle
+        layer, precision, paths[name] = made
+        if lab.device == "cuda" and (why := obstacle(precision, lab.device)):
+            left_out[name] = why
             continue
         if compiled:
             layer.compile()
@@ -106,6 +108,7 @@ def measure(lab: Lab, load: str) -> dict[str, Any]:
         "speed_over_bf16_compiled": {name: ratio(together[best], spent) for name, spent in together.items()},
         "max_vio": float(load_E.max() / load_E.double().mean() - 1),
         "left_out": left_out,
+        "paths": {name: paths[name].table() for name in together},
     }
 
 
@@ -121,12 +124,6 @@ def _calls(
         x_BLD.grad = None
 
     return forward, both
-
-
-def _obstacle(precision: Section) -> str | None:
-    environment = Environment("cuda", torch.cuda.get_device_capability(), torch.version.cuda)
-    told: str | None = precision.component.requires(precision.config, environment)
-    return told
 
 
 def floors(layer: nn.Module, lab: Lab) -> dict[str, float]:
@@ -169,11 +166,15 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         )
         for name, spent in part["forward_and_backward"].items():
             times, over = part["speed_over_bf16"][name], part["speed_over_bf16_compiled"][name]
+            least = max(
+                floor["fp8_operations_seconds" if "fp8" in name else "bf16_operations_seconds"], floor["bytes_seconds"]
+            )
             told.append(
                 (
                     f"{load}: {name}",
                     f"forward {part['forward'][name]['median'] * 1e3:.2f} ms, with backward "
-                    f"{spent['median'] * 1e3:.2f}; {times['median']:.2f}x bf16, {over['median']:.2f}x bf16 compiled "
+                    f"{spent['median'] * 1e3:.2f} ({least / spent['median']:.0%} of the floor's speed); "
+                    f"{times['median']:.2f}x bf16, {over['median']:.2f}x bf16 compiled "
                     f"({over['least']:.2f}-{over['most']:.2f})",
                 )
             )

@@ -6,6 +6,7 @@ machine does hits all of them.
 """
 
 import gc
+import random
 import statistics
 import time
 import traceback
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.functional import ScalingType
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,14 @@ def seconds_of(function: Callable[[], Any], device: str) -> float:
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], device: str, *, rounds: int, warm: int) -> dict[str, Any]:
-    """Seconds of each function in each round, with median and range, after `warm` rounds that are not counted."""
-    names = list(functions)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    """Seconds of each function in each round, with median and range, after `warm` rounds that are not counted.
+
+    Every round has an order of its own, so that no version always follows the same other one.
+    """
+    draw = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(-warm, rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in draw.sample(list(functions), len(functions)):
             spent = seconds_of(functions[name], device)
             if turn >= 0:
                 seconds[name].append(spent)
@@ -101,6 +107,8 @@ def ratio(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ---- the two ceilings
+
+STEADY = 0.05
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
@@ -122,6 +130,24 @@ def fp8_rate(size: int) -> float:
     return 2.0 * size**3 / statistics.median(seconds)
 
 
+def tile_rate(size: int) -> float | None:
+    """The same under the scales that `fp8_native` has, 1x128 and 128x128; None where `scaled_mm` lacks them."""
+    a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    ones = torch.ones(size // 128, size, device="cuda")
+    rows, blocks = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+
+    def product() -> Tensor:
+        scales = ones.t(), rows, ones[:, : size // 128].contiguous().t(), blocks
+        made: Tensor = F.scaled_mm(a, b.t(), *scales, output_dtype=torch.bfloat16)
+        return made
+
+    try:
+        seconds = [seconds_of(product, "cuda") for _ in range(25)][5:]
+    except (RuntimeError, ValueError):
+        return None
+    return 2.0 * size**3 / statistics.median(seconds)
+
+
 def copy_rate(device: str, size: int) -> float:
     """Bytes per second of a copy within the device, read and written counted."""
     source = torch.randn(size // 4, device=device)
@@ -136,6 +162,13 @@ def ceilings(device: str, *, quick: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"side": side, "bf16": matmul_rate(device, torch.bfloat16, side)}
     found["fp32"] = matmul_rate(device, torch.float32, side)
     found["fp8"] = fp8_rate(side) if device == "cuda" else found["bf16"]
+    found["fp8_tiles"] = tile_rate(side) if device == "cuda" else None
     found["bytes"] = copy_rate(device, 2**22 if quick else 2**32)
     release()
     return found
+
+
+def moved(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """The rates that changed by more than `STEADY`, as a share: others use the device, or its clocks fell."""
+    changes = {name: after[name] / before[name] - 1 for name in ("bf16", "fp8", "bytes")}
+    return {name: change for name, change in changes.items() if abs(change) > STEADY}

@@ -6,13 +6,16 @@ they could be fused or hidden.
 """
 
 import re
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.on_gpu.measure import Lab, attempt, failed, seconds_of
+from benchmarks.on_gpu.measure import Lab, attempt, failed, seconds_of, wait
 from benchmarks.on_gpu.shapes import SHAPES, Stepper, eagerly
 
 KINDS = {
@@ -31,24 +34,23 @@ def run(lab: Lab) -> dict[str, Any]:
     """The compiled step of two shapes."""
     found = {}
     for name in ("1b_mla", "3b_wide"):
-        found[name] = attempt(profiled, lab, name)
+        found[name] = attempt(one_step, lab, name)
         lab.keep(found)
         torch.compiler.reset()
     return found
 
 
-def profiled(lab: Lab, name: str) -> dict[str, Any]:
+def one_step(lab: Lab, name: str) -> dict[str, Any]:
     """Milliseconds of each kind, the longest kernels, and the gaps, largest first."""
     recipe = SHAPES[name].compose("{name: bf16}" if lab.device == "cuda" else "{name: fp32}", quick=lab.quick)
     stepper = Stepper.of(recipe, lab.device, compiled=True)
     for _ in range(1 if lab.quick else 4):
         stepper.step()
-    wall = min(seconds_of(stepper.step, lab.device) for _ in range(1 if lab.quick else 5))
+    wall = statistics.median(seconds_of(stepper.step, lab.device) for _ in range(1 if lab.quick else 5))
     flops = _flops(stepper)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if lab.device == "cuda" else [])]
-    with profile(activities=activities) as profiler:
+    with profiled(lab.device) as found:
         seconds_of(stepper.step, lab.device)
-    kernels = _kernels(profiler, lab.device)
+    kernels = found()
     kinds: dict[str, float] = {}
     for kernel, spent, _ in kernels:
         kind = kind_of(kernel)
@@ -58,7 +60,7 @@ def profiled(lab: Lab, name: str) -> dict[str, Any]:
     weights = sum(p.numel() for p in stepper.model.parameters())
     if "optimizer and norm" in kinds:
         floors["optimizer and norm"] = 28.0 * weights / lab.ceilings["bytes"]  # w, g, m, v read; w, m, v written
-    gaps = {kind: spent - floors[kind] for kind, spent in kinds.items()} | {"waiting for the host": wall - busy}
+    gaps = {kind: spent - floors[kind] for kind, spent in kinds.items()} | {"waiting for the host": max(0, wall - busy)}
     return {
         "wall_seconds": wall,
         "busy_seconds": busy,
@@ -68,6 +70,15 @@ def profiled(lab: Lab, name: str) -> dict[str, Any]:
         "gaps": dict(sorted(gaps.items(), key=lambda item: -item[1])),
         "kernels": [{"name": kernel[:160], "seconds": spent, "calls": calls} for kernel, spent, calls in kernels[:40]],
     }
+
+
+@contextmanager
+def profiled(device: str) -> Iterator[Callable[[], list[tuple[str, float, int]]]]:
+    """A function that tells, once the context is left, what ran in it: see `_kernels`."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        yield lambda: _kernels(profiler, device)
+        wait(device)
 
 
 def kind_of(kernel: str) -> str:

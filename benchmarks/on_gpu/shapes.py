@@ -53,12 +53,14 @@ class Shape:
     sequences: int = 4
     fp8: bool = False
 
+    def changes(self, *, quick: bool = False) -> list[str]:
+        """Everything that is changed in the recipe, the precision apart."""
+        toy = [*TOY[self.recipe], *SMALL, "batch.sequences=2"] if quick else []
+        return [*self.overrides, *LENGTH, f"batch={{sequences: {self.sequences}}}", *toy]
+
     def compose(self, precision: str = "{name: bf16}", *, quick: bool = False) -> Recipe:
         """The recipe in a precision."""
-        overrides = [*self.overrides, *LENGTH, f"batch={{sequences: {self.sequences}}}"]
-        if quick:
-            overrides += [*TOY[self.recipe], *SMALL, "batch.sequences=2"]
-        return core.compose(self.recipe, [*overrides, f"precision={precision}"])
+        return core.compose(self.recipe, [*self.changes(quick=quick), f"precision={precision}"])
 
 
 SHAPES = {

@@ -4,17 +4,18 @@ MFU is by the convention of docs/describe.md (forward and backward, causal atten
 against the rate of bf16 products measured in the same run.
 """
 
-import shutil
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from benchmarks.on_gpu.compare import obstacle
 from benchmarks.on_gpu.measure import Lab, attempt, failed, in_turns, ratio, release
+from benchmarks.on_gpu.profile import kind_of, profiled
 from benchmarks.on_gpu.shapes import SHAPES, Stepper, eagerly
-from benchmarks.on_gpu.theirs import Theirs, apart, export, our_kernels
-from core.contracts.component import Environment
-from core.recipe.compose import Recipe
+from benchmarks.on_gpu.theirs import Theirs, agreement, export, implementations, our_kernels
 
 FP8 = {"te_fp8 block": "{name: te_fp8}", "fp8_native": "{name: fp8_native}"}
 BESIDE = "1b_mla"
@@ -46,57 +47,67 @@ def precisions(lab: Lab, name: str) -> dict[str, Any]:
     """Whole steps in bf16, eager and compiled, and in FP8, in turns, all on one set of weights; peak memory of each."""
     recipe = SHAPES[name].compose(_bf16(lab), quick=lab.quick)
     base = Stepper.of(recipe, lab.device, compiled=True)
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in base.model.parameters()), "tokens": base.tokens}
-    found |= {"flops": base.flops, "recipe": SHAPES[name].recipe, "overrides": SHAPES[name].overrides}
-
-    def eager() -> None:
-        with eagerly(base.model):
-            base.step()
-
-    versions: dict[str, Callable[[], None]] = {"bf16": eager, "bf16 compiled": base.step}
-    left_out = {}
+    versions: dict[str, Callable[[], None]] = {"bf16": _eager(base, base.step), "bf16 compiled": base.step}
+    left_out, steppers = {}, {"bf16": base}
     for label, section in FP8.items() if SHAPES[name].fp8 else ():
         own = SHAPES[name].compose(section, quick=lab.quick)
-        if obstacle := _obstacle(own, lab):
-            left_out[label] = obstacle
+        if why := obstacle(own.precision, lab.device):
+            left_out[label] = why
             continue
         stepper = Stepper.of(own, lab.device, compiled=True, owner=base)
         if isinstance(tried := attempt(stepper.step), dict):
             left_out[label] = tried
             base.optimizer.zero_grad()
             continue
-        versions[f"{label} compiled"] = stepper.step
+        versions[f"{label} compiled"], steppers[label] = stepper.step, stepper
     memory = {label: _peak(step, lab) for label, step in versions.items()}
     seconds = in_turns(versions, lab.device, **_rounds(lab))
-    return found | {"versions": _told(seconds, memory, base, lab), "left_out": left_out}
+    timed = _told(seconds, memory, base, lab, "bf16 compiled")
+    paths = {label: stepper.model.paths().table() for label, stepper in steppers.items()}
+    return _about(name, base, lab) | {"versions": timed, "left_out": left_out, "paths": paths}
 
 
-def _obstacle(recipe: Recipe, lab: Lab) -> str | None:
-    """Why a precision cannot run here."""
-    if lab.device == "cpu":
-        return "needs a GPU"
-    environment = Environment("cuda", torch.cuda.get_device_capability(), torch.version.cuda)
-    told: str | None = recipe.precision.component.requires(recipe.precision.config, environment)
-    return told
+def _about(name: str, stepper: Stepper, lab: Lab) -> dict[str, Any]:
+    """What was timed."""
+    return {
+        "parameters": sum(p.numel() for p in stepper.model.parameters()),
+        "tokens": stepper.tokens,
+        "flops": stepper.flops,
+        "recipe": SHAPES[name].recipe,
+        "overrides": SHAPES[name].changes(quick=lab.quick),
+    }
 
 
-def _peak(step: Callable[[], None], lab: Lab) -> int | None:
-    """Bytes in use at most during one step, everything that is held between steps included."""
+def _eager(stepper: Stepper, function: Callable[[], None]) -> Callable[[], None]:
+    def called() -> None:
+        with eagerly(stepper.model):
+            function()
+
+    return called
+
+
+def _held(lab: Lab) -> int:
+    """Bytes in use."""
+    return torch.cuda.memory_allocated() if lab.device == "cuda" else 0
+
+
+def _peak(step: Callable[[], None], lab: Lab, others: int = 0) -> int | None:
+    """Bytes in use at most during one step, what is held between steps included, and without those of others."""
     step()
     release()
     step()
-    return torch.cuda.max_memory_allocated() if lab.device == "cuda" else None
+    return torch.cuda.max_memory_allocated() - others if lab.device == "cuda" else None
 
 
 def _told(
-    seconds: dict[str, Any], memory: dict[str, int | None], stepper: Stepper, lab: Lab, first: str = "bf16 compiled"
+    seconds: dict[str, Any], memory: dict[str, int | None], stepper: Stepper, lab: Lab, first: str
 ) -> dict[str, Any]:
     return {
         label: {
             "seconds": spent,
             "tokens_per_second": stepper.tokens / spent["median"],
             "mfu": stepper.flops / spent["median"] / lab.ceilings["bf16"],
-            "peak_bytes": memory[label],
+            "peak_bytes": memory.get(label),
             f"speed_over_{first.replace(' ', '_')}": ratio(seconds[first], spent),
         }
         for label, spent in seconds.items()
@@ -105,69 +116,77 @@ def _told(
 
 # ---- beside transformers
 
+KINDS = ("gradients", "step", "step_with_masters")
+"""Forward and backward; a step, theirs of bf16 weights; a step, theirs of fp32 masters, as ours always is."""
+
 
 def beside_transformers(lab: Lab) -> dict[str, Any]:
-    """Forward and backward, and whole steps, of the same weights here and there, in turns."""
+    """Forward and backward, and whole steps, of the same weights here and there, in turns.
+
+    Memory is each one's own: what the other holds meanwhile is taken off.
+    """
     recipe = SHAPES[BESIDE].compose(_bf16(lab), quick=lab.quick)
     base = Stepper.of(recipe, lab.device, compiled=True)
-    folder = lab.folder / "speed"
-    export(recipe, base, folder)
-    try:
-        tried = {name: attempt(_gradients_alone, lab, base, folder, name) for name in ("grouped_mm", "eager")}
-        fitting = {name: one["median"] for name, one in tried.items() if not failed(one)}
-        best = min(fitting, key=lambda name: fitting[name])
-        theirs = Theirs(folder, best, base, lab.device)
-    finally:
-        shutil.rmtree(folder)
-    with torch.no_grad():
-        losses = {"ours": float(base.loss()), "theirs": float(theirs.loss())}
-
-    def on_our_kernels(function: Callable[[], None]) -> Callable[[], None]:
-        def called() -> None:
-            with our_kernels():
-                function()
-
-        return called
-
-    def eager(function: Callable[[], None]) -> Callable[[], None]:
-        def called() -> None:
-            with eagerly(base.model):
-                function()
-
-        return called
-
-    found: dict[str, Any] = {"experts": tried, "best": best, "losses": losses, "tokens": base.tokens}
-    found["logits_calc_diff"] = apart(base, theirs)
-    for what in ("gradients", "step"):
-        ours, other = getattr(base, what), getattr(theirs, what)
-        versions = {"ours": eager(ours), "ours compiled": ours, "transformers": other}
-        versions["transformers, our attention kernel"] = on_our_kernels(other)
-        if what == "step":
-            versions["transformers, fp32 masters"] = theirs.step_with_masters
-        memory = {label: _peak(call, lab) for label, call in versions.items()}
-        seconds = in_turns(versions, lab.device, **_rounds(lab))
-        found[what] = _told(seconds, memory, base, lab, "transformers")
-    found["compiled"] = attempt(_compiled_too, lab, base, theirs)
+    ours = {"gradients": base.gradients, "step": base.step, "step_with_masters": base.step}
+    eager = {kind: _eager(base, call) for kind, call in ours.items()}
+    memory = {kind: {"ours": _peak(eager[kind], lab), "ours compiled": _peak(ours[kind], lab)} for kind in KINDS}
+    found = _about(BESIDE, base, lab)
+    with TemporaryDirectory() as scratch:
+        export(recipe, base, Path(scratch))
+        held = _held(lab)
+        tried = {name: attempt(_gradients_alone, lab, base, scratch, name) for name in implementations()}
+        found["experts"] = {name: one for name, one in tried.items() if not failed(one)}
+        found["left_out"] = {f"experts {name}": failed(one) for name, one in tried.items() if failed(one)}
+        found["best"] = min(found["experts"], key=lambda name: float(found["experts"][name]["median"]))
+        theirs = Theirs(Path(scratch), found["best"], base, lab.device)
+    found["agreement"] = attempt(agreement, base, theirs, SHAPES[BESIDE].compose("{name: fp32}", quick=lab.quick))
+    found["attention_kernels"] = attempt(_attention_kernels, lab, base, theirs)
+    for what, alike in (("", _untouched), ("compiled_", _compiled)):
+        alike(theirs)
+        for kind in KINDS:
+            call = getattr(theirs, kind)
+            versions = {"ours": eager[kind], "ours compiled": ours[kind], "transformers": call}
+            versions["transformers, our attention kernel"] = _on_our_kernels(call)
+            peaks = memory[kind] | {"transformers": _peak(call, lab, held)}
+            if kind == "step":
+                theirs.optimizer.state.clear()  # not to be counted with the masters
+            found[what + kind] = _told(in_turns(versions, lab.device, **_rounds(lab)), peaks, base, lab, "transformers")
+            lab.keep({BESIDE: found})
     return found
 
 
-def _gradients_alone(lab: Lab, base: Stepper, folder: Any, experts: str) -> dict[str, Any]:
-    theirs = Theirs(folder, experts, base, lab.device)
+def _untouched(theirs: Theirs) -> None:
+    pass
+
+
+def _compiled(theirs: Theirs) -> None:
+    theirs.model.compile()
+
+
+def _on_our_kernels(function: Callable[[], None]) -> Callable[[], None]:
+    def called() -> None:
+        with our_kernels():
+            function()
+
+    return called
+
+
+def _gradients_alone(lab: Lab, base: Stepper, folder: str, experts: str) -> dict[str, Any]:
+    theirs = Theirs(Path(folder), experts, base, lab.device)
     seconds: dict[str, Any] = in_turns({"gradients": theirs.gradients}, lab.device, rounds=3, warm=2)["gradients"]
     return seconds
 
 
-def _compiled_too(lab: Lab, base: Stepper, theirs: Theirs) -> dict[str, Any]:
-    """Whole steps with transformers' model compiled as well, with the attention kernel that ours has."""
-    theirs.model.compile()
-
-    def step() -> None:
-        with our_kernels():
-            theirs.step()
-
-    versions: dict[str, Callable[[], None]] = {"ours compiled": base.step, "transformers": step}
-    memory = {label: _peak(call, lab) for label, call in versions.items()}
-    return _told(in_turns(versions, lab.device, **_rounds(lab)), memory, base, lab, "transformers")
+def _attention_kernels(lab: Lab, base: Stepper, theirs: Theirs) -> dict[str, list[str]]:
+    """By name, the kernels that attention ran on either side."""
+    calls = {"ours": base.gradients, "transformers": theirs.gradients}
+    calls["transformers, our attention kernel"] = _on_our_kernels(theirs.gradients)
+    found = {}
+    for label, call in calls.items():
+        with profiled(lab.device) as kernels:
+            call()
+        found[label] = sorted({name[:120] for name, _, _ in kernels() if kind_of(name) == "attention"})
+    return found
 
 
 # ---- the table
@@ -180,11 +199,8 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         if sentence := failed(part):
             told.append((name, f"failed: {sentence}"))
             continue
-        groups = (
-            {"": part["versions"]}
-            if "versions" in part
-            else {f" {what}": part[what] for what in ("gradients", "step", "compiled")}
-        )
+        kinds = [what + kind for what in ("", "compiled_") for kind in KINDS]
+        groups = {"": part["versions"]} if "versions" in part else {f" {k}": part[k] for k in kinds if k in part}
         for what, versions in groups.items():
             if sentence := failed(versions):
                 told.append((f"{name}{what}", f"failed: {sentence}"))

@@ -128,11 +128,31 @@ class Theirs:
         self.masters.step()
 
 
+def implementations() -> list[str]:
+    """The names of everything that transformers has for experts, its plain loop first."""
+    from transformers.integrations import moe
+
+    return ["eager", *moe.ALL_EXPERTS_FUNCTIONS.valid_keys()]
+
+
 @torch.no_grad()
-def apart(ours: Stepper, theirs: Theirs) -> float:
-    """calc_diff of the logits of the first sequence: what bf16 and other sums leave, and nothing more."""
+def agreement(ours: Stepper, theirs: Theirs, wide: Recipe) -> dict[str, float]:
+    """calc_diff of the logits of the first sequence, ours and theirs, and of either to ours in fp32.
+
+    Random weights leave many of a token's experts nearly tied, and rounding chooses: what bf16 does to one of the two
+    is what the difference of both must be held against.
+
+    Args:
+        wide: the same recipe in fp32.
+    """
     tokens_BL = ours.context.tokens_BL[:1]
-    return calc_diff(theirs.model(tokens_BL, use_cache=False).logits, ours.model.logits(tokens_BL))
+    exact = Stepper.of(wide, str(tokens_BL.device), compiled=False, owner=ours).model.logits(tokens_BL)
+    own, other = ours.model.logits(tokens_BL), theirs.model(tokens_BL, use_cache=False).logits
+    return {
+        "ours_to_theirs": calc_diff(own, other),
+        "ours_to_fp32": calc_diff(own, exact),
+        "theirs_to_fp32": calc_diff(other, exact),
+    }
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def attend(q_BLHR: Tensor, k_BSHR: Tensor, v_BSHV: Tensor, scale: float, context
 
 def _best_kernel(q: Tensor, mask: Tensor | None) -> AbstractContextManager[Any]:
     """On GPUs cuDNN's where it fits: left to itself torch gives values of another width to its slowest kernel."""
-    if not q.is_cuda or mask is not None:
+    if not q.is_cuda or mask is not None or q.shape[2] == 1:  # a plan of cuDNN's for every length of a cache costs more
         return nullcontext()
     chosen: AbstractContextManager[Any] = sdpa_kernel(KERNELS, set_priority=True)
     return chosen

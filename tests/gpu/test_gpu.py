@@ -1,6 +1,7 @@
 """benchmarks/gpu.py: its floors are counted as their definitions say, failures lose nothing, and it is one command."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 import core
 from benchmarks import gpu
-from benchmarks.on_gpu import layer, measure, profile, shapes, speed, theirs
+from benchmarks.on_gpu import compare, layer, measure, profile, shapes, speed, theirs
 from core.analysis.size import size_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ def lab(tmp_path: Path) -> measure.Lab:
 
 
 def test_the_layers_floor_is_three_products_and_three_passes_over_the_weights(lab: measure.Lab) -> None:
-    made, _ = layer.make_layer(lab, "even", "{name: fp32}", None)
+    made, _, _ = layer.make_layer(lab, "even", "{name: fp32}", None)
     tokens, dim, hidden = 64, 64, 32
     rows = tokens * layer.TOP_K
     products = 3 * 2 * (rows * 3 * dim * hidden + tokens * 3 * dim * hidden + tokens * dim * layer.EXPERTS)
@@ -87,10 +88,10 @@ def test_transformers_gets_the_same_weights(lab: measure.Lab) -> None:
     there.model.float()
     with torch.no_grad():
         assert float(there.loss()) == pytest.approx(float(ours.loss()), rel=1e-5)
-        same = theirs.apart(ours, there)
-        assert same < 1e-9
+        assert max(theirs.agreement(ours, there, recipe).values()) < 1e-9
         there.model.model.layers[1].mlp.experts.down_proj[0].mul_(-1)
-        assert theirs.apart(ours, there) > 1e-3
+        other = theirs.agreement(ours, there, recipe)
+        assert other["ours_to_fp32"] < 1e-9 < 1e-3 < other["ours_to_theirs"]
 
 
 def test_fp32_masters_keep_what_bf16_rounds_away() -> None:
@@ -132,9 +133,47 @@ def test_kinds_of_kernels() -> None:
 def test_versions_take_turns_and_are_compared_round_by_round() -> None:
     called: list[str] = []
     found = measure.in_turns({name: (lambda name=name: called.append(name)) for name in "abc"}, "cpu", rounds=3, warm=1)
-    assert [called[at : at + 3] for at in range(0, 12, 3)] == [list("cab"), list("abc"), list("bca"), list("cab")]
+    orders = ["".join(called[at : at + 3]) for at in range(0, 12, 3)]
+    assert all(sorted(order) == list("abc") for order in orders)
+    assert len(set(orders)) > 1
     assert all(len(spent["all"]) == 3 for spent in found.values())
     assert measure.ratio({"all": [2.0, 6.0]}, {"all": [1.0, 2.0]})["all"] == [2.0, 3.0]
+
+
+def test_bits_differ_where_values_do_not() -> None:
+    """A zero of the other sign is another; one NaN is as good as another."""
+    one, two = torch.tensor([0.0, math.nan, 1.0]), torch.tensor([-0.0, -math.nan, 1.0])
+    assert compare.differing(one, two) == 1
+    assert compare.differing(one.bfloat16(), two.bfloat16()) == 1
+    assert compare.differing(one, one) == 0
+
+
+def test_rates_that_moved_are_told() -> None:
+    before = {"bf16": 100.0, "fp8": 200.0, "bytes": 10.0}
+    assert measure.moved(before, before | {"fp8": 205.0}) == {}
+    assert measure.moved(before, before | {"bf16": 50.0}) == {"bf16": -0.5}
+
+
+def test_what_a_part_kept_before_it_failed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(lab: measure.Lab) -> dict[str, Any]:
+        lab.keep({"first": {"value": 1}})
+        raise ValueError("out of memory")
+
+    monkeypatch.setattr(layer, "run", breaks)
+    document: dict[str, Any] = {}
+    arguments = gpu.parser().parse_args(["layer", "--quick", "--device", "cpu", "--out", str(tmp_path)])
+    told = gpu.measured("layer", arguments, document, tmp_path / "gpu.json", measure.ceilings("cpu", quick=True))
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["layer"]["found"]
+    assert found["first"] == {"value": 1}
+    assert found["error"] == "ValueError: out of memory"
+    assert "ValueError" in str(told)
+    assert gpu._errors(found) == ["ValueError: out of memory"]
+
+
+def test_a_test_that_failed_is_a_failure() -> None:
+    assert gpu._errors({"passed": 3, "broken": {"tests.x::test_y": "assert 1 == 2"}}) == [
+        "tests.x::test_y: assert 1 == 2"
+    ]
 
 
 def test_a_failure_is_told_and_loses_nothing_else() -> None:
