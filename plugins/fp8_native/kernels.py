@@ -280,8 +280,8 @@ def _blocks_kernel(
     place = (matrix * rows_padded + row)[:, None] * (across * TILE) + column[None, :]
     tl.store(codes_ptr + place, _encode(w, scale), mask=(row < rows_padded)[:, None])
     more = tl.arange(0, MORE)
-    last = (more == 0) | ((j == across - 1) & (j + more < length))
-    tl.store(scales_ptr + (matrix * down + i) * length + j + more, tl.where(more == 0, scale, 1.0), mask=last)
+    own = more < tl.where(j == across - 1, length - j, 1)
+    tl.store(scales_ptr + (matrix * down + i) * length + j + more, tl.where(more == 0, scale, 1.0), mask=own)
 
 
 @triton.jit
