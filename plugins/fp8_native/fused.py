@@ -32,9 +32,12 @@ def kernels() -> ModuleType | None:
     return found
 
 
-def takes(x: Tensor) -> bool:
-    """Whether the kernels quantise x: on a GPU, where they are there and have shown that they are right."""
-    return x.is_cuda and kernels() is not None and faithful(str(x.device))
+def takes(x: Tensor, power_of_two: bool) -> bool:
+    """Whether the kernels quantise x: on a GPU, where they are there and have shown that they are right.
+
+    One answer for all operands of a layer, whatever their format: `product` and `outer` take no mixture.
+    """
+    return x.is_cuda and faithful(str(x.device), power_of_two)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class FusedRounding(NativeRounding):
 
     def activation(self, x_AI: Tensor, ends_E: Tensor | None) -> tuple[Any, Kept]:
         """Q(X) by rows; its codes are saved, or X."""
-        if not takes(x_AI):
+        if not self._fused(x_AI):
             return super().activation(x_AI, ends_E)
         spans(len(x_AI), ends_E)  # read before this layer's kernels are queued: the host waits for the device here
         rows = self._rows(x_AI, ends_E)
@@ -103,7 +106,7 @@ class FusedRounding(NativeRounding):
 
     def activation_again(self, kept: Kept, ends_E: Tensor | None) -> Any:
         """Q(X') along tokens."""
-        if not takes(kept[0]):
+        if not self._fused(kept[0]):
             return super().activation_again(kept, ends_E)
         if not self.codes_again:
             return self._turned(kept[0], None, len(kept[0]), self.inputs, ends_E)
@@ -112,7 +115,7 @@ class FusedRounding(NativeRounding):
 
     def weight(self, weight: Tensor) -> tuple[Any, Kept]:
         """Q(W), whose codes are saved."""
-        if not takes(weight):
+        if not self._fused(weight):
             return super().weight(weight)
         each = weight if weight.ndim == 3 else weight[None]
         made = self._blocks(each)
@@ -120,17 +123,17 @@ class FusedRounding(NativeRounding):
 
     def weight_again(self, kept: Kept) -> Any:
         """The same codes turned round."""
-        if not takes(kept[0]):
+        if not self._fused(kept[0]):
             return super().weight_again(kept)
         return self._flipped(*kept)
 
     def gradient(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:
         """Q(dY) by rows."""
-        return self._rows(dy_AO, ends_E) if takes(dy_AO) else super().gradient(dy_AO, ends_E)
+        return self._rows(dy_AO, ends_E) if self._fused(dy_AO) else super().gradient(dy_AO, ends_E)
 
     def gradient_again(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:
         """Q(dY) along tokens."""
-        if not takes(dy_AO):
+        if not self._fused(dy_AO):
             return super().gradient_again(dy_AO, ends_E)
         return self._turned(dy_AO, None, *dy_AO.shape, ends_E)
 
@@ -145,7 +148,7 @@ class FusedRounding(NativeRounding):
                 operand.multiply_into(y_PO.narrow(0, begin, own.codes.shape[0]), own, matrix)
         if where[-1][1] < rows.count:
             y_PO[where[-1][1] : rows.count] = 0
-        return _owned(y_PO[: rows.count, : weight.outer])
+        return _dense(y_PO[: rows.count, : weight.outer])
 
     def outer(self, dy: Any, x: Any, ends_E: Tensor | None) -> Tensor:
         """[O, I] or [E, O, I] in fp32."""
@@ -160,72 +163,124 @@ class FusedRounding(NativeRounding):
             else:
                 dw_OI.zero_()
         cut = dw_EOI[:, : dy.outer, : x.outer]
-        return _owned(cut[0] if ends_E is None else cut)
+        return _dense(cut[0] if ends_E is None else cut)
+
+    def path(self, x: Tensor | None) -> str:
+        """The same, and who makes the operands."""
+        said = super().path(x)
+        return said if x is None else f"{said}, operands by {'Triton' if self._fused(x) else 'torch'}"
+
+    def _fused(self, x: Tensor) -> bool:
+        return takes(x, self.power_of_two)
 
     def _rows(self, x_AI: Tensor, ends_E: Tensor | None) -> Rows:
-        return Rows(*_kernels().rows(x_AI, ends_E, power_of_two=self.power_of_two), len(x_AI))
+        return Rows(*_launched("rows", x_AI, ends_E, power_of_two=self.power_of_two), len(x_AI))
 
     def _blocks(self, weight_EOI: Tensor) -> Blocks:
-        return Blocks(*_kernels().blocks(weight_EOI, power_of_two=self.power_of_two), weight_EOI.shape[1])
+        return Blocks(*_launched("blocks", weight_EOI, power_of_two=self.power_of_two), weight_EOI.shape[1])
 
     def _flipped(self, codes: Tensor, scales: Tensor) -> Blocks:
-        return Blocks(*_kernels().flipped(codes, scales, columns=self.inputs), self.inputs)
+        return Blocks(*_launched("flipped", codes, scales, columns=self.inputs), self.inputs)
 
     def _turned(self, x_AI: Tensor, scales: Tensor | None, count: int, columns: int, ends_E: Tensor | None) -> Turned:
         options = {"count": count, "columns": columns, "power_of_two": self.power_of_two}
-        return Turned(*_kernels().turned(x_AI, scales, ends_E, **options), columns, count)
+        return Turned(*_launched("turned", x_AI, scales, ends_E, **options), columns, count)
+
+
+TRIED = ((256, [0, 131, 300]), (200, [0, 131] + 40 * [300]))
+"""Widths and ends that kernels are tried with: multiples of 16 and others are compiled apart, and so are few and many
+experts."""
 
 
 @cache
 @torch.no_grad()
-def faithful(device: str) -> bool:
+def faithful(device: str, power_of_two: bool) -> bool:
     """Whether every kernel gives what torch's own operations give, bit for bit, on some numbers; told once if not.
 
-    A compiler can break a kernel on one device and no other, and loss curves would not show it.
+    A compiler can break a kernel on one device and no other, or for one kind of argument, and loss curves would not
+    show it. So what is tried is all that Triton compiles apart for a layer: `TRIED`, with and without experts, in both
+    formats. Of numbers of experts, each power of two is compiled apart, and two of them are tried.
     """
-    draw = torch.Generator().manual_seed(0)
-    x_AI = torch.randn(420, 272, generator=draw) * torch.logspace(-9, 9, 420)[:, None]
-    x_AI[7], x_AI[:, 5] = 0, 0
-    w_EOI = torch.randn(3, 208, 272, generator=draw) * torch.logspace(-3, 3, 272)
-    x_AI, w_EOI = x_AI.to(device, torch.bfloat16), w_EOI.to(device)
-    ends_E = torch.tensor([0, 131, 400], dtype=torch.int32, device=device)
-    if all(same for power_of_two in (False, True) for same in _compared(x_AI, w_EOI, ends_E, power_of_two)):
-        return True
-    told = (
-        "fp8_native: its kernels do not give the bits of torch's operations on this device, so the latter run instead"
-    )
-    warnings.warn(told, stacklevel=2)
+    try:
+        if kernels() is None:
+            return False
+        for width, ends in TRIED:
+            x_AI, w_EOI = _examples(ends[-1] + 10, width, len(ends))
+            for dtype in (torch.bfloat16, torch.float32):
+                own_x, own_w = x_AI.to(device, dtype), w_EOI.to(device)
+                ends_E = torch.tensor(ends, dtype=torch.int32, device=device)
+                for arguments in ((own_x, own_w, ends_E), (own_x, own_w[-1], None)):
+                    if not all(_compared(*arguments, power_of_two)):
+                        return _left("do not give the bits of torch's operations")
+    except Exception as cause:  # Triton raises what its compiler, the C compiler's process, the driver and ctypes raise
+        return _left(f"cannot run ({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]})")
+    return True
+
+
+def _left(why: str) -> bool:
+    """Kernels are left alone, which is told."""
+    told = f"fp8_native: its kernels {why} on this device, so torch's operations make operands and products instead"
+    warnings.warn(told, stacklevel=3)
     return False
 
 
-def _compared(x_AI: Tensor, w_EOI: Tensor, ends_E: Tensor, power_of_two: bool) -> Iterator[bool]:
-    """Whether each kernel's operands are those of `NativeRounding`, one after the other."""
+def _examples(rows: int, width: int, experts: int) -> tuple[Tensor, Tensor]:
+    """Rows and matrices of many sizes, with tiles that are zero, infinite, and NaN; the last matrix is finite."""
+    draw = torch.Generator().manual_seed(0)
+    x_AI = torch.randn(rows, width, generator=draw) * torch.logspace(-9, 9, rows)[:, None]
+    w_EOI = torch.randn(experts, 144, width, generator=draw) * torch.logspace(-3, 3, width)
+    x_AI[7], x_AI[:, 5] = 0, 0
+    x_AI[9, 3], x_AI[135, 130] = torch.nan, -torch.inf
+    w_EOI[0, 140, 3], w_EOI[0, 5, 130], w_EOI[1, :128, :128] = torch.nan, torch.inf, 0
+    return x_AI, w_EOI
+
+
+def _compared(x_AI: Tensor, weight: Tensor, ends_E: Tensor | None, power_of_two: bool) -> Iterator[bool]:
+    """Whether each kernel's operands and their products are those of `NativeRounding`, one after the other."""
     where, width = spans(len(x_AI), ends_E), x_AI.shape[1]
-    own = FusedRounding(width, TILES["tile"], torch.bfloat16, power_of_two)
-    plain = NativeRounding(width, TILES["tile"], torch.bfloat16, power_of_two)
+    own = FusedRounding(width, TILES["tile"], torch.float32, power_of_two)
+    plain = NativeRounding(width, TILES["tile"], torch.float32, power_of_two)
     whole, kept = plain.activation(x_AI, ends_E)
-    matrices, kept_w = plain.weight(w_EOI)
-    rows, blocks = own._rows(x_AI, ends_E), own._blocks(w_EOI)
+    matrices, kept_w = plain.weight(weight)
+    rows, blocks = own._rows(x_AI, ends_E), own._blocks(weight if weight.ndim == 3 else weight[None])
     turned = own._turned(x_AI, None, *x_AI.shape, ends_E)
     again = own._turned(rows.codes, rows.scales, *x_AI.shape, ends_E)
     flipped = own._flipped(blocks.codes, blocks.scales)
+    tokens, tokens_again = plain._along_tokens(x_AI, ends_E), plain.activation_again(kept, ends_E)
     for found, right in (
         (rows.parts(where), [whole.part(*span) for span in where]),
-        (turned.parts(where), plain._along_tokens(x_AI, ends_E)),
-        (again.parts(where), plain.activation_again(kept, ends_E)),
+        (turned.parts(where), tokens),
+        (again.parts(where), tokens_again),
         (blocks.parts(), matrices),
         (flipped.parts(), plain.weight_again(kept_w)),
     ):
         yield all(_same(*pair) for pair in zip(found, right, strict=True))
+    yield _close(own.product(rows, blocks, ends_E), plain.product(whole, matrices, ends_E))
+    yield _close(own.outer(turned, again, ends_E), plain.outer(tokens, tokens_again, ends_E))
 
 
 def _same(laid: Laid, right: Operand) -> bool:
-    """Codes and scales, padding apart."""
+    """Codes and scales, padding apart; NaN is NaN, whose code has two signs."""
     down, across = right.codes.shape
-    codes = laid.codes[:down, :across].contiguous().view(torch.uint8)
+    codes, codes_right = (t.contiguous().view(torch.uint8) for t in (laid.codes[:down, :across], right.codes))
     scales = laid.scales.t() if right.tile == operand.BLOCK else laid.scales
     scales = scales[: right.scales.shape[0], : right.scales.shape[1]]
-    return torch.equal(codes, right.codes.contiguous().view(torch.uint8)) and torch.equal(scales, right.scales)
+    same = (codes == codes_right) | (codes & codes_right & 0x7F == 0x7F)
+    return bool(same.all()) and torch.equal(scales.nan_to_num(-1), right.scales.nan_to_num(-1))
+
+
+def _close(found: Tensor, right: Tensor) -> bool:
+    """Products up to the order of sums; wrong scales, and padding that is not zero, are far from that."""
+    bound = 1e-3 * right.nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True)
+    same = ((found - right).abs() <= bound) | (found == right) | (found.isnan() & right.isnan())
+    return bool(same.all())
+
+
+def _launched(kernel: str, x: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """What a kernel makes of x, on x's device: Triton launches on the current one."""
+    with torch.cuda.device_of(x):
+        made: tuple[Tensor, Tensor] = getattr(_kernels(), kernel)(x, *others, **options)
+    return made
 
 
 def _kernels() -> ModuleType:
@@ -234,7 +289,7 @@ def _kernels() -> ModuleType:
     return found
 
 
-def _owned(cut: Tensor) -> Tensor:
+def _dense(cut: Tensor) -> Tensor:
     """Dense, and no view, which autograd would forbid to be changed in place."""
     return cut.contiguous().detach()
 

@@ -24,10 +24,13 @@ INSTEAD = "precision fp8_emulated has them on any machine"
 class NativeLinear(RoundedLinear):
     """A `RoundedLinear` whose product is plain where `scaled_mm` lacks its scales: a sample on a CPU after a run."""
 
+    rounding: NativeRounding
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
         if takes(self.rounding, x):
+            self.path = self.rounding.path(x)
             return super().forward(x)
         self.note(plain_path(x.dtype))
         return F.linear(x, self.weight.to(x.dtype))
@@ -36,10 +39,13 @@ class NativeLinear(RoundedLinear):
 class NativeGroupedLinear(RoundedGroupedLinear):
     """The same for each group."""
 
+    rounding: NativeRounding
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
         """Rows sorted by group, and where each group ends."""
         if takes(self.rounding, x_AI):
+            self.path = self.rounding.path(x_AI)
             return super().forward(x_AI, ends_E)
         self.note(plain_path(x_AI.dtype))
         return grouped_product(x_AI, self.weight.to(x_AI.dtype), ends_E)
@@ -100,9 +106,8 @@ class NativeFP8(FP8Precision):
         return NativeGroupedLinear(groups, inputs, outputs, **made)
 
     def low_path(self, role: str) -> str:
-        """For example `torch scaled_mm, e4m3 1x128 / 128x128`."""
-        tiles = {"tile": "1x128 / 128x128", "row": "rows", "tensor": "tensors"}[self.config.scaling]
-        return f"torch scaled_mm, e4m3 {tiles}{', ue8m0 scales' if self.config.scales == 'ue8m0' else ''}"
+        """Without a device: a run notes who made the operands too; see `FusedRounding.path`."""
+        return self._rounding(0).path(None)
 
     def _rounding(self, inputs: int) -> NativeRounding:
         config = self.config

@@ -28,13 +28,19 @@ class Tiles:
     Args:
         rows: of activations and gradients.
         weight: of weights.
+        words: both, for people.
     """
 
     rows: Tile
     weight: Tile
+    words: str
 
 
-TILES = {"tile": Tiles(ROW, BLOCK), "row": Tiles(CHANNEL, CHANNEL), "tensor": Tiles(WHOLE, WHOLE)}
+TILES = {
+    "tile": Tiles(ROW, BLOCK, "1x128 / 128x128"),
+    "row": Tiles(CHANNEL, CHANNEL, "rows"),
+    "tensor": Tiles(WHOLE, WHOLE, "tensors"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,13 @@ class NativeRounding(Rounding):
     dtype: torch.dtype
     power_of_two: bool = False
     codes_again: bool = True
+
+    def path(self, x: Tensor | None) -> str:
+        """Which code takes the products of x, or as far as that is known before there is one.
+
+        For example `torch scaled_mm, e4m3 1x128 / 128x128`.
+        """
+        return f"torch scaled_mm, e4m3 {self.tiles.words}{', ue8m0 scales' if self.power_of_two else ''}"
 
     def activation(self, x_AI: Tensor, ends_E: Tensor | None) -> tuple[Any, Kept]:
         """Q(X) by rows; its codes are saved, or X."""

@@ -14,6 +14,7 @@ def dense_scales(scales: Tensor, kind: Any, rows: int, width: int) -> Tensor:
     """Every element's scale, [rows, width], after the checks of shape, format and strides."""
     across = math.ceil(width / 128)
     assert scales.dtype == torch.float32
+    assert scales.data_ptr() % 16 == 0
     if kind == TILES:
         assert tuple(scales.shape) == (rows, across)
         assert scales.stride() == (1, rows)

@@ -5,6 +5,7 @@ checks what CUDA checks, and for real where there is a Hopper GPU.
 """
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -342,7 +343,9 @@ def test_a_run_in_tiles(lab: Lab, tmp_path: Path) -> None:
     summary = lab.fit(
         tmp_path / "run", "precision={name: fp8_native}", "recompute.blocks=[dense, moe]", "budget.steps=6"
     )
-    assert "torch scaled_mm, e4m3 1x128 / 128x128" in summary["precision_paths"]["experts.gate_up"]
+    by = "Triton" if find_spec("triton") else "torch"
+    said = f"torch scaled_mm, e4m3 1x128 / 128x128, operands by {by}"
+    assert said in summary["precision_paths"]["experts.gate_up"].split(" | ")
     assert summary["skipped_steps"] == 0
 
 
@@ -353,6 +356,16 @@ def test_in_tiles_a_cpu_takes_plain_products_and_says_so(lab: Lab) -> None:
     assert torch.equal(layer(x), F.linear(x, layer.weight))
     made.grouped_linear(2, 32, 16, "experts.down", std=0.1)(x, torch.tensor([1, 3]))
     assert made.paths.table() == {"ffn.down": "float32 product", "experts.down": "float32 product"}
+
+
+@pytest.mark.parametrize("device", ["standin"], indirect=True)
+def test_in_tiles_a_run_says_who_made_the_operands(lab: Lab, device: str) -> None:
+    made = native(lab)
+    made.linear(32, 16, "ffn.down", std=0.1)(torch.ones(3, 32))
+    made.grouped_linear(2, 32, 16, "experts.down", std=0.1)(torch.ones(3, 32), torch.tensor([1, 3]))
+    said = "torch scaled_mm, e4m3 1x128 / 128x128"
+    assert made.path("ffn.down") == made.path("experts.down") == said
+    assert made.paths.table() == dict.fromkeys(("ffn.down", "experts.down"), f"{said}, operands by torch")
 
 
 def test_names_and_initial_values_are_those_of_fp32(lab: Lab) -> None:

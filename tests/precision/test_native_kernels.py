@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from lab import Lab
 from torch import Tensor
 
+from core.assemble import make
 from core.model.quantise import BLOCK, E4M3, ROW, Quantised, dequantise, quantise
-from plugins.fp8_native import fused, operand
+from plugins.fp8_native import fused, operand, precision
 from plugins.fp8_native.ends import spans
 from plugins.fp8_native.rounding import TILES, NativeRounding
 
@@ -39,6 +41,7 @@ ENDS: dict[str, list[int] | None] = {
     "none": [0, 0, 0],
 }
 ROWS_A, RAGGED, WHOLE = 400, 200, 256
+FUSED = [fused.Rows, fused.Blocks] * 2 + [fused.Turned] * 2
 kinds = pytest.mark.parametrize("power_of_two", [False, True], ids=["fp32 scales", "ue8m0"])
 grouped = pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 
@@ -210,24 +213,76 @@ def test_a_tile_that_is_not_finite_becomes_nan_as_a_whole(bad: float) -> None:
     same(scales[0, :, :3], right.scales)
 
 
-@compared
-@pytest.mark.parametrize("broken", [None, "rows", "turned", "blocks", "flipped"])
-def test_a_kernel_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch, broken: str | None) -> None:
-    """One code in thousands is enough to be found out."""
-    kernels = fused._kernels()
-    if broken is None:
-        assert fused.faithful.__wrapped__(DEVICE)
-        return
-    real = getattr(kernels, broken)
+def stood_in(y_MN: Tensor, a: operand.Laid, b: operand.Laid) -> None:
+    options = {"output_dtype": y_MN.dtype, "use_fast_accum": False}
+    kinds = [operand.ScalingType(laid.recipe[0]) for laid in (a, b)]
+    y_MN.copy_(hopper_scaled_mm(a.codes, b.codes.t(), a.scales, kinds[0], b.scales, kinds[1], **options))
 
-    def spoilt(*arguments: Any, **named: Any) -> Any:
-        codes, scales = real(*arguments, **named)
-        codes.view(torch.uint8).view(-1)[3::4096] ^= 1
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's, stood in for where kernels are interpreted, and little is tried because that is slow."""
+    if INTERPRETED:
+        monkeypatch.setattr(fused, "TRIED", ((144, [0, 131, 140]), (136, [0, 131, 140])))
+        monkeypatch.setattr(operand, "multiply_into", stood_in)
+        monkeypatch.setattr(operand.F, "scaled_mm", hopper_scaled_mm)
+
+
+def shown(power_of_two: bool = False) -> bool:
+    """`faithful`, asked anew."""
+    return bool(fused.faithful.__wrapped__(DEVICE, power_of_two))
+
+
+@compared
+@kinds
+@pytest.mark.usefixtures("products")
+def test_kernels_are_used_where_they_give_the_bits(power_of_two: bool) -> None:
+    assert shown(power_of_two)
+
+
+@compared
+@pytest.mark.parametrize("spoilt", ["rows", "turned", "blocks", "flipped", "rows without experts", "turned of fp32"])
+@pytest.mark.usefixtures("products")
+def test_a_kernel_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
+    """One code in thousands is enough to be found out, also in one kind of call alone."""
+    kernels, (name, _, only) = fused._kernels(), spoilt.partition(" ")
+    real = getattr(kernels, name)
+
+    def spoiling(x: Tensor, *others: Any, **named: Any) -> Any:
+        codes, scales = real(x, *others, **named)
+        if {"": True, "without experts": others[-1:] == (None,), "of fp32": x.dtype == torch.float32}[only]:
+            codes.view(torch.uint8).view(-1)[3::4096] ^= 1
         return codes, scales
 
-    monkeypatch.setattr(kernels, broken, spoilt)
+    monkeypatch.setattr(kernels, name, spoiling)
+    with pytest.warns(UserWarning, match="do not give the bits") as told:
+        assert not shown()
+    assert len(told) == 1
+
+
+@compared
+@pytest.mark.usefixtures("products")
+def test_products_that_are_not_those_of_torch_are_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = operand.multiply_into
+
+    def spoiling(y_MN: Tensor, a: operand.Laid, b: operand.Laid) -> None:
+        real(y_MN, a, b)
+        y_MN[5, 5] *= 1.5
+
+    monkeypatch.setattr(operand, "multiply_into", spoiling)
     with pytest.warns(UserWarning, match="do not give the bits"):
-        assert not fused.faithful.__wrapped__(DEVICE)
+        assert not shown()
+
+
+@compared
+@pytest.mark.usefixtures("products")
+def test_a_torch_without_the_private_product_uses_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any) -> None:
+        raise AttributeError("module 'torch' has no attribute '_scaled_mm_v2'")
+
+    monkeypatch.setattr(operand, "multiply_into", lacking)
+    with pytest.warns(UserWarning, match="cannot run .AttributeError: module 'torch' has no attribute '_scaled_mm_v2'"):
+        assert not shown()
 
 
 @compared
@@ -239,24 +294,16 @@ def test_gradients_of_a_sum_need_no_memory() -> None:
         same_as_laid(next(found.parts([(0, 40)])), right)
 
 
-def stood_in(y_MN: Tensor, a: operand.Laid, b: operand.Laid) -> None:
-    options = {"output_dtype": y_MN.dtype, "use_fast_accum": False}
-    kinds = [operand.ScalingType(laid.recipe[0]) for laid in (a, b)]
-    y_MN.copy_(hopper_scaled_mm(a.codes, b.codes.t(), a.scales, kinds[0], b.scales, kinds[1], **options))
-
-
 @compared
 @grouped
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("codes_again", [True, False], ids=["paper", "te"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(256, 128), (70, 37)])
 def test_products_are_those_of_the_reference(
     monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, codes_again: bool, ends: list[int] | None
 ) -> None:
     """The same operands in the same products give the same bits: interpreted up to the order of fp64 sums."""
-    if INTERPRETED:
-        monkeypatch.setattr(operand, "multiply_into", stood_in)
-        monkeypatch.setattr(operand.F, "scaled_mm", hopper_scaled_mm)
-        monkeypatch.setattr(fused, "takes", lambda x: True)
+    monkeypatch.setattr(fused, "takes", lambda x, power_of_two: True)
     ends_E, experts = on_device(ends), 1 if ends is None else len(ends)
     x, dy = drawn(ROWS_A, inputs).to(DEVICE), drawn(ROWS_A, outputs, seed=2).to(DEVICE)
     weight = drawn(experts, outputs, inputs, seed=3).to(DEVICE)
@@ -266,11 +313,12 @@ def test_products_are_those_of_the_reference(
         rounding = kind(inputs, TILES["tile"], torch.float32, codes_again=codes_again)
         rows, kept_x = rounding.activation(x, ends_E)
         matrix, kept_w = rounding.weight(weight)
-        y = rounding.product(rows, matrix, ends_E)
-        dx = rounding.product_back(rounding.gradient(dy, ends_E), rounding.weight_again(kept_w), ends_E)
-        again = rounding.activation_again(kept_x, ends_E)
-        results.append((y, dx, rounding.outer(rounding.gradient_again(dy, ends_E), again, ends_E)))
-    assert isinstance(rows, operand.Operand)
+        dy_rows, matrix_back = rounding.gradient(dy, ends_E), rounding.weight_again(kept_w)
+        dy_tokens, tokens = rounding.gradient_again(dy, ends_E), rounding.activation_again(kept_x, ends_E)
+        made = [type(part) for part in (rows, matrix, dy_rows, matrix_back, dy_tokens, tokens)]
+        assert made == (FUSED if kind is fused.FusedRounding else [operand.Operand, list] * 2 + [list] * 2)
+        y, dx = rounding.product(rows, matrix, ends_E), rounding.product_back(dy_rows, matrix_back, ends_E)
+        results.append((y, dx, rounding.outer(dy_tokens, tokens, ends_E)))
     for found, right in zip(*results, strict=True):
         assert found.shape == right.shape
         assert found.is_contiguous()
@@ -292,5 +340,15 @@ def test_ends_are_read_once_and_again_when_they_change(monkeypatch: pytest.Monke
     assert spans(4, None) == [(0, 4)]
 
 
-def test_without_a_gpu_torch_quantises() -> None:
-    assert not fused.takes(torch.ones(1))
+@compared
+@pytest.mark.usefixtures("products")
+def test_layers_note_that_kernels_made_their_operands(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "takes", lambda x, power_of_two: True)
+    monkeypatch.setattr(precision, "takes", lambda rounding, x: True)
+    made: Any = make(lab.recipe("precision={name: fp8_native, scales: ue8m0}").precision)
+    x = drawn(20, 32).to(DEVICE)
+    made.linear(32, 16, "ffn.down", std=0.1).to(DEVICE)(x)
+    made.grouped_linear(2, 32, 16, "experts.down", std=0.1).to(DEVICE)(x, on_device([3, 20]))
+    said = "torch scaled_mm, e4m3 1x128 / 128x128, ue8m0 scales"
+    assert made.path("ffn.down") == said
+    assert made.paths.table() == dict.fromkeys(("ffn.down", "experts.down"), f"{said}, operands by Triton")
