@@ -78,10 +78,11 @@ def _ask(arguments: argparse.Namespace) -> None:
     from core.run import load, run_of
 
     folder = run_of(checkpoint)
-    notices = compose(folder.recipe).notices()
+    recipe = compose(folder.recipe)
+    notices = recipe.notices()
     for notice in notices:
         _say(f"note: {notice}")
-    model = moved(load(checkpoint), arguments.device or "cpu")
+    model = moved(load(checkpoint), arguments.device or "cpu", recipe)
     told = run_tasks(loaded, folder, model, wanted, say=_say)
     if arguments.json:
         print_json({"checkpoint": checkpoint.name, **told, "notices": notices})

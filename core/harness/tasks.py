@@ -11,10 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from core.analysis.describe import obstacles
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
 from core.harness.markers import markers_of
 from core.model.language_model import LanguageModel
+from core.recipe.compose import Recipe
 from core.training.folder import RunFolder
 
 
@@ -98,12 +102,14 @@ def run_tasks(
     }
 
 
-def moved(model: LanguageModel, device: str) -> LanguageModel:
+def moved(model: LanguageModel, device: str, recipe: Recipe) -> LanguageModel:
     """The model on a device.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: there is no such device here, or a part of its recipe cannot run on the one there is.
     """
+    if device.startswith("cuda") and torch.cuda.is_available() and (found := obstacles(recipe)):
+        raise UserError(f"--device {device}: cannot run there: {'; '.join(found)}")
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as cause:  # an unknown name; CUDA that torch has not, or finds no GPU for

@@ -309,6 +309,8 @@ def _item(hint: Any) -> Any:
 def _reach(value: Any, path: str) -> Any:
     """What stands at a key path of an instance; an empty mapping for a whole section, which no sentence shows."""
     for part in path.split(".") if path else ():
+        if isinstance(value, Section) and not hasattr(value, part):
+            value = value.config
         if isinstance(value, list):
             value = value[int(part)]
         else:

@@ -54,6 +54,15 @@ def recipes() -> Any:
     return _module("transformer_engine.common.recipe")
 
 
+def present() -> bool:
+    """Whether it is there and works; without it layers take plain products."""
+    try:
+        pytorch()
+    except UserError:
+        return False
+    return True
+
+
 def _module(name: str) -> Any:
     try:
         with warnings.catch_warnings():

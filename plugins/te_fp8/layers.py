@@ -36,7 +36,9 @@ class Recipe:
     def __init__(self, scaling: str, *, gradients: str, scales: str, history: int) -> None:
         self.scaling, self.gradients, self.scales, self.history = scaling, gradients, scales, history
         self.tile = SCALINGS[scaling].tile
-        self.path = f"Transformer Engine, {SCALINGS[scaling].recipe}"
+        told = [", E5M2 gradients"] if gradients == "e5m2" else []
+        told += [", fp32 scales"] if scaling == "block" and scales == "fp32" else []
+        self.path = f"Transformer Engine, {SCALINGS[scaling].recipe}{''.join(told)}"
         self._made: Any = None
 
     def make(self) -> Any:
@@ -163,7 +165,8 @@ class TELinear(_Lent, Linear):
         """(..., inputs) -> (..., outputs), in the stream's format."""
         x = x.to(self.stream)
         if not self.takes(x) or x.numel() == 0:
-            self.note(plain_path(self.stream))
+            if x.numel():
+                self.note(plain_path(self.stream))
             return F.linear(x, self.weight.to(self.stream))
         self.note(self.recipe.path)
         x_TI = x.reshape(-1, self.inputs)

@@ -12,7 +12,7 @@ from core.contracts.component import Environment
 from core.contracts.errors import UserError, Wrong
 from core.contracts.schema import setting
 from core.model.fp8 import FP8Precision, FP8Settings
-from plugins.te_fp8.engine import SCALINGS, obstacle
+from plugins.te_fp8.engine import SCALINGS, obstacle, present
 from plugins.te_fp8.layers import Recipe, TEGroupedLinear, TELinear
 
 
@@ -90,7 +90,7 @@ class TransformerEngineFP8(FP8Precision):
         Each layer enters `te.autocast` by itself, so that a product is FP8 in a recomputed block and outside of blocks
         too.
         """
-        if self.config.scaling == "delayed" and torch.cuda.is_available():
+        if self.config.scaling == "delayed" and torch.cuda.is_available() and present():
             return self.recipe.context()
         return nullcontext()
 

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lab import Lab, forked, through
 
 import core
+from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
+from core.harness import tasks
 
 from .by_hand import greedy, log_likelihood
 from .questions import GENERATED, MULTIPLE_CHOICE, write_task
@@ -142,6 +145,15 @@ def test_a_device_that_is_not_here_is_refused(lab: Lab, finished: Path, folder: 
     said = lab.door("evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--device", "nonsense")
     assert said.code == 2
     assert said.sentence.startswith("--device nonsense: the model cannot go there: ")
+
+
+def test_a_gpu_that_a_part_cannot_run_on_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `fit` would: else the first product says it, in its own words."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tasks, "obstacles", lambda recipe: ["precision te_fp8: needs CUDA 12.9"])
+    recipe = lab.recipe()
+    with pytest.raises(UserError, match="--device cuda: cannot run there: precision te_fp8: needs CUDA 12.9"):
+        tasks.moved(core.build(recipe, device="meta"), "cuda", recipe)
 
 
 def test_without_the_harness_it_says_what_to_install(finished: Path) -> None:

@@ -1,15 +1,17 @@
-"""te_fp8 with the real Transformer Engine, on a GPU that it runs on: first against fp64, then a run, then resumed."""
+"""te_fp8 with the real Transformer Engine, on a GPU that it runs on: against fp64, then runs, one of them resumed."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lab import Lab, last_checkpoint
+from lab import Lab, assert_same, assert_same_run, last_checkpoint
 from torch import Tensor
 
 from core.assemble import build, make
 from core.contracts.component import Environment
+from core.training.callbacks import KeepLatest
 from plugins.te_fp8.engine import SCALINGS, obstacle
 
 from .test_te_wiring import SIXTEENS
@@ -77,11 +79,44 @@ def test_experts(lab: Lab, scaling: str, ends: list[int]) -> None:
         assert calc_diff(own, dy[b:e].double().T @ x[b:e].double()) < 1.5e-3
 
 
-def test_nan_goes_through(lab: Lab, scaling: str) -> None:
+@pytest.mark.parametrize("keys", [{"gradients": "e5m2"}, {"scales": "fp32"}], ids=str)
+def test_options(lab: Lab, scaling: str, keys: dict[str, str]) -> None:
+    """E5M2 gradients cost bits in the two products that have them, and in no other; fp32 scales cost none."""
+    if "scales" in keys and scaling != "block":
+        pytest.skip("fp32 scales are of scaling block")
+    text = ", ".join(f"{key}: {value}" for key, value in {"scaling": scaling, "stream": "fp32", **keys}.items())
+    made: Any = make(lab.recipe(f"precision={{name: te_fp8, {text}}}").precision)
+    layer = made.linear(256, 512, "ffn.down", std=0.1).cuda()
+    x = torch.randn(256, 256, device="cuda", requires_grad=True)
+    dy = torch.randn(256, 512, device="cuda")
+    y = layer(x)
+    y.backward(dy)
+    weight = layer.weight.detach().double()
+    assert 1e-5 < calc_diff(y, x.double() @ weight.T) < 1.5e-3
+    low, high = (1.5e-3, 4e-3) if "gradients" in keys else (1e-5, 1.5e-3)
+    assert low < calc_diff(x.grad, dy.double() @ weight) < high
+    assert low < calc_diff(layer.weight.grad, dy.double().T @ x.double()) < high
+    assert made.paths.table()["ffn.down"].endswith("E5M2 gradients" if "gradients" in keys else "fp32 scales")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_goes_through(lab: Lab, scaling: str, bad: float) -> None:
+    """In the activation, in the gradient and in a weight: what they reach is not finite."""
     layer = precision(lab, scaling).linear(256, 128, "ffn.down", std=0.1).cuda()
-    x = torch.ones(64, 256, device="cuda", dtype=torch.bfloat16)
-    x[3, 5] = torch.nan
-    assert layer(x)[3].isnan().all()
+    x = torch.ones(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with torch.no_grad():
+        x[3, 5] = bad
+    assert not layer(x)[3].isfinite().any()
+    with torch.no_grad():
+        x[3, 5] = 1.0
+    y, dy = layer(x), torch.ones(64, 128, device="cuda", dtype=torch.bfloat16)
+    dy[7, 9] = bad
+    y.backward(dy)
+    assert not x.grad[7].isfinite().any()
+    assert not layer.weight.grad[9].isfinite().any()
+    with torch.no_grad():
+        layer.weight[11, 13] = bad
+    assert not layer(x)[:, 11].isfinite().any()
 
 
 def test_a_run_trains_recomputes_and_reaches_other_precisions(lab: Lab, scaling: str, tmp_path: Path) -> None:
@@ -95,3 +130,45 @@ def test_a_run_trains_recomputes_and_reaches_other_precisions(lab: Lab, scaling:
     there = build(lab.recipe(*SIXTEENS))
     assert list(there.state_dict()) == list(state)
     there.load_state_dict(state)
+
+
+class Cut(Exception):  # noqa: N818
+    """What ends a run before its time."""
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What cuBLAS asks for, and torch's switch as it was afterwards."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_run_that_is_cut_goes_on_to_the_same_bits(
+    lab: Lab, scaling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed from its third step of six; and fp32's optimizer takes the moments that it left."""
+    if scaling == "mxfp8":
+        pytest.skip("the small recipe has widths of 16")
+    te = (*SIXTEENS, f"precision={{name: te_fp8, scaling: {scaling}}}", "trainer.deterministic=true")
+    te += ("budget.steps=6", "checkpoint.every_steps=3")
+    lab.fit(tmp_path / "whole", *te)
+    saves = KeepLatest.on_train_batch_end
+
+    def ends(self: Any, trainer: Any, module: Any, *rest: Any) -> None:
+        saves(self, trainer, module, *rest)
+        if module.windows_done == 4:
+            raise Cut
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KeepLatest, "on_train_batch_end", ends)
+        with pytest.raises(Cut):
+            lab.fit(tmp_path / "cut", *te)
+    lab.fit(tmp_path / "cut", *te, resume=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    recipe = lab.recipe(*SIXTEENS)
+    model, kept = build(recipe), last_checkpoint(tmp_path / "whole")["optimizer_states"][0]
+    optimizer = make(recipe.optimizer).make(model.named_parameters())
+    optimizer.load_state_dict(kept)
+    assert_same(optimizer.state_dict()["state"], kept["state"])

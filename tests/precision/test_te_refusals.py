@@ -159,7 +159,7 @@ def test_mxfp8_takes_multiples_of_thirty_two(lab: Lab) -> None:
         ),
         (("precision.scaling=current", "precision.scales=fp32"), "precision.scales", "is of scaling block"),
         (("precision.history=0",), "precision.history", "must be at least 1"),
-        (("strategy={name: single, accelerator: cpu}",), "strategy.accelerator", "must not be cpu"),
+        (("strategy={name: single, accelerator: cpu}",), "strategy.accelerator = 'cpu'", "must not be cpu"),
         (("precision.scaling=tile",), "precision.scaling", "block"),
     ],
 )
