@@ -152,7 +152,7 @@ def test_a_gpu_that_a_part_cannot_run_on_is_refused(lab: Lab, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tasks, "obstacles", lambda recipe: ["precision te_fp8: needs CUDA 12.9"])
     recipe = lab.recipe()
-    with pytest.raises(UserError, match="--device cuda: cannot run there: precision te_fp8: needs CUDA 12.9"):
+    with pytest.raises(UserError, match="--device cuda: cannot run there: precision te_fp8: needs"):
         tasks.moved(core.build(recipe, device="meta"), "cuda", recipe)
 
 
