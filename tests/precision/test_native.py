@@ -86,21 +86,62 @@ def by_hand(
     return y, dx, q(dy, "columns").T @ (q(x, "rows") if how is TENSOR else q(again, "columns"))
 
 
-SUMS = {"cpu": 4e-6, "cuda": 2**-10}
-"""Rounding of sums, relative to |a| |b|: fp32; and a tensor core's, which keeps about 13 bits below the largest of the
-32 products that it adds at once (32 x 2^-13 at the worst; 6.8e-4 is what these cases have on an H100)."""
+ROUNDING = 4e-6
+"""Of fp32 sums, relative to |a| |b|."""
 
 
-def close(actual: Tensor, right: Tensor, size: Tensor, device: str) -> None:
-    """Within the rounding of sums; `size` is |a| |b|."""
+def worst(actual: Tensor, right: Tensor, size: Tensor) -> float:
+    """The largest error, relative to `size`, which is |a| |b|."""
     error = (actual.detach().cpu().double() - right).abs() / size.double().clamp(min=1e-30)
-    assert not right.numel() or float(error.max()) <= SUMS[device], float(error.max())
+    return float(error.max()) if right.numel() else 0.0
 
 
-def sizes_of(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def close(found: list[Tensor], right: list[Tensor], sizes: list[Tensor], limits: list[float]) -> None:
+    """Each within its limit."""
+    errors = [worst(*each) for each in zip(found, right, sizes, strict=True)]
+    assert all(error <= limit for error, limit in zip(errors, limits, strict=True)), (errors, limits)
+
+
+def through(layer: Any, x: Tensor, dy: Tensor, *more: Tensor) -> list[Tensor]:
+    """Y, dX and dW."""
+    own = x.clone().requires_grad_()
+    y = layer(own, *more)
+    y.backward(dy)
+    return [y.detach(), own.grad, layer.weight.grad]
+
+
+def limits(
+    lab: Lab, device: str, keys: list[str], layer: Any, right: list[Tensor], sizes: list[Tensor], *given: Tensor
+) -> list[float]:
+    """The rounding of fp32 sums; on a GPU, half as much again as sums of 14 bits are off in the same products.
+
+    A Hopper's tensor core adds 32 products at once and cuts all of them 13 bits below the largest (report, section
+    3.5.2), which the emulation does too: with one large channel among small ones it is off by 2.3e-3, an H100 by 2.2e-3.
+
+    Args:
+        keys: of the precision; the emulation has no scale for each row, and one for a tensor stands for it.
+        layer: whose products they are.
+        given: x, dy and, for experts, their ends.
+    """
+    if device == "cpu":
+        return [ROUNDING] * 3
+    tensor = ["precision.scaling=tensor"] if {"precision.scaling=row", "precision.scaling=tensor"} & set(keys) else []
+    options = [key for key in keys if "scaling" not in key]
+    narrow = ["precision.accumulator_bits=14", "precision.promote_every=128"]
+    made: Any = make(lab.recipe("precision.name=fp8_emulated", *narrow, *tensor, *options).precision)
+    if layer.weight.ndim == 2:
+        like = made.linear(layer.inputs, layer.outputs, "ffn.down", std=0.1)
+    else:
+        like = made.grouped_linear(layer.groups, layer.inputs, layer.outputs, "experts.down", std=0.1)
+    like.load_state_dict(layer.state_dict())
+    found = through(like, *given)
+    return [1.5 * worst(*each) + ROUNDING for each in zip(found, right, sizes, strict=True)]
+
+
+def sizes_of(x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
     """|a| |b| of the three products."""
     x, weight, dy = (t.abs().double() for t in (x, weight, dy))
-    return x @ weight.T, dy @ weight, dy.T @ x
+    return [x @ weight.T, dy @ weight, dy.T @ x]
 
 
 def data(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
@@ -125,14 +166,11 @@ def check_linear(
     torch.manual_seed(1)
     layer: Any = native(lab, *overrides).linear(inputs, outputs, "ffn.down", std=0.1).to(device)
     x, dy = data(*sizes)
-    own = x.clone().to(device).requires_grad_()
-    y = layer(own)
-    y.backward(dy.to(device))
+    found = through(layer, x.to(device), dy.to(device))
     weight = layer.weight.detach().cpu()
-    told = {"paper": not any("te" in o for o in overrides), "ue8m0": any("ue8m0" in o for o in overrides)}
-    right = by_hand(x, weight, dy, how, **told)
-    for actual, expected, size in zip((y, own.grad, layer.weight.grad), right, sizes_of(x, weight, dy), strict=True):
-        close(actual, expected, size, device)
+    paper, ue8m0 = "precision.weight_gradient=te" not in overrides, "precision.scales=ue8m0" in overrides
+    right, size = list(by_hand(x, weight, dy, how, paper=paper, ue8m0=ue8m0)), sizes_of(x, weight, dy)
+    close(found, right, size, limits(lab, device, [*overrides], layer, right, size, x, dy))
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -165,13 +203,11 @@ def check_grouped(
     layer: Any = native(lab, *overrides).grouped_linear(4, 70, 40, "experts.down", std=0.1).to(device)
     x, dy = data(max(rows, 1), 70, 40)
     x, dy = x[:rows], dy[:rows]
-    own = x.clone()
+    own, ends_E = x.clone(), torch.tensor(ends, dtype=torch.int32)
     own[ends[-1] :] = torch.nan
-    own = own.to(device).requires_grad_()
-    y = layer(own, torch.tensor(ends, dtype=torch.int32, device=device))
-    y.backward(dy.to(device))
+    found = through(layer, own.to(device), dy.to(device), ends_E.to(device))
     weight = layer.weight.detach().cpu()
-    right = [torch.zeros(t.shape, dtype=torch.float64) for t in (y, x, weight)]
+    right = [torch.zeros(t.shape, dtype=torch.float64) for t in (dy, x, weight)]
     sizes = [torch.zeros_like(t) for t in right]
     if how is TENSOR:  # one scale for the rows of all experts
         rows_q, dy_q = (quantised(t[: ends[-1]], 0, 0) for t in (x, dy))
@@ -185,9 +221,8 @@ def check_grouped(
             continue
         for all_of, parts in ((right, own_right), (sizes, sizes_of(x[b:e], weight[expert], dy[b:e]))):
             all_of[0][b:e], all_of[1][b:e], all_of[2][expert] = parts
-    for actual, expected, size in zip((y, own.grad, layer.weight.grad), right, sizes, strict=True):
-        assert bool(torch.isfinite(actual).all())
-        close(actual, expected, size, device)
+    assert all(bool(torch.isfinite(t).all()) for t in found)
+    close(found, right, sizes, limits(lab, device, [*overrides], layer, right, sizes, x, dy, ends_E))
 
 
 @pytest.mark.parametrize(("ends", "rows"), ENDS.values(), ids=ENDS)
@@ -229,14 +264,9 @@ def test_it_is_what_the_emulation_emulates(lab: Lab, device: str) -> None:
     there: Any = make(lab.recipe("precision.name=fp8_emulated").precision).linear(200, 150, "ffn.down", std=0.1)
     there.load_state_dict(here.state_dict())
     x, dy = data(37, 200, 150)
-    results = []
-    for layer, where in ((here, device), (there, "cpu")):
-        own = x.clone().to(where).requires_grad_()
-        y = layer(own)
-        y.backward(dy.to(where))
-        results.append([t.detach().cpu() for t in (y, own.grad, layer.weight.grad)])
-    for one, two, size in zip(*results, sizes_of(x, here.weight.detach().cpu(), dy), strict=True):
-        close(one, two.double(), size, device)
+    found, right = through(here, x.to(device), dy.to(device)), [t.double() for t in through(there, x, dy)]
+    sizes = sizes_of(x, there.weight.detach(), dy)
+    close(found, right, sizes, limits(lab, device, [], here, right, sizes, x, dy))
 
 
 @on_a_cpu
