@@ -116,7 +116,7 @@ def limits(
     """The rounding of fp32 sums; on a GPU, half as much again as sums of 14 bits are off in the same products.
 
     A Hopper's tensor core adds 32 products at once and cuts all of them 13 bits below the largest (report, section
-    3.5.2), which the emulation does too: with one large channel among small ones it is off by 2.3e-3, an H100 by 2.2e-3.
+    3.5.2), which the emulation does too: with one large channel among small ones it errs by 2.3e-3, an H100 by 2.2e-3.
 
     Args:
         keys: of the precision; the emulation has no scale for each row, and one for a tensor stands for it.
