@@ -108,7 +108,7 @@ def _told(
             "tokens_per_second": stepper.tokens / spent["median"],
             "mfu": stepper.flops / spent["median"] / lab.ceilings["bf16"],
             "peak_bytes": memory.get(label),
-            f"speed_over_{first.replace(' ', '_')}": ratio(seconds[first], spent),
+            f"speed_over_{first.replace(', ', '_').replace(' ', '_')}": ratio(seconds[first], spent),
         }
         for label, spent in seconds.items()
     }
@@ -118,6 +118,9 @@ def _told(
 
 KINDS = ("gradients", "step", "step_with_masters")
 """Forward and backward; a step, theirs of bf16 weights; a step, theirs of fp32 masters, as ours always is."""
+
+
+HELPED = "transformers, our attention kernel"
 
 
 def beside_transformers(lab: Lab) -> dict[str, Any]:
@@ -141,26 +144,20 @@ def beside_transformers(lab: Lab) -> dict[str, Any]:
         theirs = Theirs(Path(scratch), found["best"], base, lab.device)
     found["agreement"] = attempt(agreement, base, theirs, SHAPES[BESIDE].compose("{name: fp32}", quick=lab.quick))
     found["attention_kernels"] = attempt(_attention_kernels, lab, base, theirs)
-    for what, alike in (("", _untouched), ("compiled_", _compiled)):
-        alike(theirs)
+    for compiled in (False, True):
+        if compiled:  # once, with the kernel that is faster for it: what is compiled keeps its kernel
+            theirs.model.compile()
         for kind in KINDS:
-            call = getattr(theirs, kind)
-            versions = {"ours": eager[kind], "ours compiled": ours[kind], "transformers": call}
-            versions["transformers, our attention kernel"] = _on_our_kernels(call)
-            peaks = memory[kind] | {"transformers": _peak(call, lab, held)}
+            alone, helped = getattr(theirs, kind), _on_our_kernels(getattr(theirs, kind))
+            versions = {"ours": eager[kind], "ours compiled": ours[kind], HELPED: helped}
+            versions |= {} if compiled else {"transformers": alone}
+            peaks = memory[kind] | {HELPED: _peak(helped, lab, held)}
             if kind == "step":
                 theirs.optimizer.state.clear()  # not to be counted with the masters
-            found[what + kind] = _told(in_turns(versions, lab.device, **_rounds(lab)), peaks, base, lab, "transformers")
+            seconds = in_turns(versions, lab.device, **_rounds(lab))
+            found[f"compiled_{kind}" if compiled else kind] = _told(seconds, peaks, base, lab, HELPED)
             lab.keep({BESIDE: found})
     return found
-
-
-def _untouched(theirs: Theirs) -> None:
-    pass
-
-
-def _compiled(theirs: Theirs) -> None:
-    theirs.model.compile()
 
 
 def _on_our_kernels(function: Callable[[], None]) -> Callable[[], None]:
@@ -180,7 +177,7 @@ def _gradients_alone(lab: Lab, base: Stepper, folder: str, experts: str) -> dict
 def _attention_kernels(lab: Lab, base: Stepper, theirs: Theirs) -> dict[str, list[str]]:
     """By name, the kernels that attention ran on either side."""
     calls = {"ours": base.gradients, "transformers": theirs.gradients}
-    calls["transformers, our attention kernel"] = _on_our_kernels(theirs.gradients)
+    calls[HELPED] = _on_our_kernels(theirs.gradients)
     found = {}
     for label, call in calls.items():
         with profiled(lab.device) as kernels:

@@ -64,6 +64,33 @@ class Recipe:
         return entered
 
 
+class _Poison(torch.autograd.Function):
+    """Infinities become NaN, of a value on its way in, or of a gradient on its way back.
+
+    Transformer Engine lets NaN through; infinities it rounds to the largest number (seen on an H100, 2.20.2), and an
+    overflow would not be noticed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, going_in: bool) -> Tensor:
+        ctx.coming_back = not going_in
+        return _nan_for_infinite(x) if going_in else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _nan_for_infinite(dy) if ctx.coming_back else dy, None
+
+
+def _nan_for_infinite(x: Tensor) -> Tensor:
+    return x + (x - x)
+
+
+def poisoned(x: Tensor, *, going_in: bool) -> Tensor:
+    """See `_Poison`."""
+    found: Tensor = _Poison.apply(x, going_in)
+    return found
+
+
 class _Lent(StepState):
     """A module of Transformer Engine that is lent weights, and the memory of delayed scaling.
 
@@ -174,7 +201,7 @@ class TELinear(_Lent, Linear):
         if missing := -rows % self.recipe.tile:
             x_TI = F.pad(x_TI, (0, 0, 0, missing))
         with self.lent([self.weight]) as module:
-            y_TO = module(x_TI)
+            y_TO = poisoned(module(poisoned(x_TI, going_in=True)), going_in=False)
         y: Tensor = y_TO[:rows].view(*x.shape[:-1], self.outputs)
         return y
 
@@ -203,5 +230,5 @@ class TEGroupedLinear(_Lent, GroupedLinear):
         self.note(self.recipe.path)
         groups = PaddedGroups.of(ends_E, len(x_AI), self.recipe.tile)
         with self.lent(list(self.weight.unbind(0))) as module:
-            y_PO = module(groups.pad(x_AI), groups.sizes)
-        return groups.cut(y_PO)
+            y_PO = module(poisoned(groups.pad(x_AI), going_in=True), groups.sizes)
+        return groups.cut(poisoned(y_PO, going_in=False))

@@ -91,9 +91,13 @@ class autocast:
 
 
 def quantised(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Rounded to E4M3 under one scale: the given one, or the power of two below 448 / |x|."""
+    """Rounded to E4M3 under one scale: the given one, or the power of two below 448 / |x|.
+
+    NaN stays, infinities become the largest number, as they do on an H100.
+    """
     if scale is None:
-        scale = torch.exp2(torch.floor(torch.log2(448 / x.detach().abs().max().float().clamp(min=1e-30))))
+        largest = x.detach().float().nan_to_num(0, 0, 0).abs().amax()
+        scale = torch.exp2(torch.floor(torch.log2(448 / largest.clamp(min=1e-30))))
     return ((x.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() / scale).to(x.dtype)
 
 

@@ -101,7 +101,7 @@ def test_options(lab: Lab, scaling: str, keys: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_goes_through(lab: Lab, scaling: str, bad: float) -> None:
-    """In the activation, in the gradient and in a weight: what they reach is not finite."""
+    """In the activation and in the gradient: what they reach is not finite."""
     layer = precision(lab, scaling).linear(256, 128, "ffn.down", std=0.1).cuda()
     x = torch.ones(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     with torch.no_grad():
@@ -114,9 +114,6 @@ def test_what_is_not_finite_goes_through(lab: Lab, scaling: str, bad: float) -> 
     y.backward(dy)
     assert not x.grad[7].isfinite().any()
     assert not layer.weight.grad[9].isfinite().any()
-    with torch.no_grad():
-        layer.weight[11, 13] = bad
-    assert not layer(x)[:, 11].isfinite().any()
 
 
 def test_a_run_trains_recomputes_and_reaches_other_precisions(lab: Lab, scaling: str, tmp_path: Path) -> None:

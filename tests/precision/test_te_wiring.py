@@ -86,6 +86,26 @@ def test_roles_that_stay_high_never_meet_transformer_engine(lab: Lab, state: typ
     assert len(state.products) == 1
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.usefixtures("state")
+def test_what_is_not_finite_is_never_hidden(lab: Lab, bad: float, grouped: bool) -> None:
+    """Transformer Engine itself would saturate infinities, as the stand-in does."""
+    made, more = precision(lab), (torch.tensor([4, 16]),) if grouped else ()
+    layer = made.grouped_linear(2, 32, 48, "experts.down", std=0.1) if grouped else None
+    layer = layer or made.linear(32, 48, "ffn.down", std=0.1)
+    x = random(16, 32).requires_grad_()
+    dy = random(16, 48, seed=1)
+    dy[7, 9] = bad
+    layer(x, *more).backward(dy)
+    assert (~x.grad.isfinite()).all(1).tolist() == [row == 7 for row in range(16)]
+    own = layer.weight.grad[1] if grouped else layer.weight.grad
+    assert (~own.isfinite()).all(1).tolist() == [row == 9 for row in range(48)]
+    wrong = x.detach().clone()
+    wrong[3, 5] = bad
+    assert (~layer(wrong, *more).isfinite()).all(1).tolist() == [row == 3 for row in range(16)]
+
+
 @pytest.mark.parametrize("stream", ["fp32", "bf16"])
 def test_the_stream_has_one_format_and_masters_fp32(lab: Lab, state: type[State], stream: str) -> None:
     made = precision(lab, f"precision.stream={stream}")
