@@ -152,9 +152,8 @@ def beside_transformers(lab: Lab) -> dict[str, Any]:
             versions = {"ours": eager[kind], "ours compiled": ours[kind], HELPED: helped}
             versions |= {} if compiled else {"transformers": alone}
             peaks = memory[kind] | {HELPED: _peak(helped, lab, held)}
-            if kind == "step":
-                theirs.optimizer.state.clear()  # not to be counted with the masters
             seconds = in_turns(versions, lab.device, **_rounds(lab))
+            theirs.forget()  # not to be counted with the next kind
             found[f"compiled_{kind}" if compiled else kind] = _told(seconds, peaks, base, lab, HELPED)
             lab.keep({BESIDE: found})
     return found

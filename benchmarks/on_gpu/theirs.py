@@ -122,6 +122,11 @@ class Theirs:
         """fp32 copies of its weights, made when they are asked for."""
         return Masters(self.weights, **self.options)
 
+    def forget(self) -> None:
+        """Give back moments and masters; the next step begins with new ones."""
+        self.optimizer.state.clear()
+        vars(self).pop("masters", None)
+
     def step_with_masters(self) -> None:
         """A whole optimizer step that updates what ours updates: fp32 weights with fp32 moments."""
         self.loss().backward()

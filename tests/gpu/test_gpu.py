@@ -92,6 +92,11 @@ def test_transformers_gets_the_same_weights(lab: measure.Lab) -> None:
         there.model.model.layers[1].mlp.experts.down_proj[0].mul_(-1)
         other = theirs.agreement(ours, there, recipe)
         assert other["ours_to_fp32"] < 1e-9 < 1e-3 < other["ours_to_theirs"]
+    kept = there.masters
+    there.step()
+    there.forget()
+    assert not there.optimizer.state
+    assert there.masters is not kept
 
 
 def test_fp32_masters_keep_what_bf16_rounds_away() -> None:

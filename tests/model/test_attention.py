@@ -1,6 +1,9 @@
 """Attention: rotary layouts, YaRN, causality, documents, the cache, and each variant against the reference."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from core.contracts.attention import Attention
 from core.contracts.build import Rope
 from core.contracts.context import SequenceContext
+from core.model import attend
 from core.model.language_model import LanguageModel
 from core.model.rope import correction_range, rope_table, rotate, softmax_scale
 
@@ -231,3 +235,15 @@ def test_A1_latent_cache_serves_absorbed_attention() -> None:
     weights = scores.masked_fill(~causal, -torch.inf).softmax(dim=-1)
     o_BLHV = torch.einsum("bhls,bsc,hvc->blhv", weights, latent_BSC, up_value)
     torch.testing.assert_close(attention.output(o_BLHV.flatten(-2)), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "new", "masked", "asked"),
+    [(True, 8, False, True), (True, 1, False, False), (True, 8, True, False), (False, 8, False, False)],
+)
+def test_cudnn_is_asked_for_whole_sequences_and_not_for_every_length_of_a_cache(
+    cuda: bool, new: int, masked: bool, asked: bool
+) -> None:
+    q: Any = SimpleNamespace(is_cuda=cuda, shape=(1, 2, new, 4))
+    chosen = attend._best_kernel(q, torch.ones(1) if masked else None)
+    assert isinstance(chosen, nullcontext) != asked

@@ -5,6 +5,7 @@ checks what CUDA checks, and for real where there is a Hopper GPU.
 """
 
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from core.contracts.precision import Precision
 from plugins.fp8_native import operand, precision
 from plugins.fp8_native.precision import NativeFP8
 
+from .layers import through
 from .native_standin import hopper_scaled_mm
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -96,18 +98,10 @@ def worst(actual: Tensor, right: Tensor, size: Tensor) -> float:
     return float(error.max()) if right.numel() else 0.0
 
 
-def close(found: list[Tensor], right: list[Tensor], sizes: list[Tensor], limits: list[float]) -> None:
+def close(found: Sequence[Tensor], right: list[Tensor], sizes: list[Tensor], limits: list[float]) -> None:
     """Each within its limit."""
     errors = [worst(*each) for each in zip(found, right, sizes, strict=True)]
     assert all(error <= limit for error, limit in zip(errors, limits, strict=True)), (errors, limits)
-
-
-def through(layer: Any, x: Tensor, dy: Tensor, *more: Tensor) -> list[Tensor]:
-    """Y, dX and dW."""
-    own = x.clone().requires_grad_()
-    y = layer(own, *more)
-    y.backward(dy)
-    return [y.detach(), own.grad, layer.weight.grad]
 
 
 def limits(
