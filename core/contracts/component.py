@@ -26,7 +26,10 @@ class Costs:
 
 @dataclass(frozen=True)
 class Environment:
-    """What a run would have under its feet; only `core.fit` asks for it."""
+    """The machine that a run would use.
+
+    `fit`, `sweep` and `evaluate --device cuda` refuse to start where a component cannot run on it.
+    """
 
     device: str
     capability: tuple[int, int] | None = None

@@ -59,9 +59,10 @@ class AdamWBF16(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         wide = [state[name].to(parameter.dtype) for name in MOMENTS]
         beta1, beta2 = group["betas"]
+        gradient: Any = parameter.grad  # there is one: `step` looked
         adamw(
             [parameter],
-            [parameter.grad],
+            [gradient],
             [wide[0]],
             [wide[1]],
             [],

@@ -50,7 +50,8 @@ class AdamW(OptimizerFactory):
 
     def make(self, parameters: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
         """One group that decays and one that does not."""
-        matrices, vectors = [], []
+        matrices: list[Tensor] = []
+        vectors: list[Tensor] = []
         for _, parameter in parameters:
             (matrices if parameter.ndim > 1 else vectors).append(parameter)
         decay = self.config.weight_decay

@@ -52,7 +52,10 @@ def drop_over_budget(routing: Routing, config: TokenDropping, context: SequenceC
     affinity_A = routing.scores_TE.flatten().index_select(0, token_A * experts + expert_A)
     order_A = affinity_A.masked_fill(protected_A, torch.inf).argsort(descending=True, stable=True)
     device_A = expert_A // (experts // config.devices)
-    ordered = (tensor.index_select(0, order_A) for tensor in (device_A, valid_A))
-    rank_A = torch.empty_like(order_A).scatter(0, order_A, running_count(*ordered, config.devices))
+    rank_A = torch.empty_like(order_A).scatter(
+        0,
+        order_A,
+        running_count(device_A.index_select(0, order_A), valid_A.index_select(0, order_A), config.devices),
+    )
     within_A = rank_A < even_share(valid_A.sum(), config.devices, config.capacity_factor)
     return replace(routing, kept_A=valid_A & (within_A | protected_A))

@@ -62,7 +62,8 @@ class DeviceLoss(ShareLoss):
         """Eq. 26."""
         f_ND = f_NE.unflatten(1, (self.config.devices, -1)).mean(dim=2)
         p_ND = p_NE.unflatten(1, (self.config.devices, -1)).sum(dim=2)
-        return (f_ND * p_ND).sum(dim=1)
+        result: Tensor = (f_ND * p_ND).sum(dim=1)
+        return result
 
 
 class CommunicationLoss(ShareLoss):
@@ -110,7 +111,8 @@ class CommunicationLoss(ShareLoss):
         tokens_N1 = sums["tokens_N"].clamp(min=1)[:, None].to(p_NE.dtype)
         f_ND = sums["sent_ND"].to(p_NE.dtype) * (self.config.devices / self.config.device_limit) / tokens_N1
         p_ND = p_NE.unflatten(1, (self.config.devices, -1)).sum(dim=2)
-        return (f_ND * p_ND).sum(dim=1)
+        result: Tensor = (f_ND * p_ND).sum(dim=1)
+        return result
 
 
 def _check_devices(devices: int, parent: Any) -> None:

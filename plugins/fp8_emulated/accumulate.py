@@ -72,7 +72,8 @@ class NarrowRounding(EmulatedRounding):
     def operand_and_codes(self, x: Tensor, tile: Tile, which: str) -> tuple[Scaled, Kept]:
         """Both at once."""
         _, kept = super().operand_and_codes(x, tile, which)
-        return self.operand_of(Quantised(*kept, tile, E4M3, x.shape[-1])), kept
+        codes, scales = kept
+        return self.operand_of(Quantised(codes, scales, tile, E4M3, x.shape[-1])), kept
 
     def product(self, rows: Scaled, weight: Scaled, ends_E: Tensor | None) -> Tensor:
         """rows @ weight^T."""

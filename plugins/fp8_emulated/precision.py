@@ -106,7 +106,8 @@ class EmulatedFP8(FP8Precision):
 
     @property
     def _power_of_two(self) -> bool:
-        return self.config.scales == "ue8m0" or self.config.scaling == "mxfp8"
+        found: bool = self.config.scales == "ue8m0" or self.config.scaling == "mxfp8"
+        return found
 
     def _saved(self, role: str) -> Format | None:
         if self.config.weight_gradient == "te":

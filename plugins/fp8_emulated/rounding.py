@@ -93,7 +93,8 @@ class EmulatedRounding(Rounding):
         """Q_column(X'). With one scale for all, codes that were saved are it already."""
         if self.saved is None:
             return self._column(kept[0], E4M3, "activation", ends_E)
-        stored = Quantised(*kept, self.tiles.row, self.saved, self.inputs)
+        codes, scales = kept
+        stored = Quantised(codes, scales, self.tiles.row, self.saved, self.inputs)
         if self.saved is E4M3 and self.tiles.column == self.tiles.row:
             return self.operand_of(stored)
         return self._column(dequantise(stored), E4M3, "activation", ends_E, power_of_two=self.saved is E5M6)
@@ -107,7 +108,8 @@ class EmulatedRounding(Rounding):
     def weight_again(self, kept: Kept) -> Any:
         """The same, or the weight rounded along its outputs (MX)."""
         if self.tiles.weight_back == self.tiles.weight:
-            return self.operand_of(Quantised(*kept, self.tiles.weight, E4M3, self.inputs))
+            codes, scales = kept
+            return self.operand_of(Quantised(codes, scales, self.tiles.weight, E4M3, self.inputs))
         return self.operand(kept[0], self.tiles.weight_back, E4M3, "weight")
 
     def gradient(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:

@@ -17,6 +17,7 @@ def spans(rows: int, ends_E: Tensor | None) -> Spans:
         return [(0, rows)]
     if ends_E.is_inference():  # keeps no count of its versions
         return _read(ends_E)
+    found: Spans
     version, found = _known.get(ends_E, (-1, []))
     if version != ends_E._version:
         found = _read(ends_E)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.model.quantise import BLOCK, ROW
 from core.model.quantised_product import Kept
 from plugins.fp8_native import operand
 from plugins.fp8_native.ends import Spans, spans
@@ -50,7 +51,7 @@ class Rows:
 
     def parts(self, where: Spans) -> Iterator[Laid]:
         """Each expert's. Rows that pad it are the next expert's: what comes of them is not kept."""
-        codes, scales, recipe = self.codes, self.scales, operand.RECIPES[operand.ROW]
+        codes, scales, recipe = self.codes, self.scales, operand.RECIPES[ROW]
         across = codes.shape[1] // WIDTH
         for expert, (begin, end) in enumerate(where):
             size = _up(end - begin, ROWS)
@@ -69,7 +70,7 @@ class Turned:
 
     def parts(self, where: Spans) -> Iterator[Laid]:
         """Each expert's [I, tokens]."""
-        padded, recipe = self.scales.shape[1], operand.RECIPES[operand.ROW]
+        padded, recipe = self.scales.shape[1], operand.RECIPES[ROW]
         scales = self.scales.t()
         for expert, (begin, end) in enumerate(where):
             slot, size = begin // WIDTH + expert, _up(end - begin, WIDTH)
@@ -87,7 +88,7 @@ class Blocks:
 
     def parts(self) -> Iterator[Laid]:
         """Each matrix."""
-        recipe = operand.RECIPES[operand.BLOCK]
+        recipe = operand.RECIPES[BLOCK]
         for codes, scales in zip(self.codes.unbind(0), self.scales.transpose(1, 2).unbind(0), strict=True):
             yield Laid(codes, scales, recipe)
 
@@ -135,7 +136,8 @@ class FusedRounding(NativeRounding):
         """Q(dY) along tokens."""
         if not self._fused(dy_AO):
             return super().gradient_again(dy_AO, ends_E)
-        return self._turned(dy_AO, None, *dy_AO.shape, ends_E)
+        count, columns = dy_AO.shape
+        return self._turned(dy_AO, None, count, columns, ends_E)
 
     def product(self, rows: Any, weight: Any, ends_E: Tensor | None) -> Tensor:
         """[A, O]; rows of no expert are 0. An expert's padding is overwritten by the next one's rows."""
@@ -209,8 +211,8 @@ def faithful(device: str, power_of_two: bool) -> bool:
             for dtype in (torch.bfloat16, torch.float32):
                 own_x, own_w = x_AI.to(device, dtype), w_EOI.to(device)
                 ends_E = torch.tensor(ends, dtype=torch.int32, device=device)
-                for arguments in ((own_x, own_w, ends_E), (own_x, own_w[-1], None)):
-                    if not all(_compared(*arguments, power_of_two)):
+                for rows, weight, groups_E in ((own_x, own_w, ends_E), (own_x, own_w[-1], None)):
+                    if not all(_compared(rows, weight, groups_E, power_of_two)):
                         return _left("do not give the bits of torch's operations")
     except Exception as cause:  # Triton raises what its compiler, the C compiler's process, the driver and ctypes raise
         return _left(f"cannot run ({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]})")
@@ -243,8 +245,8 @@ def _compared(x_AI: Tensor, weight: Tensor, ends_E: Tensor | None, power_of_two:
     whole, kept = plain.activation(x_AI, ends_E)
     matrices, kept_w = plain.weight(weight)
     rows, blocks = own._rows(x_AI, ends_E), own._blocks(weight if weight.ndim == 3 else weight[None])
-    turned = own._turned(x_AI, None, *x_AI.shape, ends_E)
-    again = own._turned(rows.codes, rows.scales, *x_AI.shape, ends_E)
+    turned = own._turned(x_AI, None, len(x_AI), width, ends_E)
+    again = own._turned(rows.codes, rows.scales, len(x_AI), width, ends_E)
     flipped = own._flipped(blocks.codes, blocks.scales)
     tokens, tokens_again = plain._along_tokens(x_AI, ends_E), plain.activation_again(kept, ends_E)
     for found, right in (
@@ -263,7 +265,7 @@ def _same(laid: Laid, right: Operand) -> bool:
     """Codes and scales, padding apart; NaN is NaN, whose code has two signs."""
     down, across = right.codes.shape
     codes, codes_right = (t.contiguous().view(torch.uint8) for t in (laid.codes[:down, :across], right.codes))
-    scales = laid.scales.t() if right.tile == operand.BLOCK else laid.scales
+    scales = laid.scales.t() if right.tile == BLOCK else laid.scales
     scales = scales[: right.scales.shape[0], : right.scales.shape[1]]
     same = (codes == codes_right) | (codes & codes_right & 0x7F == 0x7F)
     return bool(same.all()) and torch.equal(scales.nan_to_num(-1), right.scales.nan_to_num(-1))

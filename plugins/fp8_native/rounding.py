@@ -77,7 +77,8 @@ class NativeRounding(Rounding):
         """Q(X') along tokens, one operand [I, tokens] for each expert."""
         if not self.codes_again:
             return self._along_tokens(kept[0], ends_E)
-        stored = Quantised(*kept, self.tiles.rows, E4M3, self.inputs)
+        codes, scales = kept
+        stored = Quantised(codes, scales, self.tiles.rows, E4M3, self.inputs)
         if self.tiles.rows == WHOLE:
             return self._split(stored, ends_E)
         return self._along_tokens(dequantise(stored), ends_E)

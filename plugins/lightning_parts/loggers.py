@@ -49,6 +49,8 @@ class _Writer(ExperimentWriter):
 class _CSVLogger(CSVLogger):
     """Writes `metrics.csv` straight into the run folder."""
 
+    _experiment: _Writer | None
+
     def __init__(self, folder: Path, resumed_at: int | None) -> None:
         super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=1)
         self._resumed_at = resumed_at

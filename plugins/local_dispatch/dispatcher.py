@@ -81,7 +81,7 @@ class LocalDispatcher(Dispatcher):
         inverse_A = torch.empty_like(order_A).scatter(0, order_A, torch.arange(len(order_A), device=order_A.device))
         ends_E = ends_of(sorted_A, self.experts).to(torch.int32)
         if routing.choices:
-            x_AD = _Spread.apply(x_TD, order_A, inverse_A, routing.choices)
+            x_AD = _Spread.apply(x_TD, order_A, inverse_A, routing.choices)  # type: ignore[no-untyped-call]
         else:
             x_AD = x_TD.index_select(0, routing.token_A.index_select(0, order_A))
         return _Done((x_AD, ends_E, (routing, order_A, inverse_A, x_TD.shape[0])))
@@ -92,7 +92,7 @@ class LocalDispatcher(Dispatcher):
         gate_A = routing.gate_A
         if routing.kept_A is not None:
             gate_A = gate_A * routing.kept_A.to(gate_A.dtype)
-        y_AD = _Permute.apply(y_AD, inverse_A, order_A)
+        y_AD = _Permute.apply(y_AD, inverse_A, order_A)  # type: ignore[no-untyped-call]
         if routing.choices:
             y_TKD = y_AD.unflatten(0, (tokens, routing.choices))
             gate_TK = gate_A.view(tokens, routing.choices).to(y_AD.dtype)

@@ -75,7 +75,8 @@ class SwitchRouter(TokenGroupRouter):
         if not (self.training and self.config.jitter):
             return x_TD
         drawn_TD = self.chance.of_tokens(context, "jitter", x_TD.shape[1])
-        return x_TD * (1 + self.config.jitter * (2 * drawn_TD - 1)).to(x_TD.dtype)
+        result: Tensor = x_TD * (1 + self.config.jitter * (2 * drawn_TD - 1)).to(x_TD.dtype)
+        return result
 
     def route(self, logits_TE: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
         """The first of the highest probabilities, kept where its expert has a place left."""

@@ -87,7 +87,7 @@ def _nan_for_infinite(x: Tensor) -> Tensor:
 
 def poisoned(x: Tensor, *, going_in: bool) -> Tensor:
     """See `_Poison`."""
-    found: Tensor = _Poison.apply(x, going_in)
+    found: Tensor = _Poison.apply(x, going_in)  # type: ignore[no-untyped-call]
     return found
 
 
