@@ -4,7 +4,9 @@ Registered with the installed distribution (entry-point group `pytest11`). It co
 given: everything else is imported when tests are collected.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="hold everything that this plugin package registers to the contracts of its slots",
+        help="run the conformance kit alone: hold all that this plugin package registers to its slots' contracts",
     )
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """Add one collector for each package to whatever else pytest collects."""
+    """Collect the kit in place of the tests that pytest would find by itself, and beside paths that were named."""
     packages: list[str] = session.config.getoption(OPTION)
     if not packages:
         return
     collect = session.collect
+    paths_were_named = session.config.args_source is pytest.Config.ArgsSource.ARGS
 
     def with_kit() -> Iterator[Any]:
-        yield from collect()
+        if paths_were_named:
+            yield from collect()
         for package in packages:
+            make_importable(package, session.config.invocation_params.dir)
             yield Conformance.from_parent(session, name=package, nodeid=f"moeloom::{package}", path=Path(session.path))
 
     session.collect = with_kit  # type: ignore[method-assign]
+
+
+def make_importable(package: str, folder: Path) -> None:
+    """Let Python find a package that is not installed: in a folder, in its `src`, or in a folder above it.
+
+    pytest itself puts none of these on `sys.path`: it would not find a package even from its own folder.
+    """
+    top = package.partition(".")[0]
+    if not top.isidentifier() or find_spec(top) is not None:
+        return
+    for above in (folder, *folder.parents):
+        for place in (above, above / "src"):
+            if (place / top / "__init__.py").is_file() or (place / f"{top}.py").is_file():
+                sys.path.insert(0, str(place))
+                return
 
 
 class Conformance(pytest.Collector):
