@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from house.documents import blocks
 from lab import ROOT, Lab
+from repository.documents import blocks
 from torch import Tensor
 
 import core

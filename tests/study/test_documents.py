@@ -4,8 +4,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import yaml
-from house.documents import blocks, first_cells, section
 from lab import ROOT
+from repository.documents import blocks, first_cells, section
 
 from core.recipe.compose import shipped_sweeps
 from core.study.matching import match
