@@ -1,5 +1,5 @@
 # `make check` is what CI holds a change to; the tools come with `pip install -e '.[dev]'`.
-.PHONY: check lint format test reference
+.PHONY: check lint format test full reference
 
 check: lint test
 
@@ -15,6 +15,9 @@ format:
 
 test:
 	pytest
+
+full:
+	pytest -m full
 
 reference:
 	python -m core.analysis.reference docs/reference
