@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["build", "compose", "load"]
 
-_WHERE = {"compose": "core.recipe.compose", "build": "core.assemble", "load": "core.run"}
+_WHERE = {"compose": "core.recipe.compose", "build": "core.assemble", "load": "core.run.loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -42,7 +42,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Convert, and say what was made."""
     from core.interop.from_hf import from_hf
     from core.interop.to_hf import Wish, to_hf
-    from core.run import run_of
+    from core.run.loading import run_of
     from core.training.resume import newest_checkpoint
 
     started = time.perf_counter()

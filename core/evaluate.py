@@ -43,7 +43,7 @@ def _validate(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"--{option.replace('_', '-')} goes with --tasks: validation reads the recipe's whole split"
             )
-    from core.run import evaluate
+    from core.run.evaluation import evaluate
     from core.training.resume import newest_checkpoint
 
     values = evaluate(newest_checkpoint(Path(arguments.run)), xz=arguments.xz, say=_say)
@@ -75,7 +75,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     wanted = Wanted(tuple(name.strip() for name in arguments.tasks.split(",") if name.strip()), **given)
     loaded = load_tasks(wanted)
     from core.recipe.compose import compose
-    from core.run import load, run_of
+    from core.run.loading import load, run_of
 
     folder = run_of(checkpoint)
     recipe = compose(folder.recipe)

@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
         show(recipe, as_json=arguments.json)
         return
     _quiet()
-    from core.run import fit
+    from core.run.training import fit
     from core.training.folder import RunFolder, resumable, start_folder
     from core.training.ranks import joined_folder, leads
 

@@ -36,7 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
     from core.harness.markers import markers_of
     from core.model.sampling import sample
     from core.recipe.compose import compose
-    from core.run import load, run_of
+    from core.run.loading import load, run_of
     from core.training.resume import newest_checkpoint
 
     checkpoint = newest_checkpoint(Path(arguments.run))

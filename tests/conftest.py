@@ -16,7 +16,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Lab"]:
     import torch
     from lab import Lab
 
-    import core.run
+    import core.run.training
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -24,7 +24,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Lab"]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOELOOM_CACHE", str(folder / "cache"))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(core.run, "measured_peak_flops", lambda device: 1e11)  # the real one takes 0.3 s a run
+        patch.setattr(core.run.training, "measured_peak_flops", lambda device: 1e11)  # the real one takes 0.3 s a run
         yield Lab(folder)
     torch.set_num_threads(threads)
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from core.assemble import build, make, plan_of
 from core.data.batch import Batch
 from core.recipe.compose import Recipe, compose
-from core.run import fit, text_data
+from core.run.data import text_data
+from core.run.training import fit
 from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.folder import RunFolder
 from core.training.module import TrainingModule

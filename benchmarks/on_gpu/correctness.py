@@ -31,7 +31,8 @@ from core.contracts.context import SequenceContext
 from core.contracts.router import Router
 from core.model import quantise as q
 from core.model.language_model import LanguageModel
-from core.run import load_weights, text_data
+from core.run.data import text_data
+from core.run.loading import load_weights
 from core.study import curves
 from core.training.resume import newest_checkpoint
 

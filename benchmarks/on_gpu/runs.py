@@ -14,7 +14,7 @@ from typing import Any
 
 from core.assemble import plan_of
 from core.recipe.compose import compose
-from core.run import text_data
+from core.run.data import text_data
 from core.study.curves import losses
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -33,11 +33,6 @@ from core.interop.writing import planned
 from core.recipe.compose import Recipe, compose
 from core.training.folder import RunFolder, provenance
 
-HF = "hf"
-"""The folder of a converted run that holds what came with the weights."""
-
-LAYOUT = "layout.json"
-WEIGHTS = "weights"
 LARGEST_COMPANION = 128 * 2**20
 WEIGHT_SUFFIXES = frozenset(
     [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx"]
@@ -89,7 +84,7 @@ def from_hf(
     conversion = Conversion(target, ["from-hf", _stamps(source), layout, _spelt(kinds)], say)
     with conversion.folder_in_the_making(plan.bytes) as folder:
         _write_companions(source, folder, layout)
-        conversion.move(moves, theirs, plan, WEIGHTS)
+        conversion.move(moves, theirs, plan, RunFolder(folder).converted_weights.parent)
         _write_run(RunFolder(folder), recipe, made, marked, source, translation.notices)
     count = sum(math.prod(shape) for shape in ours.values())
     return {"format": made.label, "tensors": len(theirs.kinds), "parameters": count, "bytes": plan.bytes}
@@ -230,17 +225,18 @@ def _stamps(source: Path) -> list[tuple[str, int, int]]:
 
 def _write_companions(source: Path, folder: Path, layout: Mapping[str, Any]) -> None:
     """The small files as they were, and our tokenizer.json."""
-    place = RunFolder(folder / HF)
-    place.path.mkdir(exist_ok=True)
+    run = RunFolder(folder)
+    place = run.source_files
+    place.mkdir(exist_ok=True)
     for file in sorted(source.iterdir()):
         index = file.name.endswith(".index.json")
         if not file.is_file() or index or file.suffix in WEIGHT_SUFFIXES or file.name.startswith("."):
             continue
         if file.stat().st_size <= LARGEST_COMPANION:
-            shutil.copyfile(file, place.path / file.name)
-    place.write_json(LAYOUT, layout)
-    if (place.path / "tokenizer.json").exists():
-        shutil.copyfile(place.path / "tokenizer.json", RunFolder(folder).tokenizer)
+            shutil.copyfile(file, place / file.name)
+    RunFolder(place).write_json(run.source_layout.name, layout)
+    if (place / "tokenizer.json").exists():
+        shutil.copyfile(place / "tokenizer.json", run.tokenizer)
 
 
 def _tell_tokenizer(source: Path, vocabulary: int, say: Callable[[str], None]) -> None:

@@ -1,14 +1,19 @@
 """The weights of a run, wherever they are: a checkpoint of our training, or the files of a converted run."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
-from core.contracts.errors import UserError
-from core.interop.shards import INDEX, shards_of
-from core.interop.tensors import SCALE, Kind, Loaded, Tensors, chunks
+from core.interop.shards import shards_of
+from core.interop.tensors import SCALE, Kind, Loaded, Tensors
 from core.training.checkpoints import read_checkpoint
+from core.training.folder import WEIGHTS_INDEX
+
+
+def is_converted(checkpoint: Path) -> bool:
+    """Whether a checkpoint is the index of a converted run's weights, not a file that our training wrote."""
+    return checkpoint.name == WEIGHTS_INDEX
 
 
 def weights_of(checkpoint: Path) -> Tensors:
@@ -17,35 +22,23 @@ def weights_of(checkpoint: Path) -> Tensors:
     Raises:
         UserError: it is damaged or not ours.
     """
-    if checkpoint.name == INDEX:
+    if is_converted(checkpoint):
         return shards_of(checkpoint.parent)
+    tensors = {name: tensor for name, tensor in state_of(checkpoint).items() if torch.is_tensor(tensor)}
+    return Loaded({name: tensor for name, tensor in tensors.items() if not name.endswith("_extra_state")})
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """The model's state dict, from a checkpoint file that our training wrote.
+
+    Raises:
+        UserError: it is damaged or not ours.
+    """
     state = read_checkpoint(checkpoint)["state_dict"]
-    tensors = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.") and torch.is_tensor(t)}
-    return Loaded({name: t for name, t in tensors.items() if not name.endswith("_extra_state")})
+    return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 
 def own_kinds(weights: Tensors) -> dict[str, Kind]:
     """The tensors without the scales of FP8 codes."""
     kinds = weights.kinds
     return {n: kind for n, kind in kinds.items() if not (n.endswith(SCALE) and n.removesuffix(SCALE) in kinds)}
-
-
-@torch.no_grad()
-def load_into(model: nn.Module, weights: Tensors, where: Path) -> None:
-    """Put weights into a model, a few rows at a time, in the model's own formats; every tensor finds its place.
-
-    Raises:
-        UserError: the first missing, unexpected or differently shaped tensor, by name.
-    """
-    own, kinds = model.state_dict(), own_kinds(weights)
-    for name in [*own, *kinds]:
-        if name not in kinds or name not in own:
-            what = "missing" if name not in kinds else "not of this model"
-            raise UserError(f"{where}: tensor {name} is {what}")
-        theirs, ours = kinds[name].shape, tuple(own[name].shape)
-        if theirs != ours:
-            raise UserError(f"{where}: tensor {name} is {theirs}, the model's {ours}")
-    for name, tensor in own.items():
-        rows = tensor.view(kinds[name].rows, kinds[name].width)
-        for low, high in chunks(kinds[name], 0, kinds[name].rows):
-            rows[low:high] = weights.values(name, low, high, tensor.dtype)

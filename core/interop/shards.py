@@ -19,6 +19,7 @@ from torch import Tensor
 
 from core.contracts.errors import UserError
 from core.interop.tensors import Kind, Tensors
+from core.training.folder import WEIGHTS_INDEX
 
 FORMATS = {
     "F64": torch.float64,
@@ -34,7 +35,6 @@ FORMATS = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000
 OPEN_FILES = 64
 
@@ -151,7 +151,7 @@ def _check_extent(file: Path, places: dict[str, tuple[Kind, int]], size: int) ->
         raise UserError(f"{file}: {size - expected} bytes after its last tensor belong to nobody")
 
 
-def shards_of(folder: Path, index: str = INDEX) -> Shards:
+def shards_of(folder: Path, index: str = WEIGHTS_INDEX) -> Shards:
     """The tensors of a folder, by its index, or of its one file.
 
     Raises:

@@ -19,7 +19,6 @@ from core.data.tokenizer import END, END_TEXT, Tokenizer
 from core.interop.accounting import check_ours, wanted
 from core.interop.blocks import INVERSE, grid_kind
 from core.interop.formats import config_for, format_named, read_json
-from core.interop.from_hf import HF, LAYOUT
 from core.interop.moves import Copy, Move, Quantise, inverse
 from core.interop.run_weights import own_kinds, weights_of
 from core.interop.tensors import CODES, DTYPES, SCALE, Kind, Tensors, scale_kind
@@ -111,7 +110,7 @@ def to_hf(
     ]
     conversion = Conversion(target, identity, say)
     with conversion.folder_in_the_making(plan.bytes) as place:
-        conversion.move(moves, weights, plan)
+        conversion.move(moves, weights, plan, place)
         _write_companions(RunFolder(place), folder, config, origin)
     if origin is None and wish.dtype is None:
         say("note: weights are written in bf16, as other programs expect; --dtype fp32 keeps every bit")
@@ -120,16 +119,15 @@ def to_hf(
 
 def _described(folder: RunFolder, values: Mapping[str, Any]) -> tuple[CheckpointFormat, dict[str, Any], Origin | None]:
     """The format, its configuration, and what a converted run remembers."""
-    written = folder.path / HF / LAYOUT
-    if not written.is_file():
+    if not folder.source_layout.is_file():
         return *config_for(values, str(folder.recipe)), None
-    layout, source = read_json(written), read_json(folder.path / HF / "config.json")
+    layout, source = read_json(folder.source_layout), read_json(folder.source_files / "config.json")
     plain = getattr(torch, layout["plain"])
     if layout["model"] != values["model"]:
-        return *config_for(values, str(folder.recipe)), Origin(written.parent, source, plain, {}, {})
+        return *config_for(values, str(folder.recipe)), Origin(folder.source_files, source, plain, {}, {})
     formats = {name: getattr(torch, dtype) for name, dtype in layout["formats"].items()}
     made, _ = format_named(layout["format"])
-    return made, source, Origin(written.parent, source, plain, layout["files"], formats)
+    return made, source, Origin(folder.source_files, source, plain, layout["files"], formats)
 
 
 def check_shapes(pieces: Sequence[Piece], kinds: Mapping[str, Kind], where: str) -> None:
@@ -233,7 +231,7 @@ def _write_companions(place: RunFolder, run: RunFolder, config: Mapping[str, Any
     """config.json and everything that is no weight."""
     if origin is not None:
         for file in sorted(origin.folder.iterdir()):
-            if file.name not in (LAYOUT, "config.json"):
+            if file.name not in (run.source_layout.name, "config.json"):
                 (place.path / file.name).write_bytes(file.read_bytes())
     else:
         ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}

@@ -121,16 +121,15 @@ class Conversion:
                     shutil.rmtree(file) if file.is_dir() else file.unlink()
             self._stream.truncate(0)
 
-    def move(self, moves: Sequence[Move], source: Tensors, plan: Plan, below: str = "") -> None:
+    def move(self, moves: Sequence[Move], source: Tensors, plan: Plan, place: Path) -> None:
         """Do all moves that are not done yet.
 
         Args:
             moves: in order.
             source: where they read.
             plan: the files that are written.
-            below: the folder's own folder for the weights.
+            place: the folder for the weights, inside the hidden folder or the hidden folder itself.
         """
-        place = self.folder / below
         place.mkdir(exist_ok=True)
         writer = Writer(place, plan)
         if not self.resumed:

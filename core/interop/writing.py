@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.interop.shards import FORMATS, INDEX
+from core.interop.shards import FORMATS
 from core.interop.tensors import Kind
+from core.training.folder import WEIGHTS_INDEX
 
 SHARD_BYTES = 5 * 10**9
 """The largest file, unless one tensor is larger."""
@@ -102,7 +103,7 @@ class Writer:
                 stream.write(header)
         if self.plan.index:
             index = {"metadata": {"total_size": self.plan.bytes}, "weight_map": dict(sorted(self._file.items()))}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self.folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
         """Put rows in their place, in the planned format."""

@@ -10,7 +10,7 @@ from typing import Any
 from core.assemble import plan_of
 from core.contracts.errors import UserError
 from core.recipe.resolve import to_dict
-from core.run import text_data
+from core.run.data import text_data
 from core.study.folder import Job, Status, SweepFolder
 from core.study.matching import Matched, match
 from core.study.pace import Pace

@@ -16,6 +16,9 @@ from core.contracts.errors import UserError
 from core.contracts.schema import Section
 from core.training.machine import code, machine
 
+WEIGHTS_INDEX = "model.safetensors.index.json"
+"""The file that names the safetensors file of every tensor, in a converted run as in other programs' folders."""
+
 
 class RunFolder:
     """A run's files by name.
@@ -46,6 +49,21 @@ class RunFolder:
     def summary(self) -> Path:
         """What the finished run measured; it exists once the run is complete."""
         return self.path / "summary.json"
+
+    @property
+    def converted_weights(self) -> Path:
+        """The index of a converted run's weights, which stand in place of checkpoints."""
+        return self.path / "weights" / WEIGHTS_INDEX
+
+    @property
+    def source_files(self) -> Path:
+        """The folder of a converted run that holds the small files which came with the weights."""
+        return self.path / "hf"
+
+    @property
+    def source_layout(self) -> Path:
+        """The file of a converted run that says which tensor of its source stood in which file and format."""
+        return self.source_files / "layout.json"
 
     def is_stillborn(self) -> bool:
         """Whether a run was killed here before it wrote down what it is; it starts anew.

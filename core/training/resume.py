@@ -16,9 +16,6 @@ from core.training.folder import RunFolder
 REPRODUCED = ("seed", "model", "precision", "data", "optimizer", "batch", "budget", "gradient_clip", "initial_weights")
 """Sections that a resumed run must share with the one it continues: it would be another run."""
 
-CONVERTED = Path("weights", "model.safetensors.index.json")
-"""What a run that was converted from another program's files has in place of checkpoints."""
-
 LAYOUT = ("strategy", "compile", "trainer")
 """Sections that may change, at the price of other bits."""
 
@@ -58,7 +55,7 @@ def check_same(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) ->
 
 def check_trained(folder: RunFolder, instead: str) -> None:
     """Raises `UserError` for a run that was converted: it has no corpus and no steps; `instead` says what helps."""
-    if (folder.path / CONVERTED).exists():
+    if folder.converted_weights.exists():
         why = "was converted from another program's files, which say nothing of its training"
         raise UserError(f"{folder.path}: {why}; {instead}")
 
@@ -114,9 +111,9 @@ def newest_checkpoint(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    files = checkpoints_in(path)
-    if not files and (path / CONVERTED).is_file():
-        return path / CONVERTED
+    files, converted = checkpoints_in(path), RunFolder(path).converted_weights
+    if not files and converted.is_file():
+        return converted
     if not files:
         raise UserError(f"{path}: no checkpoint here: give a run folder or a checkpoint file")
     return files[-1]

@@ -142,12 +142,12 @@ def test_a_cache_that_cannot_be_written_is_refused(lab: Lab, tmp_path: Path, mon
 
 def test_an_error_of_ours_keeps_its_traceback(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no user's mistake is not dressed up as one."""
-    import core.run
+    import core.run.training
 
     def broken(recipe: Any, **_: Any) -> Any:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(core.run, "build", broken)
+    monkeypatch.setattr(core.run.training, "build", broken)
     done = lab.door("fit", lab.file, "--out", tmp_path / "run")
     assert done.code == 1
     assert "ZeroDivisionError: ours" in done.err

@@ -8,7 +8,8 @@ import torch
 from lab import Lab
 
 from core.assemble import plan_of
-from core.run import load, text_data
+from core.run.data import text_data
+from core.run.loading import load
 
 FFN = "model.blocks.moe.ffn"
 EXPERT_CHOICE = (f"{FFN}.router={{name: expert_choice, top_k: 2}}", f"{FFN}.balance=[]")

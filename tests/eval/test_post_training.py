@@ -11,7 +11,7 @@ from torch import Tensor
 
 import core
 from core.data.tokenizer import Tokenizer
-from core.run import fit
+from core.run.training import fit
 from core.training.folder import RunFolder
 
 from .conftest import GROUPS

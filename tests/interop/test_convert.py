@@ -12,6 +12,7 @@ from lab import Lab
 
 import core
 from core.contracts.errors import UserError
+from core.run.loading import load_weights
 
 from .checkpoints import FP8, V2, V3, in_blocks, out_of_blocks, read, same_bits, tensors_of, write
 
@@ -199,7 +200,7 @@ def test_fp8_blocks_are_read_kept_and_left(lab: Lab, tmp_path: Path, interleaved
     same_bits(read(tmp_path / "plain"), out_of_blocks(theirs, torch.bfloat16))
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     model = core.build(core.compose(tmp_path / "run/recipe.yaml", ["precision.name=fp32"]))
-    core.run.load_weights(model, tmp_path / "run/weights/model.safetensors.index.json")
+    load_weights(model, tmp_path / "run/weights/model.safetensors.index.json")
     wide = out_of_blocks(theirs, torch.float32)
     gate, up = (wide[f"model.layers.1.mlp.experts.3.{part}_proj.weight"] for part in ("gate", "up"))
     assert torch.equal(model.state_dict()["blocks.1.ffn.routed.gate_up.weight"][3], torch.cat([gate, up]))

@@ -21,7 +21,7 @@ import json, resource, sys
 from core import convert
 from core.door import run_door
 from core.interop import from_hf, to_hf
-import core.run
+import core.run.loading
 held = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = held()
 sys.argv = ["core/convert.py", *sys.argv[1:]]

@@ -289,7 +289,7 @@ def test_checkpoints_go_both_ways_with_optimizer_state(
     """What a run of one precision wrote is loaded, bit for bit, by model and optimizer of the other."""
     precisions = {"te_fp8": TE, "fp32": SIXTEENS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("core.run.check_environment", lambda recipe: None)
+        patch.setattr("core.run.training.check_environment", lambda recipe: None)
         lab.fit(tmp_path / "run", *precisions[first], "budget.steps=2", "checkpoint.every_steps=2")
     assert bool(state.products) == (first == "te_fp8")
     written = last_checkpoint(tmp_path / "run")

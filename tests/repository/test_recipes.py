@@ -16,7 +16,7 @@ from core.contracts.schema import Section
 from core.describe import document_of
 from core.recipe.compose import Recipe, shipped_recipes
 from core.recipe.plan import Plan
-from core.run import fit
+from core.run.training import fit
 from core.training.folder import RunFolder
 
 from .documents import ROOT

@@ -15,12 +15,12 @@ import torch
 import yaml
 from lab import Lab, fill, forked, small_disk, through
 
-import core.run
+import core.run.training
 import core.study.matching
 import core.sweep
 from core.assemble import plan_of
 from core.contracts.errors import UserError
-from core.run import text_data
+from core.run.data import text_data
 from core.study.folder import Job, SweepFolder
 from core.study.sweep import run_sweep
 from core.study.sweep_file import read_sweep
@@ -382,7 +382,7 @@ def test_a_metric_of_text_that_nobody_holds_out_is_refused_before_a_run(
 def test_a_metric_that_the_machine_does_not_measure_ends_the_sweep_with_the_first_run(
     write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(core.run, "measured_peak_flops", lambda device: None)
+    monkeypatch.setattr(core.run.training, "measured_peak_flops", lambda device: None)
     with pytest.raises(
         UserError, match=r"metric = 'mfu': bias/seed-3 has ended without it: this machine does not meas"
     ):

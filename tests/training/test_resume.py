@@ -19,8 +19,10 @@ import pytest
 import torch
 from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, loads, rows, through
 
-import core.run
+import core.run.training
+from core.assemble import plan_of
 from core.contracts.errors import UserError
+from core.run.data import text_data
 from core.training import callbacks, checkpoints
 from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.folder import RunFolder
@@ -80,7 +82,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "before the oldest checkpoint is taken away": lambda: before(
         callbacks, "checkpoints_in", lambda folder: len(checkpoints_in(folder)) == 3
     ),
-    "before the summary": lambda: before(core.run, "_finish", lambda *_: True),
+    "before the summary": lambda: before(core.run.training, "_finish", lambda *_: True),
 }
 
 
@@ -103,7 +105,7 @@ def test_a_killed_run_resumes_to_the_same_bits(lab: Lab, finished: Path, tmp_pat
 
 def test_the_small_run_is_a_hard_one(lab: Lab, finished: Path) -> None:
     """More than one epoch, accumulation, and a length that is no multiple of the checkpoints'."""
-    data = core.run.text_data(lab.recipe(), core.run.plan_of(lab.recipe()))
+    data = text_data(lab.recipe(), plan_of(lab.recipe()))
     data.prepare()
     assert (data.train_tokens - 1) // 16 < 12 * 2 * 4
     assert [int(row["step"]) for row in rows(finished) if "lr" in row] == list(range(1, 13))

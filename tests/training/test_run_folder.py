@@ -13,11 +13,13 @@ from lab import MOE, Lab, assert_same, last_checkpoint, loads, rows
 from torch import Tensor
 
 import core
+from core.assemble import plan_of
 from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
 from core.recipe.compose import compose
-from core.run import finite, plan_of, text_data
+from core.run.data import text_data
+from core.run.summary import finite
 from core.training import folder as folders
 from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.throughput import measured_peak_flops

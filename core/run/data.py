@@ -1,0 +1,20 @@
+"""The data that a recipe's run reads."""
+
+from core.assemble import make
+from core.data.module import TextData
+from core.recipe.compose import Recipe
+from core.recipe.plan import Plan
+from core.training.ranks import rank_and_world
+
+
+def text_data(recipe: Recipe, plan: Plan) -> TextData:
+    """The recipe's data; nothing is read before `prepare()`."""
+    return TextData(
+        make(recipe.data.corpus),
+        vocab=recipe.data.tokenizer.vocab,
+        length=recipe.data.sequence_length,
+        plan=plan,
+        seed=recipe.seed,
+        rank_and_world=rank_and_world,
+        validation_sequences=recipe.validation.sequences,
+    )

@@ -1,0 +1,62 @@
+"""The validation loss of a trained model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.assemble import make, plan_of
+from core.contracts.errors import UserError
+from core.data.baseline import xz_bits_per_byte
+from core.data.documents import read_split
+from core.data.loaders import ValidationLoader
+from core.recipe.compose import compose
+from core.run.data import text_data
+from core.run.loading import load, run_of
+from core.run.summary import finite
+from core.training.module import TrainingModule
+from core.training.resume import check_data, check_trained
+
+
+@torch.no_grad()
+def evaluate(checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Validation of a checkpoint over its recipe's whole validation split.
+
+    Args:
+        checkpoint: a file.
+        xz: also say what `xz -9e` needs for the same bytes when it has the training text before them.
+        say: told what nobody who reads the values may overlook.
+
+    Raises:
+        UserError: no run, a damaged checkpoint, data that differs from the run's, or no validation split.
+    """
+    folder = run_of(checkpoint)
+    check_trained(folder, "score it with --tasks")
+    recipe = compose(folder.recipe)
+    for notice in recipe.notices():
+        say(f"note: {notice}")
+    data = text_data(recipe, plan_of(recipe))
+    data.prepare()
+    check_data(folder, data.fingerprint)
+    if not data.validation_bytes:
+        raise UserError(f"{checkpoint}: the corpus has no validation split (fewer than 11 documents)")
+    module = TrainingModule(
+        load(checkpoint),
+        plan=data.plan,
+        optimizer=make(recipe.optimizer),
+        flops_per_token=0.0,
+        mask_documents=recipe.data.mask_documents,
+        validation_bytes=data.validation_bytes,
+    ).eval()
+    loader = data.val_dataloader()
+    assert isinstance(loader, ValidationLoader)
+    for index, batch in enumerate(loader):
+        module.validation_step(batch, index)
+    values: dict[str, Any] = {"checkpoint": checkpoint.name, **module.validation.compute()}
+    values["notices"] = recipe.notices()
+    if xz:
+        split = read_split(make(recipe.data.corpus))
+        train, validation = (b"".join(d.data for d in part) for part in (split.train, split.validation))
+        values["xz_bits_per_byte"] = xz_bits_per_byte(train, validation)
+    return finite(values)
