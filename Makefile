@@ -20,4 +20,4 @@ full:
 	pytest -m full
 
 reference:
-	python -m core.analysis.reference docs/reference
+	python -m core.authoring.reference docs/reference

@@ -39,13 +39,13 @@ def main(arguments: argparse.Namespace) -> None:
     """The list, one component, or a new package."""
     as_json = arguments.json or getattr(arguments, "json_after", False)
     if arguments.command == "show":
-        from core.analysis.catalog import component
+        from core.authoring.catalog import component
 
         warnings.filterwarnings("ignore", r"plugin .* is broken", module=r"core\.extension\.")  # told to who misses it
         document = component(arguments.slot, arguments.name)
         print_json(document) if as_json else print("\n".join(_page(document)))
     elif arguments.command == "new":
-        from core.analysis.skeleton import write_skeleton
+        from core.authoring.skeleton import write_skeleton
 
         files = write_skeleton(arguments.slot, arguments.name, arguments.folder)
         if as_json:
@@ -54,7 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
             print("\n".join(files))
             print(f"next: cd {arguments.folder}; README.md says how to test it and train with it")
     else:
-        from core.analysis.catalog import check_strict, rows
+        from core.authoring.catalog import check_strict, rows
 
         found = rows()
         print_json(found) if as_json else _table(found)
@@ -65,7 +65,7 @@ def _table(found: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from core.analysis.catalog import shared_names
+    from core.authoring.catalog import shared_names
 
     table = Table("slot", "name", "distribution", "version", "status")
     for row in found:

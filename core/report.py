@@ -28,7 +28,7 @@ def main(arguments: argparse.Namespace) -> None:
     lacking = [name for name in NEEDED if find_spec(name) is None]
     if lacking:
         raise UserError(f"a report needs {', '.join(lacking)}, not installed here: pip install 'moeloom[report]'")
-    from core.analysis.report.page import write
+    from core.reports.page import write
 
     told = write(arguments.folder, arguments.out or arguments.folder / "report.html")
     if arguments.json:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.analysis.smoothed import largest, relative
-from core.analysis.statistics import interval
+from core.statistics.comparison import interval
+from core.statistics.smoothing import largest, relative
 
 LOSS = "loss/next_token"
 """The column of `metrics.csv`: nats per token of the main model."""
@@ -31,7 +31,7 @@ def losses(run: Path, column: str = LOSS) -> dict[int, float]:
 
 
 def against(base: Mapping[int, Path], mine: Mapping[int, Path]) -> dict[str, Any] | None:
-    """How far the smoothed training loss lies from the baseline's, as fractions (see `core.analysis.smoothed`).
+    """How far the smoothed training loss lies from the baseline's, as fractions (see `core.statistics.smoothing`).
 
     Args:
         base, mine: finished runs by seed.

@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from core.analysis.statistics import compare, interval
 from core.recipe.resolve import to_dict
+from core.statistics.comparison import compare, interval
 from core.study.curves import against
 from core.study.folder import Job, SweepFolder
 from core.study.matching import Matched

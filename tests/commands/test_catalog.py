@@ -17,7 +17,7 @@ import yaml
 from lab import ROOT, Lab, forked, through
 
 from core import contracts
-from core.analysis.skeleton import FILES, RECIPES
+from core.authoring.skeleton import FILES, RECIPES
 from core.contracts.router import CAPABILITIES
 from core.extension.loader import installed_registry
 from core.extension.registry import SLOTS
@@ -333,6 +333,6 @@ def test_an_empty_folder_is_good_enough(lab: Lab, tmp_path: Path) -> None:
 
 def test_there_are_skeletons_for_real_slots_only() -> None:
     assert set(RECIPES) <= set(SLOTS)
-    texts = {file.name for file in (ROOT / "core/analysis/skeletons").iterdir()}
+    texts = {file.name for file in (ROOT / "core/authoring/skeletons").iterdir()}
     common = {text for text in FILES.values() if "$" not in text}
     assert texts == common | {f"{slot}.py.txt" for slot in RECIPES}

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from core.analysis.statistics import compare, interval
+from core.statistics.comparison import compare, interval
 
 TOKENS = 2048
 """Of a step."""

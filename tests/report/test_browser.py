@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from core.analysis.report.page import write
-from core.analysis.report.table import COLUMNS
+from core.reports.page import write
+from core.reports.table import COLUMNS
 
 from .conftest import EVIL, HOSTILE
 

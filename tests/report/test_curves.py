@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.analysis.report import experts as packing
-from core.analysis.report.curves import POINTS, SMOOTH, curve, paired
-from core.analysis.report.folder import Run, read
-from core.analysis.report.style import DASHES, broken, styles
+from core.reports import experts as packing
+from core.reports.curves import POINTS, SMOOTH, curve, paired
+from core.reports.folder import Run, read
+from core.reports.style import DASHES, broken, styles
 
 from .synthetic import Made, write_sweep
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from core.analysis.report import lock
-from core.analysis.report.folder import read
+from core.reports import lock
+from core.reports.folder import read
 
 from .synthetic import Made, write_sweep
 

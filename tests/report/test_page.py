@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from core.analysis.report.cost import seconds_of
-from core.analysis.report.folder import Run, read
-from core.analysis.report.page import context, figures_of, render
-from core.analysis.report.provenance import facts
-from core.analysis.report.words import in_short, metric_words, signed
-from core.analysis.statistics import NOT_AFTER_HOLM
+from core.reports.cost import seconds_of
+from core.reports.folder import Run, read
+from core.reports.page import context, figures_of, render
+from core.reports.provenance import facts
+from core.reports.words import in_short, metric_words, signed
+from core.statistics.comparison import NOT_AFTER_HOLM
 
 from .conftest import EVIL, HOSTILE, LONG
 from .synthetic import Made, write_json, write_run, write_sweep

@@ -59,7 +59,7 @@ def test_a_wheel_holds_the_code_the_recipes_and_the_licence(wheel: Path) -> None
         assert {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")} == code
     recipes = {f"core/recipes/{name}" for name in relative(ROOT / "recipes", "*.yaml")}
     assert {name for name in names if name.endswith(".yaml")} == recipes
-    assert {"core/py.typed", "plugins/mla/README.md", "core/analysis/skeletons/router.py.txt"} <= names
+    assert {"core/py.typed", "plugins/mla/README.md", "core/authoring/skeletons/router.py.txt"} <= names
     assert any(re.fullmatch(r"moeloom-[\d.]+\.dist-info/licenses/LICENSE", name) for name in names)
     assert not any(name.startswith(("tests/", "docs/", "recipes/")) for name in names)
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from core import contracts
-from core.analysis.catalog import schema_of
-from core.analysis.reference import COMMAND, SHARED, pages
+from core.authoring.catalog import schema_of
+from core.authoring.reference import COMMAND, SHARED, pages
 from core.contracts.component import Component
 from core.extension.hookspec import Hooks
 from core.extension.loader import find_plugins, load_plugins

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from core.analysis.smoothed import largest, relative, smoothed
+from core.statistics.smoothing import largest, relative, smoothed
 from core.study.curves import against, losses
 
 

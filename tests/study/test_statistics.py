@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from scipy import stats
 
-from core.analysis.statistics import (
+from core.statistics.comparison import (
     NOT_AFTER_HOLM,
     NOTHING_SHOWN,
     Difference,

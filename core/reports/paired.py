@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from core.analysis.report.curves import SMOOTH, paired
-from core.analysis.report.figure import Figure, Trace
-from core.analysis.report.over_training import STEEP, Drawn, Line, OverTraining
-from core.analysis.report.style import brief
-from core.analysis.report.words import LOSS
+from core.reports.curves import SMOOTH, paired
+from core.reports.figure import Figure, Trace
+from core.reports.over_training import STEEP, Drawn, Line, OverTraining
+from core.reports.style import brief
+from core.reports.words import LOSS
 
 HEIGHT = 165
 """Pixels of one panel."""

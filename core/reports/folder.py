@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from core.analysis.report.lock import is_locked
 from core.contracts.errors import UserError
+from core.reports.lock import is_locked
 
 KEPT = ("step", "tokens", "tokens_per_second", "load/max_vio_batch", "skipped_steps")
 """Columns of `metrics.csv` that the report reads; also those of losses and of validation."""

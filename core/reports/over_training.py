@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import cycle
 
-from core.analysis.report.curves import Curve, axis_of, curve, reach
-from core.analysis.report.figure import Figure, Trace
-from core.analysis.report.folder import Run, Study
-from core.analysis.report.points import at_the_end, validated_once
-from core.analysis.report.style import DASHES, Style, brief, plain, styles
-from core.analysis.report.words import LOSS
+from core.reports.curves import Curve, axis_of, curve, reach
+from core.reports.figure import Figure, Trace
+from core.reports.folder import Run, Study
+from core.reports.points import at_the_end, validated_once
+from core.reports.style import DASHES, Style, brief, plain, styles
+from core.reports.words import LOSS
 
 MARKS, ALL_MARKED = 10, 40
 """About how many points of a line are marked, each line's at others; and up to how many all of them are."""

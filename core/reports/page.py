@@ -7,11 +7,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from core.analysis.report import cost, points, provenance, table, words
-from core.analysis.report.experts import experts
-from core.analysis.report.figure import Figure
-from core.analysis.report.folder import Study, read
-from core.analysis.report.over_training import (
+from core.contracts.errors import UserError
+from core.reports import cost, points, provenance, table, words
+from core.reports.experts import experts
+from core.reports.figure import Figure
+from core.reports.folder import Study, read
+from core.reports.over_training import (
     OverTraining,
     acceptance,
     speed,
@@ -19,8 +20,7 @@ from core.analysis.report.over_training import (
     validation,
     violation,
 )
-from core.analysis.report.paired import against_baseline
-from core.contracts.errors import UserError
+from core.reports.paired import against_baseline
 
 
 def write(folder: Path, file: Path) -> dict[str, Any]:
@@ -108,4 +108,4 @@ def figures_of(study: Study, metric: str) -> list[Figure]:
 
 def _own(name: str) -> str:
     """A file that lies beside this one."""
-    return resources.files("core.analysis.report").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("core.reports").joinpath(name).read_text(encoding="utf-8")

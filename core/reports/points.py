@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from core.analysis.report.figure import Figure, Trace
-from core.analysis.report.folder import Run, Study, finite
-from core.analysis.report.style import Style, brief, broken, plain, styles
-from core.analysis.statistics import NOT_AFTER_HOLM
+from core.reports.figure import Figure, Trace
+from core.reports.folder import Run, Study, finite
+from core.reports.style import Style, brief, broken, plain, styles
+from core.statistics.comparison import NOT_AFTER_HOLM
 
 MARKED = {"better": "", "worse": "", NOT_AFTER_HOLM: "-open-dot"}
 """What a verdict adds to a marker's name."""

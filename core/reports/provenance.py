@@ -4,7 +4,7 @@ import shlex
 from collections import Counter
 from typing import Any
 
-from core.analysis.report.folder import Run, Study
+from core.reports.folder import Run, Study
 
 TOLD = ("components", "command", "commit", "dirty", "gpus")
 """What is recorded and not told under its own name."""

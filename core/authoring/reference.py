@@ -1,6 +1,6 @@
 """The pages of docs/reference: one for each slot, from the contracts' own source and the built-in components.
 
-`python -m core.analysis.reference docs/reference` writes them, and a test compares. Signatures are printed as they
+`python -m core.authoring.reference docs/reference` writes them, and a test compares. Signatures are printed as they
 are written, so the pages do not depend on which Python writes them.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from core import contracts
-from core.analysis.catalog import plain, schema_of
+from core.authoring.catalog import plain, schema_of
 from core.extension.hookspec import GROUP, Hooks
 from core.extension.loader import OWN, find_plugins, load_plugins
 from core.extension.registry import SLOTS, Entry, Registry
@@ -28,7 +28,7 @@ SHARED = ("component", "schema", "build", "context", "record", "schedule", "erro
 HEADINGS = ("Args:", "Returns:", "Raises:", "Class attributes:")
 """Lines of a docstring under which a list stands."""
 
-COMMAND = "python -m core.analysis.reference docs/reference"
+COMMAND = "python -m core.authoring.reference docs/reference"
 
 LINE = 120
 """Characters of a line of code."""

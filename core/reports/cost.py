@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from core.analysis.report.figure import Figure
-from core.analysis.report.folder import Run, Study
-from core.analysis.report.over_training import OverTraining, training_loss
+from core.reports.figure import Figure
+from core.reports.folder import Run, Study
+from core.reports.over_training import OverTraining, training_loss
 
 
 def against_flops(study: Study) -> Figure:

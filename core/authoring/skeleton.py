@@ -128,4 +128,4 @@ def _class_name(slot: str, name: str) -> str:
 
 
 def _read(text: str) -> str:
-    return resources.files("core.analysis").joinpath("skeletons", text).read_text(encoding="utf-8")
+    return resources.files("core.authoring").joinpath("skeletons", text).read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from core.analysis.report.folder import Run
+from core.reports.folder import Run
 
 POINTS = 400
 """The most points of one curve."""

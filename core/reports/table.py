@@ -8,8 +8,8 @@ from statistics import mean
 from typing import Any
 
 from core.analysis.compare import short
-from core.analysis.report.folder import Run, Study, finite
-from core.analysis.report.words import NONE, caveats, duration, number, signed, yes_no
+from core.reports.folder import Run, Study, finite
+from core.reports.words import NONE, caveats, duration, number, signed, yes_no
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from core.analysis.report.folder import Run, Study, finite
-from core.analysis.statistics import NOT_AFTER_HOLM, NOTHING_SHOWN
+from core.reports.folder import Run, Study, finite
+from core.statistics.comparison import NOT_AFTER_HOLM, NOTHING_SHOWN
 
 METRICS = {
     "val_bits_per_byte": "validation bits per byte",

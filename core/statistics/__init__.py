@@ -1,0 +1,1 @@
+"""Statistics for comparing training runs: paired differences over seeds, and smoothed training curves."""
