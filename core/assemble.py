@@ -1,4 +1,4 @@
-"""From a validated recipe to objects: the model, the data, the plan of steps."""
+"""Builds what a validated recipe describes: the model, and the components that need nothing but their settings."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.analysis.asked import Asked
-from core.analysis.describe import RoleSpy, describe
-from core.analysis.size import size_of
 from core.contracts.build import BuildContext, Init, Rope
 from core.contracts.loss_head import LossHead
 from core.contracts.precision import Precision
@@ -22,7 +19,6 @@ from core.model.initialise import initialise
 from core.model.language_model import Embedding, LanguageModel
 from core.model.norm import RMSNorm
 from core.recipe.compose import Recipe
-from core.recipe.plan import Plan
 
 
 class TiedOutput(nn.Module):
@@ -143,27 +139,6 @@ def compile_parts(model: LanguageModel, **options: Any) -> None:
     """
     for part in [*model.blocks, *model.heads.values()]:
         part.compile(**options)
-
-
-def plan_of(recipe: Recipe, model: LanguageModel | None = None) -> Plan:
-    """The steps of the run; a budget in FLOPs needs the model's size."""
-    budget, tokens = recipe.budget, recipe.budget.tokens
-    if budget.flops is not None:
-        tokens = max(1, round(budget.flops / size_of(model or build(recipe, device="meta")).flops_per_token))
-    return Plan(
-        sequences=recipe.batch.sequences,
-        length=recipe.data.sequence_length,
-        micro_batches=recipe.batch.accumulate,
-        steps=budget.steps,
-        tokens=tokens,
-    )
-
-
-def document_of(recipe: Recipe, asked: Asked | None = None) -> dict[str, Any]:
-    """Build the recipe on the meta device, with a precision that remembers its roles, and describe it."""
-    spy = RoleSpy(make(recipe.precision))
-    model = build(recipe, device="meta", precision=spy)
-    return describe(recipe, model, plan_of(recipe, model), spy, asked)
 
 
 def make(section: Section) -> Any:

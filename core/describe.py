@@ -120,9 +120,9 @@ def set_beside(recipes: list["Recipe"], *, as_json: bool) -> None:
 
 def document_of(recipe: "Recipe", asked: "Asked | None" = None) -> dict[str, Any]:
     """What `--json` prints of a recipe."""
-    from core import assemble
+    from core.analysis import describe
 
-    return assemble.document_of(recipe, asked)
+    return describe.document_of(recipe, asked)
 
 
 def show(recipe: "Recipe", *, as_json: bool, asked: "Asked | None" = None) -> None:

@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core.assemble import build, make, plan_of
+from core.analysis.budget import plan_of
+from core.assemble import build, make
 from core.data.batch import Batch
 from core.recipe.compose import Recipe, compose
 from core.run.data import text_data

@@ -26,7 +26,7 @@ from benchmarks.on_gpu.compare import (
 )
 from benchmarks.on_gpu.measure import Lab, attempt, failed
 from benchmarks.on_gpu.runs import TOTAL, Fits, prepare_data, toy_text
-from core.assemble import plan_of
+from core.analysis.budget import plan_of
 from core.contracts.context import SequenceContext
 from core.contracts.router import Router
 from core.model import quantise as q

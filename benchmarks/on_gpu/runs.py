@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.assemble import plan_of
+from core.analysis.budget import plan_of
 from core.recipe.compose import compose
 from core.run.data import text_data
 from core.study.curves import losses

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from core.analysis.asked import Asked
+from core.analysis.budget import plan_of
 from core.analysis.components import components
 from core.analysis.cost import gpu_hours, speed
 from core.analysis.memory import per_gpu
 from core.analysis.products import Product
 from core.analysis.size import Size, size_of
+from core.assemble import build, make
 from core.contracts.component import Environment
 from core.contracts.errors import UserError
 from core.contracts.ffn import Traits
@@ -29,6 +31,13 @@ CONVENTION = (
     "flops_per_token_megatron is Megatron-LM's count: without routers, and without norms outside attention; "
     "params_total is the main model with its selection biases, params_experts what its routed and shared experts own"
 )
+
+
+def document_of(recipe: Recipe, asked: Asked | None = None) -> dict[str, Any]:
+    """Build the recipe on the meta device, with a precision that remembers its roles, and describe it."""
+    spy = RoleSpy(make(recipe.precision))
+    model = build(recipe, device="meta", precision=spy)
+    return describe(recipe, model, plan_of(recipe, model), spy, asked)
 
 
 def describe(

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from core.assemble import make, plan_of
+from core.analysis.budget import plan_of
+from core.assemble import make
 from core.contracts.errors import UserError
 from core.data.baseline import xz_bits_per_byte
 from core.data.documents import read_split

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from core.analysis.budget import plan_of
 from core.analysis.describe import obstacles
 from core.analysis.size import Size, size_of
-from core.assemble import build, compile_parts, make, plan_of
+from core.assemble import build, compile_parts, make
 from core.contracts.errors import Interrupted, RunFailed, UserError
 from core.data.module import TextData
 from core.data.tokenizer import Tokenizer

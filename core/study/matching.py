@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.analysis.compare import held
-from core.assemble import document_of
+from core.analysis.describe import document_of
 from core.contracts.errors import UserError, nearest
 from core.study.sweep_file import Sweep
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from core.assemble import plan_of
+from core.analysis.budget import plan_of
 from core.contracts.errors import UserError
 from core.recipe.resolve import to_dict
 from core.run.data import text_data

@@ -8,7 +8,7 @@ import pytest
 import core
 from core.analysis.asked import Asked
 from core.analysis.cost import H800_MFU, H800_PEAK
-from core.assemble import document_of
+from core.analysis.describe import document_of
 
 if TYPE_CHECKING:
     from lab import Lab

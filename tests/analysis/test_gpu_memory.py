@@ -13,9 +13,9 @@ from torch import nn
 import core
 from core.analysis.activations import Widths, of_block
 from core.analysis.asked import Asked
-from core.analysis.describe import RoleSpy
+from core.analysis.describe import RoleSpy, document_of
 from core.analysis.layout import Layout, Schedule
-from core.assemble import build, document_of, make
+from core.assemble import build, make
 from core.contracts.context import SequenceContext
 from core.model.norm import RMSNorm
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lab import Lab
 
-from core.assemble import plan_of
+from core.analysis.budget import plan_of
 from core.run.data import text_data
 from core.run.loading import load
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from core.assemble import plan_of
+from core.analysis.budget import plan_of
 from core.contracts.schedule import Schedule, Segment
 from core.recipe.compose import compose
 from core.recipe.plan import Plan, Window

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from core.assemble import build, plan_of
+from core.analysis.budget import plan_of
+from core.assemble import build
 from core.recipe.compose import Recipe, compose, find_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import core
+from core.analysis.budget import plan_of
 from core.analysis.compare import table, unequal
-from core.assemble import plan_of
 from core.contracts.schedule import value_at
 from core.describe import document_of
 from core.recipe.compose import Recipe

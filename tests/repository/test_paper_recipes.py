@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import core
-from core.assemble import plan_of
+from core.analysis.budget import plan_of
 from core.contracts.schedule import Progress, value_at
 from core.describe import document_of
 from core.recipe.compose import Recipe

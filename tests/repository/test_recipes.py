@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import core
-from core.assemble import plan_of
+from core.analysis.budget import plan_of
 from core.contracts.schedule import Progress, value_at
 from core.contracts.schema import Section
 from core.describe import document_of

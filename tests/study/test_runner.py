@@ -18,7 +18,7 @@ from lab import Lab, fill, forked, small_disk, through
 import core.run.training
 import core.study.matching
 import core.sweep
-from core.assemble import plan_of
+from core.analysis.budget import plan_of
 from core.contracts.errors import UserError
 from core.run.data import text_data
 from core.study.folder import Job, SweepFolder

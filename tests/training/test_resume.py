@@ -20,7 +20,7 @@ import torch
 from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, loads, rows, through
 
 import core.run.training
-from core.assemble import plan_of
+from core.analysis.budget import plan_of
 from core.contracts.errors import UserError
 from core.run.data import text_data
 from core.training import callbacks, checkpoints

@@ -13,7 +13,7 @@ from lab import MOE, Lab, assert_same, last_checkpoint, loads, rows
 from torch import Tensor
 
 import core
-from core.assemble import plan_of
+from core.analysis.budget import plan_of
 from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
