@@ -31,7 +31,7 @@ from core.contracts.precision import HIGH
 from core.contracts.schedule import Progress
 from core.door import print_json, run_door
 from core.model.language_model import LanguageModel
-from core.model.linear import Product
+from core.numerics.linear import Product
 from core.recipe.compose import Recipe
 from core.training.window import Seen, denominators, objective
 

@@ -29,8 +29,8 @@ from benchmarks.on_gpu.runs import TOTAL, Fits, prepare_data, toy_text
 from core.analysis.budget import plan_of
 from core.contracts.context import SequenceContext
 from core.contracts.router import Router
-from core.model import quantise as q
 from core.model.language_model import LanguageModel
+from core.numerics import quantise as q
 from core.run.data import text_data
 from core.run.loading import load_weights
 from core.study import curves

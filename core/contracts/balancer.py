@@ -24,7 +24,7 @@ class Balancer(nn.Module, Component, ABC):
 
     Padding counts nowhere. A loss teaches the router and nothing else of the layer; its coefficient is a finite number
     that is not negative. All state is in the state dict and keeps its format under a cast of the model
-    (`core.model.exact.ExactState`); an update sees one token more however large the load is.
+    (`core.numerics.exact.ExactState`); an update sees one token more however large the load is.
 
     Class attributes:
         scope: over what the loss is formed; an instance may set its own. `none`: no loss. `token` and `sequence`:

@@ -31,7 +31,7 @@ class SequenceContext:
         step: optimizer steps done before this one.
         first_sequence: number of the first sequence among all that the step reads, over micro-batches and data
             ranks. Random choices are addressed by (seed, step, layer, number of the sequence, position), see
-            `core.model.chance`, so splitting a batch changes none of them.
+            `core.routing.chance`, so splitting a batch changes none of them.
         reduce_sum: sum over the data ranks, differentiable; the identity on one device.
     """
 

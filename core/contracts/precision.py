@@ -137,7 +137,7 @@ class Precision(Component, ABC):
     `compute_dtype("embedding")`, or wider. What is not finite is never hidden: it makes its row of a product not
     finite.
 
-    A precision whose layers are not `core.model.linear`'s has them note in `paths` which code took a product, at
+    A precision whose layers are not `core.numerics.linear`'s has them note in `paths` which code took a product, at
     every product: a run writes down what really ran.
 
     Capabilities that recipes are checked by: `gpu_only` (training needs a GPU), `remembers_products` (a product

@@ -13,7 +13,7 @@ from torch import Tensor
 from core.contracts.context import SequenceContext
 from core.model.language_model import LanguageModel
 from core.model.loss import ROWS
-from core.model.numerics import at_least_fp32
+from core.numerics.promotion import at_least_fp32
 
 
 @dataclass(frozen=True)

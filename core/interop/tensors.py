@@ -108,8 +108,8 @@ def quantised(values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales by row of whole blocks of rows (the last may be short), the largest of each block at 448.
 
     Codes are what the cast gives, the sign of a zero included, as the released kernels write them; what trains
-    (`core.model.quantise`) has no use for that sign. A block of zeros has scale 1. What is not finite has no code: the
-    caller asks first.
+    (`core.numerics.quantise`) has no use for that sign. A block of zeros has scale 1. What is not finite has no code:
+    the caller asks first.
     """
     rows, width = values.shape
     padded = values.new_zeros(math.ceil(rows / BLOCK) * BLOCK, math.ceil(width / BLOCK) * BLOCK, dtype=torch.float32)

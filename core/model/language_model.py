@@ -16,8 +16,8 @@ from core.contracts.loss_head import LossHead, Shared
 from core.contracts.precision import Paths, Precision, StepState
 from core.contracts.record import LossTerm, Record, as_pytree
 from core.model.block import Block
-from core.model.initialise import draw_normal
 from core.model.norm import RMSNorm
+from core.numerics.draw import draw_normal
 
 
 class Embedding(nn.Module):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.model.numerics import at_least_fp32
+from core.numerics.promotion import at_least_fp32
 
 IGNORED = -100
 ROWS = 512

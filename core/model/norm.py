@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts.build import BuildContext
-from core.model.numerics import at_least_fp32
+from core.numerics.promotion import at_least_fp32
 
 
 class RMSNorm(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.build import Rope
-from core.model.numerics import at_least_fp32
+from core.numerics.promotion import at_least_fp32
 
 
 def correction_range(dim: int, theta: float, yarn: Any) -> tuple[int, int]:

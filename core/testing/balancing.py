@@ -117,7 +117,10 @@ def state_is_exact(subject: Subject) -> None:
     formats = {name: t.dtype for name, t in balancer.state_dict().items()}
     balancer.to(torch.bfloat16)
     now = {name: t.dtype for name, t in balancer.state_dict().items()}
-    hold(now == formats, "a cast of the model changes the format of the state: derive from core.model.exact.ExactState")
+    hold(
+        now == formats,
+        "a cast of the model changes the format of the state: derive from core.numerics.exact.ExactState",
+    )
     loads = ([0] * 8, [80, 0, 0, 0, 0, 0, 0, 0], [10] * 8, [2**40 + 1] + [2**40] * 7)
     for load in loads:
         balancer.on_step_end(torch.tensor(load), progress)

@@ -26,10 +26,10 @@ from core.contracts.schedule import Progress
 from core.contracts.schema import Child, Provenance, Section, child, children, setting
 from core.model.attend import TensorCache
 from core.model.block import Block
-from core.model.gating import LearnedRouter, best_experts
 from core.model.language_model import Embedding, LanguageModel
-from core.model.linear import GroupedLinear, Linear
 from core.model.norm import RMSNorm
+from core.numerics.linear import GroupedLinear, Linear
+from core.routing.gating import LearnedRouter, best_experts
 
 WIDTH, EXPERTS, LENGTH, VOCABULARY = 32, 8, 16, 64
 OWNER = Provenance("moeloom", "kit", "core.testing", "core.testing.bench")

@@ -169,7 +169,7 @@ def forward_is_deterministic(subject: Subject) -> None:
     torch.rand(3)
     hold(
         all(torch.equal(a, b) for a, b in zip(first, results(subject, module), strict=True)),
-        "a second forward gives other bits; draw random numbers from core.model.chance",
+        "a second forward gives other bits; draw random numbers from core.routing.chance",
     )
 
 

@@ -114,7 +114,7 @@ def _grouped(layer: Any, x: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor, Ten
 @check(
     "precision",
     clause="empty groups and rows past the last end are no error: the latter come out as 0, without gradient",
-    where="core/model/grouped.py",
+    where="core/numerics/grouped.py",
 )
 def empty_groups_are_groups(subject: Subject) -> None:
     """All rows in one group, in none, and none at all; gradients are finite."""

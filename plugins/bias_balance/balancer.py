@@ -20,7 +20,7 @@ from core.contracts.build import BuildContext
 from core.contracts.errors import Wrong
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
-from core.model.exact import ExactState
+from core.numerics.exact import ExactState
 
 
 class Bias(ExactState, Balancer):

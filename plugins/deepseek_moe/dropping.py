@@ -10,7 +10,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import Wrong
 from core.contracts.router import Routing
 from core.contracts.schema import setting
-from core.model.capacity import even_share, running_count
+from core.routing.capacity import even_share, running_count
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from core.contracts.record import Record
 from core.contracts.router import CAPABILITIES, Router
 from core.contracts.schema import Child, child, children, setting
 from core.model.activation import swiglu
-from core.model.chance import Chance
+from core.routing.chance import Chance
 from plugins.deepseek_moe.dropping import TokenDropping, drop_over_budget
 
 

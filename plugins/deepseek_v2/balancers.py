@@ -15,8 +15,8 @@ from core.contracts.errors import Wrong
 from core.contracts.router import Routing
 from core.contracts.schedule import Scheduled
 from core.contracts.schema import setting
-from core.model.capacity import pieces_of
-from core.model.share_loss import ShareLoss, Weighted, routed_choices, sum_by_piece
+from core.routing.capacity import pieces_of
+from core.routing.share_loss import ShareLoss, Weighted, routed_choices, sum_by_piece
 
 
 class ExpertLoss(ShareLoss):

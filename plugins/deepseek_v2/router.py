@@ -10,7 +10,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import Wrong
 from core.contracts.router import Adjust, Routing
 from core.contracts.schema import setting
-from core.model.gating import LearnedRouter, best_experts
+from core.routing.gating import LearnedRouter, best_experts
 
 
 class DeepSeekV2Router(LearnedRouter):

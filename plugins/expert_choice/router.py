@@ -14,8 +14,8 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import Wrong
 from core.contracts.router import Adjust, Routing
 from core.contracts.schema import setting
-from core.model.capacity import even_share, even_share_of
-from core.model.gating import TokenGroupRouter
+from core.routing.capacity import even_share, even_share_of
+from core.routing.gating import TokenGroupRouter
 
 _FIXED = "every expert takes exactly its even share of the group's tokens (n top_k / E)"
 

@@ -10,8 +10,8 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import Wrong
 from core.contracts.router import Adjust, Routing
 from core.contracts.schema import setting
-from core.model.chance import token_places
-from core.model.gating import LearnedRouter
+from core.routing.chance import token_places
+from core.routing.gating import LearnedRouter
 
 
 class ForcedBalanceRouter(LearnedRouter):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.model.quantise import E4M3, Format, Quantised, Tile, decode, scaled, spread
-from core.model.quantised_product import Kept
+from core.numerics.quantise import E4M3, Format, Quantised, Tile, decode, scaled, spread
+from core.numerics.quantised_product import Kept
 from plugins.fp8_emulated.rounding import EmulatedRounding
 
 AT_ONCE = 32

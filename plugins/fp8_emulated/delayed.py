@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.precision import StepState
-from core.model.exact import ExactState
+from core.numerics.exact import ExactState
 
 OPERANDS = ("activation", "weight", "gradient")
 

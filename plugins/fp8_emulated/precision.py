@@ -9,9 +9,9 @@ from torch import nn
 from core.contracts.errors import Wrong
 from core.contracts.precision import roles_matching
 from core.contracts.schema import setting
-from core.model.fp8 import FP8Precision, FP8Settings
-from core.model.quantise import E4M3, E5M6, FORMATS, Format
-from core.model.quantised_product import RoundedGroupedLinear, RoundedLinear
+from core.numerics.fp8 import FP8Precision, FP8Settings
+from core.numerics.quantise import E4M3, E5M6, FORMATS, Format
+from core.numerics.quantised_product import RoundedGroupedLinear, RoundedLinear
 from plugins.fp8_emulated.accumulate import AT_ONCE, NarrowRounding
 from plugins.fp8_emulated.delayed import DelayedAmax
 from plugins.fp8_emulated.rounding import TILES, EmulatedRounding

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.model.quantise import (
+from core.numerics.quantise import (
     BLOCK,
     COLUMN,
     E4M3,
@@ -29,7 +29,7 @@ from core.model.quantise import (
     rounded_and_kept,
     tile_amax,
 )
-from core.model.quantised_product import Kept, Rounding
+from core.numerics.quantised_product import Kept, Rounding
 from plugins.fp8_emulated.delayed import DelayedAmax
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.model.quantise import BLOCK, ROW
-from core.model.quantised_product import Kept
+from core.numerics.quantise import BLOCK, ROW
+from core.numerics.quantised_product import Kept
 from plugins.fp8_native import operand
 from plugins.fp8_native.ends import Spans, spans
 from plugins.fp8_native.operand import ROWS, WIDTH, Laid, Operand

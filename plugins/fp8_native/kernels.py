@@ -1,7 +1,7 @@
 """Triton kernels that quantise in tiles, one read and one write each, into the layouts that `scaled_mm` takes.
 
-Codes and scales are those of `core.model.quantise.quantise` bit for bit: a tile's largest magnitude is found among bit
-patterns, which for finite numbers, infinities and NaN are in that order; divisions are IEEE's; what rounds to zero
+Codes and scales are those of `core.numerics.quantise.quantise` bit for bit: a tile's largest magnitude is found among
+bit patterns, which for finite numbers, infinities and NaN are in that order; divisions are IEEE's; what rounds to zero
 becomes +0, as it does there.
 
 Experts' rows, [begin, end) for expert e, are padded to whole multiples of a step S, and every expert starts at slot
@@ -70,7 +70,7 @@ def _magnitude(x):
 
 @triton.jit
 def _scale(amax_bits, POWER_OF_TWO: tl.constexpr):
-    """The scale of tiles of these largest magnitudes; see `core.model.quantise.scales_of`."""
+    """The scale of tiles of these largest magnitudes; see `core.numerics.quantise.scales_of`."""
     amax = amax_bits.to(tl.float32, bitcast=True)
     bits = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)).to(tl.int32, bitcast=True)
     bits = tl.maximum(bits, 0x00800000)
@@ -119,7 +119,7 @@ def _encode(x, scale):
 
 @triton.jit
 def _decode(codes):
-    """fp32 numbers of codes, as in `core.model.quantise.decode`."""
+    """fp32 numbers of codes, as in `core.numerics.quantise.decode`."""
     if INTERPRETED:
         bits = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385  # less the upper bit of fp16's exponent
         values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import ScalingType
 
-from core.model.quantise import BLOCK, ROW, WHOLE, Quantised, Tile
+from core.numerics.quantise import BLOCK, ROW, WHOLE, Quantised, Tile
 
 WIDTH, ROWS, SCALES = 128, 16, 4
 """Multiples: of K, of rows, and of the scales along K of an operand in 128x128 blocks."""
@@ -48,7 +48,7 @@ class Operand:
 
     @classmethod
     def of(cls, quantised: Quantised) -> "Operand":
-        """What `core.model.quantise.quantise` gave."""
+        """What `core.numerics.quantise.quantise` gave."""
         return cls(quantised.codes, quantised.scales, quantised.tile)
 
     def part(self, begin: int, end: int) -> "Operand":

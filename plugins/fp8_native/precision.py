@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from core.contracts.component import Environment
 from core.contracts.precision import plain_path
 from core.contracts.schema import setting
-from core.model.fp8 import FP8Precision, FP8Settings
-from core.model.grouped import grouped_product
-from core.model.quantise import E4M3, dequantise, quantise
-from core.model.quantised_product import RoundedGroupedLinear, RoundedLinear
+from core.numerics.fp8 import FP8Precision, FP8Settings
+from core.numerics.grouped import grouped_product
+from core.numerics.quantise import E4M3, dequantise, quantise
+from core.numerics.quantised_product import RoundedGroupedLinear, RoundedLinear
 from plugins.fp8_native.fused import FusedRounding
 from plugins.fp8_native.operand import Operand, multiply
 from plugins.fp8_native.rounding import TILES, NativeRounding

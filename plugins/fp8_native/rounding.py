@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.model.quantise import BLOCK, E4M3, ROW, WHOLE, Quantised, Tile, dequantise, quantise
-from core.model.quantised_product import Kept, Rounding
+from core.numerics.quantise import BLOCK, E4M3, ROW, WHOLE, Quantised, Tile, dequantise, quantise
+from core.numerics.quantised_product import Kept, Rounding
 from plugins.fp8_native.ends import spans
 from plugins.fp8_native.operand import CHANNEL, Operand, multiply
 
@@ -45,7 +45,7 @@ TILES = {
 
 @dataclass(frozen=True)
 class NativeRounding(Rounding):
-    """E4M3 codes all the way; see `core.model.quantised_product.Rounding`.
+    """E4M3 codes all the way; see `core.numerics.quantised_product.Rounding`.
 
     Args:
         inputs: width of the activations.

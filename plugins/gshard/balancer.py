@@ -8,7 +8,7 @@ from torch import Tensor
 from core.contracts.errors import Wrong
 from core.contracts.schedule import Scheduled
 from core.contracts.schema import setting
-from core.model.share_loss import FirstChoiceLoss, Weighted
+from core.routing.share_loss import FirstChoiceLoss, Weighted
 
 
 class GShardLoss(FirstChoiceLoss):

@@ -16,8 +16,8 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.contracts.router import Adjust, Router, Routing
 from core.contracts.schema import setting
-from core.model.chance import uniform
-from core.model.numerics import at_least_fp32
+from core.numerics.promotion import at_least_fp32
+from core.routing.chance import uniform
 
 _NO_CHOICE = "a token's id decides alone"
 

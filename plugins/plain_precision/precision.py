@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts.precision import Precision
-from core.model.linear import GroupedLinear, Linear
-from core.model.quantised_product import Kept, RoundedGroupedLinear, RoundedLinear, Rounding
+from core.numerics.linear import GroupedLinear, Linear
+from core.numerics.quantised_product import Kept, RoundedGroupedLinear, RoundedLinear, Rounding
 
 
 class _Plain(Precision):

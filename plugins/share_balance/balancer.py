@@ -1,6 +1,6 @@
 """Auxiliary balance losses over a sequence (report, eq. 17-20), the whole batch (section 4.5.3) or a micro-batch.
 
-All three are sum_i f_i P_i of `core.model.share_loss`, with f_i from the plain top K by affinity: no bias, no group
+All three are sum_i f_i P_i of `core.routing.share_loss`, with f_i from the plain top K by affinity: no bias, no group
 limit. They differ in the tokens that f and P are formed over.
 """
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from core.contracts.schedule import Scheduled
 from core.contracts.schema import setting
-from core.model.share_loss import ShareLoss, Weighted
+from core.routing.share_loss import ShareLoss, Weighted
 
 
 class SequenceLoss(ShareLoss):

@@ -5,7 +5,7 @@ from typing import Literal
 
 from core.contracts.schedule import Scheduled
 from core.contracts.schema import setting
-from core.model.share_loss import FirstChoiceLoss, Weighted
+from core.routing.share_loss import FirstChoiceLoss, Weighted
 
 
 class SwitchLoss(FirstChoiceLoss):

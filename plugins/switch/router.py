@@ -11,9 +11,9 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import Wrong
 from core.contracts.router import Adjust, Routing
 from core.contracts.schema import setting
-from core.model.capacity import has_place
-from core.model.chance import Chance
-from core.model.gating import TokenGroupRouter
+from core.routing.capacity import has_place
+from core.routing.chance import Chance
+from core.routing.gating import TokenGroupRouter
 
 
 class SwitchRouter(TokenGroupRouter):

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.contracts.precision import StepState, plain_path
-from core.model.grouped import grouped_product
-from core.model.linear import Formats, GroupedLinear, Linear
-from core.model.padded import PaddedGroups
+from core.numerics.grouped import grouped_product
+from core.numerics.linear import Formats, GroupedLinear, Linear
+from core.numerics.padded import PaddedGroups
 from plugins.te_fp8.engine import SCALINGS, pytorch, recipes
 
 HALVES = {"forward": "scaling_fwd", "backward": "scaling_bwd"}
@@ -174,7 +174,7 @@ def _memories(module: Any) -> list[tuple[str, str, Tensor]]:
 
 
 class TELinear(_Lent, Linear):
-    """x W^T by `te.Linear`; rows are padded with zeros to whole tiles. Arguments as `core.model.linear.Linear`."""
+    """x W^T by `te.Linear`; rows are padded with zeros to whole tiles. Arguments as `core.numerics.linear.Linear`."""
 
     def __init__(
         self, inputs: int, outputs: int, *, recipe: Recipe, stream: torch.dtype, **formats: Unpack[Formats]
@@ -207,7 +207,7 @@ class TELinear(_Lent, Linear):
 
 
 class TEGroupedLinear(_Lent, GroupedLinear):
-    """One x W^T for each group by `te.GroupedLinear`. Arguments as `core.model.linear.GroupedLinear`."""
+    """One x W^T for each group by `te.GroupedLinear`. Arguments as `core.numerics.linear.GroupedLinear`."""
 
     def __init__(
         self, groups: int, inputs: int, outputs: int, *, recipe: Recipe, stream: torch.dtype, **formats: Unpack[Formats]

@@ -11,7 +11,7 @@ from torch import nn
 from core.contracts.component import Environment
 from core.contracts.errors import UserError, Wrong
 from core.contracts.schema import setting
-from core.model.fp8 import FP8Precision, FP8Settings
+from core.numerics.fp8 import FP8Precision, FP8Settings
 from plugins.te_fp8.engine import SCALINGS, obstacle, present
 from plugins.te_fp8.layers import Recipe, TEGroupedLinear, TELinear
 

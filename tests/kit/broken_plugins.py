@@ -20,8 +20,8 @@ from core.contracts.schedule import Progress
 from core.contracts.schema import setting
 from core.extension.hookspec import hookimpl
 from core.model.attend import TensorCache
-from core.model.linear import Linear
-from core.model.share_loss import ShareLoss
+from core.numerics.linear import Linear
+from core.routing.share_loss import ShareLoss
 from core.testing.bench import KitAttention, KitDense, KitHead, KitPrecision, KitRouter
 
 CONTRACTS = "1.0"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.model.grouped import grouped_product
+from core.numerics.grouped import grouped_product
 
 ENDS = {
     "every expert busy": [3, 5, 9, 12],
@@ -55,8 +55,8 @@ def test_P32_the_kernel_equals_the_loop(name: str, monkeypatch: pytest.MonkeyPat
 
     results = []
     for pays in (False, True):
-        monkeypatch.setattr("core.model.grouped._kernel_pays", lambda _, pays=pays: pays)
-        monkeypatch.setattr("core.model.grouped.F.grouped_mm", spy)
+        monkeypatch.setattr("core.numerics.grouped._kernel_pays", lambda _, pays=pays: pays)
+        monkeypatch.setattr("core.numerics.grouped.F.grouped_mm", spy)
         y_AO = grouped_product(x_AI, weight_EOI, ends_E)
         slopes = torch.autograd.grad(y_AO, (x_AI, weight_EOI), torch.ones(1).expand_as(y_AO))
         results.append((y_AO.detach(), *slopes))

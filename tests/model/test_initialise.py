@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import core
-from core.model.initialise import address, initialise
+from core.model.initialise import initialise
+from core.numerics.draw import address
 
 from . import tiny
 

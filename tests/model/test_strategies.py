@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.contracts.errors import UserError
-from core.model.chance import Chance, uniform
+from core.routing.chance import Chance, uniform
 
 from . import tiny
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import core
 from core.contracts.precision import HIGH
-from core.model.linear import Product
+from core.numerics.linear import Product
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("dsv3_small", "model.blocks.moe.count=1", "data.sequence_length=64", "batch.sequences=2")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.model import quantise as q
+from core.numerics import quantise as q
 
 from .layers import drawn, precision, through, with_weight
 from .slow import calc_diff

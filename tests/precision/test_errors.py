@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.errors import UserError
-from core.model.quantise import BLOCK, E4M3, E5M2, ROW, WHOLE, Format, Tile, rounded
+from core.numerics.quantise import BLOCK, E4M3, E5M2, ROW, WHOLE, Format, Tile, rounded
 
 from .layers import drawn, precision, through, with_weight
 from .slow import calc_diff

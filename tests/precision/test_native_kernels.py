@@ -1,4 +1,4 @@
-"""The kernels of fp8_native against `core.model.quantise`, code for code and scale for scale.
+"""The kernels of fp8_native against `core.numerics.quantise`, code for code and scale for scale.
 
 On a GPU they are compiled. Elsewhere Triton's interpreter runs them in a process of its own, which proves the layouts
 and the rules for tiles; it has no fused multiply-add and casts to FP8 in its own way, so there division and cast are
@@ -18,7 +18,7 @@ from lab import Lab
 from torch import Tensor
 
 from core.assemble import make
-from core.model.quantise import BLOCK, E4M3, ROW, Quantised, dequantise, quantise
+from core.numerics.quantise import BLOCK, E4M3, ROW, Quantised, dequantise, quantise
 from plugins.fp8_native import fused, operand, precision
 from plugins.fp8_native.ends import spans
 from plugins.fp8_native.rounding import TILES, NativeRounding

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.model import quantise as q
+from core.numerics import quantise as q
 
 from . import slow
 from .layers import drawn

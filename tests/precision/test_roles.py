@@ -10,7 +10,7 @@ from lab import Lab
 
 from core.contracts.errors import UserError, Wrong
 from core.contracts.precision import HIGH, NEVER_LOW, ROLES, Paths, roles_matching
-from core.model.linear import GroupedLinear, Linear
+from core.numerics.linear import GroupedLinear, Linear
 from core.testing import bench
 
 from .layers import precision

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.assemble import build, make
 from core.contracts.precision import Precision
-from core.model.padded import PaddedGroups
+from core.numerics.padded import PaddedGroups
 from plugins.te_fp8.engine import SCALINGS
 from plugins.te_fp8.layers import Recipe
 

@@ -13,8 +13,8 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import Wrong
 from core.contracts.router import Adjust, Routing
 from core.contracts.schema import setting
-from core.model.gating import LearnedRouter, best_experts
-from core.model.numerics import at_least_fp32
+from core.numerics.promotion import at_least_fp32
+from core.routing.gating import LearnedRouter, best_experts
 
 
 class CosineRouter(LearnedRouter):

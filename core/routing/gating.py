@@ -10,7 +10,7 @@ from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.router import Adjust, Router, Routing
-from core.model.numerics import at_least_fp32
+from core.numerics.promotion import at_least_fp32
 
 
 class LearnedRouter(Router):

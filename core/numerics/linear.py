@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts.precision import Paths, plain_path
-from core.model.grouped import grouped_product
-from core.model.initialise import address, draw_normal
+from core.numerics.draw import address, draw_normal
+from core.numerics.grouped import grouped_product
 
 
 class Formats(TypedDict):

@@ -24,7 +24,7 @@ from core.contracts.record import LossTerm
 from core.contracts.router import Routing
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
-from core.model.capacity import Pieces, groups_of
+from core.routing.capacity import Pieces, groups_of
 
 
 @dataclass(kw_only=True)

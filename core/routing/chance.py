@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.context import SequenceContext
-from core.model.initialise import address
+from core.numerics.draw import address
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
 _FIRST = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9

@@ -13,7 +13,7 @@ from torch import nn
 
 from core.contracts.precision import Precision, RoleSettings
 from core.contracts.schema import setting
-from core.model.linear import GroupedLinear, Linear
+from core.numerics.linear import GroupedLinear, Linear
 
 STREAMS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -30,8 +30,8 @@ class FP8Settings(RoleSettings):
 class FP8Precision(Precision):
     """Low roles are E4M3 products; the others are plain ones in the stream's format, the router's in fp32.
 
-    Weights are fp32 masters (report, section 3.3.1). Low layers derive from `core.model.linear`'s, or have a `weight`
-    of the same name and layout, and are made with `formats(role)`.
+    Weights are fp32 masters (report, section 3.3.1). Low layers derive from `core.numerics.linear`'s, or have a
+    `weight` of the same name and layout, and are made with `formats(role)`.
     """
 
     low_dtype: torch.dtype = torch.float8_e4m3fn
@@ -58,7 +58,7 @@ class FP8Precision(Precision):
         return not self.config.stays_high(role)
 
     def formats(self, role: str) -> dict[str, Any]:
-        """The arguments by name that every layer of `core.model.linear` takes, but for `std`."""
+        """The arguments by name that every layer of `core.numerics.linear` takes, but for `std`."""
         return {
             "param_dtype": self.param_dtype(role),
             "compute_dtype": self.compute_dtype(role),

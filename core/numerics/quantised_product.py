@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from core.model.grouped import grouped_outer, grouped_product
-from core.model.linear import Formats, GroupedLinear, Linear
+from core.numerics.grouped import grouped_outer, grouped_product
+from core.numerics.linear import Formats, GroupedLinear, Linear
 
 Kept = tuple[Tensor, ...]
 """What a rounding saves of an operand until the backward pass."""
@@ -115,7 +115,7 @@ class RoundedLinear(Linear):
     Args:
         rounding: of this layer alone, where it keeps something.
         path: what is noted as the code that ran.
-        formats: see `core.model.linear.Formats`.
+        formats: see `core.numerics.linear.Formats`.
     """
 
     def __init__(self, inputs: int, outputs: int, rounding: Rounding, path: str, **formats: Unpack[Formats]) -> None:

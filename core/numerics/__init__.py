@@ -1,0 +1,1 @@
+"""Number formats: matrix products, rounding to few bits, promotion to fp32, exact state, seeds from names."""
