@@ -18,7 +18,7 @@ import yaml
 
 from core import contracts
 from core.authoring.catalog import plain, schema_of
-from core.extension.hookspec import GROUP, Hooks
+from core.extension.hookspec import GROUP, Hooks, Registrar
 from core.extension.loader import OWN, find_plugins, load_plugins
 from core.extension.registry import SLOTS, Entry, Registry
 
@@ -69,7 +69,7 @@ def _index() -> str:
         "",
         *hooks,
         "## The registry",
-        *_definition(_class(_tree("core.extension.registry"), "Registrar"), 3),
+        *_definition(_class(_tree(Registrar.__module__), Registrar.__name__), 3),
     ]
     return _page(lines)
 

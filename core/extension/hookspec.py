@@ -1,4 +1,4 @@
-"""The whole extension surface: one hook.
+"""The whole extension surface: one hook, and the registrar that it receives.
 
 A plugin is a light module with
 
@@ -23,13 +23,81 @@ hookspec = pluggy.HookspecMarker("moeloom")
 hookimpl = pluggy.HookimplMarker("moeloom")
 
 
+class Registrar:
+    """What a plugin's `register(registry)` receives: one method for each slot.
+
+    `registry.router("name", "module:Class")` offers the class at that target as a router of that name; the target is
+    imported only when a recipe asks for the name.
+    """
+
+    def add(self, slot: str, name: str, target: str) -> None:
+        """Offers the class at `target` ("module:Class") as `name` in `slot`; the methods of the slots call it.
+
+        Raises:
+            Mistake: no such slot, a name or target of another form, or a name that this plugin has offered already.
+        """
+        raise NotImplementedError
+
+    def attention(self, name: str, target: str) -> None:
+        """Offers an attention, a subclass of `core.contracts.attention.Attention`."""
+        self.add("attention", name, target)
+
+    def ffn(self, name: str, target: str) -> None:
+        """Offers a feed-forward layer, a subclass of `core.contracts.ffn.FeedForward`."""
+        self.add("ffn", name, target)
+
+    def router(self, name: str, target: str) -> None:
+        """Offers a router, a subclass of `core.contracts.router.Router`."""
+        self.add("router", name, target)
+
+    def balancer(self, name: str, target: str) -> None:
+        """Offers a balancer, a subclass of `core.contracts.balancer.Balancer`."""
+        self.add("balancer", name, target)
+
+    def loss_head(self, name: str, target: str) -> None:
+        """Offers a loss head, a subclass of `core.contracts.loss_head.LossHead`."""
+        self.add("loss_head", name, target)
+
+    def precision(self, name: str, target: str) -> None:
+        """Offers a precision, a subclass of `core.contracts.precision.Precision`."""
+        self.add("precision", name, target)
+
+    def dispatcher(self, name: str, target: str) -> None:
+        """Offers a dispatcher, a subclass of `core.contracts.dispatcher.Dispatcher`."""
+        self.add("dispatcher", name, target)
+
+    def checkpoint_format(self, name: str, target: str) -> None:
+        """Offers a checkpoint format, a subclass of `core.contracts.checkpoint_format.CheckpointFormat`."""
+        self.add("checkpoint_format", name, target)
+
+    def optimizer(self, name: str, target: str) -> None:
+        """Offers an optimizer, a subclass of `core.contracts.training.OptimizerFactory`."""
+        self.add("optimizer", name, target)
+
+    def corpus(self, name: str, target: str) -> None:
+        """Offers a corpus, a subclass of `core.contracts.corpus.Corpus`."""
+        self.add("corpus", name, target)
+
+    def strategy(self, name: str, target: str) -> None:
+        """Offers a strategy, a subclass of `core.contracts.training.StrategyFactory`."""
+        self.add("strategy", name, target)
+
+    def callback(self, name: str, target: str) -> None:
+        """Offers a callback, a subclass of `core.contracts.training.CallbackFactory`."""
+        self.add("callback", name, target)
+
+    def logger(self, name: str, target: str) -> None:
+        """Offers a logger, a subclass of `core.contracts.training.LoggerFactory`."""
+        self.add("logger", name, target)
+
+
 class Hooks:
     """Every hook that a plugin may implement."""
 
     @hookspec
-    def register(self, registry: "object") -> None:
+    def register(self, registry: Registrar) -> None:
         """Offer components: `registry.<slot>(name, "module:Class")` for each. Import nothing heavy here.
 
         Args:
-            registry: a `core.extension.registry.Registrar`.
+            registry: takes the offers of this plugin.
         """

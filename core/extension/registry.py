@@ -1,15 +1,15 @@
 """What every plugin offers, keyed (slot, name), and the one place where a name becomes a class."""
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import Provenance
 from core.extension.checks import Mistake, NoSlot, check_component, told
+from core.extension.hookspec import Registrar
 from core.extension.trace import traced
 
 SLOTS = {
@@ -88,9 +88,9 @@ class Registry:
         self.broken: list[Broken] = []
         self.disabled: list[Provenance] = []
 
-    def owned_by(self, owner: Provenance) -> "Registrar":
+    def owned_by(self, owner: Provenance) -> Registrar:
         """The view through which one plugin registers."""
-        return Registrar(self, owner)
+        return OwnedRegistrar(self, owner)
 
     def add(self, entry: Entry) -> None:
         """Keep an offer; two owners of one name are kept side by side and refused when the name is used."""
@@ -149,21 +149,19 @@ def _skipped(disabled: Iterable[Provenance]) -> str:
     return f"; disabled by MOELOOM_DISABLE_PLUGINS, whatever they may offer: {told}" if told else ""
 
 
-class Registrar:
-    """What a plugin's `register(registry)` receives: one method for each slot.
+class OwnedRegistrar(Registrar):
+    """The registrar of one plugin, which keeps what it offers under that plugin's name.
 
-    `registry.router("name", "module:Class")`; likewise for every key of `SLOTS`.
+    Args:
+        registry: takes the offers.
+        owner: the plugin.
     """
 
     def __init__(self, registry: Registry, owner: Provenance) -> None:
         self._registry, self._owner = registry, owner
 
     def add(self, slot: str, name: str, target: str) -> None:
-        """Offer the class at `target` ("module:Class") as `name` in `slot`.
-
-        Raises:
-            Mistake: no such slot, a name or target of another form, or a name that this plugin has offered already.
-        """
+        """Keeps an offer of this plugin; see `Registrar.add`."""
         if slot not in SLOTS:
             raise NoSlot(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
         if not isinstance(name, str) or not isinstance(target, str):
@@ -178,7 +176,6 @@ class Registrar:
                 raise Mistake(f"{slot} {name!r} is registered twice, as {other.target} and as {target}")
         self._registry.add(entry)
 
-    def __getattr__(self, slot: str) -> Callable[[str, str], None]:
-        if slot not in SLOTS:
-            raise NoSlot(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
-        return partial(self.add, slot)
+    def __getattr__(self, slot: str) -> NoReturn:
+        """Raises `NoSlot` for a method that is no slot's: a misspelt one, with the nearest."""
+        raise NoSlot(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")

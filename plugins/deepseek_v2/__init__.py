@@ -1,14 +1,12 @@
 """DeepSeek-V2: device-limited softmax routing and its three balance losses."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.router("deepseek_v2", "plugins.deepseek_v2.router:DeepSeekV2Router")
     registry.balancer("expert", "plugins.deepseek_v2.balancers:ExpertLoss")

@@ -1,13 +1,11 @@
 """FP8 training as DeepSeek-V3 does it, emulated in fp32 on any machine."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.precision("fp8_emulated", "plugins.fp8_emulated.precision:EmulatedFP8")

@@ -1,13 +1,11 @@
 """FP8 products by torch's own `scaled_mm`."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.precision("fp8_native", "plugins.fp8_native.precision:NativeFP8")

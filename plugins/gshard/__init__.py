@@ -1,14 +1,12 @@
 """GShard: top-2 with capacity, its dropless form, and its balance loss."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.router("gshard", "plugins.gshard.router:GShardRouter")
     registry.router("gshard_dropless", "plugins.gshard.router:DroplessRouter")

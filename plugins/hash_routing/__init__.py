@@ -1,13 +1,11 @@
 """Hash layers: a token's id decides."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.router("hash", "plugins.hash_routing.router:HashRouter")

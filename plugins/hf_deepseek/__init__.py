@@ -1,14 +1,12 @@
 """Hugging Face checkpoints of DeepSeek-V2 and DeepSeek-V3."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.checkpoint_format("deepseek_v3", "plugins.hf_deepseek.formats:DeepSeekV3")
     registry.checkpoint_format("deepseek_v2", "plugins.hf_deepseek.formats:DeepSeekV2")

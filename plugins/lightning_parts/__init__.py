@@ -1,14 +1,12 @@
 """Strategies and loggers that Lightning already has."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.strategy("single", "plugins.lightning_parts.strategies:Single")
     registry.strategy("ddp", "plugins.lightning_parts.strategies:DataParallel")

@@ -1,13 +1,11 @@
 """Dispatch within one device."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.dispatcher("local", "plugins.local_dispatch.dispatcher:LocalDispatcher")

@@ -1,13 +1,11 @@
 """Corpus `package_text`: text that an installed Python package ships."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the corpus."""
     registry.corpus("package_text", "plugins.package_text.corpus:PackageText")

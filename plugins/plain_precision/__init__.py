@@ -1,14 +1,12 @@
 """The plain number formats: fp32, fp64, and bf16 with fp32 master weights, real and emulated."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.precision("fp32", "plugins.plain_precision.precision:FP32")
     registry.precision("fp64", "plugins.plain_precision.precision:FP64")

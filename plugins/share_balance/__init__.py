@@ -1,14 +1,12 @@
 """Balance losses from frequencies and shares, over a sequence, a micro-batch or the whole batch."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.balancer("sequence", "plugins.share_balance.balancer:SequenceLoss")
     registry.balancer("batch", "plugins.share_balance.balancer:BatchLoss")

@@ -1,14 +1,12 @@
 """Switch Transformer: top-1 with capacity, and its balance loss."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.router("switch", "plugins.switch.router:SwitchRouter")
     registry.balancer("switch", "plugins.switch.balancer:SwitchLoss")

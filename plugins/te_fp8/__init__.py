@@ -1,13 +1,11 @@
 """FP8 products by NVIDIA's Transformer Engine."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the components of this room."""
     registry.precision("te_fp8", "plugins.te_fp8.precision:TransformerEngineFP8")

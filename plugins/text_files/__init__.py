@@ -1,13 +1,11 @@
 """Corpus `files`: text files of your own."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the corpus."""
     registry.corpus("files", "plugins.text_files.corpus:TextFiles")

@@ -92,7 +92,7 @@ PLUGINS = {
         OFFER.replace('"probe"', "3"),
     ),
     "no target": Case(
-        "TypeError: Registrar.add() missing 1 required positional argument: 'target'",
+        "TypeError: Registrar.corpus() missing 1 required positional argument: 'target'",
         OFFER.replace(', "bad_parts:Probe"', ""),
     ),
     "one name twice": Case(

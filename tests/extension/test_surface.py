@@ -11,7 +11,7 @@ import pytest
 from core.contracts.component import Component
 from core.contracts.schema import Provenance
 from core.extension import hookspec
-from core.extension.hookspec import Hooks
+from core.extension.hookspec import Hooks, Registrar
 from core.extension.registry import SLOTS, Entry, Registry
 from core.recipe.compose import compose
 from core.recipe.resolve import Resolver
@@ -40,6 +40,15 @@ def test_the_slots_are_these_and_no_others() -> None:
     inside = ["attention", "ffn", "router", "balancer", "loss_head", "precision", "dispatcher"]
     around = ["checkpoint_format", "optimizer", "corpus", "strategy", "callback", "logger"]
     assert list(SLOTS) == [*inside, *around]
+
+
+def test_the_methods_of_the_registrar_are_the_slots_and_no_others() -> None:
+    methods = [name for name, value in vars(Registrar).items() if inspect.isfunction(value)]
+    assert methods == ["add", *SLOTS]
+    for slot in SLOTS:
+        method = getattr(Registrar, slot)
+        assert list(inspect.signature(method).parameters) == ["self", "name", "target"]
+        assert f"`{SLOTS[slot].replace(':', '.')}`" in (inspect.getdoc(method) or "")
 
 
 @pytest.mark.parametrize("slot", SLOTS)

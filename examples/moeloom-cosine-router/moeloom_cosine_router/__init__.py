@@ -1,13 +1,11 @@
 """Cosine routing for moeloom."""
 
-from typing import Any
-
-from core.extension.hookspec import hookimpl
+from core.extension.hookspec import Registrar, hookimpl
 
 CONTRACTS = "1.0"
 
 
 @hookimpl
-def register(registry: Any) -> None:
+def register(registry: Registrar) -> None:
     """Offer the router."""
     registry.router("cosine", "moeloom_cosine_router.router:CosineRouter")
