@@ -54,6 +54,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "fp8_delayed": ("precision={name: fp8_emulated, scaling: delayed}",),
     "fp8_ue8m0": ("precision={name: fp8_emulated, scales: ue8m0, stream: bf16}",),
+    "fp8_native_row": ("precision={name: fp8_native, scaling: row}",),
     "fp8_accumulator": ("precision={name: fp8_emulated, accumulator_bits: 14}",),
 }
 """Cases of dsv3_small beside the plain one."""
@@ -169,7 +170,7 @@ def precisions(side: Side) -> list[str]:
     """Names of the precisions that a version has."""
     command = [sys.executable, "-m", "core.catalog", "--json"]
     done = subprocess.run(command, cwd=side.source, env=side.environment(), check=True, capture_output=True, text=True)
-    rows = json.loads(done.stdout)["components"]
+    rows = json.loads(done.stdout)
     return sorted(row["name"] for row in rows if row["slot"] == "precision")
 
 
