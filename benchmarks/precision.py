@@ -33,7 +33,7 @@ from core.door import print_json, run_door
 from core.model.language_model import LanguageModel
 from core.numerics.linear import Product
 from core.recipe.compose import Recipe
-from core.training.window import Seen, denominators, objective
+from core.training.window import step_loss
 
 PRECISIONS = (
     "{name: fp32}",
@@ -175,7 +175,7 @@ def stepper(recipe: Recipe, device: str) -> Callable[[], None]:
 def loss_of(model: LanguageModel, context: SequenceContext) -> Tensor:
     """What training descends: every loss term and balance loss, at the beginning of a run."""
     progress = Progress(step=1, tokens=context.tokens_BL.numel(), total_steps=100, total_tokens=0)
-    return objective(model, model(context), denominators(model, [context]), progress, Seen())
+    return step_loss(model, context, progress)
 
 
 # ---- memory

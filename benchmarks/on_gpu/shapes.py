@@ -19,7 +19,8 @@ from core.contracts.context import SequenceContext
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
-from core.training.window import Seen, denominators, objective
+from core.training.totals import WindowTotals, end_step
+from core.training.window import step_loss
 
 torch._dynamo.config.recompile_limit = 64  # a block's code is compiled for every kind of block in every precision
 LENGTH = ["data.sequence_length=4096", "model.rope.max_length=4096"]
@@ -161,11 +162,10 @@ class Stepper:
         """Of the micro-batch."""
         return self.context.tokens_BL.numel()
 
-    def loss(self, seen: Seen | None = None) -> Tensor:
+    def loss(self, totals: WindowTotals | None = None) -> Tensor:
         """What training descends."""
         progress = Progress(step=1, tokens=self.tokens, total_steps=100, total_tokens=0)
-        window = denominators(self.model, [self.context])
-        return objective(self.model, self.model(self.context), window, progress, seen or Seen())
+        return step_loss(self.model, self.context, progress, totals)
 
     def gradients(self) -> None:
         """Forward and backward; gradients are dropped."""
@@ -174,15 +174,13 @@ class Stepper:
 
     def step(self) -> None:
         """A whole optimizer step."""
-        seen = Seen()
-        self.loss(seen).backward()
+        totals = WindowTotals()
+        self.loss(totals).backward()
         clip(list(self.model.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress = Progress(step=1, tokens=self.tokens, total_steps=100, total_tokens=0)
         with torch.no_grad():
-            for path, layer in self.model.expert_layers().items():
-                for balancer in layer.balancers:
-                    balancer.on_step_end(seen.loads[path], progress)
+            end_step(self.model, totals, progress)
             for state in self.model.step_states().values():
                 state.end_step(done=True)

@@ -21,6 +21,7 @@ from core.contracts.schedule import Progress
 from core.contracts.schema import Section
 from core.extension.checks import told_where
 from core.model.language_model import LanguageModel
+from core.model.ledger import Ledger
 from core.recipe.compose import Recipe
 from core.recipe.plan import Plan
 
@@ -157,11 +158,13 @@ def _row(name: str, module: nn.Module, active: int | None = None) -> dict[str, A
 def coefficients(model: LanguageModel, plan: Plan) -> dict[str, dict[str, float]]:
     """What every loss term is multiplied by in the first and the last step: a missing key is seen here."""
     first, last = plan.progress(0), plan.progress(plan.steps - 1)
-    found = {name: _ends(head, first, last) for name, head in model.loss_heads()}
-    for path, layer in model.expert_layers().items():
-        for balancer in layer.balancers:
-            if balancer.scope != "none":
-                found[f"{path} {balancer.label}"] = _ends(balancer, first, last)
+    ledger = Ledger.of(model)
+    found = {term.head_name: _ends(term.head, first, last) for term in ledger.heads}
+    for balance in ledger.balance:
+        if balance.scope != "none":
+            found[f"{balance.layer} {balance.balancer.label}"] = _ends(balance.balancer, first, last)
+    for own in ledger.layers:
+        found[f"{own.layer} {own.label}"] = _ends(own.component, first, last)
     return found
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from core.contracts.build import BuildContext
 from core.contracts.component import Component, Costs
 from core.contracts.context import SequenceContext
+from core.contracts.layer import LayerExtras
+from core.contracts.record import Record
 
 
 class Cache(ABC):
@@ -32,8 +34,8 @@ class Cache(ABC):
         """Forget all tokens past `length` (rejected drafts)."""
 
 
-class Attention(nn.Module, Component, ABC):
-    """Mixes information between positions: `(x_BLD, context, cache) -> x_BLD`.
+class Attention(LayerExtras, nn.Module, Component, ABC):
+    """Mixes information between positions: `(x_BLD, context, cache) -> x_BLD` or `(x_BLD, record)`.
 
     Causal: row i depends on rows up to i only. Where `context.documents_BM` is given, only on rows of the
     same document. With a cache the result equals the full forward over all tokens. Positions come from
@@ -50,8 +52,19 @@ class Attention(nn.Module, Component, ABC):
         super().__init__()
 
     @abstractmethod
-    def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
-        """Attend; `x_BLD` is the normed input of the block."""
+    def forward(
+        self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
+    ) -> Tensor | tuple[Tensor, Record]:
+        """Attend.
+
+        Args:
+            x_BLD: the normed input of the block.
+            context: the micro-batch.
+            cache: in decoding, what this layer keeps of earlier tokens.
+
+        Returns:
+            The output B x L x D; beside it a record, where the layer has losses, tallies or metrics of its own.
+        """
 
     @abstractmethod
     def new_cache(self) -> Cache:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from core.contracts.build import BuildContext
 from core.contracts.component import Component
 from core.contracts.context import SequenceContext
-from core.contracts.record import LossTerm
+from core.contracts.record import StepTotals
 from core.contracts.router import Routing
 from core.contracts.schedule import Progress
 
@@ -18,9 +18,9 @@ Scope = Literal["none", "token", "sequence", "batch", "micro_batch"]
 class Balancer(nn.Module, Component, ABC):
     """One load-balancing method of one layer: its state, its say in selection, its loss, its update.
 
-    In the order of a step: `adjust` inside the router; `observe` inside the layer, pure, so that it may be
-    recomputed; `loss` outside it, after the reduction that `scope` asks for; `on_step_end` once per optimizer
-    step that was not skipped, with the integer load of the whole window over all data ranks.
+    In the order of a step: `adjust` inside the router; `observe` and `tally` inside the layer, pure, so that they may
+    be recomputed; `loss` outside it, after the reduction that `scope` asks for; `on_step_end` once per optimizer
+    step that was not skipped, with the integer load and tallies of the whole window over all data ranks.
 
     Padding counts nowhere. A loss teaches the router and nothing else of the layer; its coefficient is a finite number
     that is not negative. All state is in the state dict and keeps its format under a cast of the model
@@ -54,16 +54,25 @@ class Balancer(nn.Module, Component, ABC):
         """How many losses this micro-batch adds (tokens, sequences, or 1), from the data alone; None without a loss."""
         return None
 
-    def loss(self, sums: dict[str, Tensor]) -> LossTerm | None:
-        """The loss of what was observed, before its coefficient; its count is `count(context)`."""
+    def loss(self, sums: dict[str, Tensor]) -> Tensor | None:
+        """The loss of what was observed, summed, before its coefficient; its denominator is `count(context)`."""
         return None
+
+    def tally(self, routing: Routing, context: SequenceContext) -> dict[str, Tensor]:
+        """Integers that `on_step_end` needs beside the load, by name, for one micro-batch.
+
+        Returns:
+            int64 tensors of a shape that does not depend on the data. They are added up exactly over micro-batches
+            and data ranks, as loads are; padding counts nowhere.
+        """
+        return {}
 
     def coefficient(self, progress: Progress) -> float:
         """What the layer's mean loss is multiplied by at this position of the run."""
         return 0.0
 
-    def on_step_end(self, load_E: Tensor, progress: Progress) -> None:
-        """Update the method's state from the int64 load of the whole step. Called for every balancer."""
+    def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
+        """Update the method's state from the int64 load and tallies of the whole step. Called for every balancer."""
 
     def selection_bias(self) -> Tensor | None:
         """The bias b_E that `adjust` adds, for the run's log; None where there is none."""

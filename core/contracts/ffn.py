@@ -11,6 +11,7 @@ from core.contracts.balancer import Balancer
 from core.contracts.build import BuildContext
 from core.contracts.component import Component, Costs
 from core.contracts.context import SequenceContext
+from core.contracts.layer import LayerExtras
 from core.contracts.record import Record
 
 
@@ -38,11 +39,11 @@ class Traits:
     batch_dependent: bool = False
 
 
-class FeedForward(nn.Module, Component, ABC):
+class FeedForward(LayerExtras, nn.Module, Component, ABC):
     """Works on each position: `(x_BLD, context) -> (y_BLD, record)`.
 
-    `y` is what the block adds to its residual stream. A layer without experts returns None for the record.
-    A layer with experts returns one whose `sums` line up with `balancers`.
+    `y` is what the block adds to its residual stream. A layer without experts may return None for the record.
+    A layer with experts returns one with its load, whose `sums` and `balancer_tallies` line up with `balancers`.
     """
 
     def __init__(self, config: Any, build: BuildContext) -> None:

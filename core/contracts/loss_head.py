@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from core.contracts.build import BuildContext
 from core.contracts.component import Component, Costs
 from core.contracts.context import SequenceContext
-from core.contracts.record import LossTerm, Record, as_pytree
+from core.contracts.record import Metric, Record, StepTotals, as_pytree
 from core.contracts.schedule import Progress
 
 
@@ -33,14 +33,17 @@ class HeadOutput:
     """What a head returns for one micro-batch.
 
     Args:
-        terms: losses by name, before coefficients.
-        records: of the mixture-of-experts blocks that the head owns, by the block's path in the head.
-        metrics: what to report in evaluation, as sums and counts.
+        terms: losses by name, as sums over what `counts` counts, before coefficients.
+        records: what the layers of each block that the head owns saw, by the block's path in the head, then by the
+            layer's name in the block (`attention`, `ffn`).
+        metrics: numbers to report in evaluation, by name.
+        tallies: int64 counts for `on_step_end`, by name.
     """
 
-    terms: dict[str, LossTerm]
-    records: dict[str, Record] = field(default_factory=dict)
-    metrics: dict[str, LossTerm] = field(default_factory=dict)
+    terms: dict[str, Tensor]
+    records: dict[str, dict[str, Record]] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    tallies: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LossHead(nn.Module, Component, ABC):
@@ -68,6 +71,9 @@ class LossHead(nn.Module, Component, ABC):
     @abstractmethod
     def coefficient(self, progress: Progress) -> float:
         """What each of the head's mean losses is multiplied by at this position of the run."""
+
+    def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
+        """Update the head's state after an optimizer step that was not skipped."""
 
     @abstractmethod
     def costs(self) -> Costs:

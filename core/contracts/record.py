@@ -4,9 +4,11 @@ Data classes that cross a layer's boundary are registered as pytrees, so that FS
 checkpointing and `torch.compile` find the tensors in them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -22,33 +24,87 @@ def as_pytree(cls: type[T]) -> type[T]:
 
 @as_pytree
 @dataclass(frozen=True)
-class LossTerm:
-    """A loss as a sum and the number of things it is the sum of: means are taken over the whole window.
+class MeanMetric:
+    """A number that is reported as a mean: the sum and the count are added over micro-batches, ranks and layers.
 
     Args:
-        sum: scalar, carries the gradient.
-        count: scalar, known from the data alone.
+        sum: scalar, without a gradient.
+        count: scalar, how many values the sum has.
     """
 
     sum: Tensor
     count: Tensor
 
-    def mean(self) -> Tensor:
-        """The mean; 0 where there is nothing to average, and its gradient is 0 too."""
-        return self.sum / self.count.clamp(min=1)
+    def merge(self, other: "MeanMetric") -> "MeanMetric":
+        """Both together."""
+        return MeanMetric(self.sum + other.sum, self.count + other.count)
+
+    def value(self) -> Tensor:
+        """The mean, fp64; 0 where nothing was counted."""
+        return self.sum.double() / self.count.clamp(min=1)
+
+
+@as_pytree
+@dataclass(frozen=True)
+class MaxMetric:
+    """A number that is reported as the maximum over micro-batches, ranks and layers.
+
+    Args:
+        maximum: scalar, without a gradient.
+    """
+
+    maximum: Tensor
+
+    def merge(self, other: "MaxMetric") -> "MaxMetric":
+        """The larger of both."""
+        return MaxMetric(torch.maximum(self.maximum, other.maximum))
+
+    def value(self) -> Tensor:
+        """The maximum, fp64."""
+        return self.maximum.double()
+
+
+Metric = MeanMetric | MaxMetric
+"""A number to report, with the way in which it is reduced."""
 
 
 @as_pytree
 @dataclass(frozen=True)
 class Record:
-    """What one mixture-of-experts layer saw in one forward of one micro-batch.
+    """What an attention or a feed-forward layer saw in one forward of one micro-batch.
+
+    Padding counts nowhere. Everything is a sum over the micro-batch or a maximum, so that records of micro-batches,
+    ranks and recomputed forwards can be put together exactly.
 
     Args:
-        load_E: int64, assignments of valid tokens to each expert, before any drop.
-        dropped: int64 scalar, how many of those were dropped.
+        load_E: int64, assignments of valid tokens to each expert, before any drop; None without experts.
+        dropped: int64 scalar, how many of those were dropped; None without experts.
         sums: for each balancer, in the layer's order, what its `observe` returned.
+        balancer_tallies: for each balancer, in the layer's order, what its `tally` returned: int64 counts.
+        terms: the layer's own losses as sums, by name; their denominators are the layer's `counts`.
+        tallies: the layer's own int64 counts, by name; summed exactly over micro-batches and data ranks.
+        metrics: the layer's own numbers to report, by name.
     """
 
-    load_E: Tensor
-    dropped: Tensor
+    load_E: Tensor | None = None
+    dropped: Tensor | None = None
     sums: list[dict[str, Tensor]] = field(default_factory=list)
+    balancer_tallies: list[dict[str, Tensor]] = field(default_factory=list)
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    tallies: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What one component saw in all micro-batches of an optimizer step, over all data ranks.
+
+    Args:
+        load_E: int64 load of the component's layer; None where the layer has no experts.
+        tallies: the component's own int64 counts, by name.
+        metrics: the component's own metrics, by name.
+    """
+
+    load_E: Tensor | None = None
+    tallies: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)

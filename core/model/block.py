@@ -38,10 +38,10 @@ class Block(nn.Module):
 
     def forward(
         self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
-    ) -> tuple[Tensor, Record | None]:
-        """The block's output and what its feed-forward layer saw."""
+    ) -> tuple[Tensor, dict[str, Record]]:
+        """The block's output, and the records of its layers that have one, by their names `attention` and `ffn`."""
         if self.recompute and cache is None and torch.is_grad_enabled():
-            again: tuple[Tensor, Record | None] = checkpoint(
+            again: tuple[Tensor, dict[str, Record]] = checkpoint(
                 self._once,
                 x_BLD,
                 context,
@@ -53,11 +53,17 @@ class Block(nn.Module):
             return again
         return self._once(x_BLD, context, cache)
 
-    def _once(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None) -> tuple[Tensor, Record | None]:
+    def _once(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None) -> tuple[Tensor, dict[str, Record]]:
+        records = {}
         with self.precision.context():
-            x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), context, cache)
+            attended = self.attention(self.attention_norm(x_BLD), context, cache)
+            if isinstance(attended, tuple):
+                attended, records["attention"] = attended
+            x_BLD = x_BLD + attended
             y_BLD, record = self.ffn(self.ffn_norm(x_BLD), context)
-            return x_BLD + y_BLD, record
+            if record is not None:
+                records["ffn"] = record
+            return x_BLD + y_BLD, records
 
     def costs(self) -> Costs:
         """For one token, norms included."""

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.contracts.attention import Cache
+from core.contracts.attention import Attention, Cache
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.contracts.ffn import FeedForward
-from core.contracts.loss_head import LossHead, Shared
+from core.contracts.loss_head import HeadOutput, LossHead, Shared
 from core.contracts.precision import Paths, Precision, StepState
-from core.contracts.record import LossTerm, Record, as_pytree
+from core.contracts.record import Record, as_pytree
 from core.model.block import Block
 from core.model.norm import RMSNorm
 from core.numerics.draw import draw_normal
@@ -53,14 +53,32 @@ class Losses:
     """What one micro-batch gives the training step.
 
     Args:
-        terms: the heads' losses, by `head` or `head/term`.
-        records: what every mixture-of-experts layer saw, by the block's path in the model.
-        metrics: what heads report in evaluation.
+        heads: what each loss head returned, by the head's name.
+        records: what the layers of every block saw, heads' own blocks included, by the block's path in the model, then
+            by the layer's name in the block (`attention`, `ffn`).
     """
 
-    terms: dict[str, LossTerm]
-    records: dict[str, Record]
-    metrics: dict[str, LossTerm]
+    heads: dict[str, HeadOutput]
+    records: dict[str, dict[str, Record]]
+
+    def expert_records(self) -> dict[str, Record]:
+        """The records of the layers with experts, by the path of their block."""
+        return {path: parts["ffn"] for path, parts in self.records.items() if has_load(parts)}
+
+
+def has_load(parts: dict[str, Record]) -> bool:
+    """Whether the records of a block are those of a block with experts."""
+    return "ffn" in parts and parts["ffn"].load_E is not None
+
+
+def block_path(index: int) -> str:
+    """The path of a block in the model; logs, loads and checkpoints know its layers by it."""
+    return f"blocks.{index}"
+
+
+def head_block_path(head: str, path: str) -> str:
+    """The path in the model of a block that a loss head owns."""
+    return f"heads.{head}.{path}"
 
 
 class LanguageModel(nn.Module):
@@ -93,8 +111,10 @@ class LanguageModel(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.max_length = max_length
 
-    def hidden(self, context: SequenceContext, caches: list[Cache] | None = None) -> tuple[Tensor, dict[str, Record]]:
-        """Hidden states B x L x D after the final norm, and what each block's experts saw.
+    def hidden(
+        self, context: SequenceContext, caches: list[Cache] | None = None
+    ) -> tuple[Tensor, dict[str, dict[str, Record]]]:
+        """Hidden states B x L x D after the final norm, and what each block's layers saw.
 
         Raises:
             UserError: more positions than the rotary table holds.
@@ -106,35 +126,26 @@ class LanguageModel(nn.Module):
         records = {}
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches is not None else None
-            x_BLD, record = block(x_BLD, context, cache)
-            if record is not None:
-                records[f"blocks.{index}"] = record
+            x_BLD, records[block_path(index)] = block(x_BLD, context, cache)
         return self.norm(x_BLD), records
 
     def forward(self, context: SequenceContext) -> Losses:
         """The losses of one micro-batch, before coefficients and denominators of the window."""
         hidden_BLD, records = self.hidden(context)
-        terms, metrics = {}, {}
+        heads = {}
         for name, head in self.loss_heads():
-            output = head(hidden_BLD, context, self.shared())
-            terms.update({_term(name, term): loss for term, loss in output.terms.items()})
-            metrics.update({_term(name, term): value for term, value in output.metrics.items()})
-            records.update({f"heads.{name}.{path}": record for path, record in output.records.items()})
-        return Losses(terms, records, metrics)
-
-    def counts(self, context: SequenceContext) -> dict[str, Tensor]:
-        """The denominator of every head's term, known from the data alone."""
-        return {
-            _term(name, term): count for name, head in self.loss_heads() for term, count in head.counts(context).items()
-        }
+            heads[name] = head(hidden_BLD, context, self.shared())
+            for path, parts in heads[name].records.items():
+                records[head_block_path(name, path)] = parts
+        return Losses(heads, records)
 
     def contexts(self, context: SequenceContext) -> dict[str, SequenceContext]:
         """What the heads' own blocks see, by the block's path; every other block sees `context` itself."""
-        return {
-            f"heads.{name}.{path}": inner
-            for name, head in self.loss_heads()
-            for path, inner in head.contexts(context).items()
-        }
+        found = {}
+        for name, head in self.loss_heads():
+            for path, inner in head.contexts(context).items():
+                found[head_block_path(name, path)] = inner
+        return found
 
     def logits(self, tokens_BL: Tensor) -> Tensor:
         """Logits B x L x V of the next token after each token."""
@@ -163,15 +174,22 @@ class LanguageModel(nn.Module):
             assert isinstance(head, LossHead)
             yield name, head
 
+    def block_layers(self) -> Iterator[tuple[str, str, Attention | FeedForward]]:
+        """Every attention and feed-forward layer, heads' own included: its block's path, its name there, and itself."""
+        for path, module in self.named_modules():
+            if isinstance(module, Attention | FeedForward):
+                block, _, name = path.rpartition(".")
+                yield block, name, module
+
     def expert_layers(self) -> dict[str, FeedForward]:
         """Every feed-forward layer with experts, wherever it stands, by the path of its block.
 
         Found by search: a layer inside a loss head must not be forgotten by whoever counts and balances.
         """
         found = {}
-        for path, module in self.named_modules():
-            if isinstance(module, FeedForward) and module.experts:
-                found[path.removesuffix(".ffn")] = module
+        for path, _, layer in self.block_layers():
+            if isinstance(layer, FeedForward) and layer.experts:
+                found[path] = layer
         return found
 
     def step_states(self) -> dict[str, StepState]:
@@ -191,7 +209,3 @@ class LanguageModel(nn.Module):
             assert isinstance(block, Block)
             total = total + block.costs()
         return total
-
-
-def _term(head: str, term: str) -> str:
-    return head if term == head else f"{head}/{term}"

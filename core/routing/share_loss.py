@@ -20,7 +20,6 @@ from torch import Tensor
 from core.contracts.balancer import Balancer, Scope
 from core.contracts.build import BuildContext
 from core.contracts.context import SequenceContext
-from core.contracts.record import LossTerm
 from core.contracts.router import Routing
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
@@ -86,13 +85,13 @@ class ShareLoss(Balancer):
         valid_T = context.valid().flatten()
         return (self._pieces(context).sums(valid_T.to(torch.int64)) > 0).sum()
 
-    def loss(self, sums: dict[str, Tensor]) -> LossTerm:
+    def loss(self, sums: dict[str, Tensor]) -> Tensor:
         """Summed over pieces."""
         share_NE = sums["share_NE"]
         tokens_N1 = sums["tokens_N"].clamp(min=1)[:, None].to(share_NE.dtype)
         f_NE = sums["chosen_NE"].to(share_NE.dtype) * (self.experts / self.choices) / tokens_N1
         p_NE = share_NE / tokens_N1
-        return LossTerm(self.value(f_NE, p_NE, sums).sum(), (sums["tokens_N"] > 0).sum())
+        return self.value(f_NE, p_NE, sums).sum()
 
     def coefficient(self, progress: Progress) -> float:
         """alpha."""

@@ -9,10 +9,12 @@ from core.contracts.context import SequenceContext
 from core.contracts.router import CAPABILITIES
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel
+from core.model.ledger import Ledger
 from core.testing import bench
 from core.testing.clauses import check, hold, spare
 from core.testing.subject import Subject, changed, distance, perturbed, snapshot, state, written
-from core.training.window import Seen, denominators, objective
+from core.training.totals import WindowTotals, end_step
+from core.training.window import Window, objective, step_loss
 
 CONTRACT = "core/contracts/balancer.py, Balancer"
 LAYERS = ("router", "balancer", "ffn")
@@ -33,7 +35,7 @@ def adjust_is_for_selection(subject: Subject) -> None:
     scores_TE = torch.rand(5, bench.EXPERTS, dtype=torch.float64)
     for load in ([0] * 8, [80, 0, 0, 0, 0, 0, 0, 0]):
         with torch.no_grad():
-            balancer.on_step_end(torch.tensor(load), bench.START)
+            balancer.on_step_end(bench.step_totals(load), bench.START)
         adjusted = balancer.adjust(scores_TE)
         hold(adjusted.shape == scores_TE.shape, f"adjusted scores are {tuple(adjusted.shape)}")
         hold(bool(adjusted.isfinite().all()), "adjusted scores are not finite")
@@ -49,11 +51,10 @@ def counts_are_known_beforehand(subject: Subject) -> None:
         loss, count = _observed(layer, given), balancer.count(given)
         hold((loss is None) == (count is None) == (balancer.scope == "none"), "count, loss and scope disagree")
         if loss is not None:
-            hold(int(count) == int(loss.count), f"count says {int(count)}, the loss {int(loss.count)}")
             units = {"token": sum(lengths), "sequence": sum(n > 0 for n in lengths)}
             expected = units.get(balancer.scope, int(sum(lengths) > 0))
             hold(int(count) == expected, f"count says {int(count)} where a {balancer.scope} is a unit: {expected}")
-            hold(bool(loss.sum.isfinite()), "the loss is not finite")
+            hold(bool(loss.isfinite()), "the loss is not finite")
 
 
 @check(
@@ -68,12 +69,12 @@ def padding_balances_nothing(subject: Subject) -> None:
     x_BLD = bench.states(given)
     other = torch.where(given.valid()[:, :, None], x_BLD, 5 * x_BLD.flip(2))
     one, two = _observed(layer, given, x_BLD), _observed(layer, given, other)
-    hold(distance(two.sum, one.sum) < 1e-10, "padding changes the loss")
+    hold(distance(two, one) < 1e-10, "padding changes the loss")
     nothing = bench.states(bench.padded([0, 0])).requires_grad_()
     empty = _observed(layer, bench.padded([0, 0]), nothing)
-    hold(not empty.sum.any(), f"the loss of nothing is {empty.sum.detach():g}")
-    if empty.sum.requires_grad:
-        empty.sum.backward()
+    hold(not empty.any(), f"the loss of nothing is {empty.detach():g}")
+    if empty.requires_grad:
+        empty.backward()
         slopes = [nothing.grad, *(p.grad for p in layer.parameters())]
         hold(not any(g is not None and g.any() for g in slopes), "the loss of nothing has a gradient")
 
@@ -83,7 +84,7 @@ def the_loss_teaches_the_router(subject: Subject) -> None:
     """A finite, non-zero gradient of the centroids; none for experts."""
     layer = perturbed(subject.layer())
     spare(layer.balancers[0].scope != "none", "no loss")
-    _observed(layer, bench.tokens()).sum.backward()
+    _observed(layer, bench.tokens()).backward()
     grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None and p.grad.any()}
     hold("router.centroids.weight" in grads, "the router gets no gradient")
     hold(all(bool(g.isfinite().all()) for g in grads.values()), "a gradient is not finite")
@@ -101,8 +102,8 @@ def scope_is_as_declared(subject: Subject) -> None:
     spare(layer.balancers[0].scope in ("token", "sequence"), "another scope")
     x_BLD = bench.states(given)
     parts = [slice(row, row + 1) for row in range(3)]
-    alone = sum(_observed(layer, bench.rows(given, part), x_BLD[part]).sum for part in parts)
-    whole = _observed(layer, given, x_BLD).sum
+    alone = sum(_observed(layer, bench.rows(given, part), x_BLD[part]) for part in parts)
+    whole = _observed(layer, given, x_BLD)
     hold(distance(torch.as_tensor(alone), whole) < 1e-10, "the loss of a batch is not that of its sequences")
 
 
@@ -123,7 +124,7 @@ def state_is_exact(subject: Subject) -> None:
     )
     loads = ([0] * 8, [80, 0, 0, 0, 0, 0, 0, 0], [10] * 8, [2**40 + 1] + [2**40] * 7)
     for load in loads:
-        balancer.on_step_end(torch.tensor(load), progress)
+        balancer.on_step_end(bench.step_totals(load), progress)
         tensors = [*balancer.state_dict().values(), *balancer.metrics().values()]
         hold(all(bool(t.isfinite().all()) for t in tensors), f"state or metrics are not finite after a load of {load}")
     moved = [_moved_by(subject, [n + 1, n - 1] + [n] * 6) for n in (1, 2**40)]
@@ -134,7 +135,7 @@ def _moved_by(subject: Subject, load: list[int]) -> dict[str, list[int]]:
     """In which direction a load moves each number of the state."""
     balancer = subject.made()
     before = state(balancer)
-    balancer.on_step_end(torch.tensor(load), bench.START)
+    balancer.on_step_end(bench.step_totals(load), bench.START)
     now = balancer.state_dict()
     return {name: (now[name].double() - old.double()).sign().flatten().int().tolist() for name, old in before.items()}
 
@@ -226,7 +227,7 @@ def _observed(layer: Any, given: SequenceContext, x_BLD: Tensor | None = None) -
 
 
 def _loss(model: LanguageModel, given: SequenceContext) -> Tensor:
-    return objective(model, model(given), denominators(model, [given]), bench.START, Seen())
+    return step_loss(model, given, bench.START)
 
 
 WINDOW = [8, 5, 8, 2]
@@ -243,15 +244,14 @@ def _window(
     """
     whole, size = bench.padded(WINDOW), 4 // pieces
     contexts = [bench.rows(whole, slice(start, start + size)) for start in range(0, 4, size)]
-    before, seen = denominators(model, contexts), Seen()
+    ledger, totals = Ledger.of(model), WindowTotals()
+    window = Window.of(model, ledger, contexts)
     model.zero_grad()
     for context in contexts:
-        objective(model, model(context), before, bench.START, seen).backward()  # type: ignore[no-untyped-call]
+        objective(model, ledger, model(context), window, bench.START, totals).backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         if evaluate:
             model.eval()(bench.tokens(seed=7))
             model.train()
-        for path, layer in model.expert_layers().items():
-            for balancer in layer.balancers:
-                balancer.on_step_end(seen.loads[path], bench.START)
-    return seen.loads, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        end_step(model, totals, bench.START)
+    return totals.loads, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -20,7 +20,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.ffn import FeedForward, Traits
 from core.contracts.loss_head import HeadOutput, LossHead, Shared
 from core.contracts.precision import Precision
-from core.contracts.record import LossTerm, Record
+from core.contracts.record import Record, StepTotals
 from core.contracts.router import Adjust, Router, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import Child, Provenance, Section, child, children, setting
@@ -104,6 +104,11 @@ def rows(context: SequenceContext, part: slice) -> SequenceContext:
     names = ("tokens_BL", "targets_BL", "valid_BL", "documents_BM")
     cut: dict[str, Any] = {n: None if getattr(context, n) is None else getattr(context, n)[part] for n in names}
     return replace(context, first_sequence=context.first_sequence + part.start, **cut)
+
+
+def step_totals(load: Sequence[int]) -> StepTotals:
+    """The end of a step with this load and nothing else."""
+    return StepTotals(torch.tensor(load))
 
 
 def states(context: SequenceContext, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -240,7 +245,8 @@ class KitExperts(FeedForward):
         y_TD = (gate_TE[:, :, None] * y_TED).sum(dim=1)
         valid_T = context.valid().flatten()
         sums = [balancer.observe(routing, context) for balancer in self.balancers]
-        return y_TD.view_as(x_BLD), Record(routing.load(valid_T), routing.dropped(valid_T), sums)
+        tallies = [balancer.tally(routing, context) for balancer in self.balancers]
+        return y_TD.view_as(x_BLD), Record(routing.load(valid_T), routing.dropped(valid_T), sums, tallies)
 
     def costs(self) -> Costs:
         return self.router.costs() + Costs(active=self.router.top_k * WIDTH * WIDTH)
@@ -259,7 +265,7 @@ class KitHead(LossHead):
             shared.logits(hidden_BLD).flatten(0, 1), context.targets_BL.flatten(), reduction="none"
         )
         counted_T = context.predicted().flatten()
-        return HeadOutput({"loss": LossTerm((losses_T * counted_T).sum(), counted_T.sum())})
+        return HeadOutput({"loss": (losses_T * counted_T).sum()})
 
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
         return {"loss": context.predicted().sum()}

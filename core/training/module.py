@@ -17,15 +17,18 @@ from torch import Tensor
 
 from core.contracts.context import SequenceContext
 from core.contracts.errors import RunFailed, UserError
+from core.contracts.record import Metric
 from core.contracts.schedule import Progress
 from core.contracts.training import OptimizerFactory
 from core.data.batch import Batch
 from core.model.language_model import LanguageModel
+from core.model.ledger import Ledger, Term, head_label
 from core.recipe.plan import Plan
 from core.training.load import measures
 from core.training.ranks import rank_and_world, reduce_sum, share_largest
+from core.training.totals import HEADS, WindowTotals, end_step
 from core.training.validation import ValidationTotals
-from core.training.window import Seen, balance_term, denominators, objective
+from core.training.window import Window, contribution, objective
 
 
 class TrainingModule(L.LightningModule):
@@ -68,7 +71,8 @@ class TrainingModule(L.LightningModule):
         self.started = time.perf_counter()
         self.assigned = self.dropped = 0
         self.validated: dict[str, float] = {}
-        self.validation = ValidationTotals(model, validation_bytes)
+        self.ledger = Ledger.of(model)
+        self.validation = ValidationTotals(model, self.ledger, validation_bytes)
 
     def dropped_fraction(self) -> float:
         """Assignments of the whole run that were dropped."""
@@ -116,11 +120,11 @@ class TrainingModule(L.LightningModule):
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
         progress = self.plan.progress(self.windows_done)
         contexts = [self.context(batch, index) for index, batch in enumerate(window)]
-        before = denominators(self.model, contexts)
-        seen = Seen()
+        before = Window.of(self.model, self.ledger, contexts)
+        seen = WindowTotals()
         for index, context in enumerate(contexts):
             with self._synchronised(last=index == len(contexts) - 1):
-                loss = objective(self.model, self.model(context), before, progress, seen)
+                loss = objective(self.model, self.ledger, self.model(context), before, progress, seen)
                 self.manual_backward(loss * rank_and_world()[1])
         seen = seen.over_ranks()
         norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
@@ -131,7 +135,8 @@ class TrainingModule(L.LightningModule):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-            self._balance(seen, progress)
+            with torch.no_grad():
+                end_step(self.model, seen, progress)
             self._end_step(done=True)
             self.skipped_in_a_row = 0
         else:
@@ -170,13 +175,6 @@ class TrainingModule(L.LightningModule):
         bad = reduce_sum((~torch.isfinite(norm)).to(torch.int64))
         return int(bad) == 0
 
-    def _balance(self, seen: Seen, progress: Progress) -> None:
-        """Every balancer's end of step, from the whole window's load."""
-        with torch.no_grad():
-            for path, layer in self.model.expert_layers().items():
-                for balancer in layer.balancers:
-                    balancer.on_step_end(seen.loads[path], progress)
-
     def _end_step(self, *, done: bool) -> None:
         """Product layers that keep something between steps go on to the next."""
         with torch.no_grad():
@@ -195,7 +193,9 @@ class TrainingModule(L.LightningModule):
                 f"{self.windows_done + 1}; the run stops with its last checkpoint as it is: try a lower optimizer.lr"
             )
 
-    def _log(self, seen: Seen, counts: dict[str, Tensor], progress: Progress, norm: Tensor, rate: float) -> None:
+    def _log(
+        self, seen: WindowTotals, counts: dict[Term, Tensor], progress: Progress, norm: Tensor, rate: float
+    ) -> None:
         values: dict[str, Any] = {"tokens": float(progress.tokens)}
         values.update(self._losses(seen, counts, progress))
         loads = measures(list(seen.loads.values()))
@@ -206,6 +206,7 @@ class TrainingModule(L.LightningModule):
             self.assigned += int(assigned)
             self.dropped += int(seen.dropped)
         values.update(self._balancer_metrics())
+        values.update(_component_metrics(seen))
         values.update({"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped_steps)})
         self.step_values = values
         self.log_dict({name: _as_float(value) for name, value in values.items()}, logger=False, batch_size=1)
@@ -213,23 +214,24 @@ class TrainingModule(L.LightningModule):
         if loads:
             self.log("MaxVio", loads["max_vio"].float(), prog_bar=True, logger=False, batch_size=1)
 
-    def _losses(self, seen: Seen, counts: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Every term's mean under its own name, and the one sum that was minimised."""
-        heads = dict(self.model.loss_heads())
+    def _losses(self, seen: WindowTotals, counts: dict[Term, Tensor], progress: Progress) -> dict[str, Tensor]:
+        """Every term's mean under its own name, and the one sum that was minimised, in fp64.
+
+        Terms of layers are logged with their coefficient, as means over layers.
+        """
         values: dict[str, Tensor] = {}
         parts: list[Tensor] = []
-        balance: dict[str, list[Tensor]] = {}
-        for name in (n for n in seen.sums if ":" not in n):
-            mean = (seen.sums[name] / counts[name].clamp(min=1)).double()
-            values[f"loss/{name}"] = mean
-            parts.append(heads[name.partition("/")[0]].coefficient(progress) * mean)
-        for path, layer in self.model.expert_layers().items():
-            for index, balancer in enumerate(layer.balancers):
-                if (name := balance_term(path, index)) in seen.sums:
-                    scaled = balancer.coefficient(progress) * seen.sums[name].double() / counts[name].clamp(min=1)
-                    balance.setdefault(f"loss/balance/{balancer.label}", []).append(scaled)
-                    parts.append(scaled)
-        values.update({name: torch.stack(terms).mean() for name, terms in balance.items()})
+        for term in self.ledger.heads:
+            mean = (seen.sums[term] / counts[term].clamp(min=1)).double()
+            values[f"loss/{term.label}"] = mean
+            parts.append(term.coefficient(progress) * mean)
+        of_layers: dict[str, list[Tensor]] = {}
+        for layer_term in (*self.ledger.balance, *self.ledger.layers):
+            if layer_term in seen.sums:
+                scaled = contribution(layer_term, seen.sums[layer_term].double(), counts[layer_term], progress)
+                of_layers.setdefault(f"loss/{layer_term.label}", []).append(scaled)
+                parts.append(scaled)
+        values.update({name: torch.stack(terms).mean() for name, terms in of_layers.items()})
         values["loss/total"] = torch.stack(parts).sum()
         return values
 
@@ -248,7 +250,8 @@ class TrainingModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the totals; nothing of the model changes."""
-        self.validation.update(self.model(self.context(batch, batch_idx)))
+        context = self.context(batch, batch_idx)
+        self.validation.update(self.model(context), context)
 
     def on_validation_epoch_end(self) -> None:
         """Log what the whole validation split gave."""
@@ -297,6 +300,16 @@ class TrainingModule(L.LightningModule):
                 self.model.paths().note(role, way)
         for path, layer in self.model.step_states().items():
             layer.load_step_state(own["step_states"][path])
+
+
+def _component_metrics(seen: WindowTotals) -> dict[str, Tensor]:
+    """What layers and heads measured in the step: a layer's metrics over all layers of its slot, by their reduction."""
+    found: dict[str, Metric] = {}
+    for (path, name), metrics in seen.metrics.items():
+        for metric_name, metric in metrics.items():
+            label = head_label(name, metric_name) if path == HEADS else f"{name}/{metric_name}"
+            found[label] = found[label].merge(metric) if label in found else metric  # type: ignore[arg-type]
+    return {label: metric.value() for label, metric in found.items()}
 
 
 def _as_float(value: Tensor | float) -> Tensor:

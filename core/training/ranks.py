@@ -56,6 +56,15 @@ def total(tensor: Tensor) -> Tensor:
     return summed
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The maximum over ranks, element by element, without a gradient."""
+    if rank_and_world()[1] == 1:
+        return tensor
+    found = tensor.detach().clone()
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found
+
+
 class _Sum(torch.autograd.Function):
     """A sum over ranks whose gradient is handed to every rank's own part as it is.
 

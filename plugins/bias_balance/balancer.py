@@ -18,6 +18,7 @@ from torch import Tensor
 from core.contracts.balancer import Balancer
 from core.contracts.build import BuildContext
 from core.contracts.errors import Wrong
+from core.contracts.record import StepTotals
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
 from core.numerics.exact import ExactState
@@ -68,9 +69,10 @@ class Bias(ExactState, Balancer):
         """s + b, or s b."""
         return scores_TE + self.bias if self.config.form == "additive" else scores_TE * self.bias
 
-    def on_step_end(self, load_E: Tensor, progress: Progress) -> None:
+    def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
         """Algorithm 1, lines 3 to 5; an expert at exactly the mean keeps its bias."""
-        if self.config.frozen:
+        load_E = totals.load_E
+        if self.config.frozen or load_E is None:
             return
         if load_E.dtype != torch.int64:
             raise TypeError(f"loads are counted in int64, not {load_E.dtype}")

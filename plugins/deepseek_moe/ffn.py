@@ -170,8 +170,12 @@ class MixtureOfExperts(FeedForward):
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         valid_T = context.valid().flatten()
-        sums = [balancer.observe(routing, context) for balancer in self.balancers]
-        record = Record(load_E=routing.load(valid_T), dropped=routing.dropped(valid_T), sums=sums)
+        record = Record(
+            load_E=routing.load(valid_T),
+            dropped=routing.dropped(valid_T),
+            sums=[balancer.observe(routing, context) for balancer in self.balancers],
+            balancer_tallies=[balancer.tally(routing, context) for balancer in self.balancers],
+        )
         return y_TD.view_as(x_BLD), record
 
     def costs(self) -> Costs:

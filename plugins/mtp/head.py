@@ -22,7 +22,7 @@ from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.errors import Wrong
 from core.contracts.loss_head import HeadOutput, LossHead, Shared
-from core.contracts.record import LossTerm, Record
+from core.contracts.record import MeanMetric, Metric, Record
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
 from core.model.loss import cross_entropy_sum
@@ -44,13 +44,13 @@ class Depth(nn.Module):
 
     def forward(
         self, hidden_BLD: Tensor, embedded_BLD: Tensor, context: SequenceContext
-    ) -> tuple[Tensor, Record | None]:
-        """The normed state of this depth, and what its block's experts saw."""
+    ) -> tuple[Tensor, dict[str, Record]]:
+        """The normed state of this depth, and what its block's layers saw."""
         joined = torch.cat([self.embedding_norm(embedded_BLD), self.hidden_norm(hidden_BLD)], dim=-1)
         with self.precision.context():
             projected_BLD = self.projection(joined)
-        state_BLD, record = self.block(projected_BLD, context)
-        return self.norm(state_BLD), record
+        state_BLD, records = self.block(projected_BLD, context)
+        return self.norm(state_BLD), records
 
 
 class MultiTokenPrediction(LossHead):
@@ -80,20 +80,22 @@ class MultiTokenPrediction(LossHead):
     def forward(self, hidden_BLD: Tensor, context: SequenceContext, shared: Shared) -> HeadOutput:
         """Terms `depth_1`, `depth_2`, ...; in evaluation also how often each depth agrees with the main model."""
         assert context.targets_BL is not None
-        terms, records, metrics = {}, {}, {}
+        terms: dict[str, Tensor] = {}
+        records: dict[str, dict[str, Record]] = {}
+        metrics: dict[str, Metric] = {}
         main_BL = None if self.training else shared.logits(hidden_BLD).argmax(dim=-1)
         state_BLD = hidden_BLD
         for k, depth in enumerate(self.depths, start=1):
             inner = _shifted(context, k)
-            state_BLD, record = depth(state_BLD[:, : inner.tokens_BL.shape[1]], shared.embed(inner.tokens_BL), inner)
+            embedded_BLD = shared.embed(inner.tokens_BL)
+            path = block_path(k)
+            state_BLD, records[path] = depth(state_BLD[:, : inner.tokens_BL.shape[1]], embedded_BLD, inner)
             counted_BL = context.predicted(k)
-            total = cross_entropy_sum(shared.logits, state_BLD, context.targets_BL[:, k:], counted_BL)
-            terms[f"depth_{k}"] = LossTerm(total, context.predicted().sum())
-            if record is not None:
-                records[f"depths.{k - 1}.block"] = record
+            targets_BL = context.targets_BL[:, k:]
+            terms[f"depth_{k}"] = cross_entropy_sum(shared.logits, state_BLD, targets_BL, counted_BL)
             if main_BL is not None:
                 agree = (shared.logits(state_BLD).argmax(dim=-1) == main_BL[:, k:]) & counted_BL
-                metrics[f"acceptance_{k}"] = LossTerm(agree.sum(), counted_BL.sum())
+                metrics[f"acceptance_{k}"] = MeanMetric(agree.sum(), counted_BL.sum())
         return HeadOutput(terms, records, metrics)
 
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
@@ -102,7 +104,7 @@ class MultiTokenPrediction(LossHead):
 
     def contexts(self, context: SequenceContext) -> dict[str, SequenceContext]:
         """Depth k's block sees the sequence from its k-th token on."""
-        return {f"depths.{k - 1}.block": _shifted(context, k) for k in range(1, self.config.depth + 1)}
+        return {block_path(k): _shifted(context, k) for k in range(1, self.config.depth + 1)}
 
     def coefficient(self, progress: Progress) -> float:
         """lambda / D."""
@@ -116,6 +118,11 @@ class MultiTokenPrediction(LossHead):
             own = sum(p.numel() for p in depth.parameters()) - sum(p.numel() for p in depth.block.parameters())
             total = total + depth.block.costs() + Costs(active=own + self.output_size)  # type: ignore[operator]
         return total
+
+
+def block_path(depth: int) -> str:
+    """The path in the head of a depth's block, counted from 1."""
+    return f"depths.{depth - 1}.block"
 
 
 def _shifted(context: SequenceContext, k: int) -> SequenceContext:

@@ -10,7 +10,6 @@ from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.errors import Wrong
 from core.contracts.loss_head import HeadOutput, LossHead, Shared
-from core.contracts.record import LossTerm
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
 from core.model.loss import cross_entropy_sum
@@ -41,7 +40,7 @@ class NextToken(LossHead):
         """One term, `next_token`."""
         assert context.targets_BL is not None
         total = cross_entropy_sum(shared.logits, hidden_BLD, context.targets_BL, context.predicted())
-        return HeadOutput({"next_token": LossTerm(total, context.predicted().sum())})
+        return HeadOutput({"next_token": total})
 
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
         """Predicted positions."""

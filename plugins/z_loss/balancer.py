@@ -8,7 +8,6 @@ from torch import Tensor
 from core.contracts.balancer import Balancer
 from core.contracts.build import BuildContext
 from core.contracts.context import SequenceContext
-from core.contracts.record import LossTerm
 from core.contracts.router import Routing
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
@@ -37,18 +36,18 @@ class ZLoss(Balancer):
         self.config = config
 
     def observe(self, routing: Routing, context: SequenceContext) -> dict[str, Tensor]:
-        """The sum over valid tokens, and how many they are."""
+        """The sum over valid tokens."""
         valid_T = context.valid().flatten()
         squared_T = routing.logits_TE.logsumexp(dim=1).square()
-        return {"squared": squared_T.masked_fill(~valid_T, 0).sum(), "tokens": valid_T.sum()}
+        return {"squared": squared_T.masked_fill(~valid_T, 0).sum()}
 
     def count(self, context: SequenceContext) -> Tensor:
         """Valid tokens."""
         return context.valid().sum()
 
-    def loss(self, sums: dict[str, Tensor]) -> LossTerm:
+    def loss(self, sums: dict[str, Tensor]) -> Tensor:
         """Summed over tokens."""
-        return LossTerm(sums["squared"], sums["tokens"])
+        return sums["squared"]
 
     def coefficient(self, progress: Progress) -> float:
         """alpha."""

@@ -87,6 +87,40 @@ def test_the_option_runs_the_kit_and_says_what_is_broken(tmp_path: Path) -> None
     assert "Traceback" not in bad.stdout
 
 
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """A plugin package that is not installed, beside tests of its own; it offers what z_loss offers."""
+    package = tmp_path / "project" / "my_plugin"
+    package.mkdir(parents=True)
+    source = (ROOT / "plugins" / "z_loss" / "__init__.py").read_text(encoding="utf-8")
+    (package / "__init__.py").write_text(source, encoding="utf-8")
+    (tmp_path / "project" / "tests").mkdir()
+    (tmp_path / "project" / "tests" / "test_own.py").write_text("def test_own(): pass\n")
+    return package
+
+
+def test_the_option_runs_the_kit_alone_from_any_folder_and_named_paths_beside_it(own_folder: Path) -> None:
+    project = own_folder.parent
+    for folder, paths, own in (
+        (project, [], 0),
+        (own_folder, [], 0),
+        (project / "tests", [], 0),
+        (project, ["tests"], 1),
+    ):
+        said = run_pytest(folder, "--moeloom-plugin", "my_plugin", "-k", "own or needs", "-v", *paths)
+        assert said.returncode == 0, said.stdout
+        assert said.stdout.count("test_own PASSED") == own, said.stdout
+        assert "needs_are_known" in said.stdout
+
+
+def test_in_the_repositorys_root_the_option_does_not_run_the_repositorys_tests() -> None:
+    said = run_pytest(ROOT, "--moeloom-plugin", "plugins.z_loss", "--collect-only", "-q")
+    assert said.returncode == 0, said.stdout
+    collected = [line for line in said.stdout.splitlines() if "::" in line]
+    assert collected
+    assert not [line for line in collected if line.startswith("tests/")]
+
+
 def test_a_package_that_is_no_plugin_is_one_sentence(tmp_path: Path) -> None:
     for package, why in (("no_such_package", "No module named 'no_such_package'"), ("json", "implements no hook")):
         said = run_pytest(tmp_path, "--moeloom-plugin", package)
