@@ -1,13 +1,21 @@
-"""What the tests of the training room and of the doors share: a small recipe, and one finished run of it."""
+"""The tiers of the tests; a small recipe and one finished run of it, which many tests share."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tiers import is_full
 
 if TYPE_CHECKING:
     from lab import Lab
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `tests/tiers.py` lists; `pytest -m full` runs it, plain `pytest` everything else."""
+    for item in items:
+        if is_full(item.path):
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(scope="session")

@@ -186,6 +186,7 @@ def saved_bytes(block: nn.Module, x_BLD: torch.Tensor, context: SequenceContext,
     return sum(storage.nbytes() for storage in seen.values())
 
 
+@pytest.mark.full
 def test_the_largest_recipe_needs_little_memory_itself() -> None:
     """A process of its own, with a layout: under 2 GB (the time, under 20 s, is in docs/describe.md)."""
     code = (

@@ -242,6 +242,7 @@ def test_a_new_package_is_whole(slot: str, lab: Lab, tmp_path: Path) -> None:
     assert yaml.safe_load((folder / f"{name}.yaml").read_text())["extends"] == "dsv3_small"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("slot", RECIPES)
 def test_a_new_package_passes_its_own_tests_and_the_kit(slot: str, lab: Lab, tmp_path: Path) -> None:
     name, folder = f"my_{slot}", tmp_path / "mine"
@@ -261,6 +262,7 @@ def test_a_new_package_passes_its_own_tests_and_the_kit(slot: str, lab: Lab, tmp
     assert int(passed[1]) > 2 + 5  # its own tests, and the kit's
 
 
+@pytest.mark.full
 def test_a_new_package_trains(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new(lab, "router", "my_router", tmp_path / "mine")
     monkeypatch.syspath_prepend(tmp_path / "mine")

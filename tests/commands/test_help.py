@@ -24,7 +24,7 @@ except SystemExit as leaving:
 """
 
 
-def test_the_doors_of_the_house_are_there() -> None:
+def test_the_commands_are_there() -> None:
     assert {"fit", "describe", "catalog", "generate", "evaluate"} <= set(DOORS)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lab import Lab
+from tiers import first_by_default
 
 from core.analysis.budget import plan_of
 from core.run.data import text_data
@@ -70,7 +71,9 @@ def test_a_balanced_hash_is_even_on_the_training_text_and_travels_with_the_weigh
     assert lab.door("evaluate", run).code == 0
 
 
-@pytest.mark.parametrize("router", ["{name: gshard, capacity_factor: 0.8}", "{name: switch, jitter: 0.1}"])
+@pytest.mark.parametrize(
+    "router", first_by_default(["{name: gshard, capacity_factor: 0.8}", "{name: switch, jitter: 0.1}"])
+)
 def test_a_run_and_its_evaluation_agree_where_routing_draws_and_drops(lab: Lab, tmp_path: Path, router: str) -> None:
     """Whatever step the run ended at; and the size of a validation batch changes nothing for groups of one sequence."""
     run = tmp_path / "run"

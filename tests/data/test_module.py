@@ -139,6 +139,7 @@ def test_ranks_are_asked_for_when_loaders_are_made(corpus_of: MakeCorpus, texts:
     assert next(iter(validation)).tokens_BL.shape == (1, 64)
 
 
+@pytest.mark.full
 def test_sotu(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("MOELOOM_CACHE", str(tmp_path_factory.getbasetemp() / "sotu"))
     data = text_data(PackageText(PackageText.Config()), plan(length=256), vocab=4096)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from lab import ROOT, Lab, Said, forked, through
+from tiers import first_by_default
 
 from core.contracts import VERSION
 from core.contracts.errors import UserError
@@ -252,7 +253,7 @@ def aloud(door: str, *arguments: str | Path) -> Said:
     return forked(work)
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", first_by_default(PLUGINS, keep=4))
 def test_a_broken_plugin_is_one_warning_and_one_sentence_to_who_names_it(
     name: str, install_case: Callable[[Case], None], lab: Lab
 ) -> None:
@@ -270,7 +271,7 @@ def test_a_broken_plugin_is_one_warning_and_one_sentence_to_who_names_it(
     assert f"plugins: plugin 'bad_plugin', which the recipe names, is broken: {case.why}" in named.sentence
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", first_by_default(PARTS, keep=6))
 def test_a_broken_component_is_one_sentence_to_who_asks_for_it(
     name: str, install_case: Callable[[Case], None], lab: Lab
 ) -> None:

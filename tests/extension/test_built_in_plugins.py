@@ -1,4 +1,4 @@
-"""What the house itself offers enters by the same door as anybody's, and keeps the same promises."""
+"""Built-in plugins enter through the same entry points as everybody else's, and keep the same promises."""
 
 import importlib
 import inspect

@@ -166,6 +166,7 @@ print(json.dumps([used, targets, light, sorted(sys.modules)]))
 """
 
 
+@pytest.mark.full
 def test_only_what_a_recipe_uses_is_imported() -> None:
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)

@@ -48,7 +48,7 @@ def test_our_own_plugins_come_first_and_say_checkout_where_nothing_is_installed(
     assert Provenance(loader.OWN, "checkout", "mla", "plugins.mla") in found
 
 
-def test_an_installed_house_is_read_instead_of_the_checkout(install: Install) -> None:
+def test_an_installed_moeloom_is_read_instead_of_the_checkout(install: Install) -> None:
     install(loader.OWN, "9.9", mla="plugins.mla")
     own = [owner for owner in find_plugins() if owner.distribution == loader.OWN]
     assert own == [Provenance(loader.OWN, "9.9", "mla", "plugins.mla")]

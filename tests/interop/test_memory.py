@@ -64,7 +64,7 @@ def test_a_few_chunks_are_held(tmp_path: Path) -> None:
         assert held["after"] - held["before"] < 200 * MEGABYTE
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_checkpoint_of_several_files_needs_less_than_one_of_them_and_a_gigabyte(tmp_path: Path) -> None:
     """1.8 GB in five files of 0.45 GB: the whole process, libraries included."""
     sizes = {"hidden_size": 2048, "moe_intermediate_size": 1024, "vocab_size": 32768, "n_routed_experts": 64}

@@ -75,6 +75,7 @@ def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.full
 def test_the_option_runs_the_kit_and_says_what_is_broken(tmp_path: Path) -> None:
     good = run_pytest(tmp_path, "--moeloom-plugin", "plugins.z_loss")
     assert good.returncode == 0, good.stdout
@@ -99,6 +100,7 @@ def own_folder(tmp_path: Path) -> Path:
     return package
 
 
+@pytest.mark.full
 def test_the_option_runs_the_kit_alone_from_any_folder_and_named_paths_beside_it(own_folder: Path) -> None:
     project = own_folder.parent
     for folder, paths, own in (
@@ -113,6 +115,7 @@ def test_the_option_runs_the_kit_alone_from_any_folder_and_named_paths_beside_it
         assert "needs_are_known" in said.stdout
 
 
+@pytest.mark.full
 def test_in_the_repositorys_root_the_option_does_not_run_the_repositorys_tests() -> None:
     said = run_pytest(ROOT, "--moeloom-plugin", "plugins.z_loss", "--collect-only", "-q")
     assert said.returncode == 0, said.stdout
@@ -121,6 +124,7 @@ def test_in_the_repositorys_root_the_option_does_not_run_the_repositorys_tests()
     assert not [line for line in collected if line.startswith("tests/")]
 
 
+@pytest.mark.full
 def test_a_package_that_is_no_plugin_is_one_sentence(tmp_path: Path) -> None:
     for package, why in (("no_such_package", "No module named 'no_such_package'"), ("json", "implements no hook")):
         said = run_pytest(tmp_path, "--moeloom-plugin", package)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from core.contracts.attention import Attention
 from core.contracts.build import Rope
-from core.contracts.context import SequenceContext
 from core.model import attend
 from core.model.language_model import LanguageModel
 from core.model.rope import correction_range, rope_table, rotate, softmax_scale
@@ -155,17 +154,6 @@ def test_attends_to_exactly_the_causal_rows_of_the_document(name: str, documents
         assert torch.equal((slope != 0).any(dim=-1), expected[:, i]), f"row {i}"
 
 
-@every_attention
-def test_positions_come_from_the_context(name: str) -> None:
-    """All positions shifted alike change nothing; one position shifted does."""
-    attention, x_BLD, given = layer(name), inputs(), tiny.context(2, 6)
-    first = attention(x_BLD, given)
-    shifted = SequenceContext.of(given.tokens_BL, start=100)
-    torch.testing.assert_close(attention(x_BLD, shifted), first, rtol=1e-11, atol=1e-11)
-    stretched = SequenceContext(given.tokens_BL, torch.tensor([0, 1, 2, 3, 4, 9]))
-    assert (attention(x_BLD, stretched) - first)[:, 5].abs().max() > 1e-4
-
-
 def decoded(model: LanguageModel, tokens_BL: Tensor, chunks: list[int]) -> Tensor:
     """Logits of tokens that come in chunks of these sizes."""
     caches = model.new_caches()
@@ -179,23 +167,6 @@ def test_cached_decoding_equals_the_full_forward(name: str, chunks: list[int]) -
     with torch.no_grad():
         full = model.logits(tokens_BL)
         torch.testing.assert_close(decoded(model, tokens_BL, chunks), full, rtol=1e-12, atol=1e-12)
-
-
-@every_attention
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_decoding_goes_on_after_truncate(name: str, chunk: int) -> None:
-    """Rejected drafts leave no trace."""
-    model, tokens_BL = tiny.build(*tiny.ATTENTIONS[name]), tiny.context(length=9).tokens_BL
-    caches = model.new_caches()
-    with torch.no_grad():
-        model.decode(tokens_BL[:, :3], caches)
-        model.decode((tokens_BL[:, 3:7] + 1) % tiny.VOCABULARY, caches)
-        for cache in caches:
-            cache.truncate(3)
-            assert cache.length == 3
-        parts = [model.decode(part, caches) for part in tokens_BL[:, 3:].split(chunk, dim=1)]
-        expected = model.logits(tokens_BL)[:, 3:]
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-12, atol=1e-12)
 
 
 @every_attention

@@ -17,6 +17,7 @@ from .test_routers import (
     CASES,
     EXPERTS,
     LOGITS,
+    SCORES_AND_BATCHES,
     both,
     found,
     inputs,
@@ -33,8 +34,7 @@ DROPPING = [name for name in CASES if name.startswith(("gshard", "switch")) and 
 # ---- places at experts
 
 
-@pytest.mark.parametrize("kind", LOGITS)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("kind", "batch"), SCORES_AND_BATCHES)
 @pytest.mark.parametrize("name", DROPPING)
 def test_no_expert_exceeds_its_capacity(name: str, batch: str, kind: str) -> None:
     """And what is kept and what is dropped add up to what was assigned; padding is not kept."""
@@ -180,11 +180,16 @@ def expected(ffn: Any, x_BLD: Tensor, context: SequenceContext, routing: Routing
     return y_TD.view_as(x_BLD)
 
 
+BUDGETS = [(4, 1.0), (2, 0.5), (8, 0.0), (1, 1.0), (4, 8.0)]
+BUDGET_CASES = [
+    *(("padding between", *budget, 0.4, kind) for budget in BUDGETS for kind in LOGITS),
+    *((batch, 4, 1.0, keep, "random") for batch in ("three sequences", "all masked") for keep in (0.0, 0.4, 1.0)),
+]
+"""Every budget under every kind of scores; every share of protected sequences on other batches."""
+
+
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])  # the second's gates are in another order
-@pytest.mark.parametrize("kind", LOGITS)
-@pytest.mark.parametrize("keep", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize(("devices", "factor"), [(4, 1.0), (2, 0.5), (8, 0.0), (1, 1.0), (4, 8.0)])
-@pytest.mark.parametrize("batch", ["three sequences", "padding between", "all masked"])
+@pytest.mark.parametrize(("batch", "devices", "factor", "keep", "kind"), BUDGET_CASES)
 def test_device_budgets_are_the_references(
     batch: str, devices: int, factor: float, keep: float, kind: str, name: str
 ) -> None:

@@ -217,6 +217,7 @@ def test_P36_types_survive_a_round_trip() -> None:
 # ---- compilation
 
 
+@pytest.mark.full
 def test_P42_compiling_in_place_keeps_names_and_values() -> None:
     """`block.compile()` renames no parameter and returns the records; recomputed or not."""
     given = tiny.context()

@@ -176,6 +176,7 @@ def test_every_low_layer_has_a_history_and_it_moves_once_a_step(lab: Lab) -> Non
         assert not history[:, 2].any(), path
 
 
+@pytest.mark.full
 def test_a_run_forgets_what_a_skipped_step_saw(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Histories as if its window had not been."""
     windows: list[Any] = []
@@ -194,6 +195,7 @@ def test_a_run_forgets_what_a_skipped_step_saw(lab: Lab, monkeypatch: pytest.Mon
         assert all(torch.equal(other[name], value) for name, value in state.step_state().items()), path
 
 
+@pytest.mark.full
 def test_a_run_that_is_interrupted_resumes_to_the_same_bits(lab: Lab, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     overrides = (DELAYED, "budget.steps=8", "checkpoint.every_steps=3")

@@ -22,7 +22,7 @@ FREE_KEYS = (
 )
 
 # What the core can tell by itself. {o} stands for where an override was set, {f} for the file, and … for names that
-# grow with the house.
+# grow with the repository.
 CORE = {
     "modl.dim=3": f"{{o}}: modl: unknown key; did you mean model? known: {ALL_KEYS}",
     "model.dims=3": "{o}: model.dims: unknown key; did you mean dim? "

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiers import first_by_default
 
 from core.analysis.budget import plan_of
 from core.assemble import build
@@ -13,7 +14,11 @@ from core.recipe.compose import Recipe, compose, find_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if "sweeps" not in file.parts)
-EVERY = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT / "recipes")))
+BY_DEFAULT = ("dsv3_small", "dsv3_671b", "gshard", "deepseek_v2")
+IN_ORDER = sorted(FILES, key=lambda file: file.stem not in BY_DEFAULT)
+EVERY = pytest.mark.parametrize(
+    "file", first_by_default(IN_ORDER, keep=len(BY_DEFAULT)), ids=lambda file: str(file.relative_to(ROOT / "recipes"))
+)
 
 Write = Callable[..., Path]
 

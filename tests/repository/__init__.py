@@ -1,1 +1,1 @@
-"""The house around the code: commands, documents, packages, floors, shipped recipes."""
+"""Tests of the repository itself: README, documents, packaging, import contracts, shipped recipes, CI."""

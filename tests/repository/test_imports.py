@@ -42,6 +42,7 @@ def test_every_contract_is_kept(copy: Path) -> None:
     assert f"Contracts: {len(CONTRACTS)} kept, 0 broken." in done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("where", "line", "contract"),
     [

@@ -71,7 +71,7 @@ def test_a_sweep_through_a_real_local_ray(write: Write, tmp_path: Path, short: P
 
 
 @pytest.mark.parametrize(
-    ("signum", "left"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ("signum", "left"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)]
 )
 def test_an_interrupt_saves_what_the_cluster_works_on(
     write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short: Path, signum: int, left: int

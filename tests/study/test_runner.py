@@ -153,6 +153,7 @@ def test_the_runs_of_a_sweep_have_the_same_data(crashed: Path) -> None:
     assert len(fingerprints) == 1
 
 
+@pytest.mark.full
 def test_resuming_redoes_nothing_that_is_done_and_tries_again_what_failed(
     lab: Lab, write: Write, crashed: Path, pool: ForkPool, tmp_path: Path
 ) -> None:
@@ -186,6 +187,7 @@ def test_a_folder_that_holds_a_sweep(write: Write, crashed: Path, text: str, res
     assert kept(crashed) == before
 
 
+@pytest.mark.full
 def test_the_same_sweep_by_another_path_is_the_same(lab: Lab, crashed: Path, tmp_path: Path) -> None:
     """A moved checkout, or the same recipe named from elsewhere: its resolved recipes say what it is."""
     moved, file = tmp_path / "moved.yaml", tmp_path / "question.yaml"
@@ -199,6 +201,7 @@ def test_the_same_sweep_by_another_path_is_the_same(lab: Lab, crashed: Path, tmp
     assert kept(crashed) == before
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
@@ -269,6 +272,7 @@ def test_a_report_that_looks_at_the_lock_keeps_no_runner_out(tmp_path: Path) -> 
             pass
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["sweep.yaml", "status.json", "results.json"])
 def test_a_full_disk_is_one_sentence_and_can_be_resumed(
     lab: Lab, write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
@@ -290,6 +294,7 @@ def test_a_full_disk_is_one_sentence_and_can_be_resumed(
     assert [row["n"] for row in json.loads(again.out)["rows"]] == [1, 1]
 
 
+@pytest.mark.full
 def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_was_done(
     lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -321,6 +326,7 @@ def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_was_done(
         assert {path: value for path, value in kept(out).items() if "seed-3" in path.parts} == before
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("what", ["summary.json", "step-00000005.ckpt"])
 def test_a_run_that_finds_no_space_ends_the_sweep_and_is_not_failed(
     lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
@@ -357,6 +363,7 @@ def test_a_metric_that_a_variant_cannot_have_is_refused(write: Write, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_a_run_without_the_metric_failed(
     write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -379,6 +386,7 @@ def test_a_metric_of_text_that_nobody_holds_out_is_refused_before_a_run(
     assert pool.commands == []
 
 
+@pytest.mark.full
 def test_a_metric_that_the_machine_does_not_measure_ends_the_sweep_with_the_first_run(
     write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -390,6 +398,7 @@ def test_a_metric_that_the_machine_does_not_measure_ends_the_sweep_with_the_firs
     assert len(pool.commands) == 1
 
 
+@pytest.mark.full
 def test_the_data_are_made_once_before_the_first_run(
     lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -408,6 +417,7 @@ def test_the_data_are_made_once_before_the_first_run(
         run_sweep(read_sweep(write(TWO.replace("budget:", more) + rules)), tmp_path / "out")
 
 
+@pytest.mark.full
 def test_what_the_clock_measured_stands_beside_the_spread_of_throughput(
     write: Write, crashed: Path, pool: ForkPool, tmp_path: Path
 ) -> None:
@@ -421,6 +431,7 @@ def test_what_the_clock_measured_stands_beside_the_spread_of_throughput(
     assert not [line for line in read(crashed / "results.json")["warnings"] if "clock" in line]
 
 
+@pytest.mark.full
 def test_the_door_prints_a_table_that_is_not_cut(
     lab: Lab, write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ def refused(file: Path, *, smoke: bool = False) -> str:
     return str(told.value)
 
 
+@pytest.mark.full
 def test_the_shipped_sweeps_are_those_that_were_asked_for() -> None:
     assert SHIPPED == ["attention", "bias_rate", "mtp", "mtp_flops", "precision", "routing", "shared_experts"]
     routing = read_sweep("routing")
@@ -33,6 +34,7 @@ def test_the_shipped_sweeps_are_those_that_were_asked_for() -> None:
     assert len(routing.schema.seeds) == 5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_sweep_is_valid_and_its_variants_match(name: str, smoke: bool) -> None:
@@ -56,6 +58,7 @@ def test_equal_flops_are_those_of_whole_runs_within_a_step() -> None:
     assert not [line for line in [*found.held_equal, *found.not_equal] if "flops_per_token" in line]
 
 
+@pytest.mark.full
 def test_the_bias_rate_sweep_is_the_papers_table_and_long_enough_to_tell() -> None:
     """arXiv 2408.15664: three rates of three rules, the loss, and softmax; the slowest bias can move by 0.2."""
     sweep = read_sweep("bias_rate")
@@ -285,6 +288,7 @@ def test_equal_flops_may_take_different_steps(write: Write) -> None:
     assert steps["bias"] == steps["none"] < steps["third"]
 
 
+@pytest.mark.full
 def test_a_budget_of_flops_that_whole_steps_miss_is_refused(write: Write) -> None:
     """A budget of less than a step: one step of a model without the head spends less than one with it."""
     third = "  third: {{overrides: {{model.heads.mtp: null}}}}\nbudget:"

@@ -169,6 +169,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("suddenly", [False, True], ids=["no room for a checkpoint", "no room for anything"])
 def test_a_full_disk_is_one_sentence_and_loses_nothing(lab: Lab, finished: Path, disk: Path, suddenly: bool) -> None:
     run = disk / "run"

@@ -186,6 +186,7 @@ def test_loading_keeps_the_moments_bit_for_bit(lab: Lab) -> None:
             assert torch.equal(two.state[b][key], value), key
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_has_the_same_bits(lab: Lab, tmp_path: Path, precision: str) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -109,7 +109,7 @@ def test_P22_two_ranks_draw_and_drop_as_one_does(lab: Lab, tmp_path: Path) -> No
     assert second["val_loss"] == pytest.approx(first["val_loss"], rel=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_two_ranks_stop_together_when_one_is_told_and_resume_to_the_same_bits(
     lab: Lab, pair: tuple[Path, Path, str], tmp_path: Path, signum: signal.Signals

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, loads, rows, through
+from tiers import first_by_default
 
 import core.run.training
 from core.analysis.budget import plan_of
@@ -84,9 +85,10 @@ MOMENTS: dict[str, Callable[[], None]] = {
     ),
     "before the summary": lambda: before(core.run.training, "_finish", lambda *_: True),
 }
+BY_DEFAULT = "when a checkpoint is half written"
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", first_by_default(sorted(MOMENTS, key=BY_DEFAULT.__ne__)))
 def test_a_killed_run_resumes_to_the_same_bits(lab: Lab, finished: Path, tmp_path: Path, moment: str) -> None:
     run = tmp_path / "run"
 
@@ -113,6 +115,7 @@ def test_the_small_run_is_a_hard_one(lab: Lab, finished: Path) -> None:
     assert [file.name for file in checkpoints_in(finished)] == ["step-00000010.ckpt", "step-00000012.ckpt"]
 
 
+@pytest.mark.full
 def test_tensorboard_has_the_rows_of_the_csv_once_also_after_a_kill(lab: Lab, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -137,6 +140,7 @@ def test_tensorboard_has_the_rows_of_the_csv_once_also_after_a_kill(lab: Lab, tm
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6), tag
 
 
+@pytest.mark.full
 def test_a_row_that_was_cut_short_is_written_again(lab: Lab, finished: Path, tmp_path: Path) -> None:
     """A full disk can end `metrics.csv` anywhere; the rest of the row must not become a row of its own."""
     run = tmp_path / "run"
@@ -152,6 +156,7 @@ def test_a_row_that_was_cut_short_is_written_again(lab: Lab, finished: Path, tmp
     assert_same_run(run, finished)
 
 
+@pytest.mark.full
 def test_a_run_that_was_moved_remembers_its_best(lab: Lab, tmp_path: Path) -> None:
     """From step 7 on the learning rate ruins the weights."""
     jump = "optimizer.lr={unit: steps, start: 0.003, segments: [{until: 6}, {to: 30.0, until: 99}]}"
@@ -235,6 +240,7 @@ def test_another_layout_goes_on_and_says_so(lab: Lab, stopped: Path, finished: P
     assert torch.equal(loads(stopped)["bias.blocks.1"], loads(finished)["bias.blocks.1"])
 
 
+@pytest.mark.full
 def test_resume_auto_takes_the_newest_unfinished_run_or_starts_one(lab: Lab, tmp_path: Path) -> None:
     """The same command, given again and again, finishes a run and then starts the next."""
 
@@ -270,6 +276,7 @@ def test_a_run_that_is_not_there_is_not_resumed(lab: Lab, arguments: list[str], 
     assert said.sentence.startswith(sentence)
 
 
+@pytest.mark.full
 def test_a_real_process_that_is_killed_from_outside_resumes(lab: Lab, finished: Path, tmp_path: Path) -> None:
     """As a user would: `python -m core.fit`, `kill -9` at no chosen moment, `--resume`."""
     run = tmp_path / "run"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from lab import Lab, Said, assert_same_run, forked, through
+from tiers import first_by_default
 
 from core.training import callbacks
 from core.training.checkpoints import checkpoints_in
@@ -32,7 +33,7 @@ def told(lab: Lab, run: Path, step: int, *signals: int, hook: Any = callbacks.Lo
     return forked(work)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", first_by_default([signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_saves_the_step_under_way_and_leaves(
     lab: Lab, finished: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
@@ -46,6 +47,7 @@ def test_a_signal_saves_the_step_under_way_and_leaves(
     assert_same_run(run, finished)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("step", [6, 12])
 def test_a_signal_in_a_validation_waits_for_its_end(lab: Lab, finished: Path, tmp_path: Path, step: int) -> None:
     run = tmp_path / "run"
@@ -56,6 +58,7 @@ def test_a_signal_in_a_validation_waits_for_its_end(lab: Lab, finished: Path, tm
     assert_same_run(run, finished)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_run_at_once(lab: Lab, finished: Path, tmp_path: Path, first: int) -> None:
     run = tmp_path / "run"
@@ -66,7 +69,7 @@ def test_a_second_signal_ends_the_run_at_once(lab: Lab, finished: Path, tmp_path
     assert_same_run(run, finished)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", first_by_default([signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_before_the_first_step_leaves_nothing_that_blocks_a_second_try(
     lab: Lab, tmp_path: Path, signum: signal.Signals
 ) -> None:

@@ -1,0 +1,52 @@
+"""Which tests are in the tier `full`: whole files by this table, single tests by `@pytest.mark.full`.
+
+`full` is what starts processes, is killed, needs transformers, lm-eval, TRL, Triton, Chromium or Ray, or is a cross
+product. Everything else is in the default tier, in which every promise has at least one test.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+FULL = {
+    "commands/test_readme_command.py": "starts the README's command as a process",
+    "eval/test_command.py": "needs lm-eval",
+    "eval/test_harness_model.py": "needs lm-eval",
+    "eval/test_parity.py": "needs lm-eval and transformers",
+    "eval/test_post_training.py": "needs TRL",
+    "gpu": "starts the GPU benchmark as a process",
+    "interop/test_memory.py": "starts processes",
+    "interop/test_parity.py": "needs transformers",
+    "interop/test_parity_exports.py": "needs transformers",
+    "interop/test_parity_fp8.py": "needs transformers",
+    "interop/test_parity_limits.py": "needs transformers",
+    "interop/test_parity_mtp.py": "needs transformers",
+    "interop/test_parity_trained.py": "needs transformers",
+    "interop/test_resume.py": "kills conversions",
+    "precision/test_benchmark.py": "times whole steps of every precision",
+    "precision/test_native_kernels.py": "needs Triton",
+    "report/test_browser.py": "needs Chromium",
+    "repository/test_tutorial.py": "starts processes",
+    "study/test_processes.py": "starts and kills processes",
+    "study/test_ray.py": "needs Ray",
+    "training/test_ranks.py": "starts the processes of two ranks",
+    "training/test_skew.py": "trains 300 steps three times",
+}
+"""Files and folders below `tests/`, each with the reason."""
+
+
+def is_full(file: Path) -> bool:
+    """Whether the table has a test file or a folder above it."""
+    if not file.is_relative_to(TESTS):
+        return False
+    place = file.relative_to(TESTS)
+    return any(str(part) in FULL for part in (place, *place.parents))
+
+
+def first_by_default(values: Iterable[Any], *, keep: int = 1) -> list[Any]:
+    """The values of one parameter, of which only the first few are in the default tier."""
+    marks = ((), (pytest.mark.full,))
+    return [pytest.param(value, marks=marks[index >= keep]) for index, value in enumerate(values)]
