@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from core.contracts.build import BuildContext
@@ -13,25 +14,58 @@ from core.contracts.record import Record
 
 
 class Cache(ABC):
-    """What one attention layer keeps of the tokens it has seen."""
+    """What one attention layer keeps of the tokens it has seen, row by row of a batch.
+
+    Buffers are allocated once, for `capacity` tokens of each row; `lengths` says which part of them is valid. Rows
+    may have different lengths. Nothing is differentiated through a cache.
+
+    Class attributes:
+        truncates: whether `truncate` can be called; a cache that compresses closed windows, for example, cannot.
+    """
+
+    truncates: ClassVar[bool] = True
 
     @property
     @abstractmethod
-    def length(self) -> int:
-        """Tokens kept."""
+    def lengths(self) -> Tensor:
+        """int64, tokens kept of each row, on the cache's device."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens kept of the longest row."""
 
     @property
     @abstractmethod
     def bytes(self) -> int:
-        """Bytes that the kept tokens take, over all sequences of the batch."""
+        """Bytes of the buffers, over all rows."""
 
     @abstractmethod
     def append(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Keep B x L x ... parts of new tokens; returns every part with all tokens so far, B x S x ..."""
+        """Keep B x L x ... parts of new tokens behind those of each row.
+
+        Returns:
+            Every part with all tokens so far, B x S x ..., where S is the longest row's length; what stands past a
+            row's own length is finite and has no meaning.
+
+        Raises:
+            ValueError: more tokens than `capacity`.
+        """
 
     @abstractmethod
-    def truncate(self, length: int) -> None:
-        """Forget all tokens past `length` (rejected drafts)."""
+    def slots(self, new: int) -> Tensor | None:
+        """Where the last `new` tokens of each row stand in what `append` returned: int64 B x new.
+
+        None where all rows are equally long, so that these are the last `new` of the S slots.
+        """
+
+    def truncate(self, lengths_B: Tensor) -> None:
+        """Forget all tokens of each row past a length (rejected drafts, padding on the right of a prompt).
+
+        Raises:
+            NotImplementedError: this cache cannot (`truncates` is False).
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot forget tokens that it has taken in")
 
 
 class Attention(LayerExtras, nn.Module, Component, ABC):
@@ -67,8 +101,14 @@ class Attention(LayerExtras, nn.Module, Component, ABC):
         """
 
     @abstractmethod
-    def new_cache(self) -> Cache:
-        """An empty cache for this layer."""
+    def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
+        """An empty cache for this layer.
+
+        Args:
+            rows: sequences that are decoded together.
+            capacity: tokens of each row that it can hold.
+            device: of the buffers; None: torch's default device.
+        """
 
     @abstractmethod
     def costs(self) -> Costs:

@@ -22,12 +22,16 @@ class SequenceContext:
 
     Args:
         tokens_BL: int64 token ids.
-        positions_L: int64 positions, shared by all sequences; in decoding they start at the cache's length.
+        positions_BL: int64 positions, B x L, or 1 x L where all sequences share them; in decoding they start at each
+            row's length in the cache.
         targets_BL: the token that follows each token; None where nothing is to be predicted.
         valid_BL: bool, False for padding, which counts nowhere: not in losses, load, capacity or FLOPs.
             None: every token is valid.
         documents_BM: int64 document of every input token and of the last target; None: attention and
             multi-token prediction run across documents, as DeepSeek trains.
+        learned_BM: bool, which of the inputs and of the last target are learned where they are targets (the answers of
+            a chat, for example); the others still take part in attention, load and capacity. None: all are learned.
+        source_B: int64, number of the corpus that each sequence comes from, for losses by source; None: one source.
         step: optimizer steps done before this one.
         first_sequence: number of the first sequence among all that the step reads, over micro-batches and data
             ranks. Random choices are addressed by (seed, step, layer, number of the sequence, position), see
@@ -36,10 +40,12 @@ class SequenceContext:
     """
 
     tokens_BL: Tensor
-    positions_L: Tensor
+    positions_BL: Tensor
     targets_BL: Tensor | None = None
     valid_BL: Tensor | None = None
     documents_BM: Tensor | None = None
+    learned_BM: Tensor | None = None
+    source_B: Tensor | None = None
     step: int = 0
     first_sequence: int = 0
     reduce_sum: Callable[[Tensor], Tensor] = identity
@@ -48,7 +54,7 @@ class SequenceContext:
     def of(cls, tokens_BL: Tensor, *, start: int = 0, **rest: Any) -> "SequenceContext":
         """The context of token ids whose first position is `start`."""
         positions_L = torch.arange(start, start + tokens_BL.shape[1], device=tokens_BL.device)
-        return cls(tokens_BL, positions_L, **rest)
+        return cls(tokens_BL, positions_L[None], **rest)
 
     def valid(self) -> Tensor:
         """The mask valid_BL, all True where it is not given."""
@@ -59,8 +65,19 @@ class SequenceContext:
     def predicted(self, depth: int = 0) -> Tensor:
         """Which positions predict a token `depth` past the next one: bool, B x (L - depth).
 
+        These are the positions of `within(depth)` whose target is learned; losses and their denominators use them.
+        """
+        mask = self.within(depth)
+        if self.learned_BM is not None:
+            mask = mask & self.learned_BM[:, depth + 1 :]
+        return mask
+
+    def within(self, depth: int = 0) -> Tensor:
+        """Which positions have all that a prediction `depth` past the next token reads: bool, B x (L - depth).
+
         Position i of depth k sees the tokens up to i + k and predicts token i + k + 1 (report, eq. 21-24).
-        It counts where these are no padding and, where documents are kept apart, of one document.
+        It counts where these are no padding and, where documents are kept apart, of one document. Load and capacity of
+        a multi-token module count these positions, whether their targets are learned or not.
         """
         length = self.tokens_BL.shape[1]
         valid_BL = self.valid()

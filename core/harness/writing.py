@@ -27,7 +27,7 @@ def write(
     """
     assert len({len(prompt) for prompt in prompts}) == 1, "prompts of one batch are equally long"
     device = model.embedding.weight.device
-    caches = model.new_caches()
+    caches = model.new_caches(len(prompts), min(len(prompts[0]) + tokens, model.max_length))
     fed_BL = torch.tensor([list(prompt) for prompt in prompts], device=device)
     written: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))

@@ -21,40 +21,87 @@ KERNELS = [
 
 
 class TensorCache(Cache):
-    """Keeps each part as one tensor, B x S x ...; plain and correct."""
+    """Keeps each part in one buffer of rows x capacity x ..., allocated when the first tokens show its format.
 
-    def __init__(self) -> None:
-        self._parts: tuple[Tensor, ...] = ()
+    Args:
+        rows: sequences that are decoded together.
+        capacity: tokens of each row that it can hold.
+        device: of the buffers.
+    """
+
+    def __init__(self, rows: int, capacity: int, device: torch.device | None = None) -> None:
+        self.capacity = capacity
+        self.device = torch.device("cpu") if device is None else device
+        self._lengths = [0] * rows
+        self._buffers: tuple[Tensor, ...] = ()
 
     @property
-    def length(self) -> int:
-        return self._parts[0].shape[1] if self._parts else 0
+    def lengths(self) -> Tensor:
+        return torch.tensor(self._lengths, device=self.device)
+
+    @property
+    def longest(self) -> int:
+        return max(self._lengths)
 
     @property
     def bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self._parts)
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
 
     def append(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        if self._parts:
-            parts = tuple(torch.cat(pair, dim=1) for pair in zip(self._parts, parts, strict=True))
-        self._parts = parts
-        return parts
+        new = parts[0].shape[1]
+        if self.longest + new > self.capacity:
+            raise ValueError(f"{self.longest} tokens and {new} more do not fit into a cache of {self.capacity}")
+        if not self._buffers:
+            self._buffers = tuple(
+                torch.zeros(len(part), self.capacity, *part.shape[2:], dtype=part.dtype, device=part.device)
+                for part in parts
+            )
+        equal = len(set(self._lengths)) == 1
+        begin, slots_BN = self._lengths[0], self.lengths[:, None] + torch.arange(new, device=self.device)
+        rows_B1 = torch.arange(len(self._lengths), device=self.device)[:, None]
+        for buffer, part in zip(self._buffers, parts, strict=True):
+            if equal:
+                buffer[:, begin : begin + new] = part.detach()
+            else:
+                buffer[rows_B1, slots_BN] = part.detach()
+        self._lengths = [length + new for length in self._lengths]
+        return tuple(buffer[:, : self.longest] for buffer in self._buffers)
 
-    def truncate(self, length: int) -> None:
-        self._parts = tuple(part[:, :length] for part in self._parts)
+    def slots(self, new: int) -> Tensor | None:
+        if len(set(self._lengths)) == 1:
+            return None
+        return self.lengths[:, None] - new + torch.arange(new, device=self.device)
+
+    def truncate(self, lengths_B: Tensor) -> None:
+        self._lengths = [min(old, int(new)) for old, new in zip(self._lengths, lengths_B.tolist(), strict=True)]
 
 
-def attend(q_BLHR: Tensor, k_BSHR: Tensor, v_BSHV: Tensor, scale: float, context: SequenceContext) -> Tensor:
-    """Causal softmax attention; the last L of the S positions are the queries'.
+def attend(
+    q_BLHR: Tensor,
+    k_BSHR: Tensor,
+    v_BSHV: Tensor,
+    scale: float,
+    context: SequenceContext,
+    slots_BL: Tensor | None = None,
+) -> Tensor:
+    """Causal softmax attention.
 
     Keys and values may have fewer heads than queries (grouped or multi-query attention).
+
+    Args:
+        q_BLHR: queries.
+        k_BSHR: keys of the queries' own tokens and of those before them.
+        v_BSHV: values.
+        scale: factor of the scores.
+        context: keeps documents apart where it says so.
+        slots_BL: which of the S slots is each query's own, from `Cache.slots`; None: the last L slots of every row.
 
     Returns:
         L x H x V outputs for every sequence, in the format of the values.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BLHR, k_BSHR, v_BSHV))
     new, seen = q.shape[2], k.shape[2]
-    mask = _mask(new, seen, context)
+    mask = _mask(new, seen, context) if slots_BL is None else _row_mask(slots_BL, seen)
     grouped = k.shape[1] != q.shape[1]
     causal = mask is None and new > 1
     width, missing = v.shape[-1], q.shape[-1] - v.shape[-1]
@@ -71,6 +118,11 @@ def _best_kernel(q: Tensor, mask: Tensor | None) -> AbstractContextManager[Any]:
         return nullcontext()
     chosen: AbstractContextManager[Any] = sdpa_kernel(KERNELS, set_priority=True)
     return chosen
+
+
+def _row_mask(slots_BL: Tensor, seen: int) -> Tensor:
+    """B x 1 x L x S: each query sees the slots up to its own."""
+    return (slots_BL[:, :, None] >= torch.arange(seen, device=slots_BL.device))[:, None]
 
 
 def _mask(new: int, seen: int, context: SequenceContext) -> Tensor | None:

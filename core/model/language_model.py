@@ -119,7 +119,7 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: more positions than the rotary table holds.
         """
-        length = context.tokens_BL.shape[1] + (caches[0].length if caches else 0)
+        length = context.tokens_BL.shape[1] + (caches[0].longest if caches else 0)
         if length > self.max_length:
             raise UserError(f"{length} tokens are more than model.rope.max_length = {self.max_length}")
         x_BLD = self.embedding(context.tokens_BL)
@@ -154,15 +154,29 @@ class LanguageModel(nn.Module):
         return result
 
     def decode(self, tokens_BL: Tensor, caches: list[Cache]) -> Tensor:
-        """Logits of new tokens after those that the caches hold; the caches then hold the new ones too."""
-        context = SequenceContext.of(tokens_BL, start=caches[0].length)
+        """Logits of new tokens after those that the caches hold of each row; the caches then hold the new ones too.
+
+        Args:
+            tokens_BL: the next tokens of each row, whose rows may be of different lengths so far.
+            caches: from `new_caches`, one for each block.
+        """
+        context = SequenceContext.of(tokens_BL, start=caches[0].longest)
+        if caches[0].slots(0) is not None:  # rows of different lengths
+            new_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+            context = SequenceContext(tokens_BL, caches[0].lengths[:, None] + new_L)
         hidden_BLD, _ = self.hidden(context, caches)
         result: Tensor = self.output(hidden_BLD)
         return result
 
-    def new_caches(self) -> list[Cache]:
-        """An empty cache for every block."""
-        return [block.attention.new_cache() for block in self.blocks]  # type: ignore[union-attr,operator]
+    def new_caches(self, rows: int, capacity: int) -> list[Cache]:
+        """An empty cache for every block, on the model's device.
+
+        Args:
+            rows: sequences that are decoded together.
+            capacity: tokens of each row; at most `max_length` can be used.
+        """
+        device = self.embedding.weight.device
+        return [block.attention.new_cache(rows, capacity, device) for block in self.blocks]  # type: ignore[union-attr,operator]
 
     def shared(self) -> Shared:
         """The embedding and the output, for the heads."""

@@ -55,8 +55,8 @@ def softmax_scale(head_dim: int, rope: Rope) -> float:
     return scale
 
 
-def rope_table(rope: Rope, dim: int, positions_L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each L x dim/2, in `dtype` (fp32 or wider); the angles are taken in fp64.
+def rope_table(rope: Rope, dim: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each of the positions' shape x dim/2, in `dtype` (fp32 or wider); the angles are taken in fp64.
 
     With YaRN both carry the ratio of the two temperatures, which is 1 where their coefficients are equal.
     """
@@ -66,16 +66,16 @@ def rope_table(rope: Rope, dim: int, positions_L: Tensor, dtype: torch.dtype) ->
         yarn = (rope.yarn.factor, low, high)
         factor = rope.yarn.factor
         ratio = temperature(factor, rope.yarn.mscale) / temperature(factor, rope.yarn.mscale_all_dim)
-    frequencies = torch.tensor(_frequencies(dim, rope.theta, yarn), dtype=torch.float64, device=positions_L.device)
-    angles = positions_L.to(torch.float64)[:, None] * frequencies
+    frequencies = torch.tensor(_frequencies(dim, rope.theta, yarn), dtype=torch.float64, device=positions.device)
+    angles = positions.to(torch.float64)[..., None] * frequencies
     return (angles.cos() * ratio).to(dtype), (angles.sin() * ratio).to(dtype)
 
 
-def rotate(x_BLHR: Tensor, rope: Rope, positions_L: Tensor) -> Tensor:
-    """Turn the pairs of the last axis by their positions; same shape and format as `x_BLHR`."""
+def rotate(x_BLHR: Tensor, rope: Rope, positions_BL: Tensor) -> Tensor:
+    """Turn the pairs of the last axis by their positions, B x L or 1 x L; same shape and format as `x_BLHR`."""
     wide = at_least_fp32(x_BLHR)
-    cos_LR, sin_LR = rope_table(rope, x_BLHR.shape[-1], positions_L, wide.dtype)
-    cos, sin = cos_LR[:, None, :], sin_LR[:, None, :]
+    cos_BLR, sin_BLR = rope_table(rope, x_BLHR.shape[-1], positions_BL, wide.dtype)
+    cos, sin = cos_BLR[:, :, None, :], sin_BLR[:, :, None, :]
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x_BLHR.dtype)

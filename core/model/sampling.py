@@ -31,7 +31,7 @@ def sample(
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    caches = model.new_caches()
+    caches = model.new_caches(1, min(len(prompt) + tokens, model.max_length))
     fed = list(prompt)
     for _ in range(tokens):
         logits_V = model.decode(torch.tensor([fed], device=device), caches)[0, -1]

@@ -69,7 +69,8 @@ class Chance:
 def token_places(context: SequenceContext) -> tuple[Tensor, Tensor]:
     """int64 number of the sequence in its step, and position in it, for each of the T tokens."""
     batch, length = context.tokens_BL.shape
-    return _sequences(context).repeat_interleave(length), context.positions_L.repeat(batch)
+    positions_T = context.positions_BL.expand(batch, length).flatten()
+    return _sequences(context).repeat_interleave(length), positions_T
 
 
 def _sequences(context: SequenceContext) -> Tensor:

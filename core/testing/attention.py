@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from core.contracts.context import SequenceContext
 from core.testing import bench
 from core.testing.clauses import check, hold, spare
 from core.testing.subject import Subject, distance, perturbed
 
 CONTRACT = "core/contracts/attention.py, Attention"
+CACHE = "core/contracts/attention.py, Cache"
 
 
 @check("attention", clause="(x_BLD, context) -> x_BLD, for any number of sequences and tokens", where=CONTRACT)
@@ -52,28 +54,48 @@ def attention_keeps_documents_apart(subject: Subject) -> None:
 
 @check("attention", clause="with a cache the result equals the full forward over all tokens", where=CONTRACT)
 def decoding_equals_the_full_forward(subject: Subject) -> None:
-    """Five tokens at once, then one by one, beside another cache; then three are forgotten and others are read."""
+    """Five tokens at once, then one by one, beside another cache."""
     module, given = perturbed(subject.made()).eval(), bench.tokens()
     x_BLD, other = bench.states(given), bench.states(given, seed=1)
-    cache, beside = module.new_cache(), module.new_cache()
+    cache, beside = module.new_cache(3, 8), module.new_cache(3, 9)
     parts = []
     for start, end in ((0, 5), (5, 6), (6, 7), (7, 8)):
         parts.append(_decode(module, x_BLD, given, cache, start, end))
         _decode(module, other, given, beside, start, end)
     hold(distance(torch.cat(parts, dim=1), module(x_BLD, given)) < 1e-9, "cached rows differ from the full forward's")
-    hold(cache.length == 8, f"the cache holds {cache.length} tokens after 8")
-    for keep in (5, 0):
-        cache.truncate(keep)
-        hold(cache.length == keep, f"truncate({keep}) leaves {cache.length} tokens")
-        mixed = torch.cat([x_BLD[:, :keep], other[:, keep:]], dim=1)
-        again = _decode(module, mixed, given, cache, keep, 8)
-        hold(distance(again, module(mixed, given)[:, keep:]) < 1e-9, "rows that were forgotten come back")
+    hold(cache.longest == 8 and cache.lengths.tolist() == [8] * 3, f"the cache holds {cache.lengths.tolist()} of 8")
+
+
+@check("attention", clause="`truncate` forgets tokens row by row, or raises NotImplementedError", where=CACHE)
+def truncated_rows_go_on_from_their_own_lengths(subject: Subject) -> None:
+    """Rows are cut to 5, 3 and 8 tokens, go on with other tokens, and equal the full forward of each row alone."""
+    module, given = perturbed(subject.made()).eval(), bench.tokens()
+    x_BLD, other = bench.states(given), bench.states(given, seed=1)
+    cache = module.new_cache(3, 12)
+    _decode(module, x_BLD, given, cache, 0, 8)
+    keep = [5, 3, 8]
+    if not cache.truncates:
+        try:
+            cache.truncate(torch.tensor(keep))
+        except NotImplementedError:
+            return
+        hold(False, "truncate is declared not to work, and works")
+    cache.truncate(torch.tensor(keep))
+    hold(cache.lengths.tolist() == keep, f"truncate({keep}) leaves {cache.lengths.tolist()} tokens")
+    positions_BL = torch.tensor(keep)[:, None] + torch.arange(4)
+    part = replace(given, tokens_BL=given.tokens_BL[:, :4], positions_BL=positions_BL, targets_BL=None)
+    again = module(other[:, :4], part, cache)
+    for row, length in enumerate(keep):
+        whole = torch.cat([x_BLD[row, :length], other[row, :4]])[None]
+        alone = SequenceContext.of(given.tokens_BL[:1, :1].expand(1, length + 4))
+        expected = module(whole, alone)[0, length:]
+        hold(distance(again[row], expected) < 1e-9, f"row {row} differs from the same row alone")
 
 
 def _decode(module: object, x_BLD: Tensor, given: object, cache: object, start: int, end: int) -> Tensor:
-    positions_L = torch.arange(start, end)
+    positions_BL = given.positions_BL[:, start:end]  # type: ignore[attr-defined]
     tokens_BL = given.tokens_BL[:, start:end]  # type: ignore[attr-defined]
-    part = replace(given, tokens_BL=tokens_BL, positions_L=positions_L, targets_BL=None)  # type: ignore[type-var]
+    part = replace(given, tokens_BL=tokens_BL, positions_BL=positions_BL, targets_BL=None)  # type: ignore[type-var]
     result: Tensor = module(x_BLD[:, start:end], part, cache)  # type: ignore[operator]
     return result
 
@@ -96,7 +118,7 @@ def attention_gradients_are_right(subject: Subject) -> None:
 def declared_cache_is_real(subject: Subject) -> None:
     """Against the bytes of a filled cache."""
     module, given = subject.made().eval(), bench.tokens()
-    cache = module.new_cache()
+    cache = module.new_cache(*given.tokens_BL.shape)
     module(bench.states(given), given, cache)
     itemsize, declared = torch.float64.itemsize, module.costs().cache
     real = cache.bytes / (given.tokens_BL.numel() * itemsize)
@@ -125,7 +147,7 @@ def positions_come_from_the_context(subject: Subject) -> None:
     spare("rows_in_order" not in subject.capabilities, "declared to depend on the order of rows")
     module, given = perturbed(subject.made()), bench.tokens()
     x_BLD, order_L = bench.states(given), torch.tensor([3, 0, 6, 2, 5, 1, 4, 7])
-    moved = replace(given, positions_L=given.positions_L[order_L], tokens_BL=given.tokens_BL[:, order_L])
+    moved = replace(given, positions_BL=given.positions_BL[:, order_L], tokens_BL=given.tokens_BL[:, order_L])
     before, after = module(x_BLD, given)[:, -1], module(x_BLD[:, order_L], moved)[:, -1]
     hold(distance(after, before) < 1e-10, "a row depends on where others stand, not on their positions")
 
@@ -138,8 +160,8 @@ def positions_come_from_the_context(subject: Subject) -> None:
 def declared_flops_are_real(subject: Subject) -> None:
     """Counted on the meta device, which follows the shapes alone, over the whole square: twice the declared mixing."""
     module, given = subject.made(meta=True), bench.tokens(2, bench.LENGTH)
-    positions_L = given.positions_L.to("meta")
-    given = replace(given, tokens_BL=given.tokens_BL.to("meta"), positions_L=positions_L, targets_BL=None)
+    positions_BL = given.positions_BL.to("meta")
+    given = replace(given, tokens_BL=given.tokens_BL.to("meta"), positions_BL=positions_BL, targets_BL=None)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         y_BLD = module(torch.empty(2, bench.LENGTH, bench.WIDTH, dtype=torch.float64, device="meta"), given)
     hold(y_BLD.is_meta, f"from the meta device to {y_BLD.device}")

@@ -101,7 +101,7 @@ def padded(lengths: Sequence[int], length: int = 8, *, seed: int = 0) -> Sequenc
 
 def rows(context: SequenceContext, part: slice) -> SequenceContext:
     """Some sequences of a micro-batch, with their places in it."""
-    names = ("tokens_BL", "targets_BL", "valid_BL", "documents_BM")
+    names = ("tokens_BL", "targets_BL", "valid_BL", "documents_BM", "learned_BM", "source_B")
     cut: dict[str, Any] = {n: None if getattr(context, n) is None else getattr(context, n)[part] for n in names}
     return replace(context, first_sequence=context.first_sequence + part.start, **cut)
 
@@ -131,14 +131,14 @@ class KitAttention(Attention):
 
     def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
         value_BLD = self.value(x_BLD)
+        new, slots_BL = x_BLD.shape[1], None
         if cache is not None:
             (value_BLD,) = cache.append(value_BLD)
-        new, seen = x_BLD.shape[1], value_BLD.shape[1]
-        near = (
-            torch.ones(seen, seen, dtype=torch.bool, device=x_BLD.device)
-            .tril()[seen - new :]
-            .expand(len(x_BLD), -1, -1)
-        )
+            slots_BL = cache.slots(new)
+        seen = value_BLD.shape[1]
+        if slots_BL is None:
+            slots_BL = torch.arange(seen - new, seen, device=x_BLD.device).expand(len(x_BLD), -1)
+        near = slots_BL[:, :, None] >= torch.arange(seen, device=x_BLD.device)
         if context.documents_BM is not None:
             documents_BL = context.documents_BM[:, :new]
             near = near & (documents_BL[:, :, None] == documents_BL[:, None, :])
@@ -146,8 +146,8 @@ class KitAttention(Attention):
         mean: Tensor = weights @ value_BLD / weights.sum(dim=2, keepdim=True)
         return mean
 
-    def new_cache(self) -> Cache:
-        return TensorCache()
+    def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
+        return TensorCache(rows, capacity, device)
 
     def costs(self) -> Costs:
         return Costs(active=WIDTH * WIDTH, mixing=WIDTH * LENGTH, cache=WIDTH)

@@ -105,6 +105,8 @@ class TrainingModule(L.LightningModule):
             targets_BL=batch.targets_BL,
             valid_BL=batch.valid_BL,
             documents_BM=batch.documents_BM if self.mask_documents else None,
+            learned_BM=batch.learned_BM,
+            source_B=batch.source_B,
             step=self.windows_done if self.training else 0,
             first_sequence=(index * world + rank) * len(batch.tokens_BL),
             reduce_sum=reduce_sum,

@@ -78,20 +78,22 @@ class LatentAttention(Attention):
         q_BLHN, q_BLHR = q_BLD.unflatten(-1, (config.heads, -1)).split([config.nope_dim, config.rope_dim], dim=-1)
         latent_BLC, k_BLR = self.kv_down(x_BLD).split([config.kv_rank, config.rope_dim], dim=-1)
         latent_BSC = self.kv_norm(latent_BLC)
-        k_BSR = rotate(k_BLR[:, :, None], self.rope, context.positions_L)[:, :, 0]
+        k_BSR = rotate(k_BLR[:, :, None], self.rope, context.positions_BL)[:, :, 0]
+        slots_BL = None
         if cache is not None:
             latent_BSC, k_BSR = cache.append(latent_BSC, k_BSR)
+            slots_BL = cache.slots(x_BLD.shape[1])
         kv_BSHX = self.kv_up(latent_BSC).unflatten(-1, (config.heads, -1))
         k_BSHN, v_BSHV = kv_BSHX.split([config.nope_dim, config.value_dim], dim=-1)
-        q = torch.cat([q_BLHN, rotate(q_BLHR, self.rope, context.positions_L)], dim=-1)
+        q = torch.cat([q_BLHN, rotate(q_BLHR, self.rope, context.positions_BL)], dim=-1)
         k = torch.cat([k_BSHN, k_BSR[:, :, None].expand(-1, -1, config.heads, -1)], dim=-1)
-        o_BLHV = attend(q, k, v_BSHV, self.scale, context)
+        o_BLHV = attend(q, k, v_BSHV, self.scale, context, slots_BL)
         result: Tensor = self.output(o_BLHV.flatten(-2))
         return result
 
-    def new_cache(self) -> Cache:
+    def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
         """Keeps (kv_rank + rope_dim) elements per token."""
-        return TensorCache()
+        return TensorCache(rows, capacity, device)
 
     def costs(self) -> Costs:
         """All weights are active; mixing is heads x (key width + value width) per position attended to."""

@@ -136,8 +136,9 @@ def _shifted(context: SequenceContext, k: int) -> SequenceContext:
     return replace(
         context,
         tokens_BL=context.tokens_BL[:, k:],
-        positions_L=context.positions_L[k:],
+        positions_BL=context.positions_BL[:, k:],
         targets_BL=context.targets_BL[:, k:],
-        valid_BL=context.predicted(k),
+        valid_BL=context.within(k),
         documents_BM=None if context.documents_BM is None else context.documents_BM[:, : length + 1],
+        learned_BM=None if context.learned_BM is None else context.learned_BM[:, k:],
     )

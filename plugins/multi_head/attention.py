@@ -7,6 +7,7 @@ positions on the whole head.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from core.contracts.attention import Attention, Cache
@@ -36,16 +37,18 @@ class _HeadAttention(Attention):
     def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
         """softmax(q k^T / sqrt(head_dim)) v, with rotated q and k."""
         q, k, v = (layer(x_BLD).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
-        q, k = rotate(q, self.rope, context.positions_L), rotate(k, self.rope, context.positions_L)
+        q, k = rotate(q, self.rope, context.positions_BL), rotate(k, self.rope, context.positions_BL)
+        slots_BL = None
         if cache is not None:
             k, v = cache.append(k, v)
-        o_BLHV = attend(q, k, v, self.scale, context)
+            slots_BL = cache.slots(x_BLD.shape[1])
+        o_BLHV = attend(q, k, v, self.scale, context, slots_BL)
         result: Tensor = self.output(o_BLHV.flatten(-2))
         return result
 
-    def new_cache(self) -> Cache:
+    def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
         """Keeps keys and values of every key-value head."""
-        return TensorCache()
+        return TensorCache(rows, capacity, device)
 
     def costs(self) -> Costs:
         """All weights are active."""
