@@ -31,6 +31,7 @@ from core.contracts.precision import HIGH
 from core.contracts.schedule import Progress
 from core.door import print_json, run_door
 from core.model.language_model import LanguageModel
+from core.model.parameters import named_parameters
 from core.numerics.linear import Product
 from core.recipe.compose import Recipe
 from core.training.window import step_loss
@@ -160,7 +161,7 @@ def stepper(recipe: Recipe, device: str) -> Callable[[], None]:
     """A function that takes one optimizer step of a new model."""
     model, context = core.build(recipe).to(device).train(), batch_of(recipe, device)
     factory = make(recipe.optimizer)
-    optimizer = factory.make(model.named_parameters())
+    optimizer = factory.make(named_parameters(model))
 
     def step() -> None:
         loss_of(model, context).backward()

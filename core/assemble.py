@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from core.contracts.build import BuildContext, Init, Rope
 from core.contracts.loss_head import LossHead
-from core.contracts.precision import Precision
+from core.contracts.precision import Precision, declared_roles
 from core.contracts.schema import Section
 from core.model.block import Block
 from core.model.initialise import initialise
@@ -74,6 +74,9 @@ def _context(recipe: Recipe, precision: Precision) -> BuildContext:
         rope=Rope(model.rope.theta, model.rope.max_length, model.rope.yarn),
         norm_eps=model.norm_eps,
         seed=recipe.seed,
+        residual=model.residual,
+        ropes={name: Rope(rope.theta, rope.max_length, rope.yarn) for name, rope in model.ropes.items()},
+        roles=declared_roles(recipe),
     )
 
 
@@ -105,6 +108,7 @@ def _model(recipe: Recipe, context: BuildContext) -> LanguageModel:
     return LanguageModel(
         embedding=embedding,
         blocks=blocks,
+        residual=context.stream("model"),
         norm=RMSNorm(context.dim, context),
         output=output,
         heads=heads,

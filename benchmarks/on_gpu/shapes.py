@@ -18,6 +18,7 @@ from core.assemble import compile_parts, make
 from core.contracts.context import SequenceContext
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel
+from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
 from core.training.totals import WindowTotals, end_step
 from core.training.window import step_loss
@@ -152,7 +153,7 @@ class Stepper:
             compile_parts(model)
         if owner is not None:
             return cls(model, context, flops, owner.optimizer)
-        optimizer = make(recipe.optimizer).make(model.named_parameters())
+        optimizer = make(recipe.optimizer).make(named_parameters(model))
         for group in optimizer.param_groups:
             group["lr"] = 1e-6
         return cls(model, context, flops, optimizer)

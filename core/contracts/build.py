@@ -1,11 +1,12 @@
 """What a component is told about the model around it when it is built."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from core.contracts.errors import UserError, nearest
 from core.contracts.precision import ROLES, Precision
 from core.contracts.schema import Section
 
@@ -56,6 +57,9 @@ class BuildContext:
         seed: of the run; with a layer, a step and a token's number it is the address of a random choice.
         token_counts: how often each token stands in the training data, int64 V; None where no data is at hand.
         block: builds one more block of the last kind, for heads that own blocks.
+        residual: the section of the residual stream between blocks.
+        ropes: further rotary positions, by name.
+        roles: the roles that matrix products of this model may have.
     """
 
     dim: int
@@ -69,6 +73,9 @@ class BuildContext:
     seed: int = 0
     token_counts: Callable[[], Tensor] | None = None
     block: Callable[["BuildContext"], nn.Module] | None = None
+    residual: Section | None = None
+    ropes: Mapping[str, Rope] = field(default_factory=dict)
+    roles: Collection[str] = frozenset(ROLES)
 
     def make(self, section: Section, **shared: Any) -> Any:
         """Build the component of a child section; `shared` is what its slot's contract adds."""
@@ -76,15 +83,41 @@ class BuildContext:
         made.label = section.name
         return made
 
+    def stream(self, place: str) -> Any:
+        """The residual of a `place`: `model`, `attention` or `ffn` (see `core.contracts.residual.Residual`)."""
+        assert self.residual is not None
+        return self.make(self.residual, place=place)
+
+    def rope_named(self, name: str | None) -> Rope:
+        """Rotary positions by name; None: the model's own.
+
+        Raises:
+            UserError: the recipe's `model.ropes` has no such name.
+        """
+        if name is None:
+            return self.rope
+        if name not in self.ropes:
+            known = nearest(name, self.ropes) if self.ropes else "it is empty"
+            raise UserError(f"model.ropes has no {name!r}; {known}")
+        return self.ropes[name]
+
     def linear(self, inputs: int, outputs: int, role: str, *, residual: bool = False) -> nn.Module:
         """A matrix product made by the precision; `residual` marks those that write into the residual stream."""
-        assert role in ROLES, f"{role!r} is no role of core.contracts.precision.ROLES"
-        return self.precision.linear(inputs, outputs, role, std=self._std(residual))
+        self._check_role(role)
+        layer = self.precision.linear(inputs, outputs, role, std=self._std(residual))
+        layer.role = role  # type: ignore[assignment]
+        return layer
 
     def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, residual: bool = False) -> nn.Module:
         """One matrix product for each expert, weight [E, out, in]."""
-        assert role in ROLES, f"{role!r} is no role of core.contracts.precision.ROLES"
-        return self.precision.grouped_linear(groups, inputs, outputs, role, std=self._std(residual))
+        self._check_role(role)
+        layer = self.precision.grouped_linear(groups, inputs, outputs, role, std=self._std(residual))
+        layer.role = role  # type: ignore[assignment]
+        return layer
+
+    def _check_role(self, role: str) -> None:
+        known = "core.contracts.precision.ROLES, and no component of the recipe declares it"
+        assert role in self.roles, f"{role!r} is no role of {known}"
 
     def _std(self, residual: bool) -> float:
         return self.init.output_std if residual and self.init.output_std is not None else self.init.std

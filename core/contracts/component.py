@@ -49,7 +49,9 @@ class Component:
     `notice` is what nobody who reads this component's results may overlook, one sentence: the catalog,
     `describe` and the start of a run print it, and every summary keeps it. `refuses` names keys that its
     section cannot have although other components of the slot do, each with the reason, which the user is told.
-    `traceable` is False where torch.compile cannot take the forward as one graph; it then breaks there.
+    `traceable` is False where torch.compile cannot take the forward as one graph; it then breaks there. `roles` names
+    and explains the roles of its matrix products that are not among the usual ones
+    (`core.contracts.precision.ROLES`); recipes can then name them, and reports list them.
     """
 
     Config: ClassVar[type]
@@ -59,6 +61,7 @@ class Component:
     notice: ClassVar[str] = ""
     refuses: ClassVar[Mapping[str, str]] = {}
     traceable: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, str]] = {}
     label: str = ""
 
     @classmethod

@@ -1,12 +1,14 @@
 """The loss-head slot: what the model is trained to say."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from core.contracts.attention import Cache
 from core.contracts.build import BuildContext
 from core.contracts.component import Component, Costs
 from core.contracts.context import SequenceContext
@@ -21,10 +23,27 @@ class Shared:
     Args:
         embed: token ids B x L -> B x L x D.
         logits: hidden states after a norm, ... x D -> ... x V.
+        states: the collapsed states B x L x D after each block that the head's `reads_blocks` names, by its index.
+        stream: the residual stream after the last block, before it is collapsed; None unless the head `reads_streams`.
     """
 
     embed: Callable[[Tensor], Tensor]
     logits: Callable[[Tensor], Tensor]
+    states: Mapping[int, Tensor] = field(default_factory=dict)
+    stream: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a head drafts.
+
+    Args:
+        logits_BLV: for each row, logits of the token after the one that was given.
+        state_BLD: the state from which the next token can be drafted.
+    """
+
+    logits_BLV: Tensor
+    state_BLD: Tensor
 
 
 @as_pytree
@@ -51,7 +70,14 @@ class LossHead(nn.Module, Component, ABC):
 
     `counts` tells every term's denominator from the data alone, before any forward, so that a window's
     losses are means over the whole window however it is split.
+
+    Class attributes:
+        reads_streams: whether the head reads the residual stream before it is collapsed (`Shared.stream`).
+        drafts: whether `draft` can be called in decoding.
     """
+
+    reads_streams: ClassVar[bool] = False
+    drafts: ClassVar[bool] = False
 
     def __init__(self, config: Any, build: BuildContext) -> None:
         super().__init__()
@@ -63,6 +89,29 @@ class LossHead(nn.Module, Component, ABC):
     @abstractmethod
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
         """The denominator of each term for this micro-batch."""
+
+    @property
+    def reads_blocks(self) -> Sequence[int]:
+        """Indices of the blocks whose states the head reads (`Shared.states`)."""
+        return ()
+
+    def draft(self, state_BLD: Tensor, context: SequenceContext, shared: Shared, caches: Sequence[Cache]) -> Draft:
+        """Guess the token after a known one, in decoding.
+
+        Args:
+            state_BLD: the main model's state after its final norm, or the state of an earlier draft.
+            context: the tokens that follow these states, at their own positions.
+            shared: as in `forward`; `states` are those of the same positions.
+            caches: from `new_draft_caches`; they take these positions in.
+
+        Raises:
+            NotImplementedError: the head does not draft.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not draft")
+
+    def new_draft_caches(self, rows: int, capacity: int, device: torch.device | None = None) -> list[Cache]:
+        """Empty caches for drafting, as `Attention.new_cache` makes them; none where the head keeps nothing."""
+        return []
 
     def contexts(self, context: SequenceContext) -> dict[str, SequenceContext]:
         """What each of the head's own blocks sees, by the block's path in the head, from the data alone."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from core.contracts.component import Component
 from core.contracts.errors import Wrong, nearest
-from core.contracts.schema import setting
+from core.contracts.schema import sections_in, setting
 
 ROLES = {
     "embedding": "token ids to vectors, and the format of the residual stream",
@@ -36,7 +36,7 @@ ROLES = {
     "mtp.projection": "embedding and state of a multi-token module to its block",
     "head": "states to logits",
 }
-"""What a matrix product can be for. A layer that fits none takes the nearest: recipes and reports know these."""
+"""The usual roles: what a matrix product can be for. A component declares others as its `roles`."""
 
 NEVER_LOW = ("embedding", "norm", "router")
 """Not a product, or one whose contract asks for fp32 or wider: no recipe can make them low."""
@@ -46,17 +46,33 @@ HIGH = ("embedding", "head", "router", "norm", "mtp.projection")
 and normalisation (attention's own products belong to no layer); the released weights keep the projection too."""
 
 
-def roles_matching(patterns: Iterable[str]) -> frozenset[str]:
+def declared_roles(parent: Any) -> dict[str, str]:
+    """The usual roles, and those that components of a recipe's model declare, with what each is for.
+
+    Args:
+        parent: what a precision's `check` sees: the recipe, or something without a model.
+    """
+    found = dict(ROLES)
+    for section in sections_in(getattr(parent, "model", None)):
+        found |= section.component.roles
+    return found
+
+
+def roles_matching(patterns: Iterable[str], known: Iterable[str] = ROLES) -> frozenset[str]:
     """The roles that some patterns name: a role itself, or with wildcards as in `attention.*`.
+
+    Args:
+        patterns: from a recipe.
+        known: the roles that there are.
 
     Raises:
         Wrong: a pattern that names no role; its key is the pattern's index.
     """
     found: set[str] = set()
     for index, pattern in enumerate(patterns):
-        named = {role for role in ROLES if fnmatchcase(role, pattern)}
+        named = {role for role in known if fnmatchcase(role, pattern)}
         if not named:
-            raise Wrong(str(index), f"is no role; {nearest(pattern, ROLES)}; `attention.*` names all that begin so")
+            raise Wrong(str(index), f"is no role; {nearest(pattern, known)}; `attention.*` names all that begin so")
         found |= named
     return frozenset(found)
 
@@ -72,7 +88,7 @@ class RoleSettings:
     def check(self, parent: Any) -> None:
         """Raises `Wrong` for an unknown role, and for a low output that would share the embedding's weight."""
         try:
-            kept = roles_matching(self.high)
+            kept = roles_matching(self.high, declared_roles(parent))
         except Wrong as wrong:
             raise Wrong(f"high.{wrong.key}", wrong.why) from wrong
         if getattr(getattr(parent, "model", None), "tied_embedding", False) and "head" not in kept:
@@ -80,7 +96,7 @@ class RoleSettings:
 
     def stays_high(self, role: str) -> bool:
         """Whether a role is kept out of the low format."""
-        return role in NEVER_LOW or role in roles_matching(self.high)
+        return role in NEVER_LOW or any(fnmatchcase(role, pattern) for pattern in self.high)
 
 
 def plain_path(dtype: torch.dtype) -> str:

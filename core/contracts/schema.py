@@ -14,6 +14,7 @@ them for `children`). Modules that hold a `Config` do not use `from __future__ i
 OmegaConf must see the types themselves.
 """
 
+from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,3 +82,19 @@ class Section:
     component: Any
     config: Any
     provenance: Provenance
+
+
+def sections_in(value: Any) -> Iterator[Section]:
+    """Every component section in a recipe or in a part of one, children included, in the recipe's order."""
+    if isinstance(value, Section):
+        yield value
+        yield from sections_in(value.config)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from sections_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from sections_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from sections_in(getattr(value, name))

@@ -1,9 +1,10 @@
 """The slots that hand Lightning and torch their own objects: optimizer, strategy, callback, logger."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from core.contracts.component import Component
 from core.contracts.schedule import Progress
@@ -15,15 +16,47 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+Kind = Literal["matrix", "stack", "vector", "table"]
+"""What a weight is: one matrix, one matrix for each expert, a vector, or a row for each token of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A weight that an optimizer updates.
+
+    Args:
+        name: its name in the state dict.
+        parameter: the weight.
+        role: what the layer that owns it is for (`core.contracts.precision.ROLES`, or a component's `roles`); empty
+            where no layer with a role owns it.
+        kind: what it is.
+    """
+
+    name: str
+    parameter: "Tensor"
+    role: str
+    kind: Kind
+
+
 class OptimizerFactory(Component, ABC):
-    """Makes a torch optimizer and says which learning rate each step uses."""
+    """Makes torch optimizers and says which learning rate each step uses.
+
+    Every weight is in exactly one group of one optimizer. Before each step a group's `lr` is set to the schedule's
+    value times the group's `lr_scale`, 1 where it has none.
+
+    Class attributes:
+        needs_whole_matrices: whether an update reads whole matrices (Muon, for example), so that a strategy that shards
+            them has to gather them or to refuse.
+    """
+
+    needs_whole_matrices: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @abstractmethod
-    def make(self, parameters: "Iterable[tuple[str, Tensor]]") -> "Optimizer":
-        """The optimizer of the named parameters; each group's `lr` is set before every step."""
+    def make(self, parameters: "Sequence[NamedParameter]") -> "Optimizer | list[Optimizer]":
+        """The optimizer of some weights, or several that step one after the other."""
 
     def state_bytes(self, parameter: "Tensor") -> int:
         """Bytes that the optimizer keeps for a parameter: two moments in its format, unless overridden."""

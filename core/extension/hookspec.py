@@ -46,6 +46,10 @@ class Registrar:
         """Offers a feed-forward layer, a subclass of `core.contracts.ffn.FeedForward`."""
         self.add("ffn", name, target)
 
+    def residual(self, name: str, target: str) -> None:
+        """Offers a residual stream, a subclass of `core.contracts.residual.Residual`."""
+        self.add("residual", name, target)
+
     def router(self, name: str, target: str) -> None:
         """Offers a router, a subclass of `core.contracts.router.Router`."""
         self.add("router", name, target)

@@ -15,6 +15,7 @@ from core.extension.trace import traced
 SLOTS = {
     "attention": "core.contracts.attention:Attention",
     "ffn": "core.contracts.ffn:FeedForward",
+    "residual": "core.contracts.residual:Residual",
     "router": "core.contracts.router:Router",
     "balancer": "core.contracts.balancer:Balancer",
     "loss_head": "core.contracts.loss_head:LossHead",

@@ -14,12 +14,13 @@ from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.ffn import FeedForward
 from core.contracts.record import Record
+from core.contracts.residual import Residual
 from core.contracts.schema import Section
 from core.model.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += ffn(norm(x)). Pure: what it saw is returned as a record.
+    """Attention and feed-forward around the residual stream. Pure: what it saw is returned as a record.
 
     Args:
         attention, ffn: validated sections of the two slots.
@@ -33,17 +34,19 @@ class Block(nn.Module):
         self.precision = build.precision
         self.attention_norm = RMSNorm(build.dim, build)
         self.attention: Attention = build.make(attention)
+        self.attention_residual: Residual = build.stream("attention")
         self.ffn_norm = RMSNorm(build.dim, build)
         self.ffn: FeedForward = build.make(ffn)
+        self.ffn_residual: Residual = build.stream("ffn")
 
     def forward(
-        self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
+        self, stream: Tensor, context: SequenceContext, cache: Cache | None = None
     ) -> tuple[Tensor, dict[str, Record]]:
-        """The block's output, and the records of its layers that have one, by their names `attention` and `ffn`."""
+        """The stream after the block, and the records of its layers that have one, by name: `attention`, `ffn`."""
         if self.recompute and cache is None and torch.is_grad_enabled():
             again: tuple[Tensor, dict[str, Record]] = checkpoint(
                 self._once,
-                x_BLD,
+                stream,
                 context,
                 None,
                 use_reentrant=False,
@@ -51,24 +54,25 @@ class Block(nn.Module):
                 preserve_rng_state=False,
             )
             return again
-        return self._once(x_BLD, context, cache)
+        return self._once(stream, context, cache)
 
-    def _once(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None) -> tuple[Tensor, dict[str, Record]]:
+    def _once(self, stream: Tensor, context: SequenceContext, cache: Cache | None) -> tuple[Tensor, dict[str, Record]]:
         records = {}
         with self.precision.context():
-            attended = self.attention(self.attention_norm(x_BLD), context, cache)
+            attended = self.attention(self.attention_norm(self.attention_residual.read(stream)), context, cache)
             if isinstance(attended, tuple):
                 attended, records["attention"] = attended
-            x_BLD = x_BLD + attended
-            y_BLD, record = self.ffn(self.ffn_norm(x_BLD), context)
+            stream = self.attention_residual.write(stream, attended)
+            y_BLD, record = self.ffn(self.ffn_norm(self.ffn_residual.read(stream)), context)
             if record is not None:
                 records["ffn"] = record
-            return x_BLD + y_BLD, records
+            return self.ffn_residual.write(stream, y_BLD), records
 
     def costs(self) -> Costs:
         """For one token, norms included."""
         norms = self.attention_norm.dim + self.ffn_norm.dim
-        return self.attention.costs() + self.ffn.costs() + Costs(active=norms)
+        residuals = self.attention_residual.costs() + self.ffn_residual.costs()
+        return self.attention.costs() + self.ffn.costs() + Costs(active=norms) + residuals
 
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default)

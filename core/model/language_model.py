@@ -1,6 +1,6 @@
 """The language model: embedding, blocks, final norm, output, and the heads that give it losses."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from core.contracts.ffn import FeedForward
 from core.contracts.loss_head import HeadOutput, LossHead, Shared
 from core.contracts.precision import Paths, Precision, StepState
 from core.contracts.record import Record, as_pytree
+from core.contracts.residual import Residual
 from core.model.block import Block
 from core.model.norm import RMSNorm
 from core.numerics.draw import draw_normal
@@ -34,6 +35,7 @@ class Embedding(nn.Module):
         self, vocabulary: int, dim: int, *, std: float, param_dtype: torch.dtype, compute_dtype: torch.dtype
     ) -> None:
         super().__init__()
+        self.role = "embedding"
         self.std, self.compute_dtype = std, compute_dtype
         self.weight = nn.Parameter(torch.empty(vocabulary, dim, dtype=param_dtype))
         self.reset_parameters()
@@ -66,6 +68,23 @@ class Losses:
         return {path: parts["ffn"] for path, parts in self.records.items() if has_load(parts)}
 
 
+@dataclass(frozen=True)
+class States:
+    """What a pass through the blocks gives.
+
+    Args:
+        hidden_BLD: states after the final norm.
+        records: what the layers of every block saw, by the block's path, then by the layer's name.
+        after_blocks: collapsed states after the blocks that were asked for, by their index.
+        stream: the residual stream after the last block.
+    """
+
+    hidden_BLD: Tensor
+    records: dict[str, dict[str, Record]]
+    after_blocks: dict[int, Tensor]
+    stream: Tensor
+
+
 def has_load(parts: dict[str, Record]) -> bool:
     """Whether the records of a block are those of a block with experts."""
     return "ffn" in parts and parts["ffn"].load_E is not None
@@ -87,6 +106,7 @@ class LanguageModel(nn.Module):
     Args:
         embedding: shared by the heads.
         blocks: in order.
+        residual: the stream between them.
         norm: before the output.
         output: D -> V, no bias.
         heads: loss heads by name.
@@ -98,6 +118,7 @@ class LanguageModel(nn.Module):
         *,
         embedding: Embedding,
         blocks: list[Block],
+        residual: Residual,
         norm: RMSNorm,
         output: nn.Module,
         heads: dict[str, LossHead],
@@ -106,6 +127,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embedding = embedding
         self.blocks = nn.ModuleList(blocks)
+        self.residual = residual
         self.norm = norm
         self.output = output
         self.heads = nn.ModuleDict(heads)
@@ -119,22 +141,41 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: more positions than the rotary table holds.
         """
+        states = self.states(context, caches)
+        return states.hidden_BLD, states.records
+
+    def states(
+        self, context: SequenceContext, caches: list[Cache] | None = None, blocks: Collection[int] = ()
+    ) -> "States":
+        """What the blocks give, with the states after some of them.
+
+        Args:
+            context: the micro-batch.
+            caches: in decoding, one for each block.
+            blocks: indices of the blocks whose states are kept.
+
+        Raises:
+            UserError: more positions than the rotary table holds.
+        """
         length = context.tokens_BL.shape[1] + (caches[0].longest if caches else 0)
         if length > self.max_length:
             raise UserError(f"{length} tokens are more than model.rope.max_length = {self.max_length}")
-        x_BLD = self.embedding(context.tokens_BL)
-        records = {}
+        stream = self.residual.expand(self.embedding(context.tokens_BL))
+        records, kept = {}, {}
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches is not None else None
-            x_BLD, records[block_path(index)] = block(x_BLD, context, cache)
-        return self.norm(x_BLD), records
+            stream, records[block_path(index)] = block(stream, context, cache)
+            if index in blocks:
+                kept[index] = self.residual.collapse(stream)
+        return States(self.norm(self.residual.collapse(stream)), records, kept, stream)
 
     def forward(self, context: SequenceContext) -> Losses:
         """The losses of one micro-batch, before coefficients and denominators of the window."""
-        hidden_BLD, records = self.hidden(context)
-        heads = {}
+        wanted = {index for _, head in self.loss_heads() for index in head.reads_blocks}
+        states = self.states(context, blocks=wanted)
+        records, heads = states.records, {}
         for name, head in self.loss_heads():
-            heads[name] = head(hidden_BLD, context, self.shared())
+            heads[name] = head(states.hidden_BLD, context, self.shared(head, states))
             for path, parts in heads[name].records.items():
                 records[head_block_path(name, path)] = parts
         return Losses(heads, records)
@@ -178,9 +219,12 @@ class LanguageModel(nn.Module):
         device = self.embedding.weight.device
         return [block.attention.new_cache(rows, capacity, device) for block in self.blocks]  # type: ignore[union-attr,operator]
 
-    def shared(self) -> Shared:
-        """The embedding and the output, for the heads."""
-        return Shared(self.embedding, self.output)
+    def shared(self, head: LossHead | None = None, states: "States | None" = None) -> Shared:
+        """The embedding and the output, and of the states those that a head reads."""
+        if head is None or states is None:
+            return Shared(self.embedding, self.output)
+        read = {index: states.after_blocks[index] for index in head.reads_blocks}
+        return Shared(self.embedding, self.output, read, states.stream if head.reads_streams else None)
 
     def loss_heads(self) -> Iterator[tuple[str, LossHead]]:
         """The heads by name."""
@@ -219,6 +263,7 @@ class LanguageModel(nn.Module):
     def costs(self) -> Costs:
         """The main model, for one token: embedding excluded, output included; loss heads apart."""
         total = Costs(active=self.norm.dim + self.embedding.weight.numel())  # the output is as large, tied or not
+        total = total + self.residual.costs()
         for block in self.blocks:
             assert isinstance(block, Block)
             total = total + block.costs()

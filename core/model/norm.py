@@ -18,6 +18,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, build: BuildContext) -> None:
         super().__init__()
+        self.role = "norm"
         self.dim, self.eps = dim, build.norm_eps
         self.weight = nn.Parameter(torch.empty(dim, dtype=build.precision.param_dtype("norm")))
         self.reset_parameters()

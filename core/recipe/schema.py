@@ -6,7 +6,7 @@ from typing import Any
 
 from core.contracts.errors import Wrong
 from core.contracts.schedule import Schedule, Scheduled, check_scheduled
-from core.contracts.schema import Child, Section, child, children, setting
+from core.contracts.schema import Child, Section, child, children, sections_in, setting
 
 
 def _at_least(config: Any, low: int, *keys: str) -> None:
@@ -97,8 +97,10 @@ class ModelSection:
     dim: int = setting(doc="width of the residual stream")
     attention: Child = child("attention", doc="the attention of every block that does not name its own")
     blocks: dict[str, BlockSection] = setting(doc="the blocks, in order, by a name of your choice")
+    residual: Child = child("residual", {"name": "add"}, doc="how layers read and write what flows between blocks")
     heads: Child = children("loss_head", "mapping", {"next_token": {"name": "next_token"}}, doc="what is predicted")
     rope: RopeSection = setting({}, doc="rotary positions")
+    ropes: dict[str, RopeSection] = setting({}, doc="further rotary positions, by a name that a layer can use")
     init: InitSection = setting({}, doc="initial weights")
     norm_eps: float = setting(1e-6, doc="epsilon of every RMSNorm")
     tied_embedding: bool = setting(False, doc="the output shares the embedding's weight")
@@ -317,23 +319,8 @@ class RecipeSchema:
 
     def sections(self) -> list[Section]:
         """Every component section of the recipe, children included, in the recipe's order."""
-        return list(_sections(self))
+        return list(sections_in(self))
 
     def notices(self) -> list[str]:
         """What nobody who reads this recipe's results may overlook, a sentence for each component that has one."""
         return list(dict.fromkeys(s.component.notice for s in self.sections() if s.component.notice))
-
-
-def _sections(value: Any) -> Any:
-    if isinstance(value, Section):
-        yield value
-        yield from _sections(value.config)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _sections(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _sections(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from _sections(getattr(value, name))

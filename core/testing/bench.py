@@ -21,6 +21,7 @@ from core.contracts.ffn import FeedForward, Traits
 from core.contracts.loss_head import HeadOutput, LossHead, Shared
 from core.contracts.precision import Precision
 from core.contracts.record import Record, StepTotals
+from core.contracts.residual import Residual
 from core.contracts.router import Adjust, Router, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import Child, Provenance, Section, child, children, setting
@@ -73,6 +74,7 @@ def build_context(precision: Precision, *, seed: int = 0) -> BuildContext:
         seed=seed,
         token_counts=lambda: torch.arange(VOCABULARY),
     )
+    context = replace(context, residual=section("residual", KitResidual))
     return replace(context, block=lambda inner: Block(section("attention", KitAttention), dense(), inner))
 
 
@@ -169,6 +171,43 @@ class KitDense(FeedForward):
 
     def costs(self) -> Costs:
         return Costs(active=WIDTH * WIDTH)
+
+
+class KitResidual(Residual):
+    """Adds each output to the stream."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Nothing to set."""
+
+    def expand(self, embedded_BLD: Tensor) -> Tensor:
+        return embedded_BLD
+
+    def read(self, stream: Tensor) -> Tensor:
+        return stream
+
+    def write(self, stream: Tensor, output_BLD: Tensor) -> Tensor:
+        return stream + output_BLD
+
+    def collapse(self, stream: Tensor) -> Tensor:
+        return stream
+
+
+class Streams(nn.Module):
+    """A residual's instances for a model and for the layers of one block, and a pass through all of them."""
+
+    def __init__(self, build: BuildContext) -> None:
+        super().__init__()
+        self.model: Residual = build.stream("model")
+        self.attention: Residual = build.stream("attention")
+        self.ffn: Residual = build.stream("ffn")
+
+    def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """The states after two layers that are nonlinear in what they read, and the stream."""
+        stream = self.model.expand(x_BLD)
+        for layer in (self.attention, self.ffn):
+            stream = layer.write(stream, layer.read(stream).sin())
+        return self.model.collapse(stream), stream
 
 
 class KitRouter(LearnedRouter):
@@ -286,6 +325,7 @@ def language_model(build: BuildContext, ffn: Section, *, recompute: bool = False
     return LanguageModel(
         embedding=Embedding(VOCABULARY, WIDTH, std=0.5, **formats),
         blocks=blocks,
+        residual=build.stream("model"),
         norm=RMSNorm(WIDTH, build),
         output=build.linear(WIDTH, VOCABULARY, "head"),
         heads={"next_token": build.make(section("loss_head", KitHead))},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from core.testing.subject import Subject
 
-MODULES = ("attention", "ffn", "router", "balancer", "loss_head")
+MODULES = ("attention", "ffn", "residual", "router", "balancer", "loss_head")
 """Slots that are filled by torch modules which a block or a model builds."""
 
 F = TypeVar("F", bound=Callable[..., None])

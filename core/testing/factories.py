@@ -9,6 +9,8 @@ import torch
 
 from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
+from core.contracts.training import Kind, NamedParameter
+from core.model.parameters import check_groups
 from core.testing.clauses import check, hold, spare
 from core.testing.subject import Subject
 
@@ -17,25 +19,37 @@ ARGUMENTS = {"accelerator", "devices", "num_nodes", "strategy", "plugins", "sync
 
 
 @check(
-    "optimizer", clause="`make` gives a torch optimizer of all named parameters", where=f"{TRAINING}, OptimizerFactory"
+    "optimizer",
+    clause="`make` gives torch optimizers in which every weight is in one group",
+    where=f"{TRAINING}, OptimizerFactory",
 )
 def optimizer_is_torchs(subject: Subject) -> None:
     """A step at the learning rate that `learning_rate` gives moves every parameter; the state round trips."""
     factory = subject.factory()
-    named = {name: torch.nn.Parameter(torch.ones(3, 2)) for name in ("blocks.0.weight", "norm.weight")}
-    optimizer = factory.make(named.items())
-    hold(isinstance(optimizer, torch.optim.Optimizer), f"made a {type(optimizer).__name__}")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    hold(held == {id(p) for p in named.values()}, "a parameter is missing")
+    shapes: dict[Kind, tuple[int, ...]] = {"table": (5, 4), "matrix": (3, 2), "stack": (4, 3, 2), "vector": (3,)}
+    roles = {"table": "embedding", "matrix": "ffn.down", "stack": "experts.down", "vector": "norm"}
+    named = [
+        NamedParameter(f"{kind}.weight", torch.nn.Parameter(torch.ones(shape)), roles[kind], kind)
+        for kind, shape in shapes.items()
+    ]
+    made = factory.make(named)
+    optimizers = made if isinstance(made, list) else [made]
+    hold(all(isinstance(one, torch.optim.Optimizer) for one in optimizers), f"made {made!r}")
+    try:
+        check_groups(optimizers, named)
+    except ValueError as wrong:
+        hold(False, str(wrong))
     rates = [factory.learning_rate(Progress(step, step, 100, 100)) for step in (1, 50, 100)]
     hold(all(0 <= rate < float("inf") for rate in rates), f"learning rates {rates}")
-    for group in optimizer.param_groups:
-        group["lr"] = 0.1
-    for parameter in named.values():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    hold(all(bool((p != 1).all()) for p in named.values()), "a parameter did not move")
-    optimizer.load_state_dict(optimizer.state_dict())
+    draw = torch.Generator().manual_seed(0)
+    for weight in named:
+        weight.parameter.grad = torch.rand(weight.parameter.shape, generator=draw) + 0.5
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * group.get("lr_scale", 1.0)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    hold(all(bool((weight.parameter != 1).all()) for weight in named), "a parameter did not move")
 
 
 @check("corpus", clause="documents have unique names and UTF-8 text; what cannot be read is a UserError", where=CORPUS)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from core.extension.loader import installed_registry, registry_for
 from core.extension.registry import Entry
-from core.testing import attention, balancing, common, factories, formats, layers, products, routing  # noqa: F401 - they declare
+from core.testing import attention, balancing, common, factories, formats, layers, products, residuals, routing  # noqa: F401 - they declare
 from core.testing.clauses import CHECKS, BrokenClauseError, Check, NotApplicable
 from core.testing.subject import Subject, entries_of
 

@@ -1,7 +1,7 @@
 """A component under test: its `example` section, validated, and ways to build it in the kit's small model."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -128,6 +128,8 @@ class Subject:
         return bench.section("ffn", bench.KitExperts, router=router, balance=balance)
 
     def _make(self, build: BuildContext, experts: int) -> Any:
+        if self.entry.slot == "residual":
+            return bench.Streams(replace(build, residual=self.section))
         shared: dict[str, Any] = {}
         if self.entry.slot in ("router", "balancer", "dispatcher"):
             shared["experts"] = experts

@@ -23,6 +23,7 @@ from core.contracts.training import OptimizerFactory
 from core.data.batch import Batch
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger, Term, head_label
+from core.model.parameters import check_groups, named_parameters
 from core.recipe.plan import Plan
 from core.training.load import measures
 from core.training.ranks import rank_and_world, reduce_sum, share_largest
@@ -90,9 +91,17 @@ class TrainingModule(L.LightningModule):
         tokens = window.count * self.plan.sequences * self.plan.length // rank_and_world()[1]
         return int(self.flops_per_token * tokens)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         """The recipe's optimizer over every parameter; selection biases are buffers and not among them."""
-        return self.optimizer_factory.make(self.model.named_parameters())
+        parameters = named_parameters(self.model)
+        made = self.optimizer_factory.make(parameters)
+        check_groups(made if isinstance(made, list) else [made], parameters)
+        return made
+
+    def _optimizers(self) -> list[Any]:
+        """The optimizers, as Lightning wraps them."""
+        found = self.optimizers()
+        return found if isinstance(found, list) else [found]
 
     def context(self, batch: Batch, index: int = 0) -> SequenceContext:
         """What the model is told about micro-batch number `index` of the step, or of the validation split.
@@ -118,8 +127,7 @@ class TrainingModule(L.LightningModule):
 
     def training_step(self, window: list[Batch], _: int) -> None:
         """One optimizer step: denominators, forwards and backwards, load, norm, guard, clip, update, balance, log."""
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
+        optimizers = self._optimizers()
         progress = self.plan.progress(self.windows_done)
         contexts = [self.context(batch, index) for index, batch in enumerate(window)]
         before = Window.of(self.model, self.ledger, contexts)
@@ -134,9 +142,10 @@ class TrainingModule(L.LightningModule):
         if self._agreed_finite(norm):
             if self.gradient_clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.gradient_clip, norm)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group.get("lr_scale", 1.0)
+                optimizer.step()
             with torch.no_grad():
                 end_step(self.model, seen, progress)
             self._end_step(done=True)
@@ -144,7 +153,8 @@ class TrainingModule(L.LightningModule):
         else:
             self._end_step(done=False)
             self._skip(norm)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         self.windows_done += 1
         self.step_load = seen.loads
         self._log(seen, before.counts, progress, norm, rate)

@@ -1,6 +1,6 @@
 """AdamW (arXiv 1711.05101), torch's own, with DeepSeek-V3's settings as defaults (report, section 4.2)."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from core.contracts.errors import Wrong
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
-from core.contracts.training import OptimizerFactory
+from core.contracts.training import NamedParameter, OptimizerFactory
 from plugins.adamw.moments import LARGEST_BETA, AdamWBF16
 
 
@@ -48,12 +48,12 @@ class AdamW(OptimizerFactory):
                     f"of less than 2^-8 away, so a beta is at most 1 - 2^-8 = {LARGEST_BETA}; or set moments: weights",
                 )
 
-    def make(self, parameters: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
+    def make(self, parameters: Sequence[NamedParameter]) -> torch.optim.Optimizer:
         """One group that decays and one that does not."""
         matrices: list[Tensor] = []
         vectors: list[Tensor] = []
-        for _, parameter in parameters:
-            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+        for named in parameters:
+            (vectors if named.kind == "vector" else matrices).append(named.parameter)
         decay = self.config.weight_decay
         groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
         first, second = self.config.betas

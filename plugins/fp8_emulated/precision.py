@@ -1,13 +1,14 @@
 """The `fp8_emulated` precision: which roles are low, how they are scaled, what is saved."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from core.contracts.errors import Wrong
-from core.contracts.precision import roles_matching
+from core.contracts.precision import declared_roles, roles_matching
 from core.contracts.schema import setting
 from core.numerics.fp8 import FP8Precision, FP8Settings
 from core.numerics.quantise import E4M3, E5M6, FORMATS, Format
@@ -48,7 +49,7 @@ class EmulatedFP8(FP8Precision):
             """Raises `Wrong` for roles that are none, and for sums that no tensor core takes."""
             super().check(parent)
             try:
-                roles_matching(self.e5m6)
+                roles_matching(self.e5m6, declared_roles(parent))
             except Wrong as wrong:
                 raise Wrong(f"e5m6.{wrong.key}", wrong.why) from wrong
             if self.history < 1:
@@ -112,7 +113,7 @@ class EmulatedFP8(FP8Precision):
     def _saved(self, role: str) -> Format | None:
         if self.config.weight_gradient == "te":
             return None
-        return E5M6 if role in roles_matching(self.config.e5m6) else E4M3
+        return E5M6 if any(fnmatchcase(role, pattern) for pattern in self.config.e5m6) else E4M3
 
     def _rounding(self, inputs: int, role: str, *, experts: int) -> EmulatedRounding:
         config = self.config

@@ -23,6 +23,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import Wrong
 from core.contracts.loss_head import HeadOutput, LossHead, Shared
 from core.contracts.record import MeanMetric, Metric, Record
+from core.contracts.residual import Residual
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
 from core.model.loss import cross_entropy_sum
@@ -39,6 +40,7 @@ class Depth(nn.Module):
         self.embedding_norm = RMSNorm(build.dim, build)
         self.hidden_norm = RMSNorm(build.dim, build)
         self.projection = build.linear(2 * build.dim, build.dim, "mtp.projection")
+        self.residual: Residual = build.stream("model")
         self.block = build.block(build)
         self.norm = RMSNorm(build.dim, build)
 
@@ -49,8 +51,8 @@ class Depth(nn.Module):
         joined = torch.cat([self.embedding_norm(embedded_BLD), self.hidden_norm(hidden_BLD)], dim=-1)
         with self.precision.context():
             projected_BLD = self.projection(joined)
-        state_BLD, records = self.block(projected_BLD, context)
-        return self.norm(state_BLD), records
+        stream, records = self.block(self.residual.expand(projected_BLD), context)
+        return self.norm(self.residual.collapse(stream)), records
 
 
 class MultiTokenPrediction(LossHead):

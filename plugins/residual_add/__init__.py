@@ -1,0 +1,11 @@
+"""The plain residual stream."""
+
+from core.extension.hookspec import Registrar, hookimpl
+
+CONTRACTS = "1.0"
+
+
+@hookimpl
+def register(registry: Registrar) -> None:
+    """Offer the residual stream to which outputs are added."""
+    registry.residual("add", "plugins.residual_add.residual:AddResidual")
