@@ -22,7 +22,7 @@ from core.extension.hookspec import GROUP, Hooks, Registrar
 from core.extension.loader import OWN, find_plugins, load_plugins
 from core.extension.registry import SLOTS, Entry, Registry
 
-SHARED = ("component", "schema", "build", "context", "record", "schedule", "errors")
+SHARED = ("component", "schema", "build", "context", "record", "layer", "schedule", "errors")
 """Modules of `core.contracts` that belong to no slot."""
 
 HEADINGS = ("Args:", "Returns:", "Raises:", "Class attributes:")

@@ -106,6 +106,8 @@ def check_version(module: ModuleType) -> None:
     if major != our_major or minor > our_minor:
         known = ours if our_minor == 0 else f"{our_major}.0 up to {ours}"
         choice = f"install a moeloom that offers {stated}, or a release of the plugin for {known}"
+        if major < our_major:
+            choice = f"its author finds what to change in docs/migration.md; {choice}"
         raise Mistake(f"{name} was built for contracts {stated}, and this moeloom offers {ours}; {choice}")
 
 

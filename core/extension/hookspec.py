@@ -4,7 +4,7 @@ A plugin is a light module with
 
     from core.extension.hookspec import hookimpl
 
-    CONTRACTS = "1.0"
+    CONTRACTS = "2.0"
 
     @hookimpl
     def register(registry):

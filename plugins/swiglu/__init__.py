@@ -2,7 +2,7 @@
 
 from core.extension.hookspec import Registrar, hookimpl
 
-CONTRACTS = "1.0"
+CONTRACTS = "2.0"
 
 
 @hookimpl

@@ -18,7 +18,7 @@ CORPUS = '''
     from core.contracts.schema import setting
     from core.extension.hookspec import hookimpl
 
-    CONTRACTS = "1.0"
+    CONTRACTS = "2.0"
 
 
     @hookimpl

@@ -120,16 +120,21 @@ PLUGINS = {
         "there is no slot 'ruoter'; did you mean router? known: ", OFFER.replace(".corpus", ".ruoter")
     ),
     "later major": Case(
-        "bad_plugin was built for contracts 2.0, and this moeloom offers 1.0; install a moeloom that offers 2.0, "
-        "or a release of the plugin for 1.0",
-        OFFER.replace(VERSION, "2.0"),
+        "bad_plugin was built for contracts 3.0, and this moeloom offers 2.0; install a moeloom that offers 3.0, "
+        "or a release of the plugin for 2.0",
+        OFFER.replace(VERSION, "3.0"),
+    ),
+    "earlier major": Case(
+        "bad_plugin was built for contracts 1.0, and this moeloom offers 2.0; its author finds what to change in "
+        "docs/migration.md; install a moeloom that offers 1.0, or a release of the plugin for 2.0",
+        OFFER.replace(VERSION, "1.0"),
     ),
     "no version": Case(
-        'bad_plugin does not say which contracts it was built for; write CONTRACTS = "1.0" beside its register',
+        'bad_plugin does not say which contracts it was built for; write CONTRACTS = "2.0" beside its register',
         OFFER.replace(f'CONTRACTS = "{VERSION}"', ""),
     ),
     "a number for a version": Case(
-        'bad_plugin states CONTRACTS = 1.0, which is no version; write CONTRACTS = "1.0" beside its register',
+        'bad_plugin states CONTRACTS = 2.0, which is no version; write CONTRACTS = "2.0" beside its register',
         OFFER.replace(f'"{VERSION}"', VERSION),
     ),
     "circular import": Case(

@@ -140,7 +140,7 @@ MISTAKES = {
         """
         from core.extension.hookspec import hookimpl
 
-        CONTRACTS = "1.0"
+        CONTRACTS = "2.0"
 
         @hookimpl
         def registr(registry):
@@ -152,7 +152,7 @@ MISTAKES = {
         """
         from core.extension.hookspec import hookimpl
 
-        CONTRACTS = "1.0"
+        CONTRACTS = "2.0"
 
         @hookimpl
         def register(registry):
@@ -168,7 +168,7 @@ MISTAKES = {
         """
         from core.extension.hookspec import hookimpl
 
-        CONTRACTS = "1.0"
+        CONTRACTS = "2.0"
 
         @hookimpl
         def register(registrar):
@@ -184,7 +184,7 @@ MISTAKES = {
         """
         from core.extension.hookspec import hookimpl
 
-        CONTRACTS = "1.0"
+        CONTRACTS = "2.0"
 
         @hookimpl
         def register(registry):

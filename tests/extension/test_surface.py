@@ -37,7 +37,7 @@ def test_every_hook_is_a_hookspec_and_says_what_each_argument_is(name: str) -> N
 
 
 def test_the_slots_are_these_and_no_others() -> None:
-    inside = ["attention", "ffn", "router", "balancer", "loss_head", "precision", "dispatcher"]
+    inside = ["attention", "ffn", "residual", "router", "balancer", "loss_head", "precision", "dispatcher"]
     around = ["checkpoint_format", "optimizer", "corpus", "strategy", "callback", "logger"]
     assert list(SLOTS) == [*inside, *around]
 

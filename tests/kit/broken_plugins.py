@@ -24,7 +24,7 @@ from core.numerics.linear import Linear
 from core.routing.share_loss import ShareLoss
 from core.testing.bench import KitAttention, KitDense, KitHead, KitPrecision, KitRouter
 
-CONTRACTS = "1.0"
+CONTRACTS = "2.0"
 
 BROKEN = {
     ("attention", "small_talk"): "declared_cache_is_real",

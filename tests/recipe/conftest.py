@@ -65,7 +65,7 @@ PARTS = '''
 OFFERS = """
     from core.extension.hookspec import hookimpl
 
-    CONTRACTS = "1.0"
+    CONTRACTS = "2.0"
 
 
     @hookimpl

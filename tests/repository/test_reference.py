@@ -141,7 +141,7 @@ def test_the_stability_page_prints_what_is_really_said() -> None:
     from core.extension.checks import Mistake, check_version
 
     text = STABILITY.read_text(encoding="utf-8")
-    for stated in ({"CONTRACTS": "2.0"}, {}, {"CONTRACTS": "1"}):
+    for stated in ({"CONTRACTS": "1.0"}, {"CONTRACTS": "3.0"}, {}, {"CONTRACTS": "2"}):
         module = type(inspect)("my_package")
         vars(module).update(stated)
         with pytest.raises(Mistake) as told:
