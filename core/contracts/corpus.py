@@ -1,9 +1,9 @@
-"""The corpus slot: where text comes from."""
+"""The corpus slot: where text, or tokens, come from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from core.contracts.component import Component
 
@@ -37,3 +37,47 @@ class Corpus(Component, ABC):
     @abstractmethod
     def documents(self) -> Iterator[Document]:
         """Every document, in any order."""
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """Tokens that belong together: a document, or a conversation.
+
+    Args:
+        tokens: ids, at least one; they are written into the stream as they are.
+        learned: for each token, whether it is learned where it is a target; None: all are.
+        source: number of the source that the block comes from, from 0.
+        text_bytes: bytes of the text that the tokens stand for, for bits per byte; 0 where it is not known.
+    """
+
+    tokens: Sequence[int]
+    learned: Sequence[bool] | None = None
+    source: int = 0
+    text_bytes: int = 0
+
+
+Split = Literal["train", "validation"]
+
+
+class TokenCorpus(Corpus):
+    """A corpus that brings tokens, their tokenizer and its own validation split instead of documents of text.
+
+    Blocks of a split are read more than once and must come in the same order each time.
+    """
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """Entries of the vocabulary; a recipe's `data.tokenizer.vocab` must be the same number."""
+
+    @abstractmethod
+    def tokenizer_json(self) -> str:
+        """The tokenizer of these tokens as the contents of a `tokenizer.json`; entry 0 ends a text."""
+
+    @abstractmethod
+    def blocks(self, split: Split) -> Iterator[TokenBlock]:
+        """Every block of one side of the split, in order; none for `validation` where nothing is held out."""
+
+    def documents(self) -> Iterator[Document]:
+        """None: there is no text."""
+        return iter(())

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from core.contracts.corpus import Corpus
 from core.data.loaders import ValidationLoader, WindowLoader
-from core.data.prepare import Prepared, prepare
+from core.data.prepare import prepare
+from core.data.prepared import Prepared
 from core.data.tokenizer import Tokenizer
 from core.data.windows import count_sequences
 from core.recipe.plan import Plan

@@ -6,17 +6,18 @@ No torch here, so that a user's mistake in the data is told before anything heav
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.contracts.corpus import Corpus, Document
+from core.contracts.corpus import Corpus, Document, TokenCorpus
 from core.data import cache
 from core.data.documents import Split, bytes_in, fingerprint, read_split, text_of
+from core.data.prepared import Prepared
 from core.data.store import TokenStore, open_store, pack
+from core.data.token_blocks import prepare_tokens
 from core.data.tokenizer import VERSION, Tokenizer, train
 
 FORMAT = 1
@@ -26,31 +27,14 @@ AT_ONCE = 64
 """Documents that are encoded together: enough for every core, few enough that their encodings fit in memory."""
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All that a run needs to know of its text.
-
-    Args:
-        tokenizer: trained on the training documents alone.
-        train: the training stream.
-        validation: the validation stream; empty where the corpus has fewer than 11 documents.
-        fingerprint: SHA-256 of documents, vocabulary size and formats: equal where and only where the data are.
-        dropped: empty documents that were left out.
-    """
-
-    tokenizer: Tokenizer
-    train: TokenStore
-    validation: TokenStore
-    fingerprint: str
-    dropped: int
-
-
 def prepare(corpus: Corpus, vocab: int) -> Prepared:
     """Read a corpus and give it as tokens.
 
     Raises:
         UserError: the corpus cannot be read, the vocabulary does not fit it, or the cache cannot be written.
     """
+    if isinstance(corpus, TokenCorpus):
+        return prepare_tokens(corpus, vocab)
     split = read_split(corpus)
     key = fingerprint(split.documents, FORMAT, VERSION, vocab)
     folder = cache.cache_folder() / key

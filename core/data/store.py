@@ -23,11 +23,15 @@ class TokenStore:
         tokens: (N,) ids, uint16 where the vocabulary allows it, else uint32.
         starts: (D,) int64, rising: where each document's marker stands.
         bytes: length of the documents' text in bytes, markers not counted.
+        learned: (N,) bool, which tokens are learned where they are targets; None: all.
+        sources: (D,) int64, the number of each document's source; None: one source.
     """
 
     tokens: NDArray[np.unsignedinteger[Any]]
     starts: NDArray[np.int64]
     bytes: int
+    learned: NDArray[np.bool_] | None = None
+    sources: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Tokens, markers included."""
@@ -47,6 +51,14 @@ def pack(documents: Iterable[Sequence[int]], vocab: int) -> tuple[NDArray[np.uns
     return np.concatenate([np.empty(0, dtype=width), *pieces]), ends[:-1]
 
 
-def open_store(tokens: Path, starts: Path, text_bytes: int) -> TokenStore:
-    """Map a packed stream (two `.npy` files) from disk."""
-    return TokenStore(np.load(tokens, mmap_mode="r").view(np.ndarray), np.load(starts), text_bytes)
+def open_store(
+    tokens: Path, starts: Path, text_bytes: int, learned: Path | None = None, sources: Path | None = None
+) -> TokenStore:
+    """Map a packed stream (two `.npy` files, or four where targets have masks and sources) from disk."""
+    return TokenStore(
+        np.load(tokens, mmap_mode="r").view(np.ndarray),
+        np.load(starts),
+        text_bytes,
+        None if learned is None else np.load(learned, mmap_mode="r").view(np.ndarray),
+        None if sources is None else np.load(sources),
+    )

@@ -69,15 +69,24 @@ def sequences_at(positions: NDArray[np.int64], seed: int, count: int) -> NDArray
 def cut(store: TokenStore, begins_B: NDArray[np.int64], length: int) -> Batch:
     """The sequences that begin at some tokens of a stream.
 
-    A position without a next token is padding: token and target 0, and a document number past the last.
+    A position without a next token is padding: token and target 0, and a document number past the last. A sequence's
+    source is that of its first token.
     """
     positions_BM = begins_B[:, None] + np.arange(length + 1)
     ids_BM = store.tokens[np.minimum(positions_BM, len(store) - 1)].astype(np.int64)
     documents_BM = np.searchsorted(store.starts, positions_BM, side="right") - 1
     valid_BL = positions_BM[:, 1:] < len(store)
+    learned_BM = source_B = None
+    if store.learned is not None:
+        there_BM = positions_BM < len(store)
+        learned_BM = torch.from_numpy(store.learned[np.minimum(positions_BM, len(store) - 1)] & there_BM)
+    if store.sources is not None:
+        source_B = torch.from_numpy(store.sources[np.minimum(documents_BM[:, 0], store.documents - 1)])
     return Batch(
         tokens_BL=torch.from_numpy(np.where(valid_BL, ids_BM[:, :-1], 0)),
         targets_BL=torch.from_numpy(np.where(valid_BL, ids_BM[:, 1:], 0)),
         valid_BL=torch.from_numpy(valid_BL),
         documents_BM=torch.from_numpy(np.where(positions_BM < len(store), documents_BM, store.documents)),
+        learned_BM=learned_BM,
+        source_B=source_B,
     )

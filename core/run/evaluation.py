@@ -40,7 +40,7 @@ def evaluate(checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] =
     data = text_data(recipe, plan_of(recipe))
     data.prepare()
     check_data(folder, data.fingerprint)
-    if not data.validation_bytes:
+    if not data.validation_documents:
         raise UserError(f"{checkpoint}: the corpus has no validation split (fewer than 11 documents)")
     module = TrainingModule(
         load(checkpoint),

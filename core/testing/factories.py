@@ -1,12 +1,14 @@
 """The contracts of what is handed to Lightning and torch, and of corpora."""
 
+import json
 import tempfile
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from core.contracts.corpus import Split, TokenCorpus
 from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
 from core.contracts.training import Kind, NamedParameter
@@ -55,6 +57,7 @@ def optimizer_is_torchs(subject: Subject) -> None:
 @check("corpus", clause="documents have unique names and UTF-8 text; what cannot be read is a UserError", where=CORPUS)
 def documents_are_named_text(subject: Subject) -> None:
     """The first hundred, twice: the same both times."""
+    spare(not isinstance(subject.factory(), TokenCorpus), "a corpus of tokens has no documents")
     try:
         first, again = ([*islice(subject.factory().documents(), 100)] for _ in range(2))
     except UserError as told:
@@ -65,6 +68,26 @@ def documents_are_named_text(subject: Subject) -> None:
     hold(first == again, "a second reading gives other documents")
     for document in first:
         document.data.decode("utf-8")
+
+
+@check(
+    "corpus",
+    clause="token blocks come in the same order each time, with ids of the vocabulary and masks of their length",
+    where="core/contracts/corpus.py, TokenCorpus",
+)
+def token_blocks_are_stable(subject: Subject) -> None:
+    """The first hundred of each split, twice; the tokenizer has as many entries as the vocabulary."""
+    corpus = subject.factory()
+    spare(isinstance(corpus, TokenCorpus), "a corpus of text")
+    for split in get_args(Split):
+        first, again = ([*islice(corpus.blocks(split), 100)] for _ in range(2))
+        hold(first == again, "a second reading gives other blocks")
+        for block in first:
+            hold(len(block.tokens) > 0, "an empty block")
+            hold(all(0 <= token < corpus.vocabulary for token in block.tokens), "an id outside of the vocabulary")
+            hold(block.learned is None or len(block.learned) == len(block.tokens), "a mask of another length")
+    entries = json.loads(corpus.tokenizer_json())["model"]["vocab"]
+    hold(len(entries) <= corpus.vocabulary, f"a tokenizer of {len(entries)} entries for {corpus.vocabulary}")
 
 
 @check(

@@ -90,7 +90,7 @@ class Subject:
         self, dtype: torch.dtype = torch.float64, *, seed: int = 0, meta: bool = False, experts: int = bench.EXPERTS
     ) -> Any:
         """The component by itself, with initial weights; on the meta device without."""
-        build = bench.build_context(bench.KitPrecision(dtype), seed=seed)
+        build = self._context(dtype, seed)
         return self._initialised(lambda: self._make(build, experts), seed, meta=meta)
 
     @cached_property
@@ -112,13 +112,18 @@ class Subject:
 
     def model(self, dtype: torch.dtype = torch.float64, *, recompute: bool = False) -> Any:
         """A language model with the component in it."""
-        build = bench.build_context(bench.KitPrecision(dtype))
+        build = self._context(dtype)
         return self._initialised(lambda: bench.language_model(build, self._layer(), recompute=recompute), 0)
 
     def layer(self, dtype: torch.dtype = torch.float64) -> Any:
         """The layer with experts that the component is part of."""
-        build = bench.build_context(bench.KitPrecision(dtype))
+        build = self._context(dtype)
         return self._initialised(lambda: build.make(self._layer()), 0)
+
+    def _context(self, dtype: torch.dtype, seed: int = 0) -> BuildContext:
+        """The kit's small model around the component, with the roles that the component declares."""
+        build = bench.build_context(bench.KitPrecision(dtype), seed=seed)
+        return replace(build, roles={*build.roles, *self.component.roles})
 
     def _layer(self) -> Section:
         if self.entry.slot == "ffn":

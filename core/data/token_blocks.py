@@ -1,0 +1,120 @@
+"""A corpus of tokens in the cache: checked, hashed and packed, with the masks and sources of its targets."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.contracts.corpus import Split, TokenBlock, TokenCorpus
+from core.contracts.errors import UserError
+from core.data import cache
+from core.data.prepared import Prepared
+from core.data.store import TokenStore, open_store
+from core.data.tokenizer import Tokenizer
+
+FORMAT = 1
+"""Raise this when the way in which blocks are packed changes: old cache entries are then not found."""
+
+
+def prepare_tokens(corpus: TokenCorpus, vocab: int) -> Prepared:
+    """Read a corpus of tokens into stores.
+
+    Raises:
+        UserError: the vocabulary is another one, a block is empty, has an id outside of it or a mask of another
+            length, there is no training block, or the cache cannot be written.
+    """
+    if corpus.vocabulary != vocab:
+        known = f"this corpus's tokens have {corpus.vocabulary} entries"
+        raise UserError(f"data.tokenizer.vocab = {vocab}: {known}, so it must be {corpus.vocabulary}")
+    found = {split: _survey(corpus.blocks(split), vocab, split) for split in get_args(Split)}
+    if not found["train"].blocks:
+        raise UserError("the corpus is empty: it has no block to train on")
+    tokenizer = corpus.tokenizer_json()
+    digest = hashlib.sha256(f"tokens {FORMAT} {vocab}".encode())
+    for part in (tokenizer.encode(), *(survey.digest.digest() for survey in found.values())):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    folder = cache.cache_folder() / digest.hexdigest()
+    if not cache.intact(folder):
+        _build(folder, corpus, tokenizer, vocab)
+    return Prepared(
+        tokenizer=Tokenizer.load(folder / "tokenizer.json"),
+        train=_open(folder, "train", found["train"]),
+        validation=_open(folder, "validation", found["validation"]),
+        fingerprint=digest.hexdigest(),
+        dropped=0,
+    )
+
+
+@dataclass
+class _Survey:
+    """What one side of the split holds, from one pass over its blocks."""
+
+    digest: Any = field(default_factory=hashlib.sha256)
+    blocks: int = 0
+    text_bytes: int = 0
+
+
+def _survey(blocks: Iterable[TokenBlock], vocab: int, split: str) -> _Survey:
+    found = _Survey()
+    for block in blocks:
+        tokens, learned = _arrays(block, vocab, f"{split} block {found.blocks}")
+        found.digest.update(f"{len(tokens)} {block.source} {block.text_bytes} {block.learned is None};".encode())
+        found.digest.update(tokens.tobytes() + learned.tobytes())
+        found.blocks += 1
+        found.text_bytes += block.text_bytes
+    return found
+
+
+def _arrays(block: TokenBlock, vocab: int, name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """A block's ids and mask, checked."""
+    tokens = np.asarray(block.tokens, dtype=np.int64)
+    if not len(tokens):
+        raise UserError(f"the corpus's {name} is empty")
+    if tokens.min() < 0 or tokens.max() >= vocab:
+        worst = int(tokens.max() if tokens.max() >= vocab else tokens.min())
+        raise UserError(f"the corpus's {name} holds the id {worst}, which is not in a vocabulary of {vocab}")
+    learned = np.ones(len(tokens), bool) if block.learned is None else np.asarray(block.learned, dtype=bool)
+    if len(learned) != len(tokens):
+        raise UserError(f"the corpus's {name} has {len(tokens)} tokens and a mask of {len(learned)}")
+    return tokens, learned
+
+
+def _build(folder: Path, corpus: TokenCorpus, tokenizer: str, vocab: int) -> None:
+    width = np.uint16 if vocab <= 1 << 16 else np.uint32
+    files: dict[str, cache.Writer] = {"tokenizer.json": lambda stream: stream.write(tokenizer.encode())}
+    for split in get_args(Split):
+        pieces, masks, sources = [np.empty(0, width)], [np.empty(0, bool)], []
+        for index, block in enumerate(corpus.blocks(split)):
+            tokens, learned = _arrays(block, vocab, f"{split} block {index}")
+            pieces.append(tokens.astype(width))
+            masks.append(learned)
+            sources.append(block.source)
+        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        for name, array in _named(split, np.concatenate(pieces), ends[:-1], np.concatenate(masks), sources):
+            files[name] = _saved(array)
+    cache.write_entry(folder, files)
+
+
+def _named(
+    split: str, tokens: Any, starts: Any, learned: Any, sources: list[int]
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    yield f"{split}.tokens.npy", tokens
+    yield f"{split}.starts.npy", starts
+    yield f"{split}.learned.npy", learned
+    yield f"{split}.sources.npy", np.asarray(sources, dtype=np.int64)
+
+
+def _saved(array: NDArray[Any]) -> cache.Writer:
+    def write(stream: IO[bytes]) -> None:
+        np.save(stream, array)
+
+    return write
+
+
+def _open(folder: Path, split: str, survey: _Survey) -> TokenStore:
+    parts = [folder / f"{split}.{name}.npy" for name in ("tokens", "starts", "learned", "sources")]
+    return open_store(parts[0], parts[1], survey.text_bytes, parts[2], parts[3])
