@@ -44,6 +44,7 @@ def build(
     device: str = "cpu",
     precision: Precision | None = None,
     token_counts: Callable[[], Tensor] | None = None,
+    parallelize: Callable[[LanguageModel], None] | None = None,
 ) -> LanguageModel:
     """The recipe's model with its initial weights; on the meta device without any.
 
@@ -53,10 +54,15 @@ def build(
         precision: who makes the matrix products; None: the recipe's.
         token_counts: how often each token stands in the training data, int64 V; asked only by parts that are made
             from it.
+        parallelize: shares out the weights of the model, which is built on the meta device first; each rank then draws
+            the weights that it owns.
     """
     context = replace(_context(recipe, precision or make(recipe.precision)), token_counts=token_counts)
-    with torch.device(device), _float_default():
+    with torch.device("meta" if parallelize else device), _float_default():
         model = _model(recipe, context)
+    if parallelize is not None:
+        parallelize(model)
+        model.to_empty(device=device)
     if device != "meta":
         initialise(model, recipe.seed)
     return model

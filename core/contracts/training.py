@@ -12,7 +12,8 @@ from core.contracts.schedule import Progress
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
     from lightning.pytorch.loggers import Logger
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
 
@@ -72,6 +73,17 @@ class StrategyFactory(Component, ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
+        """Share out the weights of a model that stands on the meta device with its whole shapes.
+
+        Weights are drawn afterwards, by address: each rank draws only the matrices of a stack that it owns. No
+        parameter is renamed. The default leaves the model whole.
+
+        Args:
+            model: a language model.
+            mesh: the devices over which it is shared out.
+        """
 
     @abstractmethod
     def trainer_arguments(self) -> dict[str, Any]:

@@ -4,9 +4,11 @@ Initial weights are drawn this way (`core.model.initialise`), and random choices
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 
 def address(seed: int, name: str) -> int:
@@ -19,6 +21,8 @@ def address(seed: int, name: str) -> int:
 def draw_normal(weight: Tensor, std: float, *, seed: int | None = None) -> None:
     """Fill a weight from N(0, std), drawn in fp32 so that every number format starts from the same model.
 
+    Of a weight that is shared out over ranks, each rank keeps its own part of the same numbers.
+
     Args:
         weight: any shape; nothing is done on the meta device.
         seed: of a generator of its own; None draws from torch's.
@@ -26,4 +30,40 @@ def draw_normal(weight: Tensor, std: float, *, seed: int | None = None) -> None:
     if weight.is_meta:
         return
     generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
-    weight.copy_(torch.empty_like(weight, dtype=torch.float32).normal_(std=std, generator=generator))
+    drawn = torch.empty(weight.shape, dtype=torch.float32, device=weight.device).normal_(std=std, generator=generator)
+    if isinstance(weight, DTensor):
+        weight.to_local().copy_(own_part(drawn, weight))
+    else:
+        weight.copy_(drawn)
+
+
+@torch.no_grad()
+def draw_stack(weight: Tensor, std: float) -> None:
+    """Fill a stack of matrices from N(0, std), each from a generator seeded by the current seed and its index.
+
+    Of a stack that is shared out over ranks along its first axis, each rank draws its own matrices and no other.
+
+    Args:
+        weight: [groups, out, in].
+        std: standard deviation.
+    """
+    if weight.is_meta:
+        return
+    seed = torch.initial_seed()
+    own: Tensor = weight
+    indices: Iterable[int] = range(len(weight))
+    if isinstance(weight, DTensor):
+        assert all(placement.is_shard(0) for placement in weight.placements), weight.placements
+        own, indices = weight.to_local(), own_part(torch.arange(len(weight)), weight).tolist()
+    for index, matrix in zip(indices, own.detach(), strict=True):
+        draw_normal(matrix, std, seed=address(seed, str(index)))
+
+
+def own_part(whole: Tensor, weight: DTensor) -> Tensor:
+    """The part of a tensor of a sharded weight's shape, or of its first axes, that this rank owns."""
+    for mesh_dim, placement in enumerate(weight.placements):
+        if isinstance(placement, Shard):
+            parts = whole.chunk(weight.device_mesh.size(mesh_dim), dim=placement.dim)
+            rank = weight.device_mesh.get_local_rank(mesh_dim)
+            whole = parts[rank] if rank < len(parts) else parts[0].narrow(placement.dim, 0, 0)
+    return whole

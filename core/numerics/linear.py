@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts.precision import Paths, plain_path
-from core.numerics.draw import address, draw_normal
+from core.numerics.draw import draw_normal, draw_stack
 from core.numerics.grouped import grouped_product
 
 
@@ -89,9 +89,7 @@ class GroupedLinear(Product):
 
     def reset_parameters(self) -> None:
         """N(0, std), each group from a generator seeded by the current seed and its index."""
-        seed = torch.initial_seed()
-        for index, weight in enumerate(self.weight.detach()):
-            draw_normal(weight, self.std, seed=address(seed, str(index)))
+        draw_stack(self.weight, self.std)
 
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
         """Rows sorted by group, and where each group ends."""

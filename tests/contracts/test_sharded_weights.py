@@ -1,0 +1,146 @@
+"""A strategy of the tests' own shares out one weight over two gloo ranks, which draw only what they own."""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lab import Lab
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from core.assemble import build
+from core.contracts.context import SequenceContext
+from core.contracts.schedule import Progress
+from core.contracts.training import StrategyFactory
+from core.model.language_model import LanguageModel
+from core.numerics import draw
+from core.training.window import step_loss
+
+SHARED = "blocks.1.ffn.routed.down.weight"
+FP64 = "precision.name=fp64"
+
+
+class ShareExperts(StrategyFactory):
+    """Shares out the last matrices of the experts of block 1, expert by expert."""
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def parallelize(self, model: torch.nn.Module, mesh: DeviceMesh) -> None:
+        fully_shard(model.get_submodule(SHARED.removesuffix(".weight")), mesh=mesh)
+
+
+def loss_and_gradients(model: LanguageModel, rows: slice) -> tuple[float, dict[str, Tensor]]:
+    """Of a step of four sequences, the share of those that this rank reads."""
+    tokens_BM = torch.randint(300, (4, 13), generator=torch.Generator().manual_seed(1))[rows]
+    context = SequenceContext.of(tokens_BM[:, :-1], targets_BL=tokens_BM[:, 1:], first_sequence=rows.start)
+    loss = step_loss(model.train(), context, Progress(1, 48, 10, 480))
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """The results of a function on two gloo ranks, each a forked process."""
+    children = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_rank(work, rank, folder))
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    assert codes == [0, 0], [(folder / f"error-{rank}").read_text() for rank in range(2)]
+    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(2)]
+
+
+def _rank(work: Callable[[int], Any], rank: int, folder: Path) -> int:
+    import traceback
+
+    (folder / f"error-{rank}").write_text("")
+    try:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        (folder / f"result-{rank}").write_bytes(pickle.dumps(work(rank)))
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        return 1
+    return 0
+
+
+@pytest.fixture(scope="module")
+def ranks(lab: Lab) -> list[dict[str, Any]]:
+    """What each rank has of the model, drew, and computed."""
+    recipe = lab.recipe(FP64)
+
+    def work(rank: int) -> dict[str, Any]:
+        mesh = init_device_mesh("cpu", (2,))
+        drawn: list[int] = []
+        original = draw.draw_normal
+
+        def counted(weight: Tensor, std: float, *, seed: int | None = None) -> None:
+            if not weight.is_meta:
+                drawn.append(weight.numel())
+            original(weight, std, seed=seed)
+
+        draw.draw_normal = counted
+        model = build(recipe, parallelize=lambda model: ShareExperts(None).parallelize(model, mesh))
+        stack = sum(drawn)
+        weight = dict(model.named_parameters())[SHARED]
+        assert isinstance(weight, DTensor)
+        own = weight.to_local().detach().clone()
+        loss, gradients = loss_and_gradients(model, slice(2 * rank, 2 * rank + 2))
+        plain = {n: g for n, g in gradients.items() if not isinstance(g, DTensor)}
+        shared = gradients[SHARED]
+        assert isinstance(shared, DTensor)
+        return {
+            "names": [name for name, _ in model.named_parameters()],
+            "own": own,
+            "drawn_in_stacks": stack,
+            "loss": loss,
+            "plain": plain,
+            "shared": shared.to_local(),
+            "others": {n: p.detach() for n, p in model.named_parameters() if n != SHARED},
+        }
+
+    with tempfile.TemporaryDirectory() as folder:
+        return on_two_ranks(work, Path(folder))
+
+
+@pytest.fixture(scope="module")
+def alone(lab: Lab) -> LanguageModel:
+    return build(lab.recipe(FP64))
+
+
+def test_each_rank_owns_its_rows_of_the_same_initial_weights(ranks: list[Any], alone: LanguageModel) -> None:
+    weights = dict(alone.named_parameters())
+    assert torch.equal(torch.cat([rank["own"] for rank in ranks]), weights[SHARED])
+    for rank in ranks:
+        assert rank["names"] == list(weights)
+        assert all(torch.equal(value, weights[name]) for name, value in rank["others"].items())
+
+
+def test_each_rank_draws_its_own_matrices_and_no_other(ranks: list[Any], alone: LanguageModel) -> None:
+    stacks = [p.numel() for name, p in alone.named_parameters() if p.ndim == 3]
+    shared = dict(alone.named_parameters())[SHARED].numel()
+    for rank in ranks:
+        assert rank["drawn_in_stacks"] == sum(stacks) - shared // 2
+
+
+def test_loss_and_gradients_are_those_of_one_device(ranks: list[Any], alone: LanguageModel) -> None:
+    """Every rank reads two of the four sequences; denominators are counted over both."""
+    loss, gradients = loss_and_gradients(alone, slice(0, 4))
+    assert sum(rank["loss"] for rank in ranks) == pytest.approx(loss, rel=1e-12)
+    assert {*ranks[0]["plain"], SHARED} == set(gradients)
+    for name in ranks[0]["plain"]:
+        both = sum(rank["plain"][name] for rank in ranks)
+        torch.testing.assert_close(both, gradients[name], rtol=1e-10, atol=1e-13, msg=name)
+    shared = 2 * torch.cat([rank["shared"] for rank in ranks])  # FSDP takes the mean over ranks
+    torch.testing.assert_close(shared, gradients[SHARED], rtol=1e-10, atol=1e-13)
