@@ -1,20 +1,17 @@
 """A strategy of the tests' own shares out one weight over two gloo ranks, which draw only what they own."""
 
-import os
-import pickle
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lab import Lab
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from two_ranks import on_two_ranks
 
 from core.assemble import build
 from core.contracts.context import SequenceContext
@@ -45,34 +42,6 @@ def loss_and_gradients(model: LanguageModel, rows: slice) -> tuple[float, dict[s
     loss = step_loss(model.train(), context, Progress(1, 48, 10, 480))
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """The results of a function on two gloo ranks, each a forked process."""
-    children = []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            os._exit(_rank(work, rank, folder))
-        children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    assert codes == [0, 0], [(folder / f"error-{rank}").read_text() for rank in range(2)]
-    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(2)]
-
-
-def _rank(work: Callable[[int], Any], rank: int, folder: Path) -> int:
-    import traceback
-
-    (folder / f"error-{rank}").write_text("")
-    try:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-        (folder / f"result-{rank}").write_bytes(pickle.dumps(work(rank)))
-        dist.destroy_process_group()
-    except BaseException:
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
-        return 1
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lab import Lab, assert_same_run, last_checkpoint, loads, rows
 from tiny_components import everything
 from torch import Tensor
 from torch.nn import functional as F
+from two_ranks import on_two_ranks
 
 from core.assemble import build
 from core.contracts.context import SequenceContext
@@ -21,11 +23,12 @@ from core.model.ledger import Ledger
 from core.model.parameters import check_groups, named_parameters
 from core.testing.clauses import NotApplicable
 from core.testing.run import Case, cases
-from core.training.totals import WindowTotals
+from core.training.totals import WindowTotals, end_step
 from core.training.window import Window, objective
 
 ALL = everything()
 FP64 = "precision.name=fp64"
+START = Progress(step=1, tokens=64, total_steps=10, total_tokens=640)
 
 
 @pytest.mark.parametrize("case", cases("tiny_components"), ids=lambda case: case.name)
@@ -61,14 +64,14 @@ def contexts_of(sizes: list[int], **rest: Any) -> list[SequenceContext]:
 def gradients(model: LanguageModel, contexts: list[SequenceContext]) -> dict[str, Tensor]:
     """The gradient of one window's objective."""
     model.zero_grad()
-    ledger, progress, totals = Ledger.of(model), Progress(1, 64, 10, 640), WindowTotals()
+    ledger, progress, totals = Ledger.of(model), START, WindowTotals()
     window = Window.of(model, ledger, contexts)
     for context in contexts:
         objective(model, ledger, model(context), window, progress, totals).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["residual", "attention", "head"])
+@pytest.mark.parametrize("name", ["residual", "attention", "head", "measured", "histogram"])
 def test_splitting_and_recomputing_change_no_gradient(lab: Lab, name: str) -> None:
     model = build(lab.recipe(FP64, *ALL[name])).train()
     whole = gradients(model, contexts_of([8]))
@@ -87,6 +90,118 @@ def test_a_run_trains_validates_and_writes_a_sample(lab: Lab, tmp_path: Path, na
     assert (summary["steps"], summary["skipped_steps"]) == (3, 0)
     assert summary["val_loss"] > 0
     assert (tmp_path / "run" / "sample.txt").exists()
+
+
+# ---- the attention with a loss, a tally and metrics of its own
+
+
+def test_a_layers_own_loss_is_a_mean_over_the_window_with_its_coefficient(lab: Lab) -> None:
+    model = build(lab.recipe(FP64, *ALL["measured"])).eval()
+    (given,) = contexts_of([8])
+    ledger = Ledger.of(model)
+    assert [(term.label, term.layer, term.coefficient(START)) for term in ledger.layers] == [
+        ("attention/penalty", path, 0.125) for path in ("blocks.0", "blocks.1", "heads.mtp.depths.0.block")
+    ]
+    losses, window, totals = model(given), Window.of(model, ledger, [given]), WindowTotals()
+    with_it = objective(model, ledger, losses, window, START, totals)
+    silent = Ledger(ledger.heads, ledger.balance, ())
+    without = objective(model, silent, losses, window, START, WindowTotals())
+    expected = 0.0
+    for path in ("blocks.0", "blocks.1", "heads.mtp.depths.0.block"):
+        seen = model.contexts(given).get(path, given)
+        penalty = losses.records[path]["attention"].terms["penalty"]
+        expected += 0.125 * float(penalty.detach()) / int(seen.valid().sum())
+    assert float(with_it - without) == pytest.approx(expected, rel=1e-10)
+
+
+def test_tallies_and_metrics_arrive_once_at_the_end_of_the_step(lab: Lab) -> None:
+    found = []
+    for sizes, more in (([8], ()), ([2] * 4, ()), ([4, 4], ("recompute.blocks=[dense, moe]",))):
+        model = build(lab.recipe(FP64, *ALL["measured"], *more)).train()
+        ledger, totals, contexts = Ledger.of(model), WindowTotals(), contexts_of(sizes)
+        window = Window.of(model, ledger, contexts)
+        for context in contexts:
+            objective(model, ledger, model(context), window, START, totals).backward()
+        end_step(model, totals, START)
+        ended = [block.attention.ended for block in model.blocks]
+        assert [len(calls) for calls in ended] == [1, 1]
+        found.append([calls[0] for calls in ended])
+    valid = int(contexts_of([8])[0].valid().sum())
+    for one, *others in zip(*found, strict=True):
+        assert one.load_E is None
+        assert int(one.tallies["queries"]) == valid
+        for other in others:
+            assert other.tallies == one.tallies
+            assert float(other.metrics["largest_score"].value()) == float(one.metrics["largest_score"].value())
+            mean = float(other.metrics["mean_score"].value())
+            assert mean == pytest.approx(float(one.metrics["mean_score"].value()), rel=1e-12)
+
+
+def test_a_layers_metrics_and_loss_are_columns_of_the_log(lab: Lab, tmp_path: Path) -> None:
+    lab.fit(tmp_path / "run", *ALL["measured"], "budget.steps=2")
+    (row, *_) = [row for row in rows(tmp_path / "run") if "lr" in row]
+    assert float(row["attention/largest_score"]) >= float(row["attention/mean_score"]) > 0
+    assert float(row["loss/attention/penalty"]) > 0
+
+
+# ---- the balancer with an integer tally
+
+
+def bins_by_hand(model: LanguageModel, contexts: list[SequenceContext]) -> list[list[int]]:
+    """Affinities of the layer in block 1, counted token by token."""
+    counts = [[0] * 10 for _ in range(8)]
+    layer = model.blocks[1]
+    for context in contexts:
+        x_BLD = model.blocks[0](model.embedding(context.tokens_BL), context)[0]
+        x_BLD = x_BLD + layer.attention(layer.attention_norm(x_BLD), context)
+        logits = layer.ffn_norm(x_BLD) @ layer.ffn.router.centroids.weight.T
+        for row, place in context.valid().nonzero().tolist():
+            for expert, affinity in enumerate(logits[row, place].sigmoid().tolist()):
+                counts[expert][min(int(affinity * 10), 9)] += 1
+    return counts
+
+
+def test_a_tally_is_exact_over_micro_batches_and_recomputation(lab: Lab) -> None:
+    expected = bins_by_hand(build(lab.recipe(FP64, *ALL["histogram"])), contexts_of([8]))
+    for sizes, more in (([8], ()), ([2] * 4, ()), ([1] * 8, ("recompute.blocks=[dense, moe]",))):
+        model = build(lab.recipe(FP64, *ALL["histogram"], *more)).train()
+        ledger, totals, contexts = Ledger.of(model), WindowTotals(), contexts_of(sizes)
+        window = Window.of(model, ledger, contexts)
+        for context in contexts:
+            objective(model, ledger, model(context), window, START, totals).backward()
+        end_step(model, totals, START)
+        assert model.blocks[1].ffn.balance[0].counts_EN.tolist() == expected
+        assert model.heads["mtp"].depths[0].block.ffn.balance[0].counts_EN.sum() > 0
+
+
+def test_tallies_loads_and_metrics_are_exact_over_two_ranks(lab: Lab, tmp_path: Path) -> None:
+    """Each rank reads four of the eight sequences; both end the step with the integers of one device."""
+    recipes = [lab.recipe(FP64, *ALL[name]) for name in ("histogram", "measured")]
+
+    def step(contexts: list[SequenceContext]) -> tuple[Any, ...]:
+        counted, measured = (build(recipe).train() for recipe in recipes)
+        for model in (counted, measured):
+            ledger, totals = Ledger.of(model), WindowTotals()
+            window = Window.of(model, ledger, contexts)
+            for context in contexts:
+                objective(model, ledger, model(context), window, START, totals).backward()
+            totals = totals.over_ranks()
+            end_step(model, totals, START)
+        ended = measured.blocks[0].attention.ended[0]
+        metrics = [float(ended.metrics[name].value()) for name in ("largest_score", "mean_score")]
+        bins = counted.blocks[1].ffn.balance[0].counts_EN.tolist()
+        return bins, totals.loads["blocks.1"].tolist(), int(ended.tallies["queries"]), metrics
+
+    alone = step(contexts_of([8]))
+    halves = contexts_of([4, 4])
+    for rank in on_two_ranks(lambda rank: step([halves[rank]]), tmp_path):
+        assert rank[:3] == alone[:3]
+        assert rank[3] == pytest.approx(alone[3], rel=1e-12)
+
+
+def test_a_tally_in_floating_point_is_refused() -> None:
+    with pytest.raises(TypeError, match="tallies are int64"):
+        WindowTotals()._add_own(("blocks.0", "attention"), {"queries": torch.zeros(())}, {})
 
 
 # ---- the residual stream of two lanes
@@ -139,13 +254,29 @@ def test_two_optimizers_step_at_their_own_rates_and_resume_to_the_same_bits(lab:
     assert_same_run(cut, whole)
 
 
-def test_one_step_of_a_matrix_is_plain_descent(lab: Lab) -> None:
+class FirstGradients(L.Callback):
+    """The gradients when the first optimizer is about to step."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if not self.found:
+            self.found.update({n: p.grad.clone() for n, p in pl_module.model.named_parameters()})
+
+
+def test_one_step_of_a_matrix_is_plain_descent_and_of_a_vector_adams(lab: Lab) -> None:
     before: dict[str, Tensor] = {}
-    model = lab.train(
-        *ALL["optimizer"], "gradient_clip=null", "budget.steps=1", model=lambda m: before.update(copied(m))
-    ).model
-    moved = {named.name for named in named_parameters(model) if not torch.equal(named.parameter, before[named.name])}
-    assert moved == set(before)
+    watch = FirstGradients()
+    wanted = (FP64, *ALL["optimizer"], "gradient_clip=null", "budget.steps=1")
+    model = lab.train(*wanted, model=lambda m: before.update(copied(m)), callbacks=[watch]).model
+    for named in named_parameters(model):
+        gradient, old = watch.found[named.name], before[named.name]
+        if named.kind in ("matrix", "stack"):
+            expected = old - 0.01 * 0.1 * gradient
+        else:
+            expected = old - 0.01 * gradient / (gradient.abs() + 1e-8)  # Adam's first step, its bias corrected
+        torch.testing.assert_close(named.parameter.detach(), expected, rtol=1e-10, atol=1e-14, msg=named.name)
 
 
 def copied(model: LanguageModel) -> dict[str, Tensor]:
