@@ -103,10 +103,10 @@ def truncated_rows_go_on_from_their_own_lengths(subject: Subject) -> None:
         hold(distance(again[row], expected) < 1e-9, f"row {row} differs from the same row alone")
 
 
-def _decode(module: object, x_BLD: Tensor, given: object, cache: object, start: int, end: int) -> Tensor:
-    positions_BL = given.positions_BL[:, start:end]  # type: ignore[attr-defined]
-    tokens_BL = given.tokens_BL[:, start:end]  # type: ignore[attr-defined]
-    part = replace(given, tokens_BL=tokens_BL, positions_BL=positions_BL, targets_BL=None)  # type: ignore[type-var]
+def _decode(module: Any, x_BLD: Tensor, given: SequenceContext, cache: Any, start: int, end: int) -> Tensor:
+    positions_BL = given.positions_BL[:, start:end]
+    tokens_BL = given.tokens_BL[:, start:end]
+    part = replace(given, tokens_BL=tokens_BL, positions_BL=positions_BL, targets_BL=None)
     return output(module, x_BLD[:, start:end], part, cache)
 
 

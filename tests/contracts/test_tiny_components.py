@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lab import Lab, assert_same_run, last_checkpoint, loads, rows
+from tiers import first_by_default
 from tiny_components import everything
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ FP64 = "precision.name=fp64"
 START = Progress(step=1, tokens=64, total_steps=10, total_tokens=640)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", cases("tiny_components"), ids=lambda case: case.name)
 def test_each_keeps_the_contract_of_its_slot(case: Case) -> None:
     try:
@@ -84,7 +86,7 @@ def test_splitting_and_recomputing_change_no_gradient(lab: Lab, name: str) -> No
     assert all(torch.equal(recomputed[path], value) for path, value in whole.items())
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n != "optimizer"])
+@pytest.mark.parametrize("name", first_by_default(name for name in ALL if name != "optimizer"))
 def test_a_run_trains_validates_and_writes_a_sample(lab: Lab, tmp_path: Path, name: str) -> None:
     summary = lab.fit(tmp_path / "run", *ALL[name], "budget.steps=3")
     assert (summary["steps"], summary["skipped_steps"]) == (3, 0)
@@ -240,6 +242,7 @@ def test_weights_have_roles_and_kinds(lab: Lab) -> None:
     assert all(role for role, _ in found.values())
 
 
+@pytest.mark.full
 def test_two_optimizers_step_at_their_own_rates_and_resume_to_the_same_bits(lab: Lab, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     lab.fit(whole, *ALL["optimizer"])

@@ -216,7 +216,7 @@ class Measured(Attention):
 
 
 class Histogram(Balancer):
-    """Counts affinities in ten bins for each expert, as Quantile Balancing does; its state is the last step's counts."""
+    """Counts affinities in ten bins for each expert, as Quantile Balancing does; keeps the last step's."""
 
     example = {"name": "histogram"}
 
