@@ -62,8 +62,7 @@ class Balancer(nn.Module, Component, ABC):
         """Integers that `on_step_end` needs beside the load, by name, for one micro-batch.
 
         Returns:
-            int64 tensors of a shape that does not depend on the data. They are added up exactly over micro-batches
-            and data ranks, as loads are; padding counts nowhere.
+            int64 tensors whose shape no data changes; they are added up exactly over micro-batches and data ranks.
         """
         return {}
 

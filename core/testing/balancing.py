@@ -12,8 +12,10 @@ from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger
 from core.testing import bench
 from core.testing.clauses import check, hold, spare
+from core.testing.common import end_step
 from core.testing.subject import Subject, changed, distance, perturbed, snapshot, state, written
-from core.training.totals import WindowTotals, end_step
+from core.training.totals import WindowTotals
+from core.training.totals import end_step as end_window
 from core.training.window import Window, objective, step_loss
 
 CONTRACT = "core/contracts/balancer.py, Balancer"
@@ -34,8 +36,7 @@ def adjust_is_for_selection(subject: Subject) -> None:
     balancer = perturbed(subject.made())
     scores_TE = torch.rand(5, bench.EXPERTS, dtype=torch.float64)
     for load in ([0] * 8, [80, 0, 0, 0, 0, 0, 0, 0]):
-        with torch.no_grad():
-            balancer.on_step_end(bench.step_totals(load), bench.START)
+        end_step("balancer", balancer, load)
         adjusted = balancer.adjust(scores_TE)
         hold(adjusted.shape == scores_TE.shape, f"adjusted scores are {tuple(adjusted.shape)}")
         hold(bool(adjusted.isfinite().all()), "adjusted scores are not finite")
@@ -114,7 +115,7 @@ def scope_is_as_declared(subject: Subject) -> None:
 )
 def state_is_exact(subject: Subject) -> None:
     """No load, all on one expert, an even one; after a cast to bf16 too (P1)."""
-    balancer, progress = subject.made(), bench.START
+    balancer = subject.made()
     formats = {name: t.dtype for name, t in balancer.state_dict().items()}
     balancer.to(torch.bfloat16)
     now = {name: t.dtype for name, t in balancer.state_dict().items()}
@@ -124,7 +125,7 @@ def state_is_exact(subject: Subject) -> None:
     )
     loads = ([0] * 8, [80, 0, 0, 0, 0, 0, 0, 0], [10] * 8, [2**40 + 1] + [2**40] * 7)
     for load in loads:
-        balancer.on_step_end(bench.step_totals(load), progress)
+        end_step("balancer", balancer, load)
         tensors = [*balancer.state_dict().values(), *balancer.metrics().values()]
         hold(all(bool(t.isfinite().all()) for t in tensors), f"state or metrics are not finite after a load of {load}")
     moved = [_moved_by(subject, [n + 1, n - 1] + [n] * 6) for n in (1, 2**40)]
@@ -135,7 +136,7 @@ def _moved_by(subject: Subject, load: list[int]) -> dict[str, list[int]]:
     """In which direction a load moves each number of the state."""
     balancer = subject.made()
     before = state(balancer)
-    balancer.on_step_end(bench.step_totals(load), bench.START)
+    end_step("balancer", balancer, load)
     now = balancer.state_dict()
     return {name: (now[name].double() - old.double()).sign().flatten().int().tolist() for name, old in before.items()}
 
@@ -253,5 +254,5 @@ def _window(
         if evaluate:
             model.eval()(bench.tokens(seed=7))
             model.train()
-        end_step(model, totals, bench.START)
+        end_window(model, totals, bench.START)
     return totals.loads, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

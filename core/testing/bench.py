@@ -20,7 +20,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.ffn import FeedForward, Traits
 from core.contracts.loss_head import HeadOutput, LossHead, Shared
 from core.contracts.precision import Precision
-from core.contracts.record import Record, StepTotals
+from core.contracts.record import Record
 from core.contracts.residual import Residual
 from core.contracts.router import Adjust, Router, Routing
 from core.contracts.schedule import Progress
@@ -106,11 +106,6 @@ def rows(context: SequenceContext, part: slice) -> SequenceContext:
     names = ("tokens_BL", "targets_BL", "valid_BL", "documents_BM", "learned_BM", "source_B")
     cut: dict[str, Any] = {n: None if getattr(context, n) is None else getattr(context, n)[part] for n in names}
     return replace(context, first_sequence=context.first_sequence + part.start, **cut)
-
-
-def step_totals(load: Sequence[int]) -> StepTotals:
-    """The end of a step with this load and nothing else."""
-    return StepTotals(torch.tensor(load))
 
 
 def states(context: SequenceContext, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from core.contracts.context import SequenceContext
-from core.contracts.loss_head import Shared
+from core.contracts.loss_head import HeadOutput, Shared
+from core.contracts.record import Record, StepTotals
 from core.contracts.schema import REQUIRED
 from core.extension.registry import SLOTS
 from core.model.initialise import initialise
@@ -128,22 +129,33 @@ def built_on_meta_it_gets_the_same_weights(subject: Subject) -> None:
 def state_round_trips(subject: Subject) -> None:
     """Another instance that loads it gives the same results, bit by bit; a balancer also after the next step."""
     one, other = perturbed(subject.made()).eval(), subject.made().eval()
-    _step(one, [80, 3, 10, 10, 10, 10, 10, 10])
+    slot = subject.entry.slot
+    end_step(slot, one, [80, 3, 10, 10, 10, 10, 10, 10])
     other.load_state_dict(state(one))
     for load in (None, [1, 40, 10, 10, 10, 10, 10, 10]):
         if load is not None:
-            _step(one, load)
-            _step(other, load)
+            end_step(slot, one, load)
+            end_step(slot, other, load)
         hold(not changed(other, state(one)), "a tensor was not loaded")
         for expected, got in zip(results(subject, one), results(subject, other), strict=True):
             hold(torch.equal(expected, got), "results differ after loading the same state")
 
 
-def _step(module: Any, load: list[int]) -> None:
-    """The end of a step."""
-    if hasattr(module, "on_step_end"):
-        with torch.no_grad():
-            module.on_step_end(bench.step_totals(load), bench.START)
+@torch.no_grad()
+def end_step(slot: str, module: Any, load: list[int]) -> None:
+    """The end of a step with this load, and with what the module tallies and measures in one micro-batch."""
+    if not hasattr(module, "on_step_end"):
+        return
+    training, load_E = module.training, torch.tensor(load)
+    arguments = call_arguments(slot, bench.padded([8, 5, 8]), torch.float64)
+    if slot == "balancer":
+        totals = StepTotals(load_E, module.tally(*arguments))
+    else:
+        found = module.train()(*arguments)
+        said = found[1] if isinstance(found, tuple) else found
+        own = (said.tallies, said.metrics) if isinstance(said, Record | HeadOutput) else ()
+        totals = StepTotals(load_E if getattr(module, "experts", 0) else None, *own)
+    module.train(training).on_step_end(totals, bench.START)
 
 
 @check(

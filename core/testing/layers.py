@@ -19,16 +19,18 @@ HEAD = "core/contracts/loss_head.py, LossHead"
 
 @check("ffn", clause="(x_BLD, context) -> (y_BLD, record), for any number of sequences and tokens", where=FFN)
 def ffn_keeps_the_shape(subject: Subject) -> None:
-    """A record where there are experts, with an entry for each balancer; None without."""
+    """A record where there are experts, with an entry for each balancer; without, at most one without a load."""
     module = subject.made()
     for lengths in ([8, 8, 8], [8, 3, 0], [1], [0, 0]):
         given = bench.padded(lengths)
         y_BLD, record = module(bench.states(given), given)
         hold(y_BLD.shape == (*given.tokens_BL.shape, bench.WIDTH), f"the result is {tuple(y_BLD.shape)}")
         hold(bool(y_BLD.isfinite().all()), "a result is not finite")
-        hold((record is None) == (module.experts == 0), "record and experts disagree")
-        if record is not None:
-            hold(len(record.sums) == len(module.balancers), "the record has not an entry for each balancer")
+        has_load = record is not None and record.load_E is not None
+        hold(has_load == (module.experts > 0), "record and experts disagree")
+        if has_load:
+            entries = {len(record.sums), len(record.balancer_tallies)}
+            hold(entries == {len(module.balancers)}, "the record has not an entry for each balancer")
             hold(record.load_E.dtype == torch.int64, f"the load is {record.load_E.dtype}")
             hold(record.load_E.shape == (module.experts,), "the load has not an entry for each expert")
 
@@ -52,7 +54,7 @@ def ffn_ignores_padding(subject: Subject) -> None:
     other = torch.where(valid_BL[:, :, None], x_BLD, 5 * x_BLD.flip(2))
     (one, before), (two, after) = module(x_BLD, given), module(other, given)
     hold(distance(two[valid_BL], one[valid_BL]) < 1e-10, "padding changes a valid token's result")
-    if before is not None:
+    if before is not None and before.load_E is not None:
         hold(torch.equal(after.load_E, before.load_E), "padding changes the load")
         empty = module(bench.states(bench.padded([0, 0])), bench.padded([0, 0]))[1]
         hold(not empty.load_E.any(), "padding is counted in the load")

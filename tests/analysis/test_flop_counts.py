@@ -91,7 +91,7 @@ def counted(model: Any, length: int) -> FlopCounterMode:
     context = SequenceContext.of(tokens[:, :-1], targets_BL=tokens[:, 1:])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         losses = model.train()(context)
-        sum(term.sum for term in losses.terms.values()).backward()
+        sum(value for head in losses.heads.values() for value in head.terms.values()).backward()
     return counter
 
 

@@ -94,86 +94,7 @@ def test_a_run_trains_validates_and_writes_a_sample(lab: Lab, tmp_path: Path, na
     assert (tmp_path / "run" / "sample.txt").exists()
 
 
-# ---- the attention with a loss, a tally and metrics of its own
-
-
-def test_a_layers_own_loss_is_a_mean_over_the_window_with_its_coefficient(lab: Lab) -> None:
-    model = build(lab.recipe(FP64, *ALL["measured"])).eval()
-    (given,) = contexts_of([8])
-    ledger = Ledger.of(model)
-    assert [(term.label, term.layer, term.coefficient(START)) for term in ledger.layers] == [
-        ("attention/penalty", path, 0.125) for path in ("blocks.0", "blocks.1", "heads.mtp.depths.0.block")
-    ]
-    losses, window, totals = model(given), Window.of(model, ledger, [given]), WindowTotals()
-    with_it = objective(model, ledger, losses, window, START, totals)
-    silent = Ledger(ledger.heads, ledger.balance, ())
-    without = objective(model, silent, losses, window, START, WindowTotals())
-    expected = 0.0
-    for path in ("blocks.0", "blocks.1", "heads.mtp.depths.0.block"):
-        seen = model.contexts(given).get(path, given)
-        penalty = losses.records[path]["attention"].terms["penalty"]
-        expected += 0.125 * float(penalty.detach()) / int(seen.valid().sum())
-    assert float(with_it - without) == pytest.approx(expected, rel=1e-10)
-
-
-def test_tallies_and_metrics_arrive_once_at_the_end_of_the_step(lab: Lab) -> None:
-    found = []
-    for sizes, more in (([8], ()), ([2] * 4, ()), ([4, 4], ("recompute.blocks=[dense, moe]",))):
-        model = build(lab.recipe(FP64, *ALL["measured"], *more)).train()
-        ledger, totals, contexts = Ledger.of(model), WindowTotals(), contexts_of(sizes)
-        window = Window.of(model, ledger, contexts)
-        for context in contexts:
-            objective(model, ledger, model(context), window, START, totals).backward()
-        end_step(model, totals, START)
-        ended = [block.attention.ended for block in model.blocks]
-        assert [len(calls) for calls in ended] == [1, 1]
-        found.append([calls[0] for calls in ended])
-    valid = int(contexts_of([8])[0].valid().sum())
-    for one, *others in zip(*found, strict=True):
-        assert one.load_E is None
-        assert int(one.tallies["queries"]) == valid
-        for other in others:
-            assert other.tallies == one.tallies
-            assert float(other.metrics["largest_score"].value()) == float(one.metrics["largest_score"].value())
-            mean = float(other.metrics["mean_score"].value())
-            assert mean == pytest.approx(float(one.metrics["mean_score"].value()), rel=1e-12)
-
-
-def test_a_layers_metrics_and_loss_are_columns_of_the_log(lab: Lab, tmp_path: Path) -> None:
-    lab.fit(tmp_path / "run", *ALL["measured"], "budget.steps=2")
-    (row, *_) = [row for row in rows(tmp_path / "run") if "lr" in row]
-    assert float(row["attention/largest_score"]) >= float(row["attention/mean_score"]) > 0
-    assert float(row["loss/attention/penalty"]) > 0
-
-
-# ---- the balancer with an integer tally
-
-
-def bins_by_hand(model: LanguageModel, contexts: list[SequenceContext]) -> list[list[int]]:
-    """Affinities of the layer in block 1, counted token by token."""
-    counts = [[0] * 10 for _ in range(8)]
-    layer = model.blocks[1]
-    for context in contexts:
-        x_BLD = model.blocks[0](model.embedding(context.tokens_BL), context)[0]
-        x_BLD = x_BLD + layer.attention(layer.attention_norm(x_BLD), context)
-        logits = layer.ffn_norm(x_BLD) @ layer.ffn.router.centroids.weight.T
-        for row, place in context.valid().nonzero().tolist():
-            for expert, affinity in enumerate(logits[row, place].sigmoid().tolist()):
-                counts[expert][min(int(affinity * 10), 9)] += 1
-    return counts
-
-
-def test_a_tally_is_exact_over_micro_batches_and_recomputation(lab: Lab) -> None:
-    expected = bins_by_hand(build(lab.recipe(FP64, *ALL["histogram"])), contexts_of([8]))
-    for sizes, more in (([8], ()), ([2] * 4, ()), ([1] * 8, ("recompute.blocks=[dense, moe]",))):
-        model = build(lab.recipe(FP64, *ALL["histogram"], *more)).train()
-        ledger, totals, contexts = Ledger.of(model), WindowTotals(), contexts_of(sizes)
-        window = Window.of(model, ledger, contexts)
-        for context in contexts:
-            objective(model, ledger, model(context), window, START, totals).backward()
-        end_step(model, totals, START)
-        assert model.blocks[1].ffn.balance[0].counts_EN.tolist() == expected
-        assert model.heads["mtp"].depths[0].block.ffn.balance[0].counts_EN.sum() > 0
+# ---- tallies and metrics over ranks (over micro-batches and recomputation: tests/training/test_ledger.py)
 
 
 def test_tallies_loads_and_metrics_are_exact_over_two_ranks(lab: Lab, tmp_path: Path) -> None:
@@ -199,11 +120,6 @@ def test_tallies_loads_and_metrics_are_exact_over_two_ranks(lab: Lab, tmp_path: 
     for rank in on_two_ranks(lambda rank: step([halves[rank]]), tmp_path):
         assert rank[:3] == alone[:3]
         assert rank[3] == pytest.approx(alone[3], rel=1e-12)
-
-
-def test_a_tally_in_floating_point_is_refused() -> None:
-    with pytest.raises(TypeError, match="tallies are int64"):
-        WindowTotals()._add_own(("blocks.0", "attention"), {"queries": torch.zeros(())}, {})
 
 
 # ---- the residual stream of two lanes

@@ -15,6 +15,7 @@ from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.loss_head import HeadOutput
 from core.contracts.precision import StepState
+from core.contracts.record import StepTotals
 from core.contracts.router import Adjust, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
@@ -155,8 +156,8 @@ class Melting(ShareLoss):
     def reset_parameters(self) -> None:
         self.seen.zero_()
 
-    def on_step_end(self, load_E: Tensor, progress: Progress) -> None:
-        self.seen += load_E.sign()
+    def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
+        self.seen += totals.load_E.sign()
 
 
 class Diary(KitDense):
@@ -278,9 +279,11 @@ class OneCache(KitAttention):
 
     def __init__(self, config: Any, build: BuildContext) -> None:
         super().__init__(config, build)
-        self.kept = TensorCache()
+        self.kept: Cache | None = None
 
-    def new_cache(self) -> Cache:
+    def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
+        if self.kept is None:
+            self.kept = TensorCache(rows, capacity, device)
         return self.kept
 
 
@@ -290,9 +293,10 @@ class OwnPositions(KitAttention):
     example = {"name": "own_positions"}
 
     def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
-        start = 0 if cache is None else cache.length
-        place_L1 = torch.arange(start, start + x_BLD.shape[1], device=x_BLD.device)[:, None]
-        return super().forward(x_BLD * (1 + place_L1), context, cache)
+        place_BL = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None]
+        if cache is not None:
+            place_BL = place_BL + cache.lengths[:, None]
+        return super().forward(x_BLD * (1 + place_BL[:, :, None]), context, cache)
 
 
 class Forgetful(Balancer):
@@ -309,7 +313,8 @@ class Forgetful(Balancer):
     def adjust(self, scores_TE: Tensor) -> Tensor:
         return scores_TE if self.bias is None else scores_TE + self.bias
 
-    def on_step_end(self, load_E: Tensor, progress: Progress) -> None:
+    def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
+        load_E = totals.load_E
         before = torch.zeros(self.experts) if self.bias is None else self.bias
         self.bias = before + self.config.alpha * (load_E.sum() - self.experts * load_E).sign()
 

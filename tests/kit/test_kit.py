@@ -27,6 +27,15 @@ def test_our_own_plugins_keep_their_contracts(case: Case) -> None:
         pytest.skip(str(why))
 
 
+@pytest.mark.parametrize("case", cases("own_parts"), ids=lambda case: case.name)
+def test_parts_with_losses_tallies_and_metrics_of_their_own_keep_their_contracts(case: Case) -> None:
+    """An attention and a dense layer that return records, and a balancer that reads its tallies."""
+    try:
+        case.run()
+    except NotApplicable as why:
+        pytest.skip(str(why))
+
+
 def test_every_slot_with_a_contract_is_checked() -> None:
     """Beyond the checks that all share."""
     from core.extension.registry import SLOTS

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import bias_update, sequence_loss
+from reference import Reference, bias_update, sequence_loss
 from torch import Tensor
 
 from core.contracts.context import SequenceContext
@@ -35,7 +35,7 @@ def loss_of(balancer: Any, scores_TE: Tensor, context: SequenceContext | None = 
     context = tiny.context(1, len(scores_TE)) if context is None else context
     wrong_TK = torch.zeros(len(scores_TE), balancer.top_k, dtype=torch.int64)
     routing = Routing.top_k(wrong_TK, scores_TE.gather(1, wrong_TK), scores_TE, scores_TE)
-    result: Tensor = balancer.loss(balancer.observe(routing, context)).sum
+    result: Tensor = balancer.loss(balancer.observe(routing, context))
     return result
 
 
@@ -60,7 +60,7 @@ def scores(count: int = 12, experts: int = 8) -> Tensor:
 def test_A8_exact_bias_update(load: tuple[int, ...], directions: tuple[int, ...]) -> None:
     """Overloaded down, underloaded up, an exact tie with the mean stays; exact in integers (P1)."""
     balancer = bias_of()
-    balancer.on_step_end(torch.tensor(load), tiny.START)
+    balancer.on_step_end(tiny.totals(load), tiny.START)
     assert torch.equal(balancer.bias, torch.tensor(directions) * torch.tensor(0.001))
     expected = bias_update([0.0] * 4, list(load), 0.001)
     torch.testing.assert_close(balancer.bias, torch.tensor(expected), rtol=1e-6, atol=0)
@@ -71,7 +71,7 @@ def test_P1_the_sign_is_right_where_fp32_sums_are_not() -> None:
     balancer = bias_of()
     load_E = torch.tensor([40_000_001, 40_000_000, 40_000_000, 39_999_999])
     for _ in range(3):
-        balancer.on_step_end(load_E, tiny.START)
+        balancer.on_step_end(tiny.totals(load_E), tiny.START)
     step = torch.tensor(0.001)
     assert torch.equal(balancer.bias, torch.stack([-step - step - step, step * 0, step * 0, step + step + step]))
 
@@ -79,7 +79,7 @@ def test_P1_the_sign_is_right_where_fp32_sums_are_not() -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16, torch.float64])
 def test_P1_loads_must_be_int64(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match="int64"):
-        bias_of().on_step_end(torch.tensor([3, 1, 0, 4]).to(dtype), tiny.START)
+        bias_of().on_step_end(tiny.totals(torch.tensor([3, 1, 0, 4]).to(dtype)), tiny.START)
 
 
 def test_the_rate_follows_its_schedule() -> None:
@@ -88,14 +88,14 @@ def test_the_rate_follows_its_schedule() -> None:
     balancer = bias_of(f"{tiny.BALANCE}.0.rate={{start: 0.001, unit: tokens, segments: {segments}}}")
     spread = []
     for tokens in (50, 100, 101, 200):
-        balancer.on_step_end(torch.tensor([3, 1, 0, 4]), Progress(1, tokens, 10, 200))
+        balancer.on_step_end(tiny.totals([3, 1, 0, 4]), Progress(1, tokens, 10, 200))
         spread.append(float(balancer.metrics()["bias_spread"]))
     assert spread == pytest.approx([0.002, 0.004, 0.004, 0.004])
 
 
 def test_P7_a_frozen_bias_stays() -> None:
     balancer = bias_of(f"{tiny.BALANCE}.0.frozen=true")
-    balancer.on_step_end(torch.tensor([3, 1, 0, 4]), tiny.START)
+    balancer.on_step_end(tiny.totals([3, 1, 0, 4]), tiny.START)
     assert not balancer.bias.any()
 
 
@@ -127,7 +127,7 @@ def test_the_bias_brings_an_uneven_router_into_balance() -> None:
     for _ in range(100):
         with torch.no_grad():
             loads.append(ffn(x_BLD, context)[1].load_E)
-        ffn.balancers[0].on_step_end(loads[-1], tiny.START)
+        ffn.balancers[0].on_step_end(tiny.totals(loads[-1]), tiny.START)
     assert loads[0].max() - loads[0].min() > 40
     assert loads[-1].max() - loads[-1].min() < 15
 
@@ -170,7 +170,7 @@ def test_P10_where_shares_follow_choices_the_value_is_never_below_uniform() -> N
             "share_NE": chosen_NE / 2,
             "tokens_N": torch.tensor([12.0], dtype=torch.float64),
         }
-        assert balancer.loss(sums).sum >= 1 - 1e-12
+        assert balancer.loss(sums) >= 1 - 1e-12
 
 
 def test_all_tokens_to_the_same_experts_gives_at_most_experts_over_top_k() -> None:
@@ -253,14 +253,16 @@ def test_P6_padding_counts_nowhere(documents: Tensor | None) -> None:
 @pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [2] * 8 + [3]])])
 @pytest.mark.parametrize("padded", [False, True])
 def test_counts_are_known_from_the_data(documents: Tensor | None, padded: bool) -> None:
-    """`count(context)` equals the count of every layer's loss, the multi-token modules' included."""
+    """`count(context)` is the reference's count of every layer's loss, the multi-token modules' included."""
     valid_BL = torch.tensor([[True] * 8, [True] + [False] * 7]) if padded else None
     context = tiny.context(2, 8, valid_BL=valid_BL, documents_BM=documents)
     model = tiny.build(*tiny.MTP)
+    expected = Reference(model.state_dict(), tiny.settings(tiny.compose())).run(tiny.lines(context)).balance
     terms, inner = tiny.see(model, context).terms, model.contexts(context)
+    assert list(model.expert_layers()) == list(expected)
     for path, ffn in model.expert_layers().items():
         count = ffn.balancers[1].count(inner.get(path, context))
-        assert int(count) == int(terms[f"balance/{path}"].count), path
+        assert int(count) == int(terms[f"balance/{path}"].count) == expected[path][1], path
 
 
 def test_alpha_is_the_coefficient_and_follows_its_schedule() -> None:

@@ -53,7 +53,7 @@ def test_A8_exact_values_of_every_variant(load: str, update: str, unit: str, for
     """From int64 loads; the difference to the mean is formed before anything is rounded (P1)."""
     one = bias_of(update=update, unit=unit, form=form, centre=flag(centre))
     start = 1.0 if form == "multiplicative" else 0.0
-    one.on_step_end(torch.tensor(LOADS[load]), tiny.START)
+    one.on_step_end(tiny.totals(LOADS[load]), tiny.START)
     expected = bias_step([start] * 4, list(LOADS[load]), RATE, update=update, unit=unit, centre=centre)
     torch.testing.assert_close(one.bias, torch.tensor(expected), rtol=2e-7, atol=1e-18)
     assert torch.isfinite(one.bias).all()
@@ -64,7 +64,7 @@ def test_A8_exact_values_of_every_variant(load: str, update: str, unit: str, for
 def test_updates_add_up_over_steps(update: str, unit: str, centre: bool) -> None:
     one, expected = bias_of(update=update, unit=unit, centre=flag(centre)), [0.0] * 4
     for load in ((3, 1, 0, 4), (0, 0, 0, 0), (7, 0, 0, 1), (2, 2, 2, 2)):
-        one.on_step_end(torch.tensor(load), tiny.START)
+        one.on_step_end(tiny.totals(load), tiny.START)
         expected = bias_step(expected, list(load), RATE, update=update, unit=unit, centre=centre)
     torch.testing.assert_close(one.bias, torch.tensor(expected), rtol=1e-6, atol=1e-10)
     assert one.bias.any()
@@ -75,7 +75,7 @@ def test_the_two_units_differ_by_the_number_of_experts() -> None:
     moved = {}
     for unit in ("relative", "fraction"):
         one = bias_of(update="proportional", unit=unit)
-        one.on_step_end(torch.tensor([3, 1, 0, 4]), tiny.START)
+        one.on_step_end(tiny.totals([3, 1, 0, 4]), tiny.START)
         moved[unit] = one.bias
     torch.testing.assert_close(moved["relative"], RATE * torch.tensor([-0.5, 0.5, 1.0, -1.0]))
     torch.testing.assert_close(moved["fraction"], RATE * torch.tensor([-0.125, 0.125, 0.25, -0.25]))
@@ -83,8 +83,8 @@ def test_the_two_units_differ_by_the_number_of_experts() -> None:
 
 def test_the_proportional_update_does_not_depend_on_the_batchs_size() -> None:
     one, larger = (bias_of(update="proportional") for _ in range(2))
-    one.on_step_end(torch.tensor([3, 1, 0, 4]), tiny.START)
-    larger.on_step_end(torch.tensor([3, 1, 0, 4]) * 10**9, tiny.START)
+    one.on_step_end(tiny.totals([3, 1, 0, 4]), tiny.START)
+    larger.on_step_end(tiny.totals(torch.tensor([3, 1, 0, 4]) * 10**9), tiny.START)
     assert torch.equal(one.bias, larger.bias)
 
 
@@ -92,7 +92,7 @@ def test_sign_moves_centred_keep_the_mean() -> None:
     """One overloaded, three underloaded: plain moves drift by half a step, centred ones do not."""
     plain, centred = bias_of(), bias_of(centre="true")
     for one in (plain, centred):
-        one.on_step_end(torch.tensor([0, 0, 0, 8]), tiny.START)
+        one.on_step_end(tiny.totals([0, 0, 0, 8]), tiny.START)
     torch.testing.assert_close(plain.bias.mean(), torch.tensor(RATE / 2), rtol=1e-6, atol=0)
     torch.testing.assert_close(centred.bias, RATE * torch.tensor([0.5, 0.5, 0.5, -1.5]), rtol=1e-6, atol=0)
 
@@ -163,7 +163,7 @@ def test_P1_state_round_trips_and_stays_fp32(keys: dict[str, str]) -> None:
     """Through the state dict and through the model's casts; the values too."""
     one = bias_of(**keys)
     for load in ((3, 1, 0, 4), (5, 1, 1, 1)):
-        one.on_step_end(torch.tensor(load), tiny.START)
+        one.on_step_end(tiny.totals(load), tiny.START)
     other = bias_of(**keys)
     assert not torch.equal(other.bias, one.bias)
     other.load_state_dict(deepcopy(one.state_dict()))
@@ -178,14 +178,14 @@ def test_P1_state_round_trips_and_stays_fp32(keys: dict[str, str]) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.float64])
 def test_P1_loads_must_be_int64(dtype: torch.dtype, keys: dict[str, str]) -> None:
     with pytest.raises(TypeError, match="int64"):
-        bias_of(**keys).on_step_end(torch.tensor([3, 1, 0, 4]).to(dtype), tiny.START)
+        bias_of(**keys).on_step_end(tiny.totals(torch.tensor([3, 1, 0, 4]).to(dtype)), tiny.START)
 
 
 @pytest.mark.parametrize("keys", VARIANTS)
 def test_P7_a_frozen_one_stays(keys: dict[str, str]) -> None:
     one = bias_of(**keys, frozen="true")
     before = one.bias.clone()
-    one.on_step_end(torch.tensor([3, 1, 0, 4]), tiny.START)
+    one.on_step_end(tiny.totals([3, 1, 0, 4]), tiny.START)
     assert torch.equal(one.bias, before)
 
 
@@ -193,7 +193,7 @@ def test_P7_a_frozen_one_stays(keys: dict[str, str]) -> None:
 def test_a_rate_of_zero_stays(keys: dict[str, str]) -> None:
     one = bias_of(**{**keys, "rate": 0.0})
     before = one.bias.clone()
-    one.on_step_end(torch.tensor([3, 1, 0, 4]), tiny.START)
+    one.on_step_end(tiny.totals([3, 1, 0, 4]), tiny.START)
     assert torch.equal(one.bias, before)
 
 
@@ -211,7 +211,7 @@ def test_every_variant_brings_an_uneven_router_into_balance(keys: dict[str, str]
     scores_TE = torch.rand(400, 4, dtype=torch.float64, generator=generator) * 0.6 + torch.tensor([0.3, 0, 0, 0.05])
     loads = [load_of(one, scores_TE)]
     for _ in range(200):
-        one.on_step_end(loads[-1], tiny.START)
+        one.on_step_end(tiny.totals(loads[-1]), tiny.START)
         loads.append(load_of(one, scores_TE))
     mean = Fraction(int(loads[0].sum()), 4)
     assert loads[0].max() > 1.5 * float(mean)

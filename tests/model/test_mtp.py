@@ -48,7 +48,7 @@ def test_A11_depth_k_at_position_i_sees_the_tokens_up_to_i_plus_k(position: int)
 def test_A11_rows_and_targets() -> None:
     """Depth k has L - k rows; its term is the cross-entropy of t_{i+k+1}."""
     model, context = tiny.build(*tiny.MTP), tiny.context(length=LENGTH)
-    terms = model(context).terms
+    terms = tiny.see(model, context).terms
     for k, logits_BLV in enumerate(depth_logits(model, context)[1:], start=1):
         assert logits_BLV.shape == (2, LENGTH - k, tiny.VOCABULARY)
         targets = context.targets_BL[:, k:]
@@ -63,9 +63,13 @@ def test_A12_the_divisor_is_the_main_losss() -> None:
     documents_BM = torch.tensor([[0] * 3 + [1] * 6, [2] * 8 + [3]])
     for given, predicted in (({}, 16), ({"valid_BL": valid_BL}, 11), ({"documents_BM": documents_BM}, 14)):
         context = tiny.context(length=LENGTH, **given)
-        terms, counts = model(context).terms, model.counts(context)
-        assert {int(terms[name].count) for name in counts} == {predicted}
-        assert {name: int(count) for name, count in counts.items()} == {n: int(t.count) for n, t in terms.items()}
+        terms = tiny.see(model, context).terms
+        counts = {name: int(term.count) for name, term in terms.items() if not name.startswith("balance/")}
+        assert counts == {"next_token": predicted, "mtp/depth_1": predicted, "mtp/depth_2": predicted}
+        assert {name: int(count) for name, count in model.heads["mtp"].counts(context).items()} == {
+            "depth_1": predicted,
+            "depth_2": predicted,
+        }
     assert list(counts) == ["next_token", "mtp/depth_1", "mtp/depth_2"]
 
 
@@ -112,7 +116,7 @@ def test_P17_embedding_and_output_are_the_models_own() -> None:
     model = tiny.build(*tiny.MTP)
     vocabulary = [name for name, tensor in model.state_dict().items() if tiny.VOCABULARY in tensor.shape]
     assert vocabulary == ["embedding.weight", "output.weight"]
-    grads = tiny.backward(model, model(tiny.context()).terms["mtp/depth_2"].sum)
+    grads = tiny.backward(model, tiny.see(model, tiny.context()).terms["mtp/depth_2"].sum)
     assert grads["embedding.weight"].any()
     assert grads["output.weight"].any()
 
@@ -123,7 +127,7 @@ def test_P17_the_order_is_embedding_then_hidden() -> None:
     projection = model.get_submodule("heads.mtp.depths.0.projection")
     with torch.no_grad():
         projection.weight[:, 32:] = 0
-    grads = tiny.backward(model, model(tiny.context()).terms["mtp/depth_1"].sum)
+    grads = tiny.backward(model, tiny.see(model, tiny.context()).terms["mtp/depth_1"].sum)
     assert not any(g.any() for name, g in grads.items() if name.startswith(("blocks.", "norm.")))
     assert grads["heads.mtp.depths.0.embedding_norm.weight"].any()
 
@@ -131,7 +135,7 @@ def test_P17_the_order_is_embedding_then_hidden() -> None:
 def test_P4_every_layer_with_experts_is_found_and_has_a_record() -> None:
     """By search: the multi-token modules' too, under the same paths."""
     model = tiny.build(*tiny.MTP)
-    records = model(tiny.context()).records
+    records = model(tiny.context()).expert_records()
     assert list(model.expert_layers()) == list(records)
     assert list(records) == ["blocks.1", "blocks.2", "heads.mtp.depths.0.block", "heads.mtp.depths.1.block"]
     loads = [int(record.load_E.sum()) for record in records.values()]
@@ -176,14 +180,14 @@ def test_acceptance_is_how_often_a_depth_agrees_with_the_main_model() -> None:
     model, context = tiny.build(*tiny.MTP), tiny.context(length=20, valid_BL=valid_BL)
     with torch.no_grad():
         model.output.weight[3:] = 0  # few tokens to choose from, so that chance agreements are many
-    assert model.train()(context).metrics == {}
-    metrics = model.eval()(context).metrics
+    assert all(not head.metrics for head in model.train()(context).heads.values())
+    metrics = model.eval()(context).heads["mtp"].metrics
     best = [logits.argmax(dim=-1) for logits in depth_logits(model, context)]
     for k in (1, 2):
         rows = [(b, i) for b in range(2) for i in range(20 - k) if valid_BL[b, i + k]]
         agree = sum(int(best[k][b, i]) == int(best[0][b, i + k]) for b, i in rows)
-        assert int(metrics[f"mtp/acceptance_{k}"].sum) == agree
-        assert int(metrics[f"mtp/acceptance_{k}"].count) == len(rows) == 35 - 2 * k
+        assert int(metrics[f"acceptance_{k}"].sum) == agree
+        assert int(metrics[f"acceptance_{k}"].count) == len(rows) == 35 - 2 * k
         assert 0 < agree < len(rows)
 
 
@@ -192,8 +196,8 @@ def test_acceptance_is_full_where_the_depth_repeats_the_main_model() -> None:
     model, context = tiny.build(*tiny.MTP).eval(), tiny.context(length=LENGTH)
     with torch.no_grad():
         model.output.weight[:] = 0
-        metrics = model(context).metrics
+        metrics = model(context).heads["mtp"].metrics
     assert {name: int(metric.sum) == int(metric.count) for name, metric in metrics.items()} == {
-        "mtp/acceptance_1": True,
-        "mtp/acceptance_2": True,
+        "acceptance_1": True,
+        "acceptance_2": True,
     }

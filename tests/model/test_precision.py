@@ -52,7 +52,7 @@ def test_P1_the_bias_is_never_cast(precision: str, cast: str) -> None:
     assert {bias.dtype for bias in tiny.biases(model).values()} == {torch.float32}
     tiny.assert_equal(tiny.biases(model), before)
     balancer = tiny.moe(model).balancers[0]
-    balancer.on_step_end(torch.arange(8), tiny.START)
+    balancer.on_step_end(tiny.totals(torch.arange(8)), tiny.START)
     moved = (balancer.bias - before["blocks.1.ffn.balance.0.bias"]).abs()
     torch.testing.assert_close(moved, torch.full((8,), 0.001), rtol=1e-4, atol=0)
 
@@ -127,8 +127,10 @@ def test_P14_under_bf16_the_router_and_the_losses_stay_in_fp32() -> None:
     assert found["blocks.1.ffn.routed"].dtype == torch.bfloat16
     routing = found["blocks.1.ffn.router"]
     assert {t.dtype for t in (routing.logits_TE, routing.scores_TE, routing.gate_A)} == {torch.float32}
-    assert {term.sum.dtype for term in found["losses"].terms.values()} == {torch.float32}
-    for record in found["losses"].records.values():
+    assert {value.dtype for head in found["losses"].heads.values() for value in head.terms.values()} == {torch.float32}
+    records = found["losses"].expert_records()
+    assert len(records) == 4
+    for record in records.values():
         assert record.sums[1]["share_NE"].dtype == torch.float32
         assert record.sums[1]["chosen_NE"].dtype == torch.int64
 
@@ -148,8 +150,8 @@ def test_P14_autocast_reaches_everything_but_router_norms_and_losses() -> None:
     found = traced(build("fp32"), autocast=True)
     assert found["blocks.1.attention.kv_down"].dtype == torch.bfloat16
     assert found["blocks.1.ffn.router"].logits_TE.dtype == torch.float32
-    assert found["losses"].terms["next_token"].sum.dtype == torch.float32
-    assert {record.load_E.dtype for record in found["losses"].records.values()} == {torch.int64}
+    assert found["losses"].heads["next_token"].terms["next_token"].dtype == torch.float32
+    assert {record.load_E.dtype for record in found["losses"].expert_records().values()} == {torch.int64}
 
 
 def test_bf16_losses_are_near_those_of_fp32() -> None:

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from core.contracts.errors import UserError
 from core.contracts.loss_head import HeadOutput
-from core.contracts.record import LossTerm, Record
+from core.contracts.record import MaxMetric, MeanMetric, Record
 from core.contracts.router import Routing
 from core.contracts.schema import Section
 from core.model.block import Block
-from core.model.language_model import LanguageModel
+from core.model.language_model import LanguageModel, Losses
 from plugins.plain_precision.precision import FP64
 
 from . import tiny
@@ -193,12 +193,13 @@ def outputs() -> dict[str, Any]:
     model.blocks[1].register_forward_hook(lambda _, __, output: found.update(block=output))
     model.heads["mtp"].register_forward_hook(lambda _, __, output: found.update(head=output))
     found["losses"] = model(given)
-    found["record"] = found["block"][1]
-    found["term"] = found["losses"].terms["next_token"]
+    found["record"] = found["block"][1]["ffn"]
+    model.eval()(given)
+    found["metric"] = found["head"].metrics["acceptance_1"]
     return found
 
 
-@pytest.mark.parametrize("name", ["routing", "record", "term", "head", "block", "losses"])
+@pytest.mark.parametrize("name", ["routing", "record", "metric", "head", "block", "losses"])
 def test_P36_what_modules_return_is_a_pytree(name: str) -> None:
     """FSDP finds a module's output tensors by flattening: each one, with its graph."""
     value = outputs()[name]
@@ -209,7 +210,9 @@ def test_P36_what_modules_return_is_a_pytree(name: str) -> None:
 
 def test_P36_types_survive_a_round_trip() -> None:
     found = outputs()
-    for name, kind in {"routing": Routing, "record": Record, "term": LossTerm, "head": HeadOutput}.items():
+    found["maximum"] = MaxMetric(torch.ones(()))
+    kinds = {"routing": Routing, "record": Record, "metric": MeanMetric, "maximum": MaxMetric, "head": HeadOutput}
+    for name, kind in {**kinds, "losses": Losses}.items():
         leaves, spec = tree_flatten(found[name])
         assert type(torch.utils._pytree.tree_unflatten(leaves, spec)) is kind
 
@@ -259,7 +262,7 @@ def test_more_positions_than_the_table_holds_are_refused() -> None:
     model.logits(torch.zeros(1, 12, dtype=torch.int64))
     with pytest.raises(UserError, match=r"13 tokens are more than model.rope.max_length = 12"):
         model.logits(torch.zeros(1, 13, dtype=torch.int64))
-    caches = model.new_caches()
+    caches = model.new_caches(1, 13)
     model.decode(torch.zeros(1, 12, dtype=torch.int64), caches)
     with pytest.raises(UserError, match=r"13 tokens"):
         model.decode(torch.zeros(1, 1, dtype=torch.int64), caches)

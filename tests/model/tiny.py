@@ -1,7 +1,7 @@
 """The tiny model of these tests, batches for it, and what it gives beside what the reference gives."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import core
 from core.contracts.context import SequenceContext
-from core.contracts.record import LossTerm
+from core.contracts.record import StepTotals
 from core.contracts.router import Routing
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel, Losses
+from core.model.ledger import Ledger
 from core.recipe.compose import Recipe
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -118,11 +119,28 @@ def settings(recipe: Recipe) -> Settings:
     )
 
 
+def totals(load: Sequence[int] | Tensor) -> StepTotals:
+    """The end of a step with this load and nothing else."""
+    return StepTotals(torch.as_tensor(load))
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss as a sum, and the count of what it is a sum over."""
+
+    sum: Tensor
+    count: Tensor
+
+    def mean(self) -> Tensor:
+        """sum / count; 0 where nothing was counted."""
+        return self.sum / self.count.clamp(min=1)
+
+
 @dataclass(frozen=True)
 class Seen:
     """Every loss term, the heads' and the balancers', and every layer's load."""
 
-    terms: dict[str, LossTerm]
+    terms: dict[str, Term]
     loads: dict[str, Tensor]
 
     def total(self) -> Tensor:
@@ -141,18 +159,20 @@ def weighted(values: dict[str, Tensor]) -> Tensor:
 
 def see(model: LanguageModel, given: SequenceContext) -> Seen:
     """One forward; balance losses are named `balance/<path>`."""
-    return seen(model, model(given))
+    return seen(model, given, model(given))
 
 
-def seen(model: LanguageModel, losses: Losses) -> Seen:
-    """The terms and loads of a forward that was made."""
-    terms = dict(losses.terms)
-    for path, record in losses.records.items():
-        for balancer, sums in zip(moe(model, path).balancers, record.sums, strict=True):
-            loss = balancer.loss(sums)
-            if loss is not None:
-                terms[f"balance/{path}"] = loss
-    return Seen(terms, {path: record.load_E for path, record in losses.records.items()})
+def seen(model: LanguageModel, given: SequenceContext, losses: Losses) -> Seen:
+    """The terms and loads of a forward that was made: sums from the forward, counts from the context alone."""
+    ledger, inner = Ledger.of(model), model.contexts(given)
+    sums = {term: (term.label, term.sum_in(losses)) for term in ledger.heads}
+    for term in ledger.balance:
+        loss = term.balancer.loss(term.observed_in(losses))
+        assert (loss is None) == (term.count(given, inner) is None)
+        if loss is not None:
+            sums[term] = (f"balance/{term.layer}", loss)
+    terms = {name: Term(value, term.count(given, inner)) for term, (name, value) in sums.items()}
+    return Seen(terms, {path: record.load_E for path, record in losses.expert_records().items()})
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import core
 from core.contracts.component import Environment
 from core.contracts.context import SequenceContext
 from core.model.language_model import LanguageModel
+from core.model.ledger import Ledger
 
 from .layers import REGISTRY
 
@@ -45,8 +46,8 @@ def context(batch: int = 4, length: int = 16) -> SequenceContext:
 def backward(of: LanguageModel, given: SequenceContext) -> dict[str, Tensor]:
     """The loss and every gradient."""
     of.zero_grad()
-    losses = of(given)
-    total = torch.stack([term.sum / term.count for term in losses.terms.values()]).sum()
+    losses, terms = of(given), Ledger.of(of).heads
+    total = torch.stack([term.sum_in(losses) / term.count(given, {}) for term in terms]).sum()
     total.backward()
     found = {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
     return {"loss": total.detach(), **found}

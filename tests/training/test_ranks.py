@@ -18,15 +18,19 @@ TWO = "strategy={name: ddp, ranks: 2, accelerator: cpu}"
 EVERY_SCOPE = (
     "precision.name=fp64",
     "model.blocks.moe.ffn.balance=[{name: bias, rate: 0.01}, {name: sequence, alpha: 0.01}, {name: batch, alpha: 0.01},"
-    " {name: micro_batch, alpha: 0.01}, {name: z_loss}]",
+    " {name: micro_batch, alpha: 0.01}, {name: z_loss}, {name: histogram}]",
+    "plugins=[own_parts]",
+    "model.attention={name: watched, heads: 4}",
+    "model.blocks.dense.ffn={name: watched, hidden: 48}",
 )
+"""Losses over all there is, and layers and balancers with losses, tallies and metrics of their own."""
 
 
 @contextmanager
 def started(lab: Lab, run: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """The first of two ranks, which starts the second; none of them is left behind."""
     command = [sys.executable, "-m", "core.fit", str(lab.file), *EVERY_SCOPE, TWO, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "GLOO_SOCKET_IFNAME": "lo"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(
         command, env=environment, cwd=run.parent, text=True, start_new_session=True, **pipes
@@ -57,8 +61,11 @@ def test_P22_two_ranks_reach_the_weights_and_biases_of_one(pair: tuple[Path, Pat
     for name, value in one.items():
         assert two[name].dtype == value.dtype
         torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-9, msg=name)
-        if name.endswith(".bias"):
+        if name.endswith(".bias") or not value.is_floating_point():
             assert torch.equal(two[name], value)
+    counted = [name for name in one if name.endswith((".residues_R", ".counted_EN"))]
+    assert len(counted) == 4 + 2
+    assert all(one[name].any() for name in counted)
 
 
 def test_P22_two_ranks_count_the_same_integers_as_one(pair: tuple[Path, Path, str]) -> None:
@@ -69,6 +76,7 @@ def test_P22_two_ranks_count_the_same_integers_as_one(pair: tuple[Path, Path, st
 
 def test_P22_two_ranks_log_every_row_of_one_once(pair: tuple[Path, Path, str]) -> None:
     one, two = (rows(folder) for folder in pair[:2])
+    assert {"attention/size", "attention/largest", "ffn/size", "loss/ffn/energy"} <= one[0].keys()
     assert [row.keys() for row in two] == [row.keys() for row in one]
     for mine, other in zip(one, two, strict=True):
         for column, value in mine.items():
@@ -97,7 +105,7 @@ def test_P22_two_ranks_draw_and_drop_as_one_does(lab: Lab, tmp_path: Path) -> No
         "budget.steps=3",
     )
     alone, both = tmp_path / "alone", tmp_path / "both"
-    lab.fit(alone, "precision.name=fp64", *gshard)
+    lab.fit(alone, *EVERY_SCOPE, *gshard)
     with started(lab, both, *gshard, "--out", str(both)) as process:
         _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err

@@ -142,7 +142,7 @@ def test_max_vio_global_is_that_of_the_whole_validation_split(
     (batch,) = data.val_dataloader()
     with torch.no_grad():
         context = SequenceContext.of(batch.tokens_BL, targets_BL=batch.targets_BL, valid_BL=batch.valid_BL)
-        records = model(context).records
+        records = model(context).expert_records()
     of_layers = []
     for path in MOE:
         load = records[path].load_E.tolist()

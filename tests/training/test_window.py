@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.assemble import build
 from core.data.batch import Batch
+from core.model.ledger import Ledger
 from core.training.module import TrainingModule
 
 FP64 = ("precision.name=fp64", "gradient_clip=null")
@@ -124,12 +125,14 @@ def test_P24_the_loss_is_a_mean_over_the_windows_tokens_and_not_a_mean_of_means(
     window = [padded([16, 16], seed=1), padded([2, 1], seed=2)]
     module = lab.train(*FP64, windows=[window])
     fresh = build(lab.recipe(*FP64))
-    sums, means = [], []
+    (term, *_), sums, means = Ledger.of(fresh).heads, [], []
+    assert term.label == "next_token"
     with torch.no_grad():
         for batch in window:
-            term = fresh(module.context(batch)).terms["next_token"]
-            sums.append((float(term.sum), int(term.count)))
-            means.append(float(term.mean()))
+            context = module.context(batch)
+            value = float(term.sum_in(fresh(context)))
+            sums.append((value, int(term.count(context, fresh.contexts(context)))))
+            means.append(value / sums[-1][1])
     assert [count for _, count in sums] == [32, 3]
     expected = sum(total for total, _ in sums) / 35
     assert float(module.step_values["loss/next_token"]) == pytest.approx(expected, rel=1e-12)
