@@ -320,7 +320,11 @@ def _component_metrics(seen: WindowTotals) -> dict[str, Tensor]:
     for (path, name), metrics in seen.metrics.items():
         for metric_name, metric in metrics.items():
             label = head_label(name, metric_name) if path == HEADS else f"{name}/{metric_name}"
-            found[label] = found[label].merge(metric) if label in found else metric  # type: ignore[arg-type]
+            before = found.setdefault(label, metric)
+            if type(before) is not type(metric):
+                raise TypeError(f"layers report the metric {label} by different reductions")
+            if before is not metric:
+                found[label] = before.merge(metric)  # type: ignore[arg-type]
     return {label: metric.value() for label, metric in found.items()}
 
 

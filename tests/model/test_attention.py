@@ -55,7 +55,7 @@ def test_A2_interleaved_scores_equal_half_layout_scores_with_permuted_weights() 
     half_q, half_k = (w.view(4, 2, DIM).transpose(0, 1).reshape(8, DIM) for w in (wq, wk))
     for p, q in ((0, 0), (5, 2), (1000, 37)):
         turned = [
-            rotate(v.view(1, 1, 1, 8), Rope(1e4, 4096), torch.tensor([at])) for v, at in ((wq @ x, p), (wk @ y, q))
+            rotate(v.view(1, 1, 1, 8), Rope(1e4, 4096), torch.tensor([[at]])) for v, at in ((wq @ x, p), (wk @ y, q))
         ]
         halves = half_layout(half_q @ x, p) @ half_layout(half_k @ y, q)
         torch.testing.assert_close((turned[0] * turned[1]).sum(), halves, rtol=1e-12, atol=1e-12)
@@ -65,7 +65,9 @@ def test_A2_interleaved_scores_equal_half_layout_scores_with_permuted_weights() 
 def test_rotated_scores_depend_on_the_distance_only() -> None:
     x, y = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scores = [
-        (rotate(x, Rope(1e4, 4096), torch.tensor([7 + s])) * rotate(y, Rope(1e4, 4096), torch.tensor([3 + s]))).sum()
+        (
+            rotate(x, Rope(1e4, 4096), torch.tensor([[7 + s]])) * rotate(y, Rope(1e4, 4096), torch.tensor([[3 + s]]))
+        ).sum()
         for s in (0, 1, 500)
     ]
     assert max(scores) - min(scores) < 1e-12

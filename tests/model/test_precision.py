@@ -182,11 +182,11 @@ def test_P45_the_epsilon_is_inside_the_root() -> None:
 def test_P45_rotations_keep_fp64_and_return_the_format_they_got() -> None:
     rope, positions = Rope(1e4, 4096), torch.arange(100, 105)
     x = torch.randn(1, 5, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    wide = rotate(x, rope, positions)
+    wide = rotate(x, rope, positions[None])
     assert wide.dtype == torch.float64
     torch.testing.assert_close(wide.norm(dim=-1), x.norm(dim=-1), rtol=1e-14, atol=0)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
-        narrow = rotate(x.to(dtype), rope, positions)
+        narrow = rotate(x.to(dtype), rope, positions[None])
         assert narrow.dtype == dtype
         torch.testing.assert_close(narrow.double(), wide, rtol=tolerance, atol=4 * tolerance)
 

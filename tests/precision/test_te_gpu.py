@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.assemble import build, make
 from core.contracts.component import Environment
+from core.model.parameters import named_parameters
 from core.training.callbacks import KeepLatest
 from plugins.te_fp8.engine import SCALINGS, obstacle
 
@@ -166,6 +167,6 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     recipe = lab.recipe(*SIXTEENS)
     model, kept = build(recipe), last_checkpoint(tmp_path / "whole")["optimizer_states"][0]
-    optimizer = make(recipe.optimizer).make(model.named_parameters())
+    optimizer = make(recipe.optimizer).make(named_parameters(model))
     optimizer.load_state_dict(kept)
     assert_same(optimizer.state_dict()["state"], kept["state"])

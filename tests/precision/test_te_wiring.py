@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.assemble import build, make
 from core.contracts.precision import Precision
+from core.model.parameters import named_parameters
 from core.numerics.padded import PaddedGroups
 from plugins.te_fp8.engine import SCALINGS
 from plugins.te_fp8.layers import Recipe
@@ -297,7 +298,7 @@ def test_checkpoints_go_both_ways_with_optimizer_state(
     model = build(recipe)
     saved = {name.removeprefix("model."): value for name, value in written["state_dict"].items()}
     model.load_state_dict(saved)
-    optimizer = make(recipe.optimizer).make(model.named_parameters())
+    optimizer = make(recipe.optimizer).make(named_parameters(model))
     optimizer.load_state_dict(written["optimizer_states"][0])
     held, right = flat(optimizer.state_dict()["state"]), flat(written["optimizer_states"][0]["state"])
     assert held.keys() == right.keys()

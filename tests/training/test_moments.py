@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from core.assemble import build, make
 from core.contracts.errors import UserError
+from core.contracts.training import NamedParameter
+from core.model.parameters import kind_of, named_parameters
 from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.folder import RunFolder
 
@@ -50,7 +52,9 @@ def test_the_reference_rounds_as_bf16_does() -> None:
 
 def optimizer_of(lab: Lab, parameters: dict[str, nn.Parameter], *overrides: str) -> torch.optim.Optimizer:
     """The small recipe's, with one rate for all steps."""
-    optimizer = make(lab.recipe(*overrides).optimizer).make(parameters.items())
+    optimizer = make(lab.recipe(*overrides).optimizer).make(
+        [NamedParameter(n, p, "", kind_of(p.ndim, "")) for n, p in parameters.items()]
+    )
     for group in optimizer.param_groups:
         group["lr"] = RATE
     return optimizer
@@ -217,7 +221,7 @@ def test_the_option_belongs_to_the_run(lab: Lab, finished: Path) -> None:
 def test_describe_counts_the_bytes_that_the_moments_take(lab: Lab, overrides: tuple[str, ...], each: int) -> None:
     recipe = lab.recipe(*overrides)
     model = build(recipe)
-    optimizer = make(recipe.optimizer).make(model.named_parameters())
+    optimizer = make(recipe.optimizer).make(named_parameters(model))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -119,7 +119,7 @@ def test_mtp_acceptance_by_hand(lab: Lab, finished: Path, summary: dict[str, Any
 
     model.output.forward = listen  # type: ignore[method-assign]
     for batch in data.val_dataloader():
-        tokens_BL, targets_BL, valid_BL, _ = batch
+        tokens_BL, targets_BL, valid_BL, *_ = batch
         context = SequenceContext.of(tokens_BL, targets_BL=targets_BL, valid_BL=valid_BL)
         with torch.no_grad():
             hidden_BLD, _ = model.hidden(context)
@@ -199,6 +199,7 @@ def test_P27_provenance_names_everything_that_shaped_the_run(
     assert found["lightning_callback_factories"] == ["spy = somebody.elses:callbacks"]
     named = {(c["slot"], c["name"]) for c in found["components"]}
     assert {
+        ("residual", "add"),
         *(("attention", "mla"), ("ffn", "swiglu"), ("ffn", "moe"), ("router", "deepseek_v3")),
         *(("balancer", "bias"), ("balancer", "sequence"), ("loss_head", "next_token"), ("loss_head", "mtp")),
         *(("dispatcher", "local"), ("precision", "fp32"), ("corpus", "files"), ("optimizer", "adamw")),

@@ -39,7 +39,7 @@ def padded(lengths: Sequence[int], seed: int = 0) -> Batch:
 
 def cut(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     """The same sequences as several micro-batches."""
-    parts = [part.split(list(sizes)) for part in batch]
+    parts = [part.split(list(sizes)) for part in batch if part is not None]
     return [Batch(*pieces) for pieces in zip(*parts, strict=True)]
 
 
