@@ -26,7 +26,7 @@ FREE_KEYS = (
 CORE = {
     "modl.dim=3": f"{{o}}: modl: unknown key; did you mean model? known: {ALL_KEYS}",
     "model.dims=3": "{o}: model.dims: unknown key; did you mean dim? "
-    "known: attention, blocks, dim, heads, init, norm_eps, rope, tied_embedding",
+    "known: attention, blocks, dim, heads, init, norm_eps, residual, rope, ropes, tied_embedding",
     "model.blocks.moe.cuont=1": "{o}: model.blocks.moe.cuont: unknown key; did you mean count? "
     "known: attention, count, ffn",
     "seed=one": "{o}: seed = 'one': must be a whole number",

@@ -120,6 +120,7 @@ def test_sections_are_every_component_with_its_children_in_order(base: Path) -> 
         ("balancer", "bias"),
         ("balancer", "sequence"),
         ("dispatcher", "local"),
+        ("residual", "add"),
         ("loss_head", "next_token"),
         ("precision", "fp32"),
         ("corpus", "files"),
