@@ -17,7 +17,7 @@ test:
 	pytest
 
 full:
-	pytest -m full
+	pytest -n 0 -m full
 
 reference:
 	python -m core.authoring.reference docs/reference

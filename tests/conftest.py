@@ -1,11 +1,14 @@
 """The tiers of the tests; a small recipe and one finished run of it, which many tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from tiers import is_full
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tensors are small, and tests share the cores
 
 if TYPE_CHECKING:
     from lab import Lab

@@ -26,9 +26,11 @@ FULL = {
     "interop/test_parity_mtp.py": "needs transformers",
     "interop/test_parity_trained.py": "needs transformers",
     "interop/test_resume.py": "kills conversions",
+    "interop/test_trained.py": "trains and converts runs there and back",
     "precision/test_benchmark.py": "times whole steps of every precision",
     "precision/test_native_kernels.py": "needs Triton",
     "report/test_browser.py": "needs Chromium",
+    "report/test_page.py": "writes a page of 30 runs of 5,000 steps",
     "repository/test_tutorial.py": "starts processes",
     "study/test_processes.py": "starts and kills processes",
     "study/test_ray.py": "needs Ray",
@@ -46,7 +48,16 @@ def is_full(file: Path) -> bool:
     return any(str(part) in FULL for part in (place, *place.parents))
 
 
-def first_by_default(values: Iterable[Any], *, keep: int = 1) -> list[Any]:
-    """The values of one parameter, of which only the first few are in the default tier."""
+def first_by_default(values: Iterable[Any], *, keep: int = 1, several: bool = False) -> list[Any]:
+    """The values of a parameter, of which only the first few are in the default tier.
+
+    Args:
+        values: of one parameter, or tuples for several.
+        keep: how many are in the default tier.
+        several: whether the values are tuples for several parameters.
+    """
     marks = ((), (pytest.mark.full,))
-    return [pytest.param(value, marks=marks[index >= keep]) for index, value in enumerate(values)]
+    return [
+        pytest.param(*(value if several else (value,)), marks=marks[index >= keep])
+        for index, value in enumerate(values)
+    ]

@@ -19,7 +19,11 @@ BALANCED = (f"{FFN}.router={{name: hash, map: balanced}}", f"{FFN}.balance=[]")
 QUICK = ("budget.steps=2",)
 
 
-@pytest.mark.parametrize(("overrides", "words"), [(EXPERT_CHOICE, "is not causal"), (FORCED, "say nothing about")])
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    first_by_default([(EXPERT_CHOICE, "is not causal"), (FORCED, "say nothing about")], several=True),
+)
 def test_a_notice_is_told_at_every_door_and_kept(
     lab: Lab, tmp_path: Path, overrides: tuple[str, ...], words: str
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from lab import Lab
+from tiers import first_by_default
 
 import core
 from core.contracts.errors import UserError
@@ -40,7 +41,7 @@ def convert(lab: Lab, *arguments: str | Path) -> str:
     return said.err
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", first_by_default(SOURCES, keep=4))
 def test_what_goes_in_comes_out(lab: Lab, tmp_path: Path, name: str) -> None:
     """Names, formats, bits, files and the meaning of config.json."""
     config, layout, files = SOURCES[name]

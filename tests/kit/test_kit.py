@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from broken_plugins import BROKEN
+from tiers import first_by_default
 
 from core.extension.loader import find_plugins, load_plugins
 from core.testing.clauses import CHECKS, BrokenClauseError, NotApplicable
@@ -27,7 +28,7 @@ def test_our_own_plugins_keep_their_contracts(case: Case) -> None:
         pytest.skip(str(why))
 
 
-@pytest.mark.parametrize("case", cases("own_parts"), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", first_by_default(cases("own_parts"), keep=0), ids=lambda case: case.name)
 def test_parts_with_losses_tallies_and_metrics_of_their_own_keep_their_contracts(case: Case) -> None:
     """An attention and a dense layer that return records, and a balancer that reads its tallies."""
     try:
@@ -55,7 +56,7 @@ def test_where_a_clause_is_written_there_is_something() -> None:
             assert not name or name in text, f"{check.name}: {place}"
 
 
-@pytest.mark.parametrize(("slot", "name"), BROKEN)
+@pytest.mark.parametrize(("slot", "name"), first_by_default(BROKEN, keep=8, several=True))
 def test_a_broken_plugin_fails_exactly_its_check(slot: str, name: str) -> None:
     failed = {}
     for case in cases("broken_plugins"):

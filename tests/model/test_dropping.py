@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import routing_reference as reference
 import torch
+from tiers import first_by_default
 from torch import Tensor
 
 from core.contracts.context import SequenceContext
@@ -310,7 +311,7 @@ def changed(ffn: Any, seed: int) -> tuple[Tensor, int]:
     return ((first - second).abs() > 1e-9).any(dim=-1), int(record.dropped)  # the order of a sum moves the last bits
 
 
-@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("name", first_by_default(SEEN, keep=6))
 def test_the_declared_causality_is_what_happens(name: str) -> None:
     """A later token moves earlier outputs of its sequence iff not causal; another sequence's iff batch dependent."""
     budget = (f"{tiny.FFN}.token_dropping={{devices: 4}}",) if name.endswith("budget") else ()

@@ -70,7 +70,7 @@ def near(own: Tensor, exact: Tensor, size: Tensor) -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("sizes", first_by_default(PLAIN, keep=2), ids=str)
+@pytest.mark.parametrize("sizes", first_by_default(PLAIN), ids=str)
 def test_the_products_of_a_plain_layer(setting: str, sizes: tuple[int, int, int]) -> None:
     keys, how = SETTINGS[setting]
     rows, inputs, outputs = sizes
@@ -84,7 +84,7 @@ def test_the_products_of_a_plain_layer(setting: str, sizes: tuple[int, int, int]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("ends", first_by_default(ENDS, keep=2), ids=str)
+@pytest.mark.parametrize("ends", first_by_default(ENDS), ids=str)
 def test_the_products_of_a_grouped_layer(setting: str, ends: Sequence[int]) -> None:
     """Empty experts, ragged ones, and rows that belong to nobody: they come out as 0 and set no scale."""
     keys, how = SETTINGS[setting]

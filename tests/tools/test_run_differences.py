@@ -1,5 +1,6 @@
 """Two run folders are the same, or the comparison names what differs: one bit of a weight, one digit of a metric."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -37,6 +38,17 @@ def change_text(file: Path, old: str, new: str) -> None:
     text = file.read_text(encoding="utf-8")
     assert old in text
     file.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def change_column(folder: Path, name: str) -> None:
+    """Put another number into every cell of a column of metrics.csv."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        table = list(reader)
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows({**row, name: "1.5"} for row in table)
 
 
 def change_cell(folder: Path) -> None:
@@ -96,16 +108,12 @@ def test_what_differs_is_named(name: str, finished: Path, twin: Path) -> None:
 
 
 def test_columns_of_the_clock_and_new_keys_with_defaults_are_no_difference(finished: Path, twin: Path) -> None:
-    lines = (twin / "metrics.csv").read_text().splitlines()
-    place = lines[0].split(",").index("tokens_per_second")
-    cells = lines[2].split(",")
-    cells[place] = "1.0"
-    (twin / "metrics.csv").write_text("\n".join([*lines[:2], ",".join(cells), *lines[3:]]) + "\n")
+    change_column(twin, "tokens_per_second")
     recipe = yaml.safe_load((twin / "recipe.yaml").read_text())
-    recipe["model"]["residual"] = {"name": "add"}
+    recipe["model"]["new_part"] = {"name": "as_before"}
     (twin / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert differences(finished, twin) == []
-    assert differences(twin, finished) == ["recipe.yaml: model.residual.name is 'add' and 'missing'"]
+    assert differences(twin, finished) == ["recipe.yaml: model.new_part.name is 'as_before' and 'missing'"]
 
 
 def test_a_missing_row_a_column_and_a_dtype_are_differences(finished: Path, twin: Path) -> None:

@@ -12,6 +12,7 @@ from lab import MOE, Lab
 from own_parts import BINS, RESIDUES
 from test_guard import Poison
 from test_window import FP64, assert_close, cut, padded
+from tiers import first_by_default
 from torch import Tensor
 
 from core.analysis.budget import plan_of
@@ -277,7 +278,7 @@ def test_P9_a_layers_own_loss_is_in_the_objective_over_the_windows_count(lab: La
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("sizes", SPLITS)
+@pytest.mark.parametrize("sizes", first_by_default(SPLITS, keep=2))
 def test_P9_its_gradient_does_not_depend_on_splits_or_recomputation(
     lab: Lab, sizes: tuple[int, ...], recompute: bool
 ) -> None:
@@ -290,7 +291,7 @@ def test_P9_its_gradient_does_not_depend_on_splits_or_recomputation(
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("sizes", SPLITS)
+@pytest.mark.parametrize("sizes", first_by_default(SPLITS, keep=2))
 def test_P2_its_tally_and_metrics_arrive_as_totals_of_the_window_once(
     lab: Lab, sizes: tuple[int, ...], recompute: bool
 ) -> None:
@@ -395,7 +396,7 @@ def affinities(lab: Lab) -> dict[str, list[list[int]]]:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("sizes", SPLITS)
+@pytest.mark.parametrize("sizes", first_by_default(SPLITS, keep=2))
 def test_P2_a_balancers_tally_is_the_same_integers_however_a_window_is_read(
     lab: Lab, affinities: dict[str, list[list[int]]], sizes: tuple[int, ...], recompute: bool
 ) -> None:
