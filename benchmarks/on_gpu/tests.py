@@ -33,7 +33,8 @@ def start(folder: Path) -> Process:
     """pytest over the files that need a GPU."""
     files = [f"tests/{name}" for name in TESTS]
     report = ["-q", "-rfEs", "-p", "no:cacheprovider", f"--junitxml={folder.resolve() / 'tests.xml'}"]
-    return Process.start(["-m", "pytest", *report, *files], folder / "tests.log", threads=2)
+    tiers = ["-n", "0", "-m", "full or not full"]
+    return Process.start(["-m", "pytest", *tiers, *report, *files], folder / "tests.log", threads=2)
 
 
 def told(process: Process, folder: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ grouped = pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 def test_interpreted() -> None:
     """All of this file with Triton's interpreter on CPUs."""
     hidden = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "full", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         command, env=hidden, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
     )
