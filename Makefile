@@ -17,7 +17,7 @@ test:
 	pytest
 
 full:
-	pytest -n 0 -m full
+	pytest -m full
 
 reference:
 	python -m core.authoring.reference docs/reference
