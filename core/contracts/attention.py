@@ -17,7 +17,8 @@ class Cache(ABC):
     """What one attention layer keeps of the tokens it has seen, row by row of a batch.
 
     Buffers are allocated once, for `capacity` tokens of each row; `lengths` says which part of them is valid. Rows
-    may have different lengths. Nothing is differentiated through a cache.
+    may have different lengths. Nothing is differentiated through a cache. What `append` returns grows with the longest
+    row; a decoding step of constant shapes, as CUDA graphs need it, is not in this version.
 
     Class attributes:
         truncates: whether `truncate` can be called; a cache that compresses closed windows, for example, cannot.

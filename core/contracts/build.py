@@ -99,6 +99,9 @@ class BuildContext:
         if name not in self.ropes:
             known = nearest(name, self.ropes) if self.ropes else "it is empty"
             raise UserError(f"model.ropes has no {name!r}; {known}")
+        if self.ropes[name].max_length < self.rope.max_length:
+            why = f"must be at least model.rope.max_length = {self.rope.max_length}"
+            raise UserError(f"model.ropes.{name}.max_length = {self.ropes[name].max_length}: {why}")
         return self.ropes[name]
 
     def linear(self, inputs: int, outputs: int, role: str, *, residual: bool = False) -> nn.Module:

@@ -47,7 +47,7 @@ class OptimizerFactory(Component, ABC):
 
     Class attributes:
         needs_whole_matrices: whether an update reads whole matrices (Muon, for example), so that a strategy that shards
-            them has to gather them or to refuse.
+            them has to gather them or to refuse; no strategy of this version does.
     """
 
     needs_whole_matrices: ClassVar[bool] = False
@@ -78,7 +78,8 @@ class StrategyFactory(Component, ABC):
         """Share out the weights of a model that stands on the meta device with its whole shapes.
 
         Weights are drawn afterwards, by address: each rank draws only the matrices of a stack that it owns. No
-        parameter is renamed. The default leaves the model whole.
+        parameter is renamed. The default leaves the model whole. `core.assemble.build(parallelize=...)` calls it; `fit`
+        refuses a strategy that defines it until a whole step over shared weights is built.
 
         Args:
             model: a language model.

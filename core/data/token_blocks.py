@@ -39,7 +39,7 @@ def prepare_tokens(corpus: TokenCorpus, vocab: int) -> Prepared:
         digest.update(len(part).to_bytes(8, "little") + part)
     folder = cache.cache_folder() / digest.hexdigest()
     if not cache.intact(folder):
-        _build(folder, corpus, tokenizer, vocab)
+        _build(folder, corpus, tokenizer, vocab, found)
     return Prepared(
         tokenizer=Tokenizer.load(folder / "tokenizer.json"),
         train=_open(folder, "train", found["train"]),
@@ -83,12 +83,15 @@ def _arrays(block: TokenBlock, vocab: int, name: str) -> tuple[NDArray[np.int64]
     return tokens, learned
 
 
-def _build(folder: Path, corpus: TokenCorpus, tokenizer: str, vocab: int) -> None:
+def _build(folder: Path, corpus: TokenCorpus, tokenizer: str, vocab: int, expected: dict[Split, "_Survey"]) -> None:
     width = np.uint16 if vocab <= 1 << 16 else np.uint32
     files: dict[str, cache.Writer] = {"tokenizer.json": lambda stream: stream.write(tokenizer.encode())}
     for split in get_args(Split):
         pieces, masks, sources = [np.empty(0, width)], [np.empty(0, bool)], []
-        for index, block in enumerate(corpus.blocks(split)):
+        blocks = list(corpus.blocks(split))
+        if _survey(blocks, vocab, split).digest.digest() != expected[split].digest.digest():
+            raise UserError(f"the corpus's {split} blocks differ between two readings; they must come in one order")
+        for index, block in enumerate(blocks):
             tokens, learned = _arrays(block, vocab, f"{split} block {index}")
             pieces.append(tokens.astype(width))
             masks.append(learned)

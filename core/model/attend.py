@@ -31,7 +31,7 @@ class TensorCache(Cache):
 
     def __init__(self, rows: int, capacity: int, device: torch.device | None = None) -> None:
         self.capacity = capacity
-        self.device = torch.device("cpu") if device is None else device
+        self.device = torch.get_default_device() if device is None else device
         self._lengths = [0] * rows
         self._buffers: tuple[Tensor, ...] = ()
 

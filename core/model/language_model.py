@@ -132,6 +132,15 @@ class LanguageModel(nn.Module):
         self.output = output
         self.heads = nn.ModuleDict(heads)
         self.max_length = max_length
+        self._check_reads()
+
+    def _check_reads(self) -> None:
+        """Raise `UserError` for a head that reads the state after a block that there is not."""
+        last = len(self.blocks) - 1
+        for name, head in self.loss_heads():
+            for index in head.reads_blocks:
+                if not 0 <= index <= last:
+                    raise UserError(f"model.heads.{name} reads block {index}; there are blocks 0 to {last}")
 
     def hidden(
         self, context: SequenceContext, caches: list[Cache] | None = None

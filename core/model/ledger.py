@@ -162,6 +162,8 @@ class Ledger:
                 balance.append(BalanceTerm(f"balance/{balancer.label}", path, balancer, index))
         layers = []
         for path, part, component in model.block_layers():
+            if part not in ("attention", "ffn") and _names(component):
+                raise TypeError(f"{path}.{part} is inside of another layer, so no record of its losses reaches a block")
             for term in _names(component):
                 layers.append(LayerTerm(f"{part}/{term}", path, component, part, term))
         return cls(tuple(heads), tuple(balance), tuple(layers))

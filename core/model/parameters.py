@@ -10,9 +10,13 @@ from core.contracts.training import Kind, NamedParameter
 
 def named_parameters(model: nn.Module) -> list[NamedParameter]:
     """Every weight of a model once, in the order of its modules."""
-    found = []
+    found: list[NamedParameter] = []
+    known: set[int] = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in known:  # a weight that two modules share has the name of the first
+                continue
+            known.add(id(parameter))
             role = getattr(module, "role", "")
             full_name = f"{path}.{name}" if path else name
             found.append(NamedParameter(full_name, parameter, role, kind_of(parameter.ndim, role)))

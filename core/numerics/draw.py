@@ -21,7 +21,7 @@ def address(seed: int, name: str) -> int:
 def draw_normal(weight: Tensor, std: float, *, seed: int | None = None) -> None:
     """Fill a weight from N(0, std), drawn in fp32 so that every number format starts from the same model.
 
-    Of a weight that is shared out over ranks, each rank keeps its own part of the same numbers.
+    Of a weight that is shared out over ranks, each rank draws all numbers and keeps its own part of them.
 
     Args:
         weight: any shape; nothing is done on the meta device.
@@ -53,7 +53,7 @@ def draw_stack(weight: Tensor, std: float) -> None:
     own: Tensor = weight
     indices: Iterable[int] = range(len(weight))
     if isinstance(weight, DTensor):
-        assert all(placement.is_shard(0) for placement in weight.placements), weight.placements
+        assert all(p.is_shard(0) or p.is_replicate() for p in weight.placements), weight.placements
         own, indices = weight.to_local(), own_part(torch.arange(len(weight)), weight).tolist()
     for index, matrix in zip(indices, own.detach(), strict=True):
         draw_normal(matrix, std, seed=address(seed, str(index)))

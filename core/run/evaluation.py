@@ -8,6 +8,7 @@ import torch
 
 from core.analysis.budget import plan_of
 from core.assemble import make
+from core.contracts.corpus import TokenCorpus
 from core.contracts.errors import UserError
 from core.data.baseline import xz_bits_per_byte
 from core.data.documents import read_split
@@ -40,8 +41,12 @@ def evaluate(checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] =
     data = text_data(recipe, plan_of(recipe))
     data.prepare()
     check_data(folder, data.fingerprint)
+    corpus = make(recipe.data.corpus)
     if not data.validation_documents:
-        raise UserError(f"{checkpoint}: the corpus has no validation split (fewer than 11 documents)")
+        why = "" if isinstance(corpus, TokenCorpus) else " (fewer than 11 documents)"
+        raise UserError(f"{checkpoint}: the corpus has no validation split{why}")
+    if xz and isinstance(corpus, TokenCorpus):
+        raise UserError(f"--xz: corpus {recipe.data.corpus.name} brings tokens, and xz needs text")
     module = TrainingModule(
         load(checkpoint),
         plan=data.plan,
@@ -57,7 +62,7 @@ def evaluate(checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] =
     values: dict[str, Any] = {"checkpoint": checkpoint.name, **module.validation.compute()}
     values["notices"] = recipe.notices()
     if xz:
-        split = read_split(make(recipe.data.corpus))
+        split = read_split(corpus)
         train, validation = (b"".join(d.data for d in part) for part in (split.train, split.validation))
         values["xz_bits_per_byte"] = xz_bits_per_byte(train, validation)
     return finite(values)

@@ -13,6 +13,7 @@ from core.analysis.describe import obstacles
 from core.analysis.size import Size, size_of
 from core.assemble import build, compile_parts, make
 from core.contracts.errors import Interrupted, RunFailed, UserError
+from core.contracts.training import StrategyFactory
 from core.data.module import TextData
 from core.data.tokenizer import Tokenizer
 from core.model.sampling import sample
@@ -66,6 +67,13 @@ def fit(
         raise
 
 
+def _check_whole(recipe: Recipe) -> None:
+    """Raise `UserError` for a strategy that shares out weights: a step over shared weights is not built yet."""
+    if recipe.strategy.component.parallelize is not StrategyFactory.parallelize:
+        why = "shares out weights, which core.assemble.build can and a whole training run cannot yet"
+        raise UserError(f"{recipe.source}: strategy.name = {recipe.strategy.name}: {why}")
+
+
 def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
     """One of several ranks, all but the first: it trains along, and leaves files and words to the first."""
     try:
@@ -81,6 +89,7 @@ def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[
     plan = plan_of(recipe)
     data = text_data(recipe, plan)
     data.prepare()
+    _check_whole(recipe)
     model = build(recipe, token_counts=data.token_counts)
     size = size_of(model)
     if recipe.compile:

@@ -192,6 +192,7 @@ def records_count_what_is_there(subject: Subject) -> None:
     module, given = perturbed(subject.made()), bench.padded([8, 3, 0])
     x_BLD = bench.states(given)
     found = module(x_BLD, given)
+    hold(isinstance(found, tuple) or not module.counts(given), "counts without a record that holds the losses")
     spare(isinstance(found, tuple), "no record")
     hold(set(found[1].terms) == set(module.counts(given)), "terms and counts have other names")
     hold(all(t.dtype == torch.int64 for t in found[1].tallies.values()), "a tally is not int64")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from core.contracts.context import SequenceContext
-from core.contracts.loss_head import HeadOutput, Shared
+from core.contracts.loss_head import HeadOutput, LossHead, Shared
 from core.contracts.record import Record, StepTotals
 from core.contracts.schema import REQUIRED
 from core.extension.registry import SLOTS
@@ -147,7 +147,7 @@ def end_step(slot: str, module: Any, load: list[int]) -> None:
     if not hasattr(module, "on_step_end"):
         return
     training, load_E = module.training, torch.tensor(load)
-    arguments = call_arguments(slot, bench.padded([8, 5, 8]), torch.float64)
+    arguments = call_arguments(slot, module, bench.padded([8, 5, 8]), torch.float64)
     if slot == "balancer":
         totals = StepTotals(load_E, module.tally(*arguments))
     else:
@@ -200,7 +200,7 @@ def formats_are_followed(subject: Subject) -> None:
             hold(rounded.dtype == torch.float32, f"an fp32 model gives {rounded.dtype}")
             hold(distance(rounded.double(), exact) < 1e-3, "fp32 and fp64 disagree by more than rounding")
     slot = subject.entry.slot
-    nudged = call(slot, wide, *call_arguments(slot, bench.padded([8, 5, 8]), torch.float64, nudge=1e-11))
+    nudged = call(slot, wide, *call_arguments(slot, wide, bench.padded([8, 5, 8]), torch.float64, nudge=1e-11))
     floating = [(a, b) for a, b in zip(results(subject, wide), nudged, strict=True) if a.is_floating_point()]
     moved = not floating or any(not torch.equal(a, b) for a, b in floating)
     fixed = slot == "router" and "learned" not in subject.capabilities
@@ -216,7 +216,7 @@ def compiles_as_declared(subject: Subject) -> None:
     """With the eager backend: what is traced, not what is generated."""
     spare(subject.component.traceable_of(subject.config), "declared not to be traceable")
     module = perturbed(subject.made())
-    arguments = call_arguments(subject.entry.slot, bench.padded([8, 5, 8]), torch.float64)
+    arguments = call_arguments(subject.entry.slot, module, bench.padded([8, 5, 8]), torch.float64)
     expected = call(subject.entry.slot, module, *arguments)
     torch._dynamo.reset()
     compiled = torch.compile(partial(call, subject.entry.slot, module), backend="eager", fullgraph=True)
@@ -231,16 +231,18 @@ def compiles_as_declared(subject: Subject) -> None:
 def results(subject: Subject, module: Any, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Every tensor that a forward of the slot's kind returns, for one fixed micro-batch."""
     slot = subject.entry.slot
-    return call(slot, module, *call_arguments(slot, bench.padded([8, 5, 8]), dtype))
+    return call(slot, module, *call_arguments(slot, module, bench.padded([8, 5, 8]), dtype))
 
 
-def call_arguments(slot: str, given: SequenceContext, dtype: torch.dtype, nudge: float = 0.0) -> tuple[Any, ...]:
+def call_arguments(
+    slot: str, module: Any, given: SequenceContext, dtype: torch.dtype, nudge: float = 0.0
+) -> tuple[Any, ...]:
     """What a forward of the slot's kind is called with."""
     x_BLD = bench.states(given, dtype) + nudge * bench.states(given, dtype, seed=5)
     if slot == "router":
         return x_BLD.flatten(0, 1), given
     if slot == "loss_head":
-        return x_BLD, given, shared(dtype)
+        return x_BLD, given, shared(module, x_BLD)
     return (plain_routing(x_BLD, given), given) if slot == "balancer" else (x_BLD, given)
 
 
@@ -269,10 +271,19 @@ def plain_routing(x_BLD: Tensor, given: SequenceContext) -> Any:
     return router(x_BLD.flatten(0, 1), _as_it_is, given)
 
 
-def shared(dtype: torch.dtype, *, tied: bool = False) -> Shared:
-    """An embedding and an output to predict with."""
+def shared(head: LossHead, x_BLD: Tensor, *, tied: bool = False) -> Shared:
+    """An embedding and an output to predict with, and states and a stream where the head reads them.
+
+    Args:
+        head: says what it reads.
+        x_BLD: stands for the states after every block, and for the stream.
+        tied: the output is the embedding.
+    """
+    dtype = x_BLD.dtype
     draw = torch.Generator().manual_seed(2)
     embedding_VD = torch.randn(bench.VOCABULARY, bench.WIDTH, dtype=torch.float64, generator=draw).to(dtype)
     output_VD = torch.randn(bench.VOCABULARY, bench.WIDTH, dtype=torch.float64, generator=draw).to(dtype) * 0.1
     output_VD = embedding_VD if tied else output_VD
-    return Shared(lambda tokens: embedding_VD[tokens], lambda hidden: hidden @ output_VD.T)
+    states = dict.fromkeys(head.reads_blocks, x_BLD)
+    stream = x_BLD if head.reads_streams else None
+    return Shared(lambda tokens: embedding_VD[tokens], lambda hidden: hidden @ output_VD.T, states, stream)

@@ -1,12 +1,14 @@
 """The contracts of feed-forward layers and of loss heads."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.contracts.context import SequenceContext
+from core.contracts.loss_head import HeadOutput
 from core.contracts.schedule import Progress
 from core.testing import bench
 from core.testing.clauses import check, hold, spare
@@ -15,6 +17,7 @@ from core.testing.subject import Subject, distance, perturbed
 
 FFN, TRAITS = "core/contracts/ffn.py, FeedForward", "core/contracts/ffn.py, Traits"
 HEAD = "core/contracts/loss_head.py, LossHead"
+CONTEXT = "core/contracts/context.py, SequenceContext"
 
 
 @check("ffn", clause="(x_BLD, context) -> (y_BLD, record), for any number of sequences and tokens", where=FFN)
@@ -87,6 +90,12 @@ def ffn_costs_are_real(subject: Subject) -> None:
     hold(abs(declared - counted) <= 0.02 * counted, f"declared {declared:g} FLOPs, counted {counted:g}")
 
 
+def predicted(head: Any, x_BLD: Tensor, given: SequenceContext) -> HeadOutput:
+    """What a head gives, with all that it reads."""
+    found: HeadOutput = head(x_BLD, given, shared(head, x_BLD))
+    return found
+
+
 @check("loss_head", clause="`counts` are known from the data alone and are the terms' own", where=HEAD)
 def head_counts_are_known_beforehand(subject: Subject) -> None:
     """Full, padded and all-masked; the coefficient is a finite number."""
@@ -94,7 +103,7 @@ def head_counts_are_known_beforehand(subject: Subject) -> None:
     documents = bench.tokens(documents_BM=torch.tensor([[0] * 4 + [1] * 5] * 3))
     for lengths in ([8, 8, 8], [8, 3, 0], [0, 0]):
         given = bench.padded(lengths)
-        output, counts = head(bench.states(given), given, shared(torch.float64)), head.counts(given)
+        output, counts = predicted(head, bench.states(given), given), head.counts(given)
         hold(set(output.terms) == set(counts), f"terms {sorted(output.terms)}, counts {sorted(counts)}")
         hold(set(output.records) <= set(head.contexts(given)), "a block of the head has no context")
         _plausible(counts, given)
@@ -126,11 +135,11 @@ def head_ignores_padding(subject: Subject) -> None:
         tokens_BL=torch.where(past_BL, given.tokens_BL ^ 1, given.tokens_BL),
         targets_BL=torch.where(valid_BL, given.targets_BL, given.targets_BL ^ 1),
     )
-    one, two = head(x_BLD, given, shared(torch.float64)), head(other, elsewhere, shared(torch.float64))
+    one, two = predicted(head, x_BLD, given), predicted(head, other, elsewhere)
     for name, term in one.terms.items():
         hold(distance(two.terms[name], term) < 1e-10, f"padding changes {name}")
     empty, nothing = bench.padded([0, 0]), bench.states(bench.padded([0, 0])).requires_grad_()
-    terms = head(nothing, empty, shared(torch.float64)).terms
+    terms = predicted(head, nothing, empty).terms
     hold(not any(value.any() for value in terms.values()), "the loss of nothing is not 0")
     total = torch.stack(list(terms.values())).sum()
     if total.requires_grad:
@@ -143,9 +152,9 @@ def head_sums_over_sequences(subject: Subject) -> None:
     """So that a window's mean does not depend on how it is split (P9, P24)."""
     head, given = perturbed(subject.made()), bench.padded([8, 5, 8])
     x_BLD = bench.states(given)
-    whole = head(x_BLD, given, shared(torch.float64)).terms
+    whole = predicted(head, x_BLD, given).terms
     parts = [slice(row, row + 1) for row in range(3)]
-    alone = [head(x_BLD[p], bench.rows(given, p), shared(torch.float64)).terms for p in parts]
+    alone = [predicted(head, x_BLD[p], bench.rows(given, p)).terms for p in parts]
     for name, term in whole.items():
         total = torch.stack([terms[name] for terms in alone]).sum()
         hold(distance(total, term) < 1e-10, f"{name} of a batch is not the sum of its sequences'")
@@ -158,7 +167,7 @@ def head_teaches_the_model(subject: Subject) -> None:
     """A finite gradient of the hidden states."""
     head, given = perturbed(subject.made()), bench.tokens()
     x_BLD = bench.states(given).requires_grad_()
-    terms = head(x_BLD, given, shared(torch.float64)).terms
+    terms = predicted(head, x_BLD, given).terms
     torch.stack(list(terms.values())).sum().backward()
     hold(x_BLD.grad is not None and bool(x_BLD.grad.isfinite().all()) and bool(x_BLD.grad.any()), "no finite gradient")
 
@@ -167,7 +176,8 @@ def head_teaches_the_model(subject: Subject) -> None:
 def head_does_not_see_its_target(subject: Subject) -> None:
     """The probabilities of all possible last targets add up to at most 1, where the output is the embedding itself."""
     head, given = perturbed(subject.made()), bench.tokens(1, 4)
-    x_BLD, tied = bench.states(given), shared(torch.float64, tied=True)
+    x_BLD = bench.states(given)
+    tied = shared(head, x_BLD, tied=True)
     losses: dict[str, list[Tensor]] = {}
     assert given.targets_BL is not None
     for token in range(bench.VOCABULARY):
@@ -178,3 +188,39 @@ def head_does_not_see_its_target(subject: Subject) -> None:
         total = torch.stack(values).neg().exp().sum()
         constant = all(torch.equal(value, values[0]) for value in values)
         hold(constant or float(total) <= 1 + 1e-6, f"{name}: probabilities add up to {total:.3g}")
+
+
+@check("loss_head", clause="a target that is not learned has no loss and is not counted", where=CONTEXT)
+def targets_that_are_not_learned_are_left_out(subject: Subject) -> None:
+    """Nothing is learned: no count, no loss; half is learned: other targets in the other half change nothing."""
+    head, given = perturbed(subject.made()), bench.tokens()
+    x_BLD = bench.states(given)
+    nothing = replace(given, learned_BM=torch.zeros(3, 9, dtype=torch.bool))
+    hold(not any(int(count) for count in head.counts(nothing).values()), "targets that are not learned are counted")
+    terms = predicted(head, x_BLD, nothing).terms
+    hold(not any(value.any() for value in terms.values()), "targets that are not learned have a loss")
+
+
+@check(
+    "loss_head", clause="`draft` gives logits for each row where `drafts` says so, and is refused elsewhere", where=HEAD
+)
+def drafting_is_as_declared(subject: Subject) -> None:
+    """Three tokens at once, and the same one by one with the head's caches."""
+    head, given = perturbed(subject.made()).eval(), bench.tokens(2, 3)
+    x_BLD = bench.states(given)
+    if not head.drafts:
+        try:
+            head.draft(x_BLD, given, shared(head, x_BLD), [])
+        except NotImplementedError:
+            return
+        hold(False, "draft is declared not to work, and works")
+    at_once = head.draft(x_BLD, given, shared(head, x_BLD), head.new_draft_caches(2, 3)).logits_BLV
+    hold(at_once.shape == (2, 3, bench.VOCABULARY), f"drafted logits are {tuple(at_once.shape)}")
+    hold(bool(at_once.isfinite().all()), "drafted logits are not finite")
+    caches, parts = head.new_draft_caches(2, 3), []
+    for place in range(3):
+        column = slice(place, place + 1)
+        part = replace(given, tokens_BL=given.tokens_BL[:, column], positions_BL=given.positions_BL[:, column])
+        own_BLD = x_BLD[:, column]
+        parts.append(head.draft(own_BLD, part, shared(head, own_BLD), caches).logits_BLV)
+    hold(distance(torch.cat(parts, dim=1), at_once) < 1e-9, "one token at a time drafts other logits")

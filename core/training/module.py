@@ -229,7 +229,8 @@ class TrainingModule(L.LightningModule):
     def _losses(self, seen: WindowTotals, counts: dict[Term, Tensor], progress: Progress) -> dict[str, Tensor]:
         """Every term's mean under its own name, and the one sum that was minimised, in fp64.
 
-        Terms of layers are logged with their coefficient, as means over layers.
+        Terms of layers are logged with their coefficient, as means over layers. A head's mean is rounded to the
+        format of its loss before it enters the total, because the log shows it by itself.
         """
         values: dict[str, Tensor] = {}
         parts: list[Tensor] = []

@@ -268,7 +268,7 @@ class Peek(LossHead):
 
     def forward(self, hidden_BLD: Tensor, context: SequenceContext, shared: Shared) -> HeadOutput:
         assert context.targets_BL is not None
-        state_BLD = shared.states.get(self.config.block, hidden_BLD)  # the kit has no blocks
+        state_BLD = shared.states[self.config.block]
         logits_BLV = self._logits(state_BLD, context, shared)
         losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), context.targets_BL, reduction="none")
         return HeadOutput({"peek": (losses_BL * context.predicted()).sum()})
@@ -278,7 +278,7 @@ class Peek(LossHead):
         return shared.logits(self.joined(torch.cat([state_BLD, embedded_BLD], dim=-1)))
 
     def draft(self, state_BLD: Tensor, context: SequenceContext, shared: Shared, caches: Sequence[Cache]) -> Draft:
-        read_BLD = shared.states.get(self.config.block, state_BLD)
+        read_BLD = shared.states[self.config.block]
         return Draft(self._logits(read_BLD, context, shared), state_BLD)
 
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
