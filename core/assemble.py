@@ -54,7 +54,7 @@ def build(
         precision: who makes the matrix products; None: the recipe's.
         token_counts: how often each token stands in the training data, int64 V; asked only by parts that are made
             from it.
-        parallelize: shares out the weights of the model, which is built on the meta device first; each rank then draws
+        parallelize: shards the weights of the model, which is built on the meta device first; each rank then draws
             the weights that it owns.
     """
     context = replace(_context(recipe, precision or make(recipe.precision)), token_counts=token_counts)

@@ -19,6 +19,7 @@ from core.contracts.ffn import Traits
 from core.contracts.precision import Precision
 from core.contracts.schedule import Progress
 from core.contracts.schema import Section
+from core.contracts.training import StrategyFactory
 from core.extension.checks import told_where
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger
@@ -238,8 +239,14 @@ def obstacles(recipe: Recipe) -> list[str]:
     cuda = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if cuda else None
     environment = Environment("cuda" if cuda else "cpu", capability, torch.version.cuda)
-    told = [(section, _required(section, environment)) for section in recipe.sections()]
-    return [f"{section.slot} {section.name}: {why}" for section, why in told if why]
+    found = []
+    for section in recipe.sections():
+        why = _required(section, environment)
+        if section.slot == "strategy" and section.component.parallelize is not StrategyFactory.parallelize:
+            why = "it shards weights (parallelize), and training with sharded weights is not in this version"
+        if why:
+            found.append(f"{section.slot} {section.name}: {why}")
+    return found
 
 
 def _required(section: Section, environment: Environment) -> str | None:

@@ -119,8 +119,8 @@ class BuildContext:
         return layer
 
     def _check_role(self, role: str) -> None:
-        known = "core.contracts.precision.ROLES, and no component of the recipe declares it"
-        assert role in self.roles, f"{role!r} is no role of {known}"
+        where = "it is not in core.contracts.precision.ROLES, and no component of the recipe declares it"
+        assert role in self.roles, f"unknown role {role!r}: {where}"
 
     def _std(self, residual: bool) -> float:
         return self.init.output_std if residual and self.init.output_std is not None else self.init.std

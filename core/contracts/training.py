@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-Kind = Literal["matrix", "stack", "vector", "table"]
+ParameterKind = Literal["matrix", "stack", "vector", "table"]
 """What a weight is: one matrix, one matrix for each expert, a vector, or a row for each token of the vocabulary."""
 
 
@@ -36,7 +36,7 @@ class NamedParameter:
     name: str
     parameter: "Tensor"
     role: str
-    kind: Kind
+    kind: ParameterKind
 
 
 class OptimizerFactory(Component, ABC):
@@ -75,15 +75,15 @@ class StrategyFactory(Component, ABC):
         self.config = config
 
     def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
-        """Share out the weights of a model that stands on the meta device with its whole shapes.
+        """Shard the weights of a model that is on the meta device, where each still has its whole shape.
 
         Weights are drawn afterwards, by address: each rank draws only the matrices of a stack that it owns. No
         parameter is renamed. The default leaves the model whole. `core.assemble.build(parallelize=...)` calls it; `fit`
-        refuses a strategy that defines it until a whole step over shared weights is built.
+        and `sweep` refuse a strategy that defines it, because this version cannot train with sharded weights.
 
         Args:
             model: a language model.
-            mesh: the devices over which it is shared out.
+            mesh: the devices over which it is sharded.
         """
 
     @abstractmethod

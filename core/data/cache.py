@@ -12,7 +12,10 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from core.contracts.errors import UserError
 
@@ -54,6 +57,15 @@ def write_entry(folder: Path, files: Mapping[str, Writer]) -> None:
             f"the cache {folder} cannot be written ({cause.strerror or cause}): "
             "make room, or set MOELOOM_CACHE to another folder"
         ) from cause
+
+
+def array_writer(array: NDArray[Any]) -> Writer:
+    """A writer of an array as a `.npy` file."""
+
+    def write(stream: IO[bytes]) -> None:
+        np.save(stream, array)
+
+    return write
 
 
 def _replace(path: Path, write: Writer) -> str:

@@ -7,10 +7,6 @@ No torch here, so that a user's mistake in the data is told before anything heav
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from core.contracts.corpus import Corpus, Document, TokenCorpus
 from core.data import cache
@@ -54,21 +50,14 @@ def _build(folder: Path, split: Split, vocab: int) -> None:
     files: dict[str, cache.Writer] = {"tokenizer.json": lambda stream: stream.write(tokenizer.to_json().encode())}
     for side, documents in (("train", split.train), ("validation", split.validation)):
         tokens, starts = pack(_encoded(tokenizer, documents), vocab)
-        files[f"{side}.tokens.npy"] = _saved(tokens)
-        files[f"{side}.starts.npy"] = _saved(starts)
+        files[f"{side}.tokens.npy"] = cache.array_writer(tokens)
+        files[f"{side}.starts.npy"] = cache.array_writer(starts)
     cache.write_entry(folder, files)
 
 
 def _encoded(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[list[int]]:
     for first in range(0, len(documents), AT_ONCE):
         yield from tokenizer.encode_batch([text_of(document) for document in documents[first : first + AT_ONCE]])
-
-
-def _saved(array: NDArray[Any]) -> cache.Writer:
-    def write(stream: IO[bytes]) -> None:
-        np.save(stream, array)
-
-    return write
 
 
 def _open(folder: Path, side: str, documents: list[Document]) -> TokenStore:

@@ -44,11 +44,16 @@ class TokenStore:
 
 
 def pack(documents: Iterable[Sequence[int]], vocab: int) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
-    """Encoded documents as one array of tokens and the array of their starts."""
+    """Encoded documents as one array of tokens, a marker before each, and the array of their starts."""
+    return join((np.array([END, *ids]) for ids in documents), vocab)
+
+
+def join(pieces: Iterable[NDArray[Any]], vocab: int) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
+    """Pieces of ids as one array of tokens in the smallest format that holds the vocabulary, and their starts in it."""
     width = np.uint16 if vocab <= 1 << 16 else np.uint32
-    pieces = [np.array([END, *ids], dtype=width) for ids in documents]
-    ends = np.cumsum([0, *(len(piece) for piece in pieces)], dtype=np.int64)
-    return np.concatenate([np.empty(0, dtype=width), *pieces]), ends[:-1]
+    narrow = [piece.astype(width) for piece in pieces]
+    ends = np.cumsum([0, *(len(piece) for piece in narrow)], dtype=np.int64)
+    return np.concatenate([np.empty(0, dtype=width), *narrow]), ends[:-1]
 
 
 def open_store(

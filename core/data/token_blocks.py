@@ -1,10 +1,10 @@
 """A corpus of tokens in the cache: checked, hashed and packed, with the masks and sources of its targets."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from core.contracts.corpus import Split, TokenBlock, TokenCorpus
 from core.contracts.errors import UserError
 from core.data import cache
 from core.data.prepared import Prepared
-from core.data.store import TokenStore, open_store
+from core.data.store import TokenStore, join, open_store
 from core.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -83,41 +83,32 @@ def _arrays(block: TokenBlock, vocab: int, name: str) -> tuple[NDArray[np.int64]
     return tokens, learned
 
 
-def _build(folder: Path, corpus: TokenCorpus, tokenizer: str, vocab: int, expected: dict[Split, "_Survey"]) -> None:
-    width = np.uint16 if vocab <= 1 << 16 else np.uint32
+def _build(folder: Path, corpus: TokenCorpus, tokenizer: str, vocab: int, expected: dict[Split, _Survey]) -> None:
+    """Write the cache entry: for each split its tokens, where blocks start, which tokens are learned, and sources."""
     files: dict[str, cache.Writer] = {"tokenizer.json": lambda stream: stream.write(tokenizer.encode())}
     for split in get_args(Split):
-        pieces, masks, sources = [np.empty(0, width)], [np.empty(0, bool)], []
         blocks = list(corpus.blocks(split))
         if _survey(blocks, vocab, split).digest.digest() != expected[split].digest.digest():
             raise UserError(f"the corpus's {split} blocks differ between two readings; they must come in one order")
+        ids = []
+        masks = [np.empty(0, bool)]
         for index, block in enumerate(blocks):
             tokens, learned = _arrays(block, vocab, f"{split} block {index}")
-            pieces.append(tokens.astype(width))
+            ids.append(tokens)
             masks.append(learned)
-            sources.append(block.source)
-        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-        for name, array in _named(split, np.concatenate(pieces), ends[:-1], np.concatenate(masks), sources):
-            files[name] = _saved(array)
+        packed, starts = join(ids, vocab)
+        files[f"{split}.tokens.npy"] = cache.array_writer(packed)
+        files[f"{split}.starts.npy"] = cache.array_writer(starts)
+        files[f"{split}.learned.npy"] = cache.array_writer(np.concatenate(masks))
+        files[f"{split}.sources.npy"] = cache.array_writer(np.array([block.source for block in blocks], np.int64))
     cache.write_entry(folder, files)
 
 
-def _named(
-    split: str, tokens: Any, starts: Any, learned: Any, sources: list[int]
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    yield f"{split}.tokens.npy", tokens
-    yield f"{split}.starts.npy", starts
-    yield f"{split}.learned.npy", learned
-    yield f"{split}.sources.npy", np.asarray(sources, dtype=np.int64)
-
-
-def _saved(array: NDArray[Any]) -> cache.Writer:
-    def write(stream: IO[bytes]) -> None:
-        np.save(stream, array)
-
-    return write
-
-
 def _open(folder: Path, split: str, survey: _Survey) -> TokenStore:
-    parts = [folder / f"{split}.{name}.npy" for name in ("tokens", "starts", "learned", "sources")]
-    return open_store(parts[0], parts[1], survey.text_bytes, parts[2], parts[3])
+    return open_store(
+        folder / f"{split}.tokens.npy",
+        folder / f"{split}.starts.npy",
+        survey.text_bytes,
+        learned=folder / f"{split}.learned.npy",
+        sources=folder / f"{split}.sources.npy",
+    )

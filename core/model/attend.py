@@ -56,19 +56,18 @@ class TensorCache(Cache):
                 torch.zeros(len(part), self.capacity, *part.shape[2:], dtype=part.dtype, device=part.device)
                 for part in parts
             )
-        equal = len(set(self._lengths)) == 1
-        begin, slots_BN = self._lengths[0], self.lengths[:, None] + torch.arange(new, device=self.device)
+        self._lengths = [length + new for length in self._lengths]
+        slots_BL = self.slots(new)
         rows_B1 = torch.arange(len(self._lengths), device=self.device)[:, None]
         for buffer, part in zip(self._buffers, parts, strict=True):
-            if equal:
-                buffer[:, begin : begin + new] = part.detach()
+            if slots_BL is None:
+                buffer[:, self.longest - new : self.longest] = part.detach()
             else:
-                buffer[rows_B1, slots_BN] = part.detach()
-        self._lengths = [length + new for length in self._lengths]
+                buffer[rows_B1, slots_BL] = part.detach()
         return tuple(buffer[:, : self.longest] for buffer in self._buffers)
 
     def slots(self, new: int) -> Tensor | None:
-        if len(set(self._lengths)) == 1:
+        if min(self._lengths) == self.longest:
             return None
         return self.lengths[:, None] - new + torch.arange(new, device=self.device)
 

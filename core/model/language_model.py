@@ -155,7 +155,7 @@ class LanguageModel(nn.Module):
 
     def states(
         self, context: SequenceContext, caches: list[Cache] | None = None, blocks: Collection[int] = ()
-    ) -> "States":
+    ) -> States:
         """What the blocks give, with the states after some of them.
 
         Args:
@@ -228,7 +228,7 @@ class LanguageModel(nn.Module):
         device = self.embedding.weight.device
         return [block.attention.new_cache(rows, capacity, device) for block in self.blocks]  # type: ignore[union-attr,operator]
 
-    def shared(self, head: LossHead | None = None, states: "States | None" = None) -> Shared:
+    def shared(self, head: LossHead | None = None, states: States | None = None) -> Shared:
         """The embedding and the output, and of the states those that a head reads."""
         if head is None or states is None:
             return Shared(self.embedding, self.output)

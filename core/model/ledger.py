@@ -122,7 +122,7 @@ class BalanceTerm(Term):
 
     @property
     def scope(self) -> Scope:
-        """As the balancer declares it."""
+        """The balancer's own scope."""
         return self.balancer.scope
 
     def count(self, context: SequenceContext, inner: Mapping[str, SequenceContext]) -> Tensor | None:
@@ -154,7 +154,7 @@ class Ledger:
         """The ledger of a model, on any device, the meta device included."""
         heads = []
         for name, head in model.loss_heads():
-            for term in _names(head):
+            for term in _term_names(head):
                 heads.append(HeadTerm(head_label(name, term), None, head, name, term))
         balance = []
         for path, layer in model.expert_layers().items():
@@ -162,9 +162,9 @@ class Ledger:
                 balance.append(BalanceTerm(f"balance/{balancer.label}", path, balancer, index))
         layers = []
         for path, part, component in model.block_layers():
-            if part not in ("attention", "ffn") and _names(component):
+            if part not in ("attention", "ffn") and _term_names(component):
                 raise TypeError(f"{path}.{part} is inside of another layer, so no record of its losses reaches a block")
-            for term in _names(component):
+            for term in _term_names(component):
                 layers.append(LayerTerm(f"{part}/{term}", path, component, part, term))
         return cls(tuple(heads), tuple(balance), tuple(layers))
 
@@ -174,7 +174,7 @@ def head_label(head: str, term: str) -> str:
     return head if term == head else f"{head}/{term}"
 
 
-def _names(component: LossHead | Attention | FeedForward) -> list[str]:
+def _term_names(component: LossHead | Attention | FeedForward) -> list[str]:
     """The names of a component's terms, which are the same for every micro-batch: those for a single token."""
     one_token = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     return list(component.counts(SequenceContext.of(one_token, targets_BL=one_token)))

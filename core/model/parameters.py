@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from core.contracts.training import Kind, NamedParameter
+from core.contracts.training import NamedParameter, ParameterKind
 
 
 def named_parameters(model: nn.Module) -> list[NamedParameter]:
@@ -23,7 +23,7 @@ def named_parameters(model: nn.Module) -> list[NamedParameter]:
     return found
 
 
-def kind_of(axes: int, role: str) -> Kind:
+def kind_of(axes: int, role: str) -> ParameterKind:
     """The kind of a weight with so many axes."""
     if axes < 2:
         return "vector"

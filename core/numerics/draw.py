@@ -21,7 +21,7 @@ def address(seed: int, name: str) -> int:
 def draw_normal(weight: Tensor, std: float, *, seed: int | None = None) -> None:
     """Fill a weight from N(0, std), drawn in fp32 so that every number format starts from the same model.
 
-    Of a weight that is shared out over ranks, each rank draws all numbers and keeps its own part of them.
+    If the weight is sharded, each rank draws all numbers and keeps its own part of them.
 
     Args:
         weight: any shape; nothing is done on the meta device.
@@ -41,7 +41,7 @@ def draw_normal(weight: Tensor, std: float, *, seed: int | None = None) -> None:
 def draw_stack(weight: Tensor, std: float) -> None:
     """Fill a stack of matrices from N(0, std), each from a generator seeded by the current seed and its index.
 
-    Of a stack that is shared out over ranks along its first axis, each rank draws its own matrices and no other.
+    If the stack is sharded along its first axis, each rank draws its own matrices and no other.
 
     Args:
         weight: [groups, out, in].

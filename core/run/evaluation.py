@@ -28,7 +28,7 @@ def evaluate(checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] =
     Args:
         checkpoint: a file.
         xz: also say what `xz -9e` needs for the same bytes when it has the training text before them.
-        say: told what nobody who reads the values may overlook.
+        say: receives the caveats that belong to the values.
 
     Raises:
         UserError: no run, a damaged checkpoint, data that differs from the run's, or no validation split.

@@ -13,7 +13,6 @@ from core.analysis.describe import obstacles
 from core.analysis.size import Size, size_of
 from core.assemble import build, compile_parts, make
 from core.contracts.errors import Interrupted, RunFailed, UserError
-from core.contracts.training import StrategyFactory
 from core.data.module import TextData
 from core.data.tokenizer import Tokenizer
 from core.model.sampling import sample
@@ -42,7 +41,7 @@ def fit(
         folder: new, or one with a run to go on with.
         resume: continue from the folder's newest checkpoint, to the same bits as if it had never stopped
             (on CPUs with the same number of threads).
-        say: told what a person at the terminal wants to know.
+        say: receives what a person at the terminal wants to know.
 
     Raises:
         UserError, RunFailed, Interrupted.
@@ -67,13 +66,6 @@ def fit(
         raise
 
 
-def _check_whole(recipe: Recipe) -> None:
-    """Raise `UserError` for a strategy that shares out weights: a step over shared weights is not built yet."""
-    if recipe.strategy.component.parallelize is not StrategyFactory.parallelize:
-        why = "shares out weights, which core.assemble.build can and a whole training run cannot yet"
-        raise UserError(f"{recipe.source}: strategy.name = {recipe.strategy.name}: {why}")
-
-
 def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
     """One of several ranks, all but the first: it trains along, and leaves files and words to the first."""
     try:
@@ -89,7 +81,6 @@ def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[
     plan = plan_of(recipe)
     data = text_data(recipe, plan)
     data.prepare()
-    _check_whole(recipe)
     model = build(recipe, token_counts=data.token_counts)
     size = size_of(model)
     if recipe.compile:
@@ -97,7 +88,7 @@ def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[
     if recipe.initial_weights and start is None:
         source = newest_checkpoint(Path(recipe.initial_weights))
         load_weights(model, source)
-        _tell_other_tokenizer(source, data, say)
+        _warn_other_tokenizer(source, data, say)
     peak = measured_peak_flops(torch.device("cpu")) if not torch.cuda.is_available() else None
     module = TrainingModule(
         model,
@@ -118,8 +109,8 @@ def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[
     return _finish(folder, module, data, size, watchers, recipe.notices()) if leads() else {}
 
 
-def _tell_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
-    """Weights know tokens by their numbers: under another tokenizer those stand for other text."""
+def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
+    """Warn if the initial weights were trained with another tokenizer: ids then stand for other text."""
     known = RunFolder(source.parent.parent).tokenizer
     if known.is_file() and Tokenizer.load(known).entries() != data.tokenizer.entries():
         say(f"note: {known} is another tokenizer than this run's, so its weights have to learn the tokens anew")

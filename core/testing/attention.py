@@ -28,7 +28,7 @@ def output(module: Any, x_BLD: Tensor, given: SequenceContext, cache: Any = None
 
 @check("attention", clause="(x_BLD, context) -> x_BLD, for any number of sequences and tokens", where=CONTRACT)
 def attention_keeps_the_shape(subject: Subject) -> None:
-    """From one token of one sequence on."""
+    """Several numbers of sequences and of tokens, from one of each."""
     module = subject.made()
     for batch, length in ((1, 1), (3, 8), (2, bench.LENGTH)):
         given = bench.tokens(batch, length)

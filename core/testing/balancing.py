@@ -14,8 +14,7 @@ from core.testing import bench
 from core.testing.clauses import check, hold, spare
 from core.testing.common import end_step
 from core.testing.subject import Subject, changed, distance, perturbed, snapshot, state, written
-from core.training.totals import WindowTotals
-from core.training.totals import end_step as end_window
+from core.training.totals import WindowTotals, call_on_step_end
 from core.training.window import Window, objective, step_loss
 
 CONTRACT = "core/contracts/balancer.py, Balancer"
@@ -254,5 +253,5 @@ def _window(
         if evaluate:
             model.eval()(bench.tokens(seed=7))
             model.train()
-        end_window(model, totals, bench.START)
+        call_on_step_end(model, totals, bench.START)
     return totals.loads, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -11,7 +11,7 @@ import torch
 from core.contracts.corpus import Split, TokenCorpus
 from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
-from core.contracts.training import Kind, NamedParameter
+from core.contracts.training import NamedParameter, ParameterKind
 from core.model.parameters import check_groups
 from core.testing.clauses import check, hold, spare
 from core.testing.subject import Subject
@@ -28,7 +28,12 @@ ARGUMENTS = {"accelerator", "devices", "num_nodes", "strategy", "plugins", "sync
 def optimizer_is_torchs(subject: Subject) -> None:
     """A step at the learning rate that `learning_rate` gives moves every parameter; the state round trips."""
     factory = subject.factory()
-    shapes: dict[Kind, tuple[int, ...]] = {"table": (5, 4), "matrix": (3, 2), "stack": (4, 3, 2), "vector": (3,)}
+    shapes: dict[ParameterKind, tuple[int, ...]] = {
+        "table": (5, 4),
+        "matrix": (3, 2),
+        "stack": (4, 3, 2),
+        "vector": (3,),
+    }
     roles = {"table": "embedding", "matrix": "ffn.down", "stack": "experts.down", "vector": "norm"}
     named = [
         NamedParameter(f"{kind}.weight", torch.nn.Parameter(torch.ones(shape)), roles[kind], kind)

@@ -192,13 +192,20 @@ def head_does_not_see_its_target(subject: Subject) -> None:
 
 @check("loss_head", clause="a target that is not learned has no loss and is not counted", where=CONTEXT)
 def targets_that_are_not_learned_are_left_out(subject: Subject) -> None:
-    """Nothing is learned: no count, no loss; half is learned: other targets in the other half change nothing."""
+    """Nothing is learned: no count and no loss. Two complementary masks: counts and losses add up to the whole's."""
     head, given = perturbed(subject.made()), bench.tokens()
     x_BLD = bench.states(given)
     nothing = replace(given, learned_BM=torch.zeros(3, 9, dtype=torch.bool))
     hold(not any(int(count) for count in head.counts(nothing).values()), "targets that are not learned are counted")
     terms = predicted(head, x_BLD, nothing).terms
     hold(not any(value.any() for value in terms.values()), "targets that are not learned have a loss")
+    odd_BM = (torch.arange(9) % 2 == 1).expand(3, -1)
+    halves = [replace(given, learned_BM=odd_BM), replace(given, learned_BM=~odd_BM)]
+    for name, whole in predicted(head, x_BLD, given).terms.items():
+        parts = [predicted(head, x_BLD, half).terms[name] for half in halves]
+        hold(distance(parts[0] + parts[1], whole) < 1e-10, f"{name} is not the sum over learned targets")
+        counts = [int(head.counts(half)[name]) for half in halves]
+        hold(sum(counts) == int(head.counts(given)[name]), f"{name}: learned targets do not add up to all")
 
 
 @check(

@@ -11,7 +11,7 @@ CONTRACT = "core/contracts/residual.py, Residual"
 
 @check("residual", clause="`read` and `collapse` give B x L x D, and `write` keeps the stream's shape", where=CONTRACT)
 def streams_keep_their_shapes(subject: Subject) -> None:
-    """From one token of one sequence on."""
+    """Several numbers of sequences and of tokens, from one of each."""
     module = perturbed(subject.made())
     for batch, length in ((1, 1), (3, 8), (2, bench.LENGTH)):
         x_BLD = bench.states(bench.tokens(batch, length))

@@ -27,7 +27,7 @@ from core.model.parameters import check_groups, named_parameters
 from core.recipe.plan import Plan
 from core.training.load import measures
 from core.training.ranks import rank_and_world, reduce_sum, share_largest
-from core.training.totals import HEADS, WindowTotals, end_step
+from core.training.totals import HEADS, WindowTotals, call_on_step_end
 from core.training.validation import ValidationTotals
 from core.training.window import Window, contribution, objective
 
@@ -147,7 +147,7 @@ class TrainingModule(L.LightningModule):
                     group["lr"] = rate * group.get("lr_scale", 1.0)
                 optimizer.step()
             with torch.no_grad():
-                end_step(self.model, seen, progress)
+                call_on_step_end(self.model, seen, progress)
             self._end_step(done=True)
             self.skipped_in_a_row = 0
         else:

@@ -21,6 +21,9 @@ Owner = tuple[str, str]
 
 HEADS = "heads"
 
+DROPPED = ("dropped",)
+"""The key of the dropped assignments among all integers of a window."""
+
 
 @dataclass
 class WindowTotals:
@@ -78,7 +81,7 @@ class WindowTotals:
             return WindowTotals(sums, metrics=self._metrics_over_ranks())
         integers = put_back(total(flat))
         loads = {path: integers["load", path] for path in self.loads}
-        dropped = None if self.dropped is None else integers["dropped",][0]
+        dropped = None if self.dropped is None else integers[DROPPED][0]
         return WindowTotals(
             sums,
             loads,
@@ -91,7 +94,7 @@ class WindowTotals:
     def _integers(self) -> dict[Any, Tensor]:
         found: dict[Any, Tensor] = {("load", path): load_E for path, load_E in self.loads.items()}
         if self.dropped is not None:
-            found["dropped",] = self.dropped[None]
+            found[DROPPED] = self.dropped[None]
         for key, counted in self.balancer_tallies.items():
             found |= {("balancer", key, name): tally for name, tally in counted.items()}
         for owner, own in self.tallies.items():
@@ -147,8 +150,8 @@ def _pack(tensors: Mapping[Any, Tensor]) -> tuple[Tensor | None, Callable[[Tenso
     return torch.cat([tensor.flatten() for tensor in tensors.values()]), put_back
 
 
-def end_step(model: LanguageModel, totals: WindowTotals, progress: Progress) -> None:
-    """Hand every balancer, layer and head what its layer saw in the step; the update of their states."""
+def call_on_step_end(model: LanguageModel, totals: WindowTotals, progress: Progress) -> None:
+    """Call `on_step_end` of every balancer, layer and head with what it, or its layer, saw in the step."""
     for path, layer in model.expert_layers().items():
         for index, balancer in enumerate(layer.balancers):
             balancer.on_step_end(totals.of_balancer(path, index), progress)

@@ -71,9 +71,10 @@ class Bias(ExactState, Balancer):
 
     def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
         """Algorithm 1, lines 3 to 5; an expert at exactly the mean keeps its bias."""
-        load_E = totals.load_E
-        if self.config.frozen or load_E is None:
+        if self.config.frozen:
             return
+        load_E = totals.load_E
+        assert load_E is not None, "a balancer's layer has experts"
         if load_E.dtype != torch.int64:
             raise TypeError(f"loads are counted in int64, not {load_E.dtype}")
         change_E = self._violation(load_E)

@@ -1,4 +1,4 @@
-"""A strategy of the tests' own shares out one weight over two gloo ranks, which draw only what they own."""
+"""A strategy of the tests' own shards one weight over two gloo ranks, which draw only what they own."""
 
 import tempfile
 from pathlib import Path
@@ -7,36 +7,25 @@ from typing import Any
 import pytest
 import torch
 from lab import Lab
+from tiny_components import SHARDED, ShareExperts
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from two_ranks import on_two_ranks
 
 from core.assemble import build
 from core.contracts.context import SequenceContext
+from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
-from core.contracts.training import StrategyFactory
 from core.model.language_model import LanguageModel
 from core.numerics import draw
 from core.training.window import step_loss
 
-SHARED = "blocks.1.ffn.routed.down.weight"
 FP64 = "precision.name=fp64"
 
 
-class ShareExperts(StrategyFactory):
-    """Shares out the last matrices of the experts of block 1, expert by expert."""
-
-    def trainer_arguments(self) -> dict[str, Any]:
-        return {}
-
-    def parallelize(self, model: torch.nn.Module, mesh: DeviceMesh) -> None:
-        fully_shard(model.get_submodule(SHARED.removesuffix(".weight")), mesh=mesh)
-
-
 def loss_and_gradients(model: LanguageModel, rows: slice) -> tuple[float, dict[str, Tensor]]:
-    """Of a step of four sequences, the share of those that this rank reads."""
+    """The share of one rank in the loss of a step of four sequences, and its gradients."""
     tokens_BM = torch.randint(300, (4, 13), generator=torch.Generator().manual_seed(1))[rows]
     context = SequenceContext.of(tokens_BM[:, :-1], targets_BL=tokens_BM[:, 1:], first_sequence=rows.start)
     loss = step_loss(model.train(), context, Progress(1, 48, 10, 480))
@@ -62,12 +51,12 @@ def ranks(lab: Lab) -> list[dict[str, Any]]:
         draw.draw_normal = counted
         model = build(recipe, parallelize=lambda model: ShareExperts(None).parallelize(model, mesh))
         stack = sum(drawn)
-        weight = dict(model.named_parameters())[SHARED]
+        weight = dict(model.named_parameters())[SHARDED]
         assert isinstance(weight, DTensor)
         own = weight.to_local().detach().clone()
         loss, gradients = loss_and_gradients(model, slice(2 * rank, 2 * rank + 2))
         plain = {n: g for n, g in gradients.items() if not isinstance(g, DTensor)}
-        shared = gradients[SHARED]
+        shared = gradients[SHARDED]
         assert isinstance(shared, DTensor)
         return {
             "names": [name for name, _ in model.named_parameters()],
@@ -76,7 +65,7 @@ def ranks(lab: Lab) -> list[dict[str, Any]]:
             "loss": loss,
             "plain": plain,
             "shared": shared.to_local(),
-            "others": {n: p.detach() for n, p in model.named_parameters() if n != SHARED},
+            "others": {n: p.detach() for n, p in model.named_parameters() if n != SHARDED},
         }
 
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +79,7 @@ def alone(lab: Lab) -> LanguageModel:
 
 def test_each_rank_owns_its_rows_of_the_same_initial_weights(ranks: list[Any], alone: LanguageModel) -> None:
     weights = dict(alone.named_parameters())
-    assert torch.equal(torch.cat([rank["own"] for rank in ranks]), weights[SHARED])
+    assert torch.equal(torch.cat([rank["own"] for rank in ranks]), weights[SHARDED])
     for rank in ranks:
         assert rank["names"] == list(weights)
         assert all(torch.equal(value, weights[name]) for name, value in rank["others"].items())
@@ -98,7 +87,7 @@ def test_each_rank_owns_its_rows_of_the_same_initial_weights(ranks: list[Any], a
 
 def test_each_rank_draws_its_own_matrices_and_no_other(ranks: list[Any], alone: LanguageModel) -> None:
     stacks = [p.numel() for name, p in alone.named_parameters() if p.ndim == 3]
-    shared = dict(alone.named_parameters())[SHARED].numel()
+    shared = dict(alone.named_parameters())[SHARDED].numel()
     for rank in ranks:
         assert rank["drawn_in_stacks"] == sum(stacks) - shared // 2
 
@@ -107,9 +96,16 @@ def test_loss_and_gradients_are_those_of_one_device(ranks: list[Any], alone: Lan
     """Every rank reads two of the four sequences; denominators are counted over both."""
     loss, gradients = loss_and_gradients(alone, slice(0, 4))
     assert sum(rank["loss"] for rank in ranks) == pytest.approx(loss, rel=1e-12)
-    assert {*ranks[0]["plain"], SHARED} == set(gradients)
+    assert {*ranks[0]["plain"], SHARDED} == set(gradients)
     for name in ranks[0]["plain"]:
         both = sum(rank["plain"][name] for rank in ranks)
         torch.testing.assert_close(both, gradients[name], rtol=1e-10, atol=1e-13, msg=name)
     shared = 2 * torch.cat([rank["shared"] for rank in ranks])  # FSDP takes the mean over ranks
-    torch.testing.assert_close(shared, gradients[SHARED], rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(shared, gradients[SHARDED], rtol=1e-10, atol=1e-13)
+
+
+def test_a_run_with_such_a_strategy_is_refused_in_one_sentence_before_it_starts(lab: Lab, tmp_path: Path) -> None:
+    sentence = r"cannot run here: strategy share_experts: it shards weights \(parallelize\)"
+    with pytest.raises(UserError, match=sentence):
+        lab.fit(tmp_path / "run", "plugins=[tiny_components]", "strategy={name: share_experts}")
+    assert not (tmp_path / "run").exists()

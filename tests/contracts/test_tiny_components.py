@@ -26,7 +26,7 @@ from core.model.parameters import check_groups, named_parameters
 from core.model.rope import rotate
 from core.testing.clauses import NotApplicable
 from core.testing.run import Case, cases
-from core.training.totals import WindowTotals, end_step
+from core.training.totals import WindowTotals, call_on_step_end
 from core.training.window import Window, objective
 
 ALL = everything()
@@ -75,7 +75,7 @@ def gradients(model: LanguageModel, contexts: list[SequenceContext]) -> dict[str
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["residual", "attention", "head", "measured", "histogram"])
+@pytest.mark.parametrize("name", ["residual", "attention", "head", "watched", "histogram"])
 def test_splitting_and_recomputing_change_no_gradient(lab: Lab, name: str) -> None:
     model = build(lab.recipe(FP64, *ALL[name])).train()
     whole = gradients(model, contexts_of([8]))
@@ -101,21 +101,21 @@ def test_a_run_trains_validates_and_writes_a_sample(lab: Lab, tmp_path: Path, na
 
 def test_P22_tallies_loads_and_metrics_are_exact_over_two_ranks(lab: Lab, tmp_path: Path) -> None:
     """Each rank reads four of the eight sequences; both end the step with the integers of one device."""
-    recipes = [lab.recipe(FP64, *ALL[name]) for name in ("histogram", "measured")]
+    recipes = [lab.recipe(FP64, *ALL[name]) for name in ("histogram", "watched")]
 
     def step(contexts: list[SequenceContext]) -> tuple[Any, ...]:
-        counted, measured = (build(recipe).train() for recipe in recipes)
-        for model in (counted, measured):
+        counted, watched = (build(recipe).train() for recipe in recipes)
+        for model in (counted, watched):
             ledger, totals = Ledger.of(model), WindowTotals()
             window = Window.of(model, ledger, contexts)
             for context in contexts:
                 objective(model, ledger, model(context), window, START, totals).backward()
             totals = totals.over_ranks()
-            end_step(model, totals, START)
-        ended = measured.blocks[0].attention.ended[0]
-        metrics = [float(ended.metrics[name].value()) for name in ("largest_score", "mean_score")]
-        bins = counted.blocks[1].ffn.balance[0].counts_EN.tolist()
-        return bins, totals.loads["blocks.1"].tolist(), int(ended.tallies["queries"]), metrics
+            call_on_step_end(model, totals, START)
+        ended, _ = watched.blocks[0].attention.ended[0]
+        metrics = [float(ended.metrics[name].value()) for name in ("largest", "size")]
+        bins = counted.blocks[1].ffn.balancers[0].counted_EN.tolist()
+        return bins, totals.loads["blocks.1"].tolist(), ended.tallies["residues"].tolist(), metrics
 
     alone = step(contexts_of([8]))
     halves = contexts_of([4, 4])

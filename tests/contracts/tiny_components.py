@@ -1,7 +1,8 @@
 """A plugin of the tests' own, for the contracts that 2.0 opens.
 
 A residual of two lanes, an optimizer of two rates, an attention with two ropes whose cache cannot forget, a head that
-reads the state of a block and drafts, and a corpus of token blocks.
+reads the state of a block and drafts, a corpus of token blocks, and a strategy that shards the experts of one block.
+Layers and balancers with losses, tallies and metrics of their own are in `own_parts.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,21 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from core.contracts.attention import Attention, Cache
-from core.contracts.balancer import Balancer
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.corpus import Split, TokenBlock, TokenCorpus
 from core.contracts.loss_head import Draft, HeadOutput, LossHead, Shared
-from core.contracts.record import MaxMetric, MeanMetric, Record, StepTotals
 from core.contracts.residual import Place, Residual
-from core.contracts.router import Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
-from core.contracts.training import NamedParameter, OptimizerFactory
+from core.contracts.training import NamedParameter, OptimizerFactory, StrategyFactory
 from core.data.tokenizer import train
 from core.extension.hookspec import Registrar, hookimpl
 from core.model.attend import TensorCache, attend
@@ -39,10 +39,9 @@ def register(registry: Registrar) -> None:
     registry.residual("two_lanes", f"{__name__}:TwoLanes")
     registry.optimizer("by_kind", f"{__name__}:ByKind")
     registry.attention("two_ropes", f"{__name__}:TwoRopes")
-    registry.attention("measured", f"{__name__}:Measured")
-    registry.balancer("histogram", f"{__name__}:Histogram")
     registry.loss_head("peek", f"{__name__}:Peek")
     registry.corpus("token_blocks", f"{__name__}:Blocks")
+    registry.strategy("share_experts", f"{__name__}:ShareExperts")
 
 
 class TwoLanes(Residual):
@@ -104,8 +103,28 @@ class ByKind(OptimizerFactory):
         return float(self.config.lr)
 
 
+SHARDED = "blocks.1.ffn.routed.down.weight"
+"""The weight that `ShareExperts` shards, expert by expert."""
+
+
+class ShareExperts(StrategyFactory):
+    """Shards the down projections of the experts of block 1 over the ranks of a mesh."""
+
+    example = {"name": "share_experts"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Nothing to set."""
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        return {"accelerator": "cpu", "devices": 1}
+
+    def parallelize(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        fully_shard(model.get_submodule(SHARDED.removesuffix(".weight")), mesh=mesh)
+
+
 class ClosedCache(TensorCache):
-    """As a compressed cache: what it has taken in cannot be taken out."""
+    """A cache that cannot forget what it has taken in, like one that compresses closed windows."""
 
     truncates = False
 
@@ -153,95 +172,6 @@ class TwoRopes(Attention):
     def costs(self) -> Costs:
         active = sum(p.numel() for p in self.parameters())
         return Costs(active=active, mixing=2 * 2 * self.width * self.length / 2, cache=2 * self.width)
-
-
-class Measured(Attention):
-    """One head with a penalty on large scores, the number of its queries as a tally, and two metrics of its scores."""
-
-    example = {"name": "measured", "width": 8}
-
-    @dataclass(kw_only=True)
-    class Config:
-        """The head."""
-
-        width: int = setting(doc="width of the head")
-
-    def __init__(self, config: Config, build: BuildContext) -> None:
-        super().__init__(config, build)
-        self.width, self.length = config.width, build.length
-        self.q = build.linear(build.dim, config.width, "attention.q")
-        self.k = build.linear(build.dim, config.width, "attention.k")
-        self.v = build.linear(build.dim, config.width, "attention.v")
-        self.output = build.linear(config.width, build.dim, "attention.output", residual=True)
-        self.rope = build.rope
-        self.ended: list[StepTotals] = []
-
-    def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> tuple[Tensor, Record]:
-        q, k, v = (layer(x_BLD)[:, :, None] for layer in (self.q, self.k, self.v))
-        q, k = rotate(q, self.rope, context.positions_BL), rotate(k, self.rope, context.positions_BL)
-        slots_BL = None
-        own_BL = (q * k).sum(dim=-1)[:, :, 0]  # each query's score of its own key
-        if cache is not None:
-            k, v = cache.append(k, v)
-            slots_BL = cache.slots(x_BLD.shape[1])
-        y_BLD = self.output(attend(q, k, v, self.width**-0.5, context, slots_BL).flatten(-2))
-        valid_BL = context.valid()
-        squared = own_BL.square().masked_fill(~valid_BL, 0).sum()
-        size_BL = own_BL.detach().abs().masked_fill(~valid_BL, 0)
-        record = Record(
-            terms={"penalty": squared},
-            tallies={"queries": valid_BL.sum()},
-            metrics={
-                "mean_score": MeanMetric(size_BL.sum(), valid_BL.sum()),
-                "largest_score": MaxMetric(size_BL.max()),
-            },
-        )
-        return y_BLD, record
-
-    def counts(self, context: SequenceContext) -> dict[str, Tensor]:
-        return {"penalty": context.valid().sum()}
-
-    def coefficient(self, progress: Progress) -> float:
-        return 0.125
-
-    def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
-        self.ended.append(totals)
-
-    def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
-        return TensorCache(rows, capacity, device)
-
-    def costs(self) -> Costs:
-        active = sum(p.numel() for p in self.parameters())
-        return Costs(active=active, mixing=2 * 2 * self.width * self.length / 2, cache=2 * self.width)
-
-
-class Histogram(Balancer):
-    """Counts affinities in ten bins for each expert, as Quantile Balancing does; keeps the last step's."""
-
-    example = {"name": "histogram"}
-
-    @dataclass(kw_only=True)
-    class Config:
-        """Nothing to set."""
-
-    def __init__(self, config: Config, build: BuildContext, *, experts: int, top_k: int) -> None:
-        super().__init__(config, build, experts=experts, top_k=top_k)
-        self.register_buffer("counts_EN", torch.zeros(experts, 10, dtype=torch.int64))
-
-    def reset_parameters(self) -> None:
-        """No counts."""
-        self.counts_EN.zero_()
-
-    def tally(self, routing: Routing, context: SequenceContext) -> dict[str, Tensor]:
-        """int64 E x 10: valid tokens by expert and tenth of the affinity."""
-        bins_TE = (routing.scores_TE.detach() * 10).long().clamp(0, 9)
-        valid_T = context.valid().flatten()
-        places_A = (torch.arange(self.experts) * 10 + bins_TE)[valid_T].flatten()
-        return {"bins": torch.bincount(places_A, minlength=10 * self.experts).view(self.experts, 10)}
-
-    def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
-        if "bins" in totals.tallies:
-            self.counts_EN.copy_(totals.tallies["bins"])
 
 
 class Peek(LossHead):
@@ -344,8 +274,8 @@ def everything() -> dict[str, Any]:
             "model.attention={name: two_ropes, width: 8, second: local}",
             "model.ropes={local: {theta: 50.0}}",
         ),
-        "measured": ("plugins=[tiny_components]", "model.attention={name: measured, width: 8}"),
-        "histogram": ("plugins=[tiny_components]", "model.blocks.moe.ffn.balance=[{name: histogram}]"),
+        "watched": ("plugins=[own_parts]", "model.attention={name: watched, heads: 4}"),
+        "histogram": ("plugins=[own_parts]", "model.blocks.moe.ffn.balance=[{name: histogram}]"),
         "head": ("plugins=[tiny_components]", "model.heads.peek={name: peek, block: 1}"),
         "corpus": ("plugins=[tiny_components]", "data.corpus={name: token_blocks}", "data.tokenizer.vocab=270"),
     }

@@ -173,7 +173,7 @@ def test_cached_decoding_equals_the_full_forward(name: str, chunks: list[int]) -
 
 @every_attention
 def test_the_cache_keeps_what_costs_declare(name: str) -> None:
-    """As by hand; that a filled cache has these bytes is in the conformance kit."""
+    """The formula by hand; that a filled cache has these bytes is in the conformance kit."""
     by_hand = {"mla": 16 + 4, "mla without query latent": 16 + 4, "mha": 64, "gqa": 32, "mqa": 16}
     assert layer(name).costs().cache == by_hand[name]
 

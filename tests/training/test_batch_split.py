@@ -109,7 +109,7 @@ def trained(lab: Lab, name: str, sequences: int, accumulate: int) -> dict[str, A
 
 @pytest.mark.parametrize("name", ["gshard", "batch"])
 def test_P9_a_whole_training_step_is_split_without_a_change(lab: Lab, name: str) -> None:
-    """Of a method that draws by address, and of one whose loss is formed over the whole batch."""
+    """A method that draws by address, and one whose loss is formed over the whole batch."""
     assert_close(trained(lab, name, 2, 4), trained(lab, name, 8, 1))
 
 

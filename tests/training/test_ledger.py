@@ -25,7 +25,7 @@ from core.data.batch import Batch
 from core.model.block import Block
 from core.model.language_model import LanguageModel
 from core.model.ledger import BalanceTerm, HeadTerm, LayerTerm, Ledger
-from core.training.totals import WindowTotals, end_step
+from core.training.totals import WindowTotals, call_on_step_end
 from core.training.window import Window, objective
 
 START = Progress(step=1, tokens=32, total_steps=100, total_tokens=3200)
@@ -94,8 +94,8 @@ def test_what_layers_have_of_their_own_comes_last(lab: Lab) -> None:
         (LayerTerm, "attention/energy", "heads.mtp.depths.0.block", 0.7, "token"),
     ]
     assert listed(model) == expected
-    told = coefficients(model, plan_of(lab.recipe(*OWN)))
-    assert {name: ends for name, ends in told.items() if "energy" in name} == {
+    reported = coefficients(model, plan_of(lab.recipe(*OWN)))
+    assert {name: ends for name, ends in reported.items() if "energy" in name} == {
         f"{path} {part}/energy": {"first": COEFFICIENTS[part], "last": COEFFICIENTS[part]} for path, part in WATCHED
     }
 
@@ -201,7 +201,7 @@ def step(model: LanguageModel, sizes: Sequence[int] = (8,), *, recompute: bool =
     totals = totals.over_ranks()
     owners = [*watched(model).values(), *(histogram(model, path) for path in MOE)]
     assert not any(owner.ended for owner in owners)
-    end_step(model, totals, START)
+    call_on_step_end(model, totals, START)
     assert all(len(owner.ended) == 1 for owner in owners)
     assert all(progress is START for owner in owners for _, progress in owner.ended)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -225,7 +225,7 @@ def histogram(model: LanguageModel, path: str) -> Any:
 
 
 def seen_tokens(batch: Batch, path: str) -> list[list[int | None]]:
-    """Of each row that a block sees: the token, or None for padding; one token at a time."""
+    """The rows that a block sees, as tokens and None for padding; read one token at a time."""
     k = 1 if path.startswith("heads.") else 0
     rows = []
     for tokens, valid in zip(batch.tokens_BL.tolist(), batch.valid_BL.tolist(), strict=True):
@@ -377,7 +377,7 @@ def test_P4_a_skipped_step_hands_nothing_over(lab: Lab) -> None:
 
 @pytest.fixture(scope="module")
 def affinities(lab: Lab) -> dict[str, list[list[int]]]:
-    """Of each layer's experts how many valid tokens' affinities lie in each bin, one token at a time."""
+    """The number of valid tokens' affinities in each bin of each layer's experts, counted one token at a time."""
     model, batch, found = build(lab.recipe(*OWN)), padded(LENGTHS), {}
     for path in MOE:
         router = model.get_submodule(f"{path}.ffn.router")
