@@ -1,8 +1,6 @@
 """Triton kernels that quantise in tiles, one read and one write each, into the layouts that `scaled_mm` takes.
 
-Codes and scales are those of `core.numerics.quantise.quantise` bit for bit: a tile's largest magnitude is found among
-bit patterns, which for finite numbers, infinities and NaN are in that order; divisions are IEEE's; what rounds to zero
-becomes +0, as it does there.
+Codes and scales are those of `core.numerics.quantise.quantise` bit for bit; `codes.py` has their arithmetic.
 
 Experts' rows, [begin, end) for expert e, are padded to whole multiples of a step S, and every expert starts at slot
 begin // S + e. Slots never overlap (floor(end / S) + 1 - floor(begin / S) is at least ceil((end - begin) / S)), there
@@ -14,13 +12,12 @@ instead of bytes, with fewer accesses to shared memory. Matrices are turned by a
 quantises them did it as well, Triton 3.6 gave wrong codes on an H100. So `faithful` is asked before anything else is.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from plugins.fp8_native.codes import decode, encode, fp32_of, largest, magnitude, pack_words, scale_of
 from plugins.fp8_native.operand import ROWS, SCALES, WIDTH
 
 SPARE = ROWS - 1
@@ -41,115 +38,9 @@ OPTIONS = {
     "flipped": {"num_warps": 4},
 }
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""Triton's interpreter casts neither ties nor NaN to E4M3 as GPUs do."""
-INFINITE = tl.constexpr(0x7F800000)
 TILE = tl.constexpr(WIDTH)
 WORDS = tl.constexpr(WIDTH // 4)
 PAD = tl.constexpr(ROWS)
-
-
-# ---- the arithmetic
-
-
-@triton.jit
-def _read(x):
-    """fp32 numbers; of bf16 by its bits, because the interpreter's cast loses subnormal ones."""
-    if x.dtype == tl.bfloat16:
-        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _magnitude(x):
-    """|x| as bits, which for all that are not negative are in the order of the numbers."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _scale(amax_bits, POWER_OF_TWO: tl.constexpr):
-    """The scale of tiles of these largest magnitudes; see `core.numerics.quantise.scales_of`."""
-    amax = amax_bits.to(tl.float32, bitcast=True)
-    bits = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)).to(tl.int32, bitcast=True)
-    bits = tl.maximum(bits, 0x00800000)
-    if POWER_OF_TWO:
-        bits = (bits + 0x7FFFFF) & INFINITE
-    return tl.where(amax_bits < INFINITE, bits, 0x7FC00000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _divide(x, scale):
-    """x / scale as IEEE rounds it, by one reciprocal for a tile instead of a division for an element.
-
-    From y, the reciprocal rounded to nearest, q = x y is improved by its remainder twice. The first leaves q within one
-    unit of its last place, and then the second rounds as a division does (Markstein, IBM J. Res. Dev. 34(1), 1990) as
-    long as remainders are exact: tiny tiles are lifted by a power of two, and where quotients are tiny codes are 0.
-    """
-    if INTERPRETED:  # without fused multiply-add
-        q = tl.div_rn(x, scale)
-    else:
-        lift = tl.where(scale < 8.673617379884035e-19, 1.2089258196146292e24, 1.0)  # 2^-60, 2^80
-        x, scale = x * lift, scale * lift
-        y = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-        less, y = tl.broadcast_to(-scale, x.shape), tl.broadcast_to(y, x.shape)
-        q = x * y
-        q = tl.fma(tl.fma(q, less, x), y, q)
-        q = tl.fma(tl.fma(q, less, x), y, q)
-    return q
-
-
-@triton.jit
-def _encode(x, scale):
-    """E4M3 codes of x / scale as bytes: nearest, ties to even, no negative zero."""
-    q = _divide(x, scale)
-    if INTERPRETED:
-        bits = q.to(tl.int32, bitcast=True)
-        binade = tl.maximum(bits & INFINITE, 121 << 23)
-        magic = binade.to(tl.float32, bitcast=True) * 1572864.0  # 1.5 * 2^20; see `onto_grid_`
-        units = (q + magic).to(tl.int32, bitcast=True) - magic.to(tl.int32, bitcast=True)
-        code = (((binade >> 23) - 121) << 3) + tl.abs(units) + tl.where(units < 0, 0x80, 0)
-        code = tl.where(q == q, code, 0x7F).to(tl.uint8)
-    else:
-        q = tl.where(tl.abs(q) <= 0.0009765625, 0.0, q)  # 2^-10: half of the smallest code
-        code = q.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    return code
-
-
-@triton.jit
-def _decode(codes):
-    """fp32 numbers of codes, as in `core.numerics.quantise.decode`."""
-    if INTERPRETED:
-        bits = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385  # less the upper bit of fp16's exponent
-        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    else:
-        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return values
-
-
-@triton.jit
-def _words(a, b, c, d):
-    """Four codes in a word, the first in its lowest byte."""
-    a, b, c, d = a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), d.to(tl.int32)
-    if INTERPRETED:
-        word = a | (b << 8) | (c << 16) | (d << 24)
-    else:  # out of the compiler's sight, which takes shifts for packing of bytes
-        word = tl.inline_asm_elementwise(
-            "{ .reg .b32 l, h; prmt.b32 l, $1, $2, 0x0040; prmt.b32 h, $3, $4, 0x0040; prmt.b32 $0, l, h, 0x5410; }",
-            "=r,r,r,r,r",
-            [a, b, c, d],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    return word
-
-
-@triton.jit
-def _largest(a, b, c, d):
-    """The largest magnitudes of four tiles, element by element."""
-    return tl.maximum(tl.maximum(_magnitude(a), _magnitude(b)), tl.maximum(_magnitude(c), _magnitude(d)))
 
 
 @triton.jit
@@ -192,9 +83,9 @@ def _rows_kernel(
         there = (row < end)[:, None]
         far = row.to(tl.int64)[:, None]
         x = tl.load(x_ptr + far * stride + inner[None, :], mask=there & (inner < columns)[None, :], other=0.0)
-        x = _read(x)
-        scale = _scale(tl.max(_magnitude(x), 1), POWER_OF_TWO)
-        tl.store(codes_ptr + far * (across * TILE) + inner[None, :], _encode(x, scale[:, None]), mask=there)
+        x = fp32_of(x)
+        scale = scale_of(tl.max(magnitude(x), 1), POWER_OF_TWO)
+        tl.store(codes_ptr + far * (across * TILE) + inner[None, :], encode(x, scale[:, None]), mask=there)
         padded = (end - begin + PAD - 1) // PAD * PAD
         start = ((begin // PAD + expert) * PAD).to(tl.int64) * across + column.to(tl.int64) * padded
         tl.store(scales_ptr + start + (row - begin), scale, mask=row - begin < padded)
@@ -207,9 +98,9 @@ def _tokens(x_ptr, own_ptr, token, channel, begin, end, columns, stride, CODED: 
     x = tl.load(x_ptr + token.to(tl.int64)[:, None] * stride + channel[None, :], mask=there, other=0)
     if CODED:
         own = tl.load(own_ptr + (token - begin), mask=token < end, other=0.0)
-        x = _decode(x) * own[:, None]
+        x = decode(x) * own[:, None]
     else:
-        x = _read(x)
+        x = fp32_of(x)
     return x
 
 
@@ -245,9 +136,9 @@ def _turned_kernel(
         b = _tokens(x_ptr, own_ptr, token + 1, channel, begin, end, columns, stride, CODED)
         c = _tokens(x_ptr, own_ptr, token + 2, channel, begin, end, columns, stride, CODED)
         d = _tokens(x_ptr, own_ptr, token + 3, channel, begin, end, columns, stride, CODED)
-        scale = _scale(tl.max(_largest(a, b, c, d), 0), POWER_OF_TWO)
+        scale = scale_of(tl.max(largest(a, b, c, d), 0), POWER_OF_TWO)
         each = scale[None, :]
-        words = tl.trans(_words(_encode(a, each), _encode(b, each), _encode(c, each), _encode(d, each)))
+        words = tl.trans(pack_words(encode(a, each), encode(b, each), encode(c, each), encode(d, each)))
         length = (end - begin + TILE - 1) // TILE * TILE
         start = ((begin // TILE + expert) * TILE).to(tl.int64) * outer + (first - begin)
         place = channel.to(tl.int64)[:, None] * (length // 4) + word[None, :]
@@ -275,10 +166,10 @@ def _blocks_kernel(
     row = i * TILE + tl.arange(0, TILE)
     column = j * TILE + tl.arange(0, TILE)
     there = (row < rows)[:, None] & (column < columns)[None, :]
-    w = _read(tl.load(w_ptr + (matrix * rows + row)[:, None] * columns + column[None, :], mask=there, other=0.0))
-    scale = _scale(tl.max(tl.max(_magnitude(w), 1), 0), POWER_OF_TWO)
+    w = fp32_of(tl.load(w_ptr + (matrix * rows + row)[:, None] * columns + column[None, :], mask=there, other=0.0))
+    scale = scale_of(tl.max(tl.max(magnitude(w), 1), 0), POWER_OF_TWO)
     place = (matrix * rows_padded + row)[:, None] * (across * TILE) + column[None, :]
-    tl.store(codes_ptr + place, _encode(w, scale), mask=(row < rows_padded)[:, None])
+    tl.store(codes_ptr + place, encode(w, scale), mask=(row < rows_padded)[:, None])
     more = tl.arange(0, MORE)
     own = more < tl.where(j == across - 1, length - j, 1)
     tl.store(scales_ptr + (matrix * down + i) * length + j + more, tl.where(more == 0, scale, 1.0), mask=own)
@@ -303,7 +194,7 @@ def _flipped_kernel(codes_ptr, words_ptr, rows, width, down, columns_padded, CHA
     c = _bytes(codes_ptr, row + 2, column, rows, width)
     d = _bytes(codes_ptr, row + 3, column, rows, width)
     place = (matrix * columns_padded + column)[:, None] * (down * WORDS) + (i * WORDS + word)[None, :]
-    tl.store(words_ptr + place, tl.trans(_words(a, b, c, d)), mask=(column < columns_padded)[:, None])
+    tl.store(words_ptr + place, tl.trans(pack_words(a, b, c, d)), mask=(column < columns_padded)[:, None])
 
 
 # ---- what they are called with

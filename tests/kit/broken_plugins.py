@@ -45,6 +45,7 @@ BROKEN = {
     ("attention", "own_positions"): "positions_come_from_the_context",
     ("balancer", "forgetful"): "state_round_trips",
     ("loss_head", "prophet"): "head_does_not_see_its_target",
+    ("loss_head", "all_or_nothing"): "targets_that_are_not_learned_are_left_out",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 """The one check that each must fail."""
@@ -189,6 +190,23 @@ class WrongDivisor(KitHead):
         return {"loss": (torch.ones_like(context.tokens_BL) * learned_BM).sum().long()}
 
 
+class AllOrNothing(KitHead):
+    """Learns all targets as soon as one is to be learned."""
+
+    example = {"name": "all_or_nothing"}
+
+    def forward(self, hidden_BLD: Tensor, context: SequenceContext, shared: Any) -> HeadOutput:
+        return super().forward(hidden_BLD, self._all_or_nothing(context), shared)
+
+    def counts(self, context: SequenceContext) -> dict[str, Tensor]:
+        return super().counts(self._all_or_nothing(context))
+
+    def _all_or_nothing(self, context: SequenceContext) -> SequenceContext:
+        if context.learned_BM is None or not context.learned_BM.any():
+            return context
+        return replace(context, learned_BM=None)
+
+
 class Optimist(KitPrecision):
     """Says that the router is computed in fp32, and computes it in bf16."""
 
@@ -329,6 +347,6 @@ class Prophet(KitHead):
 CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
-    *(OneCache, OwnPositions, Forgetful, Prophet),
+    *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
     *FORMATS,
 )
