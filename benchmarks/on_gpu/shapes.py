@@ -20,7 +20,7 @@ from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel
 from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
-from core.training.totals import WindowTotals, end_step
+from core.training.totals import WindowTotals, call_on_step_end
 from core.training.window import step_loss
 
 torch._dynamo.config.recompile_limit = 64  # a block's code is compiled for every kind of block in every precision
@@ -182,6 +182,6 @@ class Stepper:
         self.optimizer.zero_grad()
         progress = Progress(step=1, tokens=self.tokens, total_steps=100, total_tokens=0)
         with torch.no_grad():
-            end_step(self.model, totals, progress)
+            call_on_step_end(self.model, totals, progress)
             for state in self.model.step_states().values():
                 state.end_step(done=True)

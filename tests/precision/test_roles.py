@@ -138,5 +138,5 @@ def test_a_layer_for_no_role_is_a_mistake_of_its_plugin() -> None:
     """Recipes could not name it."""
     build = bench.build_context(bench.KitPrecision(torch.float32))
     for make in (lambda: build.linear(8, 4, "attention.out"), lambda: build.grouped_linear(2, 8, 4, "attention.out")):
-        with pytest.raises(AssertionError, match=r"'attention\.out' is no role"):
+        with pytest.raises(AssertionError, match=r"unknown role 'attention\.out'"):
             make()
