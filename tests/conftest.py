@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from lab import Lab
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of which every test is in the tier `full` are not imported without it; None: pytest decides."""
+    return True if config.option.markexpr == "not full" and is_full(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `tests/tiers.py` lists; `pytest -m full` runs it, plain `pytest` everything else."""
     for item in items:

@@ -18,11 +18,14 @@ def initialise(model: nn.Module, seed: int) -> None:
             could not be given values.
     """
     for name, module in model.named_modules():
-        if not list(module.parameters(recurse=False)) + list(module.buffers(recurse=False)):
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not tensors:
             continue
         reset = getattr(module, "reset_parameters", None)
         if reset is None:
             raise TypeError(f"{name} ({type(module).__name__}) owns parameters or buffers but has no reset_parameters")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(address(seed, name))
+            # `torch.manual_seed` seeds every kind of device and keeps a stack trace for each that has not been used
+            on_cpu = all(tensor.device.type in ("cpu", "meta") for tensor in tensors)
+            (torch.default_generator if on_cpu else torch).manual_seed(address(seed, name))
             reset()

@@ -105,17 +105,14 @@ def _shipped(path: str, who: str) -> Path:
 def _resolve(file: Path, layers: "_Layers") -> Recipe:
     values = _interpolated(layers)
     _check_trainer(values.get("trainer"), layers)
-    # the core's own keys first, then the names: a mistake there is told before any component, and torch, is imported
-    keys = Resolver(installed_registry(), layers.origin, layers.inherited, components=False)
-    named = keys.section(RecipeSchema, values, "", beside=["extends"]).plugins
+    # the core's own keys, then the names, then components: an error in a key of the core needs no import of torch
+    resolver = Resolver(installed_registry(), layers.origin, layers.inherited, defer=True)
+    core = resolver.section(RecipeSchema, values, "", beside=["extends"])
     try:
-        registry = registry_for(named)
+        registry = registry_for(core.plugins)
     except UserError as cause:
         raise UserError(f"{layers.origin('plugins')}: plugins: {cause}") from cause
-    resolver = Resolver(registry, layers.origin, layers.inherited)
-    for asked in keys.asked:
-        resolver.find(*asked)
-    core = resolver.section(RecipeSchema, values, "")
+    resolver.read_components(registry, core)
     own = {key: getattr(core, key) for key in RecipeSchema.__dataclass_fields__}
     return Recipe(**own, name=file.stem, source=str(file), dropped=tuple(dict.fromkeys(resolver.dropped)))
 

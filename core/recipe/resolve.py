@@ -1,37 +1,34 @@
 """From plain containers to validated dataclasses, section by section.
 
-A section with a `name` has the schema of whoever owns that name, so each is read in three moves: take the
-name, ask the registry for the component, hold the other keys against its `Config`. OmegaConf checks and
-converts the plain values; this module adds where the mistake stands and what would have been right.
+The schema of a section with a `name` is the `Config` of the component of that name. Such a section is read in three
+steps: take the name, find the component in the registry, check the other keys against its `Config`. OmegaConf checks
+and converts the plain values; this module adds to an error where the value stands and what is allowed there.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
-from functools import cache
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.contracts.errors import UserError, Wrong, nearest
 from core.contracts.schema import REQUIRED, Section
 from core.extension.checks import told_where
 from core.extension.registry import Entry, Registry
+from core.recipe.values import convert, default_of, describe_type, fits, hints_of, nested_section, show_value, tidy
 
 
 class Resolver:
     """Reads one composed recipe.
 
     Args:
-        registry: who owns which name.
+        registry: the components by name.
         origin: the file or the command line that a key path was set in.
         inherited: keys that stand in a section only because it replaced another one's `name`; they are
             dropped where the new schema does not know them.
-        components: False reads the core's own keys only, and keeps (slot, name, path) of what they ask for in
-            `asked` instead of importing it.
+        defer: keep the sections of components until `read_components` instead of importing the components; a `check`
+            that runs before finds null in their place.
     """
 
     def __init__(
@@ -40,11 +37,14 @@ class Resolver:
         origin: Callable[[str], str],
         inherited: Mapping[str, set[str]],
         *,
-        components: bool = True,
+        defer: bool = False,
     ) -> None:
-        self.registry, self.origin, self.inherited, self.components = registry, origin, inherited, components
+        self.registry = registry
+        self.origin = origin
+        self.inherited = inherited
         self.dropped: list[str] = []
-        self.asked: list[tuple[str, str, str]] = []
+        self._defer = defer
+        self._deferred: list[_Deferred] = []
         self._whose = ""  # the component whose section is being read
 
     def section(self, schema: Any, raw: Any, path: str, parent: Any = None, beside: Iterable[str] = ()) -> Any:
@@ -61,21 +61,21 @@ class Resolver:
             raise self.error(path, raw, f"must be a section of keys: {', '.join(f.name for f in fields(schema))}")
         values = self._known(schema, raw, path, beside)
         instance = self._plain(schema, values, path)
-        hints = _hints(schema)
+        hints = hints_of(schema)
         for f in fields(schema):
-            value = values.get(f.name, _default(f))
+            value = values.get(f.name, default_of(f))
             where = _join(path, f.name)
             if "slot" in f.metadata:
                 owner = parent if f.metadata.get("outer") else instance
-                setattr(instance, f.name, self._children(f, value, where, owner))
-            elif nested := _nested(hints[f.name], value):
+                self._read_children(instance, f, value, where, owner)
+            elif nested := nested_section(hints[f.name], value):
                 setattr(instance, f.name, self._sections(*nested, value, where, instance))
         self._check(instance, path, parent)
         return instance
 
     def error(self, path: str, value: Any, why: str) -> UserError:
         """One sentence: file, key path, value, what is allowed."""
-        shown = "" if isinstance(value, Mapping) else f" = {_show(value)}"
+        shown = "" if isinstance(value, Mapping) else f" = {show_value(value)}"
         return UserError(f"{self.origin(path)}: {path}{shown}: {why}" if path else f"{self.origin(path)}: {why}")
 
     def _known(self, schema: Any, raw: Mapping[str, Any], path: str, beside: Iterable[str]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Resolver:
                 where = _join(path, key)
                 raise UserError(f"{self.origin(where)}: {where}: unknown key; {nearest(key, [*names, *beside])}")
         for f in fields(schema):
-            if _default(f) == REQUIRED and values.get(f.name, REQUIRED) == REQUIRED:
+            if default_of(f) == REQUIRED and values.get(f.name, REQUIRED) == REQUIRED:
                 doc = f" ({f.metadata['doc']})" if "doc" in f.metadata else ""
                 by = self.origin(_join(path, "name"))  # a changed name is what asks for other keys
                 raise UserError(f"{by}: {_join(path, f.name)}: required key is missing{doc}")
@@ -99,26 +99,36 @@ class Resolver:
 
     def _plain(self, schema: Any, values: Mapping[str, Any], path: str) -> Any:
         """The instance, its plain values checked and converted by OmegaConf; sections are left for later."""
-        base, hints = _structured(schema), _hints(schema)
+        hints = hints_of(schema)
+        later: dict[str, Any] = {}
         plain: dict[str, Any] = {}
         for f in fields(schema):
-            if "slot" in f.metadata or _nested(hints[f.name], values.get(f.name, _default(f))):
-                plain[f.name] = None
+            if "slot" in f.metadata or nested_section(hints[f.name], values.get(f.name, default_of(f))):
+                later[f.name] = None
             elif f.name in values:
-                plain[f.name] = self._value(base, f.name, hints[f.name], values[f.name], _join(path, f.name))
+                plain[f.name] = tidy(values[f.name], hints[f.name])
+        converted = self._converted(schema, plain, path)
         with self._answer("Config", path):
-            return schema(**plain)
+            return schema(**later, **converted)
 
-    def _value(self, base: Any, key: str, hint: Any, value: Any, path: str) -> Any:
-        value = _tidied(value, hint)
-        if not _fits(value, hint):
-            raise self.error(path, value, f"must be {_describe(hint)}")
+    def _converted(self, schema: Any, values: dict[str, Any], path: str) -> dict[str, Any]:
+        """Plain values as OmegaConf converts them, all at once; if it refuses one, the first such one is named."""
+        hints = hints_of(schema)
         try:
-            merged: Any = OmegaConf.merge(base, {key: value})
-            converted = merged[key]
-            return OmegaConf.to_object(converted) if OmegaConf.is_config(converted) else converted
-        except OmegaConfBaseException as cause:
-            raise self.error(path, value, f"must be {_describe(hint)}") from cause
+            if all(fits(value, hints[key]) for key, value in values.items()):
+                return convert(schema, values)
+        except OmegaConfBaseException:
+            pass
+        for key, value in values.items():
+            cause: OmegaConfBaseException | None = None
+            try:
+                if fits(value, hints[key]):
+                    convert(schema, {key: value})
+                    continue
+            except OmegaConfBaseException as refused:
+                cause = refused
+            raise self.error(_join(path, key), value, f"must be {describe_type(hints[key])}") from cause
+        raise AssertionError(f"{path}: the values can be converted one by one, but not together")
 
     def _sections(self, kind: Any, form: str, value: Any, path: str, parent: Any) -> Any:
         """The core's own sections that a field holds: one, a list or a mapping of them."""
@@ -130,29 +140,68 @@ class Resolver:
             return {key: self.section(kind, item, _join(path, key), parent) for key, item in entries}
         return self.section(kind, value, path, parent)
 
-    def _children(self, f: Any, value: Any, path: str, parent: Any) -> Any:
-        slot, many, default = f.metadata["slot"], f.metadata["many"], _default(f)
+    def _read_children(self, instance: Any, f: Any, value: Any, path: str, parent: Any) -> None:
+        """Sets the components that a field holds, now or in `read_components`."""
+        slot = f.metadata["slot"]
+        many = f.metadata["many"]
+        if many == "one":
+            default = default_of(f)
+            if value is None and default is None:
+                return
+            if isinstance(value, Mapping) and "name" not in value and isinstance(default, Mapping):
+                value = {**default, **value}
+            self._read_child(vars(instance), f.name, slot, value, path, parent)
+            return
+        holder: Any
+        items: Mapping[Any, Any]
         if many == "list":
-            items = self._list(value, path, f"{slot} sections")
-            return [self.component(slot, item, f"{path}.{i}", parent) for i, item in enumerate(items)]
-        if many == "mapping":
-            entries = self._mapping(value, path).items()
-            return {key: self.component(slot, item, _join(path, key), parent) for key, item in entries}
-        if value is None and default is None:
-            return None
-        if isinstance(value, Mapping) and "name" not in value and isinstance(default, Mapping):
-            value = {**default, **value}
-        return self.component(slot, value, path, parent)
+            items = dict(enumerate(self._list(value, path, f"{slot} sections")))
+            holder = [None] * len(items)
+        else:
+            items = self._mapping(value, path)
+            holder = dict.fromkeys(items)
+        setattr(instance, f.name, holder)
+        for key, item in items.items():
+            self._read_child(holder, key, slot, item, _join(path, str(key)), parent)
 
-    def component(self, slot: str, raw: Any, path: str, parent: Any) -> Section | None:
-        """The section of a component: `{name: ..., its own keys}`."""
+    def _read_child(self, holder: Any, key: Any, slot: str, raw: Any, path: str, parent: Any) -> None:
+        if self._defer:
+            self._deferred.append(_Deferred(holder, key, slot, self._named(slot, raw, path), path, parent))
+        else:
+            holder[key] = self.component(slot, raw, path, parent)
+
+    def read_components(self, registry: Registry, recipe: Any) -> None:
+        """Reads the sections of components that were deferred, in the recipe's order, and checks the whole.
+
+        Args:
+            registry: the components by name, now with those of the modules that the recipe names.
+            recipe: what the sections belong to.
+
+        Raises:
+            UserError: a name is unknown (all names are looked up before anything is imported), a section is wrong, or
+                `recipe.check_components` refuses their combination.
+        """
+        self.registry = registry
+        self._defer = False
+        for one in self._deferred:
+            self._find(one.slot, one.raw["name"], one.path)
+        for one in self._deferred:
+            one.holder[one.key] = self.component(one.slot, one.raw, one.path, one.parent)
+        self._deferred.clear()
+        with self._answer("check_components", "", recipe):
+            recipe.check_components()
+
+    def _named(self, slot: str, raw: Any, path: str) -> Mapping[str, Any]:
+        """The raw section of a component, if it has a name."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
             known = ", ".join(self.registry.names(slot))
             raise self.error(path, raw, f"must be a section with a `name` ({slot}: {known})")
-        if not self.components:
-            self.asked.append((slot, raw["name"], path))
-            return None
-        offer = self.find(slot, raw["name"], path)
+        return raw
+
+    def component(self, slot: str, raw: Any, path: str, parent: Any) -> Section:
+        """The section of a component: `{name: ..., its own keys}`."""
+        raw = self._named(slot, raw, path)
+        offer = self._find(slot, raw["name"], path)
         with self._told_at(f"{path}.name"):
             component, provenance = offer.load()
         rest = {key: value for key, value in raw.items() if key != "name"}
@@ -190,8 +239,8 @@ class Resolver:
             why = f"{self._whose} is broken: its {method} raises {told_where(cause)}"
             raise UserError(f"{self.origin(path)}: {path}: {why}") from cause
 
-    def find(self, slot: str, name: str, path: str) -> Entry:
-        """The one offer for a name, nothing imported; `path` is where the section that asks for it stands."""
+    def _find(self, slot: str, name: str, path: str) -> Entry:
+        """The one component of a name, not imported yet; `path` is where the section that names it stands."""
         with self._told_at(f"{path}.name"):
             return self.registry.find(slot, name)
 
@@ -223,6 +272,27 @@ class Resolver:
             instance.check(parent)
 
 
+@dataclass(frozen=True)
+class _Deferred:
+    """The section of a component that is read later.
+
+    Args:
+        holder: the list or mapping that the section goes into.
+        key: its place there.
+        slot: of the component.
+        raw: the section, as plain containers.
+        path: where it stands.
+        parent: the instance around it, for `check`.
+    """
+
+    holder: Any
+    key: Any
+    slot: str
+    raw: Mapping[str, Any]
+    path: str
+    parent: Any
+
+
 def to_dict(value: Any) -> Any:
     """Plain containers of a resolved recipe: what `recipe.yaml` holds; resolving them again gives the same."""
     if isinstance(value, Section):
@@ -236,76 +306,6 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-@cache
-def _structured(schema: Any) -> Any:
-    """An OmegaConf node with the plain fields of a schema, which knows their types."""
-    hints = _hints(schema)
-    plain = [f for f in fields(schema) if "slot" not in f.metadata and not _nested(hints[f.name], None)]
-    typed = [(f.name, hints[f.name], field(default=REQUIRED)) for f in plain]
-    return OmegaConf.structured(make_dataclass(schema.__name__, typed, kw_only=True))
-
-
-@cache
-def _hints(schema: Any) -> dict[str, Any]:
-    return get_type_hints(schema)
-
-
-def _nested(hint: Any, value: Any) -> tuple[Any, str] | None:
-    """The dataclass that a field holds where its value is `value`, and its form: one, list or mapping.
-
-    A number or a schedule is a section only where it is given as one; null is none where null is allowed.
-    """
-    origin, arguments = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
-        return hint, "one"
-    if origin in (list, dict) and is_dataclass(arguments[-1]):
-        return arguments[-1], "list" if origin is list else "mapping"
-    kinds = [a for a in arguments if is_dataclass(a)]
-    if origin in (Union, UnionType) and len(kinds) == 1:
-        scalars = [a for a in arguments if a not in (kinds[0], type(None))]
-        if isinstance(value, Mapping) or not (scalars or value is None):
-            return kinds[0], "one"
-    return None
-
-
-def _tidied(value: Any, hint: Any) -> Any:
-    """1e6 where only whole numbers are allowed is one; 4 where only numbers are allowed is one too."""
-    kinds = _kinds(hint)
-    if isinstance(value, list) and (item := _item(hint)):
-        return [_tidied(v, item) for v in value]
-    if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
-        return float(value)  # OmegaConf does so by itself, but not in a union
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """False for what OmegaConf converts without a word (true to 1, 3 to true), chokes on, or calls a number: nan."""
-    kinds = _kinds(hint)
-    if Any in kinds:
-        return True
-    if isinstance(value, list | dict):
-        forms = {get_origin(kind) or kind for kind in kinds}
-        item = _item(hint)
-        fit = item is None or isinstance(value, dict) or all(_fits(v, item) for v in value)
-        return fit and bool(forms & ({dict} if isinstance(value, dict) else {list, tuple}))
-    if isinstance(value, bool):
-        return bool in kinds
-    if isinstance(value, int | float) and bool in kinds:
-        return int in kinds or float in kinds
-    return not (isinstance(value, float) and math.isnan(value))
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _item(hint: Any) -> Any:
-    """The type of a list's items, None where the hint is no list."""
-    return next((get_args(kind)[0] for kind in _kinds(hint) if get_origin(kind) is list), None)
-
-
 def _reach(value: Any, path: str) -> Any:
     """What stands at a key path of an instance; an empty mapping for a whole section, which no sentence shows."""
     for part in path.split(".") if path else ():
@@ -317,39 +317,6 @@ def _reach(value: Any, path: str) -> Any:
             value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
     whole = value[0] if isinstance(value, list) and value else value
     return {} if is_dataclass(whole) or isinstance(whole, dict) else value
-
-
-def _default(f: Any) -> Any:
-    if f.default is not MISSING:
-        return f.default
-    return f.default_factory() if f.default_factory is not MISSING else REQUIRED
-
-
-def _describe(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
-    if hint in words:
-        return words[hint]
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(_describe(a) for a in arguments)
-    if origin is list:
-        return f"a list, each item {_describe(arguments[0])}"
-    if origin is dict:
-        return "a section of keys"
-    if arguments:
-        return "one of " + ", ".join(map(str, arguments))
-    if is_dataclass(hint):
-        return f"a {getattr(hint, '__name__', '').lower()} (keys: {', '.join(f.name for f in fields(hint))})"
-    return str(hint)
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower().replace("none", "null")
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        value = int(value)
-    text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _join(path: str, key: str) -> str:

@@ -300,16 +300,13 @@ class RecipeSchema:
         for name in self.recompute.blocks:
             if name not in self.model.blocks:
                 raise Wrong("recompute.blocks", f"must name blocks of the model: {', '.join(self.model.blocks)}")
-        self._check_precision()
         ramp = self.batch.accumulate
         if isinstance(ramp, Schedule) and ramp.unit == "fraction" and self.budget.steps is not None:
             why = "must be tokens or steps where the run's length is given in steps (budget.steps)"
             raise Wrong("batch.accumulate.unit", why)
 
-    def _check_precision(self) -> None:
-        """Raises `Wrong` where its capabilities do not go with recomputation or the strategy's devices."""
-        if self.precision is None or self.strategy is None:
-            return  # a first reading, which only collects the names of components
+    def check_components(self) -> None:
+        """Raises `Wrong` if the precision cannot run with recomputation or on the strategy's devices."""
         able = self.precision.component.capabilities_of(self.precision.config)
         if "remembers_products" in able and self.recompute.blocks:
             why = f"must be empty under precision {self.precision.name}: as it is set, a product repeated differs"

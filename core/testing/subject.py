@@ -67,7 +67,6 @@ class Subject:
         resolver = Resolver(self.registry, lambda path: f"the example of {self.entry.name}", {})
         example = {**self.component.example, "name": f"{self.entry.owner.distribution}/{self.entry.name}"}
         found = resolver.component(self.entry.slot, example, self.entry.slot, surroundings(self.entry.slot))
-        assert found is not None
         return Section(found.slot, self.entry.name, found.component, found.config, found.provenance)
 
     @property

@@ -16,7 +16,6 @@ def precision(name: str = "fp8_emulated", **settings: Any) -> Precision:
     """A precision with these keys, checked as a recipe's are."""
     resolver = Resolver(REGISTRY, lambda _: "test", {})
     section = resolver.component("precision", {"name": name, **settings}, "precision", None)
-    assert section is not None
     made: Precision = section.component(section.config)
     return made
 
