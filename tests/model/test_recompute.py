@@ -238,7 +238,9 @@ def test_P42_compiling_in_place_keeps_names_and_values() -> None:
         tiny.assert_close(tiny.backward(model, seen.total()), grads, 1e-11)
 
 
+@pytest.mark.full
 def test_P42_a_block_with_experts_compiles_as_one_graph() -> None:
+    """By default, the conformance kit compiles the layer of experts and each router, as one graph too."""
     model: LanguageModel = tiny.build()
     given, x_BLD = tiny.context(), torch.randn(2, 8, 32, dtype=torch.float64)
     torch._dynamo.reset()
