@@ -50,8 +50,8 @@ class Component:
     `describe` and the start of a run print it, and every summary keeps it. `refuses` names keys that its
     section cannot have although other components of the slot do, each with the reason, which the user is told.
     `traceable` is False where torch.compile cannot take the forward as one graph; it then breaks there. `roles` names
-    and explains the roles of its matrix products that are not among the usual ones
-    (`core.contracts.precision.ROLES`); recipes can then name them, and reports list them.
+    and explains the roles of its matrix products that are not among the usual ones (`core.contracts.precision.ROLES`);
+    recipes can then name them, and reports list them. A component built from `example` has a product of each.
     """
 
     Config: ClassVar[type]

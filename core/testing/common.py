@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from core.contracts.build import Rope
 from core.contracts.context import SequenceContext
 from core.contracts.loss_head import HeadOutput, LossHead, Shared
+from core.contracts.precision import ROLES
 from core.contracts.record import Record, StepTotals
 from core.contracts.schema import REQUIRED
 from core.extension.registry import SLOTS
@@ -99,6 +101,49 @@ def example_is_complete(subject: Subject) -> None:
 
 def _required(f: Any) -> bool:
     return f.default == REQUIRED or (f.default is MISSING and f.default_factory is MISSING)
+
+
+@check(
+    *MODULES,
+    clause="every role that the component declares is new, and its example has a matrix product of that role",
+    where="core/contracts/component.py, Component: `roles`",
+)
+def declared_roles_have_products(subject: Subject) -> None:
+    """A product of a role that is not declared makes `component_can_be_built` fail."""
+    declared = set(subject.component.roles)
+    spare(declared, "it declares no role")
+    usual = sorted(declared & set(ROLES))
+    hold(not usual, f"roles that exist already: {', '.join(usual)}")
+    used = {getattr(module, "role", None) for module in subject.made().modules()}
+    unused = sorted(declared - used)
+    hold(not unused, f"roles without a product: {', '.join(unused)}")
+
+
+@check(
+    *MODULES,
+    clause="further rotary positions are named by the component's settings, and its results depend on them",
+    where="core/contracts/build.py, BuildContext: `rope_named`",
+)
+def named_ropes_are_used(subject: Subject) -> None:
+    """Two frequencies give two results; a name that is not in the settings makes `component_can_be_built` fail."""
+    ropes = _RecordedRopes(subject.texts(), theta=50.0)
+    one = results(subject, perturbed(subject.made(ropes=ropes)))
+    spare(ropes.asked, "it uses the model's own rotary positions only")
+    other = results(subject, perturbed(subject.made(ropes=_RecordedRopes(subject.texts(), theta=5000.0))))
+    same = all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    hold(not same, f"{', '.join(sorted(ropes.asked))}: another frequency changes no result")
+
+
+class _RecordedRopes(dict[str, Rope]):
+    """Rotary positions of one frequency under several names; records which names were asked for."""
+
+    def __init__(self, names: Iterable[str], *, theta: float) -> None:
+        super().__init__(dict.fromkeys(names, Rope(theta, 4 * bench.LENGTH)))
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Rope:
+        self.asked.add(name)
+        return super().__getitem__(name)
 
 
 @check(

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from core.contracts.corpus import Split, TokenCorpus
 from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
-from core.contracts.training import NamedParameter, ParameterKind
+from core.contracts.training import NamedParameter, ParameterKind, StrategyFactory
+from core.model.initialise import initialise
 from core.model.parameters import check_groups
 from core.testing.clauses import check, hold, spare
-from core.testing.subject import Subject
+from core.testing.subject import Subject, state
 
 TRAINING, CORPUS = "core/contracts/training.py", "core/contracts/corpus.py, Corpus"
 ARGUMENTS = {"accelerator", "devices", "num_nodes", "strategy", "plugins", "sync_batchnorm"}
@@ -104,6 +108,34 @@ def strategy_gives_trainer_arguments(subject: Subject) -> None:
     """Those that choose devices and how they share the work."""
     arguments = subject.factory().trainer_arguments()
     hold(set(arguments) <= ARGUMENTS, f"other arguments: {', '.join(sorted(set(arguments) - ARGUMENTS))}")
+
+
+@check(
+    "strategy",
+    clause="`parallelize` renames no parameter, changes no shape, and leaves every initial weight as it is",
+    where=f"{TRAINING}, StrategyFactory: `parallelize`",
+)
+def sharded_weights_are_the_whole_models(subject: Subject) -> None:
+    """The kit's model over one process: built on meta, sharded, then drawn, beside one that is whole."""
+    factory = subject.factory()
+    spare(type(factory).parallelize is not StrategyFactory.parallelize, "it shards no weights")
+    spare(not dist.is_initialized(), "this process is already part of a process group")
+    whole = state(subject.model())
+    sharded = subject.model(meta=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        factory.parallelize(sharded, init_device_mesh("cpu", (1,)))
+        initialise(sharded.to_empty(device="cpu"), 0)
+        found = sharded.state_dict()
+        weights = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
+    finally:
+        dist.destroy_process_group()
+    hold(any(isinstance(value, DTensor) for value in found.values()), "no weight was sharded")
+    hold(list(weights) == list(whole), f"renamed: {', '.join(sorted(set(weights) ^ set(whole)))}")
+    reshaped = [name for name, value in weights.items() if value.shape != whole[name].shape]
+    hold(not reshaped, f"other shapes: {', '.join(reshaped)}")
+    different = [name for name, value in weights.items() if not torch.equal(value, whole[name])]
+    hold(not different, f"other initial weights: {', '.join(different)}")
 
 
 @check("callback", "logger", clause="`make` gives Lightning's own kind of object", where=TRAINING)

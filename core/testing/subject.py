@@ -1,15 +1,15 @@
 """A component under test: its `example` section, validated, and ways to build it in the kit's small model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from core.contracts.build import BuildContext
+from core.contracts.build import BuildContext, Rope
 from core.contracts.component import Environment
 from core.contracts.errors import UserError
 from core.contracts.precision import Precision
@@ -86,10 +86,26 @@ class Subject:
         return told
 
     def made(
-        self, dtype: torch.dtype = torch.float64, *, seed: int = 0, meta: bool = False, experts: int = bench.EXPERTS
+        self,
+        dtype: torch.dtype = torch.float64,
+        *,
+        seed: int = 0,
+        meta: bool = False,
+        experts: int = bench.EXPERTS,
+        ropes: Mapping[str, Rope] | None = None,
     ) -> Any:
-        """The component by itself, with initial weights; on the meta device without."""
+        """The component by itself, with initial weights; on the meta device without.
+
+        Args:
+            dtype: of its weights and products.
+            seed: of the weights.
+            meta: whether it is built on the meta device.
+            experts: of the layer that a router or a balancer belongs to.
+            ropes: further rotary positions, in the place of the kit's.
+        """
         build = self._context(dtype, seed)
+        if ropes is not None:
+            build = replace(build, ropes=ropes)
         return self._initialised(lambda: self._make(build, experts), seed, meta=meta)
 
     @cached_property
@@ -109,10 +125,11 @@ class Subject:
         else:
             self.factory()
 
-    def model(self, dtype: torch.dtype = torch.float64, *, recompute: bool = False) -> Any:
-        """A language model with the component in it."""
+    def model(self, dtype: torch.dtype = torch.float64, *, recompute: bool = False, meta: bool = False) -> Any:
+        """A language model with the component in it; on the meta device without weights."""
         build = self._context(dtype)
-        return self._initialised(lambda: bench.language_model(build, self._layer(), recompute=recompute), 0)
+        make = partial(bench.language_model, build, self._layer(), recompute=recompute)
+        return self._initialised(make, 0, meta=meta)
 
     def layer(self, dtype: torch.dtype = torch.float64) -> Any:
         """The layer with experts that the component is part of."""
@@ -120,9 +137,14 @@ class Subject:
         return self._initialised(lambda: build.make(self._layer()), 0)
 
     def _context(self, dtype: torch.dtype, seed: int = 0) -> BuildContext:
-        """The kit's small model around the component, with the roles that the component declares."""
+        """The kit's small model around the component, with its roles, and a rope for each text in its settings."""
         build = bench.build_context(bench.KitPrecision(dtype), seed=seed)
-        return replace(build, roles={*build.roles, *self.component.roles})
+        ropes = dict.fromkeys(self.texts(), Rope(500.0, build.rope.max_length))
+        return replace(build, roles={*build.roles, *self.component.roles}, ropes=ropes)
+
+    def texts(self) -> list[str]:
+        """The texts among the example's settings."""
+        return [value for value in vars(self.config).values() if isinstance(value, str)]
 
     def _layer(self) -> Section:
         if self.entry.slot == "ffn":

@@ -1,4 +1,4 @@
-"""What validation adds up: loss, bits per byte, load over the whole split, agreement of the draft heads."""
+"""What validation adds up: loss, bits per byte, load over the whole split, and metrics of heads and layers."""
 
 import math
 
@@ -44,11 +44,11 @@ class ValidationTotals(Metric):
             self._add_mean(term.label, term.sum_in(losses), count)
         for head, output in losses.heads.items():
             for name, metric in output.metrics.items():
-                label = head_label(head, name)
-                if isinstance(metric, MeanMetric):
-                    self._add_mean(label, metric.sum, metric.count)
-                else:
-                    self._add_maximum(label, metric)
+                self._add_metric(head_label(head, name), metric)
+        for parts in losses.records.values():
+            for layer, record in parts.items():
+                for name, metric in record.metrics.items():
+                    self._add_metric(f"{layer}/{name}", metric)
         records = losses.expert_records()
         for index, path in enumerate(self.layers):
             load_E, dropped = records[path].load_E, records[path].dropped
@@ -58,7 +58,7 @@ class ValidationTotals(Metric):
             self._state("dropped").add_(dropped)
 
     def compute(self) -> dict[str, float]:
-        """`val_loss` and `val_bits_per_byte` of the main head, `val/<term>` of all, load over the whole split."""
+        """`val_loss` and `val_bits_per_byte` of the main head, `val/<term>` and `val/<metric>`, load over the split."""
         sums = {name: float(self._state(f"sum {name}")) for name in self.names}
         means = {name: value / max(int(self._state(f"count {name}")), 1) for name, value in sums.items()}
         values = {f"val/{name}": mean for name, mean in means.items()}
@@ -83,6 +83,12 @@ class ValidationTotals(Metric):
             self._make_state(f"count {name}", torch.zeros((), dtype=torch.int64), "sum")
         self._state(f"sum {name}").add_(value.double())
         self._state(f"count {name}").add_(count.to(torch.int64))
+
+    def _add_metric(self, label: str, metric: MeanMetric | MaxMetric) -> None:
+        if isinstance(metric, MeanMetric):
+            self._add_mean(label, metric.sum, metric.count)
+        else:
+            self._add_maximum(label, metric)
 
     def _add_maximum(self, name: str, metric: MaxMetric) -> None:
         if name not in self.maxima:

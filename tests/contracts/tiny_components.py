@@ -28,6 +28,7 @@ from core.contracts.training import NamedParameter, OptimizerFactory, StrategyFa
 from core.data.tokenizer import train
 from core.extension.hookspec import Registrar, hookimpl
 from core.model.attend import TensorCache, attend
+from core.model.language_model import LanguageModel
 from core.model.rope import rotate
 
 CONTRACTS = "2.0"
@@ -104,11 +105,11 @@ class ByKind(OptimizerFactory):
 
 
 SHARDED = "blocks.1.ffn.routed.down.weight"
-"""The weight that `ShareExperts` shards, expert by expert."""
+"""The weight of the small recipe that `ShareExperts` shards."""
 
 
 class ShareExperts(StrategyFactory):
-    """Shards the down projections of the experts of block 1 over the ranks of a mesh."""
+    """Shards the down projections of the experts of every block, expert by expert."""
 
     example = {"name": "share_experts"}
 
@@ -120,7 +121,10 @@ class ShareExperts(StrategyFactory):
         return {"accelerator": "cpu", "devices": 1}
 
     def parallelize(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        fully_shard(model.get_submodule(SHARDED.removesuffix(".weight")), mesh=mesh)
+        assert isinstance(model, LanguageModel)
+        for module in model.blocks.modules():
+            if getattr(module, "role", None) == "experts.down":
+                fully_shard(module, mesh=mesh)
 
 
 class ClosedCache(TensorCache):
@@ -135,7 +139,7 @@ class ClosedCache(TensorCache):
 class TwoRopes(Attention):
     """One head whose halves turn by the model's rotary positions and by those called `local`."""
 
-    example = {"name": "two_ropes", "width": 8}
+    example = {"name": "two_ropes", "width": 8, "second": "local"}
     roles = {"tiny.mixed": "queries, keys and values of the tests' attention"}
 
     @dataclass(kw_only=True)

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from broken_formats import *  # noqa: F403 - classes that are found by their name
 from broken_formats import FORMATS
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from core.contracts.attention import Cache
 from core.contracts.balancer import Balancer
@@ -19,6 +21,7 @@ from core.contracts.record import StepTotals
 from core.contracts.router import Adjust, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
+from core.contracts.training import StrategyFactory
 from core.extension.hookspec import hookimpl
 from core.model.attend import TensorCache
 from core.numerics.linear import Linear
@@ -46,6 +49,11 @@ BROKEN = {
     ("balancer", "forgetful"): "state_round_trips",
     ("loss_head", "prophet"): "head_does_not_see_its_target",
     ("loss_head", "all_or_nothing"): "targets_that_are_not_learned_are_left_out",
+    ("attention", "idle_role"): "declared_roles_have_products",
+    ("attention", "idle_rope"): "named_ropes_are_used",
+    ("attention", "secret_rope"): "component_can_be_built",
+    ("strategy", "wrapper"): "sharded_weights_are_the_whole_models",
+    ("strategy", "redrawer"): "sharded_weights_are_the_whole_models",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 """The one check that each must fail."""
@@ -207,6 +215,70 @@ class AllOrNothing(KitHead):
         return replace(context, learned_BM=None)
 
 
+class IdleRole(KitAttention):
+    """Declares a role for which it makes no matrix product."""
+
+    example = {"name": "idle_role"}
+    roles = {"idle.product": "nothing"}
+
+
+class IdleRope(KitAttention):
+    """Asks for rotary positions and does not use them."""
+
+    example = {"name": "idle_rope", "rope": "local"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The positions."""
+
+        rope: str = setting(doc="name of the rotary positions")
+
+    def __init__(self, config: Config, build: BuildContext) -> None:
+        super().__init__(config, build)
+        build.rope_named(config.rope)
+
+
+class SecretRope(KitAttention):
+    """Asks for rotary positions by a name of its own, which no recipe can know."""
+
+    example = {"name": "secret_rope"}
+
+    def __init__(self, config: Any, build: BuildContext) -> None:
+        super().__init__(config, build)
+        build.rope_named("local")
+
+
+class Wrapper(StrategyFactory):
+    """Shards experts inside of a module of its own, so that their weights get other names."""
+
+    example = {"name": "wrapper"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Nothing to set."""
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        return {"accelerator": "cpu", "devices": 1}
+
+    def parallelize(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        blocks = model.get_submodule("blocks")
+        blocks[0] = nn.Sequential(blocks[0])  # type: ignore[index,operator]
+        fully_shard(blocks[0], mesh=mesh)  # type: ignore[index,arg-type]
+
+
+class Redrawer(Wrapper):
+    """Shards a weight as a copy that is not drawn again."""
+
+    example = {"name": "redrawer"}
+
+    def parallelize(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        block = model.get_submodule("blocks.0")
+        fully_shard(block, mesh=mesh)
+        for module in block.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters = lambda: None  # type: ignore[assignment,operator]
+
+
 class Optimist(KitPrecision):
     """Says that the router is computed in fp32, and computes it in bf16."""
 
@@ -348,5 +420,6 @@ CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
+    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer),
     *FORMATS,
 )

@@ -26,6 +26,7 @@ from core.model.block import Block
 from core.model.language_model import LanguageModel
 from core.model.ledger import BalanceTerm, HeadTerm, LayerTerm, Ledger
 from core.training.totals import WindowTotals, call_on_step_end
+from core.training.validation import ValidationTotals
 from core.training.window import Window, objective
 
 START = Progress(step=1, tokens=32, total_steps=100, total_tokens=3200)
@@ -317,6 +318,22 @@ def test_P2_its_tally_and_metrics_arrive_as_totals_of_the_window_once(
         assert not largest.maximum.requires_grad
 
 
+@pytest.mark.parametrize("sizes", [(8,), (6, 2)])
+def test_validation_reports_the_metrics_of_layers_over_the_whole_split(lab: Lab, sizes: tuple[int, ...]) -> None:
+    """Against a loop over what the layers give for every token, whatever the batches."""
+    model = build(lab.recipe(*OWN))
+    validation = ValidationTotals(model, Ledger.of(model), 100)
+    with torch.no_grad():
+        for batch in cut(padded(LENGTHS), sizes):
+            validation.update(model(context_of(batch)), context_of(batch))
+        outputs = given_by(model)
+    values = validation.compute()
+    for kind in ("attention", "ffn"):
+        largest = [float(y_D.abs().max()) for (_, part), rows in outputs.items() if part == kind for y_D in rows]
+        assert values[f"val/{kind}/size"] == pytest.approx(sum(largest) / len(largest), rel=1e-12)
+        assert values[f"val/{kind}/largest"] == pytest.approx(max(largest), rel=1e-12)
+
+
 def test_a_training_step_hands_it_over_and_logs_it(lab: Lab) -> None:
     """Two steps of two micro-batches, then validation, which ends no step: the log has what was handed over."""
     module = lab.train(*OWN, "budget.steps=2")
@@ -338,6 +355,7 @@ def test_a_training_step_hands_it_over_and_logs_it(lab: Lab) -> None:
         assert values[f"{kind}/size"] == pytest.approx(total / count, rel=1e-12)
         assert values[f"{kind}/largest"] == max(float(m["largest"].maximum) for m in last)
         assert values[f"loss/{kind}/energy"] > 0
+        assert module.validated[f"val/{kind}/largest"] >= module.validated[f"val/{kind}/size"] > 0
     heads = values["loss/next_token"] + 0.3 * values["loss/mtp/depth_1"]
     own = 3 * values["loss/attention/energy"] + values["loss/ffn/energy"]
     balance = len(MOE) * values["loss/balance/sequence"]
