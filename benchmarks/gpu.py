@@ -1,10 +1,10 @@
-"""python benchmarks/gpu.py [PART ...]: what the laboratory is worth on one GPU; numbers as they come out.
+"""python benchmarks/gpu.py [PART ...]: tests and benchmarks on one GPU.
 
-Parts: tests (those that need a GPU), correctness (results of a CPU and of the GPU), fp8 (its products and its loss
-curves), speed (a model of a billion parameters, beside transformers), layer (a mixture-of-experts layer of
-DeepSeek-V3's shape), profile (where a step's time goes). Each writes its numbers into OUT/gpu.json as they come, beside
-those of other parts that are there; a short table comes last. `--quick` takes toy sizes: a dry run of every step, on
-any machine.
+Parts: tests (those that need a GPU), correctness (results of the CPU and of the GPU), fp8 (its products and its loss
+curves), speed (a model of a billion parameters, compared with transformers), layer (a mixture-of-experts layer of
+DeepSeek-V3's shape), profile (the time of a step by kind of kernel). Each part writes its numbers into OUT/gpu.json as
+soon as it has them, and keeps those of other parts; a short table is printed last. `--quick` takes toy sizes: a dry run
+of every step, on any machine.
 """
 
 import argparse
@@ -21,28 +21,42 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from core.command import run_command
 from core.contracts.errors import UserError
-from core.door import run_door
 
 PARTS = ("tests", "correctness", "fp8", "speed", "layer", "profile")
-PACKAGES = ("torch", "triton", "transformers", "transformer-engine", "lightning", "nvidia-cublas", "nvidia-cudnn-cu13")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "transformer-engine",
+    "lightning",
+    "nvidia-cublas",
+    "nvidia-cudnn-cu13",
+)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """The command-line arguments."""
     p = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description="One GPU, measured.")
     p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    p.add_argument("--out", type=Path, default=Path("records/gpu"), metavar="DIR", help="default: records/gpu")
+    p.add_argument(
+        "--out", type=Path, default=Path("records/gpu"), metavar="DIR", help="default: records/gpu"
+    )
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    p.add_argument("--quick", action="store_true", help="toy sizes: shows that every step runs, and nothing else")
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help="toy sizes: shows that every step runs, and nothing else",
+    )
     return p
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Run the parts one after the other, then print.
+    """Runs the parts one after the other, then prints the table.
 
     Raises:
-        UserError: an unknown part, no GPU, or a step that failed: the rest is measured and written all the same.
+        UserError: a part is unknown, there is no GPU, or a step failed; everything else is measured and written.
     """
     import torch
 
@@ -52,7 +66,9 @@ def main(arguments: argparse.Namespace) -> None:
         if part not in PARTS:
             raise UserError(f"{part}: is no part; allowed: {', '.join(PARTS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no GPU that torch can use; --device cpu --quick is a dry run")
+        raise UserError(
+            "--device cuda: there is no GPU that torch can use; --device cpu --quick is a dry run"
+        )
     if arguments.device == "cpu" and not arguments.quick:
         raise UserError("--device cpu: only with --quick, a dry run: these sizes are a GPU's")
     parts, rates = arguments.parts or PARTS, ceilings(arguments.device, quick=arguments.quick)
@@ -66,17 +82,21 @@ def main(arguments: argparse.Namespace) -> None:
     print("| part | what | figure |\n|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
-    if errors := [told for part in parts for told in _errors(document[part]["found"])]:
+    if errors := [message for part in parts for message in _errors(document[part]["found"])]:
         raise UserError(f"{target}: {len(errors)} steps failed; the first: {errors[0]}")
 
 
 def measured(
-    part: str, arguments: argparse.Namespace, document: dict[str, Any], target: Path, rates: dict[str, Any]
+    part: str,
+    arguments: argparse.Namespace,
+    document: dict[str, Any],
+    target: Path,
+    rates: dict[str, Any],
 ) -> list[tuple[str, str]]:
-    """One part, written into the document as it goes; the device's rates are measured again after it.
+    """Runs one part and writes its numbers into the document; the device's rates are measured again after it.
 
     Returns:
-        Its rows of the table.
+        The rows of the part in the table.
     """
     from benchmarks.on_gpu.measure import Lab, attempt, ceilings, failed, moved
 
@@ -92,8 +112,8 @@ def measured(
 
     found = attempt(module.run, Lab(arguments.device, arguments.quick, arguments.out, rates, keep))
     keep(found)  # of a part that failed, what was kept before stays
-    told = attempt(module.rows, found)
-    rows = [("failed", failed(found) or failed(told))] if failed(told) else told
+    message = attempt(module.rows, found)
+    rows = [("failed", failed(found) or failed(message))] if failed(message) else message
     document[part]["ceilings_after"] = after = ceilings(arguments.device, quick=arguments.quick)
     _write(target, document)
     if changed := moved(rates, after):
@@ -103,7 +123,7 @@ def measured(
 
 
 def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
-    """When, on what, with which versions, and by which command."""
+    """The date, the command, the machine and the versions."""
     from core.training.machine import code, machine
 
     versions: dict[str, str | None] = {}
@@ -131,13 +151,17 @@ def _write(target: Path, document: dict[str, Any]) -> None:
 
 
 def _errors(found: Any) -> list[str]:
-    """Every step or test that failed, wherever it stands."""
+    """The error messages of all steps and tests that failed, at any depth."""
     if isinstance(found, dict):
         own = [str(found["error"])] if "error" in found else []
         own += [f"{name}: {why}" for name, why in found.get("broken", {}).items()]
-        return own + [told for value in found.values() for told in _errors(value)]
-    return [told for value in found for told in _errors(value)] if isinstance(found, list) else []
+        return own + [message for value in found.values() for message in _errors(value)]
+    return (
+        [message for value in found for message in _errors(value)]
+        if isinstance(found, list)
+        else []
+    )
 
 
 if __name__ == "__main__":
-    run_door(main, parser())
+    run_command(main, parser())

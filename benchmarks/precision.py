@@ -1,8 +1,9 @@
-"""python benchmarks/precision.py [RECIPE] [KEY=VALUE ...]: what a step costs in each precision, and what it keeps.
+"""python benchmarks/precision.py [RECIPE] [KEY=VALUE ...]: time and memory of a training step in each precision.
 
-Time: every precision takes one step (forward, backward, AdamW) on the same batch in each round, in an order that turns
-from round to round; what is told is the ratio to the first precision's time *in the same round*, so that what else
-the machine does hits both. Memory: bytes that a forward keeps for its backward, weights apart; a storage counts once.
+Time: every precision takes one step (forward, backward, AdamW) on the same batch in each round, in an order that
+changes from round to round. The result is the ratio to the first precision's time *in the same round*, so that other
+work of the machine affects both. Memory: bytes that a forward keeps for its backward, without weights; a storage counts
+once.
 """
 
 import argparse
@@ -24,15 +25,15 @@ from torch import Tensor
 
 import core
 from core.assemble import make
+from core.command import print_json, run_command
 from core.contracts.component import Environment
 from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.contracts.precision import HIGH
 from core.contracts.schedule import Progress
-from core.door import print_json, run_door
 from core.model.language_model import LanguageModel
 from core.model.parameters import named_parameters
-from core.numerics.linear import Product
+from core.numerics.linear import ProductLayer
 from core.recipe.compose import Recipe
 from core.training.window import step_loss
 
@@ -48,28 +49,40 @@ PRECISIONS = (
     "{name: fp8_emulated, scaling: mxfp8}",
 )
 SHARES = ("inputs of low layers", "weights of low layers", "everything else")
-"""What saved bytes are told apart by. Low layers are those that FP8 precisions make low by default; what others keep
-as well would stay without them, and is no share of theirs."""
+"""The groups in which saved bytes are counted. Low layers are those that FP8 precisions compute in low precision by
+default; what other layers keep as well would stay without them, and belongs to the last group."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    p = argparse.ArgumentParser(prog="python benchmarks/precision.py", description="What precisions cost.")
-    p.add_argument("recipe", nargs="?", default="dsv3_small", metavar="RECIPE", help="default: dsv3_small")
-    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides for all, but for precision")
-    told = "a section of a recipe, '{name: fp8_native}'; may be repeated; the first is what the others are held against"
-    p.add_argument("--precision", action="append", metavar="SECTION", help=told)
-    p.add_argument("--rounds", type=int, default=9, metavar="N", help="steps of each that are timed (default: 9)")
+    """The command-line arguments."""
+    p = argparse.ArgumentParser(
+        prog="python benchmarks/precision.py", description="What precisions cost."
+    )
+    p.add_argument(
+        "recipe", nargs="?", default="dsv3_small", metavar="RECIPE", help="default: dsv3_small"
+    )
+    p.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides for all, but for precision"
+    )
+    message = "a section of a recipe, '{name: fp8_native}'; may be repeated; the others are compared with the first"
+    p.add_argument("--precision", action="append", metavar="SECTION", help=message)
+    p.add_argument(
+        "--rounds",
+        type=int,
+        default=9,
+        metavar="N",
+        help="steps of each that are timed (default: 9)",
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     p.add_argument("--json", action="store_true", help="print one JSON document")
     return p
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measure, then print.
+    """Measures, then prints.
 
     Raises:
-        UserError: a recipe or precision that cannot be, or cannot be here.
+        UserError: a recipe or precision is invalid, or cannot run on this machine.
     """
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds}: must be at least 1")
@@ -87,7 +100,12 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def measure(
-    recipe: str, overrides: list[str], precisions: tuple[str, ...] | list[str], *, rounds: int, device: str
+    recipe: str,
+    overrides: list[str],
+    precisions: tuple[str, ...] | list[str],
+    *,
+    rounds: int,
+    device: str,
 ) -> dict[str, Any]:
     """Seconds of each round, ratios to the first precision with median and range, and saved bytes by share."""
     recipes = {text: core.compose(recipe, [*overrides, f"precision={text}"]) for text in precisions}
@@ -110,8 +128,19 @@ def measure(
         }
     one = recipes[first]
     shape = {"sequences": one.batch.sequences, "length": one.data.sequence_length}
-    about = {"torch": torch.__version__, "device": _device_name(device), "threads": torch.get_num_threads()}
-    return {"recipe": recipe, "overrides": overrides, **shape, **about, "rounds": rounds, "precisions": rows}
+    about = {
+        "torch": torch.__version__,
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+    return {
+        "recipe": recipe,
+        "overrides": overrides,
+        **shape,
+        **about,
+        "rounds": rounds,
+        "precisions": rows,
+    }
 
 
 def _environment(device: str) -> Environment:
@@ -127,9 +156,11 @@ def _device_name(device: str) -> str:
 
 
 def batch_of(recipe: Recipe, device: str) -> SequenceContext:
-    """One micro-batch of random tokens: every token has some, and routers balance them no better than real ones."""
+    """One micro-batch of random tokens, which routers balance no better than real ones."""
     size = (recipe.batch.sequences, recipe.data.sequence_length + 1)
-    tokens_BM = torch.randint(recipe.data.tokenizer.vocab, size, generator=torch.Generator().manual_seed(0)).to(device)
+    tokens_BM = torch.randint(
+        recipe.data.tokenizer.vocab, size, generator=torch.Generator().manual_seed(0)
+    ).to(device)
     return SequenceContext.of(tokens_BM[:, :-1], targets_BL=tokens_BM[:, 1:])
 
 
@@ -137,7 +168,7 @@ def batch_of(recipe: Recipe, device: str) -> SequenceContext:
 
 
 def step_seconds(recipes: dict[str, Recipe], rounds: int, device: str) -> dict[str, list[float]]:
-    """Of every precision, its seconds in each round, after one round that is not counted."""
+    """The seconds of every precision in each round, after one round that is not counted."""
     steps = {text: stepper(recipe, device) for text, recipe in recipes.items()}
     seconds: dict[str, list[float]] = {text: [] for text in recipes}
     names = list(recipes)
@@ -174,7 +205,7 @@ def stepper(recipe: Recipe, device: str) -> Callable[[], None]:
 
 
 def loss_of(model: LanguageModel, context: SequenceContext) -> Tensor:
-    """What training descends: every loss term and balance loss, at the beginning of a run."""
+    """The training loss: every loss term and balance loss, at the beginning of a run."""
     progress = Progress(step=1, tokens=context.tokens_BL.numel(), total_steps=100, total_tokens=0)
     return step_loss(model, context, progress)
 
@@ -195,7 +226,10 @@ def saved_bytes(recipe: Recipe, device: str) -> dict[str, int]:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in owned:
                 share, before = share_of(tensor), kept.get(storage.data_ptr())
-                kept[storage.data_ptr()] = (SHARES[2] if before and before[0] != share else share, storage.nbytes())
+                kept[storage.data_ptr()] = (
+                    SHARES[2] if before and before[0] != share else share,
+                    storage.nbytes(),
+                )
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -208,7 +242,7 @@ def saved_bytes(recipe: Recipe, device: str) -> dict[str, int]:
 
 @contextmanager
 def _inside_low_layers(model: LanguageModel) -> Iterator[Callable[[Tensor], str]]:
-    """A function that tells which share a tensor belongs to that is saved at this moment."""
+    """A function that gives the group of `SHARES` of a tensor that is being saved."""
     rows: list[int] = []
 
     def enter(_: Any, arguments: tuple[Tensor, ...]) -> None:
@@ -219,7 +253,7 @@ def _inside_low_layers(model: LanguageModel) -> Iterator[Callable[[Tensor], str]
 
     handles = []
     for layer in model.modules():
-        if isinstance(layer, Product) and layer.role not in HIGH:
+        if isinstance(layer, ProductLayer) and layer.role not in HIGH:
             handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
 
     def share_of(tensor: Tensor) -> str:
@@ -235,7 +269,7 @@ def _inside_low_layers(model: LanguageModel) -> Iterator[Callable[[Tensor], str]
 
 
 def show(found: dict[str, Any]) -> None:
-    """A table for docs/precision.md."""
+    """Prints the table of docs/precision.md."""
     print(
         f"{found['recipe']}, {found['sequences']} x {found['length']} tokens, {found['device']}, "
         f"{found['threads']} threads, torch {found['torch']}, {found['rounds']} rounds; MB = 10^6 bytes"
@@ -252,4 +286,4 @@ def show(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_door(main, parser())
+    run_command(main, parser())

@@ -1,4 +1,4 @@
-"""Builds what a validated recipe describes: the model, and the components that need nothing but their settings."""
+"""Builds what a validated recipe describes: the model, and components that need nothing but their settings."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,22 +19,24 @@ from core.model.initialise import initialise
 from core.model.language_model import Embedding, LanguageModel
 from core.model.norm import RMSNorm
 from core.recipe.compose import Recipe
+from core.recipe.schema import RopeSection
 
 
 class TiedOutput(nn.Module):
-    """The output that shares the embedding's weight, which only the embedding owns."""
+    """The output layer that shares the embedding's weight, which only the embedding owns."""
 
     def __init__(self, embedding: Embedding, compute_dtype: torch.dtype) -> None:
         super().__init__()
-        self._embedding, self.compute_dtype = [embedding], compute_dtype
+        self._embedding = [embedding]
+        self.compute_dtype = compute_dtype
 
     @property
     def weight(self) -> Tensor:
-        """[vocabulary, dim]."""
+        """The embedding's weight, [vocabulary, dim]."""
         return self._embedding[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
+        """Computes logits: (..., D) -> (..., V)."""
         return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
 
 
@@ -46,18 +48,19 @@ def build(
     token_counts: Callable[[], Tensor] | None = None,
     parallelize: Callable[[LanguageModel], None] | None = None,
 ) -> LanguageModel:
-    """The recipe's model with its initial weights; on the meta device without any.
+    """Builds the recipe's model with its initial weights; on the meta device without any.
 
     Args:
         recipe: from `core.compose`.
         device: "meta" builds shapes only.
-        precision: who makes the matrix products; None: the recipe's.
-        token_counts: how often each token stands in the training data, int64 V; asked only by parts that are made
-            from it.
+        precision: makes the matrix-product layers; None: the recipe's.
+        token_counts: returns how often each token occurs in the training data, int64 V; only components that are
+            built from it call it.
         parallelize: shards the weights of the model, which is built on the meta device first; each rank then draws
             the weights that it owns.
     """
-    context = replace(_context(recipe, precision or make(recipe.precision)), token_counts=token_counts)
+    context = _context(recipe, precision or make(recipe.precision))
+    context = replace(context, token_counts=token_counts)
     with torch.device("meta" if parallelize else device), _float_default():
         model = _model(recipe, context)
     if parallelize is not None:
@@ -69,6 +72,7 @@ def build(
 
 
 def _context(recipe: Recipe, precision: Precision) -> BuildContext:
+    """The build context of the recipe's first block."""
     model = recipe.model
     return BuildContext(
         dim=model.dim,
@@ -77,18 +81,24 @@ def _context(recipe: Recipe, precision: Precision) -> BuildContext:
         layer=0,
         precision=precision,
         init=Init(model.init.std, model.init.output_std, model.init.embedding_std),
-        rope=Rope(model.rope.theta, model.rope.max_length, model.rope.yarn),
+        rope=_rope(model.rope),
         norm_eps=model.norm_eps,
         seed=recipe.seed,
         residual=model.residual,
-        ropes={name: Rope(rope.theta, rope.max_length, rope.yarn) for name, rope in model.ropes.items()},
+        ropes={name: _rope(section) for name, section in model.ropes.items()},
         roles=declared_roles(recipe),
     )
 
 
+def _rope(section: RopeSection) -> Rope:
+    return Rope(section.theta, section.max_length, section.yarn)
+
+
 def _model(recipe: Recipe, context: BuildContext) -> LanguageModel:
     precision = context.precision
-    embedding_std = context.init.std if context.init.embedding_std is None else context.init.embedding_std
+    embedding_std = context.init.embedding_std
+    if embedding_std is None:
+        embedding_std = context.init.std
     embedding = Embedding(
         context.vocabulary,
         context.dim,
@@ -105,12 +115,17 @@ def _model(recipe: Recipe, context: BuildContext) -> LanguageModel:
 
     def make_block(kind: tuple[str, Section, Section], inner: BuildContext) -> Block:
         name, attention, ffn = kind
-        return Block(attention, ffn, replace(inner, block=None), recompute=name in recipe.recompute.blocks)
+        recompute = name in recipe.recompute.blocks
+        return Block(attention, ffn, replace(inner, block=None), recompute=recompute)
 
-    blocks = [make_block(kind, replace(context, layer=index)) for index, kind in enumerate(kinds)]
+    blocks: list[Block] = []
+    for index, kind in enumerate(kinds):
+        blocks.append(make_block(kind, replace(context, layer=index)))
 
     for_heads = replace(context, layer=len(blocks), block=partial(make_block, kinds[-1]))
-    heads: dict[str, LossHead] = {name: for_heads.make(section) for name, section in recipe.model.heads.items()}
+    heads: dict[str, LossHead] = {}
+    for name, section in recipe.model.heads.items():
+        heads[name] = for_heads.make(section)
     return LanguageModel(
         embedding=embedding,
         blocks=blocks,
@@ -123,7 +138,7 @@ def _model(recipe: Recipe, context: BuildContext) -> LanguageModel:
 
 
 def _blocks(recipe: Recipe) -> Iterator[tuple[str, Section, Section]]:
-    """Name, attention and feed-forward of every block, in order."""
+    """Yields the name, the attention and the feed-forward section of every block, in order."""
     for name, block in recipe.model.blocks.items():
         for _ in range(block.count):
             yield name, block.attention or recipe.model.attention, block.ffn
@@ -131,7 +146,7 @@ def _blocks(recipe: Recipe) -> Iterator[tuple[str, Section, Section]]:
 
 @contextmanager
 def _float_default() -> Iterator[None]:
-    """Modules that name no format are made in fp32, whatever the process's default is."""
+    """Makes fp32 the default format of new modules inside this context, whatever the process's default is."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -141,16 +156,16 @@ def _float_default() -> Iterator[None]:
 
 
 def compile_parts(model: LanguageModel, **options: Any) -> None:
-    """`torch.compile` every block and every loss head, in place; parameters keep their names.
+    """Compiles every block and every loss head with `torch.compile`, in place; parameters keep their names.
 
     Args:
         model: from `build`.
-        options: of `torch.compile`.
+        options: options of `torch.compile`.
     """
     for part in [*model.blocks, *model.heads.values()]:
         part.compile(**options)
 
 
 def make(section: Section) -> Any:
-    """A component that needs nothing but its settings."""
+    """Makes a component that needs nothing but its settings."""
     return section.component(section.config)

@@ -8,66 +8,85 @@ import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from core.door import print_json, recipe_arguments, run_door
+from core.command import print_json, recipe_arguments, run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    """The door's arguments."""
-    p = argparse.ArgumentParser(prog="python -m core.fit", description="Train a recipe into a run folder.")
-    recipe_arguments(p)
-    p.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/<recipe>, numbered)")
-    p.add_argument(
-        "--resume", metavar="RUN", help="go on with the run in this folder; `auto`: the newest unfinished one, if any"
+    """Returns the parser of the command-line arguments."""
+    p = argparse.ArgumentParser(
+        prog="python -m core.fit", description="Train a recipe into a run folder."
     )
-    p.add_argument("--dry-run", action="store_true", help="compose, validate, build on meta, print the summary")
+    recipe_arguments(p)
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run folder (default: runs/<recipe>, numbered)"
+    )
+    p.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with the run in this folder; `auto`: the newest unfinished one, if any",
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="compose, validate, build on meta, print the summary"
+    )
     p.add_argument("--json", action="store_true", help="print the run's summary as JSON")
     return p
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Compose and validate first; only then import what trains."""
+    """Composes and validates the recipe; only then are the modules that train imported."""
     from core.recipe.compose import compose
 
     recipe = compose(arguments.recipe, arguments.overrides)
-    for key in recipe.dropped if os.environ.get("LOCAL_RANK", "0") == "0" else ():
-        print(f"dropped {key}: the component now named there has no such key", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for key in recipe.dropped:
+            print(f"dropped {key}: the component now named there has no such key", file=sys.stderr)
     if arguments.dry_run:
         from core.describe import show
 
         show(recipe, as_json=arguments.json)
         return
-    _quiet()
+    _silence_libraries()
     from core.run.training import fit
     from core.training.folder import RunFolder, resumable, start_folder
-    from core.training.ranks import joined_folder, leads
+    from core.training.ranks import is_rank_zero, joined_folder
 
     resume = arguments.resume is not None
     folder = joined_folder() or resumable(arguments.resume, arguments.out, recipe.name)
     if folder is None:
-        folder, resume = start_folder(arguments.out, recipe.name), False
+        folder = start_folder(arguments.out, recipe.name)
+        resume = False
     with redirect_stdout(sys.stderr):  # what a library or a callback prints is not the result
         summary = fit(recipe, RunFolder(folder), resume=resume, say=print)
-    if not leads():
+    if not is_rank_zero():
         return
     if arguments.json:
         print_json(summary)
     else:
-        print(_sentence(summary))
+        print(_summary_line(summary))
         for notice in summary["notices"]:
             print(f"note: {notice}")
 
 
-def _quiet() -> None:
-    """Lightning's greetings and tips, and a deprecation inside it, are not for the person who trains."""
+def _silence_libraries() -> None:
+    """Suppresses Lightning's greetings and tips, and a deprecation warning inside it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec")
 
 
-def _sentence(summary: dict[str, object]) -> str:
-    shown = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance", "tokens_per_second", "wall_seconds")
-    return "  ".join(f"{key} {summary[key]:.4g}" for key in shown if isinstance(summary[key], float))
+def _summary_line(summary: dict[str, object]) -> str:
+    """The measured values of a run's summary in one line."""
+    shown = (
+        "val_bits_per_byte",
+        "val_loss",
+        "max_vio_global",
+        "mtp_acceptance",
+        "tokens_per_second",
+        "wall_seconds",
+    )
+    measured = [key for key in shown if isinstance(summary[key], float)]
+    return "  ".join(f"{key} {summary[key]:.4g}" for key in measured)
 
 
 if __name__ == "__main__":
-    run_door(main, parser())
+    run_command(main, parser())

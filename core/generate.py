@@ -1,29 +1,46 @@
-"""python -m core.generate RUN --prompt TEXT: text from a trained model."""
+"""python -m core.generate RUN --prompt TEXT: continue a text with a trained model."""
 
 import argparse
 import sys
 import time
 
-from core.door import print_json, run_door
+from core.command import print_json, run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    """The door's arguments."""
-    p = argparse.ArgumentParser(prog="python -m core.generate", description="Write text with a trained model.")
+    """Returns the parser of the command-line arguments."""
+    p = argparse.ArgumentParser(
+        prog="python -m core.generate", description="Write text with a trained model."
+    )
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint file")
     p.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
     p.add_argument(
-        "--tokens", type=int, metavar="N", help="how many tokens to write at most (128, or as many as the model reads)"
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="how many tokens to write at most (128, or as many as the model reads)",
     )
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the most likely token")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens only")
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default): the most likely token",
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely tokens only",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the draws")
     p.add_argument("--json", action="store_true", help="print one JSON document")
     return p
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Load, continue, and say how fast it was."""
+    """Loads the model, continues the prompt, and prints the text and the speed."""
     from pathlib import Path
 
     from core.contracts.errors import UserError
@@ -41,38 +58,47 @@ def main(arguments: argparse.Namespace) -> None:
 
     checkpoint = newest_checkpoint(Path(arguments.run))
     model = load(checkpoint)
-    notices = compose(run_of(checkpoint).recipe).notices()
+    run = run_of(checkpoint)
+    notices = compose(run.recipe).notices()
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
-    tokenizer, markers = Tokenizer.load(run_of(checkpoint).tokenizer), markers_of(run_of(checkpoint))
+    tokenizer = Tokenizer.load(run.tokenizer)
+    markers = markers_of(run)
     prompt = [markers.begin, *tokenizer.encode(arguments.prompt)]
-    room = model.max_length + 1 - len(prompt)  # what is written last is not read
-    if room < (arguments.tokens or 1):
+    longest = model.max_length + 1  # the last token that is written is not read
+    most = longest - len(prompt)
+    if most < (arguments.tokens or 1):
         raise UserError(
             f"--prompt of {len(prompt)} tokens with the marker, --tokens {arguments.tokens or 1}: together at most "
-            f"{model.max_length + 1}, because the model reads model.rope.max_length = {model.max_length}"
+            f"{longest}, because the model reads model.rope.max_length = {model.max_length}"
         )
     begin = time.perf_counter()
-    written = list(
-        sample(
-            model,
-            prompt,
-            tokens=arguments.tokens or min(128, room),
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-            stop=markers.end,
-        )
+    tokens = sample(
+        model,
+        prompt,
+        tokens=arguments.tokens or min(128, most),
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop=markers.end,
     )
+    written = list(tokens)
     seconds = time.perf_counter() - begin
-    text, rate = tokenizer.decode(written), len(written) / seconds
+    text = tokenizer.decode(written)
+    rate = len(written) / seconds
     if arguments.json:
-        told = {"prompt": arguments.prompt, "text": text, "tokens": len(written), "tokens_per_second": rate}
-        print_json({**told, "notices": notices})
+        document = {
+            "prompt": arguments.prompt,
+            "text": text,
+            "tokens": len(written),
+            "tokens_per_second": rate,
+            "notices": notices,
+        }
+        print_json(document)
     else:
         print(arguments.prompt + text)
         print(f"{len(written)} tokens, {rate:.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_door(main, parser())
+    run_command(main, parser())

@@ -6,27 +6,48 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from core.door import print_json, run_door
+from core.command import print_json, run_command
+
+MEAN_COLUMNS = ["variant", "n", "mean", "95% interval"]
+DIFFERENCE_COLUMNS = [*MEAN_COLUMNS, "d_z", "p (Holm)", ""]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The door's arguments."""
-    p = argparse.ArgumentParser(prog="python -m core.sweep", description="Run and compare the variants of a sweep.")
+    """Returns the parser of the command-line arguments."""
+    p = argparse.ArgumentParser(
+        prog="python -m core.sweep", description="Run and compare the variants of a sweep."
+    )
     p.add_argument("sweep", metavar="SWEEP", help="a sweep file, or the name of a shipped one")
     p.add_argument("--smoke", action="store_true", help="the small sizes: minutes on two cores")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder (default: sweeps/NAME)")
     p.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="runs at a time; they share the cores (default 1)"
+        "--out", type=Path, metavar="DIR", help="the sweep's folder (default: sweeps/NAME)"
     )
-    p.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster instead (auto, ray://HOST:PORT, or local)")
-    p.add_argument("--resume", action="store_true", help="go on: what is finished stays, what was under way continues")
-    p.add_argument("--dry-run", action="store_true", help="validate, match and list the runs; start nothing")
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time; they share the cores (default 1)",
+    )
+    p.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run on a Ray cluster instead (auto, ray://HOST:PORT, or local)",
+    )
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on: what is finished stays, what was under way continues",
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="validate, match and list the runs; start nothing"
+    )
     p.add_argument("--json", action="store_true", help="print the results as one JSON document")
     return p
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Validate everything, then run."""
+    """Validates the whole sweep, then runs it."""
     from core.contracts.errors import UserError
     from core.study.sweep_file import read_sweep
 
@@ -40,46 +61,67 @@ def main(arguments: argparse.Namespace) -> None:
     from core.study.sweep import run_sweep
 
     workers = arguments.workers
-    if arguments.ray is None and workers > (there := cores()):
-        print(
-            f"note: --workers = {workers}: {there} runs at a time, as this machine has {there} cores", file=sys.stderr
-        )
-        workers = there
-    path = arguments.out or Path("sweeps") / (f"{sweep.name}-smoke" if arguments.smoke else sweep.name)
-    command = f"python -m core.sweep {shlex.join(sys.argv[1:])}"
-    more = {"workers": workers, "ray": arguments.ray, "resume": arguments.resume, "command": command}
+    available = cores()
+    if arguments.ray is None and workers > available:
+        why = f"{available} runs at a time, as this machine has {available} cores"
+        print(f"note: --workers = {workers}: {why}", file=sys.stderr)
+        workers = available
+    name = f"{sweep.name}-smoke" if arguments.smoke else sweep.name
+    path = arguments.out or Path("sweeps") / name
     with Display(sys.stderr) as display:
-        found = run_sweep(sweep, path, progress=display.told, **more)
+        found = run_sweep(
+            sweep,
+            path,
+            progress=display.update,
+            workers=workers,
+            ray=arguments.ray,
+            resume=arguments.resume,
+            command=f"python -m core.sweep {shlex.join(sys.argv[1:])}",
+        )
     if arguments.json:
         print_json(found)
         return
-    print("\n".join(_lines(found)))
+    print("\n".join(_result_lines(found)))
     print(f"sweep folder: {path}  (python -m core.report {path})")
 
 
 def _dry_run(sweep: Any) -> None:
-    """What would be run, and what was found equal."""
+    """Prints the runs that the sweep would start, and what is equal in all variants."""
     from core.study.matching import match
 
     matched = match(sweep)
-    variants, seeds = [variant.name for variant in sweep.variants], sweep.schema.seeds
-    lines = [f"{len(variants) * len(seeds)} runs: {len(variants)} variants x {len(seeds)} seeds"]
-    lines += [f"run: {name}/seed-{seed}" for seed in seeds for name in variants]
-    lines += [f"equal: {line}" for line in matched.held_equal]
-    print("\n".join([*lines, *(f"not equal: {line}" for line in matched.not_equal)]))
+    variants = [variant.name for variant in sweep.variants]
+    seeds = sweep.schema.seeds
+    runs = len(variants) * len(seeds)
+    print(f"{runs} runs: {len(variants)} variants x {len(seeds)} seeds")
+    for seed in seeds:
+        for name in variants:
+            print(f"run: {name}/seed-{seed}")
+    for line in matched.held_equal:
+        print(f"equal: {line}")
+    for line in matched.not_equal:
+        print(f"not equal: {line}")
 
 
 class Display:
-    """One line for the whole sweep, with the time left; on a terminal it moves, elsewhere it is a line for each run."""
+    """The progress of a sweep: on a terminal one bar with the time left, elsewhere one line for each run."""
 
     def __init__(self, stream: Any) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
         self.console = Console(file=stream, soft_wrap=True)
         columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         left = TextColumn("{task.fields[left]}")
-        self.bar = Progress(*columns, left, console=self.console, disable=not self.console.is_terminal)
+        self.bar = Progress(
+            *columns, left, console=self.console, disable=not self.console.is_terminal
+        )
         self.task = self.bar.add_task("runs", total=None, left="")
 
     def __enter__(self) -> "Display":
@@ -89,67 +131,98 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def told(self, job: Any, status: Any, done: int, total: int, left: float | None) -> None:
-        """At the beginning, and after each run."""
+    def update(self, job: Any, status: Any, done: int, total: int, left: float | None) -> None:
+        """Shows the state of the sweep; it is called at the beginning and after each run.
+
+        Args:
+            job: the run that has ended; None at the beginning.
+            status: how that run ended.
+            done: how many runs have ended.
+            total: how many runs the sweep has.
+            left: seconds until the end of the sweep, estimated; None where there is no estimate.
+        """
         if job is None:
             self.bar.update(self.task, completed=done, total=total)
             return
-        told = f"about {_duration(left)} left" if done < total and left is not None else ""
-        self.bar.update(self.task, completed=done, total=total, left=told)
-        reason = f": {status.reason}" if status.reason else ""
-        line = f"{done}/{total} {job.name} {status.state} in {status.seconds:.0f} s{reason}"
-        self.console.print(f"{line}; {told}" if told else line, markup=False, highlight=False)
+        estimate = ""
+        if done < total and left is not None:
+            estimate = f"about {_duration(left)} left"
+        self.bar.update(self.task, completed=done, total=total, left=estimate)
+        line = f"{done}/{total} {job.name} {status.state} in {status.seconds:.0f} s"
+        if status.reason:
+            line = f"{line}: {status.reason}"
+        if estimate:
+            line = f"{line}; {estimate}"
+        self.console.print(line, markup=False, highlight=False)
 
 
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes > 99:
         return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes > 1 else f"{seconds:.0f} s"
+    if minutes > 1:
+        return f"{minutes} min"
+    return f"{seconds:.0f} s"
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    """The results as a table that is never cut: every column is as wide as its widest cell."""
-    cells = [["variant", "n", "mean", "95% interval"]] + [_means(row) for row in found["rows"]]
-    lines = [f"{found['metric']} over the seeds", *_columns(cells)]
-    against = [row for row in found["rows"] if row["difference"]]
-    if against:
-        head = ["variant", "n", "mean", "95% interval", "d_z", "p (Holm)", ""]
-        cells = [head] + [_difference(row["variant"], row["difference"]) for row in against]
-        lines += ["", f"minus {found['baseline']}, paired by seed", *_columns(cells)]
+def _result_lines(found: dict[str, Any]) -> list[str]:
+    """The results as tables whose columns are as wide as their widest cells, and the warnings."""
+    means = [MEAN_COLUMNS]
+    differences = [DIFFERENCE_COLUMNS]
+    for row in found["rows"]:
+        means.append(_mean_cells(row))
+        if row["difference"]:
+            differences.append(_difference_cells(row["variant"], row["difference"]))
+    lines = [f"{found['metric']} over the seeds", *_table_lines(means)]
+    if len(differences) > 1:
+        title = f"minus {found['baseline']}, paired by seed"
+        lines += ["", title, *_table_lines(differences)]
     return lines + [f"note: {warning}" for warning in found["warnings"]]
 
 
-def _columns(cells: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+def _table_lines(rows: list[list[str]]) -> list[str]:
+    """A table of rows, the first of which is the header; the first and the last column are left-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     last = len(widths) - 1
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index in (0, last) else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
+    lines: list[str] = []
+    for row in rows:
+        cells: list[str] = []
+        for index, width in enumerate(widths):
+            left_aligned = index in (0, last)
+            cells.append(row[index].ljust(width) if left_aligned else row[index].rjust(width))
+        lines.append("  ".join(cells).rstrip())
+    rule = "-" * max(map(len, lines))
+    return [lines[0], rule, *lines[1:]]
+
+
+def _mean_cells(row: dict[str, Any]) -> list[str]:
+    return [row["variant"], str(row["n"]), _number(row["mean"], ".5g"), _interval(row, ".5g")]
+
+
+def _difference_cells(variant: str, difference: dict[str, Any]) -> list[str]:
+    return [
+        variant,
+        str(difference["n"]),
+        _number(difference["mean"], "+.4g"),
+        _interval(difference, "+.4g"),
+        _number(difference["effect_size"], ".2f"),
+        _number(difference["p_holm"], ".3g"),
+        difference["verdict"] or "",
     ]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def _means(row: dict[str, Any]) -> list[str]:
-    return [row["variant"], str(row["n"]), _number(row["mean"], ".5g"), _span(row, ".5g")]
-
-
-def _difference(variant: str, difference: dict[str, Any]) -> list[str]:
-    head = [variant, str(difference["n"]), _number(difference["mean"], "+.4g"), _span(difference, "+.4g")]
-    tail = [_number(difference["effect_size"], ".2f"), _number(difference["p_holm"], ".3g")]
-    return [*head, *tail, difference["verdict"] or ""]
-
-
-def _span(row: dict[str, Any], form: str) -> str:
-    return "" if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}"
+def _interval(row: dict[str, Any], form: str) -> str:
+    if row["low"] is None:
+        return ""
+    return f"{row['low']:{form}} to {row['high']:{form}}"
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    """A formatted number; empty for None."""
+    if value is None:
+        return ""
+    return format(value, form)
 
 
 if __name__ == "__main__":
-    run_door(main, parser())
+    run_command(main, parser())

@@ -1,1 +1,1 @@
-"""The built-in plugins: one room each, entering by the same entry points as anybody's."""
+"""The built-in plugins: one package each, found through the same entry points as plugins from other packages."""

@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING
 import pytest
 from tiers import is_full
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tensors are small, and tests share the cores
+# Set before torch is imported: tensors are small, and tests share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from lab import Lab
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Files of which every test is in the tier `full` are not imported without it; None: pytest decides."""
-    return True if config.option.markexpr == "not full" and is_full(collection_path) else None
+    """Do not import files whose every test is in the tier `full` when it is not run; None lets pytest decide."""
+    if config.option.markexpr == "not full" and is_full(collection_path):
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `tests/tiers.py` lists; `pytest -m full` runs it, plain `pytest` everything else."""
+    """Mark the files that `tests/tiers.py` lists; `pytest -m full` runs them, plain `pytest` all others."""
     for item in items:
         if is_full(item.path):
             item.add_marker(pytest.mark.full)
@@ -40,14 +43,15 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Lab"]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOELOOM_CACHE", str(folder / "cache"))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(core.run.training, "measured_peak_flops", lambda device: 1e11)  # the real one takes 0.3 s a run
+        # The real measurement takes 0.3 s a run.
+        patch.setattr(core.run.training, "measured_peak_flops", lambda device: 1e11)
         yield Lab(folder)
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def finished(lab: "Lab", tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one whole run of the small recipe; to be read only."""
+    """The folder of one whole run of the small recipe; tests must only read it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     lab.fit(folder)
     return folder

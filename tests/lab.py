@@ -1,6 +1,6 @@
-"""A small recipe on a made-up corpus, and ways to run it: here, through a door, or in a forked process.
+"""A small recipe on a made-up corpus, and ways to run it: by a call, as a command, or in a forked process.
 
-A forked process starts in no time and can be told where exactly to die; a real one takes seconds to import torch.
+A forked process starts at once and can be killed at an exact place; a new one takes seconds to import torch.
 """
 
 import csv
@@ -36,10 +36,10 @@ from core.training.module import TrainingModule
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = ("mfu", "tokens_per_second")
-"""Columns that the clock fills."""
+"""Columns whose values depend on the clock."""
 
 MOE = ("blocks.1", "heads.mtp.depths.0.block")
-"""The layers with experts, as logs name them."""
+"""The paths of the layers with experts, as logs name them."""
 
 SMALL = """\
 seed: 3
@@ -70,7 +70,7 @@ trainer: {{enable_progress_bar: false}}
 
 
 def write_texts(folder: Path, count: int = 31, words: int = 14) -> None:
-    """Made-up documents; number 10 and number 30 are held out."""
+    """Write made-up documents, of which number 10 and number 30 are held out."""
     folder.mkdir(parents=True)
     draw = random.Random(0)
     vocabulary = ["".join(draw.choices("abcdefghijkl", k=draw.randint(2, 6))) for _ in range(60)]
@@ -80,8 +80,8 @@ def write_texts(folder: Path, count: int = 31, words: int = 14) -> None:
 
 
 @dataclass(frozen=True)
-class Said:
-    """How a door was left, and what it printed."""
+class CommandResult:
+    """The exit code of a command, and what it printed."""
 
     code: int
     out: str
@@ -89,7 +89,7 @@ class Said:
 
     @property
     def sentence(self) -> str:
-        """The one line by which a door explains itself; a traceback or a second such line is a failure."""
+        """The only error message, without its prefix; a traceback or a second message is a failure."""
         assert "Traceback" not in self.err, self.err
         lines = [line for line in self.err.splitlines() if line.startswith("moeloom: ")]
         assert len(lines) == 1, self.err
@@ -98,7 +98,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows as a loader: Lightning takes a plain list for several loaders."""
+    """A loader of given windows, because Lightning takes a plain list for several loaders."""
 
     windows: Sequence[list[Batch]]
 
@@ -110,23 +110,24 @@ class Windows:
 
 
 class Lab:
-    """One corpus and one recipe.
+    """A corpus and a recipe, with ways to run it.
 
     Args:
-        folder: theirs, to be made.
+        folder: the folder to write both into; must not exist.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.texts, self.file = folder / "texts", folder / "small.yaml"
+        self.texts = folder / "texts"
+        self.file = folder / "small.yaml"
         write_texts(self.texts)
         self.file.write_text(SMALL.format(texts=self.texts), encoding="utf-8")
 
     def recipe(self, *overrides: str) -> Recipe:
-        """The small recipe with overrides."""
+        """Compose the small recipe with overrides."""
         return compose(self.file, overrides)
 
     def fit(self, folder: Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
-        """A whole run, in this process."""
+        """Train a whole run in this process; returns its summary."""
         return fit(self.recipe(*overrides), RunFolder(folder), resume=resume, say=lambda _: None)
 
     def train(
@@ -136,14 +137,16 @@ class Lab:
         callbacks: Sequence[L.Callback] = (),
         model: Callable[[Any], None] = lambda _: None,
     ) -> TrainingModule:
-        """Steps without a run folder: the recipe's own windows, or those that are given.
+        """Train without a run folder, on the recipe's own windows or on given ones.
 
         Args:
-            windows: read instead of the corpus.
-            callbacks: that watch.
+            windows: windows to read instead of the corpus.
+            callbacks: callbacks of the Trainer.
             model: changes the model before the first step.
         """
-        recipe = self.recipe(*overrides, *([f"budget.steps={len(windows)}"] if windows else []))
+        if windows:
+            overrides = (*overrides, f"budget.steps={len(windows)}")
+        recipe = self.recipe(*overrides)
         plan = plan_of(recipe)
         data = text_data(recipe, plan)
         module = TrainingModule(
@@ -171,24 +174,26 @@ class Lab:
             use_distributed_sampler=False,
             callbacks=list(callbacks),
         )
-        loaders: dict[str, Any] = {"train_dataloaders": Windows(windows)} if windows else {"datamodule": data}
-        trainer.fit(module, **loaders)
+        if windows:
+            trainer.fit(module, train_dataloaders=Windows(windows))
+        else:
+            trainer.fit(module, datamodule=data)
         return module
 
-    def door(self, name: str, *arguments: str | Path) -> Said:
-        """A command line, in a forked process."""
-        return forked(lambda: through(name, *arguments))
+    def command(self, name: str, *arguments: str | Path) -> CommandResult:
+        """Run `python -m core.NAME ...` in a forked process."""
+        return forked(lambda: run_command_here(name, *arguments))
 
 
-def through(name: str, *arguments: str | Path) -> None:
-    """Go through a door as `python -m core.NAME ...` would; it is left by SystemExit."""
-    door = importlib.import_module(f"core.{name}")
+def run_command_here(name: str, *arguments: str | Path) -> None:
+    """Run a command in this process as `python -m core.NAME ...` would; it ends with SystemExit."""
+    command = importlib.import_module(f"core.{name}")
     sys.argv = [f"core/{name}.py", *map(str, arguments)]
-    importlib.import_module("core.door").run_door(door.main, door.parser())
+    importlib.import_module("core.command").run_command(command.main, command.parser())
 
 
-def forked(work: Callable[[], object], seconds: float = 120.0) -> Said:
-    """Do something in a forked process; a signal that ends it is told as a shell tells it, 128 + its number."""
+def forked(work: Callable[[], object], seconds: float = 120.0) -> CommandResult:
+    """Do something in a forked process; if a signal ends it, the code is 128 + its number, as in a shell."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -201,11 +206,13 @@ def forked(work: Callable[[], object], seconds: float = 120.0) -> Said:
         code = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
-        texts = [stream.read().decode("utf-8", "replace") for stream in (out, err)]
-    return Said(code if code >= 0 else 128 - code, *texts)
+        printed = out.read().decode("utf-8", "replace")
+        errors = err.read().decode("utf-8", "replace")
+    return CommandResult(code if code >= 0 else 128 - code, printed, errors)
 
 
 def _child(work: Callable[[], object], seconds: float) -> int:
+    """Do the work in the forked process, within some seconds; returns its exit code."""
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -225,12 +232,14 @@ def _child(work: Callable[[], object], seconds: float) -> int:
 
 @contextmanager
 def small_disk(folder: Path, *, kilobytes: int) -> Iterator[Path]:
-    """A file system of that size at `folder`; the test is skipped where none can be mounted."""
+    """Mount a file system of that size at `folder`; the test is skipped where none can be mounted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False) if os.geteuid() == 0 else None
-    if done is None or done.returncode:
-        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip() if done else 'not root'}")
+    if os.geteuid() != 0:
+        pytest.skip("no small file system can be mounted here: not root")
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
     try:
         yield folder
     finally:
@@ -238,41 +247,48 @@ def small_disk(folder: Path, *, kilobytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """Leave no byte."""
+    """Fill a disk to the last byte."""
     with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
         while filler.write(bytes(1 << 12)) == 1 << 12:
             pass
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """What `metrics.csv` holds, without what the clock fills and without empty cells."""
+    """The rows of `metrics.csv`, without empty cells and without columns that depend on the clock."""
     with (folder / "metrics.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     return [{k: v for k, v in row.items() if v != "" and k not in SPEED} for row in read]
 
 
 def loads(folder: Path) -> dict[str, Tensor]:
-    """What `loads.safetensors` holds."""
+    """The tensors in `loads.safetensors`."""
     return load_file(folder / "loads.safetensors")
 
 
 def last_checkpoint(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint's content."""
+    """The content of the newest checkpoint."""
     return read_checkpoint(checkpoints_in(folder)[-1])
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
     """Every leaf of nested containers by its path."""
-    items: Any = value.items() if isinstance(value, Mapping) else ()
-    items = enumerate(value) if isinstance(value, list | tuple) else items
-    if not isinstance(value, Mapping | list | tuple):
+    items: Any
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
         return {path: value}
-    return {k: v for key, item in items for k, v in flat(item, f"{path}/{key}").items()}
+    leaves = {}
+    for key, item in items:
+        leaves.update(flat(item, f"{path}/{key}"))
+    return leaves
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Nested containers hold the same tensors, bit by bit, and the same of everything else."""
-    one, two = flat(actual), flat(expected)
+    """Assert that nested containers hold the same tensors, bit by bit, and the same other values."""
+    one = flat(actual)
+    two = flat(expected)
     assert one.keys() == two.keys()
     for path, value in two.items():
         if isinstance(value, Tensor):
@@ -283,13 +299,23 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 def assert_same_run(actual: Path, expected: Path) -> None:
-    """Two run folders reached the same bits by the same rows."""
-    one, two = last_checkpoint(actual), last_checkpoint(expected)
+    """Assert that two run folders hold the same bits, the same rows and the same checkpoints."""
+    one = last_checkpoint(actual)
+    two = last_checkpoint(expected)
     for key in ("state_dict", "optimizer_states"):
         assert_same(one[key], two[key])
     assert_same(rows(actual), rows(expected))
     assert_same(loads(actual), loads(expected))
-    names = [sorted(file.name for file in (folder / "checkpoints").iterdir()) for folder in (actual, expected)]
-    assert names[0] == names[1]
-    best = [read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"] for folder in (actual, expected)]
-    assert_same(*best)
+    assert checkpoint_names(actual) == checkpoint_names(expected)
+    assert_same(best_weights(actual), best_weights(expected))
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    """The sorted names of all files in a run's folder of checkpoints."""
+    return sorted(file.name for file in (folder / "checkpoints").iterdir())
+
+
+def best_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a run's checkpoint of the best validation loss."""
+    weights: dict[str, Tensor] = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
+    return weights

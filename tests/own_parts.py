@@ -1,6 +1,6 @@
-"""What records are for: layers with a loss, a tally and metrics of their own, and a balancer with a tally.
+"""Components that use records: layers with a loss, a tally and metrics of their own, and a balancer with a tally.
 
-`plugins: [own_parts]` offers them to a recipe. Each keeps what it was handed at the end of every step.
+`plugins: [own_parts]` registers them. Each keeps the totals that it was handed at the end of every step.
 """
 
 from dataclasses import dataclass
@@ -24,22 +24,23 @@ from plugins.multi_head.attention import MultiHeadAttention
 from plugins.swiglu.ffn import SwiGLU
 
 CONTRACTS = "2.0"
-RESIDUES, BINS = 4, 16
+RESIDUES = 4
+BINS = 16
 
 
 @hookimpl
 def register(registry: Any) -> None:
-    """Offer them all."""
+    """Register all components of this module."""
     registry.attention("watched", "own_parts:WatchedAttention")
     registry.ffn("watched", "own_parts:WatchedDense")
     registry.balancer("histogram", "own_parts:Histogram")
 
 
 class Watched(LayerExtras):
-    """A layer whose output is kept small by a loss, and measured; it counts its tokens by residue, over all steps."""
+    """A layer with a loss that keeps its output small, with metrics, and with a tally of token ids by residue."""
 
     def start_watching(self, alpha: float) -> None:
-        """Part of `__init__`."""
+        """Set up the loss and the counters; the part of `__init__` that all watched layers share."""
         self.alpha = alpha
         self.ended: list[tuple[StepTotals, Progress]] = []
         self.residues_R: Tensor
@@ -49,7 +50,7 @@ class Watched(LayerExtras):
         self.residues_R.zero_()
 
     def record(self, y_BLD: Tensor, context: SequenceContext) -> Record:
-        """What there is to say of an output."""
+        """The record of an output: its loss, its tally and its metrics."""
         valid_BL = context.valid()
         squares_BL = y_BLD.square().mean(dim=-1).masked_fill(~valid_BL, 0)
         sizes_BL = y_BLD.detach().abs().amax(dim=-1).masked_fill(~valid_BL, 0)
@@ -57,7 +58,10 @@ class Watched(LayerExtras):
         return Record(
             terms={"energy": squares_BL.sum()},
             tallies={"residues": residues_BLR.sum(dim=(0, 1))},
-            metrics={"size": MeanMetric(sizes_BL.sum(), valid_BL.sum()), "largest": MaxMetric(sizes_BL.max())},
+            metrics={
+                "size": MeanMetric(sizes_BL.sum(), valid_BL.sum()),
+                "largest": MaxMetric(sizes_BL.max()),
+            },
         )
 
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
@@ -72,13 +76,13 @@ class Watched(LayerExtras):
 
 
 class WatchedAttention(Watched, MultiHeadAttention):
-    """Multi-head attention."""
+    """Multi-head attention that returns a record."""
 
     example = {"name": "watched", "heads": 4}
 
     @dataclass(kw_only=True)
     class Config(MultiHeadAttention.Config):
-        """The heads, and the loss."""
+        """The settings of multi-head attention, and the coefficient of the loss."""
 
         alpha: float = setting(0.5, doc="coefficient of the loss")
 
@@ -86,19 +90,21 @@ class WatchedAttention(Watched, MultiHeadAttention):
         super().__init__(config, build)
         self.start_watching(config.alpha)
 
-    def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> tuple[Tensor, Record]:
+    def forward(
+        self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
+    ) -> tuple[Tensor, Record]:
         y_BLD = super().forward(x_BLD, context, cache)
         return y_BLD, self.record(y_BLD, context)
 
 
 class WatchedDense(Watched, SwiGLU):
-    """A layer without experts that has a record all the same."""
+    """A dense layer that returns a record."""
 
     example = {"name": "watched", "hidden": 64}
 
     @dataclass(kw_only=True)
     class Config(SwiGLU.Config):
-        """The width, and the loss."""
+        """The settings of a dense layer, and the coefficient of the loss."""
 
         alpha: float = setting(0.25, doc="coefficient of the loss")
 
@@ -118,7 +124,7 @@ class Histogram(Balancer):
 
     @dataclass(kw_only=True)
     class Config:
-        """What a tally must not be, too."""
+        """The format of the tally; only int64 is allowed, the others are for tests of the error."""
 
         dtype: Literal["int64", "int32", "float64"] = setting("int64", doc="format of the counts")
 

@@ -1,6 +1,6 @@
-"""The specification as slow, obvious code: one token, one head and one expert at a time, in fp64.
+"""The specification as slow and simple code: one token, one head and one expert at a time, in fp64.
 
-Written from the papers' equations, without a look at the model: DeepSeek-V3's report (arXiv 2412.19437), eq. 1-11
+Written from the papers' equations, independently of the model: DeepSeek-V3's report (arXiv 2412.19437), eq. 1-11
 (attention), 12-16 (experts), 17-20 (sequence-wise loss), 21-25 (multi-token prediction); arXiv 2408.15664, algorithm
 1 (bias). It knows the model's weights by name only, so gradients through it are gradients of the same parameters.
 """
@@ -29,7 +29,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers that the weights' shapes do not tell."""
+    """The numbers that cannot be read off the weights' shapes."""
 
     heads: int
     kv_rank: int
@@ -66,7 +66,7 @@ class Choice:
 
 @dataclass
 class Outcome:
-    """What a batch of lines gives: sums and counts of every loss, and every layer's load."""
+    """The result of a batch of lines: sums and counts of every loss, and every layer's load."""
 
     logits: list[list[Tensor]] = field(default_factory=list)
     terms: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
@@ -130,8 +130,15 @@ def softmax_scale(head_dim: int, yarn: Yarn | None) -> float:
 
 def rotate(x: Tensor, position: int, theta: float, yarn: Yarn | None = None) -> Tensor:
     """Pairs (x0, x1), (x2, x3), ... as complex numbers times exp(i position frequency)."""
-    ratio = 1.0 if yarn is None else mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim)
-    turns = [ratio * cmath.exp(1j * position * frequency) for frequency in frequencies(len(x), theta, yarn)]
+    ratio = (
+        1.0
+        if yarn is None
+        else mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim)
+    )
+    turns = [
+        ratio * cmath.exp(1j * position * frequency)
+        for frequency in frequencies(len(x), theta, yarn)
+    ]
     turned = torch.complex(x[0::2], x[1::2]) * torch.tensor(turns, dtype=torch.complex128)
     return torch.stack([turned.real, turned.imag], dim=1).flatten()
 
@@ -207,7 +214,9 @@ class Reference:
 
     def __init__(self, state: Mapping[str, Tensor], settings: Settings) -> None:
         self.settings = settings
-        self.weights = {name: value.detach().to(torch.float64).clone() for name, value in state.items()}
+        self.weights = {
+            name: value.detach().to(torch.float64).clone() for name, value in state.items()
+        }
         for name, value in self.weights.items():
             value.requires_grad_(not name.endswith(".bias"))
 
@@ -223,14 +232,18 @@ class Reference:
         documents = line.documents[:length]
         xs, seen = self._hidden(line.tokens, documents)
         outcome.logits.append([self.weights["output.weight"] @ x for x in xs])
-        counted = [line.valid[i] and line.documents[i] == line.documents[i + 1] for i in range(length)]
+        counted = [
+            line.valid[i] and line.documents[i] == line.documents[i + 1] for i in range(length)
+        ]
         self._predict("next_token", xs, line.targets, counted, sum(counted), outcome)
         for path, choices in seen.items():
             self._balance(path, choices, line.valid, documents, outcome)
         for k in range(1, self._depths() + 1):
             xs = self._depth(k, xs, line, sum(counted), outcome)
 
-    def _hidden(self, tokens: list[int], documents: list[int]) -> tuple[list[Tensor], dict[str, list[Choice]]]:
+    def _hidden(
+        self, tokens: list[int], documents: list[int]
+    ) -> tuple[list[Tensor], dict[str, list[Choice]]]:
         xs = [self.weights["embedding.weight"][token] for token in tokens]
         seen = {}
         for layer in range(self._count("blocks.{}.ffn_norm.weight")):
@@ -240,36 +253,56 @@ class Reference:
                 seen[path] = choices
         return [self._norm("norm", x) for x in xs], seen
 
-    def _depth(self, k: int, states: list[Tensor], line: Line, divisor: int, outcome: Outcome) -> list[Tensor]:
+    def _depth(
+        self, k: int, states: list[Tensor], line: Line, divisor: int, outcome: Outcome
+    ) -> list[Tensor]:
         """Eq. 21-24: position i joins its state with the embedding of token i + k and predicts token i + k + 1."""
         path, rows = f"heads.mtp.depths.{k - 1}", range(len(line.tokens) - k)
         joined = []
         for i in rows:
-            embedded = self._norm(f"{path}.embedding_norm", self.weights["embedding.weight"][line.tokens[i + k]])
+            embedded = self._norm(
+                f"{path}.embedding_norm", self.weights["embedding.weight"][line.tokens[i + k]]
+            )
             joined.append(torch.cat([embedded, self._norm(f"{path}.hidden_norm", states[i])]))
         xs = [self._weight(f"{path}.projection") @ x for x in joined]
         documents = [line.documents[i] for i in rows]
         xs, choices = self._block(f"{path}.block", xs, [i + k for i in rows], documents)
         xs = [self._norm(f"{path}.norm", x) for x in xs]
-        counted = [line.valid[i] and line.valid[i + k] and line.documents[i] == line.documents[i + k + 1] for i in rows]
+        counted = [
+            line.valid[i] and line.valid[i + k] and line.documents[i] == line.documents[i + k + 1]
+            for i in rows
+        ]
         self._predict(f"mtp/depth_{k}", xs, line.targets[k:], counted, divisor, outcome)
         if choices:
             self._balance(f"{path}.block", choices, counted, documents, outcome)
         return xs
 
     def _predict(
-        self, term: str, xs: list[Tensor], targets: list[int], counted: list[bool], divisor: int, outcome: Outcome
+        self,
+        term: str,
+        xs: list[Tensor],
+        targets: list[int],
+        counted: list[bool],
+        divisor: int,
+        outcome: Outcome,
     ) -> None:
         total = torch.zeros((), dtype=torch.float64)
         for x, target, counts in zip(xs, targets, counted, strict=True):
             if counts:
                 logits = self.weights["output.weight"] @ x
                 highest = logits.detach().max()
-                total = total + torch.log(torch.exp(logits - highest).sum()) + highest - logits[target]
+                total = (
+                    total + torch.log(torch.exp(logits - highest).sum()) + highest - logits[target]
+                )
         outcome.add("terms", term, total, divisor)
 
     def _balance(
-        self, path: str, choices: list[Choice], valid: list[bool], documents: list[int], outcome: Outcome
+        self,
+        path: str,
+        choices: list[Choice],
+        valid: list[bool],
+        documents: list[int],
+        outcome: Outcome,
     ) -> None:
         load = outcome.loads.setdefault(path, [0] * len(choices[0].scores))
         for choice, counts in zip(choices, valid, strict=True):
@@ -292,29 +325,45 @@ class Reference:
             outputs = [self._swiglu(f"{path}.ffn", x) for x in normed]
             return [x + y for x, y in zip(xs, outputs, strict=True)], []
         routed = [self.experts(f"{path}.ffn", x) for x in normed]
-        return [x + y for x, (y, _) in zip(xs, routed, strict=True)], [choice for _, choice in routed]
+        return [x + y for x, (y, _) in zip(xs, routed, strict=True)], [
+            choice for _, choice in routed
+        ]
 
-    def attention(self, path: str, xs: list[Tensor], positions: list[int], documents: list[int]) -> list[Tensor]:
+    def attention(
+        self, path: str, xs: list[Tensor], positions: list[int], documents: list[int]
+    ) -> list[Tensor]:
         """Eq. 1-11: multi-head latent attention over the tokens of one line."""
         s = self.settings
-        per_token = [self._heads_of(path, x, position) for x, position in zip(xs, positions, strict=True)]
+        per_token = [
+            self._heads_of(path, x, position) for x, position in zip(xs, positions, strict=True)
+        ]
         scale = softmax_scale(s.nope + s.rope, s.yarn)
         heads = []
         for i in range(s.heads):
             queries, keys, values = ([parts[kind][i] for parts in per_token] for kind in range(3))
             heads.append(causal(queries, keys, values, scale, documents))
-        return [self._weight(f"{path}.output") @ torch.cat([head[t] for head in heads]) for t in range(len(xs))]
+        return [
+            self._weight(f"{path}.output") @ torch.cat([head[t] for head in heads])
+            for t in range(len(xs))
+        ]
 
-    def _heads_of(self, path: str, x: Tensor, position: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _heads_of(
+        self, path: str, x: Tensor, position: int
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The queries, keys and values of every head for one token."""
         s = self.settings
         turn: Callable[[Tensor], Tensor] = lambda y: rotate(y, position, s.theta, s.yarn)  # noqa: E731
         if f"{path}.q.weight" in self.weights:
             q = self._weight(f"{path}.q") @ x
         else:
-            q = self._weight(f"{path}.q_up") @ self._norm(f"{path}.q_norm", self._weight(f"{path}.q_down") @ x)
+            q = self._weight(f"{path}.q_up") @ self._norm(
+                f"{path}.q_norm", self._weight(f"{path}.q_down") @ x
+            )
         down = self._weight(f"{path}.kv_down") @ x
-        latent, shared_key = self._norm(f"{path}.kv_norm", down[: s.kv_rank]), turn(down[s.kv_rank :])
+        latent, shared_key = (
+            self._norm(f"{path}.kv_norm", down[: s.kv_rank]),
+            turn(down[s.kv_rank :]),
+        )
         kv = self._weight(f"{path}.kv_up") @ latent
         queries, keys, values = [], [], []
         for i in range(s.heads):
@@ -334,11 +383,16 @@ class Reference:
         if f"{path}.shared.down.weight" in self.weights:
             y = y + self._swiglu(f"{path}.shared", x)
         for expert, gate in zip(choice.experts, choice.gates, strict=True):
-            gate_up, down = self._weight(f"{path}.routed.gate_up")[expert], self._weight(f"{path}.routed.down")[expert]
+            gate_up, down = (
+                self._weight(f"{path}.routed.gate_up")[expert],
+                self._weight(f"{path}.routed.down")[expert],
+            )
             y = y + gate * swiglu(x, gate_up, down)
         return y, choice
 
-    def head_attention(self, path: str, xs: list[Tensor], documents: list[int], kv_heads: int) -> list[Tensor]:
+    def head_attention(
+        self, path: str, xs: list[Tensor], documents: list[int], kv_heads: int
+    ) -> list[Tensor]:
         """Multi-head (kv_heads = heads), grouped-query or multi-query attention with rotated queries and keys."""
         heads = self.settings.heads
         width = self._weight(f"{path}.q").shape[0] // heads
@@ -351,7 +405,10 @@ class Reference:
             keys = [turn(self._weight(f"{path}.k")[kv_rows] @ x, t) for t, x in enumerate(xs)]
             values = [self._weight(f"{path}.v")[kv_rows] @ x for x in xs]
             outputs.append(causal(queries, keys, values, width**-0.5, documents))
-        return [self._weight(f"{path}.output") @ torch.cat([head[t] for head in outputs]) for t in range(len(xs))]
+        return [
+            self._weight(f"{path}.output") @ torch.cat([head[t] for head in outputs])
+            for t in range(len(xs))
+        ]
 
     def _swiglu(self, path: str, x: Tensor) -> Tensor:
         return swiglu(x, self._weight(f"{path}.gate_up"), self._weight(f"{path}.down"))

@@ -1,6 +1,6 @@
-"""Every routing strategy and every balancing loss as slow, obvious code: one token and one expert at a time, in fp64.
+"""Every routing strategy and every balancing loss as slow, simple code: one token and one expert at a time, in fp64.
 
-Written from the papers, without a look at the plugins: DeepSeek-V3's report (arXiv 2412.19437), DeepSeek-V2
+Written from the papers, independently of the plugins: DeepSeek-V3's report (arXiv 2412.19437), DeepSeek-V2
 (2405.04434, eq. 20-31 and section 2.2.4), GShard (2006.16668, algorithm 1), DeepSeekMoE (2401.06066, eq. 3-5), Switch
 (2101.03961), Expert Choice (2202.09368), ST-MoE (2202.08906), Hash Layers (2106.04426) and 2408.15664 (selection bias).
 Random numbers are arguments. Whatever is chosen is a plain number, so gradients flow through gates and shares alone.
@@ -62,11 +62,15 @@ def groups_of(valid: list[list[bool]], over: str, chunk: int | None = None) -> l
 # ---- routers
 
 
-def within_groups(biased: list[float], top_k: int, groups: int, group_limit: int, group_score: int) -> list[int]:
+def within_groups(
+    biased: list[float], top_k: int, groups: int, group_limit: int, group_score: int
+) -> list[int]:
     """The best experts of the strongest groups; a group is as strong as its best `group_score` experts together."""
     size = len(biased) // groups
     members = [range(g * size, (g + 1) * size) for g in range(groups)]
-    strength = [sum(sorted((biased[e] for e in group), reverse=True)[:group_score]) for group in members]
+    strength = [
+        sum(sorted((biased[e] for e in group), reverse=True)[:group_score]) for group in members
+    ]
     allowed = sorted(e for g in best(strength, group_limit) for e in members[g])
     return [allowed[i] for i in best([biased[e] for e in allowed], top_k)]
 
@@ -103,13 +107,19 @@ def deepseek_v2(
     result = []
     for token, row in enumerate(logits):
         scores = softmax(row)
-        chosen = within_groups(scores.tolist(), top_k, groups, groups if group_limit is None else group_limit, 1)
+        chosen = within_groups(
+            scores.tolist(), top_k, groups, groups if group_limit is None else group_limit, 1
+        )
         result += [Assigned(token, e, scores[e] * scale) for e in chosen]
     return result
 
 
 def gshard(
-    logits: Rows, groups: list[list[int]], *, capacity_factor: float = 1.0, chance: Sequence[float] | None = None
+    logits: Rows,
+    groups: list[list[int]],
+    *,
+    capacity_factor: float = 1.0,
+    chance: Sequence[float] | None = None,
 ) -> list[Assigned]:
     """GShard, algorithm 1, for each local group; `chance` is one number for each token, None: second: always."""
     first: dict[int, Assigned] = {}
@@ -142,7 +152,9 @@ def gshard_dropless(logits: Rows, *, top_k: int = 2, normalise: bool = False) ->
     return result
 
 
-def switch(logits: Rows, groups: list[list[int]], *, capacity_factor: float = 1.25) -> list[Assigned]:
+def switch(
+    logits: Rows, groups: list[list[int]], *, capacity_factor: float = 1.25
+) -> list[Assigned]:
     """Switch, section 2.2: the best expert with its probability as gate, first come first served."""
     result = []
     for group in groups:
@@ -177,7 +189,9 @@ def balanced_table(counts: list[int], experts: int) -> list[int]:
     return table
 
 
-def forced_balance(logits: Rows, numbers: list[int], *, top_k: int, scale: float = 1.0) -> list[Assigned]:
+def forced_balance(
+    logits: Rows, numbers: list[int], *, top_k: int, scale: float = 1.0
+) -> list[Assigned]:
     """Token number n takes the next K experts in turn; gates are normalised sigmoid affinities."""
     result = []
     for token, (row, n) in enumerate(zip(logits, numbers, strict=True)):
@@ -197,7 +211,7 @@ def dropped_over_budget(
     devices: int,
     capacity_factor: float = 1.0,
 ) -> list[bool]:
-    """DeepSeek-V2, section 2.2.4: who is kept of (token, expert) pairs, `valid` and `protected` being of tokens.
+    """DeepSeek-V2, section 2.2.4: which (token, expert) pairs are kept; `valid` and `protected` are given for tokens.
 
     Each device keeps its budget: protected ones first, all of them, then those of highest affinity, earlier first.
     """
@@ -235,7 +249,9 @@ def _product(f: list[float], p: list[Tensor]) -> Tensor:
 def expert_loss(scores: Rows, chosen: list[list[int]], top_k: int) -> Tensor:
     """DeepSeek-V2, eq. 23-25: f_i = E / (K T) times the tokens that chose expert i."""
     experts, tokens = len(scores[0]), len(scores)
-    return _product([experts / (top_k * tokens) * c for c in counted(chosen, experts)], shares(scores))
+    return _product(
+        [experts / (top_k * tokens) * c for c in counted(chosen, experts)], shares(scores)
+    )
 
 
 def share_loss(scores: Rows, top_k: int) -> Tensor:
@@ -249,10 +265,14 @@ def device_loss(scores: Rows, chosen: list[list[int]], top_k: int, devices: int)
     size, p = experts // devices, shares(scores)
     f = [experts / (top_k * tokens) * c for c in counted(chosen, experts)]
     members = [range(d * size, (d + 1) * size) for d in range(devices)]
-    return _product([sum(f[e] for e in m) / size for m in members], [sum(p[e] for e in m) for m in members])
+    return _product(
+        [sum(f[e] for e in m) / size for m in members], [sum(p[e] for e in m) for m in members]
+    )
 
 
-def communication_loss(scores: Rows, chosen: list[list[int]], devices: int, device_limit: int) -> Tensor:
+def communication_loss(
+    scores: Rows, chosen: list[list[int]], devices: int, device_limit: int
+) -> Tensor:
     """DeepSeek-V2, eq. 29-31: f_i = D / (M T) times the tokens sent to device i, each of them once."""
     tokens, size, p = len(scores), len(scores[0]) // devices, shares(scores)
     sent = counted([list({e // size for e in row}) for row in chosen], devices)
@@ -275,7 +295,9 @@ def gshard_loss(scores: Rows) -> Tensor:
 def z_loss(logits: Rows) -> Tensor:
     """ST-MoE, eq. 5, summed over the tokens: the square of the logarithm of the sum of exponentials."""
     high = [row.detach().max() for row in logits]
-    logs = [torch.log(torch.exp(row - top).sum()) + top for row, top in zip(logits, high, strict=True)]
+    logs = [
+        torch.log(torch.exp(row - top).sum()) + top for row, top in zip(logits, high, strict=True)
+    ]
     return torch.stack([log * log for log in logs]).sum()
 
 
@@ -283,7 +305,13 @@ def z_loss(logits: Rows) -> Tensor:
 
 
 def bias_step(
-    bias: list[float], load: list[int], rate: float, *, update: str = "sign", unit: str = "relative", centre: bool
+    bias: list[float],
+    load: list[int],
+    rate: float,
+    *,
+    update: str = "sign",
+    unit: str = "relative",
+    centre: bool,
 ) -> list[float]:
     """Algorithm 1 of 2408.15664 and its variants (tables 3 and 4), in exact numbers up to the end."""
     total = sum(load)

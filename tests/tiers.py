@@ -1,7 +1,7 @@
-"""Which tests are in the tier `full`: whole files by this table, single tests by `@pytest.mark.full`.
+"""The tier `full` of the tests: whole files by this table, single tests by `@pytest.mark.full`.
 
-`full` is what starts processes, is killed, needs transformers, lm-eval, TRL, Triton, Chromium or Ray, or is a cross
-product. Everything else is in the default tier, in which every promise has at least one test.
+It holds tests that start or kill processes, that need transformers, lm-eval, TRL, Triton, Chromium or Ray,
+and cross products. Everything else is in the default tier, in which every promise has at least one test.
 """
 
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ FULL = {
 
 
 def is_full(file: Path) -> bool:
-    """Whether the table has a test file or a folder above it."""
+    """Whether the table lists a test file or a folder above it."""
     if not file.is_relative_to(TESTS):
         return False
     place = file.relative_to(TESTS)
@@ -52,12 +52,13 @@ def first_by_default(values: Iterable[Any], *, keep: int = 1, several: bool = Fa
     """The values of a parameter, of which only the first few are in the default tier.
 
     Args:
-        values: of one parameter, or tuples for several.
+        values: the values of one parameter, or tuples for several parameters.
         keep: how many are in the default tier.
         several: whether the values are tuples for several parameters.
     """
-    marks = ((), (pytest.mark.full,))
-    return [
-        pytest.param(*(value if several else (value,)), marks=marks[index >= keep])
-        for index, value in enumerate(values)
-    ]
+    parameters = []
+    for index, value in enumerate(values):
+        arguments = value if several else (value,)
+        marks = () if index < keep else (pytest.mark.full,)
+        parameters.append(pytest.param(*arguments, marks=marks))
+    return parameters

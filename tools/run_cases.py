@@ -1,6 +1,6 @@
 """The worker of `same_bits.py`: runs commands of one version of moeloom, one after the other, each in a forked process.
 
-A forked process starts in no time, because torch and Lightning are imported once, before the first fork. A command of
+A forked process starts at once, because torch and Lightning are imported once, before the first fork. A command of
 several ranks starts as a process of its own, because Lightning starts the other ranks by repeating its command line.
 """
 
@@ -15,12 +15,12 @@ from typing import TypedDict
 
 
 class Command(TypedDict):
-    """`python -m module arguments`.
+    """The command `python -m module arguments`.
 
     Args:
-        name: names its log files.
-        module: a command of moeloom.
-        arguments: its command line.
+        name: the name of its log files.
+        module: the module of a command of moeloom.
+        arguments: its command-line arguments.
         processes: how many ranks it starts.
     """
 
@@ -31,7 +31,7 @@ class Command(TypedDict):
 
 
 def run_forked(command: Command, out: Path, err: Path) -> int:
-    """Run a command in a forked process with its output in two files; its exit code."""
+    """Run a command in a forked process with its output in two files; returns its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -42,15 +42,17 @@ def run_forked(command: Command, out: Path, err: Path) -> int:
 
 
 def _run_here(command: Command, out: Path, err: Path) -> int:
+    """Run a command in this process with its output in two files; returns its exit code."""
     with out.open("w", encoding="utf-8") as stdout, err.open("w", encoding="utf-8") as stderr:
         os.dup2(stdout.fileno(), 1)
         os.dup2(stderr.fileno(), 2)
-        sys.stdout, sys.stderr = stdout, stderr
+        sys.stdout = stdout
+        sys.stderr = stderr
         sys.argv = [command["module"], *command["arguments"]]
         try:
             runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
-        except SystemExit as leaving:
-            return int(leaving.code or 0)
+        except SystemExit as end:
+            return int(end.code or 0)
         except BaseException:
             traceback.print_exc()
             return 1
@@ -58,14 +60,14 @@ def _run_here(command: Command, out: Path, err: Path) -> int:
 
 
 def run_process(command: Command, out: Path, err: Path) -> int:
-    """Run a command as a process of its own; its exit code."""
+    """Run a command as a process of its own; returns its exit code."""
     line = [sys.executable, "-m", command["module"], *command["arguments"]]
     with out.open("wb") as stdout, err.open("wb") as stderr:
         return subprocess.run(line, stdout=stdout, stderr=stderr, check=False).returncode
 
 
 def main() -> None:
-    """Run what `commands.json` of a folder lists; write `exit_codes.json` and a log of each command there."""
+    """Run the commands that a folder's `commands.json` lists; write `exit_codes.json` and their logs there."""
     import lightning  # noqa: F401 - imported once, for every forked command
     import torch  # noqa: F401
 
@@ -77,7 +79,9 @@ def main() -> None:
     for command in commands:
         stem = command["name"].replace("/", ".")
         run = run_forked if command["processes"] == 1 else run_process
-        codes[command["name"]] = run(command, folder / "logs" / f"{stem}.out", folder / "logs" / f"{stem}.err")
+        out = folder / "logs" / f"{stem}.out"
+        err = folder / "logs" / f"{stem}.err"
+        codes[command["name"]] = run(command, out, err)
     (folder / "exit_codes.json").write_text(json.dumps(codes), encoding="utf-8")
 
 

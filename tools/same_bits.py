@@ -48,7 +48,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "expert_choice": (f"{FFN}.router={{name: expert_choice, top_k: 2}}", f"{FFN}.balance=[]"),
     "forced_balance": (f"{FFN}.router={{name: forced_balance, top_k: 2}}", f"{FFN}.balance=[]"),
     "softmax": (f"{FFN}.router={{name: deepseek_v3, top_k: 2, affinity: softmax}}",),
-    "bias_multiplicative": (f"{FFN}.balance=[{{name: bias, rate: 0.01, form: multiplicative, centre: true}}]",),
+    "bias_multiplicative": (
+        f"{FFN}.balance=[{{name: bias, rate: 0.01, form: multiplicative, centre: true}}]",
+    ),
     "balance_losses": (
         f"{FFN}.balance=[{{name: bias, rate: 0.01}}, {{name: sequence, alpha: 0.01}}, {{name: z_loss}}]",
     ),
@@ -57,10 +59,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "fp8_native_row": ("precision={name: fp8_native, scaling: row}",),
     "fp8_accumulator": ("precision={name: fp8_emulated, accumulator_bits: 14}",),
 }
-"""Cases of dsv3_small beside the plain one."""
+"""Overrides of further cases of dsv3_small, by the name of the case."""
 
 RESUMED = ("dsv3_small", "accumulate", "bf16_moments", "fp8_delayed", "baselines/gshard")
-"""Cases whose half-finished run folder, written by the base, is resumed by the change."""
+"""Cases of which the change resumes a half-finished run folder of the base."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ class Case:
     """One training run.
 
     Args:
-        name: its name in the report, and its run folder's.
-        recipe: a shipped recipe's name.
-        overrides: beside the toy sizes.
-        ranks: processes that train together over gloo.
+        name: the name in the report and of the run folder.
+        recipe: the name of a shipped recipe.
+        overrides: overrides in addition to the toy sizes.
+        ranks: the number of processes that train together over gloo.
     """
 
     name: str
@@ -86,8 +88,8 @@ class Side:
 
     Args:
         label: `base` or `change`.
-        source: its files.
-        folder: where its runs, its cache and its plugin metadata go.
+        source: the folder of its files.
+        folder: the folder for its runs, its cache and its plugin metadata.
     """
 
     label: str
@@ -95,15 +97,21 @@ class Side:
     folder: Path
 
     def environment(self) -> dict[str, str]:
-        """Variables under which Python finds this version, its entry points and nothing of the other version."""
+        """Environment variables with which Python finds only this version and its entry points."""
         paths = os.pathsep.join(map(str, (self.folder / "site", self.source)))
         own = {"PYTHONPATH": paths, "MOELOOM_CACHE": str(self.folder / "cache")}
-        fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+        fixed = {
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         return {**os.environ, **fixed, **own, "PYTHONDONTWRITEBYTECODE": "1"}
 
     def write_metadata(self) -> None:
         """Register this version's plugins as an installed distribution would, in place of the installed one."""
-        project = tomllib.loads((self.source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        text = (self.source / "pyproject.toml").read_text(encoding="utf-8")
+        project = tomllib.loads(text)["project"]
         info = self.folder / "site" / "moeloom-0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moeloom\nVersion: 0\n")
@@ -118,14 +126,17 @@ class Side:
         return subprocess.Popen(worker, cwd=self.source, env=self.environment())
 
     def exit_codes(self) -> dict[str, int]:
-        """Exit code by command name, of the last `run`."""
-        codes: dict[str, int] = json.loads((self.folder / "exit_codes.json").read_text(encoding="utf-8"))
+        """The exit codes of the last `run`, by command name."""
+        text = (self.folder / "exit_codes.json").read_text(encoding="utf-8")
+        codes: dict[str, int] = json.loads(text)
         return codes
 
     def error(self, name: str) -> str:
         """The last line that a command printed on stderr, without this side's own folders."""
-        text = (self.folder / "logs" / f"{name.replace('/', '.')}.err").read_text(encoding="utf-8", errors="replace")
-        last = ([line for line in text.splitlines() if line.strip()] or [""])[-1]
+        file = self.folder / "logs" / f"{name.replace('/', '.')}.err"
+        text = file.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        last = lines[-1] if lines else ""
         return last.replace(str(self.source), "SOURCE").replace(str(self.folder), "FOLDER")
 
 
@@ -143,7 +154,8 @@ def both_sides(base: str, folder: Path) -> Iterator[tuple[Side, Side]]:
     change_side = Side("change", folder / "change" / "source", folder / "change")
     git("worktree", "add", "--detach", "--force", str(base_side.source), base)
     try:
-        names = git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", "core", "plugins", "recipes")
+        known = ("--cached", "--others", "--exclude-standard", "-z")
+        names = git("ls-files", *known, "--", "core", "plugins", "recipes")
         for name in ["pyproject.toml", *names.split("\0")]:
             if (root / name).is_file():
                 target = change_side.source / name
@@ -169,13 +181,15 @@ def write_corpus(folder: Path) -> None:
 def precisions(side: Side) -> list[str]:
     """Names of the precisions that a version has."""
     command = [sys.executable, "-m", "core.catalog", "--json"]
-    done = subprocess.run(command, cwd=side.source, env=side.environment(), check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=side.source, env=side.environment(), check=True, capture_output=True, text=True
+    )
     rows = json.loads(done.stdout)
     return sorted(row["name"] for row in rows if row["slot"] == "precision")
 
 
 def all_cases(side: Side) -> list[Case]:
-    """Every case that the base's recipes and precisions give."""
+    """All cases: one for each recipe, precision and option of the base."""
     cases = [Case("dsv3_small")]
     for file in sorted((side.source / "recipes" / "baselines").glob("*.yaml")):
         cases.append(Case(f"baselines/{file.stem}", recipe=f"baselines/{file.stem}"))
@@ -185,7 +199,8 @@ def all_cases(side: Side) -> list[Case]:
         cases.append(Case(name, overrides=overrides))
     ranks = ("strategy={name: ddp, ranks: 2, accelerator: cpu}",)
     cases.append(Case("two_ranks", overrides=ranks, ranks=2))
-    cases.append(Case("two_ranks_accumulate", overrides=(*ranks, "batch.accumulate=2", BATCH_SCOPE), ranks=2))
+    accumulate = (*ranks, "batch.accumulate=2", BATCH_SCOPE)
+    cases.append(Case("two_ranks_accumulate", overrides=accumulate, ranks=2))
     return cases
 
 
@@ -212,34 +227,41 @@ def train_both(sides: tuple[Side, Side], cases: Sequence[Case], corpus: Path, st
         commands = []
         for case in cases:
             arguments = fit_arguments(case, corpus, steps, side.folder / "runs" / case.name)
-            commands.append(Command(name=case.name, module="core.fit", arguments=arguments, processes=case.ranks))
+            commands.append(_command(case.name, "core.fit", arguments, case.ranks))
         workers.append(side.run(commands))
     for worker in workers:
         worker.wait()
 
 
+def _command(name: str, module: str, arguments: list[str], processes: int = 1) -> Command:
+    return Command(name=name, module=module, arguments=arguments, processes=processes)
+
+
 def compare_cases(sides: tuple[Side, Side], cases: Sequence[Case]) -> dict[str, list[str]]:
-    """What differs in each case; a case that both sides refuse with the same sentence is the same."""
+    """The differences in each case; none if both sides end with the same user error."""
     base, change = sides
-    base_codes, change_codes = base.exit_codes(), change.exit_codes()
+    base_codes = base.exit_codes()
+    change_codes = change.exit_codes()
     found = {}
     for case in cases:
         codes = (base_codes[case.name], change_codes[case.name])
         errors = (base.error(case.name), change.error(case.name))
+        runs = [side.folder / "runs" / case.name for side in sides]
         if codes == (0, 0):
-            found[case.name] = differences(base.folder / "runs" / case.name, change.folder / "runs" / case.name)
+            found[case.name] = differences(*runs)
         elif codes == (2, 2) and errors[0] == errors[1]:
             print(f"  {case.name}: does not run here: {errors[0]}")
             found[case.name] = []
         else:
-            found[case.name] = [f"exit codes {codes[0]} and {codes[1]}: {errors[0]!r} and {errors[1]!r}"]
+            ends = f"exit codes {codes[0]} and {codes[1]}: {errors[0]!r} and {errors[1]!r}"
+            found[case.name] = [ends]
     return found
 
 
 def resume_and_evaluate(
     sides: tuple[Side, Side], cases: Sequence[Case], corpus: Path, steps: int
 ) -> dict[str, list[str]]:
-    """What differs when the change resumes, from half of its steps, and evaluates what the base wrote."""
+    """The differences when the change resumes runs of the base after half of their steps, and evaluates them."""
     base, change = sides
     trained = base.exit_codes()
     resumed = [case for case in cases if case.name in RESUMED and trained[case.name] == 0]
@@ -250,28 +272,30 @@ def resume_and_evaluate(
         shutil.copytree(base.folder / "runs" / case.name, folder)
         _forget_second_half(folder)
         arguments = [*fit_arguments(case, corpus, steps, folder), "--resume", str(folder)]
-        commands.append(Command(name=f"resume/{case.name}", module="core.fit", arguments=arguments, processes=1))
+        commands.append(_command(f"resume/{case.name}", "core.fit", arguments))
     evaluations = []
     for case in evaluated:
         arguments = [str(base.folder / "runs" / case.name), "--json"]
-        evaluations.append(
-            Command(name=f"evaluate/{case.name}", module="core.evaluate", arguments=arguments, processes=1)
-        )
+        evaluations.append(_command(f"evaluate/{case.name}", "core.evaluate", arguments))
     workers = [base.run(evaluations), change.run([*commands, *evaluations])]
     for worker in workers:
         worker.wait()
     return _second_differences(sides, resumed, evaluated)
 
 
-def _second_differences(sides: tuple[Side, Side], resumed: list[Case], evaluated: list[Case]) -> dict[str, list[str]]:
+def _second_differences(
+    sides: tuple[Side, Side], resumed: list[Case], evaluated: list[Case]
+) -> dict[str, list[str]]:
     base, change = sides
     found: dict[str, list[str]] = {}
-    codes, base_codes = change.exit_codes(), base.exit_codes()
+    codes = change.exit_codes()
+    base_codes = base.exit_codes()
     for case in resumed:
         name = f"resume/{case.name}"
         found[name] = [f"exit code {codes[name]}: {change.error(name)}"]
         if codes[name] == 0:
-            found[name] = differences(base.folder / "runs" / case.name, change.folder / "resumed" / case.name)
+            resumed_run = change.folder / "resumed" / case.name
+            found[name] = differences(base.folder / "runs" / case.name, resumed_run)
     for case in evaluated:
         name = f"evaluate/{case.name}"
         found[name] = [f"exit codes {base_codes[name]} and {codes[name]}: {change.error(name)}"]
@@ -282,7 +306,7 @@ def _second_differences(sides: tuple[Side, Side], resumed: list[Case], evaluated
 
 
 def _forget_second_half(folder: Path) -> None:
-    """Leave of a finished run folder what a kill after its first checkpoint would leave."""
+    """Reduce a finished run folder to what a kill after its first checkpoint would leave."""
     checkpoints = sorted((folder / "checkpoints").glob("step-*.ckpt"))
     for file in checkpoints[1:]:
         file.unlink()
@@ -291,18 +315,28 @@ def _forget_second_half(folder: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command-line arguments."""
+    """The parser of the command-line arguments."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("base", help="the commit to compare with")
-    p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="cases by name, e.g. 'precision/*'")
-    p.add_argument("--steps", type=int, default=20, help="optimizer steps of each run, an even number (20)")
-    p.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs of both sides in this new folder")
+    p.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="cases by name, e.g. 'precision/*'",
+    )
+    p.add_argument(
+        "--steps", type=int, default=20, help="optimizer steps of each run, an even number (20)"
+    )
+    p.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep the runs of both sides in this new folder"
+    )
     p.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     return p
 
 
 def main() -> int:
-    """Compare and report; the exit code."""
+    """Compare both versions and print a report; returns the exit code."""
     arguments = parser().parse_args()
     if arguments.steps < 2 or arguments.steps % 2:
         parser().error(f"--steps {arguments.steps}: must be an even number of at least 2")
@@ -323,11 +357,16 @@ def _compare(sides: tuple[Side, Side], commit: str, arguments: argparse.Namespac
     began = time.monotonic()
     cases = all_cases(sides[0])
     if arguments.only:
-        cases = [case for case in cases if any(fnmatch(case.name, pattern) for pattern in arguments.only)]
-    if arguments.list or not cases:
-        print("\n".join(case.name for case in cases) or f"no case is named {', '.join(arguments.only)}")
-        return 0 if cases else 2
-    print(f"base {commit[:12]}, change: the working tree; {len(cases)} cases of {arguments.steps} steps", flush=True)
+        patterns = arguments.only
+        cases = [case for case in cases if any(fnmatch(case.name, p) for p in patterns)]
+    if not cases:
+        print(f"no case is named {', '.join(arguments.only)}")
+        return 2
+    if arguments.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    size = f"{len(cases)} cases of {arguments.steps} steps"
+    print(f"base {commit[:12]}, change: the working tree; {size}", flush=True)
     corpus = sides[0].folder.parent / "corpus"
     write_corpus(corpus)
     train_both(sides, cases, corpus, arguments.steps)
@@ -340,7 +379,9 @@ def _compare(sides: tuple[Side, Side], commit: str, arguments: argparse.Namespac
             print(f"    {line}")
         if len(lines) > 8:
             print(f"    and {len(lines) - 8} more")
-    verdict = "the same bits" if not different else f"{len(different)} of {len(found)} comparisons differ"
+    verdict = "the same bits"
+    if different:
+        verdict = f"{len(different)} of {len(found)} comparisons differ"
     print(f"{len(found)} comparisons in {time.monotonic() - began:.0f} s: {verdict}")
     return 1 if different else 0
 

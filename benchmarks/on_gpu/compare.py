@@ -1,4 +1,4 @@
-"""How near two tensors are, and the layers and numbers that precisions are compared on."""
+"""Distances between tensors, and the layers and random tensors on which precisions are compared."""
 
 from typing import Any
 
@@ -13,19 +13,18 @@ from core.contracts.schema import Section
 
 PRODUCTS = ("y", "dX", "dW")
 
-
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def calc_diff(one: Tensor, two: Tensor) -> float:
-    """1 - 2 <x, y> / (|x|^2 + |y|^2) in fp64, as DeepGEMM's tests take it; 0 for two zeros."""
+    """The distance 1 - 2 <x, y> / (|x|^2 + |y|^2) in fp64, as DeepGEMM's tests compute it; 0 for two zeros."""
     one, two = (t.detach().to("cpu", torch.float64) for t in (one, two))
     size = float((one.square() + two.square()).sum())
     return float(1 - 2 * (one * two).sum() / size) if size else 0.0
 
 
 def differing(one: Tensor, two: Tensor) -> int:
-    """How many elements are not the same bits; one NaN is as good as another."""
+    """The number of elements with different bits; all NaNs count as the same."""
     one, two = (t.detach().cpu() for t in (one, two))
     if not one.is_floating_point():
         return int((one != two).sum())
@@ -34,33 +33,37 @@ def differing(one: Tensor, two: Tensor) -> int:
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers, each row with a scale of its own over six powers of two."""
+    """Normal random numbers; each row has a random scale between 2^-3 and 2^3."""
     generator = torch.Generator().manual_seed(seed)
     size = 2.0 ** torch.randint(-3, 4, (*shape[:-1], 1), generator=generator)
     return (torch.randn(shape, generator=generator) * size).to(dtype)
 
 
 def section_of(text: str) -> Section:
-    """A precision's section, checked as a recipe's is: `{name: fp8_native}`."""
+    """The section of a precision such as `{name: fp8_native}`, checked as a recipe's is."""
     return core.compose("dsv3_small", [f"precision={text}"]).precision
 
 
 def obstacle(section: Section, device: str) -> str | None:
-    """Why a precision cannot run here, in its own words."""
+    """The reason why a precision cannot run on this device, in the words of the precision; None where it can."""
     cuda = device == "cuda"
     capability = torch.cuda.get_device_capability() if cuda else None
-    why: str | None = section.component.requires(section.config, Environment(device, capability, torch.version.cuda))
+    why: str | None = section.component.requires(
+        section.config, Environment(device, capability, torch.version.cuda)
+    )
     return why
 
 
 def precision_of(text: str) -> Precision:
-    """The precision itself."""
+    """The precision that a section describes."""
     made: Precision = make(section_of(text))
     return made
 
 
-def layer_of(precision: Precision, role: str, inputs: int, outputs: int, groups: int, device: str) -> Any:
-    """A layer of some role with the same drawn weight in every precision; groups 0: not grouped."""
+def layer_of(
+    precision: Precision, role: str, inputs: int, outputs: int, groups: int, device: str
+) -> Any:
+    """A layer of a role with the same random weight in every precision; with 0 groups it is not a grouped layer."""
     made = precision.grouped_linear(groups, inputs, outputs, role, std=0.1) if groups else None
     layer: Any = made or precision.linear(inputs, outputs, role, std=0.1)
     with torch.no_grad():
@@ -69,7 +72,7 @@ def layer_of(precision: Precision, role: str, inputs: int, outputs: int, groups:
 
 
 def three_products(layer: Any, x: Tensor, dy: Tensor, *more: Tensor) -> dict[str, Tensor]:
-    """Y, dX and dW of one forward and backward."""
+    """The output Y and the gradients dX and dW of one forward and backward."""
     x = x.detach().clone().requires_grad_()
     layer.zero_grad()
     y = layer(x, *more)
@@ -79,5 +82,5 @@ def three_products(layer: Any, x: Tensor, dy: Tensor, *more: Tensor) -> dict[str
 
 
 def short(value: float) -> float:
-    """Three significant digits, for a long list."""
+    """The value with three significant digits, for long lists."""
     return float(f"{value:.3g}")

@@ -1,4 +1,4 @@
-"""Whether a GPU computes what a CPU does: logits, losses, and the emulation of FP8.
+"""Compares results of the GPU with those of the CPU: logits, losses, and the emulation of FP8.
 
 Without a GPU everything is compared with the CPU itself, so that each step can be tried.
 """
@@ -30,6 +30,7 @@ from core.analysis.budget import plan_of
 from core.contracts.context import SequenceContext
 from core.contracts.router import Router
 from core.model.language_model import LanguageModel
+from core.numerics import formats
 from core.numerics import quantise as q
 from core.run.data import text_data
 from core.run.loading import load_weights
@@ -44,14 +45,15 @@ TOY = [
     "model.blocks.moe.count=1",
     "model.blocks.moe.ffn.expert_hidden=16",
 ]
-"""A dry run's sizes."""
+"""The sizes of a dry run."""
 SECONDS = 240.0
 
 
 def run(lab: Lab) -> dict[str, Any]:
-    """Runs go on in processes of their own while this one compares; each part tells its own failure."""
+    """Compares while the runs go on in other processes; each part of the result has its own error."""
     found: dict[str, Any] = {}
-    with TemporaryDirectory() as scratch, Fits(Path(scratch)) as fits:  # checkpoints are large, and nobody's result
+    # Checkpoints are large and no part of the result, so the run folders are temporary.
+    with TemporaryDirectory() as scratch, Fits(Path(scratch)) as fits:
         started = attempt(start_losses, lab, fits)
         found["fp8_emulated"] = attempt(emulation, lab)
         lab.keep(found)
@@ -62,25 +64,25 @@ def run(lab: Lab) -> dict[str, Any]:
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The short table's."""
+    """The rows of the short table."""
     parts = {"logits": _logit_rows, "losses": _loss_rows, "fp8_emulated": _emulation_rows}
     if sentence := failed(found):
         return [("correctness", sentence)]
-    told: list[tuple[str, str]] = []
+    message: list[tuple[str, str]] = []
     for name, rows_of in parts.items():
         part = found.get(name, {"error": "was not reached"})
         sentence = failed(part)
-        told += [(name, sentence)] if sentence else rows_of(part)
-    return told
+        message += [(name, sentence)] if sentence else rows_of(part)
+    return message
 
 
 # ---- losses
 
 
 def start_losses(lab: Lab, fits: Fits) -> None:
-    """The same steps on both devices: a few with the recipe's own schedule, and more under a warm-up as long.
+    """Starts the same steps on both devices: a few with the recipe's schedule, more under a warm-up over all of them.
 
-    The latter also in fp64, and on the CPU with another number of threads: how far rounding alone drives runs apart.
+    The latter also run in fp64, and on the CPU with another number of threads, which shows what rounding alone does.
     """
     toy = [*TOY, *toy_text(fits.folder)] if lab.quick else []
     steps = {"first": 2, "longer": 4} if lab.quick else {"first": 10, "longer": 50}
@@ -99,7 +101,11 @@ def start_losses(lab: Lab, fits: Fits) -> None:
         ("longer_gpu_fp64", "fp64", lab.device, 1),
     ):
         kind = name.partition("_")[0]
-        overrides = [*own, *([warm] if kind == "longer" else []), f"precision={{name: {precision}}}"]
+        overrides = [
+            *own,
+            *([warm] if kind == "longer" else []),
+            f"precision={{name: {precision}}}",
+        ]
         overrides += [f"budget.steps={steps[kind]}", f"strategy.accelerator={device}"]
         fits.start(name, RECIPE, overrides, threads=count)
 
@@ -107,14 +113,24 @@ def start_losses(lab: Lab, fits: Fits) -> None:
 PAIRS = {
     "first": ("first_cpu", "first_gpu", "fp32, CPU to GPU, the recipe's schedule", " (goal 1e-5)"),
     "longer": ("longer_cpu", "longer_gpu", "fp32, CPU to GPU, warm-up all along", " (goal 1e-4)"),
-    "longer_cpu": ("longer_cpu", "longer_cpu_again", "fp32, CPU to CPU with fewer threads, warm-up all along", ""),
-    "longer_fp64": ("longer_cpu_fp64", "longer_gpu_fp64", "fp64, CPU to GPU, warm-up all along", ""),
+    "longer_cpu": (
+        "longer_cpu",
+        "longer_cpu_again",
+        "fp32, CPU to CPU with fewer threads, warm-up all along",
+        "",
+    ),
+    "longer_fp64": (
+        "longer_cpu_fp64",
+        "longer_gpu_fp64",
+        "fp64, CPU to GPU, warm-up all along",
+        "",
+    ),
 }
-"""Two runs each, what they are, and the goal for the largest difference."""
+"""Two runs each, their description, and the goal for the largest difference."""
 
 
 def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
-    """The relative difference of every step's total loss, and how the runs ended."""
+    """The relative difference of the total loss at every step, and how the runs ended."""
     ended = fits.results(SECONDS)
     found: dict[str, Any] = {}
     for name, (one, other, _, _) in PAIRS.items():
@@ -137,26 +153,32 @@ def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
 
 
 def _loss_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    told = []
+    message = []
     for name, (_, _, said, goal) in PAIRS.items():
         one, what = found[name], f"losses, {said}, {found[name]['steps']} steps"
         shown = "no common step"
         if one["largest"] is not None:
-            shown = f"{one['largest']:.1e} at most{goal}; first ten {one['largest_of_first_10']:.1e}"
+            shown = (
+                f"{one['largest']:.1e} at most{goal}; first ten {one['largest_of_first_10']:.1e}"
+            )
         if alone := one["steps_of_one_alone"]:
             shown += f"; {alone} steps of one run alone"
-        told.append((what, shown))
-    broken = {name: run.get("error") for name, run in found["runs"].items() if run["ended"] != "finished"}
-    return told + [(f"  {name}", why or found["runs"][name]["ended"]) for name, why in broken.items()]
+        message.append((what, shown))
+    broken = {
+        name: run.get("error") for name, run in found["runs"].items() if run["ended"] != "finished"
+    }
+    return message + [
+        (f"  {name}", why or found["runs"][name]["ended"]) for name, why in broken.items()
+    ]
 
 
 # ---- logits
 
 
 def logits(lab: Lab, fits: Fits) -> dict[str, Any]:
-    """One model on one batch of validation text in every format, beside fp64 on the CPU.
+    """The logits of one model on one batch of validation text in every format, compared with fp64 on the CPU.
 
-    It is the one that the longer run on the CPU trained; where there is none, the initial weights, and that is said.
+    Its weights are those of the longer run on the CPU, or initial ones without such a run; `weights` says which.
     """
     trained = fits.run("longer_cpu")
     overrides = [*TOY, *toy_text(fits.folder)] if lab.quick else []
@@ -165,13 +187,19 @@ def logits(lab: Lab, fits: Fits) -> dict[str, Any]:
     data.prepare()
     tokens_BL = next(iter(data.val_dataloader())).tokens_BL
     folder = attempt(newest_checkpoint, trained)
-    source = "initial weights" if failed(folder) else f"after training: {trained.name}/{folder.name}"
+    source = (
+        "initial weights" if failed(folder) else f"after training: {trained.name}/{folder.name}"
+    )
     seen = {}
     for device, precision in dict.fromkeys(_formats(lab.device)):
-        model: LanguageModel = core.build(core.compose(RECIPE, [*overrides, f"precision={{name: {precision}}}"]))
+        model: LanguageModel = core.build(
+            core.compose(RECIPE, [*overrides, f"precision={{name: {precision}}}"])
+        )
         if not failed(folder):
             load_weights(model, folder)
-        seen[f"{device} {precision}"] = attempt(outputs, model.to(device).eval(), tokens_BL.to(device))
+        seen[f"{device} {precision}"] = attempt(
+            outputs, model.to(device).eval(), tokens_BL.to(device)
+        )
     base, *others = seen.items()
     return {
         "weights": source,
@@ -183,7 +211,13 @@ def logits(lab: Lab, fits: Fits) -> dict[str, Any]:
 
 
 def _formats(device: str) -> Iterator[tuple[str, str]]:
-    yield from (("cpu", "fp64"), ("cpu", "fp32"), (device, "fp64"), (device, "fp32"), (device, "bf16"))
+    yield from (
+        ("cpu", "fp64"),
+        ("cpu", "fp32"),
+        (device, "fp64"),
+        (device, "fp32"),
+        (device, "bf16"),
+    )
 
 
 @torch.no_grad()
@@ -207,60 +241,81 @@ def outputs(model: LanguageModel, tokens_BL: Tensor) -> tuple[Tensor, dict[str, 
 
 
 def beside(base: Any, own: Any) -> dict[str, Any]:
-    """How far logits lie from those of the base, and how many choices are others."""
+    """The distance of logits from those of the base, and the share of other choices of tokens and experts."""
     if sentence := failed(own):
         return {"error": sentence}
     (right, right_experts), (logits_BLV, experts) = base, own
     others = {path: int((taken & ~right_experts[path]).sum()) for path, taken in experts.items()}
     return {
-        "largest_relative_to_largest_logit": float((logits_BLV - right).abs().max() / right.abs().max()),
+        "largest_relative_to_largest_logit": float(
+            (logits_BLV - right).abs().max() / right.abs().max()
+        ),
         "calc_diff": calc_diff(logits_BLV, right),
         "other_argmax": float((logits_BLV.argmax(-1) != right.argmax(-1)).double().mean()),
-        "other_experts": sum(others.values()) / sum(int(taken.sum()) for taken in right_experts.values()),
+        "other_experts": sum(others.values())
+        / sum(int(taken.sum()) for taken in right_experts.values()),
         "other_experts_by_layer": others,
     }
 
 
 def _logit_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    told = []
+    message = []
     for name, one in found["formats"].items():
         shown = one.get("error") or (
             f"{one['largest_relative_to_largest_logit']:.1e} of the largest, calc_diff {one['calc_diff']:.1e}, "
             f"other argmax {one['other_argmax']:.2%}, other experts {one['other_experts']:.2%}"
         )
-        told.append((f"logits, {name} to {found['to']}", shown))
-    return told
+        message.append((f"logits, {name} to {found['to']}", shown))
+    return message
 
 
 # ---- the emulation of FP8
 
-TILES = {"1x128": q.ROW, "128x1": q.COLUMN, "128x128": q.BLOCK, "tensor": q.WHOLE, "1x32": q.Tile(1, 32)}
+TILES = {
+    "1x128": q.ROW,
+    "128x1": q.COLUMN,
+    "128x128": q.BLOCK,
+    "tensor": q.WHOLE,
+    "1x32": q.Tile(1, 32),
+}
 TILES["32x1"] = q.Tile(32, 1)
-KEYS = ("", "weight_gradient: te", "scales: ue8m0", "gradients: e5m2", "scaling: tensor", "scaling: delayed")
+KEYS = (
+    "",
+    "weight_gradient: te",
+    "scales: ue8m0",
+    "gradients: e5m2",
+    "scaling: tensor",
+    "scaling: delayed",
+)
 KEYS += ("scaling: mxfp8", "accumulator_bits: 14")
 
 
 def emulation(lab: Lab) -> dict[str, Any]:
-    """Codes and scales bit for bit; the products of layers by calc_diff, and whether they are the same bits twice."""
+    """Compares codes and scales bit by bit, and the products of layers by calc_diff and with a repetition."""
     return {"codes": attempt(codes_and_scales, lab), "products": attempt(emulated_products, lab)}
 
 
 def codes_and_scales(lab: Lab) -> dict[str, Any]:
-    """Every format, tile and kind of scale, of drawn numbers and of some with zero and infinite tiles; and grouped."""
+    """Compares every format, tile and kind of scale, plain and grouped, also for tiles of zeros and of infinities."""
     shape = (300, 333) if lab.quick else (1100, 1417)
     compared, unequal = Counter[str](), dict[str, int]()
     for name, x in _inputs(shape).items():
         ends_E = (torch.tensor([0.1, 0.1, 0.47, 0.97]) * len(x)).to(torch.int32)
-        for form in q.FORMATS.values():
+        for form in formats.FORMATS.values():
             for label, tile in TILES.items():
                 for power_of_two in (False, True):
-                    both = [_quantised(x.to(d), tile, form, power_of_two, ends_E.to(d)) for d in ("cpu", lab.device)]
+                    both = [
+                        _quantised(x.to(d), tile, form, power_of_two, ends_E.to(d))
+                        for d in ("cpu", lab.device)
+                    ]
                     for kind, one in both[0].items():
                         if kind == "codes" and name != "finite":
-                            continue  # an infinite tile's codes stand for nothing; what they are worth is compared
+                            continue  # the codes of an infinite tile mean nothing; their values are compared
                         compared[kind] += one.numel()
                         if wrong := differing(one, both[1][kind]):
-                            unequal[f"{kind}, {name}, {form.name}, {label}, power_of_two={power_of_two}"] = wrong
+                            unequal[
+                                f"{kind}, {name}, {form.name}, {label}, power_of_two={power_of_two}"
+                            ] = wrong
     return {"compared": dict(compared), "unequal": unequal, "shape": list(shape)}
 
 
@@ -271,16 +326,22 @@ def _inputs(shape: tuple[int, int]) -> dict[str, Tensor]:
     return {"finite": finite, "zeros and infinities": special}
 
 
-def _quantised(x: Tensor, tile: q.Tile, form: q.Format, power_of_two: bool, ends_E: Tensor) -> dict[str, Tensor]:
+def _quantised(
+    x: Tensor, tile: q.Tile, form: q.Format, power_of_two: bool, ends_E: Tensor
+) -> dict[str, Tensor]:
     made = q.quantise(x, tile, form, power_of_two=power_of_two)
-    found = {"scales": made.scales, "codes": made.codes.view(torch.uint8), "values": q.dequantise(made)}
+    found = {
+        "scales": made.scales,
+        "codes": made.codes.view(torch.uint8),
+        "values": q.dequantise(made),
+    }
     if tile.rows == 1 or tile.columns == 1:  # as activations and gradients of experts are
         found["grouped"] = q.rounded(x, tile, form, power_of_two=power_of_two, ends_E=ends_E)
     return found
 
 
 def emulated_products(lab: Lab) -> dict[str, Any]:
-    """Y, dX and dW of a plain and a grouped layer with an empty expert, whose last rows belong to nobody."""
+    """Y, dX and dW of a plain layer, and of a grouped one with an empty expert and rows of no expert at the end."""
     rows = 300 if lab.quick else 1000
     ends_E = (torch.tensor([0.05, 0.05, 0.47, 0.97]) * rows).to(torch.int32)
     x, dy = drawn(rows, 200, seed=2), drawn(rows, 72, seed=3)
@@ -305,7 +366,7 @@ def emulated_products(lab: Lab) -> dict[str, Any]:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's deterministic algorithms, and what cuBLAS asks for."""
+    """Turns on torch's deterministic algorithms, and the workspace that cuBLAS needs for them."""
     before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
@@ -321,13 +382,15 @@ def deterministic() -> Iterator[None]:
 
 def _emulation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     codes, products = found["codes"], found["products"]
-    told = [("codes and scales, CPU to GPU", failed(codes) or "")]
+    message = [("codes and scales, CPU to GPU", failed(codes) or "")]
     if not failed(codes):
         compared, wrong = codes["compared"], sum(codes["unequal"].values())
-        told = [("codes and scales, CPU to GPU", f"{wrong} of {sum(compared.values()):,} differ")]
+        message = [
+            ("codes and scales, CPU to GPU", f"{wrong} of {sum(compared.values()):,} differ")
+        ]
     if sentence := failed(products):
-        return [*told, ("products of fp8_emulated", sentence)]
+        return [*message, ("products of fp8_emulated", sentence)]
     largest = max(value for one in products.values() for value in one["calc_diff"].values())
     again = sum(one["other_bits_again"] for one in products.values())
     figure = f"calc_diff {largest:.1e} at most; other bits the second time: {again}"
-    return [*told, ("products of fp8_emulated, CPU to GPU", figure)]
+    return [*message, ("products of fp8_emulated, CPU to GPU", figure)]

@@ -1,7 +1,7 @@
-"""One mixture-of-experts layer of DeepSeek-V3's shape: forward, and forward with backward, against the floor.
+"""One mixture-of-experts layer of DeepSeek-V3's shape: its times compared with the roofline, the floor.
 
-32 of its experts are here, as on one GPU of eight; every token chooses 8 of them, so that an expert has 1,024 rows of
-4,096 tokens where the load is even. Weights are fp32, as in training: what casts or quantises them is part of the time.
+It has 32 of the experts, as on one GPU of eight. Every token chooses 8 of them, so that an expert has 1,024 rows of
+4,096 tokens where the load is even. Weights are fp32, as in training, so casting or quantising them counts too.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from benchmarks.on_gpu.measure import Lab, attempt, failed, in_turns, ratio
 from benchmarks.on_gpu.shapes import fill, share
 from core.contracts.context import SequenceContext
 from core.contracts.ffn import FeedForward
-from core.contracts.precision import Paths
+from core.contracts.precision import KernelLog
 from core.contracts.schema import Section
 
 TOKENS, TOP_K, EXPERTS = 4096, 8, 32
@@ -24,7 +24,7 @@ ROUTERS = {
     "even": f"{{name: forced_balance, top_k: {TOP_K}, scale: 2.5}}",
     "routed": f"{{name: deepseek_v3, top_k: {TOP_K}, scale: 2.5}}",
 }
-"""Experts in turn; or whom random centroids choose, for tokens that share a part as hidden states do."""
+"""The loads: experts chosen in turn, or by random centroids for tokens with a common part, as hidden states have."""
 VERSIONS = {
     "bf16": ("{name: bf16}", False),
     "bf16 compiled": ("{name: bf16}", True),
@@ -38,7 +38,7 @@ TOY = ["model.dim=64", "model.blocks.moe.ffn.expert_hidden=32"]
 
 
 def run(lab: Lab) -> dict[str, Any]:
-    """Both loads."""
+    """Measures the layer under both loads."""
     found: dict[str, Any] = {"tokens": _tokens(lab), "top_k": TOP_K, "experts": EXPERTS}
     for load in ROUTERS:
         found[load] = attempt(measure, lab, load)
@@ -51,11 +51,22 @@ def _tokens(lab: Lab) -> int:
     return 64 if lab.quick else TOKENS
 
 
-def make_layer(lab: Lab, router: str, precision: str, owner: nn.Module | None) -> tuple[FeedForward, Section, Paths]:
-    """The layer out of a recipe of the whole model, with new weights or another one's; and what it notes."""
-    overrides = ["model.blocks.dense.count=1", "model.blocks.moe.count=1", f"model.blocks.moe.ffn.experts={EXPERTS}"]
-    overrides += [f"model.blocks.moe.ffn.router={ROUTERS[router]}", "model.blocks.moe.ffn.balance=[]"]
-    recipe = core.compose("dsv3_671b", [*overrides, f"precision={precision}", *(TOY if lab.quick else [])])
+def make_layer(
+    lab: Lab, router: str, precision: str, owner: nn.Module | None
+) -> tuple[FeedForward, Section, KernelLog]:
+    """The layer of a recipe with new weights or those of `owner`, the section of its precision, its log of kernels."""
+    overrides = [
+        "model.blocks.dense.count=1",
+        "model.blocks.moe.count=1",
+        f"model.blocks.moe.ffn.experts={EXPERTS}",
+    ]
+    overrides += [
+        f"model.blocks.moe.ffn.router={ROUTERS[router]}",
+        "model.blocks.moe.ffn.balance=[]",
+    ]
+    recipe = core.compose(
+        "dsv3_671b", [*overrides, f"precision={precision}", *(TOY if lab.quick else [])]
+    )
     model = core.build(recipe, device="meta")
     layer = model.blocks[-1].ffn
     assert isinstance(layer, FeedForward)
@@ -63,21 +74,25 @@ def make_layer(lab: Lab, router: str, precision: str, owner: nn.Module | None) -
         share(layer, owner)
     else:
         fill(layer, lab.device)
-    return layer.train(), recipe.precision, model.paths()
+    return layer.train(), recipe.precision, model.kernels_used()
 
 
 def measure(lab: Lab, load: str) -> dict[str, Any]:
-    """Seconds of each version in turns, all with one set of weights; the floors; the load."""
+    """The seconds of all versions, in turns and with the same weights; the floors; the load."""
     owner, _, _ = make_layer(lab, load, "{name: fp32}", None)
     dim = next(p for p in owner.parameters()).shape[-1] if lab.quick else 7168
     stream = torch.bfloat16 if lab.device == "cuda" else torch.float32
     shared = 0.5 * torch.randn(1, 1, dim, device=lab.device)
-    x_BLD = (torch.randn(1, _tokens(lab), dim, device=lab.device) + shared).to(stream).requires_grad_()
+    x_BLD = (
+        (torch.randn(1, _tokens(lab), dim, device=lab.device) + shared).to(stream).requires_grad_()
+    )
     dy_BLD = torch.randn_like(x_BLD) * 1e-3
     context = SequenceContext.of(torch.zeros(1, _tokens(lab), dtype=torch.int64, device=lab.device))
     forwards, both, left_out, paths, load_E = {}, {}, {}, {}, None
     for name, (section, compiled) in VERSIONS.items():
-        made = attempt(make_layer, lab, load, "{name: fp32}" if lab.device == "cpu" else section, owner)
+        made = attempt(
+            make_layer, lab, load, "{name: fp32}" if lab.device == "cpu" else section, owner
+        )
         if failed(made):
             left_out[name] = made
             continue
@@ -104,8 +119,12 @@ def measure(lab: Lab, load: str) -> dict[str, Any]:
         "floors": floors(owner, lab),
         "forward": alone,
         "forward_and_backward": together,
-        "speed_over_bf16": {name: ratio(together[first], spent) for name, spent in together.items()},
-        "speed_over_bf16_compiled": {name: ratio(together[best], spent) for name, spent in together.items()},
+        "speed_over_bf16": {
+            name: ratio(together[first], spent) for name, spent in together.items()
+        },
+        "speed_over_bf16_compiled": {
+            name: ratio(together[best], spent) for name, spent in together.items()
+        },
         "max_vio": float(load_E.max() / load_E.double().mean() - 1),
         "left_out": left_out,
         "paths": {name: paths[name].table() for name in together},
@@ -127,7 +146,7 @@ def _calls(
 
 
 def floors(layer: nn.Module, lab: Lab) -> dict[str, float]:
-    """Seconds of forward and backward below which no version can be, by measured rates.
+    """The least seconds of forward and backward that measured rates allow (the roofline).
 
     Operations: three products of every weight with its rows, in bf16 and in FP8. Bytes: fp32 weights read once in each
     direction, their fp32 gradients written once, and the layer's input, output and their gradients.
@@ -148,15 +167,15 @@ def floors(layer: nn.Module, lab: Lab) -> dict[str, float]:
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Milliseconds, shares of the floor, and ratios to bf16 with their range."""
-    told: list[tuple[str, str]] = []
+    """The rows of the table: milliseconds, the share of the floor, and ratios to bf16 with their range."""
+    message: list[tuple[str, str]] = []
     for load in ROUTERS:
         part = found[load]
         if sentence := failed(part):
-            told.append((load, f"failed: {sentence}"))
+            message.append((load, f"failed: {sentence}"))
             continue
         floor = part["floors"]
-        told.append(
+        message.append(
             (
                 f"{load}: floors",
                 f"operations {floor['bf16_operations_seconds'] * 1e3:.2f} ms in bf16 and "
@@ -167,9 +186,10 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         for name, spent in part["forward_and_backward"].items():
             times, over = part["speed_over_bf16"][name], part["speed_over_bf16_compiled"][name]
             least = max(
-                floor["fp8_operations_seconds" if "fp8" in name else "bf16_operations_seconds"], floor["bytes_seconds"]
+                floor["fp8_operations_seconds" if "fp8" in name else "bf16_operations_seconds"],
+                floor["bytes_seconds"],
             )
-            told.append(
+            message.append(
                 (
                     f"{load}: {name}",
                     f"forward {part['forward'][name]['median'] * 1e3:.2f} ms, with backward "
@@ -178,5 +198,8 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
                     f"({over['least']:.2f}-{over['most']:.2f})",
                 )
             )
-        told += [(f"{load}: {name}", f"left out: {failed(why) or why}") for name, why in part["left_out"].items()]
-    return told
+        message += [
+            (f"{load}: {name}", f"left out: {failed(why) or why}")
+            for name, why in part["left_out"].items()
+        ]
+    return message

@@ -1,8 +1,8 @@
-"""What every part of `benchmarks/gpu.py` measures with: the device's two ceilings, and times taken in turns.
+"""Measures times in turns, and the two ceilings of the device: its rates of products and of copies.
 
 A time is the wall clock between two waits for the device, so that work of the host which the device waits for counts
-too. Versions that are compared take turns within one round, in an order that moves from round to round: what else the
-machine does hits all of them.
+too. Versions that are compared take turns within one round, in an order that changes from round to round, so that other
+work of the machine affects all of them.
 """
 
 import gc
@@ -23,14 +23,14 @@ from torch.nn.functional import ScalingType
 
 @dataclass(frozen=True)
 class Lab:
-    """Where a part runs.
+    """The surroundings in which a part runs.
 
     Args:
         device: "cuda" or "cpu".
         quick: toy sizes, a dry run of every step.
-        folder: a part may leave files in a folder of its own name here.
+        folder: a part may write files into a folder of its own name here.
         ceilings: see `ceilings`; measured before the first part.
-        keep: told what a part has found so far, whenever there is more, and writes it down.
+        keep: receives the results of a part so far, whenever there are more, and writes them into the file.
     """
 
     device: str
@@ -41,24 +41,24 @@ class Lab:
 
 
 def attempt(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """What the function gives; of an exception its sentence and its trace, so that one failure loses nothing else."""
+    """The result of the function, or the message and the traceback of its exception, so that other parts go on."""
     try:
         return function(*arguments, **keywords)
-    except Exception as cause:  # whatever it is, it is told, and the other measurements go on
+    except Exception as cause:  # any error is recorded, and the other measurements go on
         lines = traceback.format_exc().splitlines()
-        told = str(cause).strip().partition("\n")[0][:300]
-        return {"error": f"{type(cause).__name__}: {told}", "traceback": lines[-14:]}
+        message = str(cause).strip().partition("\n")[0][:300]
+        return {"error": f"{type(cause).__name__}: {message}", "traceback": lines[-14:]}
     finally:
         release()
 
 
 def failed(found: Any) -> str | None:
-    """The sentence of an attempt that failed."""
+    """The error message of an attempt that failed; None for any other result."""
     return found.get("error") if isinstance(found, Mapping) else None
 
 
 def release() -> None:
-    """Give back what nobody holds any more."""
+    """Frees unused memory, and resets the peak of memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -66,13 +66,13 @@ def release() -> None:
 
 
 def wait(device: str) -> None:
-    """Until the device has done everything."""
+    """Waits until the device has done all its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds_of(function: Callable[[], Any], device: str) -> float:
-    """Wall time of one call, from an idle device to an idle device."""
+    """The wall time of one call, from an idle device to an idle device."""
     wait(device)
     began = time.perf_counter()
     function()
@@ -80,8 +80,10 @@ def seconds_of(function: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - began
 
 
-def in_turns(functions: Mapping[str, Callable[[], Any]], device: str, *, rounds: int, warm: int) -> dict[str, Any]:
-    """Seconds of each function in each round, with median and range, after `warm` rounds that are not counted.
+def in_turns(
+    functions: Mapping[str, Callable[[], Any]], device: str, *, rounds: int, warm: int
+) -> dict[str, Any]:
+    """The seconds of each function in each round, with median and range, after `warm` rounds that are not counted.
 
     Every round has an order of its own, so that no version always follows the same other one.
     """
@@ -96,13 +98,18 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], device: str, *, rounds:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Median, least and most, and the values."""
+    """The median, the least, the most and all of the values."""
     rounded = [float(f"{value:.6g}") for value in values]
-    return {"median": statistics.median(rounded), "least": min(rounded), "most": max(rounded), "all": rounded}
+    return {
+        "median": statistics.median(rounded),
+        "least": min(rounded),
+        "most": max(rounded),
+        "all": rounded,
+    }
 
 
 def ratio(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Of two versions' seconds, round by round: how many times the first's the second's speed is."""
+    """The speed of the second version relative to the first, round by round."""
     return spread([a / b for a, b in zip(one["all"], other["all"], strict=True)])
 
 
@@ -119,7 +126,7 @@ def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
 
 
 def fp8_rate(size: int) -> float:
-    """The same of E4M3 operands with a scale for each row, by torch's `scaled_mm`."""
+    """FLOPs per second of products of E4M3 operands with a scale for each row, by torch's `scaled_mm`."""
     codes = [torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2)]
     ones = torch.ones(size, 1, device="cuda")
 
@@ -131,7 +138,7 @@ def fp8_rate(size: int) -> float:
 
 
 def tile_rate(size: int) -> float | None:
-    """The same under the scales that `fp8_native` has, 1x128 and 128x128; None where `scaled_mm` lacks them."""
+    """FLOPs per second of E4M3 products with the scales of `fp8_native`, 1x128 and 128x128; None without support."""
     a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     ones = torch.ones(size // 128, size, device="cuda")
     rows, blocks = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
@@ -149,7 +156,7 @@ def tile_rate(size: int) -> float | None:
 
 
 def copy_rate(device: str, size: int) -> float:
-    """Bytes per second of a copy within the device, read and written counted."""
+    """Bytes per second of a copy within the device, with reads and writes counted."""
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     seconds = [seconds_of(lambda: target.copy_(source), device) for _ in range(15)][5:]
@@ -157,7 +164,7 @@ def copy_rate(device: str, size: int) -> float:
 
 
 def ceilings(device: str, *, quick: bool) -> dict[str, Any]:
-    """Measured rates of products (FLOPs per second) and of copies (bytes): what floors and MFU are held against."""
+    """The measured rates of products (FLOPs per second) and of copies (bytes), from which floors and MFU follow."""
     side = 256 if quick else 8192
     found: dict[str, Any] = {"side": side, "bf16": matmul_rate(device, torch.bfloat16, side)}
     found["fp32"] = matmul_rate(device, torch.float32, side)
@@ -169,6 +176,6 @@ def ceilings(device: str, *, quick: bool) -> dict[str, Any]:
 
 
 def moved(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
-    """The rates that changed by more than `STEADY`, as a share: others use the device, or its clocks fell."""
+    """The relative changes above `STEADY`, which show that others use the device or that its clocks changed."""
     changes = {name: after[name] / before[name] - 1 for name in ("bf16", "fp8", "bytes")}
     return {name: change for name, change in changes.items() if abs(change) > STEADY}

@@ -1,8 +1,8 @@
-"""One optimizer step under torch's profiler: what the device did by kind of work, how long it waited, the floors.
+"""One optimizer step under torch's profiler: time by kind of kernel, time of waiting, and the least possible times.
 
-A kind's gap is its time over its floor: for products, the model's own FLOPs at the measured rate; for the optimizer,
-the bytes of weights, gradients and moments at the measured bandwidth. Passes over memory and waiting have no floor:
-they could be fused or hidden.
+The gap of a kind is its time minus its floor, the least time that is possible: for products, the model's own FLOPs at
+the measured rate; for the optimizer, the bytes of weights, gradients and moments at the measured bandwidth. Passes over
+memory and waiting have no floor, because they could be fused or hidden.
 """
 
 import re
@@ -26,12 +26,12 @@ KINDS = {
     "sorting and searching": r"sort|Sort|radix|bitonic|topk|TopK|searchsorted|bucketize|DeviceScan",
     "copies": r"Memcpy|Memset|copy_kernel",
 }
-"""By the kernel's name, the first that fits; the rest are passes over memory."""
+"""Patterns of the names of kernels by kind, of which the first that fits counts; the rest are passes over memory."""
 REST = "passes over memory"
 
 
 def run(lab: Lab) -> dict[str, Any]:
-    """The compiled step of two shapes."""
+    """Profiles the compiled step of two shapes."""
     found = {}
     for name in ("1b_mla", "3b_wide"):
         found[name] = attempt(one_step, lab, name)
@@ -41,12 +41,16 @@ def run(lab: Lab) -> dict[str, Any]:
 
 
 def one_step(lab: Lab, name: str) -> dict[str, Any]:
-    """Milliseconds of each kind, the longest kernels, and the gaps, largest first."""
-    recipe = SHAPES[name].compose("{name: bf16}" if lab.device == "cuda" else "{name: fp32}", quick=lab.quick)
+    """The seconds of each kind, the longest kernels, and the gaps, largest first."""
+    recipe = SHAPES[name].compose(
+        "{name: bf16}" if lab.device == "cuda" else "{name: fp32}", quick=lab.quick
+    )
     stepper = Stepper.of(recipe, lab.device, compiled=True)
     for _ in range(1 if lab.quick else 4):
         stepper.step()
-    wall = statistics.median(seconds_of(stepper.step, lab.device) for _ in range(1 if lab.quick else 5))
+    wall = statistics.median(
+        seconds_of(stepper.step, lab.device) for _ in range(1 if lab.quick else 5)
+    )
     flops = _flops(stepper)
     with profiled(lab.device) as found:
         seconds_of(stepper.step, lab.device)
@@ -59,8 +63,12 @@ def one_step(lab: Lab, name: str) -> dict[str, Any]:
     floors = {kind: flops.get(kind, 0.0) / lab.ceilings["bf16"] for kind in kinds}
     weights = sum(p.numel() for p in stepper.model.parameters())
     if "optimizer and norm" in kinds:
-        floors["optimizer and norm"] = 28.0 * weights / lab.ceilings["bytes"]  # w, g, m, v read; w, m, v written
-    gaps = {kind: spent - floors[kind] for kind, spent in kinds.items()} | {"waiting for the host": max(0, wall - busy)}
+        floors["optimizer and norm"] = (
+            28.0 * weights / lab.ceilings["bytes"]
+        )  # w, g, m, v read; w, m, v written
+    gaps = {kind: spent - floors[kind] for kind, spent in kinds.items()} | {
+        "waiting for the host": max(0, wall - busy)
+    }
     return {
         "wall_seconds": wall,
         "busy_seconds": busy,
@@ -68,13 +76,16 @@ def one_step(lab: Lab, name: str) -> dict[str, Any]:
         "flops": flops,
         "floors": floors,
         "gaps": dict(sorted(gaps.items(), key=lambda item: -item[1])),
-        "kernels": [{"name": kernel[:160], "seconds": spent, "calls": calls} for kernel, spent, calls in kernels[:40]],
+        "kernels": [
+            {"name": kernel[:160], "seconds": spent, "calls": calls}
+            for kernel, spent, calls in kernels[:40]
+        ],
     }
 
 
 @contextmanager
 def profiled(device: str) -> Iterator[Callable[[], list[tuple[str, float, int]]]]:
-    """A function that tells, once the context is left, what ran in it: see `_kernels`."""
+    """A context that gives a function, which returns the kernels that ran in the context once it is left."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as profiler:
         yield lambda: _kernels(profiler, device)
@@ -82,45 +93,63 @@ def profiled(device: str) -> Iterator[Callable[[], list[tuple[str, float, int]]]
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel is for, by its name."""
+    """The kind of a kernel, by its name."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), REST)
 
 
 def _kernels(profiler: Any, device: str) -> list[tuple[str, float, int]]:
-    """Name, seconds and calls, longest first; on a CPU its operations stand in for them."""
+    """Name, seconds and calls of each kernel, longest first; on a CPU those of its operations."""
     found = []
     for event in profiler.key_averages():
         on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
         spent = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        if spent > 0 and on_gpu == (device == "cuda") and not event.key.startswith(("Optimizer.", "ProfilerStep")):
+        if (
+            spent > 0
+            and on_gpu == (device == "cuda")
+            and not event.key.startswith(("Optimizer.", "ProfilerStep"))
+        ):
             found.append((event.key, spent / 1e6, event.count))
     return sorted(found, key=lambda kernel: -kernel[1])
 
 
 def _flops(stepper: Stepper) -> dict[str, float]:
-    """Of a forward and a backward without `torch.compile`, by torch's counter; whole squares of attention halved."""
+    """FLOPs of a forward and backward by torch's counter, without `torch.compile`; those of attention are halved."""
     with eagerly(stepper.model), FlopCounterMode(display=False) as counter:
         stepper.gradients()
     found = {"attention": 0.0, "grouped products": 0.0, "products": 0.0}
     for op, count in counter.get_flop_counts()["Global"].items():
         named = str(op)
-        kind = "attention" if "attention" in named else "grouped products" if "grouped" in named else "products"
+        kind = (
+            "attention"
+            if "attention" in named
+            else "grouped products"
+            if "grouped" in named
+            else "products"
+        )
         found[kind] += count / (2 if kind == "attention" else 1)
     return found
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The step, its kinds, and the three largest gaps."""
-    told: list[tuple[str, str]] = []
+    """The rows of the table: the step, its kinds, and the three largest gaps."""
+    message: list[tuple[str, str]] = []
     for name, part in found.items():
         if sentence := failed(part):
-            told.append((name, f"failed: {sentence}"))
+            message.append((name, f"failed: {sentence}"))
             continue
         kinds = sorted(part["kinds"].items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{kind} {spent * 1e3:.1f} (floor {part['floors'][kind] * 1e3:.1f})" for kind, spent in kinds)
-        told.append(
-            (name, f"step {part['wall_seconds'] * 1e3:.1f} ms, kernels {part['busy_seconds'] * 1e3:.1f}: {shown}")
+        shown = ", ".join(
+            f"{kind} {spent * 1e3:.1f} (floor {part['floors'][kind] * 1e3:.1f})"
+            for kind, spent in kinds
+        )
+        message.append(
+            (
+                name,
+                f"step {part['wall_seconds'] * 1e3:.1f} ms, kernels {part['busy_seconds'] * 1e3:.1f}: {shown}",
+            )
         )
         gaps = list(part["gaps"].items())[:3]
-        told.append((f"{name}: largest gaps", ", ".join(f"{kind} {gap * 1e3:.1f} ms" for kind, gap in gaps)))
-    return told
+        message.append(
+            (f"{name}: largest gaps", ", ".join(f"{kind} {gap * 1e3:.1f} ms" for kind, gap in gaps))
+        )
+    return message

@@ -1,4 +1,4 @@
-"""Runs of `core.fit` in processes of their own, several at once, and what their folders tell."""
+"""Runs of `core.fit` in processes of their own, several at once, and the results in their folders."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from core.study.curves import losses
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 20.0
-"""Seconds that a process has to leave by itself."""
+"""Seconds that a process has to end by itself after an interrupt."""
 TOTAL = "loss/total"
 """A column of `metrics.csv`."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """One that was started, and the file that holds what it says."""
+    """A process that was started, and the file that holds its output."""
 
     running: subprocess.Popen[bytes]
     log: Path
@@ -34,7 +34,7 @@ class Process:
 
     @classmethod
     def start(cls, arguments: list[str], log: Path, *, threads: int) -> "Process":
-        """Python with these arguments, in the checkout."""
+        """Starts Python with these arguments in the checkout."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
             running = subprocess.Popen(
@@ -55,25 +55,29 @@ class Process:
         return False
 
     def interrupt(self) -> None:
-        """As Ctrl-C would: a run then saves, and pytest writes its report."""
+        """Interrupts the process as Ctrl-C does: a run then saves, and pytest writes its report."""
         if self.running.poll() is None:
             self.running.send_signal(signal.SIGINT)
 
     def end(self) -> None:
-        """It is given time to leave, and ended where that is not enough."""
+        """Waits for the end of the process, and kills it after `GRACE` seconds."""
         if not self.wait(time.monotonic() + GRACE):
             self.running.kill()
             self.running.wait()
 
     def last_line(self) -> str:
-        """Of what it said: a door's own sentence where there is one."""
-        lines = [line.strip() for line in self.log.read_text("utf-8", "replace").splitlines() if line.strip()]
-        told = [line.removeprefix("moeloom: ") for line in lines if line.startswith("moeloom: ")]
-        return (told or lines or ["it said nothing"])[-1][:500]
+        """The last line of the output, or the last error message of a command where there is one."""
+        lines = [
+            line.strip()
+            for line in self.log.read_text("utf-8", "replace").splitlines()
+            if line.strip()
+        ]
+        message = [line.removeprefix("moeloom: ") for line in lines if line.startswith("moeloom: ")]
+        return (message or lines or ["it said nothing"])[-1][:500]
 
 
 def stop(processes: Iterable[Process]) -> None:
-    """Interrupt those that are still there, all at once, and see them end."""
+    """Interrupts the processes that still run, all at once, and waits for their end."""
     processes = list(processes)
     for process in processes:
         process.interrupt()
@@ -82,10 +86,10 @@ def stop(processes: Iterable[Process]) -> None:
 
 
 class Fits:
-    """Runs that go on at the same time; leaving the context ends those that still do.
+    """Runs that go on at the same time; leaving the context ends them.
 
     Args:
-        folder: of their run folders, by name.
+        folder: receives the run folders, under the names of the runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,21 +103,26 @@ class Fits:
         stop(self.processes.values())
 
     def start(self, name: str, recipe: str, overrides: list[str], *, threads: int) -> None:
-        """`python -m core.fit RECIPE KEY=VALUE ...`; the folder must be new."""
+        """Starts `python -m core.fit RECIPE KEY=VALUE ...`; the folder must be new."""
         quiet = [*overrides, "trainer.enable_progress_bar=false"]
         arguments = ["-m", "core.fit", recipe, *quiet, "--out", str(self.run(name))]
-        self.processes[name] = Process.start(arguments, self.folder / f"{name}.log", threads=threads)
+        self.processes[name] = Process.start(
+            arguments, self.folder / f"{name}.log", threads=threads
+        )
 
     def run(self, name: str) -> Path:
-        """Its run folder."""
+        """The run folder of that name."""
         return self.folder / name
 
     def results(self, seconds: float) -> dict[str, dict[str, Any]]:
-        """What every run came to, once all have ended or that long after the last one began."""
+        """The result of every run, once all have ended, or at most that many seconds after the last one began."""
         deadline = max(process.began for process in self.processes.values()) + seconds
         in_time = {name: process.wait(deadline) for name, process in self.processes.items()}
         stop(self.processes.values())
-        return {name: self._result(name, process, in_time[name]) for name, process in self.processes.items()}
+        return {
+            name: self._result(name, process, in_time[name])
+            for name, process in self.processes.items()
+        }
 
     def _result(self, name: str, process: Process, in_time: bool) -> dict[str, Any]:
         code, steps = process.running.returncode, losses(self.run(name), TOTAL)
@@ -126,23 +135,23 @@ class Fits:
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """`summary.json`; empty where the run did not get there."""
+    """The content of `summary.json`; empty where the run did not write it."""
     with suppress(OSError, ValueError):
         return dict(json.loads((run / "summary.json").read_text(encoding="utf-8")))
     return {}
 
 
 def prepare_data(recipe: str, overrides: list[str]) -> None:
-    """Tokenizer and tokens into the cache, once for all runs."""
+    """Writes tokenizer and tokens into the cache, once for all runs."""
     made = compose(recipe, overrides)
     text_data(made, plan_of(made)).prepare()
 
 
 def toy_text(folder: Path) -> list[str]:
-    """Overrides for a dry run, which reads the docs: all text that is held out is validated on, so it must be little.
+    """Overrides for a dry run on the text of docs/, which is short, because validation reads all held-out text.
 
     Args:
-        folder: where copies go.
+        folder: receives copies of the text.
     """
     texts = (folder / "texts").resolve()
     texts.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The models that are timed, as overrides of shipped recipes, and one training step of each.
 
-A step is what a run's is: forward, backward, the gradient's norm and clipping, AdamW on fp32 weights, the balancers'
-end of step. Tokens are random, so routers balance them no better than real ones.
+A step is the same as in a run: forward, backward, the gradient's norm and clipping, AdamW on fp32 weights, the end of
+step of the balancers. Tokens are random, so routers balance them no better than real ones.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,9 @@ from core.recipe.compose import Recipe
 from core.training.totals import WindowTotals, call_on_step_end
 from core.training.window import step_loss
 
-torch._dynamo.config.recompile_limit = 64  # a block's code is compiled for every kind of block in every precision
+torch._dynamo.config.recompile_limit = (
+    64  # a block's code is compiled for every kind of block in every precision
+)
 LENGTH = ["data.sequence_length=4096", "model.rope.max_length=4096"]
 MLA = "{name: mla, heads: 8, kv_rank: 512, nope_dim: 128, rope_dim: 64, value_dim: 128}"
 V3_ROUTING = "{name: deepseek_v3, top_k: 6, scale: 2.5}"
@@ -36,7 +38,11 @@ TOY = {
     ],
     "dsv2_lite": ["model.dim=64", "data.tokenizer.vocab=512", "model.blocks.moe.ffn.experts=8"],
 }
-SMALL = ["data.sequence_length=64", "model.rope.max_length=64", "model.blocks.moe.ffn.expert_hidden=32"]
+SMALL = [
+    "data.sequence_length=64",
+    "model.rope.max_length=64",
+    "model.blocks.moe.ffn.expert_hidden=32",
+]
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Shape:
     Args:
         recipe: a shipped recipe.
         overrides: what is changed in it.
-        sequences: of 4,096 tokens.
+        sequences: how many sequences of 4,096 tokens.
         fp8: whether it is timed in FP8 as well.
     """
 
@@ -56,7 +62,7 @@ class Shape:
     fp8: bool = False
 
     def changes(self, *, quick: bool = False) -> list[str]:
-        """Everything that is changed in the recipe, the precision apart."""
+        """All overrides of the recipe, except the precision."""
         toy = [*TOY[self.recipe], *SMALL, "batch.sequences=2"] if quick else []
         return [*self.overrides, *LENGTH, f"batch={{sequences: {self.sequences}}}", *toy]
 
@@ -66,7 +72,9 @@ class Shape:
 
 
 SHAPES = {
-    "1b_mla": Shape("dsv3_1b", [f"model.attention={MLA}", f"model.blocks.moe.ffn.router={V3_ROUTING}"]),
+    "1b_mla": Shape(
+        "dsv3_1b", [f"model.attention={MLA}", f"model.blocks.moe.ffn.router={V3_ROUTING}"]
+    ),
     "1b": Shape("dsv3_1b", sequences=8),
     "3b_wide": Shape("dsv2_lite", ["model.blocks.moe.count=4"], fp8=True),
 }
@@ -77,12 +85,19 @@ shipped; and DeepSeek-V2-Lite's widths with as many blocks as fit beside fp32 we
 def random_context(recipe: Recipe, device: str) -> SequenceContext:
     """One micro-batch of random tokens."""
     size = (recipe.batch.sequences, recipe.data.sequence_length + 1)
-    tokens_BM = torch.randint(recipe.data.tokenizer.vocab, size, generator=torch.Generator().manual_seed(0)).to(device)
-    return SequenceContext.of(tokens_BM[:, :-1].contiguous(), targets_BL=tokens_BM[:, 1:].contiguous())
+    tokens_BM = torch.randint(
+        recipe.data.tokenizer.vocab, size, generator=torch.Generator().manual_seed(0)
+    ).to(device)
+    return SequenceContext.of(
+        tokens_BM[:, :-1].contiguous(), targets_BL=tokens_BM[:, 1:].contiguous()
+    )
 
 
 def fill(model: nn.Module, device: str) -> None:
-    """Off the meta device: matrices N(0, 0.006) by the device itself, since a host takes minutes; norms 1."""
+    """Moves a model from the meta device to the device: matrices from N(0, 0.006), vectors of 1, buffers of 0.
+
+    The device draws the numbers itself, because a host takes minutes.
+    """
     model.to_empty(device=device)
     torch.manual_seed(0)
     for weight in model.parameters():
@@ -95,7 +110,7 @@ def fill(model: nn.Module, device: str) -> None:
 
 
 def share(model: nn.Module, owner: nn.Module) -> None:
-    """Give a model on the meta device the tensors of one that has the same, by name: the same weights, held once."""
+    """Gives a model on the meta device the parameters and buffers of another one by name; they share the memory."""
     parameters, buffers = dict(owner.named_parameters()), dict(owner.named_buffers())
     for path, module in list(model.named_modules()):
         for name in list(module._parameters):
@@ -106,7 +121,7 @@ def share(model: nn.Module, owner: nn.Module) -> None:
 
 @contextmanager
 def eagerly(model: nn.Module) -> Iterator[None]:
-    """Without what `torch.compile` made of its parts."""
+    """Runs the model without the compiled forms of its parts."""
     kept = {module: module._compiled_call_impl for module in model.modules()}
     for module in kept:
         module._compiled_call_impl = None
@@ -118,8 +133,10 @@ def eagerly(model: nn.Module) -> Iterator[None]:
 
 
 def clip(weights: Sequence[Tensor]) -> None:
-    """The norm of all gradients to 1 at most, as a training step does."""
-    norm = torch.nn.utils.get_total_norm(weight.grad for weight in weights if weight.grad is not None)
+    """Clips the norm of all gradients to 1, as a training step does."""
+    norm = torch.nn.utils.get_total_norm(
+        weight.grad for weight in weights if weight.grad is not None
+    )
     torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
 
 
@@ -128,10 +145,10 @@ class Stepper:
     """A model of ours that takes steps on one micro-batch.
 
     Args:
-        model: on the device, training.
+        model: on the device, in training mode.
         context: the micro-batch.
-        flops: of a forward and a backward of it, by the stated convention (docs/describe.md).
-        optimizer: of its weights.
+        flops: FLOPs of its forward and backward, by the convention of docs/describe.md.
+        optimizer: the optimizer of the model's weights.
     """
 
     model: LanguageModel
@@ -140,8 +157,10 @@ class Stepper:
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, recipe: Recipe, device: str, *, compiled: bool, owner: "Stepper | None" = None) -> "Stepper":
-        """A new model with weights of its own, or with those, and the optimizer, of another stepper."""
+    def of(
+        cls, recipe: Recipe, device: str, *, compiled: bool, owner: "Stepper | None" = None
+    ) -> "Stepper":
+        """A stepper with new weights, or with the weights and the optimizer of another stepper."""
         model, context = core.build(recipe, device="meta"), random_context(recipe, device)
         flops = size_of(model).flops_per_token * context.tokens_BL.numel()
         model = model.train()
@@ -160,21 +179,21 @@ class Stepper:
 
     @property
     def tokens(self) -> int:
-        """Of the micro-batch."""
+        """The number of tokens of the micro-batch."""
         return self.context.tokens_BL.numel()
 
     def loss(self, totals: WindowTotals | None = None) -> Tensor:
-        """What training descends."""
+        """The training loss."""
         progress = Progress(step=1, tokens=self.tokens, total_steps=100, total_tokens=0)
         return step_loss(self.model, self.context, progress, totals)
 
     def gradients(self) -> None:
-        """Forward and backward; gradients are dropped."""
+        """Runs forward and backward, and drops the gradients."""
         self.loss().backward()
         self.optimizer.zero_grad()
 
     def step(self) -> None:
-        """A whole optimizer step."""
+        """Takes a whole optimizer step."""
         totals = WindowTotals()
         self.loss(totals).backward()
         clip(list(self.model.parameters()))

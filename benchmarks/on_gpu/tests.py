@@ -1,4 +1,4 @@
-"""The tests that need a GPU: models against the fp64 reference, and every product of FP8."""
+"""Runs the tests that need a GPU: models against the fp64 reference, and every product of FP8."""
 
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -20,39 +20,55 @@ SECONDS = 420.0
 
 
 def run(lab: Lab) -> dict[str, Any]:
-    """In a process of their own."""
+    """Runs the tests in a process of their own."""
     with TemporaryDirectory() as scratch:
         process = start(Path(scratch))
         try:
-            return told(process, Path(scratch))
+            return outcome_of(process, Path(scratch))
         finally:
             stop([process])
 
 
 def start(folder: Path) -> Process:
-    """pytest over the files that need a GPU."""
+    """Starts pytest on the files that need a GPU."""
     files = [f"tests/{name}" for name in TESTS]
-    report = ["-q", "-rfEs", "-p", "no:cacheprovider", f"--junitxml={folder.resolve() / 'tests.xml'}"]
+    report = [
+        "-q",
+        "-rfEs",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={folder.resolve() / 'tests.xml'}",
+    ]
     tiers = ["-n", "0", "-m", "full or not full"]
     return Process.start(["-m", "pytest", *tiers, *report, *files], folder / "tests.log", threads=2)
 
 
-def told(process: Process, folder: Path) -> dict[str, Any]:
-    """Counts, what failed with the last line of why, why others were skipped, and what tests recorded."""
+def outcome_of(process: Process, folder: Path) -> dict[str, Any]:
+    """Counts of outcomes, the errors of tests that failed, reasons of skipped ones, and what tests recorded."""
     in_time = process.wait(process.began + SECONDS)
     stop([process])
     found = junit(folder / "tests.xml")
-    return found | {"ended": "finished" if in_time else "interrupted: the time was up", "said": process.last_line()}
+    return found | {
+        "ended": "finished" if in_time else "interrupted: the time was up",
+        "said": process.last_line(),
+    }
 
 
 def junit(report: Path) -> dict[str, Any]:
-    """What a report of pytest holds."""
+    """The content of a JUnit report of pytest."""
     counts: Counter[str] = Counter(passed=0, failed=0, errors=0, skipped=0)
     broken, why, recorded = {}, Counter[str](), {}
     for case in ET.parse(report).getroot().iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
-        outcome = next((e for kind in ("failure", "error", "skipped") if (e := case.find(kind)) is not None), None)
-        kind = "passed" if outcome is None else {"failure": "failed", "error": "errors"}.get(outcome.tag, outcome.tag)
+        outcome = next(
+            (e for kind in ("failure", "error", "skipped") if (e := case.find(kind)) is not None),
+            None,
+        )
+        kind = (
+            "passed"
+            if outcome is None
+            else {"failure": "failed", "error": "errors"}.get(outcome.tag, outcome.tag)
+        )
         counts[kind] += 1
         if outcome is not None and kind != "skipped":
             lines = (outcome.get("message") or outcome.text or "").strip().splitlines()
@@ -64,8 +80,13 @@ def junit(report: Path) -> dict[str, Any]:
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Counts, and what failed."""
+    """The rows of the table: counts, and the tests that failed."""
     if sentence := failed(found):
         return [("reference tests", sentence)]
-    counted = ", ".join(f"{found[kind]} {kind}" for kind in ("passed", "failed", "errors", "skipped"))
-    return [("reference tests", counted), *((f"  {name}", why) for name, why in found["broken"].items())]
+    counted = ", ".join(
+        f"{found[kind]} {kind}" for kind in ("passed", "failed", "errors", "skipped")
+    )
+    return [
+        ("reference tests", counted),
+        *((f"  {name}", why) for name, why in found["broken"].items()),
+    ]

@@ -1,4 +1,4 @@
-"""The same weights in transformers: written from our model's, loaded by `from_pretrained`, stepping as ours does."""
+"""The same model in transformers: its weights are exported, loaded by `from_pretrained`, and take the same steps."""
 
 import json
 from collections.abc import Iterator
@@ -14,51 +14,60 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.on_gpu.compare import calc_diff
 from benchmarks.on_gpu.shapes import Stepper, clip
 from core.interop.formats import config_for
-from core.interop.run_weights import own_kinds
-from core.interop.tensors import Kind, Loaded
-from core.interop.to_hf import moves_out
+from core.interop.run_weights import model_specs
+from core.interop.tensors import InMemoryTensors, TensorSpec
+from core.interop.to_hf import export_ops
 from core.model.attend import KERNELS
 from core.recipe.compose import Recipe
 
 
 class _Memory:
-    """Tensors that rows are written into."""
+    """Tensors in memory into which an export writes rows."""
 
-    def __init__(self, kinds: dict[str, Kind]) -> None:
-        self.tensors = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in kinds.items()}
-        self._kinds = kinds
+    def __init__(self, specs: dict[str, TensorSpec]) -> None:
+        self.tensors = {
+            name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()
+        }
+        self._specs = specs
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
-        kind = self._kinds[name]
-        self.tensors[name].view(kind.rows, kind.width)[first : first + len(rows)] = rows
+        spec = self._specs[name]
+        self.tensors[name].view(spec.rows, spec.width)[first : first + len(rows)] = rows
 
     def sync(self) -> None:
         pass
 
 
 def export(recipe: Recipe, stepper: Stepper, folder: Path) -> None:
-    """config.json and model.safetensors, matrices in bf16, as `core.convert to-hf` lays them out."""
+    """Writes config.json and model.safetensors, matrices in bf16, in the layout of `core.convert to-hf`."""
     from safetensors.torch import save_file
 
     values = recipe.to_dict()
     made, config = config_for(values, recipe.source)
-    weights = Loaded({name: tensor.detach().cpu() for name, tensor in stepper.model.state_dict().items()})
-    pieces, kinds = list(made.pieces(config, values, None)), own_kinds(weights)
-    theirs = {piece.theirs: Kind(torch.float32 if piece.exact else torch.bfloat16, piece.shape) for piece in pieces}
+    weights = InMemoryTensors(
+        {name: tensor.detach().cpu() for name, tensor in stepper.model.state_dict().items()}
+    )
+    pieces, specs = list(made.pieces(config, values, None)), model_specs(weights)
+    theirs = {
+        piece.theirs: TensorSpec(torch.float32 if piece.exact else torch.bfloat16, piece.shape)
+        for piece in pieces
+    }
     memory = _Memory(theirs)
-    for move in moves_out(pieces, kinds, theirs):
-        move.run(weights, memory)
+    for op in export_ops(pieces, specs, theirs):
+        op.run(weights, memory)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(memory.tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config | {"torch_dtype": "bfloat16"}), encoding="utf-8"
+    )
 
 
 class Masters:
-    """AdamW on fp32 copies of bf16 weights, which is what ours is: the usual way to train a model held in bf16.
+    """AdamW on fp32 copies of bf16 weights, the usual way to train a model in bf16; our models have fp32 weights too.
 
     Args:
-        weights: in bf16; their gradients are read and they are written.
-        options: of torch's AdamW.
+        weights: bf16 weights; their gradients are read, and the weights are written.
+        options: the options of torch's AdamW.
     """
 
     def __init__(self, weights: list[nn.Parameter], **options: Any) -> None:
@@ -68,7 +77,7 @@ class Masters:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Gradients into fp32, their norm clipped to 1, AdamW, weights back into bf16; gradients are dropped."""
+        """Takes a step on the fp32 copies with clipped gradients (norm 1), writes them back and drops the gradients."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None
@@ -79,10 +88,10 @@ class Masters:
 
 
 class Theirs:
-    """transformers' model in bf16, moments too: less memory and less arithmetic for the optimizer than ours has.
+    """The model of transformers in bf16, with moments in bf16: the optimizer needs less memory and work than ours.
 
     Args:
-        folder: from `export`.
+        folder: what `export` wrote.
         experts: an experts implementation of transformers.
         like: the stepper whose tokens it reads.
     """
@@ -100,18 +109,20 @@ class Theirs:
         self.optimizer = torch.optim.AdamW(self.weights, **self.options)
 
     def loss(self) -> Tensor:
-        """Its own: the mean over the same positions as ours."""
-        out = self.model(self.tokens_BL, labels=self.tokens_BL, shift_labels=self.targets_BL, use_cache=False)
+        """The loss that transformers computes: the mean over the same positions as ours."""
+        out = self.model(
+            self.tokens_BL, labels=self.tokens_BL, shift_labels=self.targets_BL, use_cache=False
+        )
         loss: Tensor = out.loss
         return loss
 
     def gradients(self) -> None:
-        """Forward and backward; gradients are dropped."""
+        """Runs forward and backward, and drops the gradients."""
         self.loss().backward()
         self.optimizer.zero_grad()
 
     def step(self) -> None:
-        """A whole optimizer step."""
+        """Takes a whole optimizer step."""
         self.loss().backward()
         clip(self.weights)
         self.optimizer.step()
@@ -119,22 +130,22 @@ class Theirs:
 
     @cached_property
     def masters(self) -> Masters:
-        """fp32 copies of its weights, made when they are asked for."""
+        """The fp32 copies of the weights, made when they are first used."""
         return Masters(self.weights, **self.options)
 
     def forget(self) -> None:
-        """Give back moments and masters; the next step begins with new ones."""
+        """Frees moments and fp32 copies; the next step begins with new ones."""
         self.optimizer.state.clear()
         vars(self).pop("masters", None)
 
     def step_with_masters(self) -> None:
-        """A whole optimizer step that updates what ours updates: fp32 weights with fp32 moments."""
+        """Takes a whole optimizer step that updates fp32 weights with fp32 moments, as ours does."""
         self.loss().backward()
         self.masters.step()
 
 
 def implementations() -> list[str]:
-    """The names of everything that transformers has for experts, its plain loop first."""
+    """The names of the implementations of experts in transformers, the plain loop first."""
     from transformers.integrations import moe
 
     return ["eager", *moe.ALL_EXPERTS_FUNCTIONS.valid_keys()]
@@ -142,16 +153,18 @@ def implementations() -> list[str]:
 
 @torch.no_grad()
 def agreement(ours: Stepper, theirs: Theirs, wide: Recipe) -> dict[str, float]:
-    """calc_diff of the logits of the first sequence, ours and theirs, and of either to ours in fp32.
+    """The calc_diff of the logits of the first sequence: ours to theirs, and both to ours in fp32.
 
-    Random weights leave many of a token's experts nearly tied, and rounding chooses: what bf16 does to one of the two
-    is what the difference of both must be held against.
+    With random weights many experts of a token are nearly tied, so that rounding chooses. The difference between the
+    two models must therefore be compared with the difference that bf16 makes in each of them.
 
     Args:
         wide: the same recipe in fp32.
     """
     tokens_BL = ours.context.tokens_BL[:1]
-    exact = Stepper.of(wide, str(tokens_BL.device), compiled=False, owner=ours).model.logits(tokens_BL)
+    exact = Stepper.of(wide, str(tokens_BL.device), compiled=False, owner=ours).model.logits(
+        tokens_BL
+    )
     own, other = ours.model.logits(tokens_BL), theirs.model(tokens_BL, use_cache=False).logits
     return {
         "ours_to_theirs": calc_diff(own, other),
@@ -162,7 +175,7 @@ def agreement(ours: Stepper, theirs: Theirs, wide: Recipe) -> dict[str, float]:
 
 @contextmanager
 def our_kernels() -> Iterator[None]:
-    """Attention by the kernel that we prefer, which transformers left alone does not ask for."""
+    """Makes attention use the kernels that our models prefer, which transformers does not choose by itself."""
     kernels: list[SDPBackend] = KERNELS
     with sdpa_kernel(kernels, set_priority=True):
         yield

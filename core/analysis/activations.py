@@ -1,11 +1,11 @@
-"""What a backward pass needs of the forward, in bytes per token: by hand, from the widths of the products.
+"""Bytes per token that a backward pass needs from the forward pass, derived from the widths of the matrix products.
 
 Counted is what the blocks of `core.model` and the built-in layers keep on a GPU, whose kernels store neither
 attention's scores nor normalised copies in a norm (docs/describe.md has the formulas with a worked example). Not
 counted: what is as narrow as a head or a choice (statistics of norms and attention, gates, indices), and the working
 copies of the weights, which are counted as weights.
 
-Three ways of recomputing:
+Three recomputation policies:
 
 - `none`: everything is kept;
 - `selective`: RMSNorms and the up-projections of latent attention are computed again (DeepSeek-V3 report, section
@@ -25,17 +25,17 @@ from core.contracts.precision import Precision
 from core.model.block import Block
 from core.model.norm import RMSNorm
 
-WAYS = ("none", "selective", "full")
-"""How much is recomputed."""
+POLICIES = ("none", "selective", "full")
+"""Recomputation policies, from the most memory to the least."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes per token by what is recomputed.
+class ActivationBytes:
+    """Activations in bytes per token, under each recomputation policy.
 
     Args:
-        none, selective, full: kept from the forward to the backward.
-        selective_again, full_again: besides, while one block's are computed again.
+        none, selective, full: kept from the forward pass to the backward pass.
+        selective_again, full_again: needed on top while the backward pass computes one block again.
     """
 
     none: int = 0
@@ -44,9 +44,9 @@ class Kept:
     selective_again: int = 0
     full_again: int = 0
 
-    def __add__(self, other: "Kept") -> "Kept":
-        """Of both; their blocks are computed again one after the other."""
-        return Kept(
+    def __add__(self, other: "ActivationBytes") -> "ActivationBytes":
+        """The activations of two parts, whose blocks are computed again one after the other."""
+        return ActivationBytes(
             self.none + other.none,
             self.selective + other.selective,
             self.full + other.full,
@@ -54,114 +54,147 @@ class Kept:
             max(self.full_again, other.full_again),
         )
 
-    def held(self, way: str) -> int:
-        """From the forward to the backward."""
-        kept: int = getattr(self, way)
-        return kept
+    def kept(self, policy: str) -> int:
+        """Bytes kept from the forward pass to the backward pass under a policy."""
+        return {"none": self.none, "selective": self.selective, "full": self.full}[policy]
 
-    def again(self, way: str) -> int:
-        """Besides, in the backward."""
-        return {"none": 0, "selective": self.selective_again, "full": self.full_again}[way]
+    def recomputed(self, policy: str) -> int:
+        """Bytes needed on top under a policy, while one block is computed again."""
+        return {"none": 0, "selective": self.selective_again, "full": self.full_again}[policy]
 
 
 class Widths:
-    """Bytes of a number in each of its places.
+    """Bytes per number in each place of the model.
 
     Args:
         precision: the recipe's.
     """
 
     def __init__(self, precision: Precision) -> None:
+        stream = precision.compute_dtype("embedding")
         self.precision = precision
-        self.stream = precision.compute_dtype("embedding").itemsize
-        self.wide = torch.promote_types(precision.compute_dtype("embedding"), torch.float32).itemsize
+        self.stream = stream.itemsize
+        self.wide = torch.promote_types(stream, torch.float32).itemsize
 
     def operand(self, product: Product) -> int:
-        """Of a product's input, which is kept as the product reads it: in FP8 where it is FP8."""
+        """Bytes per number of a product's input, which is kept in the product's own format (FP8 for an FP8 product)."""
         return self.precision.compute_dtype(product.role).itemsize
 
+    def operand_row(self, product: Product) -> int:
+        """Bytes per token of a product's input."""
+        return product.inputs * self.operand(product)
+
     def norm(self, width: int) -> int:
-        """A norm's input, which it reads in fp32 or wider."""
+        """Bytes per token of a norm's input, which the norm reads in fp32 or wider."""
         return width * self.wide
 
 
-def of_block(block: Block, products: Products, widths: Widths) -> Kept:
-    """A block's activations: two norms' inputs, and what its attention and its feed-forward layer keep."""
+def block_activations(block: Block, products: Products, widths: Widths) -> ActivationBytes:
+    """The activations of a block: the inputs of its two norms, and what attention and feed-forward layer keep."""
     dim = block.attention_norm.dim
     attention = _attention(dict(_by_role(block.attention, products)), widths)
     ffn = _feed_forward(block, products, widths)
     norms = 2 * widths.norm(dim)
     none = norms + attention.none + ffn.none
     selective = 2 * dim * widths.stream + attention.selective + ffn.selective
-    return Kept(none, selective, dim * widths.stream, none - selective, none)
+    return ActivationBytes(none, selective, dim * widths.stream, none - selective, none)
 
 
 def _by_role(module: nn.Module, products: Products) -> Iterable[tuple[str, Product]]:
-    return ((product.role.partition(".")[2] or product.role, product) for _, product in products_in(module, products))
+    """The products of a module with the last part of their roles: `q_up` for `attention.q_up`."""
+    for _, product in products_in(module, products):
+        yield product.role.partition(".")[2] or product.role, product
 
 
-def _attention(of: dict[str, Product], widths: Widths) -> Kept:
-    """Latents, queries, keys, values and the heads' outputs.
+def _attention(by_role: dict[str, Product], widths: Widths) -> ActivationBytes:
+    """Activations of attention: latents, queries, keys, values and the heads' outputs.
 
     The products that read the block's normed state (`q`, `q_down`, `kv_down`, `k`, `v`) keep one copy of it. A latent
     is kept as its norm's input and as its up-projection's. Queries and keys are kept as rotated; latent attention
     builds its keys, as wide as the queries, beside the up-projection's output, which the values are a part of.
     """
-    reading = [of[role] for role in ("q", "q_down", "kv_down", "k", "v") if role in of]
-    normed = max((p.inputs * widths.operand(p) for p in reading), default=0)
-    ups = [of[role] for role in ("q_up", "kv_up") if role in of]
-    latents = sum(widths.norm(p.inputs) for p in ups)
-    inputs = sum(p.inputs * widths.operand(p) for p in ups)
-    made = [of[role] for role in ("q", "q_up", "k", "v", "kv_up") if role in of]
-    queries = of.get("q_up", of.get("q"))
-    keys = queries.outputs if queries and "kv_up" in of else 0
-    core = (sum(p.outputs for p in made) + keys) * widths.stream
-    output = of["output"].inputs * widths.operand(of["output"]) if "output" in of else 0
-    direct = sum(of[role].outputs for role in ("q", "k", "v") if role in of)  # no up-projection makes these again
-    rotated = of["kv_down"].outputs - of["kv_up"].inputs if "kv_up" in of and "kv_down" in of else 0
-    selective = (sum(p.inputs for p in ups) + direct + rotated) * widths.stream + output
-    return Kept(normed + latents + inputs + core + output, selective)
+
+    def found(*roles: str) -> list[Product]:
+        return [by_role[role] for role in roles if role in by_role]
+
+    normed = max(map(widths.operand_row, found("q", "q_down", "kv_down", "k", "v")), default=0)
+    up_projections = found("q_up", "kv_up")
+    latent_norms = 0
+    latent_operands = 0
+    latents = 0
+    for up in up_projections:
+        latent_norms += widths.norm(up.inputs)
+        latent_operands += widths.operand_row(up)
+        latents += up.inputs
+    queries_keys_values = sum(p.outputs for p in found("q", "q_up", "k", "v", "kv_up"))
+    if "kv_up" in by_role:  # the keys that latent attention builds are as wide as its queries
+        queries_keys_values += sum(p.outputs for p in found("q_up", "q")[:1])
+    output = sum(map(widths.operand_row, found("output")))
+    direct = sum(p.outputs for p in found("q", "k", "v"))  # no up-projection makes these again
+    rotated = 0
+    if "kv_up" in by_role and "kv_down" in by_role:
+        rotated = by_role["kv_down"].outputs - by_role["kv_up"].inputs
+
+    none = normed + latent_norms + latent_operands + queries_keys_values * widths.stream + output
+    selective = (latents + direct + rotated) * widths.stream + output
+    return ActivationBytes(none, selective)
 
 
-def _feed_forward(block: Block, products: Products, widths: Widths) -> Kept:
-    """Every expert's and every dense layer's input, both halves of the first product, and what the second reads.
+def _feed_forward(block: Block, products: Products, widths: Widths) -> ActivationBytes:
+    """Activations of a feed-forward layer: every input, both halves of the first product, and the second's input.
 
     A SwiGLU of width I keeps 2 I of the first product, silu(gate) and the second product's input. A routed expert
     keeps a row for each assignment, its own copy of the token and its output (for the gate's gradient) included; under
     expert parallelism a GPU receives as many assignments as it sends where the load is even. The normed state is
     kept once for the dense or shared layer, and once more in fp32 for the router where the stream is narrower.
     """
-    top_k = block.ffn.traits.top_k if block.ffn.traits else 0
+    properties = block.ffn.routing_properties
+    top_k = properties.top_k if properties else 0
     dim = block.ffn_norm.dim
-    kept, normed = 0, 0
+    kept = 0
+    normed = 0
     for _, product in products_in(block.ffn, products):
-        rows = top_k if product.groups else 1
-        operand = product.inputs * widths.operand(product)
+        routed = bool(product.groups)
+        rows = top_k if routed else 1
+        operand = widths.operand_row(product)
         if product.role == "router":
             kept += 2 * product.outputs * widths.wide
-            normed += dim * widths.wide if widths.stream < widths.wide else 0
+            if widths.stream < widths.wide:
+                normed += dim * widths.wide
         elif product.role.endswith("gate_up"):
             kept += rows * (product.outputs + product.outputs // 2) * widths.stream
-            kept += rows * operand if product.groups else 0
-            normed += 0 if product.groups else operand
+            if routed:
+                kept += rows * operand
+            else:
+                normed += operand
         else:
-            kept += rows * operand + (rows * product.outputs * widths.stream if product.groups else 0)
-    return Kept(kept + normed, kept)
+            kept += rows * operand
+            if routed:
+                kept += rows * product.outputs * widths.stream
+    return ActivationBytes(kept + normed, kept)
 
 
-def of_head(head: LossHead, output: Product, products: Products, widths: Widths) -> Kept:
-    """A loss head's own activations, its blocks apart: norms, projections, and logits for each use of the output.
+def head_activations(
+    head: LossHead, output: Product, products: Products, widths: Widths
+) -> ActivationBytes:
+    """Activations of a loss head without its blocks: norms, projections, and logits for each use of the output.
 
     A head takes logits once, or once for each block of its own; their logarithms are kept in fp32 or wider, beside
     the state that they are made from.
     """
     blocks = [part for part in head.modules() if isinstance(part, Block)]
     inside = {inner for block in blocks for inner in block.modules()}
-    own = [part for part in head.modules() if part not in inside]
-    norms = [part.dim for part in own if isinstance(part, RMSNorm)]
-    inputs = sum(products[part].inputs * widths.operand(products[part]) for part in own if part in products)
+    norms = 0
+    inputs = 0
+    for part in head.modules():
+        if part in inside:
+            continue
+        if isinstance(part, RMSNorm):
+            norms += part.dim
+        if part in products:
+            inputs += widths.operand_row(products[part])
     uses = max(1, len(blocks))
-    logits = uses * (output.outputs * widths.wide + output.inputs * widths.operand(output))
-    wide = sum(map(widths.norm, norms)) + inputs + logits
-    narrow = sum(norms) * widths.stream + logits
-    return Kept(wide, narrow, wide)
+    logits = uses * (output.outputs * widths.wide + widths.operand_row(output))
+    wide = widths.norm(norms) + inputs + logits
+    narrow = norms * widths.stream + logits
+    return ActivationBytes(wide, narrow, wide)

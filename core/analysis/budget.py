@@ -1,4 +1,4 @@
-"""The steps of a run, from its recipe's budget; FLOPs are turned into tokens by the size of the model."""
+"""The number of steps of a run, from its recipe's budget; the model's size turns FLOPs into tokens."""
 
 from core.analysis.size import size_of
 from core.assemble import build
@@ -14,9 +14,11 @@ def plan_of(recipe: Recipe, model: LanguageModel | None = None) -> Plan:
         recipe: its batch and its budget decide.
         model: the recipe's; None: it is built on the meta device if the budget is in FLOPs.
     """
-    budget, tokens = recipe.budget, recipe.budget.tokens
+    budget = recipe.budget
+    tokens = budget.tokens
     if budget.flops is not None:
-        tokens = max(1, round(budget.flops / size_of(model or build(recipe, device="meta")).flops_per_token))
+        size = size_of(model or build(recipe, device="meta"))
+        tokens = max(1, round(budget.flops / size.flops_per_token))
     return Plan(
         sequences=recipe.batch.sequences,
         length=recipe.data.sequence_length,

@@ -11,11 +11,18 @@ from core.recipe.compose import Recipe
 from core.recipe.resolve import to_dict
 
 HEADER = (
-    *(("", "recipe"), ("total", "params"), ("expert", "params"), ("", "±%"), ("active", "params"), ("", "±%")),
-    *(("FLOPs", "/token"), ("", "±%"), ("KV", "bytes"), ("top", "k"), ("capa-", "city"), ("", "drops")),
-    *(("", "causal"), ("batch", "dep.")),
+    *(("", "recipe"), ("total", "params")),
+    *(("expert", "params"), ("", "±%"), ("active", "params"), ("", "±%")),
+    *(("FLOPs", "/token"), ("", "±%"), ("KV", "bytes"), ("top", "k")),
+    *(("capa-", "city"), ("", "drops"), ("", "causal"), ("batch", "dep.")),
 )
 """Two lines of each column's heading."""
+
+COMPARED = {"params_experts": "KMBT", "params_active": "KMBT", "flops_per_token": "KMGT"}
+"""Numbers that are measured against the first recipe's, each with the letters of its units."""
+
+PROMISES = ("drops", "causal", "batch_dependent")
+"""Properties of a description that are true or false."""
 
 LEGEND = (
     "params: of the main model, expert: in its routed and shared experts, active: used by one token, embedding "
@@ -35,48 +42,70 @@ def table(recipes: list[Recipe], documents: list[dict[str, Any]]) -> list[str]:
         recipes: in order; the others are measured against the first.
         documents: their descriptions.
     """
-    cells = [list(line) for line in zip(*HEADER, strict=True)] + rows(recipes, documents)
+    headings = [list(line) for line in zip(*HEADER, strict=True)]
+    cells = headings + rows(recipes, documents)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
-    lines = [" ".join([row[0].ljust(widths[0]), *rest]) for row, (_, *rest) in zip(cells, padded, strict=True)]
+    lines = [_line(row, widths) for row in cells]
     return [*lines[:2], "-" * len(lines[0]), *lines[2:]]
+
+
+def _line(row: list[str], widths: list[int]) -> str:
+    """A row of the table: the name to the left, the numbers to the right."""
+    name, *numbers = row
+    padded = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
+    return " ".join([name.ljust(widths[0]), *padded])
 
 
 def rows(recipes: list[Recipe], documents: list[dict[str, Any]]) -> list[list[str]]:
     """A row of `HEADER`'s columns for each recipe."""
     first = documents[0]
-    return [_row(name, document, first) for name, document in zip(names(recipes), documents, strict=True)]
+    named = zip(names(recipes), documents, strict=True)
+    return [_row(name, document, first) for name, document in named]
 
 
 def _row(name: str, document: dict[str, Any], first: dict[str, Any]) -> list[str]:
-    capacity = document["capacity_factor"]
     cells = [name, short(document["params_total"], "KMBT")]
-    for key, units in (("params_experts", "KMBT"), ("params_active", "KMBT"), ("flops_per_token", "KMGT")):
-        cells += [short(document[key], units), "" if document is first else against(document[key], first[key])]
-    cells += [str(document["kv_bytes_per_token"]), str(document["top_k"] or "-")]
-    cells += ["none" if capacity is None else f"{capacity:g}"]
-    return cells + ["yes" if document[key] else "no" for key in ("drops", "causal", "batch_dependent")]
+    for key, units in COMPARED.items():
+        cells.append(short(document[key], units))
+        if document is first:
+            cells.append("")
+        else:
+            cells.append(against(document[key], first[key]))
+    capacity = document["capacity_factor"]
+    cells.append(str(document["kv_bytes_per_token"]))
+    cells.append(str(document["top_k"] or "-"))
+    cells.append("none" if capacity is None else f"{capacity:g}")
+    for promise in PROMISES:
+        cells.append("yes" if document[promise] else "no")
+    return cells
 
 
 def against(value: float, base: float) -> str:
-    """How far a value is from another: in percent, as a factor from twice on, "-" where one of them is 0."""
+    """The distance of a value from another: in percent, as a factor from twice on, "-" where one of them is 0."""
     if not value or not base:
         return "-"
-    return f"x{short(value / base, 'KMB')}" if value >= 2 * base else f"{100 * (value / base - 1):+.1f}"
+    if value >= 2 * base:
+        return f"x{short(value / base, 'KMB')}"
+    return f"{100 * (value / base - 1):+.1f}"
 
 
 def short(value: float, units: str) -> str:
-    """Four digits and a unit: 5.105M.
+    """A number as four digits and a unit: 5.105M.
 
     Args:
+        value: the number.
         units: the letters for thousands, millions and so on.
     """
-    scaled, letter = float(value), ""
+    scaled = float(value)
+    letter = ""
     for unit in units:
         if abs(scaled) < 999.95:
             break
-        scaled, letter = scaled / 1000, unit
-    digits = max(0, 4 - len(str(int(abs(scaled))))) if letter else 0
+        scaled = scaled / 1000
+        letter = unit
+    digits = 0
+    if letter:
+        digits = max(0, 4 - len(str(int(abs(scaled)))))
     return f"{scaled:.{digits}f}{letter}"
 
 
@@ -90,56 +119,81 @@ def names(recipes: list[Recipe]) -> list[str]:
 
 def unequal(recipes: list[Recipe], documents: list[dict[str, Any]]) -> list[str]:
     """A line for each thing that a comparison should hold equal and this one does not: `width: 192; 1,024 in big`."""
-    first, *others = [_held(recipe, document) for recipe, document in zip(recipes, documents, strict=True)]
-    lines = []
-    for key, value in first.items():
-        different = [(name, o[key]) for name, o in zip(names(recipes)[1:], others, strict=True) if o[key] != value]
-        if different:
-            lines.append(f"{key}: {_told(value, different)}")
-    return lines
+    first = _comparable(recipes[0], documents[0])
+    return [
+        f"{thing}: {_difference(first[thing], others)}"
+        for thing, others in _different_values(recipes, documents).items()
+        if others
+    ]
 
 
-def held(recipes: list[Recipe], documents: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """For each thing that a comparison should hold equal, the names of the recipes that differ from the first in it."""
-    first, *others = [_held(recipe, document) for recipe, document in zip(recipes, documents, strict=True)]
-    told = list(zip(names(recipes)[1:], others, strict=True))
-    return {key: [name for name, other in told if other[key] != value] for key, value in first.items()}
+def different_recipes(
+    recipes: list[Recipe], documents: list[dict[str, Any]]
+) -> dict[str, list[str]]:
+    """The names of the recipes that differ from the first, for each thing that a comparison should hold equal."""
+    different = _different_values(recipes, documents)
+    return {thing: [name for name, _ in others] for thing, others in different.items()}
 
 
-def _told(value: Any, different: list[tuple[str, Any]]) -> str:
-    """Numbers and names are printed; of whole sections it is told where they differ."""
+def _different_values(
+    recipes: list[Recipe], documents: list[dict[str, Any]]
+) -> dict[str, list[tuple[str, Any]]]:
+    """Things that should be equal, each with the names and values of the recipes that differ from the first in it."""
+    first = _comparable(recipes[0], documents[0])
+    different: dict[str, list[tuple[str, Any]]] = {thing: [] for thing in first}
+    others = zip(names(recipes)[1:], recipes[1:], documents[1:], strict=True)
+    for name, recipe, document in others:
+        for thing, value in _comparable(recipe, document).items():
+            if value != first[thing]:
+                different[thing].append((name, value))
+    return different
+
+
+def _difference(value: Any, others: list[tuple[str, Any]]) -> str:
+    """The first recipe's value and the others' values; of sections with the same names, only where they differ."""
     by_text: dict[str, list[str]] = {}
-    for name, other in different:
+    for name, other in others:
         by_text.setdefault(_text(other), []).append(name)
-    if _text(value) in by_text:
-        return f"another in {', '.join(name for name, _ in different)}"
-    return "; ".join([_text(value), *(f"{text} in {', '.join(where)}" for text, where in by_text.items())])
+    text = _text(value)
+    if text in by_text:
+        return f"another in {', '.join(name for name, _ in others)}"
+    elsewhere = [f"{other} in {', '.join(where)}" for other, where in by_text.items()]
+    return "; ".join([text, *elsewhere])
 
 
 def _text(value: Any) -> str:
     """A number, or the names of components; "" for a section without one."""
     if isinstance(value, dict):
         return str(value.get("name", ""))
-    return " and ".join(map(_text, value)) if isinstance(value, list) else f"{value:,}"
+    if isinstance(value, list):
+        return " and ".join(map(_text, value))
+    return f"{value:,}"
 
 
-def _held(recipe: Recipe, document: dict[str, Any]) -> dict[str, Any]:
-    """What should be the same in all recipes of a comparison, by what people call it."""
-    blocks = [block for block in recipe.model.blocks.values() if block.count]
-    attention = [to_dict(block.attention or recipe.model.attention) for block in blocks]
+def _comparable(recipe: Recipe, document: dict[str, Any]) -> dict[str, Any]:
+    """The values that should be the same in all recipes of a comparison, by their common names."""
+    attention: list[Any] = []
+    depth = 0
+    for block in recipe.model.blocks.values():
+        depth += block.count
+        section = to_dict(block.attention or recipe.model.attention)
+        if block.count and section not in attention:
+            attention.append(section)
+    optimizer = {**to_dict(recipe.optimizer), "gradient_clip": recipe.gradient_clip}
+    initial = {"settings": to_dict(recipe.model.init), "from": recipe.initial_weights}
     return {
         "width": recipe.model.dim,
-        "depth": sum(block.count for block in blocks),
-        "attention": [section for index, section in enumerate(attention) if section not in attention[:index]],
+        "depth": depth,
+        "attention": attention,
         "sequence length": recipe.data.sequence_length,
         "vocabulary": recipe.data.tokenizer.vocab,
         "corpus": to_dict(recipe.data.corpus),
         "document masking": recipe.data.mask_documents,
         "training tokens": document["tokens"],
         "steps": document["steps"],
-        "optimizer and its schedule": {**to_dict(recipe.optimizer), "gradient_clip": recipe.gradient_clip},
+        "optimizer and its schedule": optimizer,
         "loss heads": {"settings": to_dict(recipe.model.heads)},
-        "initial weights": {"settings": to_dict(recipe.model.init), "from": recipe.initial_weights},
+        "initial weights": initial,
         "precision": to_dict(recipe.precision),
         "seed": recipe.seed,
     }

@@ -1,12 +1,15 @@
-"""Where a model's parameters and FLOPs are: a row for each kind of component."""
+"""A table of a model's parameters and FLOPs with a row for each kind of component."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from core.analysis.products import Products, products_in
+from core.analysis.size import elements, training_flops
+from core.contracts.component import Costs
 from core.model.block import Block
 from core.model.language_model import LanguageModel
 
@@ -17,24 +20,24 @@ NAMES = {
     "shared_experts": "shared experts",
     "router": "routers",
 }
-"""What people call the products whose role begins so."""
+"""Row names by the first part of a product's role."""
 
 ORDER = ("embedding", *NAMES.values(), "norms", "selection biases", "output", "other")
 
 
 @dataclass
 class Sums:
-    """Of one kind of component.
+    """Sums over one kind of component.
 
     Args:
         parameters: with persistent buffers of floating point.
-        active: of them, used by one token.
-        mixing: forward FLOPs per token that belong to no parameter.
+        active: those of them that one token uses.
+        attention_flops: forward FLOPs per token that belong to no parameter.
     """
 
     parameters: int = 0
     active: int = 0
-    mixing: float = 0.0
+    attention_flops: float = 0.0
 
 
 def components(model: LanguageModel, products: Products) -> list[dict[str, Any]]:
@@ -47,51 +50,73 @@ def components(model: LanguageModel, products: Products) -> list[dict[str, Any]]
     sums: dict[str, Sums] = defaultdict(Sums)
     embedding = model.embedding.weight.numel()
     sums["embedding"].parameters = embedding
-    sums["output"].parameters = _elements(model.output)
+    sums["output"].parameters = elements(model.output)
     sums["output"].active = embedding  # as large, tied or not
-    sums["norms"].parameters = sums["norms"].active = model.norm.dim
+    sums["norms"].parameters = model.norm.dim
+    sums["norms"].active = model.norm.dim
     for block in model.blocks:
         assert isinstance(block, Block)
         _add_block(sums, block, products)
     rows = [_row(name, sums[name]) for name in ORDER if name in sums and sums[name] != Sums()]
     for name, head in model.loss_heads():
         costs = head.costs()
-        if costs.active or _elements(head):
-            rows.append(_row(f"heads.{name}", Sums(_elements(head), costs.active, costs.mixing)))
+        parameters = elements(head)
+        if costs.active or parameters:
+            own = Sums(parameters, costs.active, costs.attention_flops)
+            rows.append(_row(f"heads.{name}", own))
     return rows
 
 
 def _add_block(sums: dict[str, Sums], block: Block, products: Products) -> None:
-    costs, before = block.costs(), Sums(*_totals(sums))
-    top_k = block.ffn.traits.top_k if block.ffn.traits else 0
-    taken: set[nn.Parameter] = set()
+    """Adds a block's parameters to the kinds that they belong to, each parameter once."""
+    costs = block.costs()
+    parameters_before, active_before = _totals(sums)
+    properties = block.ffn.routing_properties
+    top_k = properties.top_k if properties else 0
+    counted: set[nn.Parameter] = set()
     for layer, product in products_in(block, products):
         kind = sums[NAMES.get(product.role.partition(".")[0], "other")]
-        own = [p for p in layer.parameters() if p not in taken]
-        parameters = sum(p.numel() for p in own)
+        parameters = _count_once(layer.parameters(), counted)
         kind.parameters += parameters
-        kind.active += parameters * top_k // product.groups if product.groups else parameters
-        taken.update(own)
-    sums["attention"].mixing += costs.mixing
+        # A token uses top_k of the experts that a grouped layer holds, all of the same size.
+        if product.groups:
+            kind.active += parameters * top_k // product.groups
+        else:
+            kind.active += parameters
+    sums["attention"].attention_flops += costs.attention_flops
     for name, part in (("attention", block.attention), ("norms", block)):
-        vectors = [p for p in part.parameters() if p.ndim == 1 and p not in taken]
-        sums[name].parameters += sum(p.numel() for p in vectors)
-        sums[name].active += sum(p.numel() for p in vectors)
-        taken.update(vectors)
-    sums["selection biases"].parameters += _elements(block) - sum(p.numel() for p in block.parameters())
-    after = Sums(*_totals(sums))
-    sums["other"].parameters += _elements(block) - (after.parameters - before.parameters)
-    sums["other"].active += costs.active - (after.active - before.active)
+        vectors = _count_once((p for p in part.parameters() if p.ndim == 1), counted)
+        sums[name].parameters += vectors
+        sums[name].active += vectors
+    buffers = elements(block) - sum(p.numel() for p in block.parameters())
+    sums["selection biases"].parameters += buffers
+
+    parameters_after, active_after = _totals(sums)
+    other = sums["other"]
+    other.parameters += elements(block) - (parameters_after - parameters_before)
+    other.active += costs.active - (active_after - active_before)
+
+
+def _count_once(parameters: Iterable[nn.Parameter], counted: set[nn.Parameter]) -> int:
+    """The number of elements of those parameters that are not in `counted`; they are added to it."""
+    total = 0
+    for parameter in parameters:
+        if parameter not in counted:
+            total += parameter.numel()
+            counted.add(parameter)
+    return total
 
 
 def _totals(sums: dict[str, Sums]) -> tuple[int, int]:
+    """Parameters and active parameters of all kinds together."""
     return sum(s.parameters for s in sums.values()), sum(s.active for s in sums.values())
 
 
 def _row(name: str, sums: Sums) -> dict[str, Any]:
-    flops = 6.0 * sums.active + 3.0 * sums.mixing
-    return {"component": name, "parameters": sums.parameters, "active": sums.active, "flops_per_token": flops}
-
-
-def _elements(module: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in module.state_dict().values() if tensor.is_floating_point())
+    costs = Costs(active=sums.active, attention_flops=sums.attention_flops)
+    return {
+        "component": name,
+        "parameters": sums.parameters,
+        "active": sums.active,
+        "flops_per_token": training_flops(costs),
+    }

@@ -1,26 +1,26 @@
-"""What a recipe would build: layers, plugins, sizes, precision of every role, effective loss coefficients."""
+"""The description of a recipe: layers, plugins, sizes, precision of every role, effective loss coefficients."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from core.analysis.asked import Asked
 from core.analysis.budget import plan_of
 from core.analysis.components import components
 from core.analysis.cost import gpu_hours, speed
 from core.analysis.memory import per_gpu
+from core.analysis.options import DescribeOptions
 from core.analysis.products import Product
 from core.analysis.size import Size, size_of
 from core.assemble import build, make
 from core.contracts.component import Environment
 from core.contracts.errors import UserError
-from core.contracts.ffn import Traits
+from core.contracts.ffn import RoutingProperties
 from core.contracts.precision import Precision
 from core.contracts.schedule import Progress
 from core.contracts.schema import Section
 from core.contracts.training import StrategyFactory
-from core.extension.checks import told_where
+from core.extension.checks import format_error_at
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger
 from core.recipe.compose import Recipe
@@ -35,29 +35,37 @@ CONVENTION = (
 )
 
 
-def document_of(recipe: Recipe, asked: Asked | None = None) -> dict[str, Any]:
-    """Build the recipe on the meta device, with a precision that remembers its roles, and describe it."""
-    spy = RoleSpy(make(recipe.precision))
-    model = build(recipe, device="meta", precision=spy)
-    return describe(recipe, model, plan_of(recipe, model), spy, asked)
+def document_of(recipe: Recipe, options: DescribeOptions | None = None) -> dict[str, Any]:
+    """The description of a recipe, which is built on the meta device with a precision that records its roles."""
+    precision = RecordingPrecision(make(recipe.precision))
+    model = build(recipe, device="meta", precision=precision)
+    return describe(recipe, model, plan_of(recipe, model), precision, options)
 
 
 def describe(
-    recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy", asked: Asked | None = None
+    recipe: Recipe,
+    model: LanguageModel,
+    plan: Plan,
+    precision: "RecordingPrecision",
+    options: DescribeOptions | None = None,
 ) -> dict[str, Any]:
-    """The description as plain containers: what `--json` prints.
+    """The description as plain containers, which `--json` prints.
 
     Args:
-        model: the recipe's, on the meta device, built with `roles` as its precision.
+        recipe: what is described.
+        model: the recipe's, on the meta device, built with `precision`.
         plan: the recipe's steps.
-        asked: what else to work out.
+        precision: the recipe's, which has recorded the model's roles and products.
+        options: what else to work out.
 
     Raises:
-        UserError: a layout that the model cannot have, or a speed that no GPU has.
+        UserError: the layout is impossible for the model, or a speed is out of range.
     """
-    asked = asked or Asked()
-    size, routing = size_of(model), routing_of(model)
-    rate = speed(roles, asked.mfu, asked.tflops)
+    options = options or DescribeOptions()
+    size = size_of(model)
+    routing = routing_of(model)
+    stream_bytes = precision.compute_dtype("embedding").itemsize
+    rate = speed(precision, options.mfu, options.tflops)
     return {
         "recipe": recipe.source,
         "params_total": size.params_total,
@@ -76,67 +84,107 @@ def describe(
         "drops": routing.drops,
         "causal": routing.causal,
         "batch_dependent": routing.batch_dependent,
-        "memory_bytes": memory(recipe, model, size, roles.compute_dtype("embedding").itemsize),
-        "layout": _laid_out(recipe, model, plan, roles, asked),
+        "memory_bytes": memory(recipe, model, size, stream_bytes),
+        "layout": _layout(recipe, model, plan, precision, options),
         "steps": plan.steps,
         "tokens": plan.tokens,
         "gpu_hours": gpu_hours(size.flops_per_token_megatron_main, plan.tokens, rate),
-        "components": components(model, roles.made),
+        "components": components(model, precision.made),
         "layers": layers(model),
         "loss_coefficients": coefficients(model, plan),
-        "precision": roles.table(),
+        "precision": precision.table(),
         "plugins": plugins(recipe),
         "notices": recipe.notices(),
-        "runnable_here": obstacles(recipe) or True,
+        "runnable_here": unmet_requirements(recipe) or True,
         "dropped_keys": list(recipe.dropped),
     }
 
 
-def _laid_out(
-    recipe: Recipe, model: LanguageModel, plan: Plan, roles: "RoleSpy", asked: Asked
+def _layout(
+    recipe: Recipe,
+    model: LanguageModel,
+    plan: Plan,
+    precision: "RecordingPrecision",
+    options: DescribeOptions,
 ) -> dict[str, Any] | None:
-    if asked.layout is None:
+    """The memory of one GPU under the layout that the options name; None without one."""
+    if options.layout is None:
         return None
-    sequences, schedule = asked.sequences, asked.schedule
-    return per_gpu(recipe, model, plan, roles.made, roles, asked.layout, sequences=sequences, schedule=schedule)
+    return per_gpu(
+        recipe,
+        model,
+        plan,
+        precision.made,
+        precision,
+        options.layout,
+        sequences=options.sequences,
+        schedule=options.schedule,
+    )
 
 
-def routing_of(model: LanguageModel) -> Traits:
-    """What holds for the model: of all its layers with experts, the most assignments and the tightest capacity."""
-    found = [layer.traits for layer in model.expert_layers().values() if layer.traits]
-    return Traits(
-        expert_parameters=sum(traits.expert_parameters for traits in found),
-        top_k=max((traits.top_k for traits in found), default=0),
-        capacity_factor=min((t.capacity_factor for t in found if t.capacity_factor is not None), default=None),
-        drops=any(traits.drops for traits in found),
-        causal=all(traits.causal for traits in found),
-        batch_dependent=any(traits.batch_dependent for traits in found),
+def routing_of(model: LanguageModel) -> RoutingProperties:
+    """The properties of the whole model: the most assignments and the tightest capacity of all layers with experts."""
+    expert_parameters = 0
+    top_k = 0
+    capacity_factors: list[float] = []
+    drops = False
+    causal = True
+    batch_dependent = False
+    for layer in model.expert_layers().values():
+        own = layer.routing_properties
+        if own is None:
+            continue
+        expert_parameters += own.expert_parameters
+        top_k = max(top_k, own.top_k)
+        if own.capacity_factor is not None:
+            capacity_factors.append(own.capacity_factor)
+        drops |= own.drops
+        causal &= own.causal
+        batch_dependent |= own.batch_dependent
+    return RoutingProperties(
+        expert_parameters=expert_parameters,
+        top_k=top_k,
+        capacity_factor=min(capacity_factors, default=None),
+        drops=drops,
+        causal=causal,
+        batch_dependent=batch_dependent,
     )
 
 
 def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> dict[str, int]:
-    """Estimates for one device that holds all of the model and a whole micro-batch.
+    """Estimated bytes on one device that holds all of the model and a whole micro-batch.
 
-    Weights, gradients and the optimizer's moments are exact; of the activations only the residual stream (two states
-    a block, `itemsize` bytes each) and the logits are counted.
+    Weights, gradients and the optimizer's moments are exact; of the activations only the residual stream and the
+    logits are counted.
+
+    Args:
+        recipe: its batch and its optimizer decide.
+        model: the recipe's.
+        size: the model's.
+        itemsize: bytes per number of the residual stream.
     """
-    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     optimizer = recipe.optimizer.component(recipe.optimizer.config)
-    tokens = recipe.batch.sequences * recipe.data.sequence_length
-    residual = tokens * recipe.model.dim * itemsize * 2 * (len(model.blocks) + len(model.heads))
-    logits = tokens * recipe.data.tokenizer.vocab * 4
+    gradients = 0
+    moments = 0
+    for parameter in model.parameters():
+        gradients += parameter.numel() * parameter.element_size()
+        moments += optimizer.state_bytes(parameter)
+    length = recipe.data.sequence_length
+    tokens = recipe.batch.sequences * length
+    # Two states of the residual stream in each block: the inputs of attention and of the feed-forward layer.
+    states = 2 * (len(model.blocks) + len(model.heads))
     return {
-        "weights": weights,
-        "gradients": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "optimizer": sum(optimizer.state_bytes(p) for p in model.parameters()),
-        "residual_stream": residual,
-        "logits": logits,
-        "kv_cache_per_sequence": 2 * size.cache_elements * recipe.data.sequence_length,
+        "weights": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+        "gradients": gradients,
+        "optimizer": moments,
+        "residual_stream": tokens * recipe.model.dim * itemsize * states,
+        "logits": tokens * recipe.data.tokenizer.vocab * 4,  # in fp32
+        "kv_cache_per_sequence": 2 * size.cache_elements * length,  # in 16 bits
     }
 
 
 def layers(model: LanguageModel) -> list[dict[str, Any]]:
-    """A row for each part, in order: parameters, those that one token uses, forward FLOPs, experts."""
+    """A row for each part of the model, in order: parameters, those that one token uses, experts."""
     rows = [_row("embedding", model.embedding, active=0)]
     for index, block in enumerate(model.blocks):
         costs = block.costs()  # type: ignore[operator]
@@ -146,30 +194,39 @@ def layers(model: LanguageModel) -> list[dict[str, Any]]:
         rows.append(row)
     rows.append(_row("norm", model.norm, active=model.norm.dim))
     rows.append(_row("output", model.output))
-    rows += [_row(f"heads.{name}", head, active=head.costs().active) for name, head in model.loss_heads()]
+    for name, head in model.loss_heads():
+        rows.append(_row(f"heads.{name}", head, active=head.costs().active))
     return rows
 
 
 def _row(name: str, module: nn.Module, active: int | None = None) -> dict[str, Any]:
     parameters = sum(p.numel() for p in module.parameters())
-    used = parameters if active is None else active
-    return {"part": name, "kind": type(module).__name__, "parameters": parameters, "active": used, "experts": 0}
+    if active is None:
+        active = parameters
+    return {
+        "part": name,
+        "kind": type(module).__name__,
+        "parameters": parameters,
+        "active": active,
+        "experts": 0,
+    }
 
 
 def coefficients(model: LanguageModel, plan: Plan) -> dict[str, dict[str, float]]:
-    """What every loss term is multiplied by in the first and the last step: a missing key is seen here."""
-    first, last = plan.progress(0), plan.progress(plan.steps - 1)
+    """The coefficient of every loss term in the first and the last step, as the model would apply it."""
+    first = plan.progress(0)
+    last = plan.progress(plan.steps - 1)
     ledger = Ledger.of(model)
-    found = {term.head_name: _ends(term.head, first, last) for term in ledger.heads}
+    terms: dict[str, Any] = {term.head_name: term.head for term in ledger.heads}
     for balance in ledger.balance:
         if balance.scope != "none":
-            found[f"{balance.layer} {balance.balancer.label}"] = _ends(balance.balancer, first, last)
+            terms[f"{balance.layer} {balance.balancer.label}"] = balance.balancer
     for own in ledger.layers:
-        found[f"{own.layer} {own.label}"] = _ends(own.component, first, last)
-    return found
+        terms[f"{own.layer} {own.label}"] = own.component
+    return {name: _first_and_last(owner, first, last) for name, owner in terms.items()}
 
 
-def _ends(owner: Any, first: Progress, last: Progress) -> dict[str, float]:
+def _first_and_last(owner: Any, first: Progress, last: Progress) -> dict[str, float]:
     return {"first": owner.coefficient(first), "last": owner.coefficient(last)}
 
 
@@ -177,38 +234,45 @@ NO_PRODUCT = {"embedding": "lookup", "norm": "norm"}
 """Roles that have a format and no matrix product."""
 
 
-class RoleSpy(Precision):
-    """Passes everything on and remembers the roles that were asked for, in order, and what it made for them."""
+class RecordingPrecision(Precision):
+    """A precision that passes every call on, and records the requested roles in order and the layers made for them.
+
+    Args:
+        inner: the recipe's precision.
+    """
 
     def __init__(self, inner: Precision) -> None:
-        self.inner, self.seen = inner, dict.fromkeys(["embedding"])
+        self.inner = inner
+        self.recorded_roles = dict.fromkeys(["embedding"])
         self.made: dict[nn.Module, Product] = {}
 
     def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
-        self.seen[role] = None
+        self.recorded_roles[role] = None
         layer = self.inner.linear(inputs, outputs, role, std=std)
         self.made[layer] = Product(role, inputs, outputs)
         return layer
 
-    def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
-        self.seen[role] = None
+    def grouped_linear(
+        self, groups: int, inputs: int, outputs: int, role: str, *, std: float
+    ) -> nn.Module:
+        self.recorded_roles[role] = None
         layer = self.inner.grouped_linear(groups, inputs, outputs, role, std=std)
         self.made[layer] = Product(role, inputs, outputs, groups)
         return layer
 
     def table(self) -> dict[str, dict[str, str]]:
-        """The formats of every role that was asked for, and the code that takes its products."""
-        return {
-            role: {
+        """The formats of every requested role, and the code that computes its products."""
+        rows = {}
+        for role in self.recorded_roles:
+            rows[role] = {
                 "kept": _short(self.param_dtype(role)),
                 "computed": _short(self.compute_dtype(role)),
                 "path": NO_PRODUCT.get(role) or self.inner.path(role),
             }
-            for role in self.seen
-        }
+        return rows
 
     def param_dtype(self, role: str) -> torch.dtype:
-        self.seen.setdefault(role)
+        self.recorded_roles.setdefault(role)
         return self.inner.param_dtype(role)
 
     def compute_dtype(self, role: str) -> torch.dtype:
@@ -221,43 +285,50 @@ def _short(dtype: torch.dtype) -> str:
 
 def plugins(recipe: Recipe) -> list[dict[str, str]]:
     """Every component of the recipe with its owner."""
-    rows = {
-        (s.slot, s.name): {
-            "slot": s.slot,
-            "name": s.name,
-            "distribution": s.provenance.distribution,
-            "version": s.provenance.version,
-            "module": s.provenance.module,
+    rows = {}
+    for section in recipe.sections():
+        rows[section.slot, section.name] = {
+            "slot": section.slot,
+            "name": section.name,
+            "distribution": section.provenance.distribution,
+            "version": section.provenance.version,
+            "module": section.provenance.module,
         }
-        for s in recipe.sections()
-    }
     return list(rows.values())
 
 
-def obstacles(recipe: Recipe) -> list[str]:
-    """Why the recipe cannot run on this machine; empty where it can."""
-    cuda = torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability() if cuda else None
-    environment = Environment("cuda" if cuda else "cpu", capability, torch.version.cuda)
-    found = []
+def unmet_requirements(recipe: Recipe) -> list[str]:
+    """The reasons why the recipe cannot run on this machine; empty where it can."""
+    environment = Environment("cpu", None, torch.version.cuda)
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        environment = Environment("cuda", capability, torch.version.cuda)
+    reasons = []
     for section in recipe.sections():
-        why = _required(section, environment)
-        if section.slot == "strategy" and section.component.parallelize is not StrategyFactory.parallelize:
+        why = _requires(section, environment)
+        if section.slot == "strategy" and _shards_weights(section):
             why = "it shards weights (parallelize), and training with sharded weights is not in this version"
         if why:
-            found.append(f"{section.slot} {section.name}: {why}")
-    return found
+            reasons.append(f"{section.slot} {section.name}: {why}")
+    return reasons
 
 
-def _required(section: Section, environment: Environment) -> str | None:
-    """What a component's `requires` says; a mistake of its own is told as such.
+def _shards_weights(strategy: Section) -> bool:
+    """Whether a strategy overrides `parallelize`."""
+    return strategy.component.parallelize is not StrategyFactory.parallelize
+
+
+def _requires(section: Section, environment: Environment) -> str | None:
+    """What a component's `requires` returns.
 
     Raises:
-        UserError: `requires` raises.
+        UserError: `requires` raises; the message names the component.
     """
     try:
         why: str | None = section.component.requires(section.config, environment)
     except Exception as cause:
         owner = section.provenance.distribution
-        raise UserError(f"{section.slot} {section.name} of {owner}: requires raises {told_where(cause)}") from cause
+        raise UserError(
+            f"{section.slot} {section.name} of {owner}: requires raises {format_error_at(cause)}"
+        ) from cause
     return why

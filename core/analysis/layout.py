@@ -1,4 +1,4 @@
-"""How a model would be laid out over GPUs: the axes, what each pipeline stage holds, how many micro-batches wait.
+"""A model's layout over GPUs: the axes, the layers of each pipeline stage, and how many micro-batches wait.
 
 As DeepSeek-V3's report does (section 3.2): `data` ranks read different sequences, `expert` consecutive ones of them
 share the routed experts, `pipeline` stages share the layers; data x pipeline GPUs in all, and no tensor parallelism.
@@ -31,12 +31,12 @@ class Layout:
 
     @property
     def gpus(self) -> int:
-        """The experts' ranks are among the data ranks."""
+        """The number of GPUs; the expert ranks are among the data ranks."""
         return self.data * self.pipeline
 
 
 def parse(text: str) -> Layout:
-    """`data=128,expert=64,pipeline=16`; an axis that is left out has size 1.
+    """Parses `data=128,expert=64,pipeline=16`; an axis that is left out has size 1.
 
     Raises:
         UserError: an unknown or repeated axis, or a size that is no whole number of at least 1.
@@ -45,9 +45,10 @@ def parse(text: str) -> Layout:
     for part in text.split(","):
         axis, equals, number = (word.strip() for word in part.partition("="))
         if not equals or not axis:
-            raise UserError(f"--layout: {part.strip()!r} is no AXIS=SIZE; write {AXES[0]}=8,{AXES[1]}=4,{AXES[2]}=2")
+            example = "data=8,expert=4,pipeline=2"
+            raise UserError(f"--layout: {part.strip()!r} is not AXIS=SIZE; write {example}")
         if axis not in AXES:
-            raise UserError(f"--layout: {axis!r} is no axis; {nearest(axis, AXES)}")
+            raise UserError(f"--layout: unknown axis {axis!r}; {nearest(axis, AXES)}")
         if axis in sizes:
             raise UserError(f"--layout: {axis} is given twice")
         if not (number.isascii() and number.isdigit() and int(number)):
@@ -57,9 +58,10 @@ def parse(text: str) -> Layout:
 
 
 def check(layout: Layout, *, experts: list[int], layers: int, sequences: int) -> None:
-    """Refuse what no cluster could do with this model.
+    """Refuses a layout that is impossible for this model.
 
     Args:
+        layout: sizes of the axes.
         experts: routed experts of every layer that has any.
         layers: blocks, multi-token modules included.
         sequences: of a micro-batch over all data ranks, `batch.sequences`.
@@ -68,39 +70,44 @@ def check(layout: Layout, *, experts: list[int], layers: int, sequences: int) ->
         UserError: sizes that do not divide each other or the model.
     """
     if layout.expert > 1 and not experts:
-        raise UserError(f"--layout: expert = {layout.expert} must be 1: the model has no routed experts")
+        why = "the model has no routed experts"
+        raise UserError(f"--layout: expert = {layout.expert} must be 1: {why}")
     for count in experts:
         if count % layout.expert:
-            raise UserError(f"--layout: expert = {layout.expert} must divide the {count} routed experts of a layer")
+            allowed = f"must divide the {count} routed experts of a layer"
+            raise UserError(f"--layout: expert = {layout.expert} {allowed}")
     if layout.data % layout.expert:
+        allowed = f"must divide data = {layout.data}"
         why = "one copy of the experts lies on that many data ranks"
-        raise UserError(f"--layout: expert = {layout.expert} must divide data = {layout.data}: {why}")
+        raise UserError(f"--layout: expert = {layout.expert} {allowed}: {why}")
     if layout.pipeline > layers:
-        told = f"must be at most {layers}, the layers with multi-token modules"
-        raise UserError(f"--layout: pipeline = {layout.pipeline} {told}: every stage needs one")
+        allowed = f"must be at most {layers}, the layers with multi-token modules"
+        raise UserError(f"--layout: pipeline = {layout.pipeline} {allowed}: every stage needs one")
     if sequences % layout.data:
         raise UserError(f"--layout: data = {layout.data} must divide batch.sequences = {sequences}")
 
 
 def stage_sizes(layers: int, stages: int) -> list[int]:
-    """How many consecutive layers each stage holds: as even as can be, the shorter ones last, first, last but one, ...
+    """The number of consecutive layers on each stage: as even as possible, shorter ones last, first, last but one, ...
 
     The ends hold the output and the embedding beside their layers. DeepSeek-V3's 61 blocks and multi-token module
     on 16 stages: 3, fourteen times 4, 3. The report does not print its own cut.
     """
-    longer = layers % stages
-    sizes = [layers // stages + 1] * stages if longer else [layers // stages] * stages
-    for index in range(stages - longer if longer else 0):
-        sizes[stages - 1 - index // 2 if index % 2 == 0 else index // 2] -= 1
+    sizes = [-(-layers // stages)] * stages
+    shorter = sum(sizes) - layers
+    for index in range(shorter):
+        from_the_end = index % 2 == 0
+        stage = stages - 1 - index // 2 if from_the_end else index // 2
+        sizes[stage] -= 1
     return sizes
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What passes through a pipeline in one step.
+    """The sequences that pass through a pipeline in one step.
 
     Args:
-        sequences: that one GPU takes at once, a micro-batch of the pipeline.
+        sequences: how many a GPU takes at once, a micro-batch of the pipeline.
         batches: such micro-batches in a step, at the end of a batch ramp.
         schedule: the order of forwards and backwards.
     """
@@ -110,30 +117,45 @@ class Traffic:
     schedule: Schedule
 
     def waiting(self, stage: int, stages: int) -> int:
-        """Micro-batches whose activations a stage keeps at most: those behind it, itself included (1F1B)."""
+        """The largest number of micro-batches whose activations a stage keeps: one for each stage from it on (1F1B)."""
         return min(stages - stage, self.batches)
 
 
-def traffic(recipe: Recipe, plan: Plan, layout: Layout, sequences: int | None, schedule: Schedule) -> Traffic:
-    """What one GPU reads in a step.
+def traffic(
+    recipe: Recipe, plan: Plan, layout: Layout, sequences: int | None, schedule: Schedule
+) -> Traffic:
+    """The sequences that one GPU reads in a step.
 
     Args:
-        sequences: that a GPU takes at once; None: 1 in a pipeline, else its share of the recipe's micro-batch.
+        recipe: its `batch.sequences` are shared out over the data ranks.
+        plan: the recipe's steps; the last one decides.
+        layout: sizes of the axes.
+        sequences: how many a GPU takes at once; None: 1 in a pipeline, else its share of the recipe's micro-batch.
+        schedule: the order of forwards and backwards.
 
     Raises:
-        UserError: `sequences` does not divide what a GPU reads, or a schedule that the stages do not allow.
+        UserError: `sequences` does not divide what a GPU reads, or the stages do not allow the schedule.
     """
     share = recipe.batch.sequences // layout.data
-    taken = (share if layout.pipeline == 1 else 1) if sequences is None else sequences
-    if taken < 1 or share % taken:
-        told = (
-            f"must divide {share}, the sequences of a micro-batch (batch.sequences) on each of {layout.data} data ranks"
+    if sequences is None:
+        sequences = share if layout.pipeline == 1 else 1
+    if sequences < 1 or share % sequences:
+        allowed = f"must divide {share}, the sequences of a micro-batch (batch.sequences)"
+        raise UserError(f"--microbatch: {sequences} {allowed} on each of {layout.data} data ranks")
+    batches = share // sequences * plan.window(plan.steps - 1).count
+    if schedule == "dualpipe":
+        _check_dualpipe(layout.pipeline, batches, sequences)
+    return Traffic(sequences, batches, schedule)
+
+
+def _check_dualpipe(stages: int, batches: int, sequences: int) -> None:
+    """Raises `UserError` where DualPipe cannot run micro-batches of so many sequences on the stages."""
+    if stages % 2:
+        raise UserError(
+            f"--schedule: dualpipe needs an even number of stages, and pipeline = {stages}"
         )
-        raise UserError(f"--microbatch: {taken} {told}")
-    if schedule == "dualpipe" and layout.pipeline % 2:
-        raise UserError(f"--schedule: dualpipe needs an even number of stages, and pipeline = {layout.pipeline}")
-    batches = share // taken * plan.window(plan.steps - 1).count
-    if schedule == "dualpipe" and (batches % 2 or batches < 2 * layout.pipeline):
-        told = f"an even number of micro-batches, at least twice the {layout.pipeline} stages"
-        raise UserError(f"--schedule: dualpipe needs {told}; a step has {batches} of {taken} sequences")
-    return Traffic(taken, batches, schedule)
+    if batches % 2 or batches < 2 * stages:
+        needed = f"an even number of micro-batches, at least twice the {stages} stages"
+        raise UserError(
+            f"--schedule: dualpipe needs {needed}; a step has {batches} of {sequences} sequences"
+        )

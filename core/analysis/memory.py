@@ -1,6 +1,6 @@
 """Memory of one GPU under a layout: weights, gradients, optimizer states and activations of every pipeline stage.
 
-As the DeepSeek-V3 report trains (section 3.2): ZeRO-1, so that optimizer states alone are spread over data ranks.
+The scheme is that of the DeepSeek-V3 report (section 3.2): ZeRO-1, which spreads only optimizer states over data ranks.
 
 - weights: a working copy in the format of each product (bf16: 2 bytes), on every GPU of the stage;
 - gradients: in the format in which a weight is kept (fp32: 4 bytes), likewise;
@@ -15,7 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from core.analysis.activations import WAYS, Kept, Widths, of_block, of_head
+from core.analysis.activations import (
+    POLICIES,
+    ActivationBytes,
+    Widths,
+    block_activations,
+    head_activations,
+)
 from core.analysis.layout import Layout, Schedule, Traffic, check, stage_sizes, traffic
 from core.analysis.products import Product, Products
 from core.contracts.precision import Precision
@@ -35,7 +41,12 @@ CONVENTION = (
 
 @dataclass
 class States:
-    """Bytes that do not depend on the batch."""
+    """Parameters and bytes on one GPU that do not depend on the batch.
+
+    Args:
+        parameters: their number.
+        weights, gradients, optimizer: in bytes.
+    """
 
     parameters: int = 0
     weights: int = 0
@@ -43,8 +54,12 @@ class States:
     optimizer: int = 0
 
     def __add__(self, other: "States") -> "States":
-        pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
-        return States(*(mine + theirs for mine, theirs in pairs))
+        return States(
+            self.parameters + other.parameters,
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.optimizer + other.optimizer,
+        )
 
 
 @dataclass
@@ -53,13 +68,13 @@ class Stage:
 
     Args:
         blocks: names of its blocks, multi-token modules included.
-        states: of one GPU.
-        kept: activations in bytes per token of one micro-batch.
+        states: those of one GPU.
+        activations: in bytes per token of one micro-batch.
     """
 
     blocks: list[str] = field(default_factory=list)
     states: States = field(default_factory=States)
-    kept: Kept = field(default_factory=Kept)
+    activations: ActivationBytes = field(default_factory=ActivationBytes)
 
 
 def per_gpu(
@@ -73,36 +88,53 @@ def per_gpu(
     sequences: int | None = None,
     schedule: Schedule = "1f1b",
 ) -> dict[str, Any]:
-    """What a GPU of each stage holds, as plain containers, and the fullest stage.
+    """The memory of a GPU of each stage, as plain containers, and the fullest stage.
 
     Args:
-        model: the recipe's, on the meta device, made by `products`.
-        sequences: that a GPU takes at once (see `layout.traffic`).
+        recipe: its batch and its optimizer decide.
+        model: the recipe's, on the meta device.
+        plan: the recipe's steps.
+        products: the model's matrix-product layers.
+        precision: the recipe's.
+        layout: sizes of the axes.
+        sequences: how many a GPU takes at once (see `layout.traffic`).
         schedule: "1f1b": stage s of P keeps P - s micro-batches; "dualpipe": a GPU holds stages s and P - 1 - s, and
             keeps P - s and s + 1 micro-batches of them (report, table 2: twice the parameters, P + 1 activations);
             every weight then has two copies in a pipeline, over whose ranks the optimizer is spread too.
 
     Raises:
-        UserError: a layout that this model cannot have.
+        UserError: the layout is impossible for this model.
     """
     units = _units(model)
     experts = [layer.experts for layer in model.expert_layers().values()]
     check(layout, experts=experts, layers=len(units), sequences=recipe.batch.sequences)
     passing = traffic(recipe, plan, layout, sequences, schedule)
-    copies = 2 if passing.schedule == "dualpipe" and layout.pipeline > 1 else 1
-    share = _Counter(recipe, model, products, precision, layout, copies).stages(units)
-    stages = [_row(index, share, layout, passing, recipe.data.sequence_length) for index in range(layout.pipeline)]
+    copies = 2 if _is_dualpipe(layout, passing) else 1
+    stages = _Counter(recipe, model, products, precision, layout, copies).stages(units)
+    tokens = passing.sequences * recipe.data.sequence_length
+    rows = [_row(index, stages, layout, passing, tokens) for index in range(layout.pipeline)]
+    largest = {}
+    largest_bytes = {}
+    for policy in POLICIES:
+        totals = [row["total"][policy] for row in rows]
+        largest_bytes[policy] = max(totals)
+        largest[policy] = totals.index(max(totals))
     return {
         "axes": asdict(layout),
         "gpus": layout.gpus,
         "schedule": schedule if layout.pipeline > 1 else "none",
         "microbatch_sequences": passing.sequences,
         "microbatches_per_step": passing.batches,
-        "stages": stages,
-        "largest": {way: max(stages, key=lambda row: row["total"][way])["stage"] for way in WAYS},
-        "largest_bytes": {way: max(row["total"][way] for row in stages) for way in WAYS},
+        "stages": rows,
+        "largest": largest,
+        "largest_bytes": largest_bytes,
         "convention": CONVENTION,
     }
+
+
+def _is_dualpipe(layout: Layout, passing: Traffic) -> bool:
+    """Whether every GPU holds two stages."""
+    return passing.schedule == "dualpipe" and layout.pipeline > 1
 
 
 def _units(model: LanguageModel) -> list[tuple[str, Block]]:
@@ -111,7 +143,12 @@ def _units(model: LanguageModel) -> list[tuple[str, Block]]:
 
 
 class _Counter:
-    """Counts the stages of one model under one layout, of which a pipeline holds so many copies."""
+    """Counts the bytes of one model's stages under one layout.
+
+    Args:
+        recipe, model, products, precision, layout: as in `per_gpu`.
+        copies: of every weight in a pipeline.
+    """
 
     def __init__(
         self,
@@ -124,76 +161,105 @@ class _Counter:
     ) -> None:
         self.copies = copies
         self.optimizer = recipe.optimizer.component(recipe.optimizer.config)
-        self.model, self.products, self.precision, self.layout = model, products, precision, layout
+        self.model = model
+        self.products = products
+        self.precision = precision
+        self.layout = layout
         self.widths = Widths(precision)
-        self.formats = {
-            parameter: precision.compute_dtype(product.role).itemsize
-            for layer, product in products.items()
-            for parameter in layer.parameters()
-        }
-        self.formats[model.embedding.weight] = self.widths.stream
-        self.grouped = {p for layer, product in products.items() if product.groups for p in layer.parameters()}
+        self.working_bytes: dict[nn.Parameter, int] = {}
+        self.grouped: set[nn.Parameter] = set()
+        for layer, product in products.items():
+            for parameter in layer.parameters():
+                self.working_bytes[parameter] = self.widths.operand(product)
+                if product.groups:
+                    self.grouped.add(parameter)
+        self.working_bytes[model.embedding.weight] = self.widths.stream
 
     def stages(self, units: list[tuple[str, Block]]) -> list[Stage]:
-        """In order: the embedding in the first, the final norm, the output and the heads in the last."""
-        rest, found = iter(units), []
+        """The stages in order: the embedding is in the first; the final norm, the output and the heads in the last."""
+        rest = iter(units)
+        stages = []
         for size in stage_sizes(len(units), self.layout.pipeline):
             stage = Stage()
             for _ in range(size):
                 name, block = next(rest)
                 stage.blocks.append(name)
                 stage.states += self.states(block)
-                stage.kept += of_block(block, self.products, self.widths)
-            found.append(stage)
+                stage.activations += block_activations(block, self.products, self.widths)
+            stages.append(stage)
         model = self.model
-        found[0].states += self.states(model.embedding)
-        last = found[-1]
+        stages[0].states += self.states(model.embedding)
+        last = stages[-1]
         last.states += self.states(model.norm) + self.states(model.output)
-        last.kept += Kept(*[self.widths.norm(model.norm.dim)] * 3)
+        norm = self.widths.norm(model.norm.dim)
+        last.activations += ActivationBytes(norm, norm, norm)
         vocabulary, dim = model.embedding.weight.shape
         output = self.products.get(model.output, Product("head", dim, vocabulary))
         inside = {parameter for _, block in units for parameter in block.parameters()}
         for _, head in model.loss_heads():
             last.states += self.states(head, without=inside)
-            last.kept += of_head(head, output, self.products, self.widths)
-        return found
+            last.activations += head_activations(head, output, self.products, self.widths)
+        return stages
 
     def states(self, module: nn.Module, without: Collection[nn.Parameter] = ()) -> States:
-        """Of a part of the model on one GPU; what is spread unevenly is rounded up."""
+        """The states of a part of the model on one GPU; what is spread unevenly is rounded up."""
         total = States()
         for parameter in module.parameters():
             if parameter not in without:
-                total += self._of(parameter)
+                total += self._parameter_states(parameter)
         return total
 
-    def _of(self, parameter: nn.Parameter) -> States:
-        layout, kept = self.layout, parameter.element_size()
-        working = self.formats.get(parameter, kept)
-        held, ranks = parameter.numel(), layout.data
+    def _parameter_states(self, parameter: nn.Parameter) -> States:
+        """The states of one parameter by ZeRO-1 (Rajbhandari et al., arXiv 1910.02054, section 5.1).
+
+        A working copy in another format than the parameter's leaves the parameter itself to the optimizer, as its
+        master weight. Master weight and moments are spread over the ranks that hold the same weight.
+        """
+        layout = self.layout
+        own_bytes = parameter.element_size()
+        working_bytes = self.working_bytes.get(parameter, own_bytes)
+        held = parameter.numel()
+        ranks = layout.data
         if parameter in self.grouped:
-            held, ranks = held // layout.expert, layout.data // layout.expert
-        master = held * kept if working != kept else 0
+            held = held // layout.expert
+            ranks = layout.data // layout.expert
+        master = held * own_bytes if working_bytes != own_bytes else 0
         moments = self.optimizer.state_bytes(parameter) * held // parameter.numel()
-        return States(held, held * working, held * kept, -(-(master + moments) // (ranks * self.copies)))
+        optimizer = -(-(master + moments) // (ranks * self.copies))  # rounded up
+        return States(held, held * working_bytes, held * own_bytes, optimizer)
 
 
-def _row(index: int, stages: list[Stage], layout: Layout, passing: Traffic, length: int) -> dict[str, Any]:
-    held = {index: passing.waiting(index, layout.pipeline)}
-    if passing.schedule == "dualpipe" and layout.pipeline > 1:
-        held = {index: layout.pipeline - index, layout.pipeline - 1 - index: index + 1}
-    tokens = passing.sequences * length
-    states = sum((stages[s].states for s in held), start=States())
-    activations = {
-        way: tokens
-        * (sum(stages[s].kept.held(way) * n for s, n in held.items()) + max(stages[s].kept.again(way) for s in held))
-        for way in WAYS
-    }
+def _row(
+    index: int, stages: list[Stage], layout: Layout, passing: Traffic, tokens: int
+) -> dict[str, Any]:
+    """The memory of a GPU of one stage.
+
+    Args:
+        index: the stage.
+        stages: all of them.
+        layout: sizes of the axes.
+        passing: what passes through the pipeline in a step.
+        tokens: of one micro-batch.
+    """
+    waiting = {index: passing.waiting(index, layout.pipeline)}
+    if _is_dualpipe(layout, passing):
+        mirror = layout.pipeline - 1 - index
+        waiting = {index: layout.pipeline - index, mirror: index + 1}
+    held = [stages[stage] for stage in waiting]
+    states = sum((stage.states for stage in held), start=States())
     fixed = states.weights + states.gradients + states.optimizer
+    activations = {}
+    total = {}
+    for policy in POLICIES:
+        kept = sum(stages[s].activations.kept(policy) * count for s, count in waiting.items())
+        recomputed = max(stage.activations.recomputed(policy) for stage in held)
+        activations[policy] = tokens * (kept + recomputed)
+        total[policy] = fixed + activations[policy]
     return {
         "stage": index,
-        "blocks": [name for s in held for name in stages[s].blocks],
-        "waiting": sum(held.values()),
+        "blocks": [name for stage in held for name in stage.blocks],
+        "waiting": sum(waiting.values()),
         **asdict(states),
         "activations": activations,
-        "total": {way: fixed + kept for way, kept in activations.items()},
+        "total": total,
     }

@@ -1,4 +1,4 @@
-"""Which matrix products a described model has, by what they are for."""
+"""The matrix products of a described model, with the role of each."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,9 +23,11 @@ class Product:
 
 
 Products = Mapping[nn.Module, Product]
-"""Every layer that the precision made, with what it was asked for."""
+"""Every layer that the precision made, with the product that was requested."""
 
 
 def products_in(module: nn.Module, products: Products) -> Iterator[tuple[nn.Module, Product]]:
-    """Those that stand in a part of the model, in its order."""
-    return ((part, products[part]) for part in module.modules() if part in products)
+    """The matrix-product layers of a part of the model, in the order of its modules."""
+    for part in module.modules():
+        if part in products:
+            yield part, products[part]

@@ -1,4 +1,4 @@
-"""How large a model is and what it costs, counted from its own tensors and its components' declarations."""
+"""A model's size and costs, counted from its own tensors and its components' declarations."""
 
 from dataclasses import dataclass
 
@@ -41,51 +41,66 @@ class Size:
 
 
 def size_of(model: LanguageModel) -> Size:
-    """Counted from the model's own tensors and its components' costs; works on the meta device."""
-    heads = sum((head.costs() for _, head in model.loss_heads()), start=Costs())
+    """The size of a model, counted from its own tensors and its components' costs; works on the meta device."""
     main = model.costs()
-    in_heads = _elements(model.heads)
-    all_uncounted = _uncounted(model)
-    uncounted = all_uncounted - _uncounted(model.heads)
+    heads = sum((head.costs() for _, head in model.loss_heads()), start=Costs())
+    both = main + heads
+    in_heads = elements(model.heads)
+    all_uncounted = _uncounted_by_megatron(model)
+    uncounted = all_uncounted - _uncounted_by_megatron(model.heads)
+    other_half = Costs(attention_flops=main.attention_flops + heads.attention_flops)
     return Size(
-        params_total=_elements(model) - in_heads,
+        params_total=elements(model) - in_heads,
         params_heads=in_heads,
         params_experts=_in_experts(model),
         params_active=main.active,
-        flops_per_token=_training_flops(main + heads),
-        flops_per_token_main=_training_flops(main),
-        flops_per_token_full=_training_flops(main + heads + Costs(mixing=main.mixing + heads.mixing)),
-        flops_per_token_megatron=_training_flops(main + heads + Costs(active=-all_uncounted)),
-        flops_per_token_megatron_main=_training_flops(main + Costs(active=-uncounted)),
+        flops_per_token=training_flops(both),
+        flops_per_token_main=training_flops(main),
+        flops_per_token_full=training_flops(both + other_half),
+        flops_per_token_megatron=training_flops(both + Costs(active=-all_uncounted)),
+        flops_per_token_megatron_main=training_flops(main + Costs(active=-uncounted)),
         cache_elements=main.cache,
     )
 
 
-def _elements(module: nn.Module) -> int:
-    """Parameters and persistent buffers of floating point, each shared one once: a table of integers is none."""
-    return sum(tensor.numel() for tensor in module.state_dict().values() if tensor.is_floating_point())
+def elements(module: nn.Module) -> int:
+    """The number of parameters and persistent buffers of floating point; a shared one counts once, integers do not."""
+    tensors = module.state_dict().values()
+    return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+
+
+def training_flops(costs: Costs) -> float:
+    """Training FLOPs per token: 6 per active parameter, and three times the forward's attention over the sequence.
+
+    A product takes 2 FLOPs per weight forward and 4 backward (Kaplan et al., arXiv 2001.08361, section 2.1); attention
+    over the sequence likewise takes twice its forward FLOPs backward.
+    """
+    return 6.0 * costs.active + 3.0 * costs.attention_flops
 
 
 def _in_experts(model: LanguageModel) -> int:
-    layers = [layer for path, layer in model.expert_layers().items() if path.startswith("blocks.")]
-    return sum(layer.traits.expert_parameters for layer in layers if layer.traits)
+    """The parameters of routed and shared experts in the main model, which its layers declare."""
+    total = 0
+    for path, layer in model.expert_layers().items():
+        if path.startswith("blocks.") and layer.routing_properties:
+            total += layer.routing_properties.expert_parameters
+    return total
 
 
-def _uncounted(module: nn.Module) -> int:
-    """Parameters that Megatron-LM's FLOPs leave out: routers', and vectors (norms) that stand outside attention.
+def _uncounted_by_megatron(module: nn.Module) -> int:
+    """The number of parameters without FLOPs in Megatron-LM: routers, and vectors (norms) outside attention.
 
     Its `num_floating_point_operations` takes a latent's norm together with the latent's products, so attention
     counts whole.
     """
-    found: dict[nn.Parameter, None] = {}
-    attention = {p for part in module.modules() if isinstance(part, Attention) for p in part.parameters()}
+    attention: set[nn.Parameter] = set()
+    uncounted: set[nn.Parameter] = set()
     for part in module.modules():
+        if isinstance(part, Attention):
+            attention.update(part.parameters())
         if isinstance(part, Router):
-            found.update(dict.fromkeys(part.parameters()))
-    found.update(dict.fromkeys(p for p in module.parameters() if p.ndim == 1 and p not in attention))
-    return sum(parameter.numel() for parameter in found)
-
-
-def _training_flops(costs: Costs) -> float:
-    """6 per active parameter (2 forward, 4 backward), and 3 times the forward's mixing."""
-    return 6.0 * costs.active + 3.0 * costs.mixing
+            uncounted.update(part.parameters())
+    for parameter in module.parameters():
+        if parameter.ndim == 1 and parameter not in attention:
+            uncounted.add(parameter)
+    return sum(parameter.numel() for parameter in uncounted)

@@ -1,1 +1,1 @@
-"""Tools for authors of plugins: the list of what is installed, new packages from skeletons, the reference pages."""
+"""Tools for authors of plugins: the catalog of installed components, packages from skeletons, reference pages."""

@@ -1,4 +1,4 @@
-"""What is installed, as plain containers."""
+"""The installed components and their keys, as dictionaries and lists."""
 
 import importlib
 import inspect
@@ -15,22 +15,27 @@ from core.extension.loader import STRICT, installed_registry, strict, surveyed_r
 from core.extension.registry import SLOTS, Entry
 
 SECTIONS = {"one": "{} section", "list": "list of {} sections", "mapping": "mapping of {} sections"}
-"""What a key holds where other components fill it."""
+"""The type of a key that other components fill, by how many they are."""
 
 
 def rows() -> list[dict[str, Any]]:
     """One object for each offer: slot, name, distribution, version, module, status, notice, schema.
 
-    A plugin that could not be read, or was not because it is disabled, is one object with the slot "?".
+    A plugin that could not be read, or was not read because it is disabled, is one object with the slot "?".
     """
     registry = surveyed_registry()
-    found = [_row(entry) for key in sorted(registry.entries) for entry in registry.entries[key]]
-    found += [_unread(broken.owner, f"broken: {broken.why}") for broken in registry.broken]
-    return found + [_unread(owner, "disabled") for owner in registry.disabled]
+    found = []
+    for _, offers in sorted(registry.entries.items()):
+        found += [_row(entry) for entry in offers]
+    for broken in registry.broken:
+        found.append(_unread(broken.owner, f"broken: {broken.why}"))
+    for owner in registry.disabled:
+        found.append(_unread(owner, "disabled"))
+    return found
 
 
 def shared_names(found: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    """The distributions that offer one (slot, name), where there are several in a list of `rows`."""
+    """The distributions that offer the same (slot, name), for each one in a list of `rows` that several offer."""
     offers: dict[tuple[str, str], list[str]] = {}
     for row in found:
         if row["slot"] != "?":
@@ -39,20 +44,29 @@ def shared_names(found: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], li
 
 
 def check_strict(found: Iterable[Mapping[str, Any]]) -> None:
-    """Under `MOELOOM_STRICT_PLUGINS=1` nothing in a list of `rows` is broken.
+    """Raises an error for broken rows if `MOELOOM_STRICT_PLUGINS=1` is set.
+
+    Args:
+        found: a list of `rows`.
 
     Raises:
-        UserError: it is; all of them are named, and the list says why.
+        UserError: some row is broken; all of them are named, and the rows say why.
     """
     broken = [row for row in found if row["status"].startswith("broken")]
     if not (strict() and broken):
         return
-    kinds = [f"{'plugin' if row['slot'] == '?' else row['slot']} {row['name']!r}" for row in broken]
-    names = [f"{kind} of {row['distribution']} {row['version']}" for kind, row in zip(kinds, broken, strict=True)]
-    raise UserError(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} broken ({STRICT}=1)")
+    names = []
+    for row in broken:
+        kind = row["slot"]
+        if kind == "?":
+            kind = "plugin"
+        names.append(f"{kind} {row['name']!r} of {row['distribution']} {row['version']}")
+    verb = "is" if len(names) == 1 else "are"
+    raise UserError(f"{', '.join(names)} {verb} broken ({STRICT}=1)")
 
 
 def _unread(owner: Provenance, status: str) -> dict[str, Any]:
+    """The row of a plugin whose components are not known."""
     return {
         "slot": "?",
         "name": owner.entry_point,
@@ -66,23 +80,29 @@ def _unread(owner: Provenance, status: str) -> dict[str, Any]:
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    row = {**_unread(entry.owner, "ok"), "slot": entry.slot, "name": entry.name}
+    """The row of a component; one that cannot be imported has the error as its status."""
+    row = _unread(entry.owner, "ok")
+    row["slot"] = entry.slot
+    row["name"] = entry.name
     row["module"] = entry.target.partition(":")[0]
     try:
         loaded, _ = entry.load()
-        row["notice"], row["schema"] = loaded.notice, schema_of(loaded.Config)
+        schema = schema_of(loaded.Config)
+        row["notice"] = loaded.caveat
+        row["schema"] = schema
     except UserError as error:
         row["status"] = f"broken: {error}"
     except Exception as error:
-        row["status"] = f"broken: {type(error).__name__}: {' '.join(str(error).split())}"
+        message = " ".join(str(error).split())
+        row["status"] = f"broken: {type(error).__name__}: {message}"
     return row
 
 
 def component(slot: str, name: str) -> dict[str, Any]:
-    """One component in full: its row, and doc, paper, capabilities and their meaning, refusals, example, contract.
+    """All that is known of one component: its row, and doc, paper, capabilities, rejected keys, example, contract.
 
     Raises:
-        UserError: no such slot or name, or it cannot be imported.
+        UserError: there is no such slot or name, or the component cannot be imported.
     """
     if slot not in SLOTS:
         raise UserError(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
@@ -95,7 +115,7 @@ def component(slot: str, name: str) -> dict[str, Any]:
         "paper": loaded.paper,
         "capabilities": sorted(loaded.capabilities),
         "capability_docs": {word: meaning(slot, word) for word in sorted(loaded.capabilities)},
-        "refuses": dict(loaded.refuses),
+        "refuses": dict(loaded.rejected_keys),
         "example": plain(loaded.example),
         "contract": f"{contract.__module__}.{contract.__qualname__}",
         "contract_doc": inspect.getdoc(contract),
@@ -103,41 +123,56 @@ def component(slot: str, name: str) -> dict[str, Any]:
 
 
 def contract_of(slot: str) -> Any:
-    """The class that states a slot's contract."""
+    """The class that states the contract of a slot."""
     module, _, name = SLOTS[slot].partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def meaning(slot: str, word: str) -> str:
-    """What a capability says, as the end of "a router that"; "" for a word that the slot's contract does not list."""
-    words = getattr(importlib.import_module(SLOTS[slot].partition(":")[0]), "CAPABILITIES", {})
+    """The meaning of a capability as the end of "a router that"; "" for a word that the contract does not list."""
+    module = importlib.import_module(SLOTS[slot].partition(":")[0])
+    words = getattr(module, "CAPABILITIES", {})
     return str(words.get(word, ""))
 
 
 def schema_of(config: type) -> dict[str, dict[str, Any]]:
-    """The keys of a section: type, default, whether required, what it means, the slot of a child.
+    """The keys of a section, each with type, default, whether it is required, its meaning and the slot of a child.
 
     A key that is a section of the plugin's own has `keys` in turn.
     """
     hints = get_type_hints(config)
     found = {}
-    for f in fields(config):  # type: ignore[arg-type]
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        required = default is MISSING or default == REQUIRED
-        slot = f.metadata.get("slot")
-        found[f.name] = {
-            "type": SECTIONS[f.metadata["many"]].format(slot) if slot else _type(hints[f.name]),
-            "default": None if required else plain(default),
+    for field in fields(config):  # type: ignore[arg-type]
+        slot = field.metadata.get("slot")
+        keys = {}
+        if slot:
+            type_words = SECTIONS[field.metadata["many"]].format(slot)
+        else:
+            type_words = _type(hints[field.name])
+            keys = _inner(hints[field.name])
+        value = field.default
+        if field.default_factory is not MISSING:
+            value = field.default_factory()
+        required = value is MISSING or value == REQUIRED
+        default = None
+        if not required:
+            default = plain(value)
+        found[field.name] = {
+            "type": type_words,
+            "default": default,
             "required": required,
-            "doc": f.metadata.get("doc", ""),
+            "doc": field.metadata.get("doc", ""),
             "slot": slot,
-            "keys": {} if slot else _inner(hints[f.name]),
+            "keys": keys,
         }
     return found
 
 
 def _inner(hint: Any) -> dict[str, dict[str, Any]]:
-    """The keys of a dataclass that a field holds, alone, in a list or in a mapping; a schedule's are known."""
+    """The keys of a dataclass that a field holds, alone, in a list or in a mapping.
+
+    {} for other types, and for a `Schedule`, whose keys are documented once for all components.
+    """
     for kind in (hint, *get_args(hint)):
         if is_dataclass(kind) and isinstance(kind, type) and kind is not Schedule:
             return schema_of(kind)
@@ -145,17 +180,22 @@ def _inner(hint: Any) -> dict[str, dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """The same in what JSON has; anything else as Python writes it."""
+    """The value in types that JSON has; everything else, also a number that is not finite, as its `repr`."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
         return value
     return repr(value)
 
 
 def _type(hint: Any) -> str:
-    """A type as its author wrote it, without the modules."""
-    text = hint.__qualname__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    """A type as its author wrote it, without the names of modules."""
+    if isinstance(hint, type) and not get_args(hint):
+        text = hint.__qualname__
+    else:
+        text = str(hint)
     return re.sub(r"\b(?:\w+\.)+(?=[A-Za-z_])", "", text)

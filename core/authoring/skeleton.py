@@ -1,4 +1,4 @@
-"""A plugin package to begin with: the files that `python -m core.catalog new` writes, made from `skeletons/`."""
+"""Writes the package of a new plugin for `python -m core.catalog new`, from the templates in `skeletons/`."""
 
 import importlib.util
 import keyword
@@ -41,33 +41,47 @@ FILES = {
     "$name/$slot.py": "$slot.py.txt",
     "tests/test_$name.py": "test.py.txt",
 }
-"""What is written, and the text it is made from."""
+"""The files of a package, and the template of each."""
 RESERVED = frozenset(
-    ["build", "conftest", "data", "dist", "doc", "docs", "env", "examples", "moeloom", "runs", "setup", "src", "tests"]
+    [
+        "build",
+        "conftest",
+        "data",
+        "dist",
+        "doc",
+        "docs",
+        "env",
+        "examples",
+        "moeloom",
+        "runs",
+        "setup",
+        "src",
+        "tests",
+    ]
 )
-"""What folders beside a package are called, or files that Python and pytest read, and our own distribution."""
+"""Names that a package must not have: folders beside it, files that Python and pytest read, this distribution."""
 
 
 def write_skeleton(slot: str, name: str, folder: str | Path) -> list[str]:
-    """Write the package of a plugin with one component, which works.
+    """Writes the package of a plugin with one component that works.
 
     Args:
-        slot: what kind of component.
-        name: its name in recipes; the package and its entry point are called the same.
-        folder: where to; it must not exist, or be empty.
+        slot: the slot of the component.
+        name: its name in recipes; the package and its entry point have the same name.
+        folder: receives the files; it must not exist yet, or be empty.
 
     Returns:
-        The files, relative to the folder.
+        The paths of the files, relative to the folder.
 
     Raises:
-        UserError: there is no such slot, or no skeleton for it; the name is no package's name or is taken; the
-            folder holds something, or cannot be written.
+        UserError: there is no such slot, or no skeleton for it; the name cannot be that of a package, or is taken;
+            the folder is not empty, or cannot be written.
     """
     _check_slot(slot)
     _check_name(slot, name)
     root = Path(folder)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} is there already and is no empty folder; name another one")
+        raise UserError(f"{root} exists already and is not an empty folder; name another one")
     texts = dict(_texts(slot, name))
     try:
         for path, text in texts.items():
@@ -83,29 +97,40 @@ def _check_slot(slot: str) -> None:
         raise UserError(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
     if slot not in RECIPES:
         known = ", ".join(RECIPES)
-        raise UserError(f"there is no skeleton for {slot}, only for {known}; its contract is {SLOTS[slot]}")
+        raise UserError(
+            f"there is no skeleton for {slot}, only for {known}; its contract is {SLOTS[slot]}"
+        )
 
 
 def _check_name(slot: str, name: str) -> None:
     if not re.fullmatch("[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise UserError(f"{name!r} cannot name a package: use small letters, digits and _, such as my_{slot}")
+        raise UserError(
+            f"{name!r} cannot name a package: use small letters, digits and _, such as my_{slot}"
+        )
     if name in installed_registry().names(slot):
         owner = installed_registry().entries[slot, name][0].owner
-        raise UserError(f"{slot} {name!r} is offered by {owner.distribution} already; choose another name")
+        raise UserError(
+            f"{slot} {name!r} is offered by {owner.distribution} already; choose another name"
+        )
     if name in RESERVED:
-        why = "is what other files and folders of a project are called, so it cannot name the package"
+        why = (
+            "is what other files and folders of a project are called, so it cannot name the package"
+        )
         raise UserError(f"{name!r} {why}; use another one, such as my_{slot}")
     if name in sys.stdlib_module_names or _importable(name):
-        raise UserError(f"there is a Python package {name!r} already, which yours would hide; choose another name")
+        raise UserError(
+            f"there is a Python package {name!r} already, which yours would hide; choose another name"
+        )
 
 
 def _importable(name: str) -> bool:
-    """Whether there is code under a name; a folder without any does not count."""
+    """Whether Python finds code under a name; a folder without code does not count."""
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None
 
 
 def _texts(slot: str, name: str) -> list[tuple[str, str]]:
+    """The path and the text of each file."""
     words = {
         "slot": slot,
         "words": {"ffn": "feed-forward layer"}.get(slot, slot.replace("_", " ")),
@@ -117,15 +142,26 @@ def _texts(slot: str, name: str) -> list[tuple[str, str]]:
         "summary": SUMMARIES[slot],
     }
     words["recipe"] = Template(RECIPES[slot]).substitute(words)
-    named = {path: _read(Template(text).substitute(words)) for path, text in FILES.items()}
-    return [(Template(path).substitute(words), Template(text).substitute(words)) for path, text in named.items()]
+    texts = []
+    for path, template in FILES.items():
+        text = _read(Template(template).substitute(words))
+        texts.append((Template(path).substitute(words), Template(text).substitute(words)))
+    return texts
 
 
 def _class_name(slot: str, name: str) -> str:
-    """`my_router` as MyRouter; a name that the module needs for something else gets its slot's behind it."""
-    camel, kind = ("".join(part.capitalize() for part in text.split("_")) for text in (name, slot))
-    return f"{camel}{kind}" if re.search(rf"\b{camel}\b", _read(f"{slot}.py.txt")) else camel
+    """The name of the class, `MyRouter` for `my_router`; the slot is added where the module uses that name itself."""
+    camel = _camel_case(name)
+    if re.search(rf"\b{camel}\b", _read(f"{slot}.py.txt")):
+        return f"{camel}{_camel_case(slot)}"
+    return camel
 
 
-def _read(text: str) -> str:
-    return resources.files("core.authoring").joinpath("skeletons", text).read_text(encoding="utf-8")
+def _camel_case(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def _read(template: str) -> str:
+    """The text of a file in `skeletons/`."""
+    file = resources.files("core.authoring").joinpath("skeletons", template)
+    return file.read_text(encoding="utf-8")

@@ -14,11 +14,12 @@ from core.contracts.record import Record
 
 
 class Cache(ABC):
-    """What one attention layer keeps of the tokens it has seen, row by row of a batch.
+    """What one attention layer keeps of the tokens that it has processed, for each row of a batch.
 
-    Buffers are allocated once, for `capacity` tokens of each row; `lengths` says which part of them is valid. Rows
-    may have different lengths. Nothing is differentiated through a cache. What `append` returns grows with the longest
-    row; a decoding step of constant shapes, as CUDA graphs need it, is not in this version.
+    A row is one sequence of the batch. Buffers are allocated once, for `capacity` tokens of each row; `lengths` says
+    which part of them is valid. Rows may have different lengths. No gradient flows through a cache. What `append`
+    returns grows with the longest row; a decoding step of constant shapes, as CUDA graphs need it, is not in this
+    version.
 
     Class attributes:
         truncates: whether `truncate` can be called; a cache that compresses closed windows, for example, cannot.
@@ -29,56 +30,56 @@ class Cache(ABC):
     @property
     @abstractmethod
     def lengths(self) -> Tensor:
-        """int64, tokens kept of each row, on the cache's device."""
+        """The number of tokens kept for each row: int64, on the cache's device."""
 
     @property
     @abstractmethod
     def longest(self) -> int:
-        """Tokens kept of the longest row."""
+        """The number of tokens kept for the longest row."""
 
     @property
     @abstractmethod
     def bytes(self) -> int:
-        """Bytes of the buffers, over all rows."""
+        """The size of the buffers in bytes, over all rows."""
 
     @abstractmethod
     def append(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Keep B x L x ... parts of new tokens behind those of each row.
+        """Appends new tokens to those of each row; every part is B x L x ... (keys and values, for example).
 
         Returns:
-            Every part with all tokens so far, B x S x ..., where S is the longest row's length; what stands past a
-            row's own length is finite and has no meaning.
+            Every part with all tokens so far, B x S x ..., where S is the longest row's length. The entries past a
+            row's own length are finite and have no meaning.
 
         Raises:
-            ValueError: more tokens than `capacity`.
+            ValueError: a row would hold more than `capacity` tokens.
         """
 
     @abstractmethod
     def slots(self, new: int) -> Tensor | None:
-        """Where the last `new` tokens of each row stand in what `append` returned: int64 B x new.
+        """The positions of each row's last `new` tokens in what `append` returned: int64 B x new.
 
-        None where all rows are equally long, so that these are the last `new` of the S slots.
+        None where all rows are equally long, so that they are the last `new` of the S positions.
         """
 
     def truncate(self, lengths_B: Tensor) -> None:
-        """Forget all tokens of each row past a length (rejected drafts, padding on the right of a prompt).
+        """Forgets all tokens of each row past a length (rejected drafts, padding on the right of a prompt).
 
         Raises:
-            NotImplementedError: this cache cannot (`truncates` is False).
+            NotImplementedError: this cache cannot be truncated (`truncates` is False).
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot forget tokens that it has taken in")
+        raise NotImplementedError(f"{type(self).__name__} cannot be truncated")
 
 
 class Attention(LayerExtras, nn.Module, Component, ABC):
     """Mixes information between positions: `(x_BLD, context, cache) -> x_BLD` or `(x_BLD, record)`.
 
-    Causal: row i depends on rows up to i only. Where `context.documents_BM` is given, only on rows of the
-    same document. With a cache the result equals the full forward over all tokens. Positions come from
-    the context, never from the shape. Only the cache it was handed may be written.
+    Causal: the output for token i depends on the tokens up to i only and, where `context.documents_BM` is given, only
+    on tokens of the same document. With a cache the result equals the full forward over all tokens. Positions come
+    from the context, never from the shape. A forward writes nothing but the cache that it was given.
 
-    Capabilities: `causal`; `rows_in_order` where the order of rows matters beside their positions (short
-    convolutions, windows over rows); `exact_mixing` where `costs().mixing` is what the layer does, and not the causal
-    half of a square that kernels without a mask compute whole (windows, linear attention).
+    Capabilities: `causal`; `rows_in_order` where the order of the tokens matters beside their positions (short
+    convolutions, windows over tokens); `exact_mixing` where `costs().attention_flops` is what the layer computes, and
+    not the causal half of a square that kernels without a mask compute whole (windows, linear attention).
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"causal"})
@@ -90,27 +91,27 @@ class Attention(LayerExtras, nn.Module, Component, ABC):
     def forward(
         self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
     ) -> Tensor | tuple[Tensor, Record]:
-        """Attend.
+        """Computes the layer's output for a micro-batch, or for the next tokens in decoding.
 
         Args:
-            x_BLD: the normed input of the block.
+            x_BLD: the layer's normed input.
             context: the micro-batch.
-            cache: in decoding, what this layer keeps of earlier tokens.
+            cache: what this layer keeps of earlier tokens in decoding; None: `x_BLD` holds whole sequences.
 
         Returns:
-            The output B x L x D; beside it a record, where the layer has losses, tallies or metrics of its own.
+            The output B x L x D; with it a record, where the layer has losses, tallies or metrics of its own.
         """
 
     @abstractmethod
     def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
-        """An empty cache for this layer.
+        """Makes an empty cache for this layer.
 
         Args:
             rows: sequences that are decoded together.
             capacity: tokens of each row that it can hold.
-            device: of the buffers; None: torch's default device.
+            device: the device of the buffers; None: torch's default device.
         """
 
     @abstractmethod
     def costs(self) -> Costs:
-        """For one token of a sequence of the build context's length."""
+        """The costs of one token in a sequence of the build context's length."""

@@ -1,4 +1,4 @@
-"""What a component is told about the model around it when it is built."""
+"""What a component learns about the model around it when it is built."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -31,9 +31,9 @@ class Init:
     """Standard deviations of the initial weights.
 
     Args:
-        std: of every matrix, DeepSeek-V3's 0.006 (report, section 4.2) unless the recipe says otherwise.
-        output_std: of the matrices that write into the residual stream; None: `std`.
-        embedding_std: of the embedding; None: `std`.
+        std: the one of every matrix, DeepSeek-V3's 0.006 (report, section 4.2) unless the recipe says otherwise.
+        output_std: the one of the matrices that write into the residual stream; None: `std`.
+        embedding_std: the one of the embedding; None: `std`.
     """
 
     std: float
@@ -49,15 +49,15 @@ class BuildContext:
         dim: width D of the residual stream.
         vocabulary: entries V of the vocabulary.
         length: sequence length that costs are stated for.
-        layer: index of the block, counted through the multi-token modules as checkpoints do.
+        layer: index of the block; multi-token modules continue the count, as in checkpoints.
         precision: makes every matrix-product layer.
         init: standard deviations of initial weights.
         rope: rotary positions.
         norm_eps: epsilon of every RMSNorm.
-        seed: of the run; with a layer, a step and a token's number it is the address of a random choice.
-        token_counts: how often each token stands in the training data, int64 V; None where no data is at hand.
+        seed: the run's seed; with a layer, a step and a token's number it is the address of a random choice.
+        token_counts: returns how often each token occurs in the training data, int64 V; None where no data is at hand.
         block: builds one more block of the last kind, for heads that own blocks.
-        residual: the section of the residual stream between blocks.
+        residual: the recipe section of the residual stream between blocks.
         ropes: further rotary positions, by name.
         roles: the roles that matrix products of this model may have.
     """
@@ -78,18 +78,23 @@ class BuildContext:
     roles: Collection[str] = frozenset(ROLES)
 
     def make(self, section: Section, **shared: Any) -> Any:
-        """Build the component of a child section; `shared` is what its slot's contract adds."""
+        """Builds the component of a child section.
+
+        Args:
+            section: the value of a `child` key of the `Config`.
+            shared: keyword arguments that the slot's contract adds, `experts` of a router for example.
+        """
         made = section.component(section.config, self, **shared)
         made.label = section.name
         return made
 
     def stream(self, place: str) -> Any:
-        """The residual of a `place`: `model`, `attention` or `ffn` (see `core.contracts.residual.Residual`)."""
+        """Builds the residual of a `place`: `model`, `attention` or `ffn` (see `core.contracts.residual.Residual`)."""
         assert self.residual is not None
         return self.make(self.residual, place=place)
 
     def rope_named(self, name: str | None) -> Rope:
-        """Rotary positions by name; None: the model's own.
+        """The rotary positions of a name; None: the model's own.
 
         Raises:
             UserError: the recipe's `model.ropes` has no such name.
@@ -99,22 +104,33 @@ class BuildContext:
         if name not in self.ropes:
             known = nearest(name, self.ropes) if self.ropes else "it is empty"
             raise UserError(f"model.ropes has no {name!r}; {known}")
-        if self.ropes[name].max_length < self.rope.max_length:
+        rope = self.ropes[name]
+        if rope.max_length < self.rope.max_length:
             why = f"must be at least model.rope.max_length = {self.rope.max_length}"
-            raise UserError(f"model.ropes.{name}.max_length = {self.ropes[name].max_length}: {why}")
-        return self.ropes[name]
+            raise UserError(f"model.ropes.{name}.max_length = {rope.max_length}: {why}")
+        return rope
 
     def linear(self, inputs: int, outputs: int, role: str, *, residual: bool = False) -> nn.Module:
-        """A matrix product made by the precision; `residual` marks those that write into the residual stream."""
+        """Makes a matrix-product layer in the recipe's precision: `(..., inputs) -> (..., outputs)`, without bias.
+
+        Args:
+            inputs: width of the input.
+            outputs: width of the output.
+            role: what the layer is for, one of `core.contracts.precision.ROLES` or of the component's `roles`.
+            residual: whether it writes into the residual stream; its weight is then drawn with `init.output_std`.
+        """
         self._check_role(role)
         layer = self.precision.linear(inputs, outputs, role, std=self._std(residual))
         layer.role = role  # type: ignore[assignment]
         return layer
 
-    def grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, residual: bool = False) -> nn.Module:
-        """One matrix product for each expert, weight [E, out, in]."""
+    def grouped_linear(
+        self, groups: int, inputs: int, outputs: int, role: str, *, residual: bool = False
+    ) -> nn.Module:
+        """Makes one matrix product for each expert, with weight [E, out, in]; arguments as for `linear`."""
         self._check_role(role)
-        layer = self.precision.grouped_linear(groups, inputs, outputs, role, std=self._std(residual))
+        std = self._std(residual)
+        layer = self.precision.grouped_linear(groups, inputs, outputs, role, std=std)
         layer.role = role  # type: ignore[assignment]
         return layer
 
@@ -123,4 +139,6 @@ class BuildContext:
         assert role in self.roles, f"unknown role {role!r}: {where}"
 
     def _std(self, residual: bool) -> float:
-        return self.init.output_std if residual and self.init.output_std is not None else self.init.std
+        if residual and self.init.output_std is not None:
+            return self.init.output_std
+        return self.init.std

@@ -1,8 +1,9 @@
 """The checkpoint_format slot: how another program lays a model out in its files.
 
-A format knows names, shapes and the configuration file, and moves no bytes: `core.interop` asks it for pieces and
-streams them. So a format of a thousand tensors is a page of names, and a checkpoint of a terabyte needs no more
-memory than one of its tensors.
+A format knows names, shapes and the configuration file, and moves no bytes: `core.interop` asks it which tensor of
+theirs belongs to which tensor of ours and streams the data. So a format of a thousand tensors is a page of names, and
+a checkpoint of a terabyte needs no more memory than one of its tensors. *Theirs* is what the other program's files
+hold, *ours* is the state of a model built from a recipe.
 """
 
 from abc import ABC, abstractmethod
@@ -14,21 +15,21 @@ from core.contracts.component import Component
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorMapping:
     """One tensor of theirs, and the rows of ours that hold the same numbers.
 
-    Rows: every dimension but the last counts them, so [E, 2H, D] has E x 2H rows; a vector is one row.
+    All dimensions but the last together count the rows, so [E, 2H, D] has E x 2H rows; a vector is one row.
 
     Args:
         theirs: the tensor's name in their files.
         shape: its shape there.
         ours: the name in our model's state; None for a constant that we do not keep, which is 0.
         first: the first row of `ours` that it fills; it fills as many as it has.
-        order: row i of those is their row order[i]; None: they stand in the same order.
-        exact: stays fp32 or wider whatever number format is asked for.
-        blocks: a matrix that the FP8 form of the format quantises in blocks.
-        copy: another piece owns these rows of ours; theirs must hold the same numbers.
-        optional: files without it are whole too.
+        order: row i of the filled rows is row order[i] of theirs; None: both have the same order.
+        exact: whether it stays fp32 or wider whatever number format is asked for.
+        blocks: whether the FP8 form of the format quantises this matrix in blocks.
+        copy: whether another mapping owns these rows of ours; theirs must hold the same numbers.
+        optional: whether files without it are complete too.
     """
 
     theirs: str
@@ -44,11 +45,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Translation:
-    """Their configuration in our words.
+    """Their configuration as a recipe.
 
     Args:
-        recipe: a raw recipe that composes.
-        notices: what nobody who uses it may overlook, a sentence each.
+        recipe: a recipe as plain containers, from which `compose` makes a valid one.
+        notices: caveats for everybody who uses the model, one sentence each.
     """
 
     recipe: dict[str, Any]
@@ -56,16 +57,17 @@ class Translation:
 
 
 class CheckpointFormat(Component, ABC):
-    """Maps one family of checkpoints to recipes and back; made from its `Config` alone. Must not import torch.
+    """Maps one family of checkpoints to recipes and back; made from its `Config` alone. It must not import torch.
 
-    What cannot be mapped is refused with `Wrong(key, why)`: `recipe_of` names a key of their configuration,
+    What cannot be mapped is refused with `ConfigError(key, why)`: `recipe_of` names a key of their configuration,
     `config_of` a key path of the recipe. Nothing is left out silently: a setting that would change one logit is
     translated or refused.
 
-    `architectures` are the names in their configuration that this format reads, the first of them the one that it
-    writes; `model_type` stands in where a configuration names no architecture. `example_config` is a small
-    configuration for the conformance kit. `fp8_config` is what their configuration says of FP8 blocks, None where
-    the format has none.
+    Class attributes:
+        architectures: the names in their configuration that this format reads; it writes the first of them.
+        model_type: identifies a configuration that names no architecture.
+        example_config: a small configuration for the conformance kit.
+        fp8_config: what their configuration says about FP8 blocks; None where the format has none.
     """
 
     architectures: ClassVar[tuple[str, ...]] = ()
@@ -77,24 +79,29 @@ class CheckpointFormat(Component, ABC):
         self.config = config
 
     @abstractmethod
-    def recipe_of(self, config: Mapping[str, Any], names: Collection[str], precision: str) -> Translation:
-        """The recipe whose model computes what theirs does.
+    def recipe_of(
+        self, config: Mapping[str, Any], names: Collection[str], precision: str
+    ) -> Translation:
+        """Returns the recipe whose model computes what theirs does.
 
         Args:
             config: their configuration file.
-            names: the tensors of their files: some parts are there or not whatever the configuration says.
+            names: the tensors of their files, because a configuration does not say whether some parts are present.
             precision: the precision that suits their number formats: fp32, fp64 or bf16.
         """
 
     @abstractmethod
     def config_of(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        """Their configuration for a resolved recipe (`Recipe.to_dict()`); number formats and markers are added."""
+        """Returns their configuration for a resolved recipe (`Recipe.to_dict()`).
+
+        Number formats and the ids of marker tokens are added to it afterwards.
+        """
 
     @abstractmethod
     def pieces(
         self, config: Mapping[str, Any], recipe: Mapping[str, Any], names: Collection[str] | None
-    ) -> Iterator[Piece]:
-        """Every tensor of theirs once, and every row of ours once (copies apart).
+    ) -> Iterator[TensorMapping]:
+        """Yields every tensor of theirs once, and with them every row of ours once (copies apart).
 
         Args:
             config: their configuration.

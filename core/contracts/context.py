@@ -1,4 +1,4 @@
-"""What every layer is told about the sequences it works on.
+"""The sequences that a layer works on.
 
 Shapes: B batch, L length of the tokens given, M = L + 1 (the inputs and the last target).
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """The sum over data ranks where there is one rank."""
+    """Returns the tensor itself, which is the sum over data ranks where there is one rank."""
     return tensor
 
 
@@ -29,8 +29,8 @@ class SequenceContext:
             None: every token is valid.
         documents_BM: int64 document of every input token and of the last target; None: attention and
             multi-token prediction run across documents, as DeepSeek trains.
-        learned_BM: bool, which of the inputs and of the last target are learned where they are targets (the answers of
-            a chat, for example); the others still take part in attention, load and capacity. None: all are learned.
+        learned_BM: bool, whether each input and the last target is learned where it is a target (the answers of a
+            chat, for example); the others still take part in attention, load and capacity. None: all are learned.
         source_B: int64, number of the corpus that each sequence comes from, for losses by source; None: one source.
         step: optimizer steps done before this one.
         first_sequence: number of the first sequence among all that the step reads, over micro-batches and data
@@ -52,7 +52,7 @@ class SequenceContext:
 
     @classmethod
     def of(cls, tokens_BL: Tensor, *, start: int = 0, **rest: Any) -> "SequenceContext":
-        """The context of token ids whose first position is `start`."""
+        """Makes the context of token ids whose first position is `start`; `rest` are further fields."""
         positions_L = torch.arange(start, start + tokens_BL.shape[1], device=tokens_BL.device)
         return cls(tokens_BL, positions_L[None], **rest)
 
@@ -63,7 +63,7 @@ class SequenceContext:
         return self.valid_BL
 
     def predicted(self, depth: int = 0) -> Tensor:
-        """Which positions predict a token `depth` past the next one: bool, B x (L - depth).
+        """The mask of positions that predict a token `depth` past the next one: bool, B x (L - depth).
 
         These are the positions of `within(depth)` whose target is learned; losses and their denominators use them.
         """
@@ -73,15 +73,17 @@ class SequenceContext:
         return mask
 
     def within(self, depth: int = 0) -> Tensor:
-        """Which positions have all that a prediction `depth` past the next token reads: bool, B x (L - depth).
+        """The mask of positions that have every token which predicting `depth` past the next one reads.
 
-        Position i of depth k sees the tokens up to i + k and predicts token i + k + 1 (report, eq. 21-24).
-        It counts where these are no padding and, where documents are kept apart, of one document. Load and capacity of
-        a multi-token module count these positions, whether their targets are learned or not.
+        It is bool, B x (L - depth). Position i of depth k sees the tokens up to i + k and predicts token i + k + 1
+        (report, eq. 21-24). It is True where none of these is padding and, where documents are kept apart, all are
+        from one document. Load and capacity of a multi-token module count these positions, whether their targets are
+        learned or not.
         """
         length = self.tokens_BL.shape[1]
         valid_BL = self.valid()
         mask = valid_BL[:, depth:] & valid_BL[:, : length - depth]
         if self.documents_BM is not None:
-            mask = mask & (self.documents_BM[:, depth + 1 :] == self.documents_BM[:, : length - depth])
+            target_BL = self.documents_BM[:, depth + 1 :]
+            mask = mask & (target_BL == self.documents_BM[:, : length - depth])
         return mask

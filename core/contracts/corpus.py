@@ -16,7 +16,7 @@ class Document:
         name: unique and stable; documents are ordered by it, and the validation split is taken from
             that order.
         data: its bytes, which must be UTF-8.
-        source: the file to name in an error sentence.
+        source: the file that error messages name.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Document:
 
 
 class Corpus(Component, ABC):
-    """Yields documents; knows nothing of tokens, splits or order.
+    """Yields documents; it knows nothing of tokens, splits or order.
 
     A corpus is made from its `Config` alone. It raises `UserError` where the text cannot be read or
     there is none. It must not import torch.
@@ -36,7 +36,7 @@ class Corpus(Component, ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Every document, in any order."""
+        """Yields every document, in any order."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ class TokenCorpus(Corpus):
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """Entries of the vocabulary; a recipe's `data.tokenizer.vocab` must be the same number."""
+        """The number of entries of the vocabulary; a recipe's `data.tokenizer.vocab` must be the same number."""
 
     @abstractmethod
     def tokenizer_json(self) -> str:
-        """The tokenizer of these tokens as the contents of a `tokenizer.json`; entry 0 ends a text."""
+        """Returns the tokenizer of these tokens as the contents of a `tokenizer.json`; entry 0 ends a text."""
 
     @abstractmethod
     def blocks(self, split: Split) -> Iterator[TokenBlock]:
-        """Every block of one side of the split, in order; none for `validation` where nothing is held out."""
+        """Yields every block of one side of the split, in order; none for `validation` where nothing is held out."""
 
     def documents(self) -> Iterator[Document]:
-        """None: there is no text."""
+        """Yields nothing, because there is no text."""
         return iter(())

@@ -11,17 +11,17 @@ from core.contracts.router import Routing
 
 
 class Handle(ABC):
-    """A transfer under way; other work may be done between `start` and `wait`."""
+    """A transfer that is under way; other work may be done between `start` and `wait`."""
 
     @abstractmethod
     def wait(self) -> Any:
-        """What was transferred."""
+        """Waits for the transfer and returns what was transferred."""
 
 
 class Dispatcher(Component, ABC):
     """Moves tokens to experts and the experts' outputs back, in two transfers that may overlap other work.
 
-    Owns no parameter. A dropped assignment adds nothing to its token's output.
+    It owns no parameter. A dropped assignment adds nothing to its token's output.
     """
 
     def __init__(self, config: Any, build: BuildContext, *, experts: int) -> None:
@@ -29,8 +29,13 @@ class Dispatcher(Component, ABC):
 
     @abstractmethod
     def start(self, x_TD: Tensor, routing: Routing) -> Handle:
-        """Begin to send; the handle waits for `(x_AD, ends_E, state)`: rows by expert, where each expert's end."""
+        """Starts to send each token to its experts.
+
+        Returns:
+            A handle whose `wait` returns `(x_AD, ends_E, state)`: the rows ordered by expert, the index at which each
+            expert's rows end, and what `start_combine` needs.
+        """
 
     @abstractmethod
     def start_combine(self, y_AD: Tensor, state: Any) -> Handle:
-        """Begin to return; the handle waits for y_TD, each row the gated sum of its experts' outputs."""
+        """Starts to send the experts' outputs back; the handle's `wait` returns y_TD, each row their gated sum."""

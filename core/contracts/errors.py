@@ -1,8 +1,8 @@
-"""The ways in which a user is told that something is wrong, or over.
+"""The exceptions that a command prints as one sentence instead of a traceback.
 
-Every door prints a `UserError` as one sentence and exits with code 2. `Wrong` is what a component
-raises from `Config.check`: it knows its own key and what is allowed, not where its section stands;
-the recipe room adds the file, the path and the value.
+Every command prints a `UserError` and exits with code 2. `ConfigError` is what a component raises from
+`Config.check`: it knows its own key and what is allowed, not where its section stands; `core.recipe` adds the
+file, the path and the value.
 """
 
 import signal
@@ -12,11 +12,11 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake in what the user gave, told in one sentence that names it and what is allowed."""
+    """A mistake in what the user gave; the message is one sentence that names it and what is allowed."""
 
 
-class Wrong(Exception):  # noqa: N818 - the end of a sentence, not an error of its own
-    """One key of a component's own `Config` cannot be right.
+class ConfigError(Exception):
+    """A value of one key of a component's `Config` that is not allowed.
 
     Args:
         key: the field of the `Config` that is at fault.
@@ -30,7 +30,7 @@ class Wrong(Exception):  # noqa: N818 - the end of a sentence, not an error of i
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: the closest known names, then all of them."""
+    """Returns the end of an error message: the closest known names, then all of them."""
     names = sorted(known)
     if not names:
         return "nothing is allowed here"
@@ -40,7 +40,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class RunFailed(Exception):  # noqa: N818
-    """A run that cannot go on, told in one sentence; what it saved stays as it is (exit code 1)."""
+    """A run that cannot go on; the message is one sentence, and what it saved stays as it is (exit code 1)."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run did what it was asked to
@@ -49,10 +49,12 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run did what it 
     Args:
         signum: SIGINT or SIGTERM.
         step: the last step that is done.
-        folder: the run's.
+        folder: the run folder.
     """
 
     def __init__(self, signum: int, step: int, folder: Path) -> None:
         name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} after step {step}, which is saved; continue with --resume {folder}")
+        super().__init__(
+            f"stopped by {name} after step {step}, which is saved; continue with --resume {folder}"
+        )
         self.signum = signum

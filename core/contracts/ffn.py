@@ -16,17 +16,17 @@ from core.contracts.record import Record
 
 
 @dataclass(frozen=True)
-class Traits:
-    """What a comparison must know of a layer with experts.
+class RoutingProperties:
+    """What a comparison must know about a layer with experts.
 
     Args:
-        expert_parameters: of all routed and shared experts.
+        expert_parameters: parameters of all routed and shared experts.
         top_k: assignments per token.
-        capacity_factor: what an expert (or a device) takes in training at most, over its even share; None: no limit.
+        capacity_factor: the most that an expert (or a device) takes in training, over its even share; None: no limit.
         token_choice: whether every token gets `top_k` assignments, dropped or not.
-        drops: whether assignments may be left undone in training.
-        causal: whether, in training, no token's output depends on what a later token is (how many there are may set a
-            capacity).
+        drops: whether assignments may be dropped in training.
+        causal: whether, in training, no token's output depends on the content of a later token (a capacity may depend
+            on how many there are).
         batch_dependent: whether a token's output may depend on the other sequences of its micro-batch.
     """
 
@@ -40,7 +40,7 @@ class Traits:
 
 
 class FeedForward(LayerExtras, nn.Module, Component, ABC):
-    """Works on each position: `(x_BLD, context) -> (y_BLD, record)`.
+    """Works on the positions of a micro-batch: `(x_BLD, context) -> (y_BLD, record)`.
 
     `y` is what the block adds to its residual stream. A layer without experts may return None for the record.
     A layer with experts returns one with its load, whose `sums` and `balancer_tallies` line up with `balancers`.
@@ -51,23 +51,23 @@ class FeedForward(LayerExtras, nn.Module, Component, ABC):
 
     @property
     def balancers(self) -> Sequence[Balancer]:
-        """The methods that balance this layer; none for a dense one."""
+        """The methods that balance this layer; empty for a dense one."""
         return ()
 
     @property
     def experts(self) -> int:
-        """Routed experts; 0 for a dense layer."""
+        """The number of routed experts; 0 for a dense layer."""
         return 0
 
     @property
-    def traits(self) -> Traits | None:
-        """What a comparison must know of its routing; None for a dense layer."""
+    def routing_properties(self) -> RoutingProperties | None:
+        """What a comparison must know about its routing; None for a dense layer."""
         return None
 
     @abstractmethod
     def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, Record | None]:
-        """`x_BLD` is the normed input of the block."""
+        """Computes the layer's output and its record; `x_BLD` is the layer's normed input."""
 
     @abstractmethod
     def costs(self) -> Costs:
-        """For one token."""
+        """The costs of one token."""

@@ -1,4 +1,4 @@
-"""What attention and feed-forward layers may have beside their output: losses of their own, and an end of the step."""
+"""What attention and feed-forward layers may have beside their output: losses, and an update at the end of a step."""
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ class LayerExtras:
     """
 
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
-        """Denominator of each of the layer's own losses for one micro-batch, int64 scalars by the loss's name."""
+        """The denominator of each of the layer's own losses for one micro-batch, int64 scalars by the loss's name."""
         return {}
 
     def coefficient(self, progress: Progress) -> float:
@@ -23,7 +23,7 @@ class LayerExtras:
         return 0.0
 
     def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
-        """Update the layer's state after an optimizer step that was not skipped.
+        """Updates the layer's state after an optimizer step that was not skipped.
 
         Args:
             totals: load, tallies and metrics of the step, over all its micro-batches and data ranks.

@@ -1,4 +1,4 @@
-"""The loss-head slot: what the model is trained to say."""
+"""The loss-head slot: what the model is trained to predict."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from core.contracts.schedule import Progress
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedModules:
     """The model's own embedding and output, which heads share and never own.
 
     Args:
@@ -35,10 +35,10 @@ class Shared:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a head drafts.
+    """What a head drafts in decoding.
 
     Args:
-        logits_BLV: for each row, logits of the token after the one that was given.
+        logits_BLV: for each position, the logits of the token after the one that was given.
         state_BLD: the state from which the next token can be drafted.
     """
 
@@ -53,8 +53,8 @@ class HeadOutput:
 
     Args:
         terms: losses by name, as sums over what `counts` counts, before coefficients.
-        records: what the layers of each block that the head owns saw, by the block's path in the head, then by the
-            layer's name in the block (`attention`, `ffn`).
+        records: the records of the layers in each block that the head owns, by the block's path in the head, then by
+            the layer's name in the block (`attention`, `ffn`).
         metrics: numbers to report in evaluation, by name.
         tallies: int64 counts for `on_step_end`, by name.
     """
@@ -68,11 +68,11 @@ class HeadOutput:
 class LossHead(nn.Module, Component, ABC):
     """Turns hidden states into named losses.
 
-    `counts` tells every term's denominator from the data alone, before any forward, so that a window's
-    losses are means over the whole window however it is split.
+    `counts` gives every term's denominator from the data alone, before any forward, so that a window's losses are
+    means over the whole window however it is split into micro-batches and ranks.
 
     Class attributes:
-        reads_streams: whether the head reads the residual stream before it is collapsed (`Shared.stream`).
+        reads_streams: whether the head reads the residual stream before it is collapsed (`SharedModules.stream`).
         drafts: whether `draft` can be called in decoding.
     """
 
@@ -83,8 +83,10 @@ class LossHead(nn.Module, Component, ABC):
         super().__init__()
 
     @abstractmethod
-    def forward(self, hidden_BLD: Tensor, context: SequenceContext, shared: Shared) -> HeadOutput:
-        """`hidden_BLD` is the main model's output after its final norm."""
+    def forward(
+        self, hidden_BLD: Tensor, context: SequenceContext, shared: SharedModules
+    ) -> HeadOutput:
+        """Computes the head's losses; `hidden_BLD` is the main model's output after its final norm."""
 
     @abstractmethod
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
@@ -92,38 +94,46 @@ class LossHead(nn.Module, Component, ABC):
 
     @property
     def reads_blocks(self) -> Sequence[int]:
-        """Indices of the blocks whose states the head reads (`Shared.states`)."""
+        """Indices of the blocks whose states the head reads (`SharedModules.states`)."""
         return ()
 
-    def draft(self, state_BLD: Tensor, context: SequenceContext, shared: Shared, caches: Sequence[Cache]) -> Draft:
-        """Guess the token after a known one, in decoding.
+    def draft(
+        self,
+        state_BLD: Tensor,
+        context: SequenceContext,
+        shared: SharedModules,
+        caches: Sequence[Cache],
+    ) -> Draft:
+        """Predicts the token after a known one, in decoding.
 
         Args:
             state_BLD: the main model's state after its final norm, or the state of an earlier draft.
             context: the tokens that follow these states, at their own positions.
             shared: as in `forward`; `states` are those of the same positions.
-            caches: from `new_draft_caches`; they take these positions in.
+            caches: from `new_draft_caches`; these positions are appended to them.
 
         Raises:
             NotImplementedError: the head does not draft.
         """
         raise NotImplementedError(f"{type(self).__name__} does not draft")
 
-    def new_draft_caches(self, rows: int, capacity: int, device: torch.device | None = None) -> list[Cache]:
-        """Empty caches for drafting, as `Attention.new_cache` makes them; none where the head keeps nothing."""
+    def new_draft_caches(
+        self, rows: int, capacity: int, device: torch.device | None = None
+    ) -> list[Cache]:
+        """Makes empty caches for drafting, as `Attention.new_cache` does; none where the head keeps nothing."""
         return []
 
     def contexts(self, context: SequenceContext) -> dict[str, SequenceContext]:
-        """What each of the head's own blocks sees, by the block's path in the head, from the data alone."""
+        """The sequence context of each of the head's own blocks, by the block's path in it, from the data alone."""
         return {}
 
     @abstractmethod
     def coefficient(self, progress: Progress) -> float:
-        """What each of the head's mean losses is multiplied by at this position of the run."""
+        """The factor of each of the head's mean losses at this position of the run."""
 
     def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
-        """Update the head's state after an optimizer step that was not skipped."""
+        """Updates the head's state after an optimizer step that was not skipped."""
 
     @abstractmethod
     def costs(self) -> Costs:
-        """For one token, the head's own use of the shared output included."""
+        """The costs of one token, the head's own use of the shared output included."""

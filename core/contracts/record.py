@@ -1,4 +1,4 @@
-"""What a layer saw, returned beside its output and committed once, outside every recomputed region.
+"""What a layer counted in a forward: returned with its output, and added up once, outside recomputation.
 
 Data classes that cross a layer's boundary are registered as pytrees, so that FSDP's hooks, activation
 checkpointing and `torch.compile` find the tensors in them.
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def as_pytree(cls: type[T]) -> type[T]:
-    """Register a dataclass as a pytree of its fields."""
+    """Registers a dataclass as a pytree of its fields and returns it."""
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     _pytree.register_dataclass(cls, field_names=names, drop_field_names=[])
     return cls
@@ -36,7 +36,7 @@ class MeanMetric:
     count: Tensor
 
     def merge(self, other: "MeanMetric") -> "MeanMetric":
-        """Both together."""
+        """Combines two: the mean over the values of both."""
         return MeanMetric(self.sum + other.sum, self.count + other.count)
 
     def value(self) -> Tensor:
@@ -56,7 +56,7 @@ class MaxMetric:
     maximum: Tensor
 
     def merge(self, other: "MaxMetric") -> "MaxMetric":
-        """The larger of both."""
+        """Combines two: the larger maximum."""
         return MaxMetric(torch.maximum(self.maximum, other.maximum))
 
     def value(self) -> Tensor:
@@ -71,10 +71,10 @@ Metric = MeanMetric | MaxMetric
 @as_pytree
 @dataclass(frozen=True)
 class Record:
-    """What an attention or a feed-forward layer saw in one forward of one micro-batch.
+    """What an attention or a feed-forward layer counted in one forward of one micro-batch.
 
     Padding counts nowhere. Everything is a sum over the micro-batch or a maximum, so that records of micro-batches,
-    ranks and recomputed forwards can be put together exactly.
+    ranks and recomputed forwards can be combined exactly.
 
     Args:
         load_E: int64, assignments of valid tokens to each expert, before any drop; None without experts.
@@ -97,7 +97,7 @@ class Record:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What one component saw in all micro-batches of an optimizer step, over all data ranks.
+    """What one component counted in an optimizer step, over all its micro-batches and data ranks.
 
     Args:
         load_E: int64 load of the component's layer; None where the layer has no experts.

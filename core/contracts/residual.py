@@ -33,20 +33,20 @@ class Residual(nn.Module, Component, ABC):
 
     @abstractmethod
     def expand(self, embedded_BLD: Tensor) -> Tensor:
-        """The stream before the first block."""
+        """Returns the stream before the first block."""
 
     @abstractmethod
     def read(self, stream: Tensor) -> Tensor:
-        """A layer's input before its norm, B x L x D."""
+        """Returns a layer's input before its norm, B x L x D."""
 
     @abstractmethod
     def write(self, stream: Tensor, output_BLD: Tensor) -> Tensor:
-        """The stream after a layer."""
+        """Returns the stream after a layer with this output."""
 
     @abstractmethod
     def collapse(self, stream: Tensor) -> Tensor:
-        """The states B x L x D before the final norm."""
+        """Returns the states B x L x D before the final norm."""
 
     def costs(self) -> Costs:
-        """For one token, of this instance; nothing where it has no weights."""
+        """The costs of one token in this instance; by default none, as for one without weights."""
         return Costs()

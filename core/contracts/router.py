@@ -1,4 +1,4 @@
-"""The router slot, and the one form that every routing strategy's decision takes."""
+"""The router slot, and the one form in which every routing strategy states its decision."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from core.contracts.context import SequenceContext
 from core.contracts.counting import count
 from core.contracts.record import as_pytree
 
-Adjust = Callable[[Tensor], Tensor]
-"""Scores for selection from scores: the balancers' say in who is chosen, identity without one."""
+AdjustScores = Callable[[Tensor], Tensor]
+"""Maps scores T x E to those that experts are selected by; balancers supply it, and without one it is the identity."""
 
 
 @as_pytree
 @dataclass(frozen=True)
 class Routing:
-    """Who goes where: a static-length list of assignments, for every strategy.
+    """Which token goes to which expert: a list of assignments whose length no data changes, for every strategy.
 
     T tokens, E experts, A assignments. Top-k strategies give A = T x K in token-major order; expert choice
     gives A = E x C.
 
     Args:
-        token_A: int64, which token.
-        expert_A: int64, to which expert.
+        token_A: int64, the index of the token.
+        expert_A: int64, the index of its expert.
         gate_A: the weight of that expert's output; it carries the router's gradient.
         choice_A: int64, which choice of the token this is (0 the first).
         scores_TE: affinities, without any bias.
@@ -55,9 +55,10 @@ class Routing:
         logits_TE: Tensor,
         kept_TK: Tensor | None = None,
     ) -> "Routing":
-        """The routing of K choices for every token."""
+        """Makes the routing of K choices for every token."""
         tokens, choices = expert_TK.shape
         device = expert_TK.device
+        kept_A = None if kept_TK is None else kept_TK.reshape(-1)
         return cls(
             token_A=torch.arange(tokens, device=device).repeat_interleave(choices),
             expert_A=expert_TK.reshape(-1),
@@ -65,16 +66,16 @@ class Routing:
             choice_A=torch.arange(choices, device=device).repeat(tokens),
             scores_TE=scores_TE,
             logits_TE=logits_TE,
-            kept_A=None if kept_TK is None else kept_TK.reshape(-1),
+            kept_A=kept_A,
             choices=choices,
         )
 
     def load(self, valid_T: Tensor) -> Tensor:
-        """int64 assignments of valid tokens to each expert, before drops."""
+        """The number of assignments of valid tokens to each expert, before drops: int64 E."""
         return count(self.expert_A, self.scores_TE.shape[1], valid_T[self.token_A])
 
     def dropped(self, valid_T: Tensor) -> Tensor:
-        """int64 scalar: assignments of valid tokens that are not kept."""
+        """The number of assignments of valid tokens that are not kept: int64, a scalar."""
         if self.kept_A is None:
             return torch.zeros((), dtype=torch.int64, device=self.expert_A.device)
         return (valid_T[self.token_A] & ~self.kept_A).sum()
@@ -95,16 +96,16 @@ CAPABILITIES = {
 
 
 class Router(nn.Module, Component, ABC):
-    """Chooses experts for tokens: `(x_TD, adjust, context) -> Routing`.
+    """Chooses experts for tokens: `(x_TD, adjust_scores, context) -> Routing`.
 
     Logits and affinities are computed in fp32 or wider, whatever the model's precision and also under
-    autocast. `adjust` changes who is selected, never a gate. Everything is a function of its arguments,
-    `context.step` and whether the module trains. Padding takes part in nothing: it takes no capacity and no
-    place in an expert's choice. No gradient goes through selection. Experts have no order, unless they stand in
-    groups or `ordered` is declared. No token at all is a batch too.
+    autocast. `adjust_scores` changes which experts are selected, never a gate. The result depends on nothing but the
+    arguments, `context.step` and whether the module trains. Padding takes part in nothing: it takes no capacity and
+    no place in an expert's choice. No gradient goes through selection. Experts have no order, unless they stand in
+    groups or `ordered` is declared. A batch without any token is valid.
 
-    `capabilities` are words of `CAPABILITIES`. One with `groups` has `groups` in its `Config`, and `reach`, how many of
-    them a token may use.
+    `capabilities` are words of `CAPABILITIES`. The `Config` of a router with `groups` has `groups`, their number, and
+    `reachable_groups`, how many of them a token may use.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset()
@@ -116,17 +117,19 @@ class Router(nn.Module, Component, ABC):
     @property
     @abstractmethod
     def top_k(self) -> int:
-        """Assignments per token (on average where the strategy does not fix them)."""
+        """The number of assignments per token (on average where the strategy does not fix it)."""
 
     @property
     def capacity_factor(self) -> float | None:
-        """What an expert takes in training at most, over its even share of the assignments; None: no limit."""
+        """The most that an expert takes in training, over its even share of the assignments; None: no limit."""
         return None
 
     @abstractmethod
-    def forward(self, x_TD: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
-        """Route the tokens of a micro-batch; T = B x L."""
+    def forward(
+        self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
+        """Routes the tokens of a micro-batch; T = B x L."""
 
     @abstractmethod
     def costs(self) -> Costs:
-        """For one token."""
+        """The costs of one token."""

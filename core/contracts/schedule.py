@@ -22,12 +22,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from core.contracts.errors import Wrong
+from core.contracts.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands at the end of the step in question.
+    """The position of a run at the end of a step.
 
     Args:
         step: optimizer steps, this one included.
@@ -47,7 +47,9 @@ class Progress:
             return float(self.tokens)
         if unit == "steps":
             return float(self.step)
-        return self.tokens / self.total_tokens if self.total_tokens else 0.0
+        if self.total_tokens:
+            return self.tokens / self.total_tokens
+        return 0.0
 
 
 @dataclass(kw_only=True)
@@ -82,30 +84,39 @@ class Schedule:
     def at(self, progress: Progress) -> float:
         """The value at a position of the run."""
         position = progress.position(self.unit)
-        value, begin = self.start, 0.0
+        value = self.start
+        begin = 0.0
         for segment in self.segments:
             target = value if segment.to is None else segment.to
             if position <= segment.until:
-                return _between(segment.shape, value, target, (position - begin) / (segment.until - begin))
-            value, begin = target, segment.until
+                fraction = (position - begin) / (segment.until - begin)
+                return _between(segment.shape, value, target, fraction)
+            value = target
+            begin = segment.until
         return value
 
     def values(self) -> dict[str, float]:
-        """Every value that this schedule names, by its key path in it, for range checks."""
-        targets = {f"segments.{i}.to": s.to for i, s in enumerate(self.segments) if s.to is not None}
-        return {"start": self.start, **targets}
+        """Every value that this schedule names, by its key path inside the schedule, for range checks."""
+        named = {"start": self.start}
+        for index, segment in enumerate(self.segments):
+            if segment.to is not None:
+                named[f"segments.{index}.to"] = segment.to
+        return named
 
     def check(self, parent: Any = None) -> None:
-        """Raises `Wrong` where the knots do not rise, leave the run, or a moving segment has no target."""
+        """Raises `ConfigError` where the knots do not rise, leave the run, or a moving segment has no target."""
         begin = 0.0
         for index, segment in enumerate(self.segments):
             where = f"segments.{index}"
             if not begin < segment.until < math.inf:
-                raise Wrong(f"{where}.until", f"must be more than {begin:g}, where the segment begins")
+                why = f"must be more than {begin:g}, where the segment begins"
+                raise ConfigError(f"{where}.until", why)
             if self.unit == "fraction" and segment.until > 1:
-                raise Wrong(f"{where}.until", "must be at most 1, the end of the run (unit: fraction)")
+                why = "must be at most 1, the end of the run (unit: fraction)"
+                raise ConfigError(f"{where}.until", why)
             if segment.shape != "constant" and segment.to is None:
-                raise Wrong(f"{where}.to", f"must be given where the shape is {segment.shape}")
+                why = f"must be given where the shape is {segment.shape}"
+                raise ConfigError(f"{where}.to", why)
             begin = segment.until
 
 
@@ -123,20 +134,26 @@ Scheduled = float | Schedule
 
 def value_at(setting: Scheduled, progress: Progress) -> float:
     """The value of a scheduled setting at a position of the run."""
-    return setting.at(progress) if isinstance(setting, Schedule) else float(setting)
+    if isinstance(setting, Schedule):
+        return setting.at(progress)
+    return float(setting)
 
 
 def check_scheduled(setting: Scheduled, key: str, *, low: float, high: float = math.inf) -> None:
-    """Raises `Wrong` unless every value of the setting lies in [low, high]."""
+    """Raises `ConfigError` unless every value of the setting lies in [low, high]."""
     if isinstance(setting, Schedule):
         try:
             setting.check()
-        except Wrong as wrong:
-            raise Wrong(f"{key}.{wrong.key}", wrong.why) from wrong
+        except ConfigError as error:
+            raise ConfigError(f"{key}.{error.key}", error.why) from error
         values = {f"{key}.{where}": value for where, value in setting.values().items()}
     else:
         values = {key: float(setting)}
     for where, value in values.items():
         if not low <= value <= high or math.isinf(value):
-            allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise Wrong(where, "must be finite" if value == math.inf else f"must be {allowed}")
+            why = f"must be at least {low:g}"
+            if value == math.inf:
+                why = "must be finite"
+            elif high != math.inf:
+                why = f"must be between {low:g} and {high:g}"
+            raise ConfigError(where, why)

@@ -1,4 +1,4 @@
-"""The words in which a component writes the schema of its own recipe section.
+"""The functions with which a component declares the schema of its own recipe section.
 
 A component nests a keyword-only dataclass `Config`; its fields are the keys of the YAML section:
 
@@ -6,10 +6,10 @@ A component nests a keyword-only dataclass `Config`; its fields are the keys of 
         @dataclass(kw_only=True)
         class Config:
             top_k: int = setting(doc="experts per token")
-            router: Child = child("router", doc="who chooses")
+            router: Child = child("router", doc="chooses the experts of every token")
 
 A field without a default is required. A `child` is a section with a `name` of its own, whose schema
-comes from whoever owns that name; after validation its value is a `Section` (a list or a mapping of
+is the `Config` of the component of that name; after validation its value is a `Section` (a list or a mapping of
 them for `children`). Modules that hold a `Config` do not use `from __future__ import annotations`:
 OmegaConf must see the types themselves.
 """
@@ -28,17 +28,17 @@ Child = Any
 
 
 def setting(default: Any = REQUIRED, *, doc: str) -> Any:
-    """A key of a section: its default (none: required) and one line that says what it means."""
+    """Declares a key of a section: its default (without one it is required) and one line that says what it means."""
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
     return field(default=default, metadata={"doc": doc})
 
 
 def child(slot: str, default: Any = REQUIRED, *, doc: str, outer: bool = False) -> Any:
-    """A key that holds one component of `slot`; the default is a section such as `{"name": "local"}`.
+    """Declares a key that holds one component of `slot`; the default is a section such as `{"name": "local"}`.
 
-    With `outer` the component's `check(parent)` sees the section around this one, as if it stood there: an
-    attention that a block overrides is still the model's.
+    If `outer` is set, the component's `check(parent)` gets the section around this one as its parent: an attention
+    that a block overrides is still checked as the model's.
     """
     metadata = {"doc": doc, "slot": slot, "many": "one", "outer": outer}
     if isinstance(default, dict):
@@ -47,7 +47,7 @@ def child(slot: str, default: Any = REQUIRED, *, doc: str, outer: bool = False) 
 
 
 def children(slot: str, many: str, default: Any = NO_DEFAULT, *, doc: str) -> Any:
-    """A key that holds several components of `slot`: `many` is "list" or "mapping"."""
+    """Declares a key that holds several components of `slot`; `many` is "list" or "mapping"."""
     metadata = {"doc": doc, "slot": slot, "many": many}
     if default is NO_DEFAULT:
         return field(default_factory=list if many == "list" else dict, metadata=metadata)
@@ -56,7 +56,15 @@ def children(slot: str, many: str, default: Any = NO_DEFAULT, *, doc: str) -> An
 
 @dataclass(frozen=True)
 class Provenance:
-    """Who offers a component: written into every run's `provenance.json`."""
+    """The origin of a component; every run's `provenance.json` holds it.
+
+    Args:
+        distribution: the installed package that offers it.
+        version: the version of that package.
+        entry_point: the entry point under which the plugin is installed.
+        module: the Python module.
+        file: the file of the module, once it is imported.
+    """
 
     distribution: str
     version: str
@@ -67,14 +75,14 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Section:
-    """A validated `{name: ...}` section: which component, with which settings, from whom.
+    """A validated `{name: ...}` section: which component, with which settings, from which plugin.
 
     Args:
         slot: the extension point.
         name: the name in the recipe.
-        component: the class that the name stands for.
+        component: the class that is registered under the name.
         config: an instance of `component.Config`.
-        provenance: who registered it.
+        provenance: the plugin that registered it.
     """
 
     slot: str
@@ -85,7 +93,7 @@ class Section:
 
 
 def sections_in(value: Any) -> Iterator[Section]:
-    """Every component section in a recipe or in a part of one, children included, in the recipe's order."""
+    """Yields every component section in a recipe or in a part of one, children included, in the recipe's order."""
     if isinstance(value, Section):
         yield value
         yield from sections_in(value.config)

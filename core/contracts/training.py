@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 ParameterKind = Literal["matrix", "stack", "vector", "table"]
-"""What a weight is: one matrix, one matrix for each expert, a vector, or a row for each token of the vocabulary."""
+"""The form of a weight: one matrix, one for each expert, a vector, or a row for each token of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class NamedParameter:
         parameter: the weight.
         role: what the layer that owns it is for (`core.contracts.precision.ROLES`, or a component's `roles`); empty
             where no layer with a role owns it.
-        kind: what it is.
+        kind: the form of the weight.
     """
 
     name: str
@@ -46,8 +46,8 @@ class OptimizerFactory(Component, ABC):
     value times the group's `lr_scale`, 1 where it has none.
 
     Class attributes:
-        needs_whole_matrices: whether an update reads whole matrices (Muon, for example), so that a strategy that shards
-            them has to gather them or to refuse; no strategy of this version does.
+        needs_whole_matrices: whether an update reads whole matrices (Muon, for example). A strategy that shards them
+            then has to gather them or to refuse; no strategy of this version does.
     """
 
     needs_whole_matrices: ClassVar[bool] = False
@@ -57,10 +57,10 @@ class OptimizerFactory(Component, ABC):
 
     @abstractmethod
     def make(self, parameters: "Sequence[NamedParameter]") -> "Optimizer | list[Optimizer]":
-        """The optimizer of some weights, or several that step one after the other."""
+        """Makes the optimizer of the weights, or several that step one after the other."""
 
     def state_bytes(self, parameter: "Tensor") -> int:
-        """Bytes that the optimizer keeps for a parameter: two moments in its format, unless overridden."""
+        """The bytes that the optimizer keeps for a parameter: two moments in its format, unless overridden."""
         return 2 * parameter.numel() * parameter.element_size()
 
     @abstractmethod
@@ -69,17 +69,18 @@ class OptimizerFactory(Component, ABC):
 
 
 class StrategyFactory(Component, ABC):
-    """Says on which devices a run works and how they share it."""
+    """Says on which devices a run works and how they share the work."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
-        """Shard the weights of a model that is on the meta device, where each still has its whole shape.
+        """Shards the weights of a model that is on the meta device, where each still has its whole shape.
 
-        Weights are drawn afterwards, by address: each rank draws only the matrices of a stack that it owns. No
-        parameter is renamed. The default leaves the model whole. `core.assemble.build(parallelize=...)` calls it; `fit`
-        and `sweep` refuse a strategy that defines it, because this version cannot train with sharded weights.
+        Weights are drawn afterwards, each from a seed of its own, so that a rank draws only the matrices of a stack
+        that it owns. No parameter is renamed. The default leaves the model whole. `core.assemble.build` calls it
+        (`parallelize=...`); `fit` and `sweep` refuse a strategy that defines it, because this version cannot train with
+        sharded weights.
 
         Args:
             model: a language model.
@@ -88,7 +89,7 @@ class StrategyFactory(Component, ABC):
 
     @abstractmethod
     def trainer_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `lightning.Trainer`: accelerator, devices, strategy."""
+        """Returns keyword arguments of `lightning.Trainer`: accelerator, devices, strategy."""
 
 
 class CallbackFactory(Component, ABC):
@@ -99,15 +100,15 @@ class CallbackFactory(Component, ABC):
 
     @abstractmethod
     def make(self, folder: Path) -> "Callback":
-        """The callback."""
+        """Makes the callback."""
 
 
 class LoggerFactory(Component, ABC):
-    """Makes a Lightning logger that writes into a run folder; its `save()` puts all it was given on disk."""
+    """Makes a Lightning logger that writes into a run folder; its `save()` writes all that was logged to disk."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @abstractmethod
     def make(self, folder: Path, *, resumed_at: int | None) -> "Logger":
-        """The logger; a run resumed at a step continues its files and forgets what came after that step."""
+        """Makes the logger; in a run resumed at a step it continues its files and removes what came after that step."""

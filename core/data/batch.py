@@ -1,4 +1,4 @@
-"""What the model is handed: one micro-batch of one rank."""
+"""The data of one micro-batch of one rank."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """B sequences of L tokens, with what is to be predicted after each token.
+    """B sequences of L tokens, with the token to be predicted after each.
 
     Args:
         tokens_BL: int64, the inputs.

@@ -1,9 +1,9 @@
-"""A folder of files that can be believed: made once, verified on every start.
+"""A cache of files that are made once and verified on every start.
 
 An entry is a folder named by the hash of what went into it. Each file is written under a temporary name
-beside its place and then renamed; last comes the seal, a list of checksums. Whoever reads an entry checks the
-files against the seal, so a killed writer, a full disk or a flipped bit leaves an entry that is built again.
-Two processes that build one entry at once write equal bytes over each other: what goes in is deterministic.
+in the same folder and then renamed. The seal, a list of checksums, is written last, and a reader checks the files
+against it. So a killed writer, a full disk or a flipped bit leaves an entry that is built again. Two processes
+that build one entry at once write equal bytes over each other, because the contents are deterministic.
 """
 
 import hashlib
@@ -26,18 +26,23 @@ Writer = Callable[[IO[bytes]], object]
 
 
 def cache_folder() -> Path:
-    """Where everything that can be built again is kept."""
-    if chosen := os.environ.get("MOELOOM_CACHE"):
+    """The folder of everything that can be built again: `MOELOOM_CACHE`, or `moeloom` in the user's cache folder."""
+    chosen = os.environ.get("MOELOOM_CACHE")
+    if chosen:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "moeloom"
+    user_cache = Path(base) if base else Path.home() / ".cache"
+    return user_cache / "moeloom"
 
 
 def intact(folder: Path) -> bool:
-    """Whether an entry is there, whole and unchanged."""
+    """Whether an entry exists, whole and unchanged."""
     try:
-        sums = json.loads((folder / SEAL).read_bytes())
-        return bool(sums) and all(_sum(folder / name) == expected for name, expected in sums.items())
+        checksums = json.loads((folder / SEAL).read_bytes())
+        for name, expected in checksums.items():
+            if _checksum(folder / name) != expected:
+                return False
+        return bool(checksums)
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -50,17 +55,18 @@ def write_entry(folder: Path, files: Mapping[str, Writer]) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        sums = {name: _replace(folder / name, write) for name, write in files.items()}
-        _replace(folder / SEAL, lambda stream: stream.write(json.dumps(sums, indent=2).encode()))
+        checksums = {name: _replace(folder / name, write) for name, write in files.items()}
+        seal = json.dumps(checksums, indent=2).encode()
+        _replace(folder / SEAL, lambda stream: stream.write(seal))
     except OSError as cause:
         raise UserError(
             f"the cache {folder} cannot be written ({cause.strerror or cause}): "
-            "make room, or set MOELOOM_CACHE to another folder"
+            "free some space, or set MOELOOM_CACHE to another folder"
         ) from cause
 
 
 def array_writer(array: NDArray[Any]) -> Writer:
-    """A writer of an array as a `.npy` file."""
+    """Return a writer of an array as a `.npy` file."""
 
     def write(stream: IO[bytes]) -> None:
         np.save(stream, array)
@@ -69,12 +75,12 @@ def array_writer(array: NDArray[Any]) -> Writer:
 
 
 def _replace(path: Path, write: Writer) -> str:
-    """Put a file in its place in one step; returns its checksum."""
+    """Write a file under a temporary name, rename it and return its checksum."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as stream:
             write(stream)
-        checksum = _sum(temporary)
+        checksum = _checksum(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -82,6 +88,6 @@ def _replace(path: Path, write: Writer) -> str:
     return checksum
 
 
-def _sum(path: Path) -> str:
+def _checksum(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""Reading a corpus: order, split, and the name of what was read.
+"""Reading a corpus: the order of its documents, their split, and the fingerprint of both.
 
-A corpus yields documents in any order. Here they are put in order of their names, and every twentieth
-one (the 11th, the 31st, ...) is held out for validation. The split depends on the names alone, so adding
+A corpus yields documents in any order. Here they are sorted by name, and every twentieth one (the 11th, the
+31st, ...) is held out for validation. The split depends on the names alone, so adding
 a rank, changing the seed or taking another vocabulary never moves a document from one side to the other.
 """
 
@@ -13,13 +13,14 @@ from itertools import pairwise
 from core.contracts.corpus import Corpus, Document
 from core.contracts.errors import UserError
 
-PERIOD, HELD_OUT = 20, 10
+PERIOD = 20
+HELD_OUT = 10
 """Document i (in order of names, from 0) is held out where i % PERIOD == HELD_OUT."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """A corpus in order, cut in two.
+    """The documents of a corpus in order, split into training and validation.
 
     Args:
         documents: every document that has text, sorted by name.
@@ -31,20 +32,24 @@ class Split:
 
     @property
     def train(self) -> list[Document]:
-        """What a model (and the tokenizer) may learn from."""
-        return [document for index, document in enumerate(self.documents) if index % PERIOD != HELD_OUT]
+        """The documents that the model and the tokenizer learn from."""
+        kept = []
+        for index, document in enumerate(self.documents):
+            if index % PERIOD != HELD_OUT:
+                kept.append(document)
+        return kept
 
     @property
     def validation(self) -> list[Document]:
-        """What is held out; nothing where there are fewer than 11 documents."""
+        """The documents that are held out; none where the corpus has fewer than 11."""
         return self.documents[HELD_OUT::PERIOD]
 
 
 def read_split(corpus: Corpus) -> Split:
-    """Every document of a corpus, checked, in order of names.
+    """Read and check every document of a corpus, sorted by name.
 
-    Empty documents are dropped before anything is counted. All bytes are held in memory: a corpus is as
-    large as a laboratory's, not a crawl.
+    Empty documents are dropped before anything is counted. All bytes are held in memory, so a corpus of text
+    must fit into it.
 
     Raises:
         UserError: no document has text, a document is not UTF-8, or two documents share a name.
@@ -55,8 +60,9 @@ def read_split(corpus: Corpus) -> Split:
         raise UserError(f"the corpus is empty: {_plural(len(found), 'document')}, none with text")
     for before, after in pairwise(kept):
         if before.name == after.name:
+            sources = f"{before.source} and {after.source}"
             raise UserError(
-                f"two documents are named {after.name!r} ({before.source} and {after.source}): names must be unique"
+                f"two documents are named {after.name!r} ({sources}): names must be unique"
             )
     for document in kept:
         text_of(document)
@@ -67,27 +73,25 @@ def text_of(document: Document) -> str:
     """A document's text.
 
     Raises:
-        UserError: it is not UTF-8. Bytes are never replaced: bits per byte would then count text that is
-            not in the file.
+        UserError: it is not UTF-8. No byte is replaced, or bits per byte would count text that is not in the file.
     """
     try:
         return document.data.decode("utf-8")
     except UnicodeDecodeError as cause:
         byte = document.data[cause.start]
-        raise UserError(
-            f"{document.source} is not UTF-8: byte 0x{byte:02x} at offset {cause.start} ({cause.reason})"
-        ) from None
+        found = f"byte 0x{byte:02x} at offset {cause.start} ({cause.reason})"
+        raise UserError(f"{document.source} is not UTF-8: {found}") from None
 
 
 def bytes_in(documents: Iterable[Document]) -> int:
-    """The real length of some documents in bytes: the denominator of bits per byte."""
+    """The length of some documents' text in bytes, the denominator of bits per byte."""
     return sum(len(document.data) for document in documents)
 
 
 def fingerprint(documents: Iterable[Document], *settings: object) -> str:
     """SHA-256, in hex, of some settings and of the names and bytes of documents in order.
 
-    Every part goes in behind its own length, so that moving a character from a name to a text changes the sum.
+    Every part is preceded by its length, so that moving a character from a name to a text changes the hash.
     """
     digest = hashlib.sha256()
     parts = [str(setting).encode() for setting in settings]

@@ -14,36 +14,40 @@ from core.recipe.plan import Plan
 class WindowLoader:
     """A run's training data: one item is the window of micro-batches that one optimizer step reads.
 
-    The loader is a bookmark. Iterating goes on from the step where it stands; its state is that step, which moves
-    on *as* a window is handed out. Lightning fetches nothing ahead from a loader that has a length, so a
-    checkpoint taken after step k holds k + 1 and a resumed run reads exactly the windows that are left.
-    One taken *inside* step k would hold k + 1 as well: save between steps.
+    Iterating continues from the loader's state, the step that is read next; it advances when a window is handed out.
+    Lightning fetches nothing ahead from a loader that has a length, so a checkpoint taken after step k holds k + 1
+    and a resumed run reads exactly the windows that are left. A checkpoint taken during step k would hold k + 1 as
+    well, so checkpoints are saved between steps.
 
     Args:
         store: the training stream.
         plan: how many steps, and which micro-batches each reads; also S sequences and L tokens.
-        seed: what the order is drawn from.
-        rank: this process among the data ranks.
+        seed: the seed of the order.
+        rank: the data rank of this process.
         world: how many data ranks there are; must divide S.
 
     Raises:
         UserError: the stream is shorter than one sequence, or `world` does not divide S.
     """
 
-    def __init__(self, store: TokenStore, *, plan: Plan, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, store: TokenStore, *, plan: Plan, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
         self.plan = plan
         self.step = 0
-        self._store, self._seed = store, seed
+        self._store = store
+        self._seed = seed
         self._count = count_sequences(store, plan.length)
         self._rows = np.array(rows_of(rank, world, plan.sequences))
 
     def micro_batch(self, index: int) -> Batch:
         """This rank's rows of micro-batch `index` of the run: B = S / world sequences of L tokens."""
-        sequences_B = sequences_at(index * self.plan.sequences + self._rows, self._seed, self._count)
+        positions_B = index * self.plan.sequences + self._rows
+        sequences_B = sequences_at(positions_B, self._seed, self._count)
         return cut(self._store, sequences_B * self.plan.length, self.plan.length)
 
     def window(self, step: int) -> list[Batch]:
-        """What optimizer step `step`, counted from 0, reads."""
+        """The micro-batches that optimizer step `step`, counted from 0, reads."""
         window = self.plan.window(step)
         return [self.micro_batch(window.first + index) for index in range(window.count)]
 
@@ -54,7 +58,7 @@ class WindowLoader:
             yield window
 
     def __len__(self) -> int:
-        """Steps of the whole run, whatever has been read of it."""
+        """The number of steps of the whole run, however many have been read."""
         return self.plan.steps
 
     def state_dict(self) -> dict[str, int]:
@@ -62,12 +66,12 @@ class WindowLoader:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to where a checkpoint stood."""
+        """Continue with the step that a checkpoint names."""
         self.step = state["step"]
 
 
 class ValidationLoader:
-    """The validation stream once through, in order, in sequences that do not overlap.
+    """The whole validation stream once, in order, in sequences that do not overlap.
 
     Every token but the first marker is predicted exactly once. Where the stream or the last batch is not full,
     the rest is padding, so that all ranks see the same number of batches of the same shape.
@@ -76,22 +80,27 @@ class ValidationLoader:
         store: the validation stream.
         length: L, tokens in a sequence.
         sequences: S, sequences in a batch, all data ranks together.
-        rank: this process among the data ranks.
+        rank: the data rank of this process.
         world: how many data ranks there are; must divide S.
 
     Raises:
         UserError: `world` does not divide S.
     """
 
-    def __init__(self, store: TokenStore, *, length: int, sequences: int, rank: int = 0, world: int = 1) -> None:
-        self._store, self._length, self._sequences = store, length, sequences
+    def __init__(
+        self, store: TokenStore, *, length: int, sequences: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self._store = store
+        self._length = length
+        self._sequences = sequences
         self._rows = np.array(rows_of(rank, world, sequences))
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in range(len(self)):
-            yield cut(self._store, (batch * self._sequences + self._rows) * self._length, self._length)
+            sequences_B = batch * self._sequences + self._rows
+            yield cut(self._store, sequences_B * self._length, self._length)
 
     def __len__(self) -> int:
-        """Batches of S sequences; the last may be padded."""
+        """The number of batches of S sequences; the last may be padded."""
         sequences = ceil((len(self._store) - 1) / self._length)
         return ceil(sequences / self._sequences)

@@ -1,4 +1,4 @@
-"""The data room's face towards Lightning."""
+"""Lightning's data module for a run."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -25,18 +25,18 @@ def _alone() -> tuple[int, int]:
 
 
 class TextData(LightningDataModule):
-    """Text for a run: tokenizer, streams and loaders of one corpus.
+    """Tokenizer, streams and loaders of one corpus for a run.
 
-    The Trainer must be told `use_distributed_sampler=False`: the loaders shard the global order themselves.
+    The Trainer needs `use_distributed_sampler=False`, because the loaders shard the global order themselves.
 
     Args:
-        corpus: where the documents come from.
+        corpus: the source of the documents.
         vocab: entries of the tokenizer.
-        length: tokens in a sequence; the plan's.
+        length: tokens in a sequence; must be the plan's.
         plan: the run's steps and the micro-batches that each reads.
-        seed: what the training order is drawn from.
-        rank_and_world: asked when loaders are made, once the process group is there: which data rank this is, of
-            how many.
+        seed: the seed of the training order.
+        rank_and_world: returns this data rank and how many there are; called when loaders are made, because the
+            process group exists by then.
         validation_sequences: sequences in a validation batch, all data ranks together.
     """
 
@@ -54,13 +54,16 @@ class TextData(LightningDataModule):
         super().__init__()
         assert length == plan.length, f"sequences of {length} tokens in a plan for {plan.length}"
         self.plan = plan
-        self._corpus, self._vocab, self._seed = corpus, vocab, seed
-        self._rank_and_world, self._validation_sequences = rank_and_world, validation_sequences
+        self._corpus = corpus
+        self._vocab = vocab
+        self._seed = seed
+        self._rank_and_world = rank_and_world
+        self._validation_sequences = validation_sequences
 
     def prepare(self) -> None:
-        """Read the corpus and have its tokens ready; a second call does nothing.
+        """Read the corpus and prepare its tokens; a second call does nothing.
 
-        Call it before anything heavy: every mistake that the data can hold is told here.
+        Call it before anything expensive, because every error in the data is reported here.
 
         Raises:
             UserError: the corpus cannot be read or is too short, the vocabulary does not fit it, or the cache
@@ -79,16 +82,17 @@ class TextData(LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """The hash of everything that made the tokens; two runs that agree in it saw the same data."""
+        """The hash of everything that made the tokens; two runs with the same fingerprint read the same data."""
         return self._prepared.fingerprint
 
     def token_counts(self) -> Tensor:
-        """How often each token stands in the training stream, int64 V; counted once."""
+        """How often each token occurs in the training stream, int64 V; counted once and kept."""
         return self._token_counts
 
     @cached_property
     def _token_counts(self) -> Tensor:
-        tokens, pieces = self._prepared.train.tokens, range(0, len(self._prepared.train), _PIECE)
+        tokens = self._prepared.train.tokens
+        pieces = range(0, len(self._prepared.train), _PIECE)
         counts = sum(np.bincount(tokens[i : i + _PIECE], minlength=self._vocab) for i in pieces)
         return torch.as_tensor(counts, dtype=torch.int64)
 
@@ -109,13 +113,14 @@ class TextData(LightningDataModule):
 
     @property
     def validation_documents(self) -> int:
-        """Documents that are held out."""
+        """The number of documents that are held out."""
         return self._prepared.validation.documents
 
     def train_dataloader(self) -> WindowLoader:
         """This rank's share of every step's window."""
         rank, world = self._rank_and_world()
-        return WindowLoader(self._prepared.train, plan=self.plan, seed=self._seed, rank=rank, world=world)
+        store = self._prepared.train
+        return WindowLoader(store, plan=self.plan, seed=self._seed, rank=rank, world=world)
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
         """This rank's share of the validation stream; an empty list where nothing is held out."""
@@ -124,5 +129,9 @@ class TextData(LightningDataModule):
             return []
         rank, world = self._rank_and_world()
         return ValidationLoader(
-            store, length=self.plan.length, sequences=self._validation_sequences, rank=rank, world=world
+            store,
+            length=self.plan.length,
+            sequences=self._validation_sequences,
+            rank=rank,
+            world=world,
         )

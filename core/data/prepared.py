@@ -1,4 +1,4 @@
-"""What preparing a corpus gives."""
+"""The result of preparing a corpus."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ from core.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run needs to know of its text.
+    """The tokenizer and the token streams of a run's text.
 
     Args:
         tokenizer: trained on the training documents alone.
         train: the training stream.
         validation: the validation stream; empty where the corpus has fewer than 11 documents.
-        fingerprint: SHA-256 of documents, vocabulary size and formats: equal where and only where the data are.
+        fingerprint: SHA-256 of documents, vocabulary size and formats; equal if and only if the data are equal.
         dropped: empty documents that were left out.
     """
 

@@ -1,4 +1,4 @@
-"""A corpus of tokens in the cache: checked, hashed and packed, with the masks and sources of its targets."""
+"""Preparing a corpus of tokens: checked, hashed and packed, with the masks and sources of its targets."""
 
 import hashlib
 from collections.abc import Iterable
@@ -21,21 +21,23 @@ FORMAT = 1
 
 
 def prepare_tokens(corpus: TokenCorpus, vocab: int) -> Prepared:
-    """Read a corpus of tokens into stores.
+    """Read a corpus of tokens into token stores.
 
     Raises:
-        UserError: the vocabulary is another one, a block is empty, has an id outside of it or a mask of another
-            length, there is no training block, or the cache cannot be written.
+        UserError: `vocab` is not the corpus's vocabulary, a block is empty, has an id outside of it or a mask of
+            another length, there is no training block, or the cache cannot be written.
     """
     if corpus.vocabulary != vocab:
-        known = f"this corpus's tokens have {corpus.vocabulary} entries"
-        raise UserError(f"data.tokenizer.vocab = {vocab}: {known}, so it must be {corpus.vocabulary}")
+        allowed = corpus.vocabulary
+        known = f"the vocabulary of this corpus has {allowed} entries"
+        raise UserError(f"data.tokenizer.vocab = {vocab}: {known}, so it must be {allowed}")
     found = {split: _survey(corpus.blocks(split), vocab, split) for split in get_args(Split)}
     if not found["train"].blocks:
         raise UserError("the corpus is empty: it has no block to train on")
     tokenizer = corpus.tokenizer_json()
     digest = hashlib.sha256(f"tokens {FORMAT} {vocab}".encode())
-    for part in (tokenizer.encode(), *(survey.digest.digest() for survey in found.values())):
+    parts = [tokenizer.encode(), *(survey.digest.digest() for survey in found.values())]
+    for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     folder = cache.cache_folder() / digest.hexdigest()
     if not cache.intact(folder):
@@ -51,7 +53,7 @@ def prepare_tokens(corpus: TokenCorpus, vocab: int) -> Prepared:
 
 @dataclass
 class _Survey:
-    """What one side of the split holds, from one pass over its blocks."""
+    """The hash and the counts of one side of the split, from one pass over its blocks."""
 
     digest: Any = field(default_factory=hashlib.sha256)
     blocks: int = 0
@@ -62,34 +64,50 @@ def _survey(blocks: Iterable[TokenBlock], vocab: int, split: str) -> _Survey:
     found = _Survey()
     for block in blocks:
         tokens, learned = _arrays(block, vocab, f"{split} block {found.blocks}")
-        found.digest.update(f"{len(tokens)} {block.source} {block.text_bytes} {block.learned is None};".encode())
+        header = f"{len(tokens)} {block.source} {block.text_bytes} {block.learned is None};"
+        found.digest.update(header.encode())
         found.digest.update(tokens.tobytes() + learned.tobytes())
         found.blocks += 1
         found.text_bytes += block.text_bytes
     return found
 
 
-def _arrays(block: TokenBlock, vocab: int, name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _arrays(
+    block: TokenBlock, vocab: int, name: str
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """A block's ids and mask, checked."""
     tokens = np.asarray(block.tokens, dtype=np.int64)
     if not len(tokens):
         raise UserError(f"the corpus's {name} is empty")
     if tokens.min() < 0 or tokens.max() >= vocab:
         worst = int(tokens.max() if tokens.max() >= vocab else tokens.min())
-        raise UserError(f"the corpus's {name} holds the id {worst}, which is not in a vocabulary of {vocab}")
-    learned = np.ones(len(tokens), bool) if block.learned is None else np.asarray(block.learned, dtype=bool)
+        raise UserError(
+            f"the corpus's {name} holds the id {worst}, which is not in a vocabulary of {vocab}"
+        )
+    if block.learned is None:
+        learned = np.ones(len(tokens), bool)
+    else:
+        learned = np.asarray(block.learned, dtype=bool)
     if len(learned) != len(tokens):
-        raise UserError(f"the corpus's {name} has {len(tokens)} tokens and a mask of {len(learned)}")
+        raise UserError(
+            f"the corpus's {name} has {len(tokens)} tokens and a mask of {len(learned)}"
+        )
     return tokens, learned
 
 
-def _build(folder: Path, corpus: TokenCorpus, tokenizer: str, vocab: int, expected: dict[Split, _Survey]) -> None:
+def _build(
+    folder: Path, corpus: TokenCorpus, tokenizer: str, vocab: int, expected: dict[Split, _Survey]
+) -> None:
     """Write the cache entry: for each split its tokens, where blocks start, which tokens are learned, and sources."""
-    files: dict[str, cache.Writer] = {"tokenizer.json": lambda stream: stream.write(tokenizer.encode())}
+    files: dict[str, cache.Writer] = {
+        "tokenizer.json": lambda stream: stream.write(tokenizer.encode())
+    }
     for split in get_args(Split):
         blocks = list(corpus.blocks(split))
         if _survey(blocks, vocab, split).digest.digest() != expected[split].digest.digest():
-            raise UserError(f"the corpus's {split} blocks differ between two readings; they must come in one order")
+            raise UserError(
+                f"the corpus's {split} blocks differ between two readings; they must come in one order"
+            )
         ids = []
         masks = [np.empty(0, bool)]
         for index, block in enumerate(blocks):
@@ -100,7 +118,8 @@ def _build(folder: Path, corpus: TokenCorpus, tokenizer: str, vocab: int, expect
         files[f"{split}.tokens.npy"] = cache.array_writer(packed)
         files[f"{split}.starts.npy"] = cache.array_writer(starts)
         files[f"{split}.learned.npy"] = cache.array_writer(np.concatenate(masks))
-        files[f"{split}.sources.npy"] = cache.array_writer(np.array([block.source for block in blocks], np.int64))
+        sources = np.array([block.source for block in blocks], np.int64)
+        files[f"{split}.sources.npy"] = cache.array_writer(sources)
     cache.write_entry(folder, files)
 
 

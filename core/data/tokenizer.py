@@ -1,13 +1,13 @@
 """Byte-level byte-pair encoding, trained on the run's own training documents.
 
 Text is first cut into pieces that look like words; merges happen only inside a piece. The cut is the one of
-GPT-4's tokenizer, on which DeepSeek's is modelled: a word takes along one leading space *or* one leading
-sign, figures go in groups of three at most, and runs of line ends stay together. Against GPT-2's cut it packs
+GPT-4's tokenizer, on which DeepSeek's is modelled: a word keeps one leading space *or* one leading sign,
+digits form groups of three at most, and runs of line ends stay together. Compared with GPT-2's cut it packs
 1.4 % more bytes into a token on the default corpus (sotu) at 4096 entries, 1.6 % at 8192.
 
-The bytes of a piece are the letters of the encoding, so every UTF-8 text can be written, nothing is
-normalised, and `decode(encode(text)) == text`. Entry 0 is the end marker `<|endoftext|>`; it is never
-made from text, even from a text that spells it out, so id 0 in a stream always is a document boundary.
+The alphabet is the 256 bytes, so every UTF-8 text can be encoded, nothing is normalised, and
+`decode(encode(text)) == text`. Entry 0 is the end marker `<|endoftext|>`. It is never made from text, even from a
+text that spells it out, so id 0 in a stream is always a document boundary.
 """
 
 import json
@@ -27,34 +27,34 @@ SMALLEST = 257
 """256 bytes and the end marker."""
 
 VERSION = tokenizers.__version__
-"""The library's version: it takes part in the cache's key, because merges may differ between versions."""
+"""The library's version: it is part of the cache's key, because merges may differ between versions."""
 
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English endings after an apostrophe
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with one leading space or sign
-    r"|\p{N}{1,3}"  # up to three figures
+    r"|\p{N}{1,3}"  # up to three digits
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # signs, with the line ends after them
     r"|\s*[\r\n]+"  # line ends, with the space before them
-    r"|\s+(?!\S)|\s+"  # other space; the last one goes to the next word
+    r"|\s+(?!\S)|\s+"  # other space; the last one belongs to the next word
 )
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """Converts text to ids and back.
 
     Args:
-        engine: the `tokenizers` object that does the work.
+        engine: the tokenizer of the `tokenizers` library.
     """
 
     end = END
 
     def __init__(self, engine: tokenizers.Tokenizer) -> None:
-        engine.encode_special_tokens = True  # a marker that is spelt out in a text is text
+        engine.encode_special_tokens = True  # a marker spelt out in a text is encoded as text
         self._engine = engine
 
     @property
     def size(self) -> int:
-        """Entries of the vocabulary, the end marker included."""
+        """The number of entries of the vocabulary, the end marker included."""
         return int(self._engine.get_vocab_size())
 
     @property
@@ -67,11 +67,12 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of several texts, made on all cores."""
-        return [encoding.ids for encoding in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """The ids of several texts, encoded on all cores."""
+        encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; markers are spelt out, bytes that are no UTF-8 become U+FFFD."""
+        """The text of some ids; markers are spelt out, bytes that are not UTF-8 become U+FFFD."""
         return str(self._engine.decode(list(ids), skip_special_tokens=False))
 
     def to_json(self) -> str:
@@ -79,23 +80,26 @@ class Tokenizer:
         return str(self._engine.to_str(pretty=True))
 
     def marked_json(self) -> str:
-        """The same for other programs: by default a text begins with the end marker there, as it does in training.
+        """The same for other programs, which then begin a text with the end marker by default, as in training.
 
-        `encode` adds no marker, whatever a file says.
+        `encode` itself adds no marker, whatever a file says.
         """
         engine = tokenizers.Tokenizer.from_str(self.to_json())
         engine.post_processor = processors.TemplateProcessing(
-            single=f"{END_TEXT} $A", pair=f"{END_TEXT} $A {END_TEXT}:1 $B:1", special_tokens=[(END_TEXT, END)]
+            single=f"{END_TEXT} $A",
+            pair=f"{END_TEXT} $A {END_TEXT}:1 $B:1",
+            special_tokens=[(END_TEXT, END)],
         )
         return str(engine.to_str(pretty=True))
 
     def entries(self) -> tuple[dict[str, int], list[list[str]], dict[int, str]]:
-        """What decides which text each id stands for: the vocabulary, the merges, the added tokens.
+        """The vocabulary, the merges and the added tokens, which decide the text that each id stands for.
 
         Other programs save the same tokenizer with other settings around these.
         """
-        told = json.loads(self.to_json())
-        model, added = told["model"], {token["id"]: token["content"] for token in told["added_tokens"]}
+        content = json.loads(self.to_json())
+        model = content["model"]
+        added = {token["id"]: token["content"] for token in content["added_tokens"]}
         return self._engine.get_vocab(with_added_tokens=False), model.get("merges", []), added
 
     def save(self, path: Path) -> None:
@@ -111,7 +115,7 @@ class Tokenizer:
         """
         try:
             return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
-        except Exception as cause:  # the library raises bare `Exception` for whatever is wrong with a file
+        except Exception as cause:  # the library raises a bare `Exception` for any broken file
             raise UserError(f"{path} cannot be read as a tokenizer: {cause}") from cause
 
 
@@ -122,9 +126,8 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
         UserError: `vocab` is below 257, or the texts run out of pairs to merge before `vocab` is reached.
     """
     if vocab < SMALLEST:
-        raise UserError(
-            f"data.tokenizer.vocab = {vocab} is too small: it must be at least {SMALLEST} (256 bytes, {END_TEXT})"
-        )
+        least = f"it must be at least {SMALLEST} (256 bytes, {END_TEXT})"
+        raise UserError(f"data.tokenizer.vocab = {vocab} is too small: {least}")
     engine = tokenizers.Tokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -139,7 +142,8 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
     engine.train_from_iterator(texts, trainer)
     tokenizer = Tokenizer(engine)
     if tokenizer.size != vocab:
+        most = f"at most {tokenizer.size} entries"
         raise UserError(
-            f"data.tokenizer.vocab = {vocab} is more than the training text can fill: at most {tokenizer.size} entries"
+            f"data.tokenizer.vocab = {vocab} is more than the training text can fill: {most}"
         )
     return tokenizer

@@ -1,10 +1,10 @@
-"""How a stream becomes sequences, and in which order a run reads them.
+"""Cutting a stream into sequences, and the order in which a run reads them.
 
 Sequence i reads L inputs from token i*L on, and its targets one token further: neighbours share one token, so
 every token but the first is predicted once. An epoch is a permutation of the sequences. A run is one endless
-line of epochs, cut into micro-batches of S sequences for all ranks together; each rank takes its own rows of
-each. Where anything stands is arithmetic on (seed, position), so any micro-batch can be made without the ones
-before it, and one rank and eight read the same global batches.
+line of epochs, cut into micro-batches of S sequences for all ranks together; each rank takes its own rows of each.
+Every place is arithmetic on (seed, position), so any micro-batch can be made without the ones before it, and one
+rank and eight read the same global batches.
 """
 
 from functools import lru_cache
@@ -19,10 +19,10 @@ from core.data.store import TokenStore
 
 
 def count_sequences(store: TokenStore, length: int) -> int:
-    """Whole sequences in a training stream; the incomplete piece at its end is left out.
+    """The number of whole sequences in a training stream; an incomplete one at its end is left out.
 
     Raises:
-        UserError: there is not even one.
+        UserError: the stream is shorter than one sequence.
     """
     count = (len(store) - 1) // length
     if count < 1:
@@ -40,7 +40,9 @@ def rows_of(rank: int, world: int, sequences: int) -> range:
         UserError: the rows cannot be shared equally.
     """
     if sequences % world:
-        raise UserError(f"a batch of {sequences} sequences cannot be shared equally by {world} data ranks")
+        raise UserError(
+            f"a batch of {sequences} sequences cannot be shared equally by {world} data ranks"
+        )
     share = sequences // world
     return range(rank * share, (rank + 1) * share)
 
@@ -49,15 +51,15 @@ def rows_of(rank: int, world: int, sequences: int) -> range:
 def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """A permutation of `count` sequences, fixed by (seed, epoch).
 
-    The sequences are sorted by raw PCG64 words: numpy promises that stream for ever, but not the one behind
-    `Generator.permutation`, and a run must be able to resume under another numpy.
+    The sequences are sorted by raw PCG64 words. Numpy guarantees that stream across versions, but not the one of
+    `Generator.permutation`, and a run must be able to resume with another version of numpy.
     """
     words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(count)
     return np.argsort(words, kind="stable")
 
 
 def sequences_at(positions: NDArray[np.int64], seed: int, count: int) -> NDArray[np.int64]:
-    """Which sequence stands at each position of the endless line of epochs; both (B,)."""
+    """The sequence at each position of the endless line of epochs; both arrays are (B,)."""
     epochs, places = np.divmod(positions, count)
     chosen = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -67,26 +69,29 @@ def sequences_at(positions: NDArray[np.int64], seed: int, count: int) -> NDArray
 
 
 def cut(store: TokenStore, begins_B: NDArray[np.int64], length: int) -> Batch:
-    """The sequences that begin at some tokens of a stream.
+    """Cut out the sequences that begin at some tokens of a stream.
 
     A position without a next token is padding: token and target 0, and a document number past the last. A sequence's
     source is that of its first token.
     """
     positions_BM = begins_B[:, None] + np.arange(length + 1)
-    ids_BM = store.tokens[np.minimum(positions_BM, len(store) - 1)].astype(np.int64)
-    documents_BM = np.searchsorted(store.starts, positions_BM, side="right") - 1
+    exists_BM = positions_BM < len(store)
+    nearest_BM = np.minimum(positions_BM, len(store) - 1)
     valid_BL = positions_BM[:, 1:] < len(store)
-    learned_BM = source_B = None
+    ids_BM = store.tokens[nearest_BM].astype(np.int64)
+    documents_BM = np.searchsorted(store.starts, positions_BM, side="right") - 1
+    learned_BM = None
     if store.learned is not None:
-        there_BM = positions_BM < len(store)
-        learned_BM = torch.from_numpy(store.learned[np.minimum(positions_BM, len(store) - 1)] & there_BM)
+        learned_BM = torch.from_numpy(store.learned[nearest_BM] & exists_BM)
+    source_B = None
     if store.sources is not None:
-        source_B = torch.from_numpy(store.sources[np.minimum(documents_BM[:, 0], store.documents - 1)])
+        first_documents_B = np.minimum(documents_BM[:, 0], store.documents - 1)
+        source_B = torch.from_numpy(store.sources[first_documents_B])
     return Batch(
         tokens_BL=torch.from_numpy(np.where(valid_BL, ids_BM[:, :-1], 0)),
         targets_BL=torch.from_numpy(np.where(valid_BL, ids_BM[:, 1:], 0)),
         valid_BL=torch.from_numpy(valid_BL),
-        documents_BM=torch.from_numpy(np.where(positions_BM < len(store), documents_BM, store.documents)),
+        documents_BM=torch.from_numpy(np.where(exists_BM, documents_BM, store.documents)),
         learned_BM=learned_BM,
         source_B=source_B,
     )

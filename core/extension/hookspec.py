@@ -17,14 +17,14 @@ the contracts that the plugin was built for (`core.contracts.VERSION` at the tim
 import pluggy
 
 GROUP = "moeloom.plugins"
-"""The entry-point group that plugins are installed under, and pluggy's project name is its first half."""
+"""The entry-point group that plugins are installed under; its first half is pluggy's project name."""
 
 hookspec = pluggy.HookspecMarker("moeloom")
 hookimpl = pluggy.HookimplMarker("moeloom")
 
 
 class Registrar:
-    """What a plugin's `register(registry)` receives: one method for each slot.
+    """The argument of a plugin's `register(registry)`: it has one method for each slot.
 
     `registry.router("name", "module:Class")` offers the class at that target as a router of that name; the target is
     imported only when a recipe asks for the name.
@@ -34,7 +34,8 @@ class Registrar:
         """Offers the class at `target` ("module:Class") as `name` in `slot`; the methods of the slots call it.
 
         Raises:
-            Mistake: no such slot, a name or target of another form, or a name that this plugin has offered already.
+            PluginError: the slot does not exist, the name or target has another form, or the plugin has already offered
+                the name.
         """
         raise NotImplementedError
 
@@ -96,12 +97,12 @@ class Registrar:
 
 
 class Hooks:
-    """Every hook that a plugin may implement."""
+    """The hooks that a plugin may implement."""
 
     @hookspec
     def register(self, registry: Registrar) -> None:
-        """Offer components: `registry.<slot>(name, "module:Class")` for each. Import nothing heavy here.
+        """Offers components: one call `registry.<slot>(name, "module:Class")` for each. Import nothing heavy here.
 
         Args:
-            registry: takes the offers of this plugin.
+            registry: collects the offers of this plugin.
         """

@@ -1,7 +1,7 @@
 """Finding plugins: installed entry points, a checkout's own `pyproject.toml`, and a recipe's `plugins:` list.
 
 Distributions are read one by one: pluggy's own loader stops at the first plugin that cannot be imported, and
-of two distributions with one entry-point name it reads only the first, without a word.
+of two distributions with one entry-point name it silently reads only the first.
 """
 
 import importlib
@@ -18,7 +18,7 @@ import pluggy
 
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import Provenance
-from core.extension.checks import Mistake, check_plugin, told
+from core.extension.checks import PluginError, check_plugin, format_error
 from core.extension.hookspec import GROUP, Hooks
 from core.extension.registry import Broken, Registry
 from core.extension.trace import traced
@@ -29,18 +29,23 @@ STRICT = "MOELOOM_STRICT_PLUGINS"
 
 
 class PluginWarning(UserWarning):
-    """Something about plugins that stops nothing; the doors print it in one line."""
+    """A warning about plugins that stops nothing; the commands print it in one line."""
 
 
 def find_plugins() -> list[Provenance]:
-    """Every plugin of this environment, none imported yet: our own first, then by distribution."""
+    """Finds every plugin of this environment without importing any: our own first, then by distribution."""
     found = list(_installed())
     if not any(owner.distribution == OWN for owner in found):
         found += _checkout()
-    return sorted(found, key=lambda owner: (owner.distribution != OWN, owner.distribution, owner.entry_point))
+    return sorted(found, key=_own_first)
+
+
+def _own_first(owner: Provenance) -> tuple[bool, str, str]:
+    return owner.distribution != OWN, owner.distribution, owner.entry_point
 
 
 def _installed() -> Iterator[Provenance]:
+    """Yields the entry points of every installed distribution."""
     seen = set()
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
@@ -53,7 +58,7 @@ def _installed() -> Iterator[Provenance]:
 
 
 def _checkout() -> Iterator[Provenance]:
-    """Our own entry points, where this package runs from a checkout that is not installed."""
+    """Yields our own entry points, where this package runs from a checkout that is not installed."""
     file = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if not file.is_file():
         return
@@ -75,20 +80,20 @@ def load_plugins(
     *,
     survey: bool = False,
 ) -> Registry:
-    """Import plugins and the modules that a recipe names, and let each register.
+    """Imports plugins and the modules that a recipe names, and calls the `register` of each.
 
-    An installed plugin that fails is kept as `broken` and told in one warning, or is an error under
-    `MOELOOM_STRICT_PLUGINS=1`; a module that the recipe names is an error at once. To implement a hook that
-    does not exist, or none, is to fail, and so is to be built for other contracts.
+    An installed plugin that fails is kept as `broken` and reported in one warning; under `MOELOOM_STRICT_PLUGINS=1`
+    it is an error. A module that the recipe names and that fails is always an error. A plugin also fails if it
+    implements an unknown hook, or none, or was built for other contracts.
 
     Args:
         owners: the plugins.
         named: further modules.
-        disabled: those of the plugins that are not to be imported.
-        survey: keep every broken one, without a warning or an error, for who lists them all.
+        disabled: those of the plugins that are not imported.
+        survey: keep every broken plugin without a warning or an error, for a list of all plugins.
 
     Raises:
-        UserError: as above.
+        UserError: a plugin is broken, under the conditions above.
     """
     registry = Registry()
     registry.disabled = list(disabled)
@@ -98,7 +103,7 @@ def load_plugins(
         try:
             _register(registry, owner)
         except (Exception, SystemExit) as cause:
-            broken = Broken(owner, told(cause))
+            broken = Broken(owner, format_error(cause))
             registry.broken.append(broken)
             if survey:
                 continue
@@ -110,23 +115,27 @@ def load_plugins(
         try:
             _register(registry, owner)
         except (Exception, SystemExit) as cause:
-            why = f"{told(cause)}{_whence(cause, name)}"
+            why = f"{format_error(cause)}{_not_found_hint(cause, name)}"
             raise UserError(f"plugin {name!r}, which the recipe names, is broken: {why}") from cause
     return registry
 
 
-def _whence(cause: BaseException, module: str) -> str:
-    """What to do where Python does not find the very module that a recipe names, or a package around it."""
-    missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
-    if not missing or not f"{module}.".startswith(f"{missing}."):
+def _not_found_hint(cause: BaseException, module: str) -> str:
+    """What to do if Python does not find the module that a recipe names, or a package around it; else empty."""
+    if not isinstance(cause, ModuleNotFoundError) or not cause.name:
         return ""
-    return "; Python must find it from here: install its package, or run from the folder that holds it"
+    if not f"{module}.".startswith(f"{cause.name}."):
+        return ""
+    hint = "install its package, or run from the folder that holds it"
+    return f"; Python must find it from here: {hint}"
 
 
 def _register(registry: Registry, owner: Provenance) -> None:
-    """Import one plugin and call its hook; nothing of it is kept where it fails."""
+    """Imports one plugin and calls its hook; if that fails, nothing of it is kept."""
     if not re.fullmatch(r"\w+(\.\w+)*", owner.module):
-        raise Mistake(f"{owner.module!r} is no module's name, such as my_package or my_package.plugin")
+        raise PluginError(
+            f"{owner.module!r} is no module's name, such as my_package or my_package.plugin"
+        )
     with traced(f"plugin {owner.entry_point!r}", owner, owner.module):
         module = importlib.import_module(owner.module)
     check_plugin(module)
@@ -140,30 +149,32 @@ def _register(registry: Registry, owner: Provenance) -> None:
 
 @cache
 def installed_registry() -> Registry:
-    """The registry of this environment, read once per process, without what `MOELOOM_DISABLE_PLUGINS` names."""
+    """Reads the registry of this environment once per process, without what `MOELOOM_DISABLE_PLUGINS` names."""
     owners = find_plugins()
     return load_plugins(owners, disabled=_disabled(owners))
 
 
 def surveyed_registry() -> Registry:
-    """The same for who tells of every broken plugin by himself: no warning, and no error under strict."""
+    """Reads the registry for a list of all plugins: a broken one is kept, without a warning or an error."""
     owners = find_plugins()
     return load_plugins(owners, disabled=_disabled(owners), survey=True)
 
 
 def registry_for(named: Iterable[str] = ()) -> Registry:
-    """The registry that a recipe sees: the environment's, and the modules that it names (each read once).
+    """Returns the registry that a recipe sees: the environment's, and the modules that it names (each read once).
 
     Raises:
         UserError: a module that it names is broken, or disabled.
     """
     installed = installed_registry()
-    there = {entry.owner.module for entries in installed.entries.values() for entry in entries}
-    names = [name for name in dict.fromkeys(named) if name not in there]
+    registered = installed.modules()
+    names = [name for name in dict.fromkeys(named) if name not in registered]
     for owner in installed.disabled:
         if owner.module in names:
             who = f"{owner.entry_point!r} of {owner.distribution} {owner.version}"
-            raise UserError(f"plugin {who}, which the recipe names, is disabled by {DISABLE}={os.environ.get(DISABLE)}")
+            raise UserError(
+                f"plugin {who}, which the recipe names, is disabled by {DISABLE}={os.environ.get(DISABLE)}"
+            )
     if not names:
         return installed
     registry = Registry()
@@ -173,20 +184,28 @@ def registry_for(named: Iterable[str] = ()) -> Registry:
 
 
 def _disabled(owners: list[Provenance]) -> list[Provenance]:
-    """The plugins that `MOELOOM_DISABLE_PLUGINS` names, by entry point or distribution; other names are warned of."""
-    asked = [name for name in map(str.strip, os.environ.get(DISABLE, "").split(",")) if name]
-    known = {owner.entry_point for owner in owners} | {_canonical(owner.distribution) for owner in owners}
-    if unknown := [name for name in asked if name not in known and _canonical(name) not in known]:
+    """The plugins that `MOELOOM_DISABLE_PLUGINS` names, by entry point or distribution; warns about other names."""
+    listed = os.environ.get(DISABLE, "").split(",")
+    disabled_names = [name.strip() for name in listed if name.strip()]
+    known: set[str] = set()
+    for owner in owners:
+        known |= {owner.entry_point, _canonical(owner.distribution)}
+    unknown = [name for name in disabled_names if not known & {name, _canonical(name)}]
+    if unknown:
         names = ", ".join(map(repr, unknown))
         warnings.warn(
             f"{DISABLE}: no plugin or distribution is named {names}; {nearest(unknown[0], known)}",
             PluginWarning,
             stacklevel=1,
         )
-    distributions = set(map(_canonical, asked))
-    return [o for o in owners if o.entry_point in asked or _canonical(o.distribution) in distributions]
+    distributions = set(map(_canonical, disabled_names))
+    found = []
+    for owner in owners:
+        if owner.entry_point in disabled_names or _canonical(owner.distribution) in distributions:
+            found.append(owner)
+    return found
 
 
 def _canonical(distribution: str) -> str:
-    """A distribution's name as indexes compare it."""
+    """The normalised form in which package indexes compare a distribution's name."""
     return re.sub(r"[-_.]+", "-", distribution).lower()

@@ -1,4 +1,4 @@
-"""What every plugin offers, keyed (slot, name), and the one place where a name becomes a class."""
+"""The components that plugins offer, keyed (slot, name); only this module turns a name into a class."""
 
 import importlib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import Provenance
-from core.extension.checks import Mistake, NoSlot, check_component, told
+from core.extension.checks import PluginError, UnknownSlotError, check_component, format_error
 from core.extension.hookspec import Registrar
 from core.extension.trace import traced
 
@@ -28,12 +28,12 @@ SLOTS = {
     "callback": "core.contracts.training:CallbackFactory",
     "logger": "core.contracts.training:LoggerFactory",
 }
-"""Every extension point and the class that states its contract."""
+"""The extension points, each with the class that states its contract."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One offer: who says that (slot, name) is the class at `target`."""
+    """One offer of a component: `owner` registered the class at `target` as (slot, name)."""
 
     slot: str
     name: str
@@ -41,7 +41,7 @@ class Entry:
     owner: Provenance
 
     def load(self) -> tuple[Any, Provenance]:
-        """The class and its provenance, now with the file it came from.
+        """Imports the class; returns it and its provenance, now with the file that it came from.
 
         Raises:
             UserError: the module cannot be imported, the class is missing or not of the slot's kind, or its `Config`
@@ -53,7 +53,7 @@ class Entry:
             try:
                 module = importlib.import_module(module_name)
             except (Exception, SystemExit) as cause:
-                raise UserError(f"{who} cannot be imported: {told(cause)}") from cause
+                raise UserError(f"{who} cannot be imported: {format_error(cause)}") from cause
             component = getattr(module, attribute, None)
             if component is None:
                 raise UserError(f"{who}: module {module_name} has no class {attribute}")
@@ -63,15 +63,16 @@ class Entry:
                 raise UserError(f"{who} is not a subclass of {contract_module}.{contract_name}")
             try:
                 check_component(component, SLOTS)
-            except Mistake as cause:
+            except PluginError as cause:
                 raise UserError(f"{who}: {cause}") from cause
         file = getattr(module, "__file__", None)
-        return component, replace(self.owner, module=module_name, file=Path(file) if file else None)
+        path = Path(file) if file else None
+        return component, replace(self.owner, module=module_name, file=path)
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A plugin that could not be read: it matters only if somebody asks for what it might have offered."""
+    """A plugin that could not be loaded; this is an error only if a recipe names a component that nobody offers."""
 
     owner: Provenance
     why: str
@@ -82,7 +83,7 @@ class Broken:
 
 
 class Registry:
-    """All offers. Filled once by the loader; asked by the recipe room and the catalog."""
+    """All offers of components. The loader fills it once; `core.recipe` and the catalog read it."""
 
     def __init__(self) -> None:
         self.entries: dict[tuple[str, str], list[Entry]] = {}
@@ -90,48 +91,61 @@ class Registry:
         self.disabled: list[Provenance] = []
 
     def owned_by(self, owner: Provenance) -> Registrar:
-        """The view through which one plugin registers."""
+        """Returns the registrar that adds offers under one plugin's name."""
         return OwnedRegistrar(self, owner)
 
     def add(self, entry: Entry) -> None:
-        """Keep an offer; two owners of one name are kept side by side and refused when the name is used."""
+        """Keeps an offer, unless it is known; two owners of one name are both kept, and using the name is an error."""
         offers = self.entries.setdefault((entry.slot, entry.name), [])
-        if not any((e.owner.distribution, e.target) == (entry.owner.distribution, entry.target) for e in offers):
-            offers.append(entry)
+        for other in offers:
+            if (
+                other.owner.distribution == entry.owner.distribution
+                and other.target == entry.target
+            ):
+                return
+        offers.append(entry)
 
     def absorb(self, other: "Registry") -> None:
-        """Keep all that another registry knows."""
+        """Adds everything that another registry holds."""
         self.broken += other.broken
         self.disabled += other.disabled
         for entries in other.entries.values():
             for entry in entries:
                 self.add(entry)
 
+    def modules(self) -> set[str]:
+        """The modules of all plugins that offer something."""
+        return {entry.owner.module for entries in self.entries.values() for entry in entries}
+
     def names(self, slot: str) -> list[str]:
-        """The names that a slot knows."""
+        """The names that are offered in a slot, sorted."""
         return sorted(name for known, name in self.entries if known == slot)
 
     def find(self, slot: str, name: str) -> Entry:
-        """The one offer for a name, written as `name` or as `distribution/name`.
+        """Returns the one offer for a name, written as `name` or as `distribution/name`.
 
         Raises:
-            UserError: there is no such slot; nobody offers the name (the nearest ones are told, and which plugins are
-                broken or disabled); or more than one does.
+            UserError: there is no such slot; no plugin offers the name (the message has the nearest names and the
+                plugins that are broken or disabled); or more than one plugin does.
         """
         if slot not in SLOTS:
             raise UserError(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
         distribution, _, short = name.rpartition("/")
-        offers = [e for e in self.entries.get((slot, short), []) if distribution in ("", e.owner.distribution)]
+        offers = self.entries.get((slot, short), [])
+        if distribution:
+            offers = [offer for offer in offers if offer.owner.distribution == distribution]
         if len(offers) == 1:
             return offers[0]
         if offers:
             raise UserError(f"{slot} {name!r} is offered by {_choice(offers, short)}")
-        unread = "".join(f"; {broken}" for broken in self.broken) + _skipped(self.disabled)
-        raise UserError(f"no {slot} is named {name!r}; {nearest(short, self.names(slot))}{unread}")
+        why = f"no {slot} is named {name!r}; {nearest(short, self.names(slot))}"
+        for broken in self.broken:
+            why += f"; {broken}"
+        raise UserError(f"{why}{_skipped(self.disabled)}")
 
 
 def _choice(offers: list[Entry], name: str) -> str:
-    """Who offers one name, and what the user can do about it."""
+    """The owners of one name, and how the user can choose between them."""
     owners = " and ".join(sorted(f"{o.owner.distribution} ({o.target})" for o in offers))
     if len({o.target for o in offers}) == 1:
         module = offers[0].target.partition(":")[0]
@@ -142,41 +156,50 @@ def _choice(offers: list[Entry], name: str) -> str:
 
 
 def _skipped(disabled: Iterable[Provenance]) -> str:
-    """What was not asked because the user said so, told by distribution."""
+    """The end of an error message that names the disabled plugins by distribution; empty without any."""
     points: dict[str, list[str]] = {}
     for owner in disabled:
         points.setdefault(f"{owner.distribution} {owner.version}", []).append(owner.entry_point)
-    told = "; ".join(f"{', '.join(names)} of {distribution}" for distribution, names in points.items())
-    return f"; disabled by MOELOOM_DISABLE_PLUGINS, whatever they may offer: {told}" if told else ""
+    if not points:
+        return ""
+    skipped = [f"{', '.join(names)} of {distribution}" for distribution, names in points.items()]
+    return f"; disabled by MOELOOM_DISABLE_PLUGINS, whatever they may offer: {'; '.join(skipped)}"
 
 
 class OwnedRegistrar(Registrar):
     """The registrar of one plugin, which keeps what it offers under that plugin's name.
 
     Args:
-        registry: takes the offers.
+        registry: collects the offers.
         owner: the plugin.
     """
 
     def __init__(self, registry: Registry, owner: Provenance) -> None:
-        self._registry, self._owner = registry, owner
+        self._registry = registry
+        self._owner = owner
 
     def add(self, slot: str, name: str, target: str) -> None:
         """Keeps an offer of this plugin; see `Registrar.add`."""
         if slot not in SLOTS:
-            raise NoSlot(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
+            raise UnknownSlotError(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
         if not isinstance(name, str) or not isinstance(target, str):
             wrong = target if isinstance(name, str) else name
-            told = f"the class {wrong.__qualname__} itself" if isinstance(wrong, type) else repr(wrong)
-            raise Mistake(f'{slot} {name!r}: name and target are texts, "name" and "module:Class", not {told}')
+            given = repr(wrong)
+            if isinstance(wrong, type):
+                given = f"the class {wrong.__qualname__} itself"
+            allowed = 'name and target must be strings, "name" and "module:Class"'
+            raise PluginError(f"{slot} {name!r}: {allowed}, not {given}")
         if not name or "/" in name or target.count(":") != 1:
-            raise Mistake(f"{slot} {name!r}: a name has no '/', and a target reads 'module:Class', not {target!r}")
+            allowed = "a name has no '/', and a target reads 'module:Class'"
+            raise PluginError(f"{slot} {name!r}: {allowed}, not {target!r}")
         entry = Entry(slot, name, target, self._owner)
         for other in self._registry.entries.get((slot, name), []):
             if other.owner == self._owner and other.target != target:
-                raise Mistake(f"{slot} {name!r} is registered twice, as {other.target} and as {target}")
+                raise PluginError(
+                    f"{slot} {name!r} is registered twice, as {other.target} and as {target}"
+                )
         self._registry.add(entry)
 
     def __getattr__(self, slot: str) -> NoReturn:
-        """Raises `NoSlot` for a method that is no slot's: a misspelt one, with the nearest."""
-        raise NoSlot(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
+        """Raises `UnknownSlotError` for a misspelt method; the message names the nearest slot."""
+        raise UnknownSlotError(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")

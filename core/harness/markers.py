@@ -1,4 +1,4 @@
-"""The tokens that begin and end a text."""
+"""Finds the tokens that begin and end a text."""
 
 import json
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from core.training.folder import RunFolder
 
 @dataclass(frozen=True)
 class Markers:
-    """Token ids.
+    """Ids of special tokens.
 
     Args:
-        begin: stands before every text.
-        end: ends what the model writes.
+        begin: precedes every text.
+        end: ends a text that the model writes.
     """
 
     begin: int = END
@@ -22,17 +22,24 @@ class Markers:
 
 
 def markers_of(folder: RunFolder) -> Markers:
-    """One marker does both in runs of ours; a converted run wrote down what its source says.
+    """Returns the markers of a run: those of its source for a converted run, otherwise one marker for both.
 
     Raises:
-        UserError: a converted run whose source says neither.
+        UserError: the source of a converted run has neither.
     """
     if not folder.provenance.exists():
         return Markers()
     converted = json.loads(folder.provenance.read_text(encoding="utf-8")).get("converted")
     if converted is None:
         return Markers()
-    begin, end = converted["begin"], converted["end"]
+    begin = converted["begin"]
+    end = converted["end"]
     if begin is None and end is None:
-        raise UserError(f"{folder.provenance}: converted.begin and converted.end are null: no marker begins a text")
-    return Markers(end if begin is None else begin, begin if end is None else end)
+        raise UserError(
+            f"{folder.provenance}: converted.begin and converted.end are null: no marker begins a text"
+        )
+    if begin is None:
+        begin = end
+    if end is None:
+        end = begin
+    return Markers(begin, end)

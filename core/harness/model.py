@@ -1,11 +1,11 @@
-"""Our model as lm-evaluation-harness asks for one (`lm_eval.api.model`).
+"""Our model with the interface of models in lm-evaluation-harness (`lm_eval.api.model`).
 
 Every text that is scored or continued begins with a marker, as every document did in training, and as the exported
 tokenizer has it for the harness's own `hf` model. A marker that a text spells out is text.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -23,10 +23,14 @@ from core.model.language_model import LanguageModel
 from core.model.sampling import sample
 
 NEW_TOKENS = 256
-"""Where a task does not say how long an answer may be; the harness's own models take the same."""
+"""Longest answer where a task does not limit it; the harness's own models have the same default."""
 
 WRITES = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
-"""Settings of generation that this model has, after the harness has brought their synonyms to one name."""
+"""Supported settings of generation, by the names that the harness gives to synonyms."""
+
+
+_Prompt = tuple[int, list[int]]
+"""The number of a request, and the ids of its prompt."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped to us
@@ -34,10 +38,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
 
     Args:
         model: in evaluation mode, on the device where it is to run.
-        tokenizer: the run's.
-        markers: the run's.
+        tokenizer: the tokenizer of the run.
+        markers: the markers of the run.
         batch_size: sequences in a forward.
-        say: told what nobody who reads the results may overlook.
+        say: called with each message that a reader of the results should know.
     """
 
     def __init__(
@@ -50,13 +54,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
-        self.model, self.batch_size, self.say = model, batch_size, say
-        self._tokenizer, self._markers = tokenizer, markers
+        self.model = model
+        self.batch_size = batch_size
+        self.say = say
+        self._tokenizer = tokenizer
+        self._markers = markers
         self._device = model.embedding.weight.device
 
     @property
     def eot_token_id(self) -> int:
-        """The marker that ends what is written."""
+        """The marker that ends a text that the model writes."""
         return self._markers.end
 
     @property
@@ -69,26 +76,34 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         """The longest input in tokens."""
         return self.model.max_length
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The ids of a text, after the marker unless that is declined."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Returns the ids of a text, after the marker unless `add_special_tokens` is False."""
         ids = self._tokenizer.encode(string)
-        return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
+        if add_special_tokens is False:
+            return ids
+        return [self.prefix_token_id, *ids]
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """log p(continuation | context) in nats for each (context, continuation), and whether it is the greedy one.
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Returns log p(continuation | context) in nats for each pair, and whether greedy decoding would write it.
 
-        Where the two are cut follows the harness: spaces that end the context count to the continuation, and the tokens
-        of the continuation are those of the whole text past as many as the context alone has. If that leaves none (the
-        continuation went into the context's last token), it is encoded by itself.
+        The text is divided as the harness divides it: spaces that end the context belong to the continuation, and the
+        tokens of the continuation are those of the whole text after as many as the context alone has. If none are left
+        (the continuation was merged into the context's last token), the continuation is encoded by itself.
 
         Raises:
-            UserError: a continuation that is longer than the model's longest input.
+            UserError: a continuation is longer than the model's longest input.
         """
         pairs = [self._pair(*request.args) for request in requests]
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p(text) in nats for each (text,): every token of it is predicted exactly once.
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Returns log p(text) in nats for each (text,); every token of a text is predicted exactly once.
 
         A text that is longer than the model's longest input is read in windows, each of which begins where the one
         before it ended; the last one takes as much context as fits.
@@ -97,53 +112,54 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         counts = []
         for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            own = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            windows += [(("", ""), *make_disjoint_window(window)) for window in own]
-            counts.append(len(windows))
-        values = [value for value, _ in self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)]
-        return [sum(values[start:stop], 0.0) for start, stop in zip([0, *counts], counts, strict=False)]
+            before = len(windows)
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                windows.append((("", ""), *make_disjoint_window(window)))
+            counts.append(len(windows) - before)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        values = iter([value for value, _ in scores])
+        return [sum(islice(values, count), 0.0) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each (context, settings), cut before the first of the settings' stop strings.
+        """Returns the model's answer to each (context, settings), cut before the first stop string of the settings.
 
-        Greedy unless the settings ask for samples, which are drawn one by one from a seed that is the number of the
-        request. Contexts are cut from the left to leave room for the answer.
+        Decoding is greedy unless the settings ask for samples. Samples are drawn one by one from a seed that is the
+        number of the request. Contexts are cut from the left so that context and answer fit into the longest input.
 
         Raises:
-            UserError: settings that this model has not, or no room for an answer.
+            UserError: the settings are unknown, or leave no tokens for context or answer.
         """
         answers: dict[int, str] = {}
-        alike: dict[tuple[int, int, tuple[str, ...]], list[tuple[int, list[int]]]] = defaultdict(list)
+        groups: dict[tuple[int, int, tuple[str, ...]], list[_Prompt]] = defaultdict(list)
         with self._bar("Writing answers", len(requests), disable_tqdm) as bar:
             for number, request in enumerate(requests):
-                context, settings = request.args
-                settings = self._settings(settings)
-                prompt = self.tok_encode(context)[-(self.max_length - settings["max_gen_toks"]) :]
-                stops = tuple(stop for stop in settings["until"] if stop)
+                context, given = request.args
+                settings = self._settings(given)
+                tokens = settings["max_gen_toks"]
+                prompt = self.tok_encode(context)[-(self.max_length - tokens) :]
+                stops = tuple(filter(None, settings["until"]))
                 if settings["do_sample"] and settings["temperature"] > 0:
                     answers[number] = self._sampled(number, prompt, stops, settings)
                     bar.update(1)
                 else:
-                    alike[len(prompt), settings["max_gen_toks"], stops].append((number, prompt))
-            for (_, tokens, stops), asked in sorted(alike.items(), reverse=True):
-                for batch in _batches(asked, self.batch_size):
-                    written = write(
-                        self.model,
-                        [prompt for _, prompt in batch],
-                        tokens=tokens,
-                        ended=lambda ids, stops=stops: ids[-1] == self.eot_token_id or self._stopped(ids, stops),  # type: ignore[misc]
-                    )
-                    for (number, _), ids in zip(batch, written, strict=True):
-                        answers[number] = self._answer(ids, stops)
+                    groups[len(prompt), tokens, stops].append((number, prompt))
+            for (_, tokens, stops), prompts in sorted(groups.items(), reverse=True):
+                for batch in _batches(prompts, self.batch_size):
+                    answers.update(self._greedy(batch, tokens, stops))
                     bar.update(len(batch))
         return [answers[number] for number in range(len(requests))]
 
-    def _pair(self, context: str, continuation: str) -> tuple[tuple[str, str], list[int], list[int]]:
+    def _pair(
+        self, context: str, continuation: str
+    ) -> tuple[tuple[str, str], list[int], list[int]]:
+        """Returns the texts, the ids of the context, and the ids of the continuation."""
         if context == "":
             ids = self.tok_encode(continuation, add_special_tokens=False)
             return (context, continuation), [self.prefix_token_id], ids
         before, after = self._encode_pair(context, continuation)
-        return (context, continuation), before, after or self.tok_encode(continuation, add_special_tokens=False)
+        if not after:
+            after = self.tok_encode(continuation, add_special_tokens=False)
+        return (context, continuation), before, after
 
     def _loglikelihood_tokens(
         self,
@@ -151,13 +167,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """The same for (texts, ids of the context, ids of the continuation); contexts lose what does not fit."""
-        asked, cut = [], 0
+        """Scores (texts, ids of the context, ids of the continuation); contexts are cut from the left where needed."""
+        asked = []
+        cut = 0
         for (_, continuation), before, after in requests:
             if len(after) > self.max_length:
                 raise UserError(
-                    f"an answer of {len(after)} tokens ({continuation[:40]!r} ...) is longer than what the model "
-                    f"reads: model.rope.max_length = {self.max_length}"
+                    f"an answer of {len(after)} tokens ({continuation[:40]!r} ...) is longer than the model's "
+                    f"longest input: model.rope.max_length = {self.max_length}"
                 )
             ids = [*before, *after]
             cut += len(ids) > self.max_length + 1
@@ -167,24 +184,43 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
                 f"note: {cut} of {len(asked)} texts lost their beginning: the model reads {self.max_length} tokens"
             )
         with self._bar("Scoring answers", len(asked), disable_tqdm) as bar:
-            scores: list[Score] = score(self.model, asked, batch_size=self.batch_size, done=bar.update)
+            scores: list[Score] = score(
+                self.model, asked, batch_size=self.batch_size, done=bar.update
+            )
         return [(found.log_likelihood, found.greedy) for found in scores]
 
     def _settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Returns the settings of a request with their defaults; raises `UserError` if they are unusable."""
         settings = dict(normalize_gen_kwargs(given, NEW_TOKENS))
         unknown = sorted(set(settings) - WRITES)
         if unknown:
             raise UserError(
-                f"generation settings {', '.join(unknown)}: not of this model, which has {', '.join(WRITES)}"
+                f"unknown generation settings {', '.join(unknown)}; known: {', '.join(sorted(WRITES))}"
             )
         if not 0 < settings["max_gen_toks"] < self.max_length:
             raise UserError(
-                f"max_gen_toks = {settings['max_gen_toks']} leaves no room for a question: "
+                f"max_gen_toks = {settings['max_gen_toks']} leaves no tokens for question or answer: "
                 f"the model reads and writes model.rope.max_length = {self.max_length} tokens in all"
             )
         return settings
 
-    def _sampled(self, number: int, prompt: list[int], stops: tuple[str, ...], settings: dict[str, Any]) -> str:
+    def _greedy(
+        self, batch: Sequence[_Prompt], tokens: int, stops: tuple[str, ...]
+    ) -> dict[int, str]:
+        """Returns greedy answers to prompts of equal length, by the number of the request."""
+
+        def ended(ids: list[int]) -> bool:
+            return ids[-1] == self.eot_token_id or self._stopped(ids, stops)
+
+        numbers, prompts = zip(*batch, strict=True)
+        written = write(self.model, prompts, tokens=tokens, ended=ended)
+        answers = [self._answer(ids, stops) for ids in written]
+        return dict(zip(numbers, answers, strict=True))
+
+    def _sampled(
+        self, number: int, prompt: list[int], stops: tuple[str, ...], settings: dict[str, Any]
+    ) -> str:
+        """Returns an answer that is sampled with the number of the request as seed."""
         drawn = sample(
             self.model,
             prompt,
@@ -206,14 +242,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         return any(stop in text for stop in stops)
 
     def _answer(self, ids: list[int], stops: tuple[str, ...]) -> str:
-        text = self._tokenizer.decode(ids[:-1] if ids and ids[-1] == self.eot_token_id else ids)
-        return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+        """Returns the text of written tokens, without the marker at its end, up to the first stop string."""
+        if ids and ids[-1] == self.eot_token_id:
+            ids = ids[:-1]
+        text = self._tokenizer.decode(ids)
+        end = len(text)
+        for stop in stops:
+            if stop in text:
+                end = min(end, text.index(stop))
+        return text[:end]
 
     def _bar(self, what: str, total: int, disable: bool) -> Any:
         return tqdm(total=total, desc=what, disable=disable or not total)
 
 
-def _batches(items: Sequence[Any], size: int) -> Any:
+def _batches(items: Sequence[_Prompt], size: int) -> Iterator[list[_Prompt]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch

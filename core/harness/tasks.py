@@ -1,4 +1,4 @@
-"""From names of tasks to results: what the harness knows, what it says, and every mistake as one sentence."""
+"""Loads tasks of lm-evaluation-harness by name, runs them, and returns their results in plain containers."""
 
 import math
 import random
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from core.analysis.describe import obstacles
+from core.analysis.describe import unmet_requirements
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
 from core.harness.markers import markers_of
@@ -23,12 +23,12 @@ from core.training.folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to evaluate on.
+class TaskOptions:
+    """The tasks to evaluate, and how.
 
     Args:
         tasks: names of tasks, groups or tags, or patterns of them (`mmlu_*`).
-        folder: of the user's own task files; they go before the harness's where names are the same.
+        folder: the user's own task files; they take precedence over tasks of the harness with the same name.
         limit: questions of each task; None: all of them.
         batch_size: sequences in a forward.
     """
@@ -48,25 +48,29 @@ class Wanted:
             raise UserError(f"--task-path {self.folder}: there is no such folder")
 
 
-def load_tasks(wanted: Wanted) -> Any:
-    """The harness's tasks with their data.
+def load_tasks(options: TaskOptions) -> Any:
+    """Loads the harness's tasks with their data.
 
     Raises:
-        UserError: the harness is not installed, a name that nobody knows, a task whose file or data cannot be had, or
-            one that this door does not run.
+        UserError: the harness is not installed, a name is unknown, a task's file or data cannot be loaded, or a task is
+            of a type that is not supported.
     """
     if find_spec("lm_eval") is None:
-        raise UserError("--tasks needs lm-evaluation-harness, not installed here: pip install 'moeloom[eval]'")
+        raise UserError(
+            "--tasks needs lm-evaluation-harness, not installed here: pip install 'moeloom[eval]'"
+        )
     import numpy
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     random.seed(DEFAULT_RANDOM_SEED)  # a task may shuffle its choices as it loads
     numpy.random.seed(DEFAULT_OTHER_SEED)
-    manager, names = _find(wanted)
+    manager, names = _find(options)
     loaded = _load(manager, names)
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(f"task {name} runs what the model writes as a program; this command runs no such task")
+            raise UserError(
+                f"task {name} runs what the model writes as a program; this command runs no such task"
+            )
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"task {name} shows pictures; this model reads text only")
         if task.get_config("num_fewshot") is None:
@@ -76,78 +80,96 @@ def load_tasks(wanted: Wanted) -> Any:
 
 
 def run_tasks(
-    loaded: Any, run: RunFolder, model: LanguageModel, wanted: Wanted, *, say: Callable[[str], None] = print
+    loaded: Any,
+    run: RunFolder,
+    model: LanguageModel,
+    options: TaskOptions,
+    *,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Evaluate a run's model, in evaluation mode, on loaded tasks.
+    """Evaluates a run's model, in evaluation mode, on loaded tasks.
 
     Returns:
-        Under `tasks` and `groups`, by name: metrics with their standard errors, shots, version, number of questions.
+        Results under `tasks` and `groups`, by name: metrics with their standard errors, shots, version, number of
+        questions.
 
     Raises:
-        UserError: a question that the model cannot be asked, or a run without a tokenizer.
+        UserError: the model cannot answer a question, or the run has no tokenizer.
     """
     from lm_eval.evaluator import evaluate
 
     from core.harness.model import HarnessModel
 
-    tokenizer, markers = Tokenizer.load(run.tokenizer), markers_of(run)
-    answering = HarnessModel(model, tokenizer, markers, batch_size=wanted.batch_size, say=say)
-    results = evaluate(lm=answering, task_dict=loaded, limit=wanted.limit, log_samples=False)
-    groups = results.get("groups", {})
+    tokenizer = Tokenizer.load(run.tokenizer)
+    markers = markers_of(run)
+    answering = HarnessModel(model, tokenizer, markers, batch_size=options.batch_size, say=say)
+    results = evaluate(lm=answering, task_dict=loaded, limit=options.limit, log_samples=False)
+    groups = {name: _result(results, name) for name in results.get("groups", {})}
+    tasks = {}
+    for name in results["results"]:
+        if name not in groups:
+            tasks[name] = _result(results, name)
     return {
-        "tasks": {name: _told(results, name) for name in results["results"] if name not in groups},
-        "groups": {name: _told(results, name) for name in groups},
-        "limit": wanted.limit,
+        "tasks": tasks,
+        "groups": groups,
+        "limit": options.limit,
         "lm_eval": version("lm_eval"),
     }
 
 
-def moved(model: LanguageModel, device: str, recipe: Recipe) -> LanguageModel:
-    """The model on a device.
+def move_model(model: LanguageModel, device: str, recipe: Recipe) -> LanguageModel:
+    """Moves a model to a device.
 
     Raises:
-        UserError: there is no such device here, or a part of its recipe cannot run on the one there is.
+        UserError: this machine has no such device, or the device cannot run a part of the recipe.
     """
-    if device.startswith("cuda") and torch.cuda.is_available() and (found := obstacles(recipe)):
-        raise UserError(f"--device {device}: cannot run there: {'; '.join(found)}")
+    if device.startswith("cuda") and torch.cuda.is_available():
+        unmet = unmet_requirements(recipe)
+        if unmet:
+            raise UserError(f"--device {device}: cannot run there: {'; '.join(unmet)}")
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as cause:  # an unknown name; CUDA that torch has not, or finds no GPU for
+    except (RuntimeError, AssertionError) as cause:
+        # The name is unknown, torch is built without CUDA, or there is no GPU.
         why = str(cause).splitlines()[0]
         raise UserError(f"--device {device}: the model cannot go there: {why}") from cause
 
 
-def _find(wanted: Wanted) -> tuple[Any, list[str]]:
-    """The index that knows every name, and the names that patterns stand for.
+def _find(options: TaskOptions) -> tuple[Any, list[str]]:
+    """Returns the harness's index of tasks, and the names that match the options' names and patterns.
 
-    The harness's own index takes ten seconds to read; plain tasks of the user's folder do not need it. Groups and tags
-    do, because they may name tasks of the harness.
+    The harness's own index takes ten seconds to read. It is not needed if all names are single tasks of the user's
+    folder; groups and tags need it, because they may name tasks of the harness.
     """
     from lm_eval.tasks import TaskManager
 
-    if wanted.folder is not None:
-        manager = TaskManager(include_path=str(wanted.folder), include_defaults=False)
-        if set(wanted.tasks) <= set(manager.all_subtasks):
-            return manager, list(wanted.tasks)
-    manager = TaskManager(include_path=str(wanted.folder) if wanted.folder else None)
+    if options.folder is not None:
+        manager = TaskManager(include_path=str(options.folder), include_defaults=False)
+        if set(options.tasks) <= set(manager.all_subtasks):
+            return manager, list(options.tasks)
+    folder = str(options.folder) if options.folder else None
+    manager = TaskManager(include_path=folder)
     names: list[str] = []
-    for name in wanted.tasks:
+    for name in options.tasks:
         found = manager.match_tasks([name])
         if not found:
             close = get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
             guess = f"; did you mean {' or '.join(close)}?" if close else ""
-            where = "lm-evaluation-harness" + (f" and {wanted.folder}" if wanted.folder else "")
+            where = "lm-evaluation-harness"
+            if folder:
+                where += f" and {folder}"
             raise UserError(f"--tasks: {where} has no task {name!r}{guess}")
         names += [own for own in found if own not in names]
     return manager, names
 
 
 def _load(manager: Any, names: Sequence[str]) -> Any:
+    """Loads tasks; the many exceptions of YAML files, data sets and task code become one `UserError`."""
     try:
         return manager.load(list(names))
     except UserError:
         raise
-    except Exception as cause:  # reading YAML, loading data sets and importing task code fail in many ways
+    except Exception as cause:
         why = (str(cause).strip().splitlines() or [""])[0]
         raise UserError(
             f"--tasks {','.join(names)}: cannot be loaded: {type(cause).__name__}: {why} "
@@ -155,18 +177,20 @@ def _load(manager: Any, names: Sequence[str]) -> Any:
         ) from cause
 
 
-def _told(results: Any, name: str) -> dict[str, Any]:
-    """One task's or group's results in plain containers."""
-    own = results["results"][name]
+def _result(results: Any, name: str) -> dict[str, Any]:
+    """Returns the results of one task or group in plain containers."""
     metrics: dict[str, dict[str, Any]] = {}
-    for key, value in own.items():
+    for key, value in results["results"][name].items():
         metric, comma, choice = key.partition(",")
         if not comma:
-            continue  # alias and the like
+            continue  # no metric, such as the alias
         plain, is_error = re.subn("_stderr$", "", metric)
-        told = metrics.setdefault(plain if choice == "none" else f"{plain},{choice}", {})
-        finite = isinstance(value, int | float) and math.isfinite(value)  # "N/A" where the harness has none
-        told["stderr" if is_error else "value"] = value if finite else None
+        if choice != "none":
+            plain = f"{plain},{choice}"
+        # The harness writes "N/A" for a number that it cannot compute.
+        finite = isinstance(value, int | float) and math.isfinite(value)
+        field = "stderr" if is_error else "value"
+        metrics.setdefault(plain, {})[field] = value if finite else None
     counted = results.get("n-samples", {}).get(name, {})
     return {
         "metrics": metrics,
@@ -176,19 +200,37 @@ def _told(results: Any, name: str) -> dict[str, Any]:
     }
 
 
-def lines(told: dict[str, Any]) -> list[str]:
-    """What `run_tasks` returned, for a terminal."""
-    rows = []
+def table_lines(results: dict[str, Any]) -> list[str]:
+    """Returns the results of `run_tasks` as lines of a table for a terminal."""
+    rows: list[tuple[str, str, str, str]] = []
     for kind in ("tasks", "groups"):
-        for name, result in told[kind].items():
+        for name, result in results[kind].items():
             for metric, found in result["metrics"].items():
-                value, error = found.get("value"), found.get("stderr")
-                number = "-" if value is None else f"{value:.4f}"
-                spread = "" if error is None else f" +- {error:.4f}"
-                asked = "" if result["questions"] is None else f"{result['questions']} questions, "
-                shots = "" if result["shots"] is None else f"{result['shots']} shots"
-                rows.append((name, metric, number + spread, asked + shots))
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-    return [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
-    ]
+                rows.append((name, metric, _number(found), _size(result)))
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns[:3]]
+    table = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
+        table.append("  ".join([*cells, row[3]]).rstrip())
+    return table
+
+
+def _number(metric: dict[str, Any]) -> str:
+    """Returns the value of a metric, with its standard error where there is one."""
+    value = metric.get("value")
+    error = metric.get("stderr")
+    text = "-" if value is None else f"{value:.4f}"
+    if error is not None:
+        text += f" +- {error:.4f}"
+    return text
+
+
+def _size(result: dict[str, Any]) -> str:
+    """Returns the numbers of questions and shots of a task, as far as they are known."""
+    text = ""
+    if result["questions"] is not None:
+        text += f"{result['questions']} questions, "
+    if result["shots"] is not None:
+        text += f"{result['shots']} shots"
+    return text

@@ -1,4 +1,4 @@
-"""The likeliest continuations of several prompts at once, from the caches."""
+"""Greedy continuations of several prompts at once, decoded with key-value caches."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,23 +9,27 @@ from core.model.language_model import LanguageModel
 
 @torch.no_grad()
 def write(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], *, tokens: int, ended: Callable[[list[int]], bool]
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    ended: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """Continue prompts of one length greedily.
+    """Continues prompts of equal length greedily.
 
-    One length, because all sequences of a batch share their positions: no padding, no mask, and the same rows as if
-    each prompt were alone.
+    The lengths are equal because all sequences of a batch share their positions. So there is no padding and no mask,
+    and each row is the same as if its prompt were alone.
 
     Args:
         model: in evaluation mode.
         prompts: token ids, at least one each.
-        tokens: how many to write at most.
-        ended: whether what has been written is complete; asked after each token.
+        tokens: the largest number of tokens to write.
+        ended: called with the written tokens after each token; returns whether they are complete.
 
     Returns:
-        What each prompt is continued with, its last token included.
+        The continuation of each prompt, its last token included.
     """
-    assert len({len(prompt) for prompt in prompts}) == 1, "prompts of one batch are equally long"
+    assert len(set(map(len, prompts))) == 1, "prompts of one batch are equally long"
     device = model.embedding.weight.device
     caches = model.new_caches(len(prompts), min(len(prompts[0]) + tokens, model.max_length))
     fed_BL = torch.tensor([list(prompt) for prompt in prompts], device=device)

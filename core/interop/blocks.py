@@ -1,7 +1,7 @@
-"""FP8 blocks: theirs have one scale for 128 x 128 elements, ours one for each row and 128 columns.
+"""FP8 blocks: other programs keep one scale for 128 x 128 elements, this one a scale for each row and 128 columns.
 
-These two views show a grid of block scales (`X.weight_scale_inv`) as scales by row (`X.weight_scale`), to read and to
-write, so that whoever moves rows need not know of blocks.
+A grid of block scales (`X.weight_scale_inv`) is read and written through these two views as scales by row
+(`X.weight_scale`), so that the operations on tensors need not know of blocks.
 """
 
 import math
@@ -10,50 +10,60 @@ from torch import Tensor
 
 from core.contracts.errors import UserError
 from core.interop.shards import Shards
-from core.interop.tensors import BLOCK, CODES, SCALE, Kind, Tensors, scale_kind
+from core.interop.tensors import BLOCK, CODES, SCALE, TensorReader, TensorSpec, scale_spec
 from core.interop.writing import Writer
 
 INVERSE = "_scale_inv"
-"""Ends the name of a grid; the scale multiplies codes, whatever the name says."""
+"""Suffix of the name of a grid; in spite of this name the codes are multiplied by the scale."""
 
 
-def grid_kind(kind: Kind) -> Kind:
-    """The grid of block scales of a matrix."""
-    return Kind(scale_kind(kind).dtype, tuple(math.ceil(n / BLOCK) for n in kind.shape))
+def grid_spec(spec: TensorSpec) -> TensorSpec:
+    """The specification of a matrix's grid of block scales."""
+    return TensorSpec(scale_spec(spec).dtype, tuple(math.ceil(n / BLOCK) for n in spec.shape))
 
 
-class ReadBlocks(Tensors):
-    """Shards whose grids are seen as scales by row.
+class ReadBlocks(TensorReader):
+    """Shards whose grids of block scales are read as scales by row.
 
     Args:
-        shards: what the files hold.
+        shards: the tensors of the files.
 
     Raises:
-        UserError: codes without a grid, a grid without codes, or one of another shape.
+        UserError: codes without a grid, a grid without codes, or a grid of another shape.
     """
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
-        grids = {name: name.removesuffix(INVERSE) for name in shards.kinds if name.endswith(INVERSE)}
-        kinds = {name: kind for name, kind in shards.kinds.items() if name not in grids}
+        grids = {
+            name: name.removesuffix(INVERSE) for name in shards.specs if name.endswith(INVERSE)
+        }
+        specs = {name: spec for name, spec in shards.specs.items() if name not in grids}
         for grid, name in grids.items():
-            if name not in kinds or kinds[name].dtype != CODES:
-                raise UserError(f"{shards.files[grid]}: tensor {grid} scales no FP8 tensor {name}")
-            if len(kinds[name].shape) != 2 or shards.kinds[grid] != grid_kind(kinds[name]):
-                wanted = list(grid_kind(kinds[name]).shape)
-                got = f"{shards.kinds[grid].dtype} {list(shards.kinds[grid].shape)}".removeprefix("torch.")
-                raise UserError(f"{shards.files[grid]}: tensor {grid} is {got}, and must be float32 {wanted}")
-        for name, kind in list(kinds.items()):
-            if kind.dtype == CODES:
+            if name not in specs or specs[name].dtype != CODES:
+                raise UserError(
+                    f"{shards.files[grid]}: tensor {grid} has no FP8 tensor {name} to scale"
+                )
+            if len(specs[name].shape) != 2 or shards.specs[grid] != grid_spec(specs[name]):
+                expected = list(grid_spec(specs[name]).shape)
+                found = shards.specs[grid]
+                dtype = str(found.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"{shards.files[grid]}: tensor {grid} is {dtype} {list(found.shape)}, "
+                    f"and must be float32 {expected}"
+                )
+        for name, spec in list(specs.items()):
+            if spec.dtype == CODES:
                 if name + INVERSE not in grids:
-                    raise UserError(f"{shards.files[name]}: FP8 tensor {name} has no {name}{INVERSE}")
-                kinds[name + SCALE] = scale_kind(kind)
-        self.kinds = kinds
-        self.codes = {name for name, kind in kinds.items() if kind.dtype == CODES}
+                    raise UserError(
+                        f"{shards.files[name]}: FP8 tensor {name} has no {name}{INVERSE}"
+                    )
+                specs[name + SCALE] = scale_spec(spec)
+        self.specs = specs
+        self.codes = {name for name, spec in specs.items() if spec.dtype == CODES}
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows of a tensor; of scales, each row those of its block."""
-        if name in self.shards.kinds:
+        """Returns rows of a tensor; each row of scales holds those of its block."""
+        if name in self.shards.specs:
             return self.shards.rows(name, begin, end)
         low = begin // BLOCK
         grid = self.shards.rows(name.removesuffix(SCALE) + INVERSE, low, math.ceil(end / BLOCK))
@@ -61,23 +71,23 @@ class ReadBlocks(Tensors):
 
 
 class WriteBlocks:
-    """A writer that takes scales by row and keeps the first row of every block.
+    """A writer that takes scales by row and writes those of the first row of every block.
 
     Args:
-        writer: plans the grids.
+        writer: its plan holds the grids.
     """
 
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
-        """Put rows in their place."""
-        if name in self.writer.kinds:
+        """Writes rows of a tensor, the first of them at row `first`."""
+        if name in self.writer.specs:
             self.writer.write(name, first, rows)
             return
         kept = rows[-first % BLOCK :: BLOCK]
         self.writer.write(name.removesuffix(SCALE) + INVERSE, math.ceil(first / BLOCK), kept)
 
     def sync(self) -> None:
-        """Force what was written to the disk."""
+        """Flushes what was written to the disk."""
         self.writer.sync()

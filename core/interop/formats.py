@@ -1,4 +1,4 @@
-"""Which format reads a folder, and which one can write a recipe."""
+"""Finds the format that reads a folder, and the format that can write a recipe."""
 
 import json
 from collections.abc import Mapping
@@ -6,28 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from core.contracts.checkpoint_format import CheckpointFormat
-from core.contracts.errors import UserError, Wrong
+from core.contracts.errors import ConfigError, UserError
 from core.contracts.schema import Provenance
-from core.extension.checks import told_where
+from core.extension.checks import format_error_at
 from core.extension.loader import installed_registry
 
 SLOT = "checkpoint_format"
 
 
 def format_named(name: str) -> tuple[CheckpointFormat, Provenance]:
-    """A format by its registered name, and whose it is.
+    """Returns a format by its registered name, and the provenance of its plugin.
 
     Raises:
-        UserError: nobody offers it.
+        UserError: no plugin offers it.
     """
     component, provenance = installed_registry().find(SLOT, name).load()
-    made = component(component.Config())
-    made.label = name
-    return made, provenance
+    checkpoint_format = component(component.Config())
+    checkpoint_format.label = name
+    return checkpoint_format, provenance
 
 
 def all_formats() -> dict[str, CheckpointFormat]:
-    """Every format that can be loaded, by name."""
+    """Returns every format that can be loaded, by name."""
     found = {}
     for name in installed_registry().names(SLOT):
         try:
@@ -38,10 +38,10 @@ def all_formats() -> dict[str, CheckpointFormat]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json.
+    """Reads the config.json of a folder.
 
     Raises:
-        UserError: there is none, or it is no JSON object.
+        UserError: there is no such file, or it is no JSON object.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
@@ -52,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Reads a file that holds a JSON object.
 
     Raises:
         UserError: it cannot be read as one.
@@ -67,34 +67,42 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def format_of(config: Mapping[str, Any], file: Path) -> CheckpointFormat:
-    """The format that reads a configuration.
+    """Returns the format that reads a configuration.
 
     Raises:
-        UserError: none does; which ones there are is told.
+        UserError: no format does; the message lists the supported architectures.
     """
     formats = all_formats()
     named = config.get("architectures")
-    asked = named[0] if isinstance(named, list) and named else None
-    for made in formats.values():
-        if asked in made.architectures or (asked is None and config.get("model_type") == made.model_type):
-            return made
-    known = ", ".join(sorted(name for made in formats.values() for name in made.architectures))
-    told = f"architecture {asked}" if asked else f"model_type {config.get('model_type')}"
-    raise UserError(f"{file}: {told} is not supported; supported: {known}")
+    architecture = named[0] if isinstance(named, list) and named else None
+    model_type = config.get("model_type")
+    known: list[str] = []
+    for checkpoint_format in formats.values():
+        if architecture in checkpoint_format.architectures:
+            return checkpoint_format
+        if architecture is None and model_type == checkpoint_format.model_type:
+            return checkpoint_format
+        known += checkpoint_format.architectures
+    found = f"architecture {architecture}" if architecture else f"model_type {model_type}"
+    supported = ", ".join(sorted(known))
+    raise UserError(f"{file}: {found} is not supported; supported: {supported}")
 
 
 def config_for(recipe: Mapping[str, Any], source: str) -> tuple[CheckpointFormat, dict[str, Any]]:
-    """The first format that can say what a recipe builds, and its configuration.
+    """Returns the first format that can express the model of a recipe, and the configuration.
 
     Raises:
-        UserError: none can; each one's reason is told.
+        UserError: no format can; the message gives the reason of each.
     """
     reasons = []
-    for name, made in all_formats().items():
+    for name, checkpoint_format in all_formats().items():
         try:
-            return made, made.config_of(recipe)
-        except Wrong as wrong:
-            reasons.append(f"{name}: {wrong.key}: {wrong.why}")
+            return checkpoint_format, checkpoint_format.config_of(recipe)
+        except ConfigError as error:
+            reasons.append(f"{name}: {error.key}: {error.why}")
         except Exception as cause:
-            raise UserError(f"checkpoint_format {name} is broken: its config_of raises {told_where(cause)}") from cause
+            raised = format_error_at(cause)
+            raise UserError(
+                f"checkpoint_format {name} is broken: its config_of raises {raised}"
+            ) from cause
     raise UserError(f"{source}: no format can write this model ({'; '.join(reversed(reasons))})")

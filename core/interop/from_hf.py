@@ -1,15 +1,15 @@
-"""A Hugging Face folder becomes a run folder: its recipe, its tokenizer, and its weights under our names.
+"""Converts a Hugging Face folder to a run folder: its recipe, its tokenizer, and its weights under our names.
 
-Weights keep the number formats they came in, FP8 codes with their scales included, so nothing is lost on the way and
-`to-hf` can give back every bit. What `to-hf` must know for that lies in the run's folder `hf`: the small files as they
-were, and which tensor stood where in which format.
+Weights keep their number formats, FP8 codes with their scales included, so that `to-hf` can give back every bit. What
+`to-hf` needs for that is in the run's folder `hf`: copies of the small files, and the file and the number format of
+each tensor.
 """
 
 import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,17 @@ import torch
 import yaml
 
 from core.assemble import build
-from core.contracts.checkpoint_format import CheckpointFormat, Piece, Translation
-from core.contracts.errors import UserError, Wrong
+from core.contracts.checkpoint_format import CheckpointFormat, TensorMapping, Translation
+from core.contracts.errors import ConfigError, UserError
 from core.contracts.schema import Provenance
 from core.data.tokenizer import Tokenizer
-from core.extension.checks import told_where
+from core.extension.checks import format_error_at
 from core.interop.accounting import check_ours, check_theirs, owners, wanted
 from core.interop.blocks import INVERSE, ReadBlocks
 from core.interop.formats import format_named, format_of, read_config, read_json
-from core.interop.moves import Compare, Copy, Move
 from core.interop.shards import Shards, shards_of
-from core.interop.tensors import CODES, DTYPES, SCALE, Kind, Tensors, scale_kind
+from core.interop.tensor_ops import Compare, Copy, TensorOp
+from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader, TensorSpec, scale_spec
 from core.interop.transfer import Conversion, check_target
 from core.interop.writing import planned
 from core.recipe.compose import Recipe, compose
@@ -38,85 +38,99 @@ WEIGHT_SUFFIXES = frozenset(
     [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx"]
 )
 PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16"}
-"""The precision that suits a format; fp32 for every other."""
+"""The recipe's precision for weights of a number format; fp32 for every other format."""
 
 
 def from_hf(
     source: Path, target: Path, *, dtype: str | None = None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Convert a folder.
+    """Converts a Hugging Face folder to a run folder.
 
     Args:
-        source: with config.json and safetensors files.
+        source: a folder with config.json and safetensors files.
         target: the run folder; must not exist, or be empty.
-        dtype: the format of all weights but selection biases, a key of `DTYPES`; None: as they came.
-        say: told what nobody who uses the run may overlook.
+        dtype: the format of all weights but selection biases, a key of `DTYPES`; None: their own formats.
+        say: called with each message for the user.
 
     Returns:
-        What was done: the format's name, how many tensors and parameters.
+        The name of the format, and the numbers of tensors, parameters and bytes.
 
     Raises:
-        UserError: anything that is wrong with the folder; the target is as before.
+        UserError: something is wrong with the folder; the target is as before.
     """
     check_target(target, "name another folder")
+    config_file = source / "config.json"
     config = read_config(source)
-    made = format_of(config, source / "config.json")
+    checkpoint_format = format_of(config, config_file)
     shards = shards_of(source)
-    wished = DTYPES[dtype] if dtype else None
-    plain = wished or plain_format(shards)
-    translation = _translated(made, config, shards.kinds, PRECISIONS.get(plain, "fp32"), source)
+    override = DTYPES[dtype] if dtype else None
+    plain = override or plain_format(shards)
+    precision = PRECISIONS.get(plain, "fp32")
+    translation = _translated(checkpoint_format, config, shards.specs, precision, config_file)
     theirs = ReadBlocks(shards)
-    recipe = composed(translation.recipe, f"{source / 'config.json'}")
+    recipe = composed(translation.recipe, str(config_file))
     model = build(recipe, device="meta")
-    ours = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    listed = made.pieces(config, recipe.to_dict(), [name for name in theirs.kinds if not _is_scale(name, theirs.codes)])
-    pieces = wanted(listed, theirs.kinds)
-    check_theirs(pieces, theirs.kinds, made, source)
-    check_ours(pieces, ours, f"checkpoint_format {made.label}")
-    kinds = kinds_in(pieces, theirs, ours, wished, source)
-    moves = moves_in(pieces, theirs, kinds, str(source))
-    layout = _layout(made, recipe, shards, pieces, plain, wished)
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    weight_names = [name for name in theirs.specs if not _is_scale(name, theirs.codes)]
+    listed = checkpoint_format.pieces(config, recipe.to_dict(), weight_names)
+    mappings = wanted(listed, theirs.specs)
+    check_theirs(mappings, theirs.specs, checkpoint_format, source)
+    check_ours(mappings, ours, f"checkpoint_format {checkpoint_format.label}")
+    specs = import_specs(mappings, theirs, ours, override, source)
+    ops = import_ops(mappings, theirs, specs, str(source))
+    layout = _source_layout(checkpoint_format, recipe, shards, mappings, plain, override)
     marked = markers(source, config)
-    plan = planned(kinds, index=True)
-    for notice in translation.notices:
-        say(f"note: {notice}")
-    _tell_tokenizer(source, recipe.data.tokenizer.vocab, say)
-    conversion = Conversion(target, ["from-hf", _stamps(source), layout, _spelt(kinds)], say)
-    with conversion.folder_in_the_making(plan.bytes) as folder:
-        _write_companions(source, folder, layout)
-        conversion.move(moves, theirs, plan, RunFolder(folder).converted_weights.parent)
-        _write_run(RunFolder(folder), recipe, made, marked, source, translation.notices)
-    count = sum(math.prod(shape) for shape in ours.values())
-    return {"format": made.label, "tensors": len(theirs.kinds), "parameters": count, "bytes": plan.bytes}
+    plan = planned(specs, index=True)
+    for sentence in translation.notices:
+        say(f"note: {sentence}")
+    _warn_about_tokenizer(source, recipe.data.tokenizer.vocab, say)
+    described = [f"{name} {spec.dtype} {spec.shape}" for name, spec in specs.items()]
+    conversion = Conversion(target, ["from-hf", _file_stamps(source), layout, described], say)
+    with conversion.partial_folder(plan.bytes) as folder:
+        run = RunFolder(folder)
+        _write_companions(source, run, layout)
+        conversion.run(ops, theirs, plan, run.converted_weights.parent)
+        _write_run(run, recipe, checkpoint_format, marked, source, translation.notices)
+    return {
+        "format": checkpoint_format.label,
+        "tensors": len(theirs.specs),
+        "parameters": sum(map(math.prod, ours.values())),
+        "bytes": plan.bytes,
+    }
 
 
 def _translated(
-    made: CheckpointFormat, config: Mapping[str, Any], names: Mapping[str, Kind], precision: str, source: Path
+    checkpoint_format: CheckpointFormat,
+    config: Mapping[str, Any],
+    names: Collection[str],
+    precision: str,
+    file: Path,
 ) -> Translation:
+    """Returns what the format makes of a configuration; its exceptions become a `UserError` that names the file."""
     try:
-        return made.recipe_of(config, list(names), precision)
-    except Wrong as wrong:
-        value = f" = {config[wrong.key]!r}" if wrong.key in config else ""
-        raise UserError(f"{source / 'config.json'}: {wrong.key}{value}: {wrong.why}") from wrong
+        return checkpoint_format.recipe_of(config, list(names), precision)
+    except ConfigError as error:
+        value = f" = {config[error.key]!r}" if error.key in config else ""
+        raise UserError(f"{file}: {error.key}{value}: {error.why}") from error
     except Exception as cause:
-        who = f"checkpoint_format {made.label}"
-        raise UserError(f"{source / 'config.json'}: {who} cannot read it: {told_where(cause)}") from cause
+        who = f"checkpoint_format {checkpoint_format.label}"
+        raise UserError(f"{file}: {who} cannot read it: {format_error_at(cause)}") from cause
 
 
 def plain_format(shards: Shards) -> torch.dtype:
-    """The format of most of what is not in FP8 blocks."""
+    """Returns the number format of most bytes that are neither FP8 codes nor their scales."""
     sizes: Counter[torch.dtype] = Counter({torch.bfloat16: 0})
-    for name, kind in shards.kinds.items():
-        if kind.dtype.is_floating_point and kind.dtype != CODES and not name.endswith(INVERSE):
-            sizes[kind.dtype] += kind.bytes
+    for name, spec in shards.specs.items():
+        if spec.dtype.is_floating_point and spec.dtype != CODES and not name.endswith(INVERSE):
+            sizes[spec.dtype] += spec.bytes
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def composed(values: Mapping[str, Any], source: str) -> Recipe:
-    """A raw recipe, validated.
+    """Composes a raw recipe, which validates it.
 
     Raises:
-        UserError: what is wrong with it, told of `source`.
+        UserError: the recipe is invalid; the message names `source` instead of a recipe file.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
@@ -124,113 +138,141 @@ def composed(values: Mapping[str, Any], source: str) -> Recipe:
         try:
             return compose(file)
         except UserError as cause:
-            raise UserError(
-                f"{source}: gives no model that can be built here: {cause}".replace(f"{file}: ", "")
-            ) from cause
+            why = str(cause).replace(f"{file}: ", "")
+            raise UserError(f"{source}: gives no model that can be built here: {why}") from cause
 
 
 def _is_scale(name: str, codes: set[str]) -> bool:
     return name.endswith(SCALE) and name.removesuffix(SCALE) in codes
 
 
-def kinds_in(
-    pieces: Sequence[Piece],
+def import_specs(
+    mappings: Sequence[TensorMapping],
     theirs: ReadBlocks,
     ours: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype | None,
+    override: torch.dtype | None,
     source: Path,
-) -> dict[str, Kind]:
-    """Our tensors in the order of the model, with the widest format of their pieces."""
+) -> dict[str, TensorSpec]:
+    """Returns the specifications of our tensors in the order of the model.
+
+    Each has the widest number format of the tensors that fill it, or `override` where that is given.
+
+    Raises:
+        UserError: a tensor is not of floating-point numbers, or only some of the tensors that fill one are FP8 blocks.
+    """
     formats: dict[str, torch.dtype] = {}
-    for piece in pieces:
-        if piece.ours is None or piece.copy:
+    for mapping in mappings:
+        if mapping.ours is None or mapping.copy:
             continue
-        found = theirs.kinds[piece.theirs].dtype
+        found = theirs.specs[mapping.theirs].dtype
         if not found.is_floating_point:
             raise UserError(
-                f"{source}: tensor {piece.theirs} is {found}, which is no format of weights".replace("torch.", "")
+                f"{source}: tensor {mapping.theirs} is {_dtype_name(found)}, "
+                "which is no format of weights"
             )
-        if dtype is not None:
-            found = dtype
-        if piece.exact:
-            found = torch.promote_types(found if found.itemsize > 1 else torch.float32, torch.float32)
-        known = formats.setdefault(piece.ours, found)
+        if override is not None:
+            found = override
+        if mapping.exact:
+            wide = found if found.itemsize > 1 else torch.float32
+            found = torch.promote_types(wide, torch.float32)
+        known = formats.setdefault(mapping.ours, found)
         if CODES in (known, found) and known != found:
             raise UserError(
-                f"{source}: tensor {piece.theirs} and its neighbours must be FP8 blocks all, or none of them"
+                f"{source}: tensor {mapping.theirs} and the other tensors of {mapping.ours} "
+                "must all be in FP8 blocks, or none of them"
             )
-        formats[piece.ours] = known if known == found else torch.promote_types(known, found)
-    kinds = {}
+        if known != found:
+            formats[mapping.ours] = torch.promote_types(known, found)
+    specs = {}
     for name, shape in ours.items():
-        kinds[name] = Kind(formats[name], shape)
+        specs[name] = TensorSpec(formats[name], shape)
         if formats[name] == CODES:
-            kinds[name + SCALE] = scale_kind(kinds[name])
-    return kinds
+            specs[name + SCALE] = scale_spec(specs[name])
+    return specs
 
 
-def moves_in(pieces: Sequence[Piece], theirs: Tensors, kinds: Mapping[str, Kind], where: str) -> list[Move]:
-    """From their tensors to ours; comparisons first, because what is wrong should be told before hours of copying."""
-    by_rows = owners(pieces)
-    compares: list[Move] = []
-    copies: list[Move] = []
-    for piece in pieces:
-        if piece.ours is None:
+def import_ops(
+    mappings: Sequence[TensorMapping],
+    theirs: TensorReader,
+    specs: Mapping[str, TensorSpec],
+    where: str,
+) -> list[TensorOp]:
+    """Returns the operations that make our tensors from those of the checkpoint.
+
+    Comparisons come first, so that an error in the files is reported before hours of copying.
+    """
+    by_rows = owners(mappings)
+    compares: list[TensorOp] = []
+    copies: list[TensorOp] = []
+    for mapping in mappings:
+        ours = mapping.ours
+        if ours is None:
             continue
-        kind = theirs.kinds[piece.theirs]
-        if piece.copy:
-            owner = by_rows[piece.ours, piece.first].theirs
-            compares.append(Compare(piece.theirs, owner, kind, where))
+        spec = theirs.specs[mapping.theirs]
+        first = mapping.first
+        order = mapping.order
+        if mapping.copy:
+            owner = by_rows[ours, first].theirs
+            compares.append(Compare(mapping.theirs, owner, spec, where))
             continue
-        dtype = kinds[piece.ours].dtype
-        copies.append(Copy(piece.theirs, piece.ours, 0, piece.first, kind, dtype, piece.order))
+        dtype = specs[ours].dtype
+        copies.append(Copy(mapping.theirs, ours, 0, first, spec, dtype, order))
         if dtype == CODES:
-            scales = theirs.kinds[piece.theirs + SCALE]
-            names = piece.theirs + SCALE, piece.ours + SCALE
-            copies.append(Copy(*names, 0, piece.first, scales, scales.dtype, piece.order))
+            source = mapping.theirs + SCALE
+            scales = theirs.specs[source]
+            copies.append(Copy(source, ours + SCALE, 0, first, scales, scales.dtype, order))
     return compares + copies
 
 
-def _layout(
-    made: CheckpointFormat,
+def _source_layout(
+    checkpoint_format: CheckpointFormat,
     recipe: Recipe,
     shards: Shards,
-    pieces: Sequence[Piece],
+    mappings: Sequence[TensorMapping],
     plain: torch.dtype,
-    wished: torch.dtype | None,
+    override: torch.dtype | None,
 ) -> dict[str, Any]:
-    """What `to-hf` needs to give the same files back: names by file, formats, and the model they belong to."""
+    """Describes the files for `to-hf`, which can then write them again: tensors by file, formats, and the model."""
     files: dict[str, list[str]] = {}
     for name, file in shards.files.items():
         files.setdefault(file.name, []).append(name)
-    formats = {p.theirs: shards.kinds[p.theirs].dtype if wished is None or p.exact else wished for p in pieces}
-    spelt = {name: str(dtype).removeprefix("torch.") for name, dtype in {**formats, "": plain}.items()}
+    formats: dict[str, str] = {}
+    for mapping in mappings:
+        dtype = shards.specs[mapping.theirs].dtype
+        if override is not None and not mapping.exact:
+            dtype = override
+        formats[mapping.theirs] = _dtype_name(dtype)
     return {
-        "format": made.label,
-        "plain": spelt.pop(""),
+        "format": checkpoint_format.label,
+        "plain": _dtype_name(plain),
         "model": recipe.to_dict()["model"],
         "files": files,
-        "formats": spelt,
+        "formats": formats,
     }
 
 
-def _spelt(kinds: Mapping[str, Kind]) -> list[str]:
-    return [f"{name} {kind.dtype} {kind.shape}" for name, kind in kinds.items()]
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _stamps(source: Path) -> list[tuple[str, int, int]]:
-    """What tells a changed source from the one that a conversion was begun with."""
-    files = sorted(file for file in source.iterdir() if file.is_file())
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _file_stamps(source: Path) -> list[tuple[str, int, int]]:
+    """Returns name, size and time of each file, by which a source that was changed since is recognised."""
+    stamps = []
+    for file in sorted(source.iterdir()):
+        if file.is_file():
+            stat = file.stat()
+            stamps.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return stamps
 
 
-def _write_companions(source: Path, folder: Path, layout: Mapping[str, Any]) -> None:
-    """The small files as they were, and our tokenizer.json."""
-    run = RunFolder(folder)
+def _write_companions(source: Path, run: RunFolder, layout: Mapping[str, Any]) -> None:
+    """Copies the small files of the source, and writes the layout and our tokenizer.json."""
     place = run.source_files
     place.mkdir(exist_ok=True)
     for file in sorted(source.iterdir()):
-        index = file.name.endswith(".index.json")
-        if not file.is_file() or index or file.suffix in WEIGHT_SUFFIXES or file.name.startswith("."):
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        if file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json"):
             continue
         if file.stat().st_size <= LARGEST_COMPANION:
             shutil.copyfile(file, place / file.name)
@@ -239,8 +281,8 @@ def _write_companions(source: Path, folder: Path, layout: Mapping[str, Any]) -> 
         shutil.copyfile(place / "tokenizer.json", run.tokenizer)
 
 
-def _tell_tokenizer(source: Path, vocabulary: int, say: Callable[[str], None]) -> None:
-    """Weights are of use without text, so what is wrong with a tokenizer is told and not refused."""
+def _warn_about_tokenizer(source: Path, vocabulary: int, say: Callable[[str], None]) -> None:
+    """Warns of a tokenizer that is missing or unusable; that is no error, as the weights can be used without it."""
     file = source / "tokenizer.json"
     if not file.is_file():
         say(f"note: {source} holds no tokenizer.json: the run takes tokens, and no text")
@@ -251,22 +293,25 @@ def _tell_tokenizer(source: Path, vocabulary: int, say: Callable[[str], None]) -
         say(f"note: {cause}")
         return
     if last >= vocabulary:
-        say(f"note: {file} has a token {last}, and the model knows {vocabulary}, from 0: a text that needs it fails")
+        say(
+            f"note: {file} has a token {last}, and the model knows {vocabulary}, from 0: "
+            "a text that needs it fails"
+        )
 
 
 def _write_run(
     run: RunFolder,
     recipe: Recipe,
-    made: CheckpointFormat,
+    checkpoint_format: CheckpointFormat,
     marked: Mapping[str, int | None],
     source: Path,
     notices: Sequence[str],
 ) -> None:
-    """What the run is; the recipe last, as always."""
-    owner: Provenance = format_named(made.label)[1]
+    """Writes the provenance and, last as in every run folder, the recipe."""
+    owner: Provenance = format_named(checkpoint_format.label)[1]
     converted = {
         "source": str(source.resolve()),
-        "format": made.label,
+        "format": checkpoint_format.label,
         "distribution": owner.distribution,
         "version": owner.version,
         "notices": list(notices),
@@ -277,18 +322,28 @@ def _write_run(
 
 
 def markers(source: Path, config: Mapping[str, Any]) -> dict[str, int | None]:
-    """The ids that begin and end a text, as the generation's configuration, or else the model's, has them.
+    """Returns the ids that begin and end a text, from generation_config.json, or else from config.json.
 
     Raises:
-        UserError: one is no whole number, or the generation's configuration cannot be read.
+        UserError: an id is no whole number, or generation_config.json cannot be read.
     """
-    generation, found = source / "generation_config.json", {}
-    places = {generation: read_json(generation) if generation.is_file() else {}, source / "config.json": config}
-    for name, key in (("begin", "bos_token_id"), ("end", "eos_token_id")):
-        given = ((file, place[key]) for file, place in places.items() if place.get(key) is not None)
-        file, value = next(given, (source, None))
+    file = source / "generation_config.json"
+    generation = read_json(file) if file.is_file() else {}
+    configs = [(file, generation), (source / "config.json", config)]
+    return {
+        "begin": _marker(configs, "bos_token_id"),
+        "end": _marker(configs, "eos_token_id"),
+    }
+
+
+def _marker(configs: Sequence[tuple[Path, Mapping[str, Any]]], key: str) -> int | None:
+    """Returns the id under a key of the first configuration that has one; of a list, its first id."""
+    for file, config in configs:
+        value = config.get(key)
+        if value is None:
+            continue
         first = value[0] if isinstance(value, list) and value else value
         if first is not None and (isinstance(first, bool) or not isinstance(first, int)):
             raise UserError(f"{file}: {key} = {value!r}: must be a token's number")
-        found[name] = first
-    return found
+        return first
+    return None

@@ -1,8 +1,8 @@
-"""Reading safetensors files: their headers at once and checked, their rows when asked for.
+"""Reading safetensors files: headers are read and checked at once, rows of tensors when they are needed.
 
-The file: eight bytes with the header's length, a JSON header that gives each tensor's format, shape and place, then
-the tensors without gaps. Rows are read with `pread` into memory of their own; a mapped file would count all that was
-ever read as the process's memory.
+A file holds eight bytes with the length of the header, a JSON header that gives the format, shape and offsets of each
+tensor, and then the tensors without gaps. Rows are read with `pread` into new memory, because a mapped file would
+count everything that was ever read as memory of the process.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.errors import UserError
-from core.interop.tensors import Kind, Tensors
+from core.interop.tensors import TensorReader, TensorSpec
 from core.training.folder import WEIGHTS_INDEX
 
 FORMATS = {
@@ -37,47 +37,52 @@ FORMATS = {
 }
 LARGEST_HEADER = 100_000_000
 OPEN_FILES = 64
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-class Shards(Tensors):
+class Shards(TensorReader):
     """The tensors of some safetensors files.
 
     Args:
-        files: each is read as far as its header.
+        files: only the header of each is read at first.
 
     Raises:
-        UserError: a file that cannot be read, is truncated or no safetensors file, or a tensor that stands in two.
+        UserError: a file cannot be read, is truncated or is no safetensors file, or a tensor is in two files.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files: dict[str, Path] = {}
         self._begin: dict[str, int] = {}
         self._open: OrderedDict[Path, int] = OrderedDict()
-        kinds: dict[str, Kind] = {}
+        specs: dict[str, TensorSpec] = {}
         for file in files:
-            for name, (kind, begin) in read_header(file).items():
+            for name, (spec, begin) in read_header(file).items():
                 if name in self.files:
-                    raise UserError(f"{file}: tensor {name} stands in {self.files[name].name} too")
-                self.files[name], self._begin[name], kinds[name] = file, begin, kind
-        self.kinds = kinds
+                    raise UserError(f"{file}: tensor {name} is in {self.files[name].name} too")
+                self.files[name] = file
+                self._begin[name] = begin
+                specs[name] = spec
+        self.specs = specs
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows begin to end, in memory of their own."""
-        kind = self.kinds[name]
-        size = (end - begin) * kind.row_bytes
+        """Returns the rows from `begin` to `end`, in new memory."""
+        spec = self.specs[name]
+        size = (end - begin) * spec.row_bytes
         if size == 0:
-            return torch.empty((end - begin, kind.width), dtype=kind.dtype)
+            return torch.empty((end - begin, spec.width), dtype=spec.dtype)
         buffer = bytearray(size)
-        view, at = memoryview(buffer), self._begin[name] + begin * kind.row_bytes
+        view = memoryview(buffer)
+        at = self._begin[name] + begin * spec.row_bytes
         while view:
             got = os.preadv(self._descriptor(self.files[name]), [view], at)
             if not got:
                 raise UserError(f"{self.files[name]}: became shorter while it was read")
-            view, at = view[got:], at + got
-        return torch.frombuffer(buffer, dtype=kind.dtype).view(end - begin, kind.width)
+            view = view[got:]
+            at = at + got
+        return torch.frombuffer(buffer, dtype=spec.dtype).view(end - begin, spec.width)
 
     def _descriptor(self, file: Path) -> int:
-        """Files stay open while they are in use: a checkpoint has hundreds."""
+        """Returns a descriptor of a file; at most `OPEN_FILES` stay open, because a checkpoint may have hundreds."""
         if file not in self._open:
             if len(self._open) >= OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
@@ -86,7 +91,7 @@ class Shards(Tensors):
         return self._open[file]
 
     def close(self) -> None:
-        """Close the files."""
+        """Closes the files."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -94,16 +99,17 @@ class Shards(Tensors):
         self.close()
 
 
-def read_header(file: Path) -> dict[str, tuple[Kind, int]]:
-    """Every tensor of a file: what it is and at which byte it begins.
+def read_header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
+    """Returns each tensor's specification and the byte of the file at which it begins, by name.
 
     Raises:
-        UserError: the file cannot be read, is truncated, or is none.
+        UserError: the file cannot be read, is truncated, or is no safetensors file.
     """
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            length = struct.unpack("<Q", head)[0] if len(head := stream.read(8)) == 8 else size
+            head = stream.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
             if length > min(size - 8, LARGEST_HEADER):
                 raise UserError(
                     f"{file}: is truncated, or no safetensors file: its header does not fit into {size} bytes"
@@ -114,88 +120,116 @@ def read_header(file: Path) -> dict[str, tuple[Kind, int]]:
     except ValueError as cause:
         raise UserError(f"{file}: no safetensors file: its header is not JSON") from cause
     if not isinstance(header, dict):
-        raise UserError(f"{file}: no safetensors file: its header is no section")
+        raise UserError(f"{file}: no safetensors file: its header is no JSON object")
     header.pop("__metadata__", None)
     places = {name: _place(file, name, entry) for name, entry in header.items()}
     _check_extent(file, places, size - 8 - length)
-    return {name: (kind, 8 + length + begin) for name, (kind, begin) in places.items()}
+    return {name: (spec, 8 + length + begin) for name, (spec, begin) in places.items()}
 
 
-def _place(file: Path, name: str, entry: Any) -> tuple[Kind, int]:
-    """A tensor's kind, and where it begins after the header."""
+def _place(file: Path, name: str, entry: Any) -> tuple[TensorSpec, int]:
+    """Returns a tensor's specification, and the byte after the header at which it begins."""
     try:
-        written, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        written = entry["dtype"]
+        shape = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
         whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
         raise UserError(f"{file}: tensor {name}: its entry in the header is damaged")
     if written not in FORMATS:
-        raise UserError(f"{file}: tensor {name} has the format {written}; known: {', '.join(FORMATS)}")
-    kind = Kind(FORMATS[written], shape)
-    if end - begin != math.prod(shape) * kind.dtype.itemsize:
-        raise UserError(f"{file}: tensor {name}: {end - begin} bytes do not hold a {written} of shape {list(shape)}")
-    return kind, begin
+        raise UserError(
+            f"{file}: tensor {name} has the format {written}; known: {', '.join(FORMATS)}"
+        )
+    spec = TensorSpec(FORMATS[written], shape)
+    if end - begin != math.prod(shape) * spec.dtype.itemsize:
+        raise UserError(
+            f"{file}: tensor {name}: {end - begin} bytes do not hold a {written} of shape {list(shape)}"
+        )
+    return spec, begin
 
 
-def _check_extent(file: Path, places: dict[str, tuple[Kind, int]], size: int) -> None:
-    """The tensors fill the rest of the file, one after the other."""
+def _check_extent(file: Path, places: dict[str, tuple[TensorSpec, int]], size: int) -> None:
+    """Raises `UserError` unless the tensors fill the `size` bytes after the header without gaps."""
+    in_order = sorted(places.items(), key=lambda item: (item[1][1], item[1][0].bytes))
     expected = 0
-    for name, (kind, begin) in sorted(places.items(), key=lambda item: (item[1][1], item[1][0].bytes)):
+    for name, (spec, begin) in in_order:
         if begin != expected:
-            raise UserError(f"{file}: tensor {name} does not begin where the one before it ends: the header is damaged")
-        expected = begin + kind.bytes
+            raise UserError(
+                f"{file}: tensor {name} does not begin where the one before it ends: the header is damaged"
+            )
+        expected = begin + spec.bytes
     if size < expected:
         raise UserError(f"{file}: is truncated: {expected - size} bytes of its tensors are missing")
     if size > expected:
-        raise UserError(f"{file}: {size - expected} bytes after its last tensor belong to nobody")
+        raise UserError(
+            f"{file}: {size - expected} bytes after its last tensor belong to no tensor"
+        )
 
 
 def shards_of(folder: Path, index: str = WEIGHTS_INDEX) -> Shards:
-    """The tensors of a folder, by its index, or of its one file.
+    """Returns the tensors of a folder: those of its index, or those of its one file.
 
     Raises:
-        UserError: no safetensors there (pickled weights are never read), or files and index that contradict each other.
+        UserError: there are no safetensors (pickled weights are never read), or files and index contradict each other.
     """
     files = sorted(folder.glob("*.safetensors"))
     written = folder / index
     if not written.exists():
         if len(files) == 1:
             return Shards(files)
-        if files:
-            raise UserError(f"{folder}: holds {len(files)} safetensors files and no {index}, which says what they are")
-        pickled = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
-        if pickled:
-            raise UserError(
-                f"{folder}: only pickled weights ({pickled[0]}); they can run code, so only safetensors are read"
-            )
-        raise UserError(f"{folder}: no weights here: neither {index} nor a .safetensors file")
+        raise UserError(_without_index(folder, index, len(files)))
     weight_map = _weight_map(written)
     for name, listed in weight_map.items():
         if not (folder / listed).is_file():
-            raise UserError(f"{written}: names {listed} for tensor {name}, and there is no such file")
+            raise UserError(
+                f"{written}: gives the file {listed} for tensor {name}, and there is no such file"
+            )
     for file in files:
         if file.name not in weight_map.values():
-            raise UserError(f"{written}: {file.name} is not in this index, and lies beside it")
+            raise UserError(f"{written}: {file.name} is not in this index, and is in its folder")
     shards = Shards(folder / listed for listed in dict.fromkeys(weight_map.values()))
     for name, listed in weight_map.items():
         if name not in shards.files or shards.files[name].name != listed:
-            raise UserError(f"{written}: tensor {name} should be in {listed}, and is not")
+            raise UserError(f"{written}: tensor {name} should be in {listed}, and is not there")
     for name in shards.files:
         if name not in weight_map:
-            raise UserError(f"{written}: tensor {name} of {shards.files[name].name} is not in this index")
+            raise UserError(
+                f"{written}: tensor {name} of {shards.files[name].name} is not in this index"
+            )
     return shards
 
 
+def _without_index(folder: Path, index: str, count: int) -> str:
+    """The error message for a folder without an index that holds `count` safetensors files."""
+    if count:
+        return (
+            f"{folder}: holds {count} safetensors files and no {index}, which lists their tensors"
+        )
+    for file in sorted(folder.iterdir()):
+        if file.suffix in PICKLED:
+            return (
+                f"{folder}: only pickled weights ({file.name}); they can run code, "
+                "so only safetensors are read"
+            )
+    return f"{folder}: no weights here: neither {index} nor a .safetensors file"
+
+
 def _weight_map(index: Path) -> dict[str, str]:
+    """Returns the file of each tensor, by name, as an index gives it."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except OSError as cause:
         raise UserError(f"{index}: cannot be read: {cause.strerror}") from cause
     except (ValueError, KeyError, TypeError) as cause:
         raise UserError(f"{index}: cannot be read: it is no JSON with a weight_map") from cause
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(f, str) and f == Path(f).name and f.endswith(".safetensors") for f in weight_map.values()
-    ):
-        raise UserError(f"{index}: weight_map must give the name of a .safetensors file beside it for every tensor")
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise UserError(
+            f"{index}: weight_map must give the name of a .safetensors file beside it for every tensor"
+        )
     return weight_map
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and value == Path(value).name and value.endswith(".safetensors")

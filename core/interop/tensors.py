@@ -1,8 +1,8 @@
-"""Tensors that are read a few rows at a time, wherever they lie.
+"""Tensors that are read a few rows at a time, from memory or from files.
 
-Rows: every dimension but the last counts them; a vector is one row. A matrix in FP8 blocks stands beside its scales:
-`X.weight` holds codes, `X.weight_scale` one fp32 scale for each row and each 128 columns. Scales by row instead of by
-block cost 3 % and let rows be stacked, split and reordered like any others.
+The rows of a tensor are counted over all dimensions but the last; a vector is one row. A matrix in FP8 blocks is stored
+as two tensors: `X.weight` holds the codes, and `X.weight_scale` holds one fp32 scale for each row and each 128 columns.
+Scales by row instead of by block cost 3 % more memory, and they can be stacked, split and reordered like other rows.
 """
 
 import math
@@ -17,18 +17,23 @@ BLOCK = 128
 """Rows and columns that share a scale in the FP8 form."""
 
 SCALE = "_scale"
-"""Ends the name of a matrix's scales."""
+"""Suffix of the name of the tensor that holds a matrix's scales."""
 
 CODES = torch.float8_e4m3fn
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-"""Formats that weights can be converted to, by the names of our precisions."""
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+"""Number formats that weights can be converted to, by the names of our precisions."""
 
 CHUNK = 64 * 2**20
-"""Bytes of a tensor that are held at once."""
+"""Bytes of a tensor that are held in memory at once."""
 
 
 @dataclass(frozen=True)
-class Kind:
+class TensorSpec:
     """A tensor's number format and shape."""
 
     dtype: torch.dtype
@@ -36,87 +41,96 @@ class Kind:
 
     @property
     def width(self) -> int:
-        """Elements of a row."""
+        """Number of elements in a row."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return math.prod(self.shape[:-1])
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row."""
+        """Size of a row in bytes."""
         return self.width * self.dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        """Bytes of all."""
+        """Size of the tensor in bytes."""
         return self.rows * self.row_bytes
 
 
-class Tensors(ABC):
-    """Named tensors: what they are, and their rows."""
+class TensorReader(ABC):
+    """Gives the specifications of named tensors, and their rows."""
 
-    kinds: Mapping[str, Kind]
+    specs: Mapping[str, TensorSpec]
 
     @abstractmethod
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows begin to end, in the format that they are kept in."""
+        """Returns the rows from `begin` to `end`, in the format that they are stored in."""
 
     def values(self, name: str, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Rows begin to end as numbers: FP8 codes times their scales."""
+        """Returns the rows from `begin` to `end` as numbers; FP8 codes are multiplied by their scales."""
         rows = self.rows(name, begin, end)
         if rows.dtype == CODES and dtype != CODES:
             scales = self.rows(name + SCALE, begin, end)
-            rows = dequantised(rows, scales, dtype if dtype == torch.float64 else torch.float32)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            rows = dequantised(rows, scales, wide)
         return rows.to(dtype)
 
 
-class Loaded(Tensors):
+class InMemoryTensors(TensorReader):
     """Tensors that are in memory already."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        self.kinds = {name: Kind(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        self.specs = {
+            name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
+        }
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """A view."""
-        kind = self.kinds[name]
-        return self._tensors[name].detach().reshape(kind.rows, kind.width)[begin:end]
+        """Returns a view of the rows."""
+        spec = self.specs[name]
+        return self._tensors[name].detach().reshape(spec.rows, spec.width)[begin:end]
 
 
-def chunks(kind: Kind, begin: int, end: int, step: int = 1) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that fit in memory together, each but the last a multiple of `step` long."""
-    length = max(1, CHUNK // max(1, kind.row_bytes * step)) * step
+def chunks(spec: TensorSpec, begin: int, end: int, step: int = 1) -> Iterator[tuple[int, int]]:
+    """Yields ranges of rows of at most `CHUNK` bytes; the length of each but the last is a multiple of `step`."""
+    length = max(1, CHUNK // max(1, spec.row_bytes * step)) * step
     for start in range(begin, end, length):
         yield start, min(start + length, end)
 
 
-def scale_kind(kind: Kind) -> Kind:
-    """What the scales of a matrix are."""
-    return Kind(torch.float32, (*kind.shape[:-1], math.ceil(kind.width / BLOCK)))
+def scale_spec(spec: TensorSpec) -> TensorSpec:
+    """The specification of a matrix's scales."""
+    return TensorSpec(torch.float32, (*spec.shape[:-1], math.ceil(spec.width / BLOCK)))
 
 
 def dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes [n, width] times their rows' scales [n, width / 128, rounded up]."""
+    """Multiplies codes [n, width] by the scales [n, width / 128, rounded up] of their rows."""
     wide = scales.to(dtype).repeat_interleave(BLOCK, dim=1)[:, : codes.shape[1]]
     return codes.to(dtype) * wide
 
 
 def quantised(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales by row of whole blocks of rows (the last may be short), the largest of each block at 448.
+    """Quantises whole blocks of rows (the last may be short) so that the largest number of each block becomes 448.
 
-    Codes are what the cast gives, the sign of a zero included, as the released kernels write them; what trains
-    (`core.numerics.quantise`) has no use for that sign. A block of zeros has scale 1. What is not finite has no code:
-    the caller asks first.
+    Codes are what the cast gives, the sign of a zero included, as the released kernels write them; the quantisation of
+    training (`core.numerics.quantise`) does not keep that sign. A block of zeros has scale 1. Numbers that are not
+    finite have no code: the caller must exclude them.
+
+    Returns:
+        Codes [n, width], and scales by row [n, width / 128, rounded up].
     """
     rows, width = values.shape
-    padded = values.new_zeros(math.ceil(rows / BLOCK) * BLOCK, math.ceil(width / BLOCK) * BLOCK, dtype=torch.float32)
+    full_rows = math.ceil(rows / BLOCK) * BLOCK
+    full_width = math.ceil(width / BLOCK) * BLOCK
+    padded = values.new_zeros(full_rows, full_width, dtype=torch.float32)
     padded[:rows, :width] = values
-    blocks = padded.view(-1, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    blocks = padded.view(-1, BLOCK, full_width // BLOCK, BLOCK)
     largest = blocks.abs().amax(dim=(1, 3))
     limit = torch.finfo(CODES).max
     scale = torch.where(largest > 0, largest / limit, torch.ones_like(largest))
     codes = (blocks / scale[:, None, :, None]).clamp(-limit, limit).to(CODES)
-    return codes.view_as(padded)[:rows, :width], scale.repeat_interleave(BLOCK, dim=0)[:rows]
+    scale_by_row = scale.repeat_interleave(BLOCK, dim=0)
+    return codes.view_as(padded)[:rows, :width], scale_by_row[:rows]

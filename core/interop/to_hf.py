@@ -1,8 +1,8 @@
-"""A run becomes a Hugging Face folder that transformers, vLLM and SGLang read.
+"""Converts a run to a Hugging Face folder that transformers, vLLM and SGLang read.
 
-A converted run whose model is as it came is given back as it came: the same tensors, formats and files. Any other run
-is written in the usual layout: one tensor for each expert's projection, files of at most 5 GB, the multi-token
-module's copies of embedding and output beside it.
+A converted run whose model was not changed is written as it was before: the same tensors, formats and files. Any other
+run is written in the usual layout: one tensor for each projection of an expert, files of at most 5 GB, and copies of
+embedding and output beside the modules of multi-token prediction.
 """
 
 import json
@@ -13,32 +13,38 @@ from typing import Any
 
 import torch
 
-from core.contracts.checkpoint_format import CheckpointFormat, Piece
+from core.contracts.checkpoint_format import CheckpointFormat, TensorMapping
 from core.contracts.errors import UserError
 from core.data.tokenizer import END, END_TEXT, Tokenizer
 from core.interop.accounting import check_ours, wanted
-from core.interop.blocks import INVERSE, grid_kind
+from core.interop.blocks import INVERSE, grid_spec
 from core.interop.formats import config_for, format_named, read_json
-from core.interop.moves import Copy, Move, Quantise, inverse
-from core.interop.run_weights import own_kinds, weights_of
-from core.interop.tensors import CODES, DTYPES, SCALE, Kind, Tensors, scale_kind
+from core.interop.run_weights import model_specs, weights_of
+from core.interop.tensor_ops import Copy, Quantise, TensorOp, inverse
+from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader, TensorSpec, scale_spec
 from core.interop.transfer import Conversion, check_target
-from core.interop.writing import Plan, planned
+from core.interop.writing import FilePlan, planned
 from core.recipe.compose import compose
 from core.training.folder import RunFolder
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
 
 
 @dataclass(frozen=True)
-class Wish:
-    """In which formats weights are written.
+class ExportOptions:
+    """The number formats in which weights are written.
 
     Args:
-        dtype: of all but selection biases, a key of `DTYPES`; None: as they came, bf16 for a run that was trained here.
-        fp8: matrices in FP8 blocks, quantised now.
-        keep_fp8: matrices in the FP8 blocks that they came in.
-        main_only: without the modules of loss heads, such as multi-token prediction.
+        dtype: format of all weights but selection biases, a key of `DTYPES`; None: the formats of the source, or bf16
+            for a run that was trained here.
+        fp8: quantise matrices to FP8 blocks.
+        keep_fp8: write matrices in the FP8 blocks that they were converted from.
+        main_only: leave out the modules of loss heads, such as multi-token prediction.
     """
 
     dtype: str | None = None
@@ -48,15 +54,15 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a converted run remembers of its source.
+class SourceLayout:
+    """What a converted run records about its source.
 
     Args:
-        folder: its small files.
-        config: its configuration.
-        plain: the format of what was not in FP8 blocks.
-        files: names by file; none where the model was changed since, so that the files cannot come back as they were.
-        formats: of every tensor, likewise.
+        folder: the small files of the source.
+        config: its config.json.
+        plain: the number format of its weights that were not in FP8 blocks.
+        files: names of tensors by file; empty if the model was changed since, so that the files cannot be restored.
+        formats: number format by tensor; empty in the same case.
     """
 
     folder: Path
@@ -67,40 +73,51 @@ class Origin:
 
 
 def to_hf(
-    run: Path, checkpoint: Path, target: Path, wish: Wish, *, say: Callable[[str], None] = print
+    run: Path,
+    checkpoint: Path,
+    target: Path,
+    options: ExportOptions,
+    *,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write a run's weights for other programs.
+    """Writes a run's weights for other programs.
 
     Args:
         run: the run's folder.
         checkpoint: its weights.
         target: the folder; must not exist, or be empty.
-        wish: number formats.
-        say: told what nobody who uses the folder may overlook.
+        options: number formats, and which parts are written.
+        say: called with each message for the user.
+
+    Returns:
+        The name of the format, and the numbers of tensors and bytes.
 
     Raises:
-        UserError: the architectures cannot express the model, or the target is taken; it is as before.
+        UserError: no architecture can express the model, or the target exists; the target is as before.
     """
     check_target(target, "name another folder")
     folder = RunFolder(run)
-    values, weights = compose(folder.recipe).to_dict(), weights_of(checkpoint)
-    kinds = own_kinds(weights)
-    if wish.main_only:
-        values["model"]["heads"] = {}
-        kinds = {name: kind for name, kind in kinds.items() if not name.startswith("heads.")}
-    made, config, origin = _described(folder, values)
-    came = origin.formats if origin is not None else {}
-    pieces = list(made.pieces(config, values, came or None))
-    if came:
-        pieces = wanted(pieces, came)
-    check_ours(pieces, {name: kind.shape for name, kind in kinds.items()}, f"{run}: checkpoint_format {made.label}")
-    check_shapes(pieces, kinds, str(checkpoint))
-    _check_wish(wish, made, weights, run)
-    theirs = _kinds(pieces, kinds, wish, origin)
-    plan = _planned(theirs, wish, origin)
-    moves = moves_out(pieces, kinds, theirs)
-    in_fp8 = any(kind.dtype == CODES for kind in theirs.values())
-    config = _with_formats(config, theirs, made.fp8_config if in_fp8 else None, wish, origin)
+    recipe = compose(folder.recipe).to_dict()
+    weights = weights_of(checkpoint)
+    ours = model_specs(weights)
+    if options.main_only:
+        recipe["model"]["heads"] = {}
+        ours = {name: spec for name, spec in ours.items() if not name.startswith("heads.")}
+    checkpoint_format, config, source = _described(folder, recipe)
+    formats = source.formats if source is not None else {}
+    mappings = list(checkpoint_format.pieces(config, recipe, formats or None))
+    if formats:
+        mappings = wanted(mappings, formats)
+    shapes = {name: spec.shape for name, spec in ours.items()}
+    check_ours(mappings, shapes, f"{run}: checkpoint_format {checkpoint_format.label}")
+    check_shapes(mappings, ours, str(checkpoint))
+    _check_options(options, checkpoint_format, weights, run)
+    theirs = _export_specs(mappings, ours, options, source)
+    plan = _file_plan(theirs, source)
+    ops = export_ops(mappings, ours, theirs)
+    has_fp8 = any(spec.dtype == CODES for spec in theirs.values())
+    fp8_config = checkpoint_format.fp8_config if has_fp8 else None
+    config = _with_formats(config, theirs, fp8_config, options, source)
     identity = [
         "to-hf",
         str(checkpoint.resolve()),
@@ -109,141 +126,188 @@ def to_hf(
         sorted(map(str, theirs.items())),
     ]
     conversion = Conversion(target, identity, say)
-    with conversion.folder_in_the_making(plan.bytes) as place:
-        conversion.move(moves, weights, plan, place)
-        _write_companions(RunFolder(place), folder, config, origin)
-    if origin is None and wish.dtype is None:
-        say("note: weights are written in bf16, as other programs expect; --dtype fp32 keeps every bit")
-    return {"format": made.label, "tensors": len(theirs), "bytes": plan.bytes}
+    with conversion.partial_folder(plan.bytes) as place:
+        conversion.run(ops, weights, plan, place)
+        _write_companions(RunFolder(place), folder, config, source)
+    if source is None and options.dtype is None:
+        say(
+            "note: weights are written in bf16, as other programs expect; --dtype fp32 keeps every bit"
+        )
+    return {"format": checkpoint_format.label, "tensors": len(theirs), "bytes": plan.bytes}
 
 
-def _described(folder: RunFolder, values: Mapping[str, Any]) -> tuple[CheckpointFormat, dict[str, Any], Origin | None]:
-    """The format, its configuration, and what a converted run remembers."""
+def _described(
+    folder: RunFolder, recipe: Mapping[str, Any]
+) -> tuple[CheckpointFormat, dict[str, Any], SourceLayout | None]:
+    """Returns the format, its configuration, and the layout of the source; None for a run that was trained here."""
     if not folder.source_layout.is_file():
-        return *config_for(values, str(folder.recipe)), None
-    layout, source = read_json(folder.source_layout), read_json(folder.source_files / "config.json")
+        return *config_for(recipe, str(folder.recipe)), None
+    layout = read_json(folder.source_layout)
+    config = read_json(folder.source_files / "config.json")
     plain = getattr(torch, layout["plain"])
-    if layout["model"] != values["model"]:
-        return *config_for(values, str(folder.recipe)), Origin(folder.source_files, source, plain, {}, {})
+    if layout["model"] != recipe["model"]:
+        source = SourceLayout(folder.source_files, config, plain, {}, {})
+        return *config_for(recipe, str(folder.recipe)), source
     formats = {name: getattr(torch, dtype) for name, dtype in layout["formats"].items()}
-    made, _ = format_named(layout["format"])
-    return made, source, Origin(folder.source_files, source, plain, layout["files"], formats)
+    checkpoint_format, _ = format_named(layout["format"])
+    source = SourceLayout(folder.source_files, config, plain, layout["files"], formats)
+    return checkpoint_format, config, source
 
 
-def check_shapes(pieces: Sequence[Piece], kinds: Mapping[str, Kind], where: str) -> None:
-    """Raises `UserError` where a piece takes rows that its tensor has not."""
-    for piece in pieces:
-        if piece.ours is not None and piece.copy:
-            size = Kind(torch.float32, piece.shape).rows
-            if piece.first + size > kinds[piece.ours].rows:
-                raise UserError(f"{where}: tensor {piece.ours} has too few rows for {piece.theirs}")
+def check_shapes(
+    mappings: Sequence[TensorMapping], ours: Mapping[str, TensorSpec], where: str
+) -> None:
+    """Raises `UserError` if a mapping that is a copy needs more rows than its tensor has."""
+    for mapping in mappings:
+        if mapping.ours is not None and mapping.copy:
+            rows = TensorSpec(torch.float32, mapping.shape).rows
+            if mapping.first + rows > ours[mapping.ours].rows:
+                raise UserError(
+                    f"{where}: tensor {mapping.ours} has too few rows for {mapping.theirs}"
+                )
 
 
-def _check_wish(wish: Wish, made: CheckpointFormat, weights: Tensors, run: Path) -> None:
-    """Raises `UserError` for what these weights or this format cannot give."""
-    if wish.fp8 and made.fp8_config is None:
-        raise UserError(f"--fp8: checkpoint_format {made.label} has no FP8 form")
-    if wish.keep_fp8 and not any(kind.dtype == CODES for kind in weights.kinds.values()):
+def _check_options(
+    options: ExportOptions, checkpoint_format: CheckpointFormat, weights: TensorReader, run: Path
+) -> None:
+    """Raises `UserError` for options that these weights or this format cannot meet."""
+    if options.fp8 and checkpoint_format.fp8_config is None:
+        raise UserError(f"--fp8: checkpoint_format {checkpoint_format.label} has no FP8 form")
+    if options.keep_fp8 and not any(spec.dtype == CODES for spec in weights.specs.values()):
         raise UserError(f"--keep-fp8: {run} holds no FP8 blocks; --fp8 makes some")
 
 
-def _kinds(pieces: Sequence[Piece], kinds: Mapping[str, Kind], wish: Wish, origin: Origin | None) -> dict[str, Kind]:
-    """Their tensors in order, in the formats that are wished for; grids of block scales beside their codes."""
-    theirs: dict[str, Kind] = {}
-    for piece in pieces:
-        dtype = _dtype(piece, kinds, wish, origin)
-        theirs[piece.theirs] = Kind(dtype, piece.shape)
+def _export_specs(
+    mappings: Sequence[TensorMapping],
+    ours: Mapping[str, TensorSpec],
+    options: ExportOptions,
+    source: SourceLayout | None,
+) -> dict[str, TensorSpec]:
+    """Returns the tensors to write in order; FP8 codes are followed by their grids of block scales."""
+    theirs: dict[str, TensorSpec] = {}
+    for mapping in mappings:
+        dtype = _export_dtype(mapping, ours, options, source)
+        theirs[mapping.theirs] = TensorSpec(dtype, mapping.shape)
         if dtype == CODES:
-            theirs[piece.theirs + INVERSE] = grid_kind(theirs[piece.theirs])
+            theirs[mapping.theirs + INVERSE] = grid_spec(theirs[mapping.theirs])
     return theirs
 
 
-def _dtype(piece: Piece, kinds: Mapping[str, Kind], wish: Wish, origin: Origin | None) -> torch.dtype:
-    held = kinds[piece.ours].dtype if piece.ours is not None else torch.float32
-    if wish.keep_fp8 and held == CODES:
+def _export_dtype(
+    mapping: TensorMapping,
+    ours: Mapping[str, TensorSpec],
+    options: ExportOptions,
+    source: SourceLayout | None,
+) -> torch.dtype:
+    """Returns the number format in which a tensor is written."""
+    if options.keep_fp8 and mapping.ours is not None and ours[mapping.ours].dtype == CODES:
         return CODES
-    if wish.fp8 and piece.blocks:
+    if options.fp8 and mapping.blocks:
         return CODES
-    came = origin.formats.get(piece.theirs) if origin is not None else None
-    if wish.dtype is None and came is not None and came != CODES:
-        return came
-    if piece.exact:
+    if options.dtype is None and source is not None:
+        original = source.formats.get(mapping.theirs)
+        if original is not None and original != CODES:
+            return original
+    if mapping.exact:
         return torch.float32
-    if wish.dtype is None and origin is not None:
-        return origin.plain
-    return DTYPES[wish.dtype or "bf16"]
+    if options.dtype is None and source is not None:
+        return source.plain
+    return DTYPES[options.dtype or "bf16"]
 
 
-def _planned(theirs: Mapping[str, Kind], wish: Wish, origin: Origin | None) -> Plan:
-    """The files that they came in, where the tensors are the same."""
-    if origin is not None and sorted(name for names in origin.files.values() for name in names) == sorted(theirs):
-        files = {file: {name: theirs[name] for name in names} for file, names in origin.files.items()}
-        return Plan(files, len(files) > 1 or next(iter(files)) != "model.safetensors")
-    return planned(theirs)
+def _file_plan(theirs: Mapping[str, TensorSpec], source: SourceLayout | None) -> FilePlan:
+    """Returns the files of the source if they held the same tensors, otherwise files of the usual size."""
+    if source is None:
+        return planned(theirs)
+    files: dict[str, dict[str, TensorSpec]] = {}
+    names: list[str] = []
+    for file, listed in source.files.items():
+        names += listed
+        files[file] = {name: theirs[name] for name in listed if name in theirs}
+    if sorted(names) != sorted(theirs):
+        return planned(theirs)
+    return FilePlan(files, len(files) > 1 or next(iter(files)) != "model.safetensors")
 
 
-def moves_out(pieces: Sequence[Piece], kinds: Mapping[str, Kind], theirs: Mapping[str, Kind]) -> list[Move]:
-    """From our tensors to theirs."""
-    moves: list[Move] = []
-    for piece in pieces:
-        if piece.ours is None:
-            continue  # the files are made of zeros
-        held, wanted_kind = kinds[piece.ours], theirs[piece.theirs]
-        rows = Kind(held.dtype, piece.shape)
-        order = inverse(piece.order)
-        if wanted_kind.dtype == CODES and held.dtype != CODES:
-            moves.append(Quantise(piece.ours, piece.theirs, piece.first, rows, order))
+def export_ops(
+    mappings: Sequence[TensorMapping],
+    ours: Mapping[str, TensorSpec],
+    theirs: Mapping[str, TensorSpec],
+) -> list[TensorOp]:
+    """Returns the operations that make the tensors of the checkpoint from ours."""
+    ops: list[TensorOp] = []
+    for mapping in mappings:
+        name = mapping.ours
+        if name is None:
+            continue  # constants are 0, and new files are filled with zeros
+        held = ours[name]
+        written = theirs[mapping.theirs]
+        rows = TensorSpec(held.dtype, mapping.shape)
+        first = mapping.first
+        order = inverse(mapping.order)
+        if written.dtype == CODES and held.dtype != CODES:
+            ops.append(Quantise(name, mapping.theirs, first, rows, order))
             continue
-        moves.append(Copy(piece.ours, piece.theirs, piece.first, 0, rows, wanted_kind.dtype, order))
-        if wanted_kind.dtype == CODES:
-            scales = scale_kind(rows)
-            names = piece.ours + SCALE, piece.theirs + SCALE
-            moves.append(Copy(*names, piece.first, 0, scales, torch.float32, order))
-    return moves
+        ops.append(Copy(name, mapping.theirs, first, 0, rows, written.dtype, order))
+        if written.dtype == CODES:
+            target = mapping.theirs + SCALE
+            scales = scale_spec(rows)
+            ops.append(Copy(name + SCALE, target, first, 0, scales, torch.float32, order))
+    return ops
 
 
 def _with_formats(
     config: Mapping[str, Any],
-    theirs: Mapping[str, Kind],
+    theirs: Mapping[str, TensorSpec],
     fp8: Mapping[str, Any] | None,
-    wish: Wish,
-    origin: Origin | None,
+    options: ExportOptions,
+    source: SourceLayout | None,
 ) -> dict[str, Any]:
-    """The configuration with what it says of number formats and, for a run of ours, of markers."""
-    told = {key: value for key, value in config.items() if key != "quantization_config"}
+    """Returns the configuration with its keys of number formats and, unless files are restored, of markers."""
+    result = {key: value for key, value in config.items() if key != "quantization_config"}
     if fp8 is not None:
-        told["quantization_config"] = config.get("quantization_config", dict(fp8))
-    plain = [kind.dtype for kind in theirs.values() if kind.dtype in NAMES and len(kind.shape) > 1]
-    common = max(dict.fromkeys(plain), key=plain.count, default=torch.bfloat16)
-    if fp8 is not None:
-        common = next(kind.dtype for name, kind in theirs.items() if kind.dtype in NAMES and not name.endswith(INVERSE))
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    anew = origin is None or not origin.formats
-    if anew or wish.dtype is not None:
-        told |= dict.fromkeys(keys, NAMES[common])
-    if anew:
-        told |= {key: END if origin is None else origin.config.get(key) for key in ("bos_token_id", "eos_token_id")}
-        told["pad_token_id"] = None if origin is None else origin.config.get("pad_token_id")
-    return told
+        result["quantization_config"] = config.get("quantization_config", dict(fp8))
+    restored = source is not None and bool(source.formats)
+    if not restored or options.dtype is not None:
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+        result |= dict.fromkeys(keys, NAMES[_main_format(theirs, fp8 is not None)])
+    if not restored:
+        for key in ("bos_token_id", "eos_token_id"):
+            result[key] = END if source is None else source.config.get(key)
+        result["pad_token_id"] = None if source is None else source.config.get("pad_token_id")
+    return result
 
 
-def _write_companions(place: RunFolder, run: RunFolder, config: Mapping[str, Any], origin: Origin | None) -> None:
-    """config.json and everything that is no weight."""
-    if origin is not None:
-        for file in sorted(origin.folder.iterdir()):
+def _main_format(theirs: Mapping[str, TensorSpec], has_fp8: bool) -> torch.dtype:
+    """Returns the format of most matrices; beside FP8 blocks, that of the first tensor that is not quantised."""
+    if has_fp8:
+        for name, spec in theirs.items():
+            if spec.dtype in NAMES and not name.endswith(INVERSE):
+                return spec.dtype
+    plain = [spec.dtype for spec in theirs.values() if spec.dtype in NAMES and len(spec.shape) > 1]
+    return max(dict.fromkeys(plain), key=plain.count, default=torch.bfloat16)
+
+
+def _write_companions(
+    target: RunFolder, run: RunFolder, config: Mapping[str, Any], source: SourceLayout | None
+) -> None:
+    """Writes config.json and every other file that holds no weights."""
+    if source is not None:
+        for file in sorted(source.folder.iterdir()):
             if file.name not in (run.source_layout.name, "config.json"):
-                (place.path / file.name).write_bytes(file.read_bytes())
+                (target.path / file.name).write_bytes(file.read_bytes())
     else:
         ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
-        place.write_json("generation_config.json", {"_from_model_config": True, **ids})
+        target.write_json("generation_config.json", {"_from_model_config": True, **ids})
         if run.tokenizer.exists():
-            place.write_text("tokenizer.json", Tokenizer.load(run.tokenizer).marked_json())
-            place.write_json("tokenizer_config.json", tokenizer_config(config["max_position_embeddings"]))
-    place.write_text("config.json", json.dumps(config, indent=2) + "\n")
+            settings = tokenizer_config(config["max_position_embeddings"])
+            target.write_text("tokenizer.json", Tokenizer.load(run.tokenizer).marked_json())
+            target.write_json("tokenizer_config.json", settings)
+    target.write_text("config.json", json.dumps(config, indent=2) + "\n")
 
 
 def tokenizer_config(length: int) -> dict[str, Any]:
-    """For a tokenizer of ours: one marker begins, ends and pads."""
+    """Returns tokenizer_config.json for a tokenizer of ours: one marker begins, ends and pads a text."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_TEXT,

@@ -1,7 +1,7 @@
-"""All moves of a conversion, into a folder that appears whole or not at all.
+"""Runs all operations of a conversion; the target folder appears complete or not at all.
 
-Everything is written into a hidden folder beside the target and renamed at the end. A journal there says which moves
-are done and on the disk, so a conversion that was stopped goes on where it was when the same command is given again.
+Everything is written into a hidden folder beside the target, which is renamed at the end. A journal in it lists the
+operations whose results are on the disk, so the same command continues a conversion that was stopped.
 """
 
 import errno
@@ -13,24 +13,31 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from core.contracts.errors import UserError
 from core.interop.blocks import WriteBlocks
-from core.interop.moves import Move
-from core.interop.tensors import Tensors
-from core.interop.writing import Plan, Writer
+from core.interop.tensor_ops import TensorOp
+from core.interop.tensors import TensorReader
+from core.interop.writing import FilePlan, Writer
 
 JOURNAL = "journal"
 EVERY = 512 * 2**20
-"""Bytes between two entries of the journal: what a kill may cost."""
+"""Bytes between two entries of the journal: at most so much work is lost when the process is killed."""
 
 
 def check_target(target: Path, how: str) -> None:
-    """Raises `UserError` where a conversion would overwrite something."""
+    """Raises `UserError` if a conversion to `target` would overwrite something; `how` says what to do instead."""
     if target.is_dir() and not target.is_symlink():
         if (target / "recipe.yaml").exists():
             raise UserError(f"{target}: holds a run already, and nothing is overwritten; {how}")
@@ -41,30 +48,32 @@ def check_target(target: Path, how: str) -> None:
 
 
 class Conversion:
-    """A folder in the making.
+    """A target folder that is being written.
 
     Args:
-        target: where it will be.
-        identity: what decides its bytes; a folder that was begun with another one is begun anew.
-        say: told what a person at the terminal wants to know.
+        target: the folder.
+        identity: everything that determines its content; a conversion that was begun with another one starts again.
+        say: called with each message for the user.
     """
 
     def __init__(self, target: Path, identity: Any, say: Callable[[str], None]) -> None:
         self._say = say
         self.target = Path(os.path.abspath(target))
         self.folder = self.target.with_name(f".{self.target.name}.partial")
-        self.resumed = self._moving = False
-        self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        self.resumed = False
+        self._created = False
+        described = json.dumps(identity, sort_keys=True, default=str)
+        self._identity = hashlib.sha256(described.encode()).hexdigest()
 
     @contextmanager
-    def folder_in_the_making(self, needed: int) -> Iterator[Path]:
-        """The hidden folder; renamed to the target at the end.
+    def partial_folder(self, needed: int) -> Iterator[Path]:
+        """Yields the hidden folder; it is renamed to the target at the end.
 
         Args:
             needed: bytes that will be written.
 
         Raises:
-            UserError: no space is left, or another process makes the same folder.
+            UserError: no space is left, or another process converts to the same folder.
         """
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +84,9 @@ class Conversion:
                     shutil.rmtree(self.folder, ignore_errors=True)
                     raise
                 except (KeyboardInterrupt, SystemExit):
-                    self._say(f"what is done is kept in {self.folder}; the same command goes on from there")
+                    self._say(
+                        f"what is done is kept in {self.folder}; the same command continues from there"
+                    )
                     raise
                 _flush_tree(self.folder)
                 os.replace(self.folder, self.target)
@@ -85,8 +96,8 @@ class Conversion:
         except OSError as cause:
             if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise UserError(f"{self.target}: cannot be written: {cause.strerror}") from cause
-            if self._moving:
-                how = "what is done is kept: make room and give the same command again"
+            if self._created:
+                how = "what is done is kept: free some space and give the same command again"
             else:
                 how = f"{needed / 1e9:.3g} GB are needed, and nothing was kept"
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -94,9 +105,12 @@ class Conversion:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        """Holds the lock of the journal, which is open in the meantime."""
         journal = self.folder / JOURNAL
         if self.folder.exists() and not journal.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder}: is in the way; remove it")
+            raise UserError(
+                f"{self.folder}: is in the way and no unfinished conversion (no {JOURNAL}); remove it"
+            )
         self.folder.mkdir(exist_ok=True)
         with journal.open("a+") as stream:
             try:
@@ -104,12 +118,13 @@ class Conversion:
             except OSError:
                 raise UserError(f"{self.target}: another process is converting to it") from None
             self._stream = stream
-            self._begin_or_go_on()
+            self._read_journal()
             if self.resumed:
-                self._say(f"going on with {self.folder}, which an earlier conversion left")
+                self._say(f"continuing {self.folder}, which an earlier conversion left")
             yield
 
-    def _begin_or_go_on(self) -> None:
+    def _read_journal(self) -> None:
+        """Reads which operations are done; removes what a conversion with another identity left."""
         self._stream.seek(0)
         lines = self._stream.read().splitlines()
         self._done = {int(line) for line in lines[1:] if line.isdigit()}
@@ -117,54 +132,56 @@ class Conversion:
         if not self.resumed:
             self._done = set()
             for file in self.folder.iterdir():
-                if file.name != JOURNAL:
-                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+                if file.is_dir():
+                    shutil.rmtree(file)
+                elif file.name != JOURNAL:
+                    file.unlink()
             self._stream.truncate(0)
 
-    def move(self, moves: Sequence[Move], source: Tensors, plan: Plan, place: Path) -> None:
-        """Do all moves that are not done yet.
+    def run(
+        self, ops: Sequence[TensorOp], source: TensorReader, plan: FilePlan, folder: Path
+    ) -> None:
+        """Runs all operations that are not done yet.
 
         Args:
-            moves: in order.
-            source: where they read.
+            ops: the operations in order.
+            source: the tensors that they read.
             plan: the files that are written.
-            place: the folder for the weights, inside the hidden folder or the hidden folder itself.
+            folder: the folder for the weights: the hidden folder, or a folder inside it.
         """
-        place.mkdir(exist_ok=True)
-        writer = Writer(place, plan)
+        folder.mkdir(exist_ok=True)
+        writer = Writer(folder, plan)
         if not self.resumed:
             writer.create()
             self._note([self._identity])
-        self._moving = True
+        self._created = True
         target = WriteBlocks(writer)
         fresh: list[str] = []
         held = 0
-        with _bar(sum(move.bytes for move in moves)) as advance:
-            for number, move in enumerate(moves):
+        with _bar(sum(op.bytes for op in ops)) as advance:
+            for number, op in enumerate(ops):
                 if number not in self._done:
-                    move.run(source, target)
+                    op.run(source, target)
                     fresh.append(str(number))
-                    held += move.bytes
+                    held += op.bytes
                 if held >= EVERY:
                     target.sync()
                     self._note(fresh)
-                    fresh, held = [], 0
-                advance(move.bytes)
+                    fresh = []
+                    held = 0
+                advance(op.bytes)
         target.sync()
         self._note(fresh)
 
     def _note(self, lines: Sequence[str]) -> None:
+        """Appends lines to the journal, on the disk."""
         self._stream.write("".join(f"{line}\n" for line in lines))
-        _flushed(self._stream)
-
-
-def _flushed(stream: IO[str]) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
 
 
 def _flush_tree(top: Path) -> None:
-    """Everything in a folder on the disk: after a power cut, a folder that was renamed must not name empty files."""
+    """Flushes all files of a folder to the disk, so that no renamed folder holds empty files after a power cut."""
     for folder, _, files in os.walk(top):
         for name in files:
             with open(os.path.join(folder, name), "rb") as stream:
@@ -173,7 +190,7 @@ def _flush_tree(top: Path) -> None:
 
 
 def _flush_folder(folder: str | Path) -> None:
-    """A folder's names on the disk; a file system that syncs no folders keeps its own order."""
+    """Flushes the entries of a folder to the disk, where the file system supports that."""
     descriptor = os.open(folder, os.O_RDONLY)
     with suppress(OSError):
         os.fsync(descriptor)
@@ -182,7 +199,7 @@ def _flush_folder(folder: str | Path) -> None:
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where somebody looks at it."""
+    """Shows a progress bar on stderr if that is a terminal, and yields a function that advances it by some bytes."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

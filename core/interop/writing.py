@@ -1,7 +1,7 @@
 """Writing safetensors files whose tensors arrive in any order and in parts.
 
-All headers are known beforehand, so the files are made in their full length first: a disk that is too small says so
-before a byte is moved, and every part has its place.
+All headers are known beforehand, so the files are first created in their full length. A disk that is too small is
+reported before any tensor is written, and each part is written at its known offset.
 """
 
 import json
@@ -16,47 +16,60 @@ import torch
 from torch import Tensor
 
 from core.interop.shards import FORMATS
-from core.interop.tensors import Kind
+from core.interop.tensors import TensorSpec
 from core.training.folder import WEIGHTS_INDEX
 
 SHARD_BYTES = 5 * 10**9
-"""The largest file, unless one tensor is larger."""
+"""Largest size of a file in bytes; a file whose only tensor is larger may exceed it."""
 
 _WRITTEN = {dtype: name for name, dtype in FORMATS.items()}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which tensors stand in which file.
+class FilePlan:
+    """Which tensors are written into which file.
 
     Args:
-        files: for each file its tensors in order.
-        index: whether an index says so too.
+        files: the tensors of each file in order, by file name.
+        index: whether an index of the files is written too.
     """
 
-    files: Mapping[str, Mapping[str, Kind]]
+    files: Mapping[str, Mapping[str, TensorSpec]]
     index: bool
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
-        return sum(kind.bytes for kinds in self.files.values() for kind in kinds.values())
+        """Size of all tensors in bytes."""
+        total = 0
+        for specs in self.files.values():
+            total += sum(spec.bytes for spec in specs.values())
+        return total
 
 
-def planned(kinds: Mapping[str, Kind], limit: int = SHARD_BYTES, *, index: bool | None = None) -> Plan:
-    """Tensors in order, in files of at most `limit` bytes; an index where there are several, or always."""
-    groups: list[dict[str, Kind]] = [{}]
+def planned(
+    specs: Mapping[str, TensorSpec], limit: int = SHARD_BYTES, *, index: bool | None = None
+) -> FilePlan:
+    """Distributes tensors in order over files of at most `limit` bytes.
+
+    Args:
+        specs: the tensors, by name.
+        limit: bytes of a file; a larger tensor gets a file of its own.
+        index: whether a single file gets an index too; several files always do.
+    """
+    groups: list[dict[str, TensorSpec]] = [{}]
     held = 0
-    for name, kind in kinds.items():
-        if groups[-1] and held + kind.bytes > limit:
+    for name, spec in specs.items():
+        if groups[-1] and held + spec.bytes > limit:
             groups.append({})
             held = 0
-        groups[-1][name] = kind
-        held += kind.bytes
+        groups[-1][name] = spec
+        held += spec.bytes
     if len(groups) == 1:
-        return Plan({"model.safetensors": groups[0]}, bool(index))
-    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    return Plan(dict(zip(names, groups, strict=True)), True)
+        return FilePlan({"model.safetensors": groups[0]}, bool(index))
+    files = {}
+    for number, group in enumerate(groups, start=1):
+        files[f"model-{number:05d}-of-{len(groups):05d}.safetensors"] = group
+    return FilePlan(files, True)
 
 
 class Writer:
@@ -64,61 +77,75 @@ class Writer:
 
     Args:
         folder: must exist.
-        plan: what is written where.
+        plan: the files and their tensors.
     """
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self.folder, self.plan = folder, plan
-        self.kinds = {name: kind for kinds in plan.files.values() for name, kind in kinds.items()}
+    def __init__(self, folder: Path, plan: FilePlan) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.specs: dict[str, TensorSpec] = {}
+        for specs in plan.files.values():
+            self.specs.update(specs)
         self._file: dict[str, str] = {}
         self._begin: dict[str, int] = {}
         self._open: dict[str, int] = {}
-        self._headers = {file: self._header(file, kinds) for file, kinds in plan.files.items()}
+        self._headers = {file: self._header(file, specs) for file, specs in plan.files.items()}
 
-    def _header(self, file: str, kinds: Mapping[str, Kind]) -> bytes:
-        """The bytes before the tensors; the widest formats come first, so that every tensor is aligned."""
+    def _header(self, file: str, specs: Mapping[str, TensorSpec]) -> bytes:
+        """Returns the bytes before the tensors; the widest formats come first, so that every tensor is aligned."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        widest_first = sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize)
         at = 0
-        for name, kind in sorted(kinds.items(), key=lambda item: -item[1].dtype.itemsize):
-            offsets = [at, at + kind.bytes]
-            entries[name] = {"dtype": _WRITTEN[kind.dtype], "shape": list(kind.shape), "data_offsets": offsets}
-            self._file[name], self._begin[name] = file, at
-            at += kind.bytes
+        for name, spec in widest_first:
+            offsets = [at, at + spec.bytes]
+            entries[name] = {
+                "dtype": _WRITTEN[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": offsets,
+            }
+            self._file[name] = file
+            self._begin[name] = at
+            at += spec.bytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        for name in kinds:
+        for name in specs:
             self._begin[name] += 8 + len(text)
         return struct.pack("<Q", len(text)) + text
 
     def create(self) -> None:
-        """Make the files in their full length, and the index.
+        """Creates the files in their full length, and the index.
 
         Raises:
-            OSError: no space is left.
+            OSError: no space is left on the disk.
         """
         for file, header in self._headers.items():
-            size = len(header) + sum(kind.bytes for kind in self.plan.files[file].values())
+            size = len(header) + sum(spec.bytes for spec in self.plan.files[file].values())
             with (self.folder / file).open("wb") as stream:
                 _reserve(stream.fileno(), size)
                 stream.write(header)
         if self.plan.index:
-            index = {"metadata": {"total_size": self.plan.bytes}, "weight_map": dict(sorted(self._file.items()))}
-            (self.folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            index = {
+                "metadata": {"total_size": self.plan.bytes},
+                "weight_map": dict(sorted(self._file.items())),
+            }
+            text = json.dumps(index, indent=2) + "\n"
+            (self.folder / WEIGHTS_INDEX).write_text(text, encoding="utf-8")
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
-        """Put rows in their place, in the planned format."""
-        kind = self.kinds[name]
-        assert rows.dtype == kind.dtype, f"{name}: {rows.dtype} is not the planned {kind.dtype}"
+        """Writes rows of a tensor, the first of them at row `first`; they must have the planned format."""
+        spec = self.specs[name]
+        assert rows.dtype == spec.dtype, f"{name}: {rows.dtype} is not the planned {spec.dtype}"
         if rows.numel() == 0:
             return
         view = memoryview(rows.contiguous().view(torch.uint8).numpy().reshape(-1).data)
-        at = self._begin[name] + first * kind.row_bytes
+        at = self._begin[name] + first * spec.row_bytes
         while view:
             done = os.pwrite(self._descriptor(name), view, at)
-            view, at = view[done:], at + done
+            view = view[done:]
+            at = at + done
 
     def sync(self) -> None:
-        """Force what was written to the disk, and close the files."""
+        """Flushes what was written to the disk, and closes the files."""
         for descriptor in self._open.values():
             os.fsync(descriptor)
             os.close(descriptor)
@@ -134,7 +161,7 @@ class Writer:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """A file's full length in zeros, on the disk where the system can promise that."""
+    """Gives a file its full length in zeros; its space is allocated where the system supports that."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:

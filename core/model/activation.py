@@ -5,6 +5,6 @@ from torch.nn import functional as F
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """... x 2I -> ... x I; the first half is the gate."""
+    """silu(gate) * up: ... x 2I -> ... x I; the first half of the last axis is the gate."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -17,7 +17,7 @@ KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""Best first; each passes on what it cannot take."""
+"""Kernels of scaled dot-product attention, best first; torch takes the first that supports the inputs."""
 
 
 class TensorCache(Cache):
@@ -50,12 +50,11 @@ class TensorCache(Cache):
     def append(self, *parts: Tensor) -> tuple[Tensor, ...]:
         new = parts[0].shape[1]
         if self.longest + new > self.capacity:
-            raise ValueError(f"{self.longest} tokens and {new} more do not fit into a cache of {self.capacity}")
-        if not self._buffers:
-            self._buffers = tuple(
-                torch.zeros(len(part), self.capacity, *part.shape[2:], dtype=part.dtype, device=part.device)
-                for part in parts
+            raise ValueError(
+                f"{self.longest} tokens and {new} more do not fit into a cache of {self.capacity}"
             )
+        if not self._buffers:
+            self._buffers = tuple(self._new_buffer(part) for part in parts)
         self._lengths = [length + new for length in self._lengths]
         slots_BL = self.slots(new)
         rows_B1 = torch.arange(len(self._lengths), device=self.device)[:, None]
@@ -66,13 +65,19 @@ class TensorCache(Cache):
                 buffer[rows_B1, slots_BL] = part.detach()
         return tuple(buffer[:, : self.longest] for buffer in self._buffers)
 
+    def _new_buffer(self, part: Tensor) -> Tensor:
+        """Zeros of rows x capacity x ... in the format of a part."""
+        shape = (len(part), self.capacity, *part.shape[2:])
+        return torch.zeros(shape, dtype=part.dtype, device=part.device)
+
     def slots(self, new: int) -> Tensor | None:
         if min(self._lengths) == self.longest:
             return None
         return self.lengths[:, None] - new + torch.arange(new, device=self.device)
 
     def truncate(self, lengths_B: Tensor) -> None:
-        self._lengths = [min(old, int(new)) for old, new in zip(self._lengths, lengths_B.tolist(), strict=True)]
+        wanted = lengths_B.tolist()
+        self._lengths = [min(old, int(new)) for old, new in zip(self._lengths, wanted, strict=True)]
 
 
 def attend(
@@ -99,33 +104,43 @@ def attend(
         L x H x V outputs for every sequence, in the format of the values.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BLHR, k_BSHR, v_BSHV))
-    new, seen = q.shape[2], k.shape[2]
-    mask = _mask(new, seen, context) if slots_BL is None else _row_mask(slots_BL, seen)
+    new = q.shape[2]
+    seen = k.shape[2]
+    if slots_BL is None:
+        mask = _mask(new, seen, context)
+    else:
+        mask = _row_mask(slots_BL, seen)
     grouped = k.shape[1] != q.shape[1]
     causal = mask is None and new > 1
-    width, missing = v.shape[-1], q.shape[-1] - v.shape[-1]
+    width = v.shape[-1]
+    missing = q.shape[-1] - width
     if missing > 0 and v.device.type == "cpu":
-        v = F.pad(v, (0, missing))  # the fused CPU kernel wants one width; without it all scores are stored
+        # The fused CPU kernel needs values as wide as keys; the other kernel stores all scores.
+        v = F.pad(v, (0, missing))
     with _best_kernel(q, mask):
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
     return o[..., :width].transpose(1, 2)
 
 
 def _best_kernel(q: Tensor, mask: Tensor | None) -> AbstractContextManager[Any]:
-    """On GPUs cuDNN's where it fits: left to itself torch gives values of another width to its slowest kernel."""
-    if not q.is_cuda or mask is not None or q.shape[2] == 1:  # a plan of cuDNN's for every length of a cache costs more
+    """Prefers cuDNN's kernel on GPUs: by default torch gives values of another width to its slowest kernel."""
+    # With one new token cuDNN would need a plan for every length of the cache, which costs more.
+    one_token = q.shape[2] == 1
+    if not q.is_cuda or mask is not None or one_token:
         return nullcontext()
     chosen: AbstractContextManager[Any] = sdpa_kernel(KERNELS, set_priority=True)
     return chosen
 
 
 def _row_mask(slots_BL: Tensor, seen: int) -> Tensor:
-    """B x 1 x L x S: each query sees the slots up to its own."""
+    """The mask B x 1 x L x S under which each query sees the slots up to its own."""
     return (slots_BL[:, :, None] >= torch.arange(seen, device=slots_BL.device))[:, None]
 
 
 def _mask(new: int, seen: int, context: SequenceContext) -> Tensor | None:
-    """None where causality alone decides and the kernel's own mask is right."""
+    """The mask L x S or B x 1 x L x S; None where the kernel's own causal mask is right."""
     if context.documents_BM is None and (new == seen or new == 1):
         return None
     rows = torch.arange(seen - new, seen, device=context.tokens_BL.device)

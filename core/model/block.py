@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from core.contracts.attention import Attention, Cache
 from core.contracts.build import BuildContext
@@ -20,7 +24,7 @@ from core.model.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """Attention and feed-forward around the residual stream. Pure: what it saw is returned as a record.
+    """Attention and feed-forward around the residual stream; what the layers saw is returned as records.
 
     Args:
         attention, ffn: validated sections of the two slots.
@@ -28,7 +32,9 @@ class Block(nn.Module):
         recompute: keep none of the block's activations and compute them again in the backward pass.
     """
 
-    def __init__(self, attention: Section, ffn: Section, build: BuildContext, *, recompute: bool = False) -> None:
+    def __init__(
+        self, attention: Section, ffn: Section, build: BuildContext, *, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.recompute = recompute
         self.precision = build.precision
@@ -44,8 +50,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, dict[str, Record]]:
         """The stream after the block, and the records of its layers that have one, by name: `attention`, `ffn`."""
         if self.recompute and cache is None and torch.is_grad_enabled():
-            again: tuple[Tensor, dict[str, Record]] = checkpoint(
-                self._once,
+            result: tuple[Tensor, dict[str, Record]] = checkpoint(
+                self._layers,
                 stream,
                 context,
                 None,
@@ -53,38 +59,47 @@ class Block(nn.Module):
                 context_fn=_keep_choices,
                 preserve_rng_state=False,
             )
-            return again
-        return self._once(stream, context, cache)
+            return result
+        return self._layers(stream, context, cache)
 
-    def _once(self, stream: Tensor, context: SequenceContext, cache: Cache | None) -> tuple[Tensor, dict[str, Record]]:
+    def _layers(
+        self, stream: Tensor, context: SequenceContext, cache: Cache | None
+    ) -> tuple[Tensor, dict[str, Record]]:
+        """Attention, then the feed-forward layer, each added to the stream."""
         records = {}
         with self.precision.context():
-            attended = self.attention(self.attention_norm(self.attention_residual.read(stream)), context, cache)
+            x_BLD = self.attention_norm(self.attention_residual.read(stream))
+            attended = self.attention(x_BLD, context, cache)
             if isinstance(attended, tuple):
                 attended, records["attention"] = attended
             stream = self.attention_residual.write(stream, attended)
-            y_BLD, record = self.ffn(self.ffn_norm(self.ffn_residual.read(stream)), context)
+            x_BLD = self.ffn_norm(self.ffn_residual.read(stream))
+            y_BLD, record = self.ffn(x_BLD, context)
             if record is not None:
                 records["ffn"] = record
             return self.ffn_residual.write(stream, y_BLD), records
 
     def costs(self) -> Costs:
-        """For one token, norms included."""
+        """The costs of one token, norms included."""
         norms = self.attention_norm.dim + self.ffn_norm.dim
         residuals = self.attention_residual.costs() + self.ffn_residual.costs()
         return self.attention.costs() + self.ffn.costs() + Costs(active=norms) + residuals
 
 
 _CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default)
-"""What picks experts. Places, budgets and chance are worked out again, from choices that are kept and affinities that
-the same kernels compute once more; only a device that gives other bits the second time could part them."""
+"""The operations that select experts, whose results are kept. Places, budgets and random draws are computed again from
+them and from recomputed affinities; the two could only differ on a device whose kernels are not deterministic."""
 
 
 def _keep_choices() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Selective recomputation that saves what was chosen: a tie may fall the other way the second time."""
+    """Selective recomputation that saves the chosen experts: a tie may be broken the other way the second time."""
 
-    def policy(_: object, op: Callable[..., object], *args: object, **kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in _CHOICES else CheckpointPolicy.PREFER_RECOMPUTE
+    def policy(
+        _: object, op: Callable[..., object], *args: object, **kwargs: object
+    ) -> CheckpointPolicy:
+        if op in _CHOICES:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
 
     forward, recompute = create_selective_checkpoint_contexts(policy)
     return forward, recompute

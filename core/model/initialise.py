@@ -11,7 +11,7 @@ from core.numerics.draw import address
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Reset every module that owns parameters or buffers, each under its own seed.
+    """Resets every module that owns parameters or buffers, each under its own seed.
 
     Raises:
         TypeError: a module owns some and has no `reset_parameters`, so a model built on the meta device
@@ -23,9 +23,14 @@ def initialise(model: nn.Module, seed: int) -> None:
             continue
         reset = getattr(module, "reset_parameters", None)
         if reset is None:
-            raise TypeError(f"{name} ({type(module).__name__}) owns parameters or buffers but has no reset_parameters")
+            raise TypeError(
+                f"{name} ({type(module).__name__}) owns parameters or buffers but has no reset_parameters"
+            )
         with torch.random.fork_rng(devices=[]):
             # `torch.manual_seed` seeds every kind of device and keeps a stack trace for each that has not been used
             on_cpu = all(tensor.device.type in ("cpu", "meta") for tensor in tensors)
-            (torch.default_generator if on_cpu else torch).manual_seed(address(seed, name))
+            if on_cpu:
+                torch.default_generator.manual_seed(address(seed, name))
+            else:
+                torch.manual_seed(address(seed, name))
             reset()

@@ -12,8 +12,8 @@ from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.contracts.ffn import FeedForward
-from core.contracts.loss_head import HeadOutput, LossHead, Shared
-from core.contracts.precision import Paths, Precision, StepState
+from core.contracts.loss_head import HeadOutput, LossHead, SharedModules
+from core.contracts.precision import KernelLog, Precision, StepState
 from core.contracts.record import Record, as_pytree
 from core.contracts.residual import Residual
 from core.model.block import Block
@@ -32,27 +32,34 @@ class Embedding(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int, dim: int, *, std: float, param_dtype: torch.dtype, compute_dtype: torch.dtype
+        self,
+        vocabulary: int,
+        dim: int,
+        *,
+        std: float,
+        param_dtype: torch.dtype,
+        compute_dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.role = "embedding"
-        self.std, self.compute_dtype = std, compute_dtype
+        self.std = std
+        self.compute_dtype = compute_dtype
         self.weight = nn.Parameter(torch.empty(vocabulary, dim, dtype=param_dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, std)."""
+        """Draws the weight from N(0, std)."""
         draw_normal(self.weight, self.std)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Any shape of ids -> that shape x dim."""
+        """The vectors of token ids of any shape: that shape x dim."""
         return F.embedding(tokens, self.weight).to(self.compute_dtype)
 
 
 @as_pytree
 @dataclass(frozen=True)
 class Losses:
-    """What one micro-batch gives the training step.
+    """The results of one micro-batch that the training step needs.
 
     Args:
         heads: what each loss head returned, by the head's name.
@@ -70,7 +77,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class States:
-    """What a pass through the blocks gives.
+    """The results of a pass through the blocks.
 
     Args:
         hidden_BLD: states after the final norm.
@@ -135,12 +142,14 @@ class LanguageModel(nn.Module):
         self._check_reads()
 
     def _check_reads(self) -> None:
-        """Raise `UserError` for a head that reads the state after a block that there is not."""
+        """Raises `UserError` where a head reads the state after a block that does not exist."""
         last = len(self.blocks) - 1
         for name, head in self.loss_heads():
             for index in head.reads_blocks:
                 if not 0 <= index <= last:
-                    raise UserError(f"model.heads.{name} reads block {index}; there are blocks 0 to {last}")
+                    raise UserError(
+                        f"model.heads.{name} reads block {index}; there are blocks 0 to {last}"
+                    )
 
     def hidden(
         self, context: SequenceContext, caches: list[Cache] | None = None
@@ -154,9 +163,12 @@ class LanguageModel(nn.Module):
         return states.hidden_BLD, states.records
 
     def states(
-        self, context: SequenceContext, caches: list[Cache] | None = None, blocks: Collection[int] = ()
+        self,
+        context: SequenceContext,
+        caches: list[Cache] | None = None,
+        blocks: Collection[int] = (),
     ) -> States:
-        """What the blocks give, with the states after some of them.
+        """The states after the blocks, with those after some of them.
 
         Args:
             context: the micro-batch.
@@ -168,9 +180,12 @@ class LanguageModel(nn.Module):
         """
         length = context.tokens_BL.shape[1] + (caches[0].longest if caches else 0)
         if length > self.max_length:
-            raise UserError(f"{length} tokens are more than model.rope.max_length = {self.max_length}")
+            raise UserError(
+                f"{length} tokens are more than model.rope.max_length = {self.max_length}"
+            )
         stream = self.residual.expand(self.embedding(context.tokens_BL))
-        records, kept = {}, {}
+        records = {}
+        kept = {}
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches is not None else None
             stream, records[block_path(index)] = block(stream, context, cache)
@@ -182,7 +197,8 @@ class LanguageModel(nn.Module):
         """The losses of one micro-batch, before coefficients and denominators of the window."""
         wanted = {index for _, head in self.loss_heads() for index in head.reads_blocks}
         states = self.states(context, blocks=wanted)
-        records, heads = states.records, {}
+        records = states.records
+        heads = {}
         for name, head in self.loss_heads():
             heads[name] = head(states.hidden_BLD, context, self.shared(head, states))
             for path, parts in heads[name].records.items():
@@ -190,7 +206,7 @@ class LanguageModel(nn.Module):
         return Losses(heads, records)
 
     def contexts(self, context: SequenceContext) -> dict[str, SequenceContext]:
-        """What the heads' own blocks see, by the block's path; every other block sees `context` itself."""
+        """The contexts that the heads' own blocks see, by the block's path; every other block sees `context` itself."""
         found = {}
         for name, head in self.loss_heads():
             for path, inner in head.contexts(context).items():
@@ -228,12 +244,13 @@ class LanguageModel(nn.Module):
         device = self.embedding.weight.device
         return [block.attention.new_cache(rows, capacity, device) for block in self.blocks]  # type: ignore[union-attr,operator]
 
-    def shared(self, head: LossHead | None = None, states: States | None = None) -> Shared:
+    def shared(self, head: LossHead | None = None, states: States | None = None) -> SharedModules:
         """The embedding and the output, and of the states those that a head reads."""
         if head is None or states is None:
-            return Shared(self.embedding, self.output)
+            return SharedModules(self.embedding, self.output)
         read = {index: states.after_blocks[index] for index in head.reads_blocks}
-        return Shared(self.embedding, self.output, read, states.stream if head.reads_streams else None)
+        stream = states.stream if head.reads_streams else None
+        return SharedModules(self.embedding, self.output, read, stream)
 
     def loss_heads(self) -> Iterator[tuple[str, LossHead]]:
         """The heads by name."""
@@ -251,7 +268,7 @@ class LanguageModel(nn.Module):
     def expert_layers(self) -> dict[str, FeedForward]:
         """Every feed-forward layer with experts, wherever it stands, by the path of its block.
 
-        Found by search: a layer inside a loss head must not be forgotten by whoever counts and balances.
+        All modules are searched, so that layers inside loss heads are counted and balanced too.
         """
         found = {}
         for path, _, layer in self.block_layers():
@@ -261,18 +278,22 @@ class LanguageModel(nn.Module):
 
     def step_states(self) -> dict[str, StepState]:
         """Every product layer that keeps something between steps, by its path."""
-        return {path: module for path, module in self.named_modules() if isinstance(module, StepState)}
+        found = {}
+        for path, module in self.named_modules():
+            if isinstance(module, StepState):
+                found[path] = module
+        return found
 
-    def paths(self) -> Paths:
-        """Which code took the products of each role so far."""
+    def kernels_used(self) -> KernelLog:
+        """The log of which code has computed the products of each role so far."""
         precision = self.blocks[0].precision
         assert isinstance(precision, Precision)
-        return precision.paths
+        return precision.kernels_used
 
     def costs(self) -> Costs:
-        """The main model, for one token: embedding excluded, output included; loss heads apart."""
-        total = Costs(active=self.norm.dim + self.embedding.weight.numel())  # the output is as large, tied or not
-        total = total + self.residual.costs()
+        """The main model's costs for one token: without embedding and loss heads, with the output."""
+        output = self.embedding.weight.numel()  # as large as the embedding, tied or not
+        total = Costs(active=self.norm.dim + output) + self.residual.costs()
         for block in self.blocks:
             assert isinstance(block, Block)
             total = total + block.costs()

@@ -1,8 +1,8 @@
 """The ledger of loss terms: every term of a model's objective once, with its owner, layer, scope and coefficient.
 
-Whatever needs the terms (the objective and its denominators, logs, validation, `describe`) reads this list and keys
-what it adds up by its entries; no name is taken apart again. Terms are added in this order: heads, then the balancers
-of every layer with experts, then what layers have of their own.
+The objective and its denominators, logs, validation and `describe` read this list and key what they add up by its
+entries, so no name is parsed anywhere. Terms are added in this order: heads, then the balancers
+of every layer with experts, then the losses of layers themselves.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from core.model.language_model import LanguageModel, Losses
 
 @dataclass(frozen=True, eq=False)
 class Term(ABC):
-    """One loss term; a key by its identity.
+    """One loss term; hashed by identity, so that it can be a key.
 
     Args:
         label: its name in logs, after `loss/`.
@@ -44,7 +44,9 @@ class Term(ABC):
         return "token"
 
     @abstractmethod
-    def count(self, context: SequenceContext, inner: Mapping[str, SequenceContext]) -> Tensor | None:
+    def count(
+        self, context: SequenceContext, inner: Mapping[str, SequenceContext]
+    ) -> Tensor | None:
         """The term's denominator for one micro-batch, from the data alone; None where it has none.
 
         Args:
@@ -67,11 +69,13 @@ class HeadTerm(Term):
 
     @property
     def owner(self) -> LossHead:
-        """The head."""
+        """The loss head that owns the term."""
         return self.head
 
-    def count(self, context: SequenceContext, inner: Mapping[str, SequenceContext]) -> Tensor | None:
-        """The head's own count."""
+    def count(
+        self, context: SequenceContext, inner: Mapping[str, SequenceContext]
+    ) -> Tensor | None:
+        """The head's denominator for one micro-batch."""
         return self.head.counts(context)[self.name]
 
     def sum_in(self, losses: Losses) -> Tensor:
@@ -81,7 +85,7 @@ class HeadTerm(Term):
 
 @dataclass(frozen=True, eq=False)
 class LayerTerm(Term):
-    """A loss that an attention or a feed-forward layer has of its own."""
+    """A loss of an attention or a feed-forward layer itself."""
 
     component: Attention | FeedForward
     part: str
@@ -89,11 +93,13 @@ class LayerTerm(Term):
 
     @property
     def owner(self) -> Attention | FeedForward:
-        """The layer."""
+        """The layer that owns the term."""
         return self.component
 
-    def count(self, context: SequenceContext, inner: Mapping[str, SequenceContext]) -> Tensor | None:
-        """The layer's own count, of what its block sees."""
+    def count(
+        self, context: SequenceContext, inner: Mapping[str, SequenceContext]
+    ) -> Tensor | None:
+        """The layer's denominator for one micro-batch, from the context that its block sees."""
         assert self.layer is not None
         return self.component.counts(inner.get(self.layer, context))[self.name]
 
@@ -117,21 +123,23 @@ class BalanceTerm(Term):
 
     @property
     def owner(self) -> Balancer:
-        """The balancer."""
+        """The balancer that owns the term."""
         return self.balancer
 
     @property
     def scope(self) -> Scope:
-        """The balancer's own scope."""
+        """The tokens over which the balancer forms its loss."""
         return self.balancer.scope
 
-    def count(self, context: SequenceContext, inner: Mapping[str, SequenceContext]) -> Tensor | None:
-        """The balancer's own count, of what its block sees."""
+    def count(
+        self, context: SequenceContext, inner: Mapping[str, SequenceContext]
+    ) -> Tensor | None:
+        """The balancer's denominator for one micro-batch, from the context that its block sees."""
         assert self.layer is not None
         return self.balancer.count(inner.get(self.layer, context))
 
     def observed_in(self, losses: Losses) -> dict[str, Tensor]:
-        """The sums of a micro-batch that the loss is formed of."""
+        """The sums of a micro-batch from which the loss is formed."""
         assert self.layer is not None
         return losses.records[self.layer]["ffn"].sums[self.index]
 
@@ -163,7 +171,9 @@ class Ledger:
         layers = []
         for path, part, component in model.block_layers():
             if part not in ("attention", "ffn") and _term_names(component):
-                raise TypeError(f"{path}.{part} is inside of another layer, so no record of its losses reaches a block")
+                raise TypeError(
+                    f"{path}.{part} is inside another layer, so no record of its losses reaches a block"
+                )
             for term in _term_names(component):
                 layers.append(LayerTerm(f"{part}/{term}", path, component, part, term))
         return cls(tuple(heads), tuple(balance), tuple(layers))

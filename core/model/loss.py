@@ -21,7 +21,7 @@ def cross_entropy_sum(
 
     Args:
         logits: hidden states to logits, rows x D -> rows x V.
-        hidden_BLD: what is predicted from.
+        hidden_BLD: states from which the targets are predicted.
         targets_BL: int64 token ids.
         counted_BL: bool, which positions count.
     """

@@ -19,15 +19,16 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, build: BuildContext) -> None:
         super().__init__()
         self.role = "norm"
-        self.dim, self.eps = dim, build.norm_eps
+        self.dim = dim
+        self.eps = build.norm_eps
         self.weight = nn.Parameter(torch.empty(dim, dtype=build.precision.param_dtype("norm")))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Ones."""
+        """Sets the weight to ones."""
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape that ends in `dim`."""
+        """Normalises the last axis of x, which has any shape that ends in `dim`."""
         wide = at_least_fp32(x)
         return F.rms_norm(wide, (self.dim,), self.weight.to(wide.dtype), self.eps).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The weights of a model as an optimizer is given them: with the role and the kind of each."""
+"""A model's weights as optimizers receive them, each with its role and kind."""
 
 from collections.abc import Iterable, Sequence
 
@@ -24,7 +24,7 @@ def named_parameters(model: nn.Module) -> list[NamedParameter]:
 
 
 def kind_of(axes: int, role: str) -> ParameterKind:
-    """The kind of a weight with so many axes."""
+    """The kind of a weight with this many axes and this role."""
     if axes < 2:
         return "vector"
     if role == "embedding":
@@ -33,7 +33,7 @@ def kind_of(axes: int, role: str) -> ParameterKind:
 
 
 def check_groups(optimizers: Iterable[Optimizer], parameters: Sequence[NamedParameter]) -> None:
-    """Check that every weight is in exactly one group of one optimizer.
+    """Checks that every weight is in exactly one group of one optimizer.
 
     Raises:
         ValueError: one is in none, or in several.
@@ -47,4 +47,6 @@ def check_groups(optimizers: Iterable[Optimizer], parameters: Sequence[NamedPara
         groups = held.get(id(named.parameter), 0)
         if groups != 1:
             how_many = "no group" if not groups else f"{groups} groups"
-            raise ValueError(f"the optimizer has the weight {named.name} in {how_many}; it must be in one")
+            raise ValueError(
+                f"the optimizer has the weight {named.name} in {how_many}; it must be in one"
+            )

@@ -19,20 +19,26 @@ def correction_range(dim: int, theta: float, yarn: Any) -> tuple[int, int]:
     """The pairs between which YaRN moves from keeping a frequency to dividing it (10 and 23 for DeepSeek-V3)."""
 
     def pair(rotations: float) -> float:
-        return dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        """The pair, a real number, that makes this many rotations over the original length."""
+        positions_per_radian = yarn.original_length / (rotations * 2 * math.pi)
+        return dim * math.log(positions_per_radian) / (2 * math.log(theta))
 
-    low, high = math.floor(pair(yarn.beta_fast)), math.ceil(pair(yarn.beta_slow))
+    low = math.floor(pair(yarn.beta_fast))
+    high = math.ceil(pair(yarn.beta_slow))
     return max(low, 0), min(high, dim - 1)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _frequencies(dim: int, theta: float, yarn: tuple[float, ...] | None) -> tuple[float, ...]:
-    """A constant to the compiler, which would trace into the cache and warn."""
+    """The frequencies as a constant for the compiler, which would otherwise trace into the cache and warn."""
     return _cached_frequencies(dim, theta, yarn)
 
 
 @lru_cache(maxsize=64)
-def _cached_frequencies(dim: int, theta: float, yarn: tuple[float, ...] | None) -> tuple[float, ...]:
+def _cached_frequencies(
+    dim: int, theta: float, yarn: tuple[float, ...] | None
+) -> tuple[float, ...]:
+    """theta^(-2 j / dim) for each pair j; with YaRN (factor, low, high) those above the range are divided."""
     plain = [theta ** (-2 * j / dim) for j in range(dim // 2)]
     if yarn is None:
         return tuple(plain)
@@ -43,8 +49,10 @@ def _cached_frequencies(dim: int, theta: float, yarn: tuple[float, ...] | None) 
 
 
 def temperature(factor: float, mscale: float | None) -> float:
-    """YaRN's 0.1 m ln(s) + 1; 1 without a coefficient."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if mscale and factor > 1 else 1.0
+    """YaRN's temperature 0.1 m ln(s) + 1 for a factor s; 1 without a coefficient m."""
+    if mscale and factor > 1:
+        return 0.1 * mscale * math.log(factor) + 1.0
+    return 1.0
 
 
 def softmax_scale(head_dim: int, rope: Rope) -> float:
@@ -55,27 +63,35 @@ def softmax_scale(head_dim: int, rope: Rope) -> float:
     return scale
 
 
-def rope_table(rope: Rope, dim: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each of the positions' shape x dim/2, in `dtype` (fp32 or wider); the angles are taken in fp64.
+def rope_table(
+    rope: Rope, dim: int, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each of the positions' shape x dim/2, in `dtype` (fp32 or wider); angles are computed in fp64.
 
     With YaRN both carry the ratio of the two temperatures, which is 1 where their coefficients are equal.
     """
-    yarn, ratio = None, 1.0
+    yarn = None
+    ratio = 1.0
     if rope.yarn is not None:
         low, high = correction_range(dim, rope.theta, rope.yarn)
         yarn = (rope.yarn.factor, low, high)
         factor = rope.yarn.factor
-        ratio = temperature(factor, rope.yarn.mscale) / temperature(factor, rope.yarn.mscale_all_dim)
-    frequencies = torch.tensor(_frequencies(dim, rope.theta, yarn), dtype=torch.float64, device=positions.device)
-    angles = positions.to(torch.float64)[..., None] * frequencies
+        rotated_temperature = temperature(factor, rope.yarn.mscale)
+        ratio = rotated_temperature / temperature(factor, rope.yarn.mscale_all_dim)
+    frequencies = _frequencies(dim, rope.theta, yarn)
+    frequencies_R = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)
+    angles = positions.to(torch.float64)[..., None] * frequencies_R
     return (angles.cos() * ratio).to(dtype), (angles.sin() * ratio).to(dtype)
 
 
 def rotate(x_BLHR: Tensor, rope: Rope, positions_BL: Tensor) -> Tensor:
-    """Turn the pairs of the last axis by their positions, B x L or 1 x L; same shape and format as `x_BLHR`."""
+    """Rotates the pairs of the last axis by their positions, B x L or 1 x L; same shape and format as `x_BLHR`."""
     wide = at_least_fp32(x_BLHR)
     cos_BLR, sin_BLR = rope_table(rope, x_BLHR.shape[-1], positions_BL, wide.dtype)
-    cos, sin = cos_BLR[:, :, None, :], sin_BLR[:, :, None, :]
+    cos = cos_BLR[:, :, None, :]
+    sin = sin_BLR[:, :, None, :]
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x_BLHR.dtype)
+    rotated_even = even * cos - odd * sin
+    rotated_odd = even * sin + odd * cos
+    rotated = torch.stack((rotated_even, rotated_odd), dim=-1)
+    return rotated.flatten(-2).to(x_BLHR.dtype)

@@ -18,7 +18,7 @@ def sample(
     seed: int = 0,
     stop: int | None = None,
 ) -> Iterator[int]:
-    """Continue a prompt.
+    """Yields the tokens that continue a prompt.
 
     Args:
         model: in evaluation mode.
@@ -32,17 +32,20 @@ def sample(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     caches = model.new_caches(1, min(len(prompt) + tokens, model.max_length))
-    fed = list(prompt)
+    new_tokens = list(prompt)
     for _ in range(tokens):
-        logits_V = model.decode(torch.tensor([fed], device=device), caches)[0, -1]
+        logits_V = model.decode(torch.tensor([new_tokens], device=device), caches)[0, -1]
         token = _choose(logits_V.double().cpu(), temperature, top_p, generator)
         if token == stop:
             return
         yield token
-        fed = [token]
+        new_tokens = [token]
 
 
-def _choose(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+def _choose(
+    logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
+) -> int:
+    """The most likely token at temperature 0, else a draw from the `top_p` most likely ones."""
     if temperature == 0:
         return int(logits_V.argmax())
     probabilities_V, order_V = (logits_V / temperature).softmax(dim=0).sort(descending=True)

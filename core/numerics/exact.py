@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class ExactState(nn.Module):
     """A module whose own buffers keep their format under `.to(dtype)`, `.half()` and Lightning's precision plugins.
 
-    Moves between devices, and off the meta device, are followed.
+    Its buffers do move between devices, and off the meta device.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -20,6 +20,9 @@ class ExactState(nn.Module):
             after = self._buffers[name]
             assert after is not None
             if after.dtype != before.dtype:
-                moved = torch.empty_like(before, device=after.device) if before.is_meta else before.to(after.device)
+                if before.is_meta:
+                    moved = torch.empty_like(before, device=after.device)
+                else:
+                    moved = before.to(after.device)
                 self._buffers[name] = moved
         return self

@@ -1,12 +1,12 @@
 """One matrix product per expert over rows that are sorted by expert: the op under every MoE layer.
 
 `grouped_product(x_AI, weight_EOI, ends_E)`: rows [ends[e-1], ends[e]) times weight[e]^T. Rows past the last
-end belong to nobody and come out as 0. It is a `torch.library` op of our own, with fake, autograd and FLOP
-formula, because `F.grouped_mm` refuses fp64 and odd strides, fails under `torch.compile` and on meta in
+end belong to no expert and come out as 0. It is a custom `torch.library` op, with fake, autograd and FLOP
+formula, because `F.grouped_mm` rejects fp64 and odd strides, fails under `torch.compile` and on meta in
 fp32, returns garbage past the last end and counts no FLOPs.
 
 Two implementations: a loop over experts, right for every format and device, and `F.grouped_mm`, used on
-CUDA in bf16 where it is one kernel. On CPUs the loop is as fast, and it is the reference.
+CUDA in bf16, where it is one kernel. On CPUs the loop is as fast, and it is the reference.
 """
 
 from typing import Any
@@ -28,58 +28,61 @@ def grouped_product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     Returns:
         y_AO, same format; rows past the last end are 0.
     """
-    apart = _masks_apart(x_AI)
-    y_AO: Tensor = _product(x_AI, weight_EOI, ends_E, not apart)
-    return _without_rest(y_AO, ends_E) if apart else y_AO
+    masks_outside = _masks_outside(x_AI)
+    y_AO: Tensor = _product(x_AI, weight_EOI, ends_E, not masks_outside)
+    return _zero_rest_(y_AO, ends_E) if masks_outside else y_AO
 
 
 def grouped_outer(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
-    """dy^T x of each expert's rows, [E, out, in]: the weight gradient, for those who take it by themselves."""
+    """dy^T x of each expert's rows, [E, out, in]: the weight gradient, for callers that form it themselves."""
     result: Tensor = _outer(dy_AO, x_AI, ends_E, True)
     return result
 
 
-def _masks_apart(x: Tensor) -> bool:
-    """Whether zeros are put in outside of the op: compiled, that pass is fused into whatever reads the result next."""
+def _masks_outside(x: Tensor) -> bool:
+    """Whether zeros are written outside the op: when compiled, that pass is fused with the next reader."""
     return torch.compiler.is_compiling() and _kernel_pays(x)
 
 
-def _without_rest(y_AO: Tensor, ends_E: Tensor) -> Tensor:
-    """0 in the rows past the last end, in place."""
+def _zero_rest_(y_AO: Tensor, ends_E: Tensor) -> Tensor:
+    """Sets the rows past the last end to 0, in place."""
     rows = torch.arange(len(y_AO), device=y_AO.device)
     return y_AO.masked_fill_((rows >= ends_E[-1])[:, None], 0)
 
 
-def _without_empty(dw_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """0 for experts without rows, in place."""
+def _zero_empty_(dw_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Sets the gradients of experts without rows to 0, in place."""
     empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
     return dw_EOI.masked_fill_(empty_E[:, None, None], 0)
 
 
 def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
+    """The begin and end of each expert's rows."""
     ends = ends_E.tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _kernel_pays(x: Tensor) -> bool:
-    """Where `F.grouped_mm` is one kernel; elsewhere the loop is as fast."""
+    """Whether `F.grouped_mm` is one kernel here; elsewhere the loop is as fast."""
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
 def _kernel_takes(rows_AX: Tensor, other: Tensor) -> bool:
     """Whether `F.grouped_mm` handles these: every width a multiple of 16 bytes, every matrix or its transpose dense."""
-    widths = (rows_AX.shape[-1], *other.shape[-2 if other.ndim == 3 else -1 :])
+    axes = 2 if other.ndim == 3 else 1
+    widths = (rows_AX.shape[-1], *other.shape[-axes:])
     aligned = all(width * rows_AX.element_size() % 16 == 0 for width in widths)
-    dense = rows_AX.is_contiguous() and (other.is_contiguous() or other.transpose(-1, -2).is_contiguous())
+    other_dense = other.is_contiguous() or other.transpose(-1, -2).is_contiguous()
+    dense = rows_AX.is_contiguous() and other_dense
     return _kernel_pays(rows_AX) and rows_AX.dtype == other.dtype and aligned and dense
 
 
 @torch.library.custom_op("moeloom::grouped_product", mutates_args=())
 def _product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor, clean: bool) -> Tensor:
-    """Unless `clean`, rows past the last end may hold anything."""
+    """The products of `grouped_product`; unless `clean`, rows past the last end may hold anything."""
     if _kernel_takes(x_AI, weight_EOI):
         y_AO = F.grouped_mm(x_AI, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
-        return _without_rest(y_AO, ends_E) if clean else y_AO
+        return _zero_rest_(y_AO, ends_E) if clean else y_AO
     y_AO = x_AI.new_empty(x_AI.shape[0], weight_EOI.shape[1])
     last = 0
     for (begin, end), weight_OI in zip(_spans(ends_E), weight_EOI.unbind(0), strict=True):
@@ -92,10 +95,10 @@ def _product(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor, clean: bool) -> T
 
 @torch.library.custom_op("moeloom::grouped_outer", mutates_args=())
 def _outer(dy_AO: Tensor, x_AI: Tensor, ends_E: Tensor, clean: bool) -> Tensor:
-    """dy^T x for the rows of each expert, [E, O, I]; unless `clean`, that of an expert without rows may be anything."""
+    """The products of `grouped_outer`; unless `clean`, that of an expert without rows may be anything."""
     if _kernel_takes(dy_AO, x_AI):
         dw_EOI = F.grouped_mm(dy_AO.t(), x_AI, offs=ends_E.to(torch.int32))
-        return _without_empty(dw_EOI, ends_E) if clean else dw_EOI
+        return _zero_empty_(dw_EOI, ends_E) if clean else dw_EOI
     dw_EOI = x_AI.new_empty(len(ends_E), dy_AO.shape[1], x_AI.shape[1])
     for (begin, end), dw_OI in zip(_spans(ends_E), dw_EOI.unbind(0), strict=True):
         if end > begin:
@@ -126,10 +129,12 @@ def _backward(ctx: Any, dy_AO: Tensor) -> tuple[Tensor | None, Tensor | None, No
     dx = dw = None
     if ctx.needs_input_grad[0]:
         dx = _product(dy_AO, weight_EOI.transpose(1, 2), ends_E, ctx.clean)
-        dx = dx if ctx.clean else _without_rest(dx, ends_E)
+        if not ctx.clean:
+            dx = _zero_rest_(dx, ends_E)
     if ctx.needs_input_grad[1]:
         dw = _outer(dy_AO, x_AI, ends_E, ctx.clean)
-        dw = dw if ctx.clean else _without_empty(dw, ends_E)
+        if not ctx.clean:
+            dw = _zero_empty_(dw, ends_E)
     return dx, dw, None, None
 
 

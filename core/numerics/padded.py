@@ -1,6 +1,6 @@
-"""Rows sorted by group, each group's padded with zeros to whole tiles: the shape that FP8 kernels ask for.
+"""Rows sorted by group, each group's padded with zeros to whole tiles: the shape that FP8 kernels need.
 
-A group without rows gets one tile of zeros, so that no kernel ever meets an empty operand. Zeros change no product:
+A group without rows gets one tile of zeros, so that no kernel gets an empty operand. Zeros change no product:
 rows of the output are cut away again, and to a weight's gradient they add nothing.
 """
 
@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class PaddedGroups:
-    """Where every row goes.
+    """The place of every row among the padded ones.
 
     Args:
-        rows: of the tensor as it comes.
-        owned: of those, the rows that belong to a group; what follows the last end does not.
-        sizes: rows of each group, padded.
+        rows: number of rows before padding.
+        owned: number of those that belong to a group; rows after the last end do not.
+        sizes: number of rows of each group, padded.
         places_A: for each owned row its place among the padded ones, int64.
     """
 
@@ -29,7 +29,7 @@ class PaddedGroups:
 
     @classmethod
     def of(cls, ends_E: Tensor, rows: int, tile: int) -> "PaddedGroups":
-        """The plan for groups that end at `ends_E`, each padded to a multiple of `tile` rows; waits for the device."""
+        """The places for groups that end at `ends_E`, padded to multiples of `tile` rows; waits for the device."""
         ends = ends_E.tolist()
         counts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
         sizes = [max(-(-count // tile), 1) * tile for count in counts]
@@ -40,8 +40,9 @@ class PaddedGroups:
 
     def pad(self, x_AI: Tensor) -> Tensor:
         """The padded rows, [sum of sizes, I]."""
-        return x_AI.new_zeros(sum(self.sizes), x_AI.shape[1]).index_copy(0, self.places_A, x_AI[: self.owned])
+        zeros_PI = x_AI.new_zeros(sum(self.sizes), x_AI.shape[1])
+        return zeros_PI.index_copy(0, self.places_A, x_AI[: self.owned])
 
     def cut(self, y_PO: Tensor) -> Tensor:
-        """The rows as they came, [A, O]; those without a group are 0."""
+        """The rows in their places before padding, [A, O]; those without a group are 0."""
         return F.pad(y_PO.index_select(0, self.places_A), (0, 0, 0, self.rows - self.owned))

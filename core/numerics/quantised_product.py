@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from core.numerics.grouped import grouped_outer, grouped_product
-from core.numerics.linear import Formats, GroupedLinear, Linear
+from core.numerics.linear import GroupedLinear, Linear, LinearOptions
 
 Kept = tuple[Tensor, ...]
 """What a rounding saves of an operand until the backward pass."""
@@ -51,81 +51,123 @@ class Rounding(ABC):
     def gradient_again(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:
         """G'(dY), the operand of the weight gradient."""
 
-    def seen(self, which: str, value: Tensor, ends_E: Tensor | None) -> None:  # noqa: B027 - most look at nothing
-        """An operand before it is rounded: `activation`, `weight` or `gradient` of a step in training."""
+    def observe(self, which: str, value: Tensor, ends_E: Tensor | None) -> None:  # noqa: B027 - most keep nothing
+        """Observes an operand before it is rounded: `activation`, `weight` or `gradient` of a training step."""
 
     def product(self, rows: Any, weight: Any, ends_E: Tensor | None) -> Tensor:
         """rows @ weight^T, [A, out]."""
-        result: Tensor = rows @ weight.t() if ends_E is None else grouped_product(rows, weight, ends_E)
+        if ends_E is not None:
+            return grouped_product(rows, weight, ends_E)
+        result: Tensor = rows @ weight.t()
         return result
 
     def product_back(self, rows: Any, weight: Any, ends_E: Tensor | None) -> Tensor:
         """rows @ weight, [A, in]."""
-        result: Tensor = rows @ weight if ends_E is None else grouped_product(rows, weight.transpose(1, 2), ends_E)
+        if ends_E is not None:
+            return grouped_product(rows, weight.transpose(1, 2), ends_E)
+        result: Tensor = rows @ weight
         return result
 
     def outer(self, dy: Any, x: Any, ends_E: Tensor | None) -> Tensor:
         """dy^T x, for each expert: [out, in] or [E, out, in]."""
-        result: Tensor = dy.t() @ x if ends_E is None else grouped_outer(dy, x, ends_E)
+        if ends_E is not None:
+            return grouped_outer(dy, x, ends_E)
+        result: Tensor = dy.t() @ x
         return result
 
 
 class RoundedProduct(torch.autograd.Function):
-    """The three products of a layer."""
+    """Y, dX and dW of a layer, from rounded operands."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_AI: Tensor, weight: Tensor, ends_E: Tensor | None, rounding: Rounding, training: bool
+        ctx: Any,
+        x_AI: Tensor,
+        weight: Tensor,
+        ends_E: Tensor | None,
+        rounding: Rounding,
+        training: bool,
     ) -> Tensor:
         """Y in fp32."""
         rows, kept_x = rounding.activation(x_AI, ends_E)
         matrix, kept_w = rounding.weight(weight)
         if training:
-            rounding.seen("activation", x_AI, ends_E)
-            rounding.seen("weight", weight, None)
-        ctx.rounding, ctx.split, ctx.training = rounding, len(kept_x), training
-        ctx.dtype_x, ctx.dtype_w = x_AI.dtype, weight.dtype
+            rounding.observe("activation", x_AI, ends_E)
+            rounding.observe("weight", weight, None)
+        ctx.rounding = rounding
+        ctx.split = len(kept_x)
+        ctx.training = training
+        ctx.dtype_x = x_AI.dtype
+        ctx.dtype_w = weight.dtype
         needs_x, needs_w = ctx.needs_input_grad[:2]
-        kept = [t if needed else None for part, needed in ((kept_x, needs_w), (kept_w, needs_x)) for t in part]
-        ctx.save_for_backward(ends_E, *kept)
+        saved_x = kept_x if needs_w else (None,) * len(kept_x)
+        saved_w = kept_w if needs_x else (None,) * len(kept_w)
+        ctx.save_for_backward(ends_E, *saved_x, *saved_w)
         return rounding.product(rows, matrix, ends_E)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy_AO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
-        """dX and dW, each only where it is asked for."""
+        """dX and dW, each only where autograd needs it."""
         ends_E, *kept = ctx.saved_tensors
         rounding: Rounding = ctx.rounding
         dx = dw = None
         with torch.autocast(dy_AO.device.type, enabled=False):
             if ctx.training:
-                rounding.seen("gradient", dy_AO, ends_E)
+                rounding.observe("gradient", dy_AO, ends_E)
             if ctx.needs_input_grad[0]:
-                matrix = rounding.weight_again(tuple(kept[ctx.split :]))
-                dx = rounding.product_back(rounding.gradient(dy_AO, ends_E), matrix, ends_E).to(ctx.dtype_x)
+                kept_w = tuple(kept[ctx.split :])
+                dx = _input_gradient(rounding, kept_w, dy_AO, ends_E).to(ctx.dtype_x)
             if ctx.needs_input_grad[1]:
-                rows = rounding.activation_again(tuple(kept[: ctx.split]), ends_E)
-                dw = rounding.outer(rounding.gradient_again(dy_AO, ends_E), rows, ends_E).to(ctx.dtype_w)
+                kept_x = tuple(kept[: ctx.split])
+                dw = _weight_gradient(rounding, kept_x, dy_AO, ends_E).to(ctx.dtype_w)
         return dx, dw, None, None, None
 
 
+def _input_gradient(
+    rounding: Rounding, kept_w: Kept, dy_AO: Tensor, ends_E: Tensor | None
+) -> Tensor:
+    """dX = G(dY) W'(W)."""
+    weight = rounding.weight_again(kept_w)
+    gradient = rounding.gradient(dy_AO, ends_E)
+    return rounding.product_back(gradient, weight, ends_E)
+
+
+def _weight_gradient(
+    rounding: Rounding, kept_x: Kept, dy_AO: Tensor, ends_E: Tensor | None
+) -> Tensor:
+    """dW = G'(dY)^T A'(X)."""
+    rows = rounding.activation_again(kept_x, ends_E)
+    gradient = rounding.gradient_again(dy_AO, ends_E)
+    return rounding.outer(gradient, rows, ends_E)
+
+
 class RoundedLinear(Linear):
-    """x W^T without bias, as its rounding says; the result is in the format of x.
+    """x W^T without bias, from rounded operands; the result is in the format of x.
 
     Args:
-        rounding: of this layer alone, where it keeps something.
-        path: what is noted as the code that ran.
-        formats: see `core.numerics.linear.Formats`.
+        rounding: how operands are rounded; one that keeps something serves this layer alone.
+        path: noted as the code that ran.
+        formats: see `core.numerics.linear.LinearOptions`.
     """
 
-    def __init__(self, inputs: int, outputs: int, rounding: Rounding, path: str, **formats: Unpack[Formats]) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rounding: Rounding,
+        path: str,
+        **formats: Unpack[LinearOptions],
+    ) -> None:
         super().__init__(inputs, outputs, **formats)
-        self.rounding, self.path = rounding, path
+        self.rounding = rounding
+        self.path = path
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
+        """x W^T: (..., inputs) -> (..., outputs)."""
         self.note(self.path)
-        y_TO: Tensor = _product(x.reshape(-1, self.inputs), self.weight, None, self.rounding, self.training)
+        x_TI = x.reshape(-1, self.inputs)
+        y_TO = _product(x_TI, self.weight, None, self.rounding, self.training)
         return y_TO.view(*x.shape[:-1], self.outputs).to(x.dtype)
 
 
@@ -133,19 +175,29 @@ class RoundedGroupedLinear(GroupedLinear):
     """One x W^T for each group of rows; see `RoundedLinear`."""
 
     def __init__(
-        self, groups: int, inputs: int, outputs: int, rounding: Rounding, path: str, **formats: Unpack[Formats]
+        self,
+        groups: int,
+        inputs: int,
+        outputs: int,
+        rounding: Rounding,
+        path: str,
+        **formats: Unpack[LinearOptions],
     ) -> None:
         super().__init__(groups, inputs, outputs, **formats)
-        self.rounding, self.path = rounding, path
+        self.rounding = rounding
+        self.path = path
 
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
-        """Rows sorted by group, and where each group ends."""
+        """The products [A, outputs] of rows sorted by group; `ends_E` says where each group ends."""
         self.note(self.path)
         return _product(x_AI, self.weight, ends_E, self.rounding, self.training).to(x_AI.dtype)
 
 
-def _product(x_AI: Tensor, weight: Tensor, ends_E: Tensor | None, rounding: Rounding, training: bool) -> Tensor:
-    """The product outside of any autocast, which would take it in another format."""
+def _product(
+    x_AI: Tensor, weight: Tensor, ends_E: Tensor | None, rounding: Rounding, training: bool
+) -> Tensor:
+    """The product without autocast, which would change its format."""
+    training = training and torch.is_grad_enabled()
     with torch.autocast(x_AI.device.type, enabled=False):
-        result: Tensor = RoundedProduct.apply(x_AI, weight, ends_E, rounding, training and torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        result: Tensor = RoundedProduct.apply(x_AI, weight, ends_E, rounding, training)  # type: ignore[no-untyped-call]
         return result

@@ -1,4 +1,4 @@
-"""How many steps a run has, and which micro-batches each step reads.
+"""The plan of a run: how many steps it has, and which micro-batches each step reads.
 
 One optimizer step reads a *window* of micro-batches; a micro-batch holds `sequences` sequences over all
 data ranks together. The number of micro-batches in a window may follow a schedule (a batch ramp), so the
@@ -38,47 +38,60 @@ class Plan:
         steps: int | None = None,
         tokens: int | None = None,
     ) -> None:
-        self.sequences, self.length = sequences, length
+        self.sequences = sequences
+        self.length = length
         per_micro = sequences * length
-        if not isinstance(micro_batches, Schedule):
-            size = int(micro_batches)
-            self.steps = steps if steps is not None else -(-int(tokens or 0) // (size * per_micro))
-            self._ends: list[int] | None = None
-            self._size = size
-        else:
+        self._ends: list[int] | None = None
+        if isinstance(micro_batches, Schedule):
             self._ends = _ramp(micro_batches, per_micro, steps, tokens)
             self.steps = len(self._ends)
-        self.micro_batches = self.window(self.steps - 1).first + self.window(self.steps - 1).count if self.steps else 0
+        else:
+            self._size = int(micro_batches)
+            if steps is None:
+                steps = -(-int(tokens or 0) // (self._size * per_micro))
+            self.steps = steps
+        self.micro_batches = 0
+        if self.steps:
+            last = self.window(self.steps - 1)
+            self.micro_batches = last.first + last.count
         self.tokens = self.micro_batches * per_micro
 
     def window(self, step: int) -> Window:
-        """The micro-batches of step `step`, counted from 0."""
+        """Returns the micro-batches of step `step`, counted from 0."""
         if self._ends is None:
             return Window(step * self._size, self._size)
         first = self._ends[step - 1] if step else 0
         return Window(first, self._ends[step] - first)
 
     def progress(self, step: int) -> Progress:
-        """The position of the run at the end of step `step`, counted from 0."""
+        """Returns the position of the run at the end of step `step`, counted from 0."""
         window = self.window(step)
         tokens = (window.first + window.count) * self.sequences * self.length
-        return Progress(step=step + 1, tokens=tokens, total_steps=self.steps, total_tokens=self.tokens)
+        return Progress(
+            step=step + 1, tokens=tokens, total_steps=self.steps, total_tokens=self.tokens
+        )
 
 
 def _ramp(schedule: Schedule, per_micro: int, steps: int | None, tokens: int | None) -> list[int]:
-    """Micro-batches read by the end of every step of a batch ramp.
+    """The number of micro-batches read by the end of every step of a batch ramp.
 
-    The ramp's own position is where the step *begins*: a step's size cannot depend on where it ends. A ramp
+    The ramp is evaluated at the position where the step *begins*: a step's size cannot depend on where it ends. A ramp
     in fractions of the run needs a budget in tokens.
     """
     ends: list[int] = []
     read = 0
-    while len(ends) < steps if steps is not None else read * per_micro < int(tokens or 0):
+
+    def is_done() -> bool:
+        if steps is not None:
+            return len(ends) >= steps
+        return read * per_micro >= int(tokens or 0)
+
+    while not is_done():
         begin = Progress(len(ends), read * per_micro, steps or 0, tokens or 0)
-        read += _size(schedule, begin)
+        read += _window_size(schedule, begin)
         ends.append(read)
     return ends
 
 
-def _size(schedule: Schedule, progress: Progress) -> int:
+def _window_size(schedule: Schedule, progress: Progress) -> int:
     return max(1, round(value_at(schedule, progress)))

@@ -1,8 +1,8 @@
-"""From plain containers to validated dataclasses, section by section.
+"""Turns plain containers into validated dataclasses, section by section.
 
 The schema of a section with a `name` is the `Config` of the component of that name. Such a section is read in three
 steps: take the name, find the component in the registry, check the other keys against its `Config`. OmegaConf checks
-and converts the plain values; this module adds to an error where the value stands and what is allowed there.
+and converts the plain values; this module adds the key path and what is allowed there to an error.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,11 +12,20 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from core.contracts.errors import UserError, Wrong, nearest
+from core.contracts.errors import ConfigError, UserError, nearest
 from core.contracts.schema import REQUIRED, Section
-from core.extension.checks import told_where
+from core.extension.checks import format_error_at
 from core.extension.registry import Entry, Registry
-from core.recipe.values import convert, default_of, describe_type, fits, hints_of, nested_section, show_value, tidy
+from core.recipe.values import (
+    convert,
+    default_of,
+    describe_type,
+    fits,
+    hints_of,
+    nested_section,
+    show_value,
+    tidy,
+)
 
 
 class Resolver:
@@ -24,11 +33,11 @@ class Resolver:
 
     Args:
         registry: the components by name.
-        origin: the file or the command line that a key path was set in.
-        inherited: keys that stand in a section only because it replaced another one's `name`; they are
-            dropped where the new schema does not know them.
-        defer: keep the sections of components until `read_components` instead of importing the components; a `check`
-            that runs before finds null in their place.
+        origin: returns the file or the override that a key path was set in.
+        inherited: keys that remain in a section from before its `name` was changed; those that the new schema does
+            not have are dropped.
+        defer: whether the sections of components are kept until `read_components`, so that no component is imported
+            before; a `check` that runs before finds null in their place.
     """
 
     def __init__(
@@ -45,10 +54,12 @@ class Resolver:
         self.dropped: list[str] = []
         self._defer = defer
         self._deferred: list[_Deferred] = []
-        self._whose = ""  # the component whose section is being read
+        self._component = ""  # the component whose section is being read
 
-    def section(self, schema: Any, raw: Any, path: str, parent: Any = None, beside: Iterable[str] = ()) -> Any:
-        """An instance of `schema` with the values of `raw`, children resolved, checks passed.
+    def section(
+        self, schema: Any, raw: Any, path: str, parent: Any = None, beside: Iterable[str] = ()
+    ) -> Any:
+        """Returns an instance of `schema` with the values of `raw`, children resolved, checks passed.
 
         Args:
             schema: a dataclass whose fields are the section's keys.
@@ -58,7 +69,8 @@ class Resolver:
             beside: further keys that may stand in the section and are read elsewhere.
         """
         if not isinstance(raw, Mapping):
-            raise self.error(path, raw, f"must be a section of keys: {', '.join(f.name for f in fields(schema))}")
+            keys = ", ".join(f.name for f in fields(schema))
+            raise self.error(path, raw, f"must be a section of keys: {keys}")
         values = self._known(schema, raw, path, beside)
         instance = self._plain(schema, values, path)
         hints = hints_of(schema)
@@ -74,12 +86,18 @@ class Resolver:
         return instance
 
     def error(self, path: str, value: Any, why: str) -> UserError:
-        """One sentence: file, key path, value, what is allowed."""
-        shown = "" if isinstance(value, Mapping) else f" = {show_value(value)}"
-        return UserError(f"{self.origin(path)}: {path}{shown}: {why}" if path else f"{self.origin(path)}: {why}")
+        """Makes an error whose message is one sentence: file, key path, value, what is allowed."""
+        origin = self.origin(path)
+        if not path:
+            return UserError(f"{origin}: {why}")
+        if isinstance(value, Mapping):
+            return UserError(f"{origin}: {path}: {why}")
+        return UserError(f"{origin}: {path} = {show_value(value)}: {why}")
 
-    def _known(self, schema: Any, raw: Mapping[str, Any], path: str, beside: Iterable[str]) -> dict[str, Any]:
-        """The raw values whose keys the schema has; every required one present."""
+    def _known(
+        self, schema: Any, raw: Mapping[str, Any], path: str, beside: Iterable[str]
+    ) -> dict[str, Any]:
+        """The raw values whose keys the schema has; an unknown or a missing key is an error."""
         names = [f.name for f in fields(schema)]
         values = {}
         for key, value in raw.items():
@@ -89,12 +107,17 @@ class Resolver:
                 self.dropped.append(_join(path, key))
             else:
                 where = _join(path, key)
-                raise UserError(f"{self.origin(where)}: {where}: unknown key; {nearest(key, [*names, *beside])}")
+                known = nearest(key, [*names, *beside])
+                raise UserError(f"{self.origin(where)}: {where}: unknown key; {known}")
         for f in fields(schema):
             if default_of(f) == REQUIRED and values.get(f.name, REQUIRED) == REQUIRED:
-                doc = f" ({f.metadata['doc']})" if "doc" in f.metadata else ""
-                by = self.origin(_join(path, "name"))  # a changed name is what asks for other keys
-                raise UserError(f"{by}: {_join(path, f.name)}: required key is missing{doc}")
+                why = "required key is missing"
+                if "doc" in f.metadata:
+                    why = f"{why} ({f.metadata['doc']})"
+                origin = self.origin(
+                    _join(path, "name")
+                )  # a changed name is what requires other keys
+                raise UserError(f"{origin}: {_join(path, f.name)}: {why}")
         return values
 
     def _plain(self, schema: Any, values: Mapping[str, Any], path: str) -> Any:
@@ -103,16 +126,17 @@ class Resolver:
         later: dict[str, Any] = {}
         plain: dict[str, Any] = {}
         for f in fields(schema):
-            if "slot" in f.metadata or nested_section(hints[f.name], values.get(f.name, default_of(f))):
+            value = values.get(f.name, default_of(f))
+            if "slot" in f.metadata or nested_section(hints[f.name], value):
                 later[f.name] = None
             elif f.name in values:
-                plain[f.name] = tidy(values[f.name], hints[f.name])
+                plain[f.name] = tidy(value, hints[f.name])
         converted = self._converted(schema, plain, path)
-        with self._answer("Config", path):
+        with self._component_errors("Config", path):
             return schema(**later, **converted)
 
     def _converted(self, schema: Any, values: dict[str, Any], path: str) -> dict[str, Any]:
-        """Plain values as OmegaConf converts them, all at once; if it refuses one, the first such one is named."""
+        """Plain values, converted by OmegaConf all at once; the error names the first that cannot be converted."""
         hints = hints_of(schema)
         try:
             if all(fits(value, hints[key]) for key, value in values.items()):
@@ -125,9 +149,10 @@ class Resolver:
                 if fits(value, hints[key]):
                     convert(schema, {key: value})
                     continue
-            except OmegaConfBaseException as refused:
-                cause = refused
-            raise self.error(_join(path, key), value, f"must be {describe_type(hints[key])}") from cause
+            except OmegaConfBaseException as error:
+                cause = error
+            why = f"must be {describe_type(hints[key])}"
+            raise self.error(_join(path, key), value, why) from cause
         raise AssertionError(f"{path}: the values can be converted one by one, but not together")
 
     def _sections(self, kind: Any, form: str, value: Any, path: str, parent: Any) -> Any:
@@ -136,8 +161,10 @@ class Resolver:
             items = self._list(value, path, "sections")
             return [self.section(kind, item, f"{path}.{i}", parent) for i, item in enumerate(items)]
         if form == "mapping":
-            entries = self._mapping(value, path).items()
-            return {key: self.section(kind, item, _join(path, key), parent) for key, item in entries}
+            sections: dict[str, Any] = {}
+            for key, item in self._mapping(value, path).items():
+                sections[key] = self.section(kind, item, _join(path, key), parent)
+            return sections
         return self.section(kind, value, path, parent)
 
     def _read_children(self, instance: Any, f: Any, value: Any, path: str, parent: Any) -> None:
@@ -164,9 +191,12 @@ class Resolver:
         for key, item in items.items():
             self._read_child(holder, key, slot, item, _join(path, str(key)), parent)
 
-    def _read_child(self, holder: Any, key: Any, slot: str, raw: Any, path: str, parent: Any) -> None:
+    def _read_child(
+        self, holder: Any, key: Any, slot: str, raw: Any, path: str, parent: Any
+    ) -> None:
         if self._defer:
-            self._deferred.append(_Deferred(holder, key, slot, self._named(slot, raw, path), path, parent))
+            named = self._named(slot, raw, path)
+            self._deferred.append(_Deferred(holder, key, slot, named, path, parent))
         else:
             holder[key] = self.component(slot, raw, path, parent)
 
@@ -179,7 +209,7 @@ class Resolver:
 
         Raises:
             UserError: a name is unknown (all names are looked up before anything is imported), a section is wrong, or
-                `recipe.check_components` refuses their combination.
+                `recipe.check_components` does not allow their combination.
         """
         self.registry = registry
         self._defer = False
@@ -188,64 +218,75 @@ class Resolver:
         for one in self._deferred:
             one.holder[one.key] = self.component(one.slot, one.raw, one.path, one.parent)
         self._deferred.clear()
-        with self._answer("check_components", "", recipe):
+        with self._component_errors("check_components", "", recipe):
             recipe.check_components()
 
     def _named(self, slot: str, raw: Any, path: str) -> Mapping[str, Any]:
-        """The raw section of a component, if it has a name."""
+        """The raw section of a component, after a check that it has a name."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
             known = ", ".join(self.registry.names(slot))
             raise self.error(path, raw, f"must be a section with a `name` ({slot}: {known})")
         return raw
 
     def component(self, slot: str, raw: Any, path: str, parent: Any) -> Section:
-        """The section of a component: `{name: ..., its own keys}`."""
+        """Returns the section of a component, written as `{name: ..., its own keys}`."""
         raw = self._named(slot, raw, path)
         offer = self._find(slot, raw["name"], path)
-        with self._told_at(f"{path}.name"):
+        with self._error_at(f"{path}.name"):
             component, provenance = offer.load()
         rest = {key: value for key, value in raw.items() if key != "name"}
         for key in rest:
-            if key in component.refuses and key not in self.inherited.get(path, ()):
-                raise self.error(_join(path, key), rest[key], f"{raw['name']} has no {key}: {component.refuses[key]}")
-        outer, self._whose = self._whose, f"{slot} {raw['name']!r} of {provenance.distribution} ({offer.target})"
+            if key in component.rejected_keys and key not in self.inherited.get(path, ()):
+                why = f"{raw['name']} has no {key}: {component.rejected_keys[key]}"
+                raise self.error(_join(path, key), rest[key], why)
+        outer = self._component
+        self._component = f"{slot} {raw['name']!r} of {provenance.distribution} ({offer.target})"
         try:
             config = self.section(component.Config, rest, path, parent, beside=["name"])
-            with self._answer("capabilities_of", path):  # others ask for it, and are not to blame for it
-                if not isinstance(able := component.capabilities_of(config), frozenset | set):
-                    raise TypeError(f"{able!r} is no frozenset of words")
+            # checked here, because a failure in another component's check would blame that one
+            with self._component_errors("capabilities_of", path):
+                capabilities = component.capabilities_of(config)
+                if not isinstance(capabilities, frozenset | set):
+                    raise TypeError(f"{capabilities!r} is no frozenset of words")
         finally:
-            self._whose = outer
+            self._component = outer
         return Section(slot, raw["name"], component, config, provenance)
 
     @contextmanager
-    def _answer(self, method: str, path: str, config: Any = None) -> Iterator[None]:
-        """Around what a component's own code answers: `Wrong` is told at its key, and anything else is its mistake.
+    def _component_errors(self, method: str, path: str, config: Any = None) -> Iterator[None]:
+        """Reports what a component's own code raises inside this context.
+
+        Args:
+            method: the component's method, for the error message.
+            path: the key path of the section.
+            config: the instance in which a `ConfigError` names a key; None where there is none yet.
 
         Raises:
-            UserError: as above. What the core's own sections raise otherwise is our bug, and stays as it is.
+            UserError: for a `ConfigError`, the sentence about its key; for any other exception, that the component is
+                broken. Another exception of the core's own sections is our bug and is raised as it is.
         """
         try:
             try:
                 yield
-            except Wrong as wrong:
-                value = {} if config is None else _reach(config, wrong.key)
-                raise self.error(_join(path, wrong.key), value, wrong.why) from wrong
+            except ConfigError as error:
+                value = {} if config is None else _value_at(config, error.key)
+                raise self.error(_join(path, error.key), value, error.why) from error
         except UserError:
             raise
         except Exception as cause:
-            if not self._whose:
+            if not self._component:
                 raise
-            why = f"{self._whose} is broken: its {method} raises {told_where(cause)}"
+            why = f"{self._component} is broken: its {method} raises {format_error_at(cause)}"
             raise UserError(f"{self.origin(path)}: {path}: {why}") from cause
 
     def _find(self, slot: str, name: str, path: str) -> Entry:
-        """The one component of a name, not imported yet; `path` is where the section that names it stands."""
-        with self._told_at(f"{path}.name"):
+        """The one offer for a name, not imported yet; `path` is the key path of the section that names it."""
+        with self._error_at(f"{path}.name"):
             return self.registry.find(slot, name)
 
     @contextmanager
-    def _told_at(self, path: str) -> Iterator[None]:
+    def _error_at(self, path: str) -> Iterator[None]:
+        """Adds the origin and the key path to an error that is raised inside this context."""
         try:
             yield
         except UserError as cause:
@@ -257,18 +298,19 @@ class Resolver:
         return value
 
     def _mapping(self, value: Any, path: str) -> Mapping[str, Any]:
-        """Sections by name; one that a later layer set to null is taken away."""
+        """The sections by name; those that a later layer set to null are left out."""
         if not isinstance(value, Mapping):
             raise self.error(path, value, "must map names to sections")
         for key in value:
             if not key or "." in key:
-                raise UserError(f"{self.origin(path)}: {path}: a name must not be empty or hold a dot, as {key!r} does")
+                why = f"a name must not be empty or hold a dot, as {key!r} does"
+                raise UserError(f"{self.origin(path)}: {path}: {why}")
         return {key: item for key, item in value.items() if item is not None}
 
     def _check(self, instance: Any, path: str, parent: Any) -> None:
         if not hasattr(instance, "check"):
             return
-        with self._answer("check", path, instance):
+        with self._component_errors("check", path, instance):
             instance.check(parent)
 
 
@@ -278,10 +320,10 @@ class _Deferred:
 
     Args:
         holder: the list or mapping that the section goes into.
-        key: its place there.
-        slot: of the component.
+        key: its index or name there.
+        slot: the component's slot.
         raw: the section, as plain containers.
-        path: where it stands.
+        path: its key path in the recipe.
         parent: the instance around it, for `check`.
     """
 
@@ -294,7 +336,7 @@ class _Deferred:
 
 
 def to_dict(value: Any) -> Any:
-    """Plain containers of a resolved recipe: what `recipe.yaml` holds; resolving them again gives the same."""
+    """Converts a resolved recipe to plain containers, as `recipe.yaml` holds them; resolving them gives it again."""
     if isinstance(value, Section):
         return {"name": value.name, **to_dict(value.config)}
     if isinstance(value, dict):
@@ -306,18 +348,26 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-def _reach(value: Any, path: str) -> Any:
-    """What stands at a key path of an instance; an empty mapping for a whole section, which no sentence shows."""
-    for part in path.split(".") if path else ():
+def _value_at(value: Any, path: str) -> Any:
+    """The value at a key path of an instance; an empty mapping for sections, which no error message shows."""
+    parts = path.split(".") if path else []
+    for part in parts:
         if isinstance(value, Section) and not hasattr(value, part):
             value = value.config
         if isinstance(value, list):
             value = value[int(part)]
+        elif isinstance(value, dict):
+            value = value.get(part)
         else:
-            value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-    whole = value[0] if isinstance(value, list) and value else value
-    return {} if is_dataclass(whole) or isinstance(whole, dict) else value
+            value = getattr(value, part, None)
+    first = value[0] if isinstance(value, list) and value else value
+    if is_dataclass(first) or isinstance(first, dict):
+        return {}
+    return value
 
 
 def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path and key else path or key
+    """The path of a key inside the section at `path`; either may be empty."""
+    if path and key:
+        return f"{path}.{key}"
+    return path or key

@@ -1,10 +1,10 @@
-"""The schema of a recipe: the keys that the core owns. Everything with a `name` is a plugin's."""
+"""The schema of a recipe: the keys that the core owns. Every section with a `name` belongs to a plugin."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from core.contracts.errors import Wrong
+from core.contracts.errors import ConfigError
 from core.contracts.schedule import Schedule, Scheduled, check_scheduled
 from core.contracts.schema import Child, Section, child, children, sections_in, setting
 
@@ -12,33 +12,42 @@ from core.contracts.schema import Child, Section, child, children, sections_in, 
 def _at_least(config: Any, low: int, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
-        if value is not None and not low <= value < math.inf:
-            raise Wrong(key, "must be finite" if value == math.inf else f"must be at least {low}")
+        if value is None or low <= value < math.inf:
+            continue
+        if value == math.inf:
+            raise ConfigError(key, "must be finite")
+        raise ConfigError(key, f"must be at least {low}")
 
 
 def _positive(config: Any, *keys: str) -> None:
     for key in keys:
         if not 0 < getattr(config, key) < math.inf:
-            raise Wrong(key, "must be more than 0")
+            raise ConfigError(key, "must be more than 0")
 
 
 @dataclass(kw_only=True)
 class YarnSection:
-    """YaRN: longer contexts from a model trained on shorter ones (report, section 4.3)."""
+    """YaRN, which lengthens the context of a model trained on shorter ones (report, section 4.3)."""
 
     factor: float = setting(doc="how many times longer the context gets")
     original_length: int = setting(4096, doc="positions the model was trained on without it")
     beta_fast: float = setting(32.0, doc="rotations above which a frequency is kept")
-    beta_slow: float = setting(1.0, doc="rotations below which a frequency is divided by the factor")
-    mscale: float | None = setting(1.0, doc="temperature coefficient of the rotated part; null: none")
-    mscale_all_dim: float | None = setting(1.0, doc="temperature coefficient of the softmax scale, squared; null: none")
+    beta_slow: float = setting(
+        1.0, doc="rotations below which a frequency is divided by the factor"
+    )
+    mscale: float | None = setting(
+        1.0, doc="temperature coefficient of the rotated part; null: none"
+    )
+    mscale_all_dim: float | None = setting(
+        1.0, doc="temperature coefficient of the softmax scale, squared; null: none"
+    )
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for values that give no table."""
+        """Raises `ConfigError` for values from which no table can be computed."""
         _at_least(self, 1, "factor", "original_length")
         _positive(self, "beta_slow")
         if not self.beta_fast > self.beta_slow:
-            raise Wrong("beta_fast", f"must be more than beta_slow = {self.beta_slow:g}")
+            raise ConfigError("beta_fast", f"must be more than beta_slow = {self.beta_slow:g}")
 
 
 @dataclass(kw_only=True)
@@ -50,44 +59,63 @@ class RopeSection:
     yarn: YarnSection | None = setting(None, doc="YaRN, for contexts longer than the training's")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for no table, or one that is longer than YaRN reaches."""
+        """Raises `ConfigError` for a table without positions, or one that is longer than YaRN reaches."""
         _positive(self, "theta")
         _at_least(self, 1, "max_length")
         reach = self.yarn.factor * self.yarn.original_length if self.yarn else math.inf
         if self.max_length > reach:
-            raise Wrong("max_length", f"must be at most {reach:.10g}, as far as yarn reaches")
+            raise ConfigError("max_length", f"must be at most {reach:.10g}, as far as yarn reaches")
 
 
 @dataclass(kw_only=True)
 class InitSection:
-    """Initial weights: normal, drawn per (seed, parameter name, expert)."""
+    """The initial weights, drawn from a normal distribution per (seed, parameter name, expert)."""
 
     std: float = setting(0.006, doc="standard deviation of every matrix (report, section 4.2)")
-    output_std: float | None = setting(None, doc="of matrices that write into the residual stream; null: std")
-    embedding_std: float | None = setting(None, doc="of the embedding; null: std")
+    output_std: float | None = setting(
+        None, doc="standard deviation of matrices that write into the residual stream; null: std"
+    )
+    embedding_std: float | None = setting(
+        None, doc="standard deviation of the embedding; null: std"
+    )
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for a negative deviation."""
+        """Raises `ConfigError` for a negative deviation."""
         _at_least(self, 0, "std", "output_std", "embedding_std")
 
 
 @dataclass(kw_only=True)
 class BlockSection:
-    """Some blocks of one kind."""
+    """A number of blocks of one kind."""
 
     count: int = setting(doc="how many")
     ffn: Child = child("ffn", doc="the feed-forward layer of these blocks")
-    attention: Child = child("attention", None, outer=True, doc="their attention; null: the model's")
+    attention: Child = child(
+        "attention", None, outer=True, doc="their attention; null: the model's"
+    )
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for a negative count."""
+        """Raises `ConfigError` for a negative count."""
         _at_least(self, 0, "count")
 
 
 TAKEN = frozenset(
-    ["clear", "items", "keys", "pop", "type", "update", "values", "train", "eval", "forward", "apply", "to"]
+    [
+        "clear",
+        "items",
+        "keys",
+        "pop",
+        "type",
+        "update",
+        "values",
+        "train",
+        "eval",
+        "forward",
+        "apply",
+        "to",
+    ]
 )
-"""Names that torch's ModuleDict has for itself."""
+"""Names that torch's ModuleDict uses for its own methods."""
 
 
 @dataclass(kw_only=True)
@@ -95,28 +123,37 @@ class ModelSection:
     """The model."""
 
     dim: int = setting(doc="width of the residual stream")
-    attention: Child = child("attention", doc="the attention of every block that does not name its own")
+    attention: Child = child(
+        "attention", doc="the attention of every block that does not name its own"
+    )
     blocks: dict[str, BlockSection] = setting(doc="the blocks, in order, by a name of your choice")
-    residual: Child = child("residual", {"name": "add"}, doc="how layers read and write what flows between blocks")
-    heads: Child = children("loss_head", "mapping", {"next_token": {"name": "next_token"}}, doc="what is predicted")
+    residual: Child = child(
+        "residual", {"name": "add"}, doc="how layers read and write what flows between blocks"
+    )
+    heads: Child = children(
+        "loss_head", "mapping", {"next_token": {"name": "next_token"}}, doc="what is predicted"
+    )
     rope: RopeSection = setting({}, doc="rotary positions")
-    ropes: dict[str, RopeSection] = setting({}, doc="further rotary positions, by a name that a layer can use")
+    ropes: dict[str, RopeSection] = setting(
+        {}, doc="further rotary positions, by a name that a layer can use"
+    )
     init: InitSection = setting({}, doc="initial weights")
     norm_eps: float = setting(1e-6, doc="epsilon of every RMSNorm")
     tied_embedding: bool = setting(False, doc="the output shares the embedding's weight")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for a model without blocks or without width."""
+        """Raises `ConfigError` for a model without blocks or without width."""
         _at_least(self, 1, "dim")
         _positive(self, "norm_eps")
         if sum(block.count for block in self.blocks.values()) < 1:
-            raise Wrong("blocks", "must hold at least one block")
+            raise ConfigError("blocks", "must hold at least one block")
         if not self.heads:
-            raise Wrong("heads", "must hold at least one loss head")
+            raise ConfigError("heads", "must hold at least one loss head")
         taken = ", ".join(sorted(TAKEN))
         for name in self.heads:
             if not name.isidentifier() or name in TAKEN:
-                raise Wrong("heads", f"{name!r} cannot name a head: use letters, digits and _, and none of {taken}")
+                allowed = f"use letters, digits and _, and none of {taken}"
+                raise ConfigError("heads", f"{name!r} cannot name a head: {allowed}")
 
 
 @dataclass(kw_only=True)
@@ -126,86 +163,97 @@ class TokenizerSection:
     vocab: int = setting(doc="entries, the end-of-text marker included")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` below the 256 bytes and the marker."""
+        """Raises `ConfigError` below the 256 bytes and the marker."""
         _at_least(self, 257, "vocab")
 
 
 @dataclass(kw_only=True)
 class DataSection:
-    """What is read."""
+    """The data that is read."""
 
     corpus: Child = child("corpus", {"name": "package_text"}, doc="where text comes from")
     tokenizer: TokenizerSection = setting(doc="how it is cut")
     sequence_length: int = setting(doc="tokens in a training sequence")
-    mask_documents: bool = setting(False, doc="keep attention and predictions inside documents (DeepSeek: false)")
+    mask_documents: bool = setting(
+        False, doc="keep attention and predictions inside documents (DeepSeek: false)"
+    )
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for an empty sequence."""
+        """Raises `ConfigError` for an empty sequence."""
         _at_least(self, 1, "sequence_length")
 
 
 @dataclass(kw_only=True)
 class BatchSection:
-    """What one optimizer step reads: `accumulate` micro-batches of `sequences`."""
+    """The data of one optimizer step: `accumulate` micro-batches of `sequences`."""
 
     sequences: int = setting(doc="sequences in a micro-batch, over all data ranks together")
     accumulate: Scheduled = setting(1, doc="micro-batches per step; a schedule makes a batch ramp")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for an empty or fractional batch."""
+        """Raises `ConfigError` for an empty or fractional batch."""
         _at_least(self, 1, "sequences")
         check_scheduled(self.accumulate, "accumulate", low=1)
         if not isinstance(self.accumulate, Schedule) and self.accumulate != int(self.accumulate):
-            raise Wrong("accumulate", "must be a whole number")
+            raise ConfigError("accumulate", "must be a whole number")
 
 
 @dataclass(kw_only=True)
 class BudgetSection:
-    """How long a run is: exactly one of these."""
+    """The length of a run: exactly one of these keys is given."""
 
     steps: int | None = setting(None, doc="optimizer steps")
     tokens: int | None = setting(None, doc="training tokens")
-    flops: float | None = setting(None, doc="training FLOPs, by the convention that `describe` names")
+    flops: float | None = setting(
+        None, doc="training FLOPs, by the convention that `describe` names"
+    )
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` unless one budget is given."""
+        """Raises `ConfigError` unless one budget is given."""
         given = [key for key in ("steps", "tokens", "flops") if getattr(self, key) is not None]
         if len(given) != 1:
+            key = "steps"
             why = "exactly one of steps, tokens, flops must be given"
-            told = f", and {' and '.join(given)} are; null takes one away" if given else ""
-            raise Wrong(given[-1] if given else "steps", f"{why}{told}")
+            if given:
+                key = given[-1]
+                why = f"{why}, and {' and '.join(given)} are; null takes one away"
+            raise ConfigError(key, why)
         _at_least(self, 1, *given)
 
 
 @dataclass(kw_only=True)
 class CheckpointSection:
-    """When to save."""
+    """The intervals at which checkpoints are saved, and how many are kept."""
 
     every_steps: int = setting(100, doc="optimizer steps between checkpoints")
     keep: int = setting(2, doc="how many of the latest to keep, beside the best")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` below 1."""
+        """Raises `ConfigError` below 1."""
         _at_least(self, 1, "every_steps", "keep")
 
 
 @dataclass(kw_only=True)
 class ValidationSection:
-    """When to validate; the whole validation split is always read at the end."""
+    """The intervals at which the run validates; the whole validation split is always read at the end."""
 
-    every_steps: int | None = setting(None, doc="optimizer steps between validations; null: at the end only")
+    every_steps: int | None = setting(
+        None, doc="optimizer steps between validations; null: at the end only"
+    )
     sequences: int = setting(16, doc="sequences in a validation batch")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` below 1."""
+        """Raises `ConfigError` below 1."""
         _at_least(self, 1, "every_steps", "sequences")
 
 
 @dataclass(kw_only=True)
 class RecomputeSection:
-    """Activation recomputation: less memory for one more forward."""
+    """Activation recomputation, which saves memory and costs one more forward."""
 
-    blocks: list[str] = setting([], doc="names of the blocks that are recomputed in the backward pass")
+    blocks: list[str] = setting(
+        [], doc="names of the blocks that are recomputed in the backward pass"
+    )
 
 
 OWNED_TRAINER_KEYS = {
@@ -242,7 +290,7 @@ OWNED_TRAINER_KEYS = {
     "use_distributed_sampler": "batch",
     "val_check_interval": "validation.every_steps",
 }
-"""Keys of `lightning.Trainer` that the recipe says elsewhere, and where."""
+"""Keys of `lightning.Trainer` that the recipe sets elsewhere, each with that place."""
 
 FREE_TRAINER_KEYS = frozenset(
     {
@@ -264,7 +312,9 @@ FREE_TRAINER_KEYS = frozenset(
 class RecipeSchema:
     """A whole recipe."""
 
-    seed: int = setting(0, doc="of initial weights, data order and every random choice")
+    seed: int = setting(
+        0, doc="seed of the initial weights, the data order and every random choice"
+    )
     plugins: list[str] = setting([], doc="modules to load beyond the installed plugins")
     model: ModelSection = setting(doc="the model")
     precision: Child = child("precision", {"name": "fp32"}, doc="number formats")
@@ -273,51 +323,60 @@ class RecipeSchema:
     batch: BatchSection = setting(doc="what one step reads")
     budget: BudgetSection = setting(doc="how long the run is")
     gradient_clip: float | None = setting(1.0, doc="largest global gradient norm; null: none")
-    max_skipped_steps: int = setting(5, doc="consecutive steps with a non-finite gradient before the run stops")
+    max_skipped_steps: int = setting(
+        5, doc="consecutive steps with a non-finite gradient before the run stops"
+    )
     checkpoint: CheckpointSection = setting({}, doc="when to save")
     validation: ValidationSection = setting({}, doc="when to validate")
     recompute: RecomputeSection = setting({}, doc="activation recomputation")
     compile: bool = setting(False, doc="compile every block and loss head with torch.compile")
-    strategy: Child = child("strategy", {"name": "single"}, doc="on which devices, and how they share the work")
+    strategy: Child = child(
+        "strategy", {"name": "single"}, doc="on which devices, and how they share the work"
+    )
     callbacks: Child = children("callback", "list", doc="further Lightning callbacks")
-    loggers: Child = children("logger", "list", [{"name": "csv"}, {"name": "tensorboard"}], doc="where metrics go")
+    loggers: Child = children(
+        "logger", "list", [{"name": "csv"}, {"name": "tensorboard"}], doc="where metrics go"
+    )
     initial_weights: str | None = setting(None, doc="a run or checkpoint to take the weights from")
     trainer: dict[str, Any] = setting({}, doc="passed to lightning.Trainer")
     smoke: dict[str, Any] = setting({}, doc="overrides for tests and smoke runs")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for what no single section can see."""
+        """Raises `ConfigError` for keys of different sections that contradict each other."""
         _at_least(self, 0, "seed")
         _at_least(self, 1, "max_skipped_steps")
         every = self.trainer.get("log_every_n_steps", 1)
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise Wrong("trainer", "log_every_n_steps must be a whole number of at least 1")
+            raise ConfigError("trainer", "log_every_n_steps must be a whole number of at least 1")
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
-            raise Wrong("gradient_clip", "must be more than 0, or null for no clipping")
+            raise ConfigError("gradient_clip", "must be more than 0, or null for no clipping")
         if self.data.sequence_length > self.model.rope.max_length:
             allowed = f"must be at most model.rope.max_length = {self.model.rope.max_length}"
-            raise Wrong("data.sequence_length", allowed)
+            raise ConfigError("data.sequence_length", allowed)
         for name in self.recompute.blocks:
             if name not in self.model.blocks:
-                raise Wrong("recompute.blocks", f"must name blocks of the model: {', '.join(self.model.blocks)}")
+                why = f"must name blocks of the model: {', '.join(self.model.blocks)}"
+                raise ConfigError("recompute.blocks", why)
         ramp = self.batch.accumulate
         if isinstance(ramp, Schedule) and ramp.unit == "fraction" and self.budget.steps is not None:
             why = "must be tokens or steps where the run's length is given in steps (budget.steps)"
-            raise Wrong("batch.accumulate.unit", why)
+            raise ConfigError("batch.accumulate.unit", why)
 
     def check_components(self) -> None:
-        """Raises `Wrong` if the precision cannot run with recomputation or on the strategy's devices."""
+        """Raises `ConfigError` if the precision cannot run with recomputation or on the strategy's devices."""
         able = self.precision.component.capabilities_of(self.precision.config)
         if "remembers_products" in able and self.recompute.blocks:
             why = f"must be empty under precision {self.precision.name}: as it is set, a product repeated differs"
-            raise Wrong("recompute.blocks", why)
+            raise ConfigError("recompute.blocks", why)
         if "gpu_only" in able and getattr(self.strategy.config, "accelerator", None) == "cpu":
-            raise Wrong("strategy.accelerator", f"must not be cpu under precision {self.precision.name}")
+            why = f"must not be cpu under precision {self.precision.name}"
+            raise ConfigError("strategy.accelerator", why)
 
     def sections(self) -> list[Section]:
-        """Every component section of the recipe, children included, in the recipe's order."""
+        """Returns every component section of the recipe, children included, in the recipe's order."""
         return list(sections_in(self))
 
     def notices(self) -> list[str]:
-        """What nobody who reads this recipe's results may overlook, a sentence for each component that has one."""
-        return list(dict.fromkeys(s.component.notice for s in self.sections() if s.component.notice))
+        """Returns the caveats of the recipe's components, each once: what readers of its results must know."""
+        caveats = [section.component.caveat for section in self.sections()]
+        return list(dict.fromkeys(caveat for caveat in caveats if caveat))

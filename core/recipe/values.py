@@ -1,4 +1,4 @@
-"""Plain values of a section: the types that a schema allows, conversion by OmegaConf, and words for error messages."""
+"""Plain values of a section: the types that a schema allows, conversion by OmegaConf, and texts for error messages."""
 
 import math
 from collections.abc import Mapping
@@ -13,53 +13,66 @@ from core.contracts.schema import REQUIRED
 
 
 def convert(schema: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Plain values as the types of a schema; OmegaConf raises an exception of its own for what it cannot convert."""
+    """Converts plain values to the types of a schema; OmegaConf raises its own exception where it cannot."""
     merged: Any = OmegaConf.merge(_structured(schema), values)
-    nodes = {key: merged[key] for key in values}
-    return {key: OmegaConf.to_object(node) if OmegaConf.is_config(node) else node for key, node in nodes.items()}
+    converted: dict[str, Any] = {}
+    for key in values:
+        node = merged[key]
+        converted[key] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+    return converted
 
 
 @cache
 def _structured(schema: Any) -> Any:
-    """An OmegaConf node with the plain fields of a schema, which knows their types."""
+    """An OmegaConf node with the plain fields of a schema and their types."""
     hints = hints_of(schema)
-    plain = [f for f in fields(schema) if "slot" not in f.metadata and not nested_section(hints[f.name], None)]
-    typed = [(f.name, hints[f.name], field(default=REQUIRED)) for f in plain]
+    typed: list[Any] = []
+    for f in fields(schema):
+        if "slot" not in f.metadata and not nested_section(hints[f.name], None):
+            typed.append((f.name, hints[f.name], field(default=REQUIRED)))
     return OmegaConf.structured(make_dataclass(schema.__name__, typed, kw_only=True))
 
 
 @cache
 def hints_of(schema: Any) -> dict[str, Any]:
-    """The types of a schema's fields, by name."""
+    """Returns the types of a schema's fields, by name."""
     return get_type_hints(schema)
 
 
 def nested_section(hint: Any, value: Any) -> tuple[Any, str] | None:
-    """The dataclass that a field holds where its value is `value`, and its form: one, list or mapping.
+    """Returns the dataclass that a field of this type holds, and its form: one, list or mapping; None without one.
 
-    A number or a schedule is a section only where it is given as one; null is none where null is allowed.
+    Whether a field holds a section can depend on its value: a number or a schedule is a section only where it is
+    written as one, and null is none where null is allowed.
     """
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    arguments = get_args(hint)
     if is_dataclass(hint):
         return hint, "one"
     if origin in (list, dict) and is_dataclass(arguments[-1]):
         return arguments[-1], "list" if origin is list else "mapping"
-    kinds = [a for a in arguments if is_dataclass(a)]
-    if origin in (Union, UnionType) and len(kinds) == 1:
-        scalars = [a for a in arguments if a not in (kinds[0], type(None))]
-        if isinstance(value, Mapping) or not (scalars or value is None):
-            return kinds[0], "one"
+    if origin not in (Union, UnionType):
+        return None
+    sections = [a for a in arguments if is_dataclass(a)]
+    if len(sections) != 1:
+        return None
+    scalars = set(arguments) - {sections[0], type(None)}
+    if isinstance(value, Mapping) or not (scalars or value is None):
+        return sections[0], "one"
     return None
 
 
 def tidy(value: Any, hint: Any) -> Any:
-    """Converts 1e6 to a whole number where only those are allowed, and 4 to a float where only those are."""
+    """Converts 1e6 to an int where only whole numbers are allowed, and 4 to a float where only floats are."""
     kinds = _kinds(hint)
-    if isinstance(value, list) and (item := _item(hint)):
+    item = _item(hint)
+    if isinstance(value, list) and item:
         return [tidy(v, item) for v in value]
-    if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
+    whole_only = int in kinds and float not in kinds
+    float_only = float in kinds and int not in kinds
+    if isinstance(value, float) and value.is_integer() and whole_only:
         return int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+    if isinstance(value, int) and not isinstance(value, bool) and float_only:
         return float(value)  # OmegaConf does so by itself, but not in a union
     return value
 
@@ -73,11 +86,13 @@ def fits(value: Any, hint: Any) -> bool:
     kinds = _kinds(hint)
     if Any in kinds:
         return True
-    if isinstance(value, list | dict):
-        forms = {get_origin(kind) or kind for kind in kinds}
+    forms = {get_origin(kind) or kind for kind in kinds}
+    if isinstance(value, dict):
+        return dict in forms
+    if isinstance(value, list):
         item = _item(hint)
-        fit = item is None or isinstance(value, dict) or all(fits(v, item) for v in value)
-        return fit and bool(forms & ({dict} if isinstance(value, dict) else {list, tuple}))
+        items_fit = item is None or all(fits(v, item) for v in value)
+        return items_fit and bool(forms & {list, tuple})
     if isinstance(value, bool):
         return bool in kinds
     if isinstance(value, int | float) and bool in kinds:
@@ -86,27 +101,42 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    """The types of a union; the type itself where it is none."""
+    if get_origin(hint) in (Union, UnionType):
+        return get_args(hint)
+    return (hint,)
 
 
 def _item(hint: Any) -> Any:
-    """The type of a list's items, None where the hint is no list."""
-    return next((get_args(kind)[0] for kind in _kinds(hint) if get_origin(kind) is list), None)
+    """The type of a list's items; None where the hint allows no list."""
+    for kind in _kinds(hint):
+        if get_origin(kind) is list:
+            return get_args(kind)[0]
+    return None
 
 
 def default_of(f: Any) -> Any:
-    """The default of a dataclass field; `REQUIRED` if it has none."""
+    """Returns the default of a dataclass field; `REQUIRED` if it has none."""
     if f.default is not MISSING:
         return f.default
-    return f.default_factory() if f.default_factory is not MISSING else REQUIRED
+    if f.default_factory is not MISSING:
+        return f.default_factory()
+    return REQUIRED
 
 
 def describe_type(hint: Any) -> str:
-    """A type in words, as an error message says what is allowed."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+    """Describes a type as the text in which an error message says what is allowed."""
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a string",
+        type(None): "null",
+    }
     if hint in words:
         return words[hint]
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    arguments = get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(describe_type(a) for a in arguments)
     if origin is list:
@@ -116,15 +146,27 @@ def describe_type(hint: Any) -> str:
     if arguments:
         return "one of " + ", ".join(map(str, arguments))
     if is_dataclass(hint):
-        return f"a {getattr(hint, '__name__', '').lower()} (keys: {', '.join(f.name for f in fields(hint))})"
+        kind = getattr(hint, "__name__", "").lower()
+        keys = ", ".join(f.name for f in fields(hint))
+        return f"a {kind} (keys: {keys})"
     return str(hint)
 
 
 def show_value(value: Any) -> str:
-    """A value as an error message shows it: in YAML's words, at most 80 characters."""
+    """Formats a value for an error message: as in YAML, at most 80 characters."""
     if isinstance(value, bool) or value is None:
         return str(value).lower().replace("none", "null")
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
     text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    if len(text) > 80:
+        return f"{text[:77]}..."
+    return text
+
+
+def omegaconf_message(cause: Exception) -> str:
+    """Returns the message of an exception in one line, without the location that OmegaConf adds."""
+    location = ("full_key:", "object_type=", "reference_type=")
+    lines = [line.strip() for line in str(cause).splitlines()]
+    message = " ".join(line for line in lines if not line.startswith(location))
+    return message.replace("NoneType", "null")

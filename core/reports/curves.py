@@ -8,7 +8,7 @@ from core.reports.folder import Run
 POINTS = 400
 """The most points of one curve."""
 SMOOTH = 40
-"""The most points of a curve of differences, which are small beside what one step's loss varies by."""
+"""The most points of a curve of differences, which are small in comparison with how much one step's loss varies."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,15 @@ class Curve:
 
 
 def axis_of(runs: list[Run]) -> str:
-    """What training is measured in: tokens, unless some run did not log them."""
+    """The column that measures training: tokens, or steps where some run did not log tokens."""
     read = [run for run in runs if run.metrics is not None]
-    return "tokens" if read and all(run.has("tokens") for run in read) else "step"
+    if read and all(run.has("tokens") for run in read):
+        return "tokens"
+    return "step"
 
 
-def reach(runs: list[Run], axis: str) -> float:
-    """How far the longest run has come."""
+def end_of(runs: list[Run], axis: str) -> float:
+    """Where the longest run ends on the axis; 0 where no run has a value."""
     return max((float(run.metrics[axis].max()) for run in runs if run.has(axis)), default=0.0)
 
 
@@ -52,12 +54,17 @@ def curve(runs: list[Run], column: str, *, axis: str, end: float) -> Curve | Non
     """
     import pandas as pd  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-    pieces = [_column(run, column, axis, number) for number, run in enumerate(runs) if run.has(column)]
+    pieces = []
+    for number, run in enumerate(runs):
+        if run.has(column):
+            pieces.append(_column(run, column, axis, number))
     if not pieces:
         return None
     rows = pd.concat(pieces)
-    many = rows["x"].nunique() > POINTS and end > 0
-    return _gathered(_averaged(rows, _part(rows, end, POINTS) if many else rows["x"]))
+    parts = rows["x"]
+    if rows["x"].nunique() > POINTS and end > 0:
+        parts = _part(rows, end, POINTS)
+    return _gathered(_averaged(rows, parts))
 
 
 def paired(pairs: list[tuple[Run, Run]], column: str, *, axis: str, end: float) -> Curve | None:
@@ -71,44 +78,62 @@ def paired(pairs: list[tuple[Run, Run]], column: str, *, axis: str, end: float) 
     """
     import pandas as pd  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-    both = [(n, pair) for n, pair in enumerate(pairs) if all(run.has(column) for run in pair)]
-    if not both or end <= 0:
+    own = []
+    baseline = []
+    for number, (run, partner) in enumerate(pairs):
+        if run.has(column) and partner.has(column):
+            own.append(_column(run, column, axis, number))
+            baseline.append(_column(partner, column, axis, number))
+    if not own or end <= 0:
         return None
-    sides = [pd.concat([_column(pair[side], column, axis, n) for n, pair in both]) for side in (0, 1)]
-    mine, theirs = (_averaged(rows, _part(rows, end, SMOOTH)) for rows in sides)
-    rows = mine.merge(theirs, on=["part", "run"], suffixes=("", "_theirs"))
-    differences = rows.assign(x=rows[["x", "x_theirs"]].min(axis=1), y=rows["y"] - rows["y_theirs"])
-    return _gathered(differences) if len(rows) else None
+    own_means = _in_parts(pd.concat(own), end)
+    baseline_means = _in_parts(pd.concat(baseline), end)
+    rows = own_means.merge(baseline_means, on=["part", "run"], suffixes=("", "_baseline"))
+    if not len(rows):
+        return None
+    nearer = rows[["x", "x_baseline"]].min(axis=1)
+    return _gathered(rows.assign(x=nearer, y=rows["y"] - rows["y_baseline"]))
+
+
+def _in_parts(rows: Any, end: float) -> Any:
+    """The means of each run in the `SMOOTH` parts of the axis."""
+    return _averaged(rows, _part(rows, end, SMOOTH))
 
 
 def _part(rows: Any, end: float, count: int) -> Any:
-    """Which of so many equal parts of the axis a row lies in."""
+    """The number of the part that each row lies in when the axis is cut into `count` equal parts."""
     return (rows["x"] / end * count).clip(upper=count - 1).astype(int)
 
 
 def _averaged(rows: Any, part: Any) -> Any:
-    """Each run's mean in each part."""
+    """The mean of each run in each part, with the last place and the number of the part's rows."""
     by_run = rows.assign(part=part).groupby(["part", "run"])
     return by_run.agg(x=("x", "max"), y=("y", "mean"), rows=("y", "size")).reset_index()
 
 
 def _gathered(of_runs: Any) -> Curve:
-    """Mean, lowest and highest of the runs in each part."""
+    """The curve of the mean, the lowest and the highest run in each part."""
     points = of_runs.groupby("part").agg(
         x=("x", "max"), mean=("y", "mean"), low=("y", "min"), high=("y", "max"), seeds=("y", "size")
     )
-    numbers = {name: [rounded(v) for v in points[name]] for name in ("mean", "low", "high")}
-    x = [float(v) for v in points["x"]]
-    return Curve(x, **numbers, seeds=[int(v) for v in points["seeds"]], every=int(of_runs["rows"].max()))
+    return Curve(
+        x=[float(place) for place in points["x"]],
+        mean=_rounded(points["mean"]),
+        low=_rounded(points["low"]),
+        high=_rounded(points["high"]),
+        seeds=[int(count) for count in points["seeds"]],
+        every=int(of_runs["rows"].max()),
+    )
 
 
 def _column(run: Run, column: str, axis: str, number: int) -> Any:
+    """A frame of the finite values of a column over the axis, with the number of the run."""
     import pandas as pd  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     frame = pd.DataFrame({"x": run.metrics[axis], "y": run.metrics[column], "run": number})
     return frame.dropna()
 
 
-def rounded(value: float) -> float:
-    """Five digits: more than a figure shows, and a third of the bytes."""
-    return float(f"{value:.5g}")
+def _rounded(values: Any) -> list[float]:
+    """The values with five digits: more than a figure shows, and a third of the bytes."""
+    return [float(f"{value:.5g}") for value in values]

@@ -1,7 +1,7 @@
 """One figure as plotly's own document: traces, a layout, and a sentence on how to read it.
 
 A figure without data is a sentence that says why. Every text that comes from a file goes through `style`, because
-plotly takes a little HTML in all of them.
+plotly interprets some HTML in texts.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -35,5 +35,5 @@ class Figure:
     missing: str | None = None
 
     def document(self) -> dict[str, Any]:
-        """For the page's script."""
+        """The figure as the JSON object that the page's script reads."""
         return asdict(self)

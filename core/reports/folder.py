@@ -1,14 +1,14 @@
-"""Reads the folder of a run or of a sweep, whatever of it is there yet.
+"""Reads the folder of a run or of a sweep, as far as it has been written.
 
-A run under way rewrites its files while they are read, so nothing here takes a file for granted: what cannot be read
-counts as absent, and is told.
+A run under way rewrites its files while they are read, so nothing here relies on a file: what cannot be read counts as
+absent and is named in the report.
 """
 
 import csv
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,21 @@ from core.contracts.errors import UserError
 from core.reports.lock import is_locked
 
 KEPT = ("step", "tokens", "tokens_per_second", "load/max_vio_batch", "skipped_steps")
-"""Columns of `metrics.csv` that the report reads; also those of losses and of validation."""
+"""Columns of `metrics.csv` that the report reads, beside those of losses and of validation."""
 
-IDENTITY = ("name", "title", "metric", "better", "baseline", "seeds", "command", "started", "held_equal", "not_equal")
-"""Keys of `sweep.json`; those of them that the sweep file has too are taken from there until it is written."""
+IDENTITY = (
+    "name",
+    "title",
+    "metric",
+    "better",
+    "baseline",
+    "seeds",
+    "command",
+    "started",
+    "held_equal",
+    "not_equal",
+)
+"""Keys of `sweep.json`; until it is written, those that the sweep file has too are taken from there."""
 
 
 @dataclass
@@ -31,7 +42,7 @@ class Run:
 
     Args:
         variant: its variant's name; the folder's for a run on its own.
-        seed: None where nobody recorded it.
+        seed: None where it was not recorded.
         path: the folder.
         state: waiting, running, interrupted (its runner is gone), done or failed.
         reason: why it failed.
@@ -54,12 +65,14 @@ class Run:
     metrics: Any = None
 
     def number(self, key: str) -> float | None:
-        """A finite number of the summary."""
+        """The number that the summary has under a key; None where it has no finite one."""
         return finite(self.summary.get(key))
 
     def has(self, column: str) -> bool:
         """Whether a column of `metrics.csv` holds at least one finite number."""
-        return self.metrics is not None and column in self.metrics and bool(self.metrics[column].notna().any())
+        if self.metrics is None or column not in self.metrics:
+            return False
+        return bool(self.metrics[column].notna().any())
 
 
 @dataclass
@@ -86,31 +99,35 @@ class Study:
 
     @property
     def variants(self) -> list[str]:
-        """Their names, in the sweep's order."""
+        """The names of the variants, in the sweep's order."""
         return list(dict.fromkeys(run.variant for run in self.runs))
 
     def of(self, variant: str) -> list[Run]:
-        """A variant's runs."""
+        """The runs of a variant."""
         return [run for run in self.runs if run.variant == variant]
 
     def count(self, state: str) -> int:
-        """How many runs are in a state."""
+        """The number of runs in a state."""
         return sum(run.state == state for run in self.runs)
 
     @property
     def metric(self) -> str:
-        """What the variants are compared by."""
-        return str((self.sweep or {}).get("metric") or self.results.get("metric") or "val_bits_per_byte")
+        """The key of `summary.json` by which the variants are compared."""
+        recorded = (self.sweep or {}).get("metric") or self.results.get("metric")
+        return str(recorded or "val_bits_per_byte")
 
 
 def finite(value: Any) -> float | None:
-    """A number that is one."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
+    """The value as a float if it is a finite number (a truth value is none), or else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if math.isfinite(value):
+        return float(value)
+    return None
 
 
 def read(path: Path) -> Study:
-    """Read a folder.
+    """Reads the folder of a run or of a sweep.
 
     Raises:
         UserError: it holds neither a run nor a sweep.
@@ -121,59 +138,83 @@ def read(path: Path) -> Study:
         return _Reader(path).sweep()
     if (path / "recipe.yaml").exists():
         return _Reader(path).single()
-    raise UserError(f"{path}: neither a run (no recipe.yaml) nor a sweep (no sweep.json) is in this folder")
+    raise UserError(
+        f"{path}: neither a run (no recipe.yaml) nor a sweep (no sweep.json) is in this folder"
+    )
 
 
 class _Reader:
+    """Reads one folder and collects what could not be read."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.unread: list[str] = []
 
     def single(self) -> Study:
+        """The study of one run."""
         name = self.path.resolve().name
         run = self.run(self.path, name, None)
         text = self.text(self.path / "recipe.yaml")
         return Study(self.path, name, None, {}, text, [run], self.unread)
 
     def sweep(self) -> Study:
-        """Where `sweep.json` is not there yet, the sweep file and the folders say what they can."""
+        """The study of a sweep; until `sweep.json` is written, the sweep file and the folders stand in for it."""
         text = self.text(self.path / "sweep.yaml")
         identity = self.mapping(self.path / "sweep.json")
-        asked = self.parsed(self.path / "sweep.yaml", text)
-        about = {key: asked.get(key) for key in IDENTITY} | identity
-        variants = [v for v in identity.get("variants") or [] if isinstance(v, dict) and "name" in v]
+        declared = self.parsed(self.path / "sweep.yaml", text)
+        about = {key: declared.get(key) for key in IDENTITY} | identity
+        variants = []
+        for variant in identity.get("variants") or []:
+            if isinstance(variant, dict) and "name" in variant:
+                variants.append(variant)
         about["variants"] = variants
-        names = [str(v["name"]) for v in variants] or list(asked.get("recipes") or self._folders())
+        names = [str(variant["name"]) for variant in variants]
+        names = names or list(declared.get("recipes") or self._folders())
         results = self.mapping(self.path / "results.json")
-        runs = [self.run(*where) for where in self._places(names, about.get("seeds") or [])]
-        if any(run.state == "running" for run in runs) and not is_locked(self.path / ".lock"):
-            runs = [replace(run, state="interrupted") if run.state == "running" else run for run in runs]
+        runs = []
+        for folder, variant, seed in self._places(names, about.get("seeds") or []):
+            runs.append(self.run(folder, variant, seed))
+        self._mark_interrupted(runs)
         if not runs:
             raise UserError(f"{self.path}: this sweep names no variants and has no runs yet")
         name = str(about.get("name") or self.path.resolve().name)
         return Study(self.path, name, about, results, text, runs, self.unread)
 
+    def _mark_interrupted(self, runs: list[Run]) -> None:
+        """Corrects the state of runs that still count as running although their runner is gone."""
+        running = [run for run in runs if run.state == "running"]
+        if running and not is_locked(self.path / ".lock"):
+            for run in running:
+                run.state = "interrupted"
+
     def _folders(self) -> list[str]:
         return sorted(folder.name for folder in (self.path / "runs").glob("*") if folder.is_dir())
 
     def _places(self, names: list[str], seeds: list[int]) -> Iterator[tuple[Path, str, int | None]]:
+        """Folder, variant and seed of each run; without seeds those whose folders exist."""
         for name in names:
             folder = self.path / "runs" / name
-            found = [p.name.removeprefix("seed-") for p in folder.glob("seed-*")] if not seeds else []
-            for seed in seeds or sorted(int(s) for s in found if s.isdigit()):
+            for seed in seeds or _seeds_in(folder):
                 yield folder / f"seed-{seed}", name, seed
 
     def run(self, folder: Path, variant: str, seed: int | None) -> Run:
+        """One run; where it has no `status.json`, its state follows from the files that exist."""
         status = self.mapping(folder / "status.json")
         summary = self.mapping(folder / "summary.json")
         recipe = self.parsed(folder / "recipe.yaml", self.text(folder / "recipe.yaml"))
-        begun = (folder / "recipe.yaml").exists()
-        state = status.get("state") or ("done" if summary else "running" if begun else "waiting")
+        if seed is None:
+            seed = recipe.get("seed")
+        if summary:
+            state = "done"
+        elif (folder / "recipe.yaml").exists():
+            state = "running"
+        else:
+            state = "waiting"
         return Run(
             variant=variant,
-            seed=seed if seed is not None else recipe.get("seed"),
+            seed=seed,
             path=folder,
-            state=str(state),
+            state=str(status.get("state") or state),
             reason=status.get("reason"),
             seconds=finite(status.get("seconds")) or finite(summary.get("wall_seconds")),
             recipe=recipe,
@@ -183,6 +224,7 @@ class _Reader:
         )
 
     def text(self, file: Path) -> str:
+        """The text of a file; "" where it is absent or cannot be read."""
         try:
             return file.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -192,31 +234,47 @@ class _Reader:
             return ""
 
     def mapping(self, file: Path) -> dict[str, Any]:
+        """A JSON object; {} where the file is absent or holds something else."""
         text = self.text(file)
+        if not text:
+            return {}
         try:
-            document = json.loads(text) if text else {}
-            return document if isinstance(document, dict) else self._could_not(file, "it holds no mapping")
+            document = json.loads(text)
         except ValueError as cause:
             return self._could_not(file, cause)
+        if isinstance(document, dict):
+            return document
+        return self._could_not(file, "it holds no mapping")
 
     def parsed(self, file: Path, text: str) -> dict[str, Any]:
+        """The mapping in the text of a YAML file; {} where it is empty or holds something else."""
+        if not text:
+            return {}
         try:
-            document = yaml.safe_load(text) if text else {}
-            return document if isinstance(document, dict) else self._could_not(file, "it holds no mapping")
+            document = yaml.safe_load(text)
         except yaml.YAMLError:
             return self._could_not(file, "it is no YAML")
+        if isinstance(document, dict):
+            return document
+        return self._could_not(file, "it holds no mapping")
 
     def metrics(self, file: Path) -> Any:
-        """The columns that are of use; infinities count as missing, and so do cells that are no numbers."""
+        """A frame of the columns that the report reads; None without a line.
+
+        Infinities and cells that are no numbers count as missing.
+        """
         import pandas as pd  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         if not file.exists():
             return None
         try:
-            whole = file.read_bytes().rpartition(b"\n")[0]  # the line after the last break is still being written
+            # The line after the last break is still being written.
+            whole = file.read_bytes().rpartition(b"\n")[0]
             if not whole:
                 return None
-            frame = pd.read_csv(BytesIO(whole), usecols=_is_kept, on_bad_lines="skip", quoting=csv.QUOTE_NONE)
+            frame = pd.read_csv(
+                BytesIO(whole), usecols=_is_kept, on_bad_lines="skip", quoting=csv.QUOTE_NONE
+            )
         except (OSError, ValueError) as cause:  # pandas' own errors are ValueErrors
             self._could_not(file, cause)
             return None
@@ -224,8 +282,21 @@ class _Reader:
         return _placed(frame.replace([math.inf, -math.inf], math.nan))
 
     def _could_not(self, file: Path, cause: object) -> dict[str, Any]:
-        self.unread.append(f"{file.relative_to(self.path)} could not be read ({cause}), so the report goes without it.")
+        """Notes that a file could not be read, and returns the empty mapping that replaces it."""
+        self.unread.append(
+            f"{file.relative_to(self.path)} could not be read ({cause}), so the report goes without it."
+        )
         return {}
+
+
+def _seeds_in(folder: Path) -> list[int]:
+    """The seeds of the run folders `seed-N` in a variant's folder, sorted."""
+    found = []
+    for run in folder.glob("seed-*"):
+        seed = run.name.removeprefix("seed-")
+        if seed.isdigit():
+            found.append(int(seed))
+    return sorted(found)
 
 
 def _is_kept(column: str) -> bool:
@@ -233,11 +304,12 @@ def _is_kept(column: str) -> bool:
 
 
 def _placed(frame: Any) -> Any:
-    """Give validation rows, which have no tokens of their own, those of the training row before them."""
+    """Gives validation rows, which have no tokens, the step and the tokens of the training row before them."""
     for column in ("tokens", "step"):
         if column not in frame:
             frame[column] = math.nan
     rows_of_training = frame["tokens"].notna()
-    frame["step"] = frame["step"].where(rows_of_training).ffill() if rows_of_training.any() else frame["step"]
+    if rows_of_training.any():
+        frame["step"] = frame["step"].where(rows_of_training).ffill()
     frame["tokens"] = frame["tokens"].ffill()
     return frame

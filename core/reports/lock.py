@@ -1,4 +1,4 @@
-"""Whether a runner is at work in a folder: it holds a lock, and one that was killed holds nothing."""
+"""Finds out whether a runner works in a folder: it holds a lock, which the system releases when it is killed."""
 
 import fcntl
 import os
@@ -11,8 +11,9 @@ HELD = Path("/proc/locks")
 def is_locked(file: Path) -> bool:
     """Whether some process holds a lock on the file.
 
-    The system's list is read first, because who takes a lock to see whether it is free keeps it from a runner that
-    starts in that moment. The list lacks what other machines and containers hold, so what it does not name is tried.
+    The system's list is read first, because taking a lock to see whether it is free would keep it from a runner that
+    starts in that moment. The list lacks the locks of other machines and containers, so a lock that is not in it is
+    tried.
     """
     if _is_listed(file):
         return True
@@ -27,12 +28,21 @@ def is_locked(file: Path) -> bool:
 
 
 def _is_listed(file: Path) -> bool:
-    """Stacked file systems (device numbers without a driver) give the list another device than they give the file."""
+    """Whether the system's list names a lock on the file.
+
+    Stacked file systems (device numbers without a driver) give the list another device than they give the file, so
+    there the number of the file decides alone.
+    """
     try:
         known = file.stat()
         rows = [line.split() for line in HELD.read_text(encoding="ascii").splitlines()]
     except (OSError, ValueError):
         return False
-    device, number = f"{os.major(known.st_dev):02x}:{os.minor(known.st_dev):02x}", str(known.st_ino)
-    held = [row[5].rpartition(":") for row in rows if len(row) > 5 and row[1] == "FLOCK"]
-    return any(n == number and (where == device or not os.major(known.st_dev)) for where, _, n in held)
+    device = f"{os.major(known.st_dev):02x}:{os.minor(known.st_dev):02x}"
+    any_device = os.major(known.st_dev) == 0
+    for row in rows:
+        if len(row) > 5 and row[1] == "FLOCK":
+            where, _, number = row[5].rpartition(":")
+            if number == str(known.st_ino) and (any_device or where == device):
+                return True
+    return False

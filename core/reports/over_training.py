@@ -3,18 +3,21 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import cycle
+from typing import Any
 
-from core.reports.curves import Curve, axis_of, curve, reach
+from core.reports.curves import Curve, axis_of, curve, end_of
 from core.reports.figure import Figure, Trace
 from core.reports.folder import Run, Study
 from core.reports.points import at_the_end, validated_once
 from core.reports.style import DASHES, Style, brief, plain, styles
 from core.reports.words import LOSS
 
-MARKS, ALL_MARKED = 10, 40
-"""About how many points of a line are marked, each line's at others; and up to how many all of them are."""
+MARKS = 10
+"""About how many points of a long line are marked; which ones differs from line to line."""
+ALL_MARKED = 40
+"""Up to how many points a line has all of them marked."""
 STEEP = 0.1
-"""Of training: how much of it is left above the frame where the rest would be flattened."""
+"""The fraction of training whose steep fall is left above the frame where the rest would be flattened."""
 
 
 @dataclass(frozen=True)
@@ -43,36 +46,68 @@ class Drawn:
 
     @property
     def curves(self) -> list[Curve]:
-        """All that there are."""
-        return [*([self.whole] if self.whole else []), *(part for _, part in self.parts)]
+        """The curve of the finished runs, if there is one, and those of the others."""
+        found = [part for _, part in self.parts]
+        if self.whole:
+            return [self.whole, *found]
+        return found
 
     @property
     def last(self) -> float:
-        """Where it ends."""
-        return self.whole.mean[-1] if self.whole else max(part.mean[-1] for _, part in self.parts)
+        """The value at which the line ends; the highest one where it is only single runs."""
+        if self.whole:
+            return self.whole.mean[-1]
+        return max(part.mean[-1] for _, part in self.parts)
 
     def traces(self, rank: int, *, band: bool = True) -> list[Trace]:
-        """A band, a line and thin lines, which the legend takes for one."""
-        name, look = self.line.name, self.line.style
-        common = {"type": "scatter", "legendgroup": name, "legendrank": 1000 + rank, "name": brief(name)}
-        common |= {"mode": "lines+markers"}
-        few = max(len(found.x) for found in self.curves) <= ALL_MARKED
-        mark = {"symbol": look.marker, "color": look.colour, "maxdisplayed": 0 if few else MARKS}
-        pen = {"color": look.colour, "dash": look.dash}
+        """A band over the seeds, their mean, and a thin line for each single run; one entry in the legend.
+
+        Args:
+            rank: the place in the legend.
+            band: whether the band is drawn.
+        """
+        common = {
+            "type": "scatter",
+            "legendgroup": self.line.name,
+            "legendrank": 1000 + rank,
+            "name": brief(self.line.name),
+            "mode": "lines+markers",
+        }
         traces: list[Trace] = []
         if self.whole:
-            seeds = max(self.whole.seeds)
-            if seeds > 1 and band:
-                traces.append(common | _band(self.whole, look))
-            text = plain(name) + (f"<br>mean of {seeds} seeds" if seeds > 1 else "")
-            thick = {"line": pen | {"width": 2.2}, "marker": mark | {"size": 8}}
-            traces.append(common | _path(self.whole) | thick | _hover(text))
+            if max(self.whole.seeds) > 1 and band:
+                traces.append(common | _band(self.whole, self.line.style))
+            traces.append(common | self._mean(self.whole))
         for index, (run, part) in enumerate(self.parts):
-            thin = {"line": pen | {"width": 1}, "marker": mark | {"size": 5}}
-            text = f"{plain(name)}<br>seed {run.seed}, {plain(run.state)}"
-            first = self.whole is None and index == 0
-            traces.append(common | _path(part) | thin | _hover(text) | {"showlegend": first})
+            in_legend = self.whole is None and index == 0
+            traces.append(common | self._single(run, part) | {"showlegend": in_legend})
         return traces
+
+    def _mean(self, whole: Curve) -> Trace:
+        """A thick line for the mean of the finished runs."""
+        seeds = max(whole.seeds)
+        text = plain(self.line.name)
+        if seeds > 1:
+            text += f"<br>mean of {seeds} seeds"
+        look = {"line": self._pen(2.2), "marker": self._marker(8)}
+        return _path(whole) | look | _hover(text)
+
+    def _single(self, run: Run, part: Curve) -> Trace:
+        """A thin line for one run."""
+        text = f"{plain(self.line.name)}<br>seed {run.seed}, {plain(run.state)}"
+        look = {"line": self._pen(1), "marker": self._marker(5)}
+        return _path(part) | look | _hover(text)
+
+    def _pen(self, width: float) -> Trace:
+        return {"color": self.line.style.colour, "dash": self.line.style.dash, "width": width}
+
+    def _marker(self, size: int) -> Trace:
+        longest = max(len(found.x) for found in self.curves)
+        most = MARKS
+        if longest <= ALL_MARKED:
+            most = 0  # plotly marks every point
+        look = self.line.style
+        return {"symbol": look.marker, "color": look.colour, "maxdisplayed": most, "size": size}
 
 
 def _path(curve: Curve) -> Trace:
@@ -80,12 +115,21 @@ def _path(curve: Curve) -> Trace:
 
 
 def _band(curve: Curve, look: Style) -> Trace:
-    around = {"x": curve.x + curve.x[::-1], "y": curve.high + curve.low[::-1], "mode": "lines", "line": {"width": 0}}
-    return around | {"fill": "toself", "fillcolor": look.faint(0.12), "hoverinfo": "skip", "showlegend": False}
+    """A filled area from the lowest seed to the highest."""
+    return {
+        "x": curve.x + curve.x[::-1],
+        "y": curve.high + curve.low[::-1],
+        "mode": "lines",
+        "line": {"width": 0},
+        "fill": "toself",
+        "fillcolor": look.faint(0.12),
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
 
 
 def _hover(text: str) -> Trace:
-    """What a pointer is told; the text stands in `meta`, where nothing in it is taken for a placeholder."""
+    """What the pointer shows. The text is in `meta`, where nothing in it is taken for a placeholder."""
     return {"meta": text, "hovertemplate": "%{meta}<br>%{x:,.4~g}: %{y:.5~g}<extra></extra>"}
 
 
@@ -99,36 +143,56 @@ class OverTraining:
     def __init__(self, study: Study, axis: str | None = None) -> None:
         self.study = study
         self.axis = axis or axis_of(study.runs)
-        self.end = reach(study.runs, self.axis)
+        self.end = end_of(study.runs, self.axis)
         self.styles = styles(study.variants, (study.sweep or {}).get("baseline"))
 
     def lines(self, column: str, suffix: str = "") -> list[Line]:
-        """One column, a line for each variant."""
-        return [
-            Line(name + suffix, self.study.of(name), column, self.styles[name], name) for name in self.study.variants
-        ]
+        """A line for each variant over one column; the suffix is added to the names."""
+        found = []
+        for name in self.study.variants:
+            runs = self.study.of(name)
+            found.append(Line(name + suffix, runs, column, self.styles[name], name))
+        return found
 
     def losses(self) -> list[Line]:
-        """A single run's training losses, a line for each."""
+        """A line for each training loss of a single run."""
         columns = self.columns([LOSS, "loss/mtp/"])
         looks = styles(columns, LOSS)
-        return [Line(c.removeprefix("loss/"), self.study.runs, c, looks[c], c) for c in columns]
+        found = []
+        for column in columns:
+            name = column.removeprefix("loss/")
+            found.append(Line(name, self.study.runs, column, looks[column], column))
+        return found
 
     def columns(self, prefixes: Iterable[str]) -> list[str]:
-        """The columns that some run has values in and whose name begins so, sorted."""
-        named = {c for run in self.study.runs if run.metrics is not None for c in run.metrics}
+        """The columns that begin with one of the prefixes and have values in some run, sorted."""
         starts = tuple(prefixes)
-        return sorted(c for c in named if c.startswith(starts) and any(run.has(c) for run in self.study.runs))
+        found: set[str] = set()
+        for run in self.study.runs:
+            if run.metrics is not None:
+                found.update(c for c in run.metrics if c.startswith(starts) and run.has(c))
+        return sorted(found)
 
     def figure(self, blank: Figure, lines: list[Line], *, y: str, bands: bool = True) -> Figure:
-        """Fill a figure; `missing` says why it would be empty, and is dropped where it is not."""
-        found = [Drawn(line, *self._curves(line)) for line in lines]
-        drawn = sorted((d for d in found if d.whole or d.parts), key=lambda d: -d.last)
+        """Fills a figure with the lines that have values; where none has, it is returned as it is.
+
+        Args:
+            blank: a figure whose `missing` says why it would be empty.
+            lines: to draw; the legend has them in the order in which they end, the highest first.
+            y: title of the vertical axis.
+            bands: whether bands over the seeds are drawn.
+        """
+        drawn = []
+        for line in lines:
+            found = Drawn(line, *self._curves(line))
+            if found.curves:
+                drawn.append(found)
         if not drawn:
             return blank
+        drawn.sort(key=lambda found: -found.last)
         blank.missing = None
-        for rank, one in enumerate(drawn):
-            blank.traces += one.traces(rank, band=bands)
+        for rank, found in enumerate(drawn):
+            blank.traces += found.traces(rank, band=bands)
         axis = {"title": {"text": self.x_title}, "range": [0, 1.01 * self.end]}
         blank.layout = {"xaxis": axis, "yaxis": {"title": {"text": y}}} | blank.layout
         blank.note = " ".join(filter(None, [blank.note, *_reading(drawn, bands=bands)]))
@@ -136,33 +200,44 @@ class OverTraining:
 
     @property
     def x_title(self) -> str:
-        """What the figures run over."""
+        """The title of the horizontal axis."""
         return {"tokens": "training tokens", "step": "steps"}.get(self.axis, self.axis)
 
     def _curves(self, line: Line) -> tuple[Curve | None, list[tuple[Run, Curve]]]:
-        done = [run for run in line.runs if run.state == "done" or self.study.sweep is None]
-        rest = [run for run in line.runs if run not in done]
-        whole = curve(done, line.column, axis=self.axis, end=self.end)
-        parts = [(run, curve([run], line.column, axis=self.axis, end=self.end)) for run in rest]
-        return whole, [(run, part) for run, part in parts if part is not None]
+        """The curve of the finished runs together (all runs where there is no sweep), and those of the others."""
+        done = []
+        parts = []
+        for run in line.runs:
+            if run.state == "done" or self.study.sweep is None:
+                done.append(run)
+                continue
+            part = curve([run], line.column, axis=self.axis, end=self.end)
+            if part is not None:
+                parts.append((run, part))
+        return curve(done, line.column, axis=self.axis, end=self.end), parts
 
 
 def _reading(drawn: list[Drawn], *, bands: bool) -> Iterable[str]:
-    curves = [found for one in drawn for found in one.curves]
-    every = max(c.every for c in curves)
+    """Sentences on how to read the lines."""
+    curves: list[Curve] = []
+    for found in drawn:
+        curves += found.curves
+    every = max(curve.every for curve in curves)
     if every > 1:
         yield f"Each point is the mean of up to {every} steps."
-    if any(max(c.seeds) > 1 for c in curves):
-        reach_to = ", bands reach from the lowest seed to the highest" if bands else ""
-        yield f"Lines are means over the seeds{reach_to}."
-    if any(one.parts for one in drawn):
+    if any(max(curve.seeds) > 1 for curve in curves):
+        about_bands = ""
+        if bands:
+            about_bands = ", bands reach from the lowest seed to the highest"
+        yield f"Lines are means over the seeds{about_bands}."
+    if any(found.parts for found in drawn):
         yield "Thin lines are single runs that have not finished, or failed."
     if len(drawn) > 1:
         yield "The legend is in the order in which the lines end."
 
 
 def training_loss(over: OverTraining) -> Figure:
-    """The loss that was trained on; for one run with the depths beside it.
+    """The training loss of each variant; the losses of all multi-token depths too where there is a single run.
 
     Several variants have no bands here: what a batch happens to hold is wider than what sets them apart, and
     `against_baseline` shows that.
@@ -171,33 +246,50 @@ def training_loss(over: OverTraining) -> Figure:
     lines = over.lines(LOSS)
     if over.study.sweep is None:
         lines = over.losses()
-    return _framed(over.figure(figure, lines, y="nats per token", bands=len(lines) == 1), over.end)
+    over.figure(figure, lines, y="nats per token", bands=len(lines) == 1)
+    return _framed(figure, over.end)
 
 
 def _framed(figure: Figure, end: float) -> Figure:
-    """Leave the first steep fall above the frame; not where there is little after it."""
-    points = [(x, y) for trace in figure.traces for x, y in zip(trace["x"], trace["y"], strict=True)]
-    late = [y for x, y in points if x > STEEP * end]
-    if len(late) < 20 or max(late) >= 0.95 * max(y for _, y in points):
+    """Leaves the first steep fall above the frame, unless too little comes after it."""
+    values = []
+    late = []
+    for trace in figure.traces:
+        values += trace["y"]
+        late += values_after(trace, STEEP * end)
+    if len(late) < 20 or max(late) >= 0.95 * max(values):
         return figure
-    room = 0.04 * (max(late) - min(late))
-    figure.layout["yaxis"] |= {"range": [min(late) - room, max(late) + room], "autorange": False}
-    figure.note += f" The first {STEEP:.0%} lie above the frame: double-click the figure to see all."
+    margin = 0.04 * (max(late) - min(late))
+    limits = [min(late) - margin, max(late) + margin]
+    figure.layout["yaxis"] |= {"range": limits, "autorange": False}
+    figure.note += (
+        f" The first {STEEP:.0%} lie above the frame: double-click the figure to see all."
+    )
     return figure
 
 
+def values_after(trace: Trace, start: float) -> list[float]:
+    """The values of a trace whose place on the horizontal axis is above `start`."""
+    return [y for x, y in zip(trace["x"], trace["y"], strict=True) if x > start]
+
+
 def validation(over: OverTraining, metric: str, words: str) -> Figure:
-    """The metric at each validation; bits per byte where the metric is nothing that is validated."""
-    column = metric if any(run.has(metric) for run in over.study.runs) else "val_bits_per_byte"
-    title = words if column == metric else "validation bits per byte"
-    blank = Figure("validation", f"Over training: {title}", missing="No run has been validated yet.")
+    """The metric at each validation; bits per byte where validation does not give the metric."""
+    column = "val_bits_per_byte"
+    if any(run.has(metric) for run in over.study.runs):
+        column = metric
+    title = "validation bits per byte"
+    if column == metric:
+        title = words
+    missing = "No run has been validated yet."
+    blank = Figure("validation", f"Over training: {title}", missing=missing)
     if validated_once(over.study, [column]):
         return at_the_end(replace(blank, title=title.capitalize()), over.study, {"": column}, title)
     return _framed(over.figure(blank, over.lines(column), y=title), over.end)
 
 
 def violation(over: OverTraining) -> Figure:
-    """How uneven the load was."""
+    """MaxVio over training: how uneven the load of the experts was."""
     blank = Figure(
         "maxvio",
         "MaxVio: how uneven the experts' load is",
@@ -205,16 +297,29 @@ def violation(over: OverTraining) -> Figure:
         missing="No run has logged an expert's load: there are no expert layers, or no step has been done.",
     )
     figure = over.figure(blank, over.lines("load/max_vio_batch"), y="MaxVio of the step")
-    values = [y for trace in figure.traces for y in trace["y"] if y > 0]
-    if values and max(values) > 20 * min(values):
-        ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)]
-        ticks = ticks if max(values) < 1e3 * min(values) else ticks[::3]
-        figure.layout["yaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
-        zeros = any(y <= 0 for trace in figure.traces for y in trace["y"])
-        figure.note += " The vertical axis is logarithmic" + (", so a MaxVio of 0 is below it." if zeros else ".")
-    elif values:
+    values = []
+    for trace in figure.traces:
+        values += trace["y"]
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) > 20 * min(positive):
+        figure.layout["yaxis"] |= _log_axis(min(positive), max(positive))
+        figure.note += " The vertical axis is logarithmic"
+        if len(positive) < len(values):
+            figure.note += ", so a MaxVio of 0 is below it."
+        else:
+            figure.note += "."
+    elif positive:
         figure.layout["yaxis"] |= {"rangemode": "tozero"}
     return figure
+
+
+def _log_axis(lowest: float, highest: float) -> dict[str, Any]:
+    """A logarithmic axis with marks at 1, 2 and 5 of each decade; at 1 alone where it spans more than three decades."""
+    factors: tuple[int, ...] = (1, 2, 5)
+    if highest >= 1e3 * lowest:
+        factors = (1,)
+    ticks = [factor * 10.0**decade for decade in range(-6, 7) for factor in factors]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def acceptance(over: OverTraining) -> Figure:
@@ -226,21 +331,33 @@ def acceptance(over: OverTraining) -> Figure:
         missing="No run has a multi-token module that has been validated.",
     )
     columns = over.columns(["val/mtp/acceptance_"])
-    depths = {column: f", depth {column.rpartition('_')[2]}" if len(columns) > 1 else "" for column in columns}
+    by_suffix = {}
+    for column in columns:
+        suffix = ""
+        if len(columns) > 1:
+            suffix = f", depth {_depth(column)}"
+        by_suffix[suffix] = column
     if validated_once(over.study, columns):
-        return at_the_end(blank, over.study, {suffix: column for column, suffix in depths.items()}, "fraction")
-    lines = []
-    for (column, suffix), dash in zip(depths.items(), cycle(DASHES), strict=False):
-        found = over.lines(column, suffix)
-        lines += [replace(line, style=replace(line.style, dash=dash)) for line in found] if suffix else found
+        return at_the_end(blank, over.study, by_suffix, "fraction")
+    lines: list[Line] = []
+    for (suffix, column), dash in zip(by_suffix.items(), cycle(DASHES), strict=False):
+        for line in over.lines(column, suffix):
+            look = line.style
+            if suffix:  # a dash stands for a depth, not for a variant
+                look = replace(look, dash=dash)
+            lines.append(replace(line, style=look))
     figure = over.figure(blank, lines, y="fraction")
     if len(columns) == 1 and not figure.missing:
-        figure.note = f"Depth {columns[0].rpartition('_')[2]}. {figure.note}"
+        figure.note = f"Depth {_depth(columns[0])}. {figure.note}"
     return figure
 
 
+def _depth(column: str) -> str:
+    return column.rpartition("_")[2]
+
+
 def speed(over: OverTraining) -> Figure:
-    """One run's tokens per second over training."""
+    """The tokens per second of one run over training."""
     blank = Figure("throughput", "Throughput", missing="No throughput has been logged yet.")
     figure = over.figure(blank, over.lines("tokens_per_second"), y="tokens per second")
     if not figure.missing:

@@ -78,7 +78,7 @@
     return { rows: Math.ceil(shown.length / across), layout: { showlegend: true } };
   };
 
-  // Panels share both axes. They stand in as many columns as there is room for, and name an axis where it leaves the page.
+  // Panels share both axes. They stand in as many columns as fit, and name an axis where it leaves the page.
   const panelsOf = (figure, width) => {
     const { xaxis, yaxis } = figure.layout;
     const columns = Math.min(figure.panels, width >= 1000 ? 3 : width >= 560 ? 2 : 1);

@@ -1,4 +1,4 @@
-"""Puts the report together: one page that holds its data, its style, its script and plotly's, and asks for nothing."""
+"""Writes the report: one page that holds its data, its style, its script and plotly's, and loads nothing else."""
 
 import os
 import re
@@ -24,7 +24,10 @@ from core.reports.paired import against_baseline
 
 
 def write(folder: Path, file: Path) -> dict[str, Any]:
-    """Write the report on a folder and say what it is about.
+    """Writes the report on a folder.
+
+    Returns:
+        The file, whether it is about a run or a sweep, its bytes, and the number of runs in each state.
 
     Raises:
         UserError: there is neither run nor sweep, or the file cannot be written.
@@ -37,13 +40,20 @@ def write(folder: Path, file: Path) -> dict[str, Any]:
         os.replace(temporary, file)
     except OSError as cause:
         raise UserError(f"--out {file}: cannot be written: {cause.strerror}") from cause
-    counts = {state: study.count(state) for state in ("done", "failed", "running", "interrupted", "waiting")}
     kind = "run" if study.sweep is None else "sweep"
-    return {"file": str(file), "kind": kind, "bytes": file.stat().st_size, "runs": len(study.runs), **counts}
+    result = {
+        "file": str(file),
+        "kind": kind,
+        "bytes": file.stat().st_size,
+        "runs": len(study.runs),
+    }
+    for state in ("done", "failed", "running", "interrupted", "waiting"):
+        result[state] = study.count(state)
+    return result
 
 
 def render(study: Study) -> str:
-    """The page's text."""
+    """The report on a study as the text of an HTML page."""
     from jinja2 import DictLoader, Environment, StrictUndefined
     from plotly.offline import get_plotlyjs  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
@@ -62,17 +72,26 @@ def render(study: Study) -> str:
 
 
 def soft(text: str, ends: str = "_+/=") -> Any:
-    """A name as HTML that may be broken where its words end."""
+    """A name as HTML in which a line may be broken after each of the characters `ends`."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(f"([{re.escape(ends)}])", r"\1<wbr>", str(escape(text))))
 
 
 def context(study: Study) -> dict[str, Any]:
-    """Everything that the template fills in."""
+    """The values that the template fills in."""
     metric = words.metric_words(study.metric)
     loads = experts(study)
     figures = figures_of(study, metric)
+    results = None
+    runs = None
+    numbers: list[tuple[str, str]] = []
+    if study.sweep is None:
+        numbers = table.key_numbers(study.runs[0])
+    else:
+        results = table.results(study)
+        runs = table.every_run(study, metric)
+    drawn = [figure.document() for figure in figures if not figure.missing]
     return {
         "study": study,
         "sweep": study.sweep,
@@ -82,13 +101,13 @@ def context(study: Study) -> dict[str, Any]:
         "progress": words.progress(study),
         "in_short": words.in_short(study),
         "warnings": words.warnings(study),
-        "results": table.results(study) if study.sweep is not None else None,
-        "runs": table.every_run(study, metric) if study.sweep is not None else None,
+        "results": results,
+        "runs": runs,
         "recipes": table.recipes(study),
-        "numbers": table.key_numbers(study.runs[0]) if study.sweep is None else [],
+        "numbers": numbers,
         "figures": figures,
         "experts": loads,
-        "data": {"figures": [f.document() for f in figures if not f.missing], "experts": loads.runs},
+        "data": {"figures": drawn, "experts": loads.runs},
         "facts": provenance.facts(study),
         "command": provenance.command(study),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -96,16 +115,31 @@ def context(study: Study) -> dict[str, Any]:
 
 
 def figures_of(study: Study, metric: str) -> list[Figure]:
-    """All figures but those of the experts, which the page's script draws from the loads themselves."""
+    """All figures but those of the experts, which the page's script draws from the loads themselves.
+
+    Args:
+        metric: the words for the metric by which the variants are compared.
+    """
     over = OverTraining(study)
-    loss, later = training_loss(over), [validation(over, study.metric, metric), violation(over)]
+    figures = [training_loss(over)]
+    if len(study.variants) > 1:
+        figures.append(against_baseline(over))
+    figures.append(validation(over, study.metric, metric))
+    figures.append(violation(over))
     if study.sweep is None:
-        return [loss, *later, cost.against_flops(study), cost.against_time(study), acceptance(over), speed(over)]
-    curves = [loss, *([against_baseline(over)] if len(study.variants) > 1 else []), *later]
-    costs = [points.against_flops(study, study.metric, metric), points.against_time(study, study.metric, metric)]
-    return [points.differences(study, metric), *curves, *costs, acceptance(over), points.throughput(study)]
+        figures.append(cost.against_flops(study))
+        figures.append(cost.against_time(study))
+        figures.append(acceptance(over))
+        figures.append(speed(over))
+        return figures
+    figures.insert(0, points.differences(study, metric))
+    figures.append(points.against_flops(study, study.metric, metric))
+    figures.append(points.against_time(study, study.metric, metric))
+    figures.append(acceptance(over))
+    figures.append(points.throughput(study))
+    return figures
 
 
 def _own(name: str) -> str:
-    """A file that lies beside this one."""
+    """The text of a file of this package."""
     return resources.files("core.reports").joinpath(name).read_text(encoding="utf-8")

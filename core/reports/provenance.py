@@ -1,4 +1,4 @@
-"""Where the numbers come from: distributions, versions, machines, data, commands."""
+"""Provenance of the numbers: distributions, versions, machines, data, commands."""
 
 import shlex
 from collections import Counter
@@ -6,60 +6,92 @@ from typing import Any
 
 from core.reports.folder import Run, Study
 
-TOLD = ("components", "command", "commit", "dirty", "gpus")
-"""What is recorded and not told under its own name."""
+SHOWN_ELSEWHERE = ("components", "command", "commit", "dirty", "gpus")
+"""Keys of `provenance.json` that are not shown under their own names."""
 
 
 def facts(study: Study) -> list[tuple[str, list[str]]]:
-    """What is recorded, and each value of it with the number of runs where the runs differ."""
+    """Pairs of a heading and its values; each value has the number of its runs where the runs differ."""
     runs = [run for run in study.runs if run.provenance]
     found: dict[str, Counter[str]] = {}
     for run in runs:
-        for key, value in _of(run):
-            found.setdefault(key, Counter())[value] += 1
-    told = []
-    for key, counts in found.items():
-        same = len(counts) == 1 or key == "parts"
-        told.append((key, [v if same else f"{v} ({n} of {len(runs)} runs)" for v, n in counts.items()]))
-    return told
+        for heading, value in _facts_of(run):
+            found.setdefault(heading, Counter())[value] += 1
+    pairs = []
+    for heading, counts in found.items():
+        values = list(counts)
+        if len(counts) > 1 and heading != "parts":
+            values = [f"{value} ({n} of {len(runs)} runs)" for value, n in counts.items()]
+        pairs.append((heading, values))
+    return pairs
 
 
-def _of(run: Run) -> list[tuple[str, str]]:
-    """Pairs of a heading and a value; whatever plain value was recorded is told under its own name."""
+def _facts_of(run: Run) -> list[tuple[str, str]]:
+    """Pairs of a heading and a value of one run; a recorded value without special treatment stands under its key."""
     recorded = run.provenance
-    parts = [p for p in recorded.get("components") or [] if isinstance(p, dict)]
-    owners = sorted({f"{p.get('distribution')} {p.get('version')}" for p in parts})
-    used = sorted({f"{p.get('slot')}: {p.get('name')} ({p.get('distribution')})" for p in parts})
-    pairs = [("distributions", ", ".join(owners))] + [("parts", part) for part in used]
+    pairs = _facts_of_components(recorded.get("components") or [])
     if recorded.get("commit"):
-        pairs.append(("commit", f"{recorded['commit']}{', with changes' if recorded.get('dirty') else ''}"))
-    gpus = Counter(map(str, recorded.get("gpus") or []))
-    pairs.append(("GPU", ", ".join(f"{count} × {name}" if count > 1 else name for name, count in gpus.items())))  # noqa: RUF001
+        commit = str(recorded["commit"])
+        if recorded.get("dirty"):
+            commit += ", with changes"
+        pairs.append(("commit", commit))
+    pairs.append(("GPU", _counted(recorded.get("gpus") or [])))
     for key, value in recorded.items():
-        if key in TOLD or value in (None, [], {}):
+        if key in SHOWN_ELSEWHERE or value in (None, [], {}):
             continue
         if isinstance(value, dict):
             pairs.append((key, ", ".join(f"{k} {v}" for k, v in value.items())))
+        elif isinstance(value, list):
+            pairs.append((key.replace("_", " "), ", ".join(map(str, value))))
         else:
-            pairs.append((key.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
-    return [(key, value) for key, value in pairs if value]
+            pairs.append((key.replace("_", " "), str(value)))
+    return [(heading, value) for heading, value in pairs if value]
+
+
+def _facts_of_components(components: list[Any]) -> list[tuple[str, str]]:
+    """All distributions in one value, and one value for each component."""
+    owners = set()
+    parts = set()
+    for component in components:
+        if isinstance(component, dict):
+            distribution = component.get("distribution")
+            owners.add(f"{distribution} {component.get('version')}")
+            parts.add(f"{component.get('slot')}: {component.get('name')} ({distribution})")
+    pairs = [("distributions", ", ".join(sorted(owners)))]
+    pairs += [("parts", part) for part in sorted(parts)]
+    return pairs
+
+
+def _counted(gpus: list[Any]) -> str:
+    """The names of GPUs, with their number where a name occurs more than once."""
+    found = []
+    for name, count in Counter(map(str, gpus)).items():
+        if count > 1:
+            found.append(f"{count} \u00d7 {name}")
+        else:
+            found.append(name)
+    return ", ".join(found)
 
 
 def command(study: Study) -> str | None:
-    """What to type to get these runs again."""
+    """The command that makes these runs again; None where it was not recorded."""
     if study.sweep is not None:
-        told: Any = study.sweep.get("command")
-        return str(told) if told else None
-    recorded = study.runs[0].provenance.get("command")
-    return as_door(str(recorded)) if recorded else None
+        recorded = study.sweep.get("command")
+    else:
+        recorded = study.runs[0].provenance.get("command")
+    if not recorded:
+        return None
+    if study.sweep is not None:
+        return str(recorded)
+    return _as_typed(str(recorded))
 
 
-def as_door(recorded: str) -> str:
-    """`fit.py RECIPE`, as a run records it, as it is typed: `python -m core.fit RECIPE`."""
+def _as_typed(recorded: str) -> str:
+    """The command as it is typed, `python -m core.fit RECIPE`, where a run records `fit.py RECIPE`."""
     try:
         first, *rest = shlex.split(recorded)
     except ValueError:
         return recorded
-    return (
-        shlex.join(["python", "-m", f"core.{first.removesuffix('.py')}", *rest]) if first.endswith(".py") else recorded
-    )
+    if first.endswith(".py"):
+        return shlex.join(["python", "-m", f"core.{first.removesuffix('.py')}", *rest])
+    return recorded

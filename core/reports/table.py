@@ -19,7 +19,7 @@ class Cell:
     Args:
         text: what is shown.
         under: a second, smaller line.
-        value: what it is sorted by; None goes last.
+        value: sorts the rows; a cell without one goes last.
         kind: a class of the style sheet.
     """
 
@@ -44,7 +44,7 @@ class Table:
 
     Args:
         cut: after how many columns it is cut in two for paper, on which nothing scrolls; the first column stands in
-            both. A group is never cut.
+            both. No group of columns is cut.
     """
 
     columns: list[Column]
@@ -53,7 +53,7 @@ class Table:
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """Neighbouring columns of one group: its name and how many they are."""
+        """The groups of neighbouring columns: the name of each and how many columns it has."""
         found: list[tuple[str, int]] = []
         for column in self.columns:
             if found and found[-1][0] == column.group:
@@ -65,11 +65,23 @@ class Table:
 
 COLUMNS = [
     Column("variant", "", "the first column; sort by any heading"),
-    Column("verdict", "result", "better or worse only where the interval leaves out 0 and Holm's p is below 0.05"),
+    Column(
+        "verdict",
+        "result",
+        "better or worse only where the interval leaves out 0 and Holm's p is below 0.05",
+    ),
     Column("seeds", "result", "finished runs with a value"),
     Column("mean", "result", "mean over seeds, with its 95% interval by Student's t"),
-    Column("difference", "result", "to the baseline, mean of the seeds' differences, with its 95% interval"),
-    Column("effect size", "result", "mean difference / standard deviation of the differences (Cohen's d_z)"),
+    Column(
+        "difference",
+        "result",
+        "to the baseline, mean of the seeds' differences, with its 95% interval",
+    ),
+    Column(
+        "effect size",
+        "result",
+        "mean difference / standard deviation of the differences (Cohen's d_z)",
+    ),
     Column("Holm p", "result", "p of a paired t test, corrected for the number of variants"),
     Column("params", "model", "of the main model"),
     Column("active", "model", "parameters used by one token"),
@@ -86,124 +98,234 @@ COLUMNS = [
 
 def results(study: Study) -> Table:
     """A row for each variant."""
+    sweep = study.sweep or {}
     found = {str(row.get("variant")): row for row in study.results.get("rows") or []}
-    facts = {str(v["name"]): v for v in (study.sweep or {}).get("variants") or []}
+    facts = {str(variant["name"]): variant for variant in sweep.get("variants") or []}
     decimals = _decimals(list(found.values()))
-    baseline = (study.sweep or {}).get("baseline")
     rows = []
     for name in study.variants:
-        row, fact, runs = found.get(name, {}), facts.get(name, {}), study.of(name)
-        statistics = _statistics(row, runs, decimals, is_baseline=name == baseline)
-        statistics[0] = replace(statistics[0], under=caveats(study, name))
-        rows.append([Cell(name, value=name, kind="name"), *statistics, *_facts(fact), *_measured(runs)])
+        runs = study.of(name)
+        is_baseline = name == sweep.get("baseline")
+        verdict, *statistics = _statistics(
+            found.get(name, {}), runs, decimals, is_baseline=is_baseline
+        )
+        cells = [
+            Cell(name, value=name, kind="name"),
+            replace(verdict, under=caveats(study, name)),
+            *statistics,
+            *_facts(facts.get(name, {})),
+            *_measured(runs),
+        ]
+        rows.append(cells)
     return Table(COLUMNS, rows, cut=1 + sum(column.group == "result" for column in COLUMNS))
 
 
 def _decimals(rows: list[dict[str, Any]]) -> int:
-    """As many as show two digits of the smallest half of an interval; four without intervals."""
-    halves = [(row["high"] - row["low"]) / 2 for row in rows if finite(row.get("low")) is not None]
-    smallest = min((half for half in halves if half > 0), default=None)
-    return 4 if smallest is None else max(0, min(6, 1 - math.floor(math.log10(smallest))))
+    """The decimals that show two digits of the smallest half of an interval, at most 6; 4 without intervals."""
+    halves = []
+    for row in rows:
+        if finite(row.get("low")) is not None:
+            half = (row["high"] - row["low"]) / 2
+            if half > 0:
+                halves.append(half)
+    if not halves:
+        return 4
+    return max(0, min(6, 1 - math.floor(math.log10(min(halves)))))
 
 
-def _statistics(row: dict[str, Any], runs: list[Run], decimals: int, *, is_baseline: bool) -> list[Cell]:
-    average, count = finite(row.get("mean")), row.get("n") or 0
-    gone = sum(run.state == "failed" for run in runs)
-    failed = f"{gone} failed" if gone else ""
-    seeds = Cell(f"{count} of {len(runs)}", failed, count)
+def _statistics(
+    row: dict[str, Any], runs: list[Run], decimals: int, *, is_baseline: bool
+) -> list[Cell]:
+    """The cells of the group `result`: verdict, seeds, mean, difference, effect size, Holm's p."""
+    count = row.get("n") or 0
+    average = finite(row.get("mean"))
     mean_cell = Cell(number(average, decimals), _from_to(row, decimals), average)
     if is_baseline:
-        blank = [Cell(NONE, value=None)] * 3
-        return [Cell("baseline", value="baseline", kind="verdict"), seeds, mean_cell, *blank]
+        verdict_cell = Cell("baseline", value="baseline", kind="verdict")
+        return [verdict_cell, _seeds(count, runs), mean_cell, *[Cell(NONE, value=None)] * 3]
     difference = row.get("difference") or {}
-    value, effect, p = (finite(difference.get(key)) for key in ("mean", "effect_size", "p_holm"))
-    verdict = str(difference.get("verdict") or ("too few seeds" if count else "no result yet"))
-    strong = verdict if verdict in ("better", "worse") else ""
+    value = finite(difference.get("mean"))
+    effect = finite(difference.get("effect_size"))
+    p = finite(difference.get("p_holm"))
     return [
-        *(Cell(verdict, value=verdict, kind=f"verdict {strong}"), seeds, mean_cell),
+        _verdict(difference, count),
+        _seeds(count, runs),
+        mean_cell,
         Cell(signed(value, decimals), _from_to(difference, decimals, signed), value),
-        *(Cell(signed(effect, 2), value=effect), Cell(_p(p), value=p)),
+        Cell(signed(effect, 2), value=effect),
+        Cell(_p(p), value=p),
     ]
 
 
-def _from_to(of: dict[str, Any], decimals: int, write: Callable[[float | None, int], str] = number) -> str:
-    low, high = finite(of.get("low")), finite(of.get("high"))
-    return "" if low is None or high is None else f"{write(low, decimals)} to {write(high, decimals)}"
+def _seeds(count: int, runs: list[Run]) -> Cell:
+    """How many of the runs count, and how many failed."""
+    failed = sum(run.state == "failed" for run in runs)
+    under = ""
+    if failed:
+        under = f"{failed} failed"
+    return Cell(f"{count} of {len(runs)}", under, count)
+
+
+def _verdict(difference: dict[str, Any], count: int) -> Cell:
+    """The verdict on a variant with `count` values, or why there is none."""
+    verdict = difference.get("verdict")
+    if not verdict and count:
+        verdict = "too few seeds"
+    elif not verdict:
+        verdict = "no result yet"
+    strong = ""
+    if verdict in ("better", "worse"):
+        strong = verdict
+    return Cell(str(verdict), value=str(verdict), kind=f"verdict {strong}")
+
+
+def _from_to(
+    interval: dict[str, Any], decimals: int, write: Callable[[float | None, int], str] = number
+) -> str:
+    """The limits of an interval; "" where it has none."""
+    low = finite(interval.get("low"))
+    high = finite(interval.get("high"))
+    if low is None or high is None:
+        return ""
+    return f"{write(low, decimals)} to {write(high, decimals)}"
 
 
 def _p(p: float | None) -> str:
-    return NONE if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+    if p is None:
+        return NONE
+    elif p < 1e-4:
+        return "< 0.0001"
+    elif p < 0.1:
+        return f"{p:.2g}"
+    return f"{p:.2f}"
 
 
 def _facts(fact: dict[str, Any]) -> list[Cell]:
-    def size(key: str, units: str) -> Cell:
-        value = finite(fact.get(key))
-        return Cell(NONE if value is None else short(value, units), value=value)
+    """The cells of the groups `model` and `routing`, from a variant's entry in `sweep.json`."""
+    cache_bytes = finite(fact.get("kv_bytes_per_token"))
+    return [
+        _size(fact, "params_total", "KMBT"),
+        _size(fact, "params_active", "KMBT"),
+        _size(fact, "flops_per_token", "KMGT"),
+        Cell(number(cache_bytes, 0), value=cache_bytes),
+        _capacity(fact),
+        _promise(fact, "drops"),
+        _promise(fact, "causal"),
+    ]
 
-    kept, capacity = finite(fact.get("kv_bytes_per_token")), finite(fact.get("capacity_factor"))
-    limit = Cell("none" if fact else NONE) if capacity is None else Cell(f"{capacity:g}", value=capacity)
-    promises = [Cell(yes_no(fact.get(key)), value=yes_no(fact.get(key)), kind="word") for key in ("drops", "causal")]
-    sizes = [size("params_total", "KMBT"), size("params_active", "KMBT"), size("flops_per_token", "KMGT")]
-    return [*sizes, Cell(number(kept, 0), value=kept), limit, *promises]
+
+def _size(fact: dict[str, Any], key: str, units: str) -> Cell:
+    value = finite(fact.get(key))
+    if value is None:
+        return Cell(NONE)
+    return Cell(short(value, units), value=value)
+
+
+def _capacity(fact: dict[str, Any]) -> Cell:
+    capacity = finite(fact.get("capacity_factor"))
+    if capacity is not None:
+        return Cell(f"{capacity:g}", value=capacity)
+    if fact:
+        return Cell("none")
+    return Cell(NONE)
+
+
+def _promise(fact: dict[str, Any], key: str) -> Cell:
+    text = yes_no(fact.get(key))
+    return Cell(text, value=text, kind="word")
 
 
 def _measured(runs: list[Run]) -> list[Cell]:
-    def average(key: str, decimals: int, fallback: str = "") -> Cell:
-        values = [v for run in runs if (v := run.number(key)) is not None]
-        value = mean(values) if values else None
-        return Cell(number(value, decimals), value=value)
+    """The cells of the group `measured`: means of the runs' summaries."""
+    speeds = _values(runs, "tokens_per_second")
+    spread = ""
+    if len(speeds) > 1:
+        spread = f"{number(min(speeds), 0)} to {number(max(speeds), 0)}"
+    return [
+        _average(_values(runs, "max_vio_global"), 3),
+        _average(_values(runs, "dropped_fraction"), 4),
+        replace(_average(speeds, 0), under=spread),
+    ]
 
-    speeds = [v for run in runs if (v := run.number("tokens_per_second")) is not None]
-    spread = f"{number(min(speeds), 0)} to {number(max(speeds), 0)}" if len(speeds) > 1 else ""
-    speed = Cell(number(mean(speeds), 0), spread, mean(speeds)) if speeds else Cell(NONE)
-    return [average("max_vio_global", 3), average("dropped_fraction", 4), speed]
+
+def _values(runs: list[Run], key: str) -> list[float]:
+    """The finite numbers that the summaries have under a key."""
+    found = []
+    for run in runs:
+        value = run.number(key)
+        if value is not None:
+            found.append(value)
+    return found
+
+
+def _average(values: list[float], decimals: int) -> Cell:
+    """The mean of the values; a dash without any."""
+    if not values:
+        return Cell(NONE)
+    return Cell(number(mean(values), decimals), value=mean(values))
 
 
 def every_run(study: Study, metric_words: str) -> Table:
     """A row for each run: its state, and the reason where it failed."""
     titles = ["variant", "seed", "state", metric_words, "time", "folder"]
     some_failed = any(run.reason for run in study.runs)
-    columns = [Column(title, "", "") for title in titles + ["why it failed"] * some_failed]
+    if some_failed:
+        titles.append("why it failed")
     rows = []
     for run in study.runs:
         value = run.number(study.metric)
-        rows.append(
-            [
-                *(Cell(run.variant, value=run.variant, kind="name"), Cell(str(run.seed), value=finite(run.seed))),
-                *(Cell(run.state, value=run.state, kind="word"), Cell(number(value, 5), value=value)),
-                Cell(duration(run.seconds), value=run.seconds),
-                Cell(str(run.path.relative_to(study.path)), value=str(run.path), kind="text"),
-                *[Cell(run.reason or "", value=run.reason, kind="text")] * some_failed,
-            ]
-        )
-    return Table(columns, rows)
+        folder = run.path.relative_to(study.path)
+        cells = [
+            Cell(run.variant, value=run.variant, kind="name"),
+            Cell(str(run.seed), value=finite(run.seed)),
+            Cell(run.state, value=run.state, kind="word"),
+            Cell(number(value, 5), value=value),
+            Cell(duration(run.seconds), value=run.seconds),
+            Cell(str(folder), value=str(run.path), kind="text"),
+        ]
+        if some_failed:
+            cells.append(Cell(run.reason or "", value=run.reason, kind="text"))
+        rows.append(cells)
+    return Table([Column(title, "", "") for title in titles], rows)
 
 
 def recipes(study: Study) -> list[dict[str, Any]]:
-    """For each variant: its recipe, its overrides, and the keys in which it is not the baseline."""
+    """The recipe of each variant, its overrides, and the keys in which it differs from the baseline's."""
     found = []
     for variant in (study.sweep or {}).get("variants") or []:
-        differences = variant.get("differences") or {}
-        pairs = [(key, *(_shown(v) for v in pair)) for key, pair in differences.items()]
-        overrides = [str(o) for o in variant.get("overrides") or []]
-        found.append(
-            {"name": variant["name"], "recipe": variant.get("recipe"), "overrides": overrides, "differences": pairs}
-        )
+        differences = []
+        for key, (base, own) in (variant.get("differences") or {}).items():
+            differences.append((key, _shown(base), _shown(own)))
+        entry = {
+            "name": variant["name"],
+            "recipe": variant.get("recipe"),
+            "overrides": [str(override) for override in variant.get("overrides") or []],
+            "differences": differences,
+        }
+        found.append(entry)
     return found
 
 
 def _shown(value: Any) -> str:
-    return NONE if value is None else value if isinstance(value, str) else json.dumps(value)
+    """A value of a recipe; a dash where the recipe has no such key."""
+    if value is None:
+        return NONE
+    elif isinstance(value, str):
+        return value
+    return json.dumps(value)
 
 
 def key_numbers(run: Run) -> list[tuple[str, str]]:
-    """What one run measured, as its summary names it."""
-    hidden = ("notices",)
-    return [(key, _plain(value)) for key, value in run.summary.items() if key not in hidden]
+    """The keys of a run's summary with their values, without the notices, which stand among the warnings."""
+    return [(key, _plain(value)) for key, value in run.summary.items() if key != "notices"]
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     known = finite(value)
-    return number(known) if known is not None else NONE if value is None else str(value)
+    if known is not None:
+        return number(known)
+    elif value is None:
+        return NONE
+    return str(value)

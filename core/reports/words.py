@@ -1,6 +1,6 @@
-"""Numbers and results in words."""
+"""Numbers, durations, verdicts and warnings as the report words them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from core.reports.folder import Run, Study, finite
@@ -17,188 +17,289 @@ METRICS = {
 }
 LOSS = "loss/next_token"
 NONE = "–"  # noqa: RUF001 - a dash, as in tables
+UNFINISHED = ("running", "interrupted", "failed", "waiting")
+"""States of a run that has no result, in the order in which they are counted."""
 
 
 def metric_words(key: str) -> str:
-    """What a metric is, for people."""
+    """The meaning of a metric in words; the key itself where it is not one of `METRICS`."""
     return METRICS.get(key, key)
 
 
 def number(value: float | None, decimals: int | None = None) -> str:
-    """A number with so many decimals, or with four digits."""
+    """A number with the given decimals, or with four significant digits; a dash for None."""
     if value is None:
         return NONE
-    text = (
-        f"{value:,.{decimals}f}" if decimals is not None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    )
+    if decimals is not None:
+        text = f"{value:,.{decimals}f}"
+    elif abs(value) < 1e4:
+        text = f"{value:,.4g}"
+    else:
+        text = f"{value:,.0f}"
     return text.replace("-", "−")  # noqa: RUF001 - the minus sign
 
 
 def signed(value: float | None, decimals: int) -> str:
-    """A difference: its sign is always there."""
+    """A difference with its sign, also where it is positive; what is rounded to 0 has no sign."""
     if value is None:
         return NONE
-    value = round(value, decimals) or 0.0  # what is shown as nothing has no sign
-    return ("+" if value > 0 else "") + number(value, decimals)
+    shown = round(value, decimals) or 0.0
+    text = number(shown, decimals)
+    if shown > 0:
+        return f"+{text}"
+    return text
 
 
 def yes_no(value: Any) -> str:
-    """A promise of a recipe."""
-    return NONE if value is None else "yes" if value else "no"
+    """A truth value in words; a dash where it was not recorded."""
+    if value is None:
+        return NONE
+    elif value:
+        return "yes"
+    return "no"
 
 
 def listed(words: Iterable[str]) -> str:
-    """a, b and c."""
+    """The words as an enumeration: `a, b and c`."""
     *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
+    if not most:
+        return last
+    return f"{', '.join(most)} and {last}"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours."""
+    """A time in seconds, in minutes from 2 minutes on, in hours from 2 hours on."""
     if seconds is None:
         return NONE
     for unit, size in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s"
+
+
+def time_unit(longest: float) -> tuple[str, float]:
+    """The unit of an axis that reaches to `longest` seconds: its name, and how many seconds it has."""
+    if longest > 7200:
+        return "hours", 3600.0
+    if longest > 120:
+        return "minutes", 60.0
+    return "seconds", 1.0
 
 
 def progress(study: Study) -> str | None:
-    """That not everything is there yet; None where it is."""
+    """A sentence on how much is done; None where nothing is left to do."""
     if study.sweep is None:
         (run,) = study.runs
-        return _how_far(run) if run.state in ("running", "waiting") else None
-    rest_of = {state: study.count(state) for state in ("running", "interrupted", "failed", "waiting")}
-    if not any(count for state, count in rest_of.items() if state != "failed"):
+        if run.state in ("running", "waiting"):
+            return _progress_of_run(run)
         return None
-    rest = ", ".join(f"{count} {state}" for state, count in rest_of.items() if count)
-    how = "Not finished" if rest_of["interrupted"] and not rest_of["running"] else "In progress"
-    return f"{how}: {study.count('done')} of {len(study.runs)} runs done ({rest}). All numbers may still change."
+    counts = {state: study.count(state) for state in UNFINISHED}
+    if counts["running"] + counts["interrupted"] + counts["waiting"] == 0:
+        return None
+    rest = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    if counts["interrupted"] and not counts["running"]:
+        status = "Not finished"
+    else:
+        status = "In progress"
+    done = f"{study.count('done')} of {len(study.runs)} runs done"
+    return f"{status}: {done} ({rest}). All numbers may still change."
 
 
-def _how_far(run: Run) -> str:
-    step = run.metrics["step"].max() if run.has("step") else None
-    budget = run.recipe.get("budget") or {}
-    asked = {key: finite(budget.get(key)) for key in ("steps", "tokens")} if isinstance(budget, dict) else {}
-    if step is None:
+def _progress_of_run(run: Run) -> str:
+    if not run.has("step"):
         return "In progress: no step has been logged yet."
-    of = f" of {asked['steps']:,.0f}" if asked.get("steps") else ""
-    if not of and asked.get("tokens") and run.has("tokens"):
-        of = f", {run.metrics['tokens'].max():,.0f} of {asked['tokens']:,.0f} tokens"
-    return f"In progress, or stopped early: step {step:,.0f}{of}. There is no summary yet."
+    step = run.metrics["step"].max()
+    steps = _budgeted(run, "steps")
+    tokens = _budgeted(run, "tokens")
+    goal = ""
+    if steps:
+        goal = f" of {steps:,.0f}"
+    elif tokens and run.has("tokens"):
+        goal = f", {run.metrics['tokens'].max():,.0f} of {tokens:,.0f} tokens"
+    return f"In progress, or stopped early: step {step:,.0f}{goal}. There is no summary yet."
+
+
+def _budgeted(run: Run, key: str) -> float | None:
+    """A number of the recipe's section `budget`; None where it has none."""
+    budget = run.recipe.get("budget")
+    if isinstance(budget, dict):
+        return finite(budget.get(key))
+    return None
 
 
 def in_short(study: Study) -> list[str]:
-    """The verdicts, variants gathered; a sentence for each verdict there is."""
+    """A sentence for each verdict that occurs, naming the variants that have it."""
     baseline = str((study.sweep or {}).get("baseline"))
+    found = _by_verdict(study, baseline)
+    sentences = []
+    for word in ("better", "worse"):
+        if word in found:
+            sentences.append(f"{word.capitalize()} than {baseline}: {listed(found[word])}.")
+    if NOT_AFTER_HOLM in found:
+        corrected = f"No difference to {baseline} shown after Holm's correction, though the interval leaves out 0"
+        sentences.append(f"{corrected}: {listed(found[NOT_AFTER_HOLM])}.")
+    if NOTHING_SHOWN in found:
+        sentences.append(f"No difference to {baseline} shown: {listed(found[NOTHING_SHOWN])}.")
+    if not sentences and None in found:
+        return [f"There are too few seeds to distinguish any variant from {baseline}."]
+    if None in found:
+        sentences.append(f"Too few seeds in common with {baseline} to say: {listed(found[None])}.")
+    missing = seeds_without(study, baseline)
+    if sentences and missing:
+        rests_on = f"All of this rests on fewer seeds of {baseline} than were asked for"
+        sentences.append(f"{rests_on} ({missing}).")
+    return sentences
+
+
+def _by_verdict(study: Study, baseline: str) -> dict[str | None, list[str]]:
+    """Names of the variants that have runs, with their caveats, under their verdict; None where there is none."""
     found: dict[str | None, list[str]] = {}
     for row in study.results.get("rows") or []:
         if row.get("variant") == baseline or not row.get("n"):
             continue
         name = str(row.get("variant"))
-        but = caveats(study, name)
-        found.setdefault((row.get("difference") or {}).get("verdict"), []).append(f"{name} ({but})" if but else name)
-    told = [
-        f"{word.capitalize()} than {baseline}: {listed(found[word])}." for word in ("better", "worse") if word in found
-    ]
-    if NOT_AFTER_HOLM in found:
-        corrected = f"No difference to {baseline} shown after Holm's correction, though the interval leaves out 0"
-        told.append(f"{corrected}: {listed(found[NOT_AFTER_HOLM])}.")
-    if NOTHING_SHOWN in found:
-        told.append(f"No difference to {baseline} shown: {listed(found[NOTHING_SHOWN])}.")
-    if not told and None in found:
-        return [f"There are too few seeds to tell any variant from {baseline}."]
-    if None in found:
-        told.append(f"Too few seeds in common with {baseline} to say: {listed(found[None])}.")
-    if told and (but := seeds_without(study, baseline)):
-        told.append(f"All of this rests on fewer seeds of {baseline} than were asked for ({but}).")
-    return told
+        caveat = caveats(study, name)
+        if caveat:
+            name = f"{name} ({caveat})"
+        verdict = (row.get("difference") or {}).get("verdict")
+        found.setdefault(verdict, []).append(name)
+    return found
 
 
 def caveats(study: Study, name: str) -> str:
-    """What must be known wherever a variant's verdict stands; the warnings tell it in full."""
-    sweep = study.sweep or {}
-    fact: dict[str, Any] = next((v for v in sweep.get("variants") or [] if v["name"] == name), {})
-    found = ["not causal"] if fact.get("causal") is False else ["see its note"] if fact.get("notices") else []
-    if any(str(line).startswith(f"{name}:") for line in sweep.get("not_equal") or []):
+    """The reservations that stand beside a variant's verdict, in a few words; the warnings give them in full."""
+    fact = _recorded(study, name)
+    found = [seeds_without(study, name)]
+    if fact.get("causal") is False:
+        found.append("not causal")
+    elif fact.get("notices"):
+        found.append("see its note")
+    unequal = (study.sweep or {}).get("not_equal") or []
+    if any(str(line).startswith(f"{name}:") for line in unequal):
         found.append("not held equal")
-    return ", ".join(filter(None, [seeds_without(study, name), *found]))
+    return ", ".join(filter(None, found))
+
+
+def _recorded(study: Study, name: str) -> dict[str, Any]:
+    """The entry of `sweep.json` on a variant; {} where it has none."""
+    for variant in (study.sweep or {}).get("variants") or []:
+        if variant["name"] == name:
+            return dict(variant)
+    return {}
 
 
 def seeds_without(study: Study, name: str) -> str:
-    """How many of a variant's seeds count nowhere, because they failed or finished without the metric."""
+    """How many of a variant's runs count nowhere: those that failed, and those that finished without the metric."""
     runs = study.of(name)
-    failed, lost = sum(run.state == "failed" for run in runs), sum(_is_lost(study, run) for run in runs)
-    told = [f"{failed} of {len(runs)} failed"] * bool(failed) + [f"{lost} of {len(runs)} without a value"] * bool(lost)
-    return ", ".join(told)
+    failed = sum(run.state == "failed" for run in runs)
+    lost = sum(_is_lost(study, run) for run in runs)
+    counts = []
+    if failed:
+        counts.append(f"{failed} of {len(runs)} failed")
+    if lost:
+        counts.append(f"{lost} of {len(runs)} without a value")
+    return ", ".join(counts)
 
 
 def warnings(study: Study) -> list[tuple[str, list[str]]]:
-    """What a reader must know before any number: headings and their sentences."""
-    sweep = study.sweep or {}
-    failed = [_failure(study, run) for run in study.runs if run.state == "failed"]
-    rose = [s for run in study.runs if (s := _rise(study, run))]
-    skipped = [s for run in study.runs if (s := _skipped(study, run))]
-    notices = _notices(study)
-    lost = [
-        f"{_name(study, run)}: finished without a finite {study.metric}" for run in study.runs if _is_lost(study, run)
+    """What a reader must know before any number: pairs of a heading and its sentences, without empty ones."""
+    unequal = [str(line) for line in (study.sweep or {}).get("not_equal") or []]
+    grouped = [
+        ("Runs that failed", _about_runs(study, _failure)),
+        ("Runs without a result", _about_runs(study, _loss_of_result)),
+        ("Steps that were skipped", _about_runs(study, _skipped)),
+        ("Losses that rose above where they began", _about_runs(study, _rise)),
+        ("Not held equal", unequal),
+        ("Notes on the parts in use", _notices(study)),
     ]
-    grouped = [("Runs that failed", failed), ("Runs without a result", lost), ("Steps that were skipped", skipped)]
-    grouped += [("Losses that rose above where they began", rose)]
-    unequal = [str(line) for line in sweep.get("not_equal") or []]
-    grouped += [("Not held equal", unequal), ("Notes on the parts in use", notices)]
-    known = {line for _, lines in grouped for line in lines} | _told_by_runner(study)
-    others = [str(line) for line in study.results.get("warnings") or [] if str(line) not in known]
+    known = _notices_as_recorded(study)
+    for _, lines in grouped:
+        known.update(lines)
+    recorded = [str(line) for line in study.results.get("warnings") or []]
+    others = [line for line in recorded if line not in known]
     grouped += [("Also", others), ("Files", study.unread)]
     return [(heading, lines) for heading, lines in grouped if lines]
 
 
+def _about_runs(study: Study, sentence_on: Callable[[Study, Run], str | None]) -> list[str]:
+    """A sentence with the run's name for each run on which there is something to say."""
+    found = []
+    for run in study.runs:
+        sentence = sentence_on(study, run)
+        if sentence is not None:
+            found.append(f"{_name(study, run)}: {sentence}")
+    return found
+
+
 def _name(study: Study, run: Run) -> str:
-    return f"{run.variant}, seed {run.seed}" if study.sweep is not None else "This run"
+    if study.sweep is not None:
+        return f"{run.variant}, seed {run.seed}"
+    return "This run"
 
 
 def _is_lost(study: Study, run: Run) -> bool:
-    """A sweep's run that finished and still counts nowhere."""
+    """Whether a run of a sweep finished without the metric, so that it counts nowhere."""
     return study.sweep is not None and run.state == "done" and run.number(study.metric) is None
 
 
-def _failure(study: Study, run: Run) -> str:
-    return f"{_name(study, run)}: {run.reason or 'no reason was recorded'}"
+def _loss_of_result(study: Study, run: Run) -> str | None:
+    if _is_lost(study, run):
+        return f"finished without a finite {study.metric}"
+    return None
+
+
+def _failure(study: Study, run: Run) -> str | None:
+    if run.state == "failed":
+        return run.reason or "no reason was recorded"
+    return None
 
 
 def _skipped(study: Study, run: Run) -> str | None:
-    """Divergence that a run survived: steps whose gradient was not finite, or losses that were not."""
-    logged = float(run.metrics["skipped_steps"].max()) if run.has("skipped_steps") else 0.0
+    """A sentence on divergence that a run survived: steps whose gradient was not finite, or losses that were not."""
+    logged = 0.0
+    if run.has("skipped_steps"):
+        logged = float(run.metrics["skipped_steps"].max())
     count = run.number("skipped_steps") or logged
-    return f"{_name(study, run)}: {count:,.0f} steps, because the gradient was not finite" if count else None
+    if count:
+        return f"{count:,.0f} steps, because the gradient was not finite"
+    return None
 
 
 def _rise(study: Study, run: Run) -> str | None:
-    """Divergence that stayed finite: a loss above the first one, which an untrained model has."""
+    """A sentence on divergence that stayed finite: a loss above the first one, which an untrained model has."""
     if not run.has(LOSS):
         return None
     losses = run.metrics[["step", LOSS]].dropna()
-    first, highest = losses[LOSS].iloc[0], losses.loc[losses[LOSS].idxmax()]
+    first = losses[LOSS].iloc[0]
+    highest = losses.loc[losses[LOSS].idxmax()]
     if not highest[LOSS] > first:
         return None
-    return f"{_name(study, run)}: {highest[LOSS]:.2f} nats at step {highest['step']:,.0f}, from {first:.2f} at first"
+    return f"{highest[LOSS]:.2f} nats at step {highest['step']:,.0f}, from {first:.2f} at first"
 
 
 def _notices(study: Study) -> list[str]:
-    """Each notice once, with the variants that it holds for; and what no one else says of causality."""
+    """Each notice once, with the variants that it holds for; one is added for a variant that is not causal."""
+    if study.sweep is None:
+        return [str(notice) for notice in study.runs[0].summary.get("notices") or []]
     owners: dict[str, list[str]] = {}
-    for variant in (study.sweep or {}).get("variants") or []:
-        own = [str(n) for n in variant.get("notices") or []]
-        if variant.get("causal") is False and not any("causal" in n.lower() for n in own):
-            own.append("not causal: an output may depend on later tokens, so its loss is no measure of prediction")
+    for variant in study.sweep.get("variants") or []:
+        own = [str(notice) for notice in variant.get("notices") or []]
+        says_so = any("causal" in notice.lower() for notice in own)
+        if variant.get("causal") is False and not says_so:
+            own.append(
+                "not causal: an output may depend on later tokens, so its loss is no measure of prediction"
+            )
         for notice in own:
             owners.setdefault(notice, []).append(str(variant["name"]))
-    if study.sweep is None:
-        return [str(n) for n in study.runs[0].summary.get("notices") or []]
     return [f"{listed(names)}: {notice}" for notice, names in owners.items()]
 
 
-def _told_by_runner(study: Study) -> set[str]:
-    """How the runner words what stands under a heading of its own here."""
-    variants = (study.sweep or {}).get("variants") or []
-    return {f"{v['name']}: {n}" for v in variants for n in v.get("notices") or []}
+def _notices_as_recorded(study: Study) -> set[str]:
+    """The warnings of `results.json` that repeat a notice, which stands under a heading of its own here."""
+    found = set()
+    for variant in (study.sweep or {}).get("variants") or []:
+        for notice in variant.get("notices") or []:
+            found.add(f"{variant['name']}: {notice}")
+    return found

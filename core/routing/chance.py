@@ -50,16 +50,17 @@ class Chance:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def of_tokens(self, context: SequenceContext, what: str, width: int | None = None) -> Tensor:
-        """fp64, T numbers in [0, 1), or T x width."""
+        """Numbers in [0, 1) for every token, fp64: T, or T x width."""
         sequence_T, position_T = token_places(context)
+        words = self._words(what, context)
         if width is None:
-            return uniform(self.seed, self._words(what, context), sequence_T, position_T)
+            return uniform(self.seed, words, sequence_T, position_T)
         feature_D = torch.arange(width, device=sequence_T.device)
-        return uniform(self.seed, self._words(what, context), sequence_T[:, None], position_T[:, None], feature_D)
+        return uniform(self.seed, words, sequence_T[:, None], position_T[:, None], feature_D)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def of_sequences(self, context: SequenceContext, what: str) -> Tensor:
-        """fp64, B numbers in [0, 1)."""
+        """A number in [0, 1) for every sequence, fp64: B."""
         return uniform(self.seed, self._words(what, context), _sequences(context))
 
     def _words(self, what: str, context: SequenceContext) -> str:
@@ -67,23 +68,25 @@ class Chance:
 
 
 def token_places(context: SequenceContext) -> tuple[Tensor, Tensor]:
-    """int64 number of the sequence in its step, and position in it, for each of the T tokens."""
+    """Each token's sequence, numbered within the step, and its position in the sequence: int64, T each."""
     batch, length = context.tokens_BL.shape
     positions_T = context.positions_BL.expand(batch, length).flatten()
     return _sequences(context).repeat_interleave(length), positions_T
 
 
 def _sequences(context: SequenceContext) -> Tensor:
+    """The number of each sequence within the step: int64 B."""
     rows_B = torch.arange(context.tokens_BL.shape[0], device=context.tokens_BL.device)
     return rows_B + context.first_sequence
 
 
 def _mixed(z: Tensor) -> Tensor:
+    """SplitMix64's finalizer."""
     z = (z ^ _shifted(z, 30)) * _FIRST
     z = (z ^ _shifted(z, 27)) * _SECOND
     return z ^ _shifted(z, 31)
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """To the right, zeros coming in: int64 has an arithmetic shift only."""
+    """A logical right shift, which int64 lacks: zeros come in at the left."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
-from core.contracts.router import Adjust, Router, Routing
+from core.contracts.router import AdjustScores, Router, Routing
 from core.numerics.promotion import at_least_fp32
 
 
@@ -30,22 +30,26 @@ class LearnedRouter(Router):
         choices: int = self.config.top_k
         return choices
 
-    def forward(self, x_TD: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
-        """The routing of these tokens."""
+    def forward(
+        self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
+        """The routing of the tokens, from logits in fp32 or wider."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE: Tensor = self.centroids(self.read(at_least_fp32(x_TD), context))
-            return self.route(logits_TE, adjust, context)
+            return self.route(logits_TE, adjust_scores, context)
 
     def read(self, x_TD: Tensor, context: SequenceContext) -> Tensor:
-        """What the router looks at: the tokens as they are."""
+        """The router's input: by default the tokens as they are."""
         return x_TD
 
     @abstractmethod
-    def route(self, logits_TE: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
+    def route(
+        self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
         """The routing from every expert's logit for every token."""
 
     def costs(self) -> Costs:
-        """The centroids."""
+        """The costs of the centroids."""
         return Costs(active=sum(p.numel() for p in self.parameters()))
 
 
@@ -54,24 +58,33 @@ class TokenGroupRouter(LearnedRouter):
 
     @classmethod
     def capabilities_of(cls, config: Any) -> frozenset[str]:
-        """Groups that are whole batches make sequences depend on each other."""
-        return cls.capabilities | ({"batch_dependent"} if config.group == "batch" else set())
+        """The class's capabilities; groups that are whole batches make sequences depend on each other."""
+        if config.group == "batch":
+            return cls.capabilities | {"batch_dependent"}
+        return cls.capabilities
 
 
-def best_experts(scores_TE: Tensor, top_k: int, *, groups: int = 1, reach: int = 1, spokesmen: int = 1) -> Tensor:
+def best_experts(
+    scores_TE: Tensor,
+    top_k: int,
+    *,
+    groups: int = 1,
+    group_limit: int = 1,
+    experts_per_group_score: int = 1,
+) -> Tensor:
     """The chosen experts T x K, int64, best first.
 
     Args:
         scores_TE: for selection, biased or not.
         top_k: experts per token.
         groups: equal groups of neighbouring experts.
-        reach: groups that a token may reach; experts of the others are masked with -inf, never 0.
-        spokesmen: how many of a group's best scores are added up to its strength.
+        group_limit: groups that a token may reach; experts of the others are masked with -inf, never 0.
+        experts_per_group_score: how many of a group's best scores are added up to the group's score.
     """
-    if reach < groups:
-        per_group_TGX = scores_TE.unflatten(1, (groups, -1))
-        strength_TG = per_group_TGX.topk(spokesmen, dim=2).values.sum(dim=2)
-        near_TM = strength_TG.topk(reach, dim=1).indices
-        far_TG = torch.ones_like(strength_TG, dtype=torch.bool).scatter(1, near_TM, False)
-        scores_TE = per_group_TGX.masked_fill(far_TG[:, :, None], -torch.inf).flatten(1)
+    if group_limit < groups:
+        scores_TGX = scores_TE.unflatten(1, (groups, -1))
+        group_score_TG = scores_TGX.topk(experts_per_group_score, dim=2).values.sum(dim=2)
+        reached_TM = group_score_TG.topk(group_limit, dim=1).indices
+        masked_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter(1, reached_TM, False)
+        scores_TE = scores_TGX.masked_fill(masked_TG[:, :, None], -torch.inf).flatten(1)
     return scores_TE.topk(top_k, dim=1).indices

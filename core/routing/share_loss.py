@@ -2,7 +2,7 @@
 
 DeepSeekMoE (arXiv 2401.06066, eq. 12-14), DeepSeek-V3 (report, eq. 17-20), Switch (arXiv 2101.03961, eq. 4-6) and
 GShard (arXiv 2006.16668, algorithm 1) differ in what counts as a choice, over which tokens both are formed, and by
-a constant. Here, over the T valid tokens of a piece,
+a constant. Here, over the T valid tokens of a group,
 
     f_i = E / (K T) x how many of them choose expert i             no gradient
     P_i = 1 / T     x sum of each one's share: its affinity over the sum of all its affinities
@@ -23,24 +23,24 @@ from core.contracts.context import SequenceContext
 from core.contracts.router import Routing
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
-from core.routing.capacity import Pieces, groups_of
+from core.routing.groups import TokenGroups, token_groups
 
 
 @dataclass(kw_only=True)
-class Weighted:
-    """The settings of a loss with a coefficient; a method of its own has its own default."""
+class Coefficient:
+    """Settings of a loss with a coefficient, for which each method has its own default."""
 
     alpha: Scheduled = setting(doc="coefficient")
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for a negative coefficient."""
+        """Raises `ConfigError` for a negative coefficient."""
         check_scheduled(self.alpha, "alpha", low=0)
 
 
 class ShareLoss(Balancer):
-    """alpha times the mean over pieces of sum_i f_i P_i; the `Config` has `alpha`.
+    """alpha times the mean over groups of tokens of sum_i f_i P_i; the `Config` has `alpha`.
 
-    A piece is what `scope` says: a sequence (the packed window, or each document's part of it where documents are
+    A group is what `scope` says: a sequence (the packed window, or each document's part of it where documents are
     kept apart), the micro-batch over all data ranks, or the whole batch of the step.
     """
 
@@ -62,13 +62,13 @@ class ShareLoss(Balancer):
         return torch.zeros_like(routing.scores_TE).scatter(1, top_TK, 1.0)
 
     def value(self, f_NE: Tensor, p_NE: Tensor, sums: dict[str, Tensor]) -> Tensor:
-        """The loss of each piece."""
+        """The loss of each group, from its f and P."""
         return (f_NE * p_NE).sum(dim=1)
 
     def observe(self, routing: Routing, context: SequenceContext) -> dict[str, Tensor]:
-        """For each piece N: how often each expert is chosen, the sum of its share, and the tokens; counts are int64."""
+        """Sums of each group N: how often each expert is chosen, its share, and the tokens; counts are int64."""
         scores_TE = routing.scores_TE
-        pieces = self._pieces(context)
+        groups = self._groups(context)
         valid_T = context.valid().flatten()
         share_TE = scores_TE / (scores_TE.sum(dim=1, keepdim=True) + 1e-20)
         with torch.no_grad():
@@ -78,15 +78,16 @@ class ShareLoss(Balancer):
             "share_NE": share_TE,
             "tokens_N": torch.ones_like(valid_T, dtype=torch.int64),
         }
-        return {name: sum_by_piece(column, valid_T, pieces) for name, column in columns.items()}
+        return {name: sum_by_group(column, valid_T, groups) for name, column in columns.items()}
 
     def count(self, context: SequenceContext) -> Tensor:
-        """Pieces with at least one valid token."""
+        """The number of groups with at least one valid token."""
         valid_T = context.valid().flatten()
-        return (self._pieces(context).sums(valid_T.to(torch.int64)) > 0).sum()
+        tokens_N = self._groups(context).sums(valid_T.to(torch.int64))
+        return (tokens_N > 0).sum()
 
     def loss(self, sums: dict[str, Tensor]) -> Tensor:
-        """Summed over pieces."""
+        """The sum of the losses of all groups."""
         share_NE = sums["share_NE"]
         tokens_N1 = sums["tokens_N"].clamp(min=1)[:, None].to(share_NE.dtype)
         f_NE = sums["chosen_NE"].to(share_NE.dtype) * (self.experts / self.choices) / tokens_N1
@@ -94,21 +95,23 @@ class ShareLoss(Balancer):
         return self.value(f_NE, p_NE, sums).sum()
 
     def coefficient(self, progress: Progress) -> float:
-        """alpha."""
+        """The coefficient alpha at this position of the run."""
         return value_at(self.config.alpha, progress)
 
-    def _pieces(self, context: SequenceContext) -> Pieces:
-        return groups_of(context, by_sequence=self.scope == "sequence")
+    def _groups(self, context: SequenceContext) -> TokenGroups:
+        return token_groups(context, by_sequence=self.scope == "sequence")
 
 
 class FirstChoiceLoss(ShareLoss):
-    """f counts the expert of highest affinity only; `over` says over which tokens the loss is formed."""
+    """A share loss whose f counts the expert of highest affinity only; `over` names the tokens of a group."""
 
     @dataclass(kw_only=True)
-    class Config(Weighted):
-        """The coefficient and the piece."""
+    class Config(Coefficient):
+        """The coefficient, and the tokens over which the loss is formed."""
 
-        over: Literal["sequence", "batch", "micro_batch"] = setting("sequence", doc="the tokens it is formed over")
+        over: Literal["sequence", "batch", "micro_batch"] = setting(
+            "sequence", doc="the tokens it is formed over"
+        )
 
     def __init__(self, config: Any, build: BuildContext, *, experts: int, top_k: int) -> None:
         super().__init__(config, build, experts=experts, top_k=top_k)
@@ -116,22 +119,23 @@ class FirstChoiceLoss(ShareLoss):
 
     @property
     def choices(self) -> int:
-        """The best expert only."""
+        """1: only the best expert counts."""
         return 1
 
     def chosen(self, routing: Routing) -> Tensor:
-        """T x E, 1 where the expert has the token's highest affinity; of equals the first."""
+        """T x E, 1 where the expert has the token's highest affinity, the first of equals."""
         best_T1 = routing.scores_TE.argmax(dim=1, keepdim=True)
         return torch.zeros_like(routing.scores_TE).scatter(1, best_T1, 1.0)
 
 
-def sum_by_piece(column: Tensor, valid_T: Tensor, pieces: Pieces) -> Tensor:
-    """The sum of T x ... over the valid tokens of each piece, N x ..., in the column's own format."""
-    return pieces.sums(column * valid_T.view(-1, *[1] * (column.dim() - 1)).to(column.dtype))
+def sum_by_group(column: Tensor, valid_T: Tensor, groups: TokenGroups) -> Tensor:
+    """The sum of T x ... over the valid tokens of each group, N x ..., in the column's own format."""
+    valid = valid_T.view(-1, *[1] * (column.dim() - 1))
+    return groups.sums(column * valid.to(column.dtype))
 
 
 def routed_choices(routing: Routing) -> Tensor:
-    """T x E, 1 where the token was really routed to the expert, dropped or not."""
+    """T x E, 1 where the token was routed to the expert, whether or not the assignment was dropped."""
     zeros_TE = torch.zeros_like(routing.scores_TE)
     ones_A = torch.ones_like(routing.expert_A, dtype=zeros_TE.dtype)
     return zeros_TE.index_put((routing.token_A, routing.expert_A), ones_A)

@@ -8,7 +8,7 @@ from core.training.ranks import rank_and_world
 
 
 def text_data(recipe: Recipe, plan: Plan) -> TextData:
-    """The recipe's data; nothing is read before `prepare()`."""
+    """The training and validation data of a recipe; nothing is read before `prepare()`."""
     return TextData(
         make(recipe.data.corpus),
         vocab=recipe.data.tokenizer.vocab,

@@ -22,13 +22,18 @@ from core.training.resume import check_data, check_trained
 
 
 @torch.no_grad()
-def evaluate(checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Validation of a checkpoint over its recipe's whole validation split.
+def evaluate(
+    checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Validate a checkpoint over its recipe's whole validation split.
 
     Args:
-        checkpoint: a file.
-        xz: also say what `xz -9e` needs for the same bytes when it has the training text before them.
-        say: receives the caveats that belong to the values.
+        checkpoint: the checkpoint file.
+        xz: also measure what `xz -9e` needs for the same bytes when it has the training text before them.
+        say: prints the caveats that belong to the values.
+
+    Returns:
+        The values of `ValidationTotals.compute`, with `checkpoint`, `notices` and, if asked for, `xz_bits_per_byte`.
 
     Raises:
         UserError: no run, a damaged checkpoint, data that differs from the run's, or no validation split.
@@ -63,6 +68,7 @@ def evaluate(checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] =
     values["notices"] = recipe.notices()
     if xz:
         split = read_split(corpus)
-        train, validation = (b"".join(d.data for d in part) for part in (split.train, split.validation))
+        train = b"".join(document.data for document in split.train)
+        validation = b"".join(document.data for document in split.validation)
         values["xz_bits_per_byte"] = xz_bits_per_byte(train, validation)
     return finite(values)

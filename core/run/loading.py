@@ -1,4 +1,4 @@
-"""The model of a run, from the recipe and the weights that are in its folder."""
+"""The model of a run, built from the recipe and the weights in its folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +8,8 @@ from torch import nn
 
 from core.assemble import build
 from core.contracts.errors import UserError
-from core.interop.run_weights import is_converted, own_kinds, state_of, weights_of
-from core.interop.tensors import Tensors, chunks
+from core.interop.run_weights import is_converted, model_specs, state_of, weights_of
+from core.interop.tensors import TensorReader, chunks
 from core.model.language_model import LanguageModel
 from core.recipe.compose import compose
 from core.training.folder import RunFolder
@@ -17,7 +17,7 @@ from core.training.resume import newest_checkpoint
 
 
 def load(run_or_checkpoint: str | Path) -> LanguageModel:
-    """A trained model in evaluation mode, from a run folder (its newest checkpoint) or one checkpoint file.
+    """Load a trained model in evaluation mode, from a run folder (its newest checkpoint) or one checkpoint file.
 
     Raises:
         UserError: no run there, or a damaged checkpoint.
@@ -29,12 +29,12 @@ def load(run_or_checkpoint: str | Path) -> LanguageModel:
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into a model, in the model's own formats; every tensor must find its place.
+    """Load a checkpoint's weights into a model, in the model's own formats.
 
     The tensors of a converted run are read a few rows at a time.
 
     Args:
-        model: its weights are replaced.
+        model: the model whose weights are replaced.
         checkpoint: a checkpoint file, or the index of a converted run's weights.
 
     Raises:
@@ -42,38 +42,44 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """
     if is_converted(checkpoint):
         weights = weights_of(checkpoint)
-        _check_places(model, {name: kind.shape for name, kind in own_kinds(weights).items()}, checkpoint)
+        shapes = {name: spec.shape for name, spec in model_specs(weights).items()}
+        _check_shapes(model, shapes, checkpoint)
         _copy_rows(model, weights)
     else:
         state = state_of(checkpoint)
-        _check_places(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, checkpoint)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        _check_shapes(model, shapes, checkpoint)
         model.load_state_dict(state)
 
 
-def _check_places(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], checkpoint: Path) -> None:
-    """Raises `UserError` unless the tensors of a checkpoint are those of the model, by name and shape."""
+def _check_shapes(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], checkpoint: Path
+) -> None:
+    """Raise `UserError` unless the tensors of a checkpoint are those of the model, by name and shape."""
     own = model.state_dict()
     for name in [*own, *shapes]:
-        if name not in shapes or name not in own:
-            what = "missing" if name not in shapes else "not of this model"
-            raise UserError(f"{checkpoint}: tensor {name} is {what}")
-        theirs, ours = shapes[name], tuple(own[name].shape)
+        if name not in shapes:
+            raise UserError(f"{checkpoint}: tensor {name} is missing")
+        if name not in own:
+            raise UserError(f"{checkpoint}: tensor {name} is not of this model")
+        theirs = shapes[name]
+        ours = tuple(own[name].shape)
         if theirs != ours:
             raise UserError(f"{checkpoint}: tensor {name} is {theirs}, the model's {ours}")
 
 
 @torch.no_grad()
-def _copy_rows(model: nn.Module, weights: Tensors) -> None:
-    """Copies every tensor of a model from weights that are read in chunks."""
+def _copy_rows(model: nn.Module, weights: TensorReader) -> None:
+    """Copy every tensor of a model from weights that are read a few rows at a time."""
     for name, tensor in model.state_dict().items():
-        kind = weights.kinds[name]
-        rows = tensor.view(kind.rows, kind.width)
-        for low, high in chunks(kind, 0, kind.rows):
+        spec = weights.specs[name]
+        rows = tensor.view(spec.rows, spec.width)
+        for low, high in chunks(spec, 0, spec.rows):
             rows[low:high] = weights.values(name, low, high, tensor.dtype)
 
 
 def run_of(path: Path) -> RunFolder:
-    """The run that a folder is, or that a checkpoint belongs to.
+    """The run folder at a path, or the one that a checkpoint file belongs to.
 
     Raises:
         UserError: there is no recipe.

@@ -1,4 +1,4 @@
-"""Trains a recipe into a run folder, from nothing or from where a stopped run was."""
+"""Training of a recipe into a run folder, from the start or from where a stopped run was."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from core.analysis.budget import plan_of
-from core.analysis.describe import obstacles
+from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
 from core.assemble import build, compile_parts, make
 from core.contracts.errors import Interrupted, RunFailed, UserError
@@ -23,9 +23,15 @@ from core.run.summary import summarise
 from core.training.checkpoints import is_disk_full
 from core.training.folder import RunFolder, provenance
 from core.training.module import TrainingModule
-from core.training.ranks import leads, one_group
-from core.training.resume import Resume, check_data, check_same, newest, newest_checkpoint
-from core.training.setup import Watchers, make_trainer, watch
+from core.training.ranks import is_rank_zero, process_group_scope
+from core.training.resume import (
+    Resume,
+    check_data,
+    check_recipe_unchanged,
+    newest,
+    newest_checkpoint,
+)
+from core.training.setup import RunCallbacks, make_run_callbacks, make_trainer
 from core.training.throughput import measured_peak_flops
 
 
@@ -34,47 +40,56 @@ def fit(
 ) -> dict[str, Any]:
     """Train a recipe into a run folder and return its summary.
 
-    Everything that can be wrong is found first: the environment, the folder, the data, the shapes.
+    User errors are found before training begins: in the environment, the folder, the data and the shapes.
 
     Args:
-        recipe: validated.
-        folder: new, or one with a run to go on with.
+        recipe: a validated recipe.
+        folder: a new folder, or one with a run to continue.
         resume: continue from the folder's newest checkpoint, to the same bits as if it had never stopped
             (on CPUs with the same number of threads).
-        say: receives what a person at the terminal wants to know.
+        say: prints caveats and the path of the run folder.
 
     Raises:
-        UserError, RunFailed, Interrupted.
+        UserError: something in the recipe, the folder, the data or the environment is wrong.
+        RunFailed: too many steps in a row had a gradient that was not finite.
+        Interrupted: the run stopped at a signal, with a checkpoint.
     """
     try:
-        if not leads():
+        if not is_rank_zero():
             return _join(recipe, folder, resume=resume)
         check_environment(recipe)
-        if not resume or folder.is_stillborn():
+        if not resume or folder.never_started():
             folder.create()
             return _fit(recipe, folder, None, say)
-        check_same(recipe, folder, say)
+        check_recipe_unchanged(recipe, folder, say)
         if folder.summary.exists():
             say(f"run folder: {folder.path} (this run is complete)")
             return dict(json.loads(folder.summary.read_text(encoding="utf-8")))
-        folder.sweep()
+        folder.remove_partial_files()
         return _fit(recipe, folder, newest(folder), say)
     except OSError as error:
-        if is_disk_full(error):
-            how = f"continue with --resume {folder.path}" if folder.recipe.exists() else "start again"
-            raise UserError(f"{folder.path}: no space is left on the disk; make room and {how}") from error
-        raise
+        if not is_disk_full(error):
+            raise
+        how = "start again"
+        if folder.recipe.exists():
+            how = f"continue with --resume {folder.path}"
+        raise UserError(
+            f"{folder.path}: no space is left on the disk; free some space and {how}"
+        ) from error
 
 
 def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
-    """One of several ranks, all but the first: it trains along, and leaves files and words to the first."""
+    """Train on a rank other than the first, which alone writes files and prints."""
+    start = newest(folder) if resume else None
     try:
-        return _fit(recipe, folder, newest(folder) if resume else None, say=lambda _: None)
+        return _fit(recipe, folder, start, say=lambda _: None)
     except (Interrupted, RunFailed):
         return {}
 
 
-def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[[str], None]) -> dict[str, Any]:
+def _fit(
+    recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[[str], None]
+) -> dict[str, Any]:
     started = time.perf_counter()
     for notice in recipe.notices():
         say(f"note: {notice}")
@@ -89,7 +104,9 @@ def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[
         source = newest_checkpoint(Path(recipe.initial_weights))
         load_weights(model, source)
         _warn_other_tokenizer(source, data, say)
-    peak = measured_peak_flops(torch.device("cpu")) if not torch.cuda.is_available() else None
+    peak = None
+    if not torch.cuda.is_available():
+        peak = measured_peak_flops(torch.device("cpu"))
     module = TrainingModule(
         model,
         plan=plan,
@@ -103,22 +120,28 @@ def _fit(recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[
     module.started = started
     if folder.recipe.exists():
         check_data(folder, data.fingerprint)
-    elif leads():
+    elif is_rank_zero():
         _write_identity(recipe, folder, data)
-    watchers = _train(recipe, folder, module, data, peak, start, say)
-    return _finish(folder, module, data, size, watchers, recipe.notices()) if leads() else {}
+    callbacks = _train(recipe, folder, module, data, peak, start, say)
+    if is_rank_zero():
+        return _finish(folder, module, data, size, callbacks, recipe.notices())
+    return {}
 
 
 def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
-    """Warn if the initial weights were trained with another tokenizer: ids then stand for other text."""
+    """Warn if the initial weights were trained with another tokenizer, whose ids stand for other text."""
     known = RunFolder(source.parent.parent).tokenizer
     if known.is_file() and Tokenizer.load(known).entries() != data.tokenizer.entries():
-        say(f"note: {known} is another tokenizer than this run's, so its weights have to learn the tokens anew")
+        say(
+            f"note: {known} is another tokenizer than this run's, so its weights have to learn the tokens anew"
+        )
 
 
 def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
-    """What the run is; the recipe last, because its presence makes the folder a run."""
-    shaped_by = provenance(recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads())
+    """Write provenance, tokenizer and recipe; the recipe last, because its presence makes the folder a run."""
+    shaped_by = provenance(
+        recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads()
+    )
     folder.write_json("provenance.json", shaped_by)
     data.tokenizer.save(folder.tokenizer)
     folder.write_recipe(recipe.to_dict())
@@ -132,46 +155,55 @@ def _train(
     peak: float | None,
     start: Resume | None,
     say: Callable[[str], None],
-) -> Watchers:
-    """Lightning's part; it validates after the last step too."""
-    watchers = watch(folder.path, peak)
-    resumed_at = start.step if start else None
+) -> RunCallbacks:
+    """Run Lightning's Trainer; it validates after the last step too."""
+    own = make_run_callbacks(folder.path, peak)
     callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
+    resumed_at = start.step if start else None
+    loggers = [make(section).make(folder.path, resumed_at=resumed_at) for section in recipe.loggers]
     trainer = make_trainer(
         recipe,
         folder.path,
         steps=module.plan.steps,
-        loggers=[make(section).make(folder.path, resumed_at=resumed_at) for section in recipe.loggers],
-        watchers=[watchers.throughput, watchers.loads, *callbacks],
-        stop=watchers.stop,
+        loggers=loggers,
+        callbacks=[own.throughput, own.loads, *callbacks],
+        stop=own.stop,
         strategy=make(recipe.strategy).trainer_arguments(),
     )
-    say(f"run folder: {folder.path}" + (f" (resumed after step {start.step})" if start else ""))
-    with watchers.stop.listening(), one_group(folder.path):
-        trainer.fit(module, datamodule=data, ckpt_path=str(start.path) if start else None, weights_only=True)
-    return watchers
+    resumed = f" (resumed after step {start.step})" if start else ""
+    say(f"run folder: {folder.path}{resumed}")
+    checkpoint = str(start.path) if start else None
+    with own.stop.listening(), process_group_scope(folder.path):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return own
 
 
 def _finish(
-    folder: RunFolder, module: TrainingModule, data: TextData, size: Size, watchers: Watchers, notices: list[str]
+    folder: RunFolder,
+    module: TrainingModule,
+    data: TextData,
+    size: Size,
+    callbacks: RunCallbacks,
+    notices: list[str],
 ) -> dict[str, Any]:
-    """Write what the run measured; the summary last, because its presence makes the run complete."""
-    watchers.loads.write()
+    """Write the results of the run; the summary last, because its presence makes the run complete."""
+    callbacks.loads.write()
     module.eval()
-    opening, length = data.tokenizer.end, min(128, module.model.max_length)
-    written = sample(module.model, [opening], tokens=length, temperature=0.8, top_p=0.9, stop=opening)
-    folder.write_text("sample.txt", data.tokenizer.decode(list(written)) + "\n")
-    summary = summarise(module, data, size, watchers, notices)
+    opening = data.tokenizer.end
+    length = min(128, module.model.max_length)
+    text = sample(module.model, [opening], tokens=length, temperature=0.8, top_p=0.9, stop=opening)
+    folder.write_text("sample.txt", data.tokenizer.decode(list(text)) + "\n")
+    summary = summarise(module, data, size, callbacks, notices)
     folder.write_json("summary.json", summary)
     return summary
 
 
 def check_environment(recipe: Recipe) -> None:
-    """Raises `UserError` for shapes that a part of the model refuses, and where a component cannot run here."""
+    """Raise `UserError` for shapes that a part of the model refuses, and for components that cannot run here."""
     try:
         build(recipe, device="meta")
     except UserError as refused:
         raise UserError(f"{recipe.source}: {refused}") from refused
-    found = obstacles(recipe)
+    found = unmet_requirements(recipe)
     if found:
         raise UserError(f"{recipe.source}: cannot run here: {'; '.join(found)}")

@@ -1,23 +1,23 @@
-"""What a handful of runs can tell: intervals, differences paired by seed, and a correction for asking many times."""
+"""Statistics of a few runs: intervals, differences paired by seed, and a correction for several comparisons."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 LEVEL = 0.95
-"""Of every interval."""
+"""The confidence level of every interval."""
 
 ALPHA = 0.05
-"""What a corrected p must stay below."""
+"""The significance level: a corrected p must be below it."""
 
 ROUNDING = 1e-12
 """Differences that spread less than this, as a fraction of the values, are equal."""
 
 NOTHING_SHOWN = "no difference shown"
-"""Where the interval holds 0."""
+"""The verdict where the interval contains 0."""
 
 NOT_AFTER_HOLM = "not shown after Holm's correction"
-"""Where the interval leaves out 0, and so many variants were asked that one would by chance."""
+"""The verdict where the interval excludes 0, but among so many variants one interval would by chance."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Difference:
     """One variant against the baseline over the seeds that both have.
 
     Args:
-        interval: of the mean difference, variant minus baseline.
+        interval: that of the mean difference, variant minus baseline.
         effect_size: the mean difference over the standard deviation of the differences (Cohen's d_z); None where they
             do not spread.
         p: two-sided, of a paired t test; None below two seeds. Differences that do not spread are its limit: 0, or 1
@@ -48,10 +48,11 @@ class Difference:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean and its interval."""
+    """The mean and its interval by Student's t: mean ± t(LEVEL, n - 1) x deviation / sqrt(n)."""
     from scipy import stats
 
-    n, mean = len(values), sum(values) / len(values)
+    n = len(values)
+    mean = sum(values) / n
     spread = deviation(values)
     if spread is None:
         return Interval(n, mean, None, None)
@@ -61,34 +62,45 @@ def interval(values: Sequence[float]) -> Interval:
 
 def deviation(values: Sequence[float]) -> float | None:
     """The standard deviation of a sample, None below two values."""
-    if len(values) < 2:
+    n = len(values)
+    if n < 2:
         return None
-    mean = sum(values) / len(values)
-    return float((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5)
+    mean = sum(values) / n
+    squares = sum((value - mean) ** 2 for value in values)
+    return float((squares / (n - 1)) ** 0.5)
 
 
 def paired(baseline: Mapping[int, float], variant: Mapping[int, float]) -> Difference | None:
-    """The differences of the seeds that both have; None where they have none in common."""
+    """A paired t test of the differences at the seeds that both have; None where they have none in common.
+
+    Args:
+        baseline, variant: a metric by seed.
+    """
     from scipy import stats
 
     seeds = sorted(baseline.keys() & variant.keys())
     if not seeds:
         return None
+    n = len(seeds)
     differences = [variant[seed] - baseline[seed] for seed in seeds]
+    found = interval(differences)
+    mean = found.mean
     spread = deviation(differences)
-    scale = max(abs(value) for seed in seeds for value in (baseline[seed], variant[seed]))
-    mean = sum(differences) / len(differences)
     if spread is None:
-        return Difference(interval(differences), None, None)
+        return Difference(found, None, None)
+    scale = max(max(abs(baseline[seed]), abs(variant[seed])) for seed in seeds)
     if spread <= ROUNDING * scale:  # equal differences: there is nothing to divide by
-        return Difference(interval(differences), None, 1.0 if abs(mean) <= ROUNDING * scale else 0.0)
-    t = mean / (spread / len(differences) ** 0.5)
-    return Difference(interval(differences), mean / spread, float(2 * stats.t.sf(abs(t), len(differences) - 1)))
+        p = 1.0 if abs(mean) <= ROUNDING * scale else 0.0
+        return Difference(found, None, p)
+    t = mean / (spread / n**0.5)
+    p = float(2 * stats.t.sf(abs(t), n - 1))
+    return Difference(found, mean / spread, p)
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction; what has no p has none afterwards, and is not counted."""
-    order = sorted((index for index, value in enumerate(p) if value is not None), key=lambda index: p[index])  # type: ignore[arg-type,return-value]
+    """The p values after Holm's step-down correction; a None stays None and is not counted."""
+    known = [(value, index) for index, value in enumerate(p) if value is not None]
+    order = [index for _, index in sorted(known)]
     corrected: list[float | None] = [None] * len(p)
     highest = 0.0
     for rank, index in enumerate(order):
@@ -100,38 +112,56 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 
 
 def verdict(difference: Difference, p_holm: float | None, better: str) -> str | None:
-    """`better`, `worse`, or that nothing is shown, alone or after Holm; None where there are too few seeds to say.
+    """`better`, `worse`, `NOTHING_SHOWN` or `NOT_AFTER_HOLM`; None below two seeds.
 
-    A difference is shown where its interval leaves out 0 and its corrected p is below ALPHA.
+    A difference is shown where its interval excludes 0 and its corrected p is below ALPHA.
 
     Args:
+        difference: the variant's, to the baseline.
+        p_holm: its p after Holm's correction.
         better: "lower" or "higher" values of the metric.
     """
-    low, high = difference.interval.low, difference.interval.high
+    low = difference.interval.low
+    high = difference.interval.high
     if low is None or high is None:
         return None
-    if low <= 0 <= high or difference.p == 1:  # equal runs: what is left of their interval is rounding
+    equal_runs = difference.p == 1  # their interval holds nothing but rounding
+    if low <= 0 <= high or equal_runs:
         return NOTHING_SHOWN
     if p_holm is None or p_holm >= ALPHA:
         return NOT_AFTER_HOLM
-    return "better" if (difference.interval.mean < 0) == (better == "lower") else "worse"
+    if (difference.interval.mean < 0) == (better == "lower"):
+        return "better"
+    return "worse"
 
 
-def compare(values: Mapping[str, Mapping[int, float]], baseline: str, better: str) -> dict[str, dict[str, Any] | None]:
-    """Every variant against the baseline, as plain containers; None for the baseline, and where no seed is common.
+def compare(
+    values: Mapping[str, Mapping[int, float]], baseline: str, better: str
+) -> dict[str, dict[str, Any] | None]:
+    """The differences of all variants to the baseline, as plain containers.
 
     Args:
         values: the metric by variant and seed, of the runs that have one.
-        baseline: the variant that all others are held against.
+        baseline: the variant that all others are compared with.
         better: "lower" or "higher".
+
+    Returns:
+        A row by variant; None for the baseline, and where no seed is common.
     """
     base = values.get(baseline, {})
-    found = {name: paired(base, mine) for name, mine in values.items() if name != baseline}
-    corrected = dict(zip(found, holm([d.p if d else None for d in found.values()]), strict=True))
+    found: dict[str, Difference] = {}
+    for name, own in values.items():
+        difference = paired(base, own)
+        if name != baseline and difference is not None:
+            found[name] = difference
+    corrected = holm([difference.p for difference in found.values()])
     rows: dict[str, dict[str, Any] | None] = dict.fromkeys(values)
-    for name, difference in found.items():
-        if difference is not None:
-            p_holm = corrected[name]
-            told = {"p": difference.p, "p_holm": p_holm, "verdict": verdict(difference, p_holm, better)}
-            rows[name] = {**asdict(difference.interval), "effect_size": difference.effect_size, **told}
+    for (name, difference), p_holm in zip(found.items(), corrected, strict=True):
+        rows[name] = {
+            **asdict(difference.interval),
+            "effect_size": difference.effect_size,
+            "p": difference.p,
+            "p_holm": p_holm,
+            "verdict": verdict(difference, p_holm, better),
+        }
     return rows

@@ -1,4 +1,4 @@
-"""How far one training curve lies from another, as DeepSeek-V3's report says it: relative, of smoothed losses.
+"""The relative difference of two smoothed training curves, the measure of DeepSeek-V3's report.
 
 The report (section 3.3, appendix B.1) compares FP8 with BF16 training by the relative error of losses smoothed by an
 exponential moving average with decay 0.9. Runs of one seed read the same tokens, so what is left is the method, and
@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 DECAY = 0.9
-"""Of the moving average."""
+"""The decay of the moving average."""
 
 SETTLED = 0.1
-"""Of the steps: the beginning that the largest difference leaves out."""
+"""The part of the steps, from the beginning, that the largest difference leaves out."""
 
 
 def smoothed(losses: Sequence[float], decay: float = DECAY) -> list[float]:
-    """The exponential moving average, which starts at the first loss."""
+    """The exponential moving average of the losses, which starts at the first one."""
     return list(accumulate(losses, lambda before, loss: decay * before + (1 - decay) * loss))
 
 
@@ -27,10 +27,12 @@ def relative(mine: Mapping[int, float], base: Mapping[int, float]) -> list[float
         mine, base: training loss by step.
     """
     steps = sorted(mine.keys() & base.keys())
-    pairs = zip(smoothed([mine[s] for s in steps]), smoothed([base[s] for s in steps]), strict=True)
-    return [(one - other) / other for one, other in pairs]
+    own_curve = smoothed([mine[step] for step in steps])
+    base_curve = smoothed([base[step] for step in steps])
+    return [(own - other) / other for own, other in zip(own_curve, base_curve, strict=True)]
 
 
 def largest(differences: Sequence[float]) -> float:
-    """The largest size, after the first tenth."""
-    return max(abs(value) for value in differences[int(SETTLED * len(differences)) :])
+    """The largest absolute difference after the first tenth of the steps."""
+    first = int(SETTLED * len(differences))
+    return max(abs(value) for value in differences[first:])

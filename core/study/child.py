@@ -1,9 +1,9 @@
-"""python -m core.study.child ...: `core.fit` that is told once of its runner's death, and tells of a full disk.
+"""python -m core.study.child ...: `core.fit` that stops once when its runner dies, and reports a full disk.
 
-The kernel tells of a parent's death for each of the parent's threads; two SIGTERM in a row would end a run at once,
-without saving it. So the kernel sends another signal, and the first of those becomes the one SIGTERM.
+The kernel sends a signal for each thread of a parent that dies. Two SIGTERM in a row would end a run at once, without
+saving it, so the kernel is asked to send `ORPHANED`, of which the first becomes the one SIGTERM.
 
-A full disk is no fault of the run that meets it first: it leaves with an exit code of its own, and the sweep ends.
+A full disk is not the fault of the run that meets it first: it exits with `NO_SPACE`, and the runner ends the sweep.
 """
 
 import os
@@ -15,31 +15,32 @@ from contextlib import contextmanager
 from types import FrameType
 
 ORPHANED = signal.SIGUSR1
-"""What the kernel sends where the runner has died; until this module is at work it ends the process."""
+"""The signal that the kernel sends when the runner dies; before this module handles it, it ends the process."""
 
 NO_SPACE = os.EX_IOERR
-"""How a run is left that found no space on the disk."""
+"""The exit code of a run that found no space on the disk."""
 
 
 @contextmanager
-def full_disk_told() -> Iterator[None]:
-    """Whatever leaves because no space was left, leaves with `NO_SPACE`: even where its log took no word of it."""
+def exit_on_full_disk() -> Iterator[None]:
+    """Turns every exception that a full disk caused into exit code `NO_SPACE`, since the log may be empty."""
     try:
         yield
-    except BaseException as leaving:
+    except BaseException as error:
         from core.training.checkpoints import is_disk_full
 
-        if not is_disk_full(leaving):
+        if not is_disk_full(error):
             raise
         sys.exit(NO_SPACE)
 
 
 def _orphaned(signum: int, frame: FrameType | None) -> None:
+    """Handles the first `ORPHANED` as SIGTERM, and ignores the others."""
     signal.signal(ORPHANED, signal.SIG_IGN)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
     signal.signal(ORPHANED, _orphaned)
-    with full_disk_told():
+    with exit_on_full_disk():
         runpy.run_module("core.fit", run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""How many cores this process may use: those it may run on, or what a container's quota allows of them."""
+"""The number of cores that this process may use: those it may run on, limited by a container's quota."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def cores() -> int:
-    """Whole ones, at least 1."""
+    """The number of usable cores, rounded down to a whole number of at least 1."""
     free = len(os.sched_getaffinity(0))
     try:
         quota, period = map(int, QUOTA.read_text(encoding="utf-8").split())

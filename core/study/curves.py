@@ -1,4 +1,4 @@
-"""The training losses of a sweep's runs, each held against the baseline's of the same seed."""
+"""The training losses of a sweep's runs, each compared with the baseline's of the same seed."""
 
 import csv
 import math
@@ -14,13 +14,19 @@ LOSS = "loss/next_token"
 
 
 def losses(run: Path, column: str = LOSS) -> dict[int, float]:
-    """A training loss by step; empty where a run logged none, without what is not finite or half written."""
+    """The training losses of a run by step, without values that are not finite or half written.
+
+    Args:
+        run: its folder; the losses are empty where it logged none.
+        column: of `metrics.csv`.
+    """
     found: dict[int, float] = {}
     try:
         with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 try:
-                    step, loss = int(float(row["step"])), float(row[column])
+                    step = int(float(row["step"]))
+                    loss = float(row[column])
                 except (KeyError, TypeError, ValueError):
                     continue
                 if math.isfinite(loss):
@@ -31,23 +37,33 @@ def losses(run: Path, column: str = LOSS) -> dict[int, float]:
 
 
 def against(base: Mapping[int, Path], mine: Mapping[int, Path]) -> dict[str, Any] | None:
-    """How far the smoothed training loss lies from the baseline's, as fractions (see `core.statistics.smoothing`).
+    """The distance of the smoothed training loss from the baseline's, as fractions (see `core.statistics.smoothing`).
 
     Args:
         base, mine: finished runs by seed.
 
     Returns:
         `mean` over training and `last`, at the last step, each over the seeds with a 95% interval; `largest`: the
-        largest size after the first tenth, of any seed. None where no seed is common.
+        largest absolute difference after the first tenth, of any seed. None where no seed is common.
     """
-    curves = [relative(losses(mine[seed]), losses(base[seed])) for seed in sorted(base.keys() & mine.keys())]
-    curves = [curve for curve in curves if curve]
+    curves = []
+    for seed in sorted(base.keys() & mine.keys()):
+        curve = relative(losses(mine[seed]), losses(base[seed]))
+        if curve:
+            curves.append(curve)
     if not curves:
         return None
-    means, lasts = [sum(curve) / len(curve) for curve in curves], [curve[-1] for curve in curves]
-    return {"mean": _spread(means), "last": _spread(lasts), "largest": max(map(largest, curves)), "n": len(curves)}
+    means = [sum(curve) / len(curve) for curve in curves]
+    lasts = [curve[-1] for curve in curves]
+    return {
+        "mean": _spread(means),
+        "last": _spread(lasts),
+        "largest": max(map(largest, curves)),
+        "n": len(curves),
+    }
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean of the values with its interval."""
     found = interval(values)
     return {"value": found.mean, "low": found.low, "high": found.high}

@@ -1,4 +1,4 @@
-"""A sweep's folder: one runner at a time, and the state of every run on disk at every moment."""
+"""A sweep's folder: it admits one runner at a time, and always holds the current state of every run."""
 
 import fcntl
 import json
@@ -23,8 +23,8 @@ class Job:
 
     Args:
         variant: what is run.
-        seed: with which seed.
-        path: its run folder.
+        seed: the run's seed.
+        path: the run's folder.
     """
 
     variant: Variant
@@ -33,34 +33,35 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As people are told of it."""
+        """The name in messages: `VARIANT/seed-N`."""
         return f"{self.variant.name}/seed-{self.seed}"
 
     @property
     def ranks(self) -> int:
-        """Processes that train it together, as its recipe's strategy says."""
-        return max(1, int(getattr(self.variant.recipe.strategy.config, "ranks", 1)))
+        """The number of processes that train it together, as its recipe's strategy says."""
+        strategy = self.variant.recipe.strategy.config
+        return max(1, int(getattr(strategy, "ranks", 1)))
 
     @property
     def status_file(self) -> Path:
-        """Where its state is kept."""
+        """The file of its state."""
         return self.path / "status.json"
 
     @property
     def log(self) -> Path:
-        """What it printed."""
+        """The file of its output."""
         return self.path / "log.txt"
 
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a run: waiting, running, done or failed.
+    """The state of a run.
 
     Args:
-        state: one of these.
+        state: "waiting", "running", "done" or "failed".
         reason: why it failed.
         seconds: how long its process ran, all attempts together.
-        process: of the attempt under way.
+        process: the process id of the attempt under way.
     """
 
     state: str
@@ -80,35 +81,50 @@ class SweepFolder:
         self.path = path
 
     def jobs(self, sweep: Sweep) -> list[Job]:
-        """Seed by seed, so that an unfinished sweep still compares all variants."""
-        runs = self.path / "runs"
-        return [Job(v, seed, runs / v.name / f"seed-{seed}") for seed in sweep.schema.seeds for v in sweep.variants]
+        """The runs of a sweep, seed by seed, so that an unfinished sweep still compares all variants."""
+        jobs = []
+        for seed in sweep.schema.seeds:
+            for variant in sweep.variants:
+                path = self.path / "runs" / variant.name / f"seed-{seed}"
+                jobs.append(Job(variant, seed, path))
+        return jobs
 
     def recipe(self, variant: Variant) -> Path:
-        """The variant's resolved recipe."""
+        """The file of a variant's resolved recipe."""
         return self.path / "recipes" / f"{variant.name}.yaml"
 
     def open(self, sweep: Sweep, *, resume: bool) -> None:
-        """Make the folder, or find the same sweep in it.
+        """Writes the sweep's files into an empty folder, or checks that the folder holds the same sweep.
+
+        Args:
+            sweep: to be run here.
+            resume: whether the folder may hold the sweep already.
 
         Raises:
-            UserError: another sweep is there, or this one without `resume`, or it cannot be written.
+            UserError: the folder holds another sweep, or this one without `resume`, or other files.
         """
-        mine, file = describe_file(sweep), self.path / "sweep.yaml"
+        file = self.path / "sweep.yaml"
         if file.exists():
-            theirs = _without_paths(self._read(file))
-            if theirs != _without_paths(mine):
-                raise UserError(f"--out {self.path}: holds another sweep ({_difference(theirs, _without_paths(mine))})")
+            self._check_same(sweep, file)
             if not resume:
-                raise UserError(f"--out {self.path}: holds this sweep already; go on with --resume, or name another")
+                raise UserError(
+                    f"--out {self.path}: holds this sweep already; go on with --resume, or name another"
+                )
             self._check_recipes(sweep)
             return
-        strange = sorted(p.name for p in self.path.iterdir() if p.name != "recipes" and not p.name.startswith("."))
-        if strange:
-            raise UserError(f"--out {self.path}: holds something that is no sweep ({strange[0]}); name another folder")
+        self._check_empty()
         for variant in sweep.variants:
-            self.write(self.recipe(variant), yaml.safe_dump(variant.recipe.to_dict(), sort_keys=False, width=120))
-        self.write(file, yaml.safe_dump(mine, sort_keys=False, width=120))
+            self._write_yaml(self.recipe(variant), variant.recipe.to_dict())
+        self._write_yaml(file, describe_file(sweep))
+
+    def _check_same(self, sweep: Sweep, file: Path) -> None:
+        """Raises `UserError` where the folder holds another sweep."""
+        theirs = _without_paths(self._read(file))
+        mine = _without_paths(describe_file(sweep))
+        if theirs != mine:
+            key = _first_difference(theirs, mine)
+            difference = f"{key}: {theirs.get(key)} there, {mine.get(key)} here"
+            raise UserError(f"--out {self.path}: holds another sweep ({difference})")
 
     def _check_recipes(self, sweep: Sweep) -> None:
         """Raises `UserError` where a variant's recipe has been changed since its runs were begun."""
@@ -116,28 +132,40 @@ class SweepFolder:
             theirs = self._read(self.recipe(variant))
             mine = yaml.safe_load(yaml.safe_dump(variant.recipe.to_dict()))
             if theirs != mine:
-                key = next(key for key in [*mine, *theirs] if mine.get(key) != theirs.get(key))
+                key = _first_difference(theirs, mine)
+                change = f"{variant.name}'s recipe has changed since ({key})"
+                raise UserError(f"--out {self.path}: {change}; name another folder")
+
+    def _check_empty(self) -> None:
+        """Raises `UserError` where the folder holds more than hidden files and recipes."""
+        for file in sorted(self.path.iterdir()):
+            if file.name != "recipes" and not file.name.startswith("."):
                 raise UserError(
-                    f"--out {self.path}: {variant.name}'s recipe has changed since ({key}); name another folder"
+                    f"--out {self.path}: is not a sweep's folder: it holds {file.name}; name another"
                 )
 
+    def _write_yaml(self, file: Path, document: dict[str, Any]) -> None:
+        self.write(file, yaml.safe_dump(document, sort_keys=False, width=120))
+
     def _read(self, file: Path) -> dict[str, Any]:
-        """Raises `UserError` where one of the sweep's own files is lost or damaged."""
+        """Reads one of the sweep's own files; raises `UserError` where it is lost or damaged."""
+        unreadable = f"--out {self.path}: {file.relative_to(self.path)} cannot be read"
         try:
             document = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
-            why = cause.strerror if isinstance(cause, OSError) else "it is damaged"
-            raise UserError(f"--out {self.path}: {file.relative_to(self.path)} cannot be read: {why}") from cause
+        except OSError as cause:
+            raise UserError(f"{unreadable}: {cause.strerror}") from cause
+        except (UnicodeDecodeError, yaml.YAMLError) as cause:
+            raise UserError(f"{unreadable}: it is damaged") from cause
         if not isinstance(document, dict):
-            raise UserError(f"--out {self.path}: {file.relative_to(self.path)} cannot be read: it is damaged")
+            raise UserError(f"{unreadable}: it is damaged")
         return document
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other runner out; the lock goes with the process, however it ends.
+        """Holds the folder's lock, which the kernel releases when the process ends, however it ends.
 
         Raises:
-            UserError: another runner is at work here, or the folder cannot be made.
+            UserError: another runner holds the lock, or the folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -145,40 +173,42 @@ class SweepFolder:
         except OSError as cause:
             raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
         with lock:
-            if not _alone(lock):
+            if not _acquire(lock):
                 lock.seek(0)
-                who = lock.read().strip() or "unknown"
-                raise UserError(f"--out {self.path}: another runner (process {who}) works in this folder")
+                runner = f"process {lock.read().strip() or 'unknown'}"
+                raise UserError(
+                    f"--out {self.path}: another runner ({runner}) works in this folder"
+                )
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
             yield
 
     def status(self, job: Job) -> Status:
-        """What is known of a run."""
+        """The state of a run as its file has it; "waiting" where there is none."""
         try:
             return Status(**json.loads(job.status_file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return Status("waiting")
 
-    def tell(self, job: Job, status: Status) -> None:
-        """Write a run's state down."""
+    def write_status(self, job: Job, status: Status) -> None:
+        """Writes the state of a run."""
         self.write(job.status_file, json.dumps(asdict(status)) + "\n")
 
     def write_json(self, name: str, document: Any) -> None:
-        """A document of the sweep."""
+        """Writes a JSON document of the sweep."""
         self.write(self.path / name, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
     def write(self, file: Path, text: str) -> None:
-        """Under a temporary name first, so that a kill leaves a whole file."""
+        """Writes a file under a temporary name first, so that a kill leaves a whole file."""
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, file)
 
 
-def _alone(lock: IO[str]) -> bool:
-    """Take the lock. A report that looks whether it is held holds it for a moment, a runner for as long as it works."""
+def _acquire(lock: IO[str]) -> bool:
+    """Tries to take the lock three times: a report that tests it holds it for a moment, a runner until it ends."""
     for patience in (0.1, 0.2, 0.0):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,28 +220,31 @@ def _alone(lock: IO[str]) -> bool:
 
 
 def describe_file(sweep: Sweep) -> dict[str, Any]:
-    """What makes a sweep this one: its keys, and which recipe each variant is."""
+    """The identity of a sweep, as in its `sweep.yaml`: its keys, and the recipe of each variant."""
     keys: dict[str, Any] = to_dict(sweep.schema)
     keys.pop("smoke")
-    recipes = {
-        variant.name: {"source": variant.source, "overrides": list(variant.overrides)} for variant in sweep.variants
-    }
+    recipes = {}
+    for variant in sweep.variants:
+        recipes[variant.name] = {"source": variant.source, "overrides": list(variant.overrides)}
     return {"name": sweep.name, "smoke": sweep.smoke, **keys, "recipes": recipes}
 
 
 def _without_paths(document: dict[str, Any]) -> dict[str, Any]:
-    """The same sweep has other paths in another checkout; what its recipes hold is compared by itself."""
-    plain = {key: value for key, value in document.items() if key != "base"}
+    """A sweep's identity without its paths, which another checkout changes; recipes are compared by their contents."""
+    plain: dict[str, Any] = _without(document, "base")
     for key, path in (("variants", "recipe"), ("recipes", "source")):
         if isinstance(sections := plain.get(key), dict):
-            plain[key] = {name: _less(section, path) for name, section in sections.items()}
+            plain[key] = {name: _without(section, path) for name, section in sections.items()}
     return plain
 
 
-def _less(section: Any, key: str) -> Any:
-    return {k: v for k, v in section.items() if k != key} if isinstance(section, dict) else section
+def _without(section: Any, key: str) -> Any:
+    """A copy of a section without a key; a damaged file may have another value in its place, which is returned."""
+    if isinstance(section, dict):
+        return {k: v for k, v in section.items() if k != key}
+    return section
 
 
-def _difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
-    key = next(key for key in [*mine, *theirs] if mine.get(key) != theirs.get(key))
-    return f"{key}: {theirs.get(key)} there, {mine.get(key)} here"
+def _first_difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    """The first key whose values differ."""
+    return next(key for key in [*mine, *theirs] if mine.get(key) != theirs.get(key))

@@ -1,9 +1,9 @@
-"""Are the variants of a sweep comparable? Sizes are counted on the meta device, the rest is read off the recipes."""
+"""Checks that the variants of a sweep are comparable: sizes on the meta device, the rest from the recipes."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from core.analysis.compare import held
+from core.analysis.compare import different_recipes
 from core.analysis.describe import document_of
 from core.contracts.errors import UserError, nearest
 from core.study.sweep_file import Sweep
@@ -13,14 +13,14 @@ NEEDS = {
     "max_vio_global": ("top_k", "experts"),
     "max_vio_batch": ("top_k", "experts"),
 }
-"""Metrics that not every model has: the number of its description that must not be 0, and what it lacks."""
+"""Metrics that not every model has: the number of its description that must not be 0, and what is missing if it is."""
 SCHEDULED = ("training tokens", "steps")
-"""What differs by intention where every variant gets the same FLOPs."""
+"""Things that differ by intention where every variant gets the same FLOPs."""
 
 
 @dataclass(frozen=True)
 class Matched:
-    """What was found out before the first run.
+    """The result of matching, known before the first run.
 
     Args:
         documents: each variant's description, by name.
@@ -33,83 +33,133 @@ class Matched:
     not_equal: list[str]
 
 
+@dataclass(frozen=True)
+class Count:
+    """A number that must be equal in all variants, but for a tolerance.
+
+    Args:
+        rule: its key in `match`.
+        name: its name in messages.
+        by_variant: its value in each variant.
+    """
+
+    rule: str
+    name: str
+    by_variant: dict[str, float]
+
+
 def match(sweep: Sweep) -> Matched:
-    """Describe every variant and hold it against the baseline.
+    """Describes every variant and compares it with the baseline.
 
     Raises:
-        UserError: variants differ in what `match` says must be equal, all of them told; or one of them cannot have the
-            metric.
+        UserError: variants differ in what `match` says must be equal (the message lists all differences), or one of
+            them cannot have the metric.
     """
-    rules, base_name = sweep.schema.match, sweep.schema.baseline
     documents = {variant.name: document_of(variant.recipe) for variant in sweep.variants}
-    _has_metric(sweep, documents)
-    refused: list[str] = []
-    held_equal: list[str] = []
-    not_equal: list[str] = []
-    for rule, key, counts in _counted(sweep, documents):
-        tolerance = getattr(rules, rule)
-        base, off = counts[base_name], []
-        for name, count in counts.items():
-            difference = count / base - 1
-            if tolerance is None or abs(difference) <= tolerance:
-                continue
-            sentence = f"{name}: {key} {count:,.0f} is {difference:+.1%} of {base_name}'s {base:,.0f}"
-            off.append(name)
-            (not_equal if name in rules.exempt else refused).append(sentence + _because(name, rules.exempt))
-        if tolerance is not None:
-            others = f", but for {', '.join(off)}" if off else ""
-            held_equal.append(f"{key} within {tolerance:.0%} of {base_name}'s{others}")
-    for thing, different in _different(sweep, documents).items():
-        allowed = thing in rules.allow or (thing in SCHEDULED and "flops" in sweep.schema.budget)
-        if not different:
-            held_equal.append(thing)
-        for name in different:
-            sentence = f"{name}: another {thing} than {base_name}"
-            (not_equal if allowed or name in rules.exempt else refused).append(sentence + _because(name, rules.exempt))
-    if refused:
-        lines = "".join(f"\n  {line}" for line in refused)
+    _check_metric(sweep, documents)
+    matching = _Matching(sweep)
+    for count in _counts(sweep, documents):
+        matching.compare_counts(count)
+    for thing, different in _different_variants(sweep, documents).items():
+        matching.compare_thing(thing, different)
+    if matching.refused:
+        lines = "".join(f"\n  {line}" for line in matching.refused)
         how = "match.allow names what may differ, match.exempt a variant with the reason"
         raise UserError(f"sweep {sweep.name}: variants cannot be compared ({how}):{lines}")
-    return Matched(documents, held_equal, not_equal)
+    return Matched(documents, matching.held_equal, matching.not_equal)
 
 
-def _has_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
+class _Matching:
+    """Collects sentences about a sweep's variants: what is equal, what may differ, and what may not (`refused`).
+
+    Args:
+        sweep: its baseline and its `match` section decide.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.rules = sweep.schema.match
+        self.baseline = sweep.schema.baseline
+        self.equal_flops = "flops" in sweep.schema.budget
+        self.refused: list[str] = []
+        self.held_equal: list[str] = []
+        self.not_equal: list[str] = []
+
+    def compare_counts(self, count: Count) -> None:
+        """Compares a number with the baseline's, within the tolerance of its rule; None as tolerance: no check."""
+        tolerance = getattr(self.rules, count.rule)
+        if tolerance is None:
+            return
+        base = count.by_variant[self.baseline]
+        outside = []
+        for variant, value in count.by_variant.items():
+            difference = value / base - 1
+            if abs(difference) > tolerance:
+                outside.append(variant)
+                distance = f"{difference:+.1%} of {self.baseline}'s {base:,.0f}"
+                self._differs(variant, f"{variant}: {count.name} {value:,.0f} is {distance}")
+        others = f", but for {', '.join(outside)}" if outside else ""
+        self.held_equal.append(f"{count.name} within {tolerance:.0%} of {self.baseline}'s{others}")
+
+    def compare_thing(self, thing: str, different: list[str]) -> None:
+        """Notes that a thing is equal in all variants, or in which of them it differs from the baseline's."""
+        if not different:
+            self.held_equal.append(thing)
+        allowed = thing in self.rules.allow or (thing in SCHEDULED and self.equal_flops)
+        for variant in different:
+            sentence = f"{variant}: another {thing} than {self.baseline}"
+            self._differs(variant, sentence, allowed=allowed)
+
+    def _differs(self, variant: str, sentence: str, *, allowed: bool = False) -> None:
+        """Adds a difference, with the reason where the variant is exempt."""
+        reason = self.rules.exempt.get(variant)
+        if reason is not None:
+            self.not_equal.append(f"{sentence} ({reason})")
+        elif allowed:
+            self.not_equal.append(sentence)
+        else:
+            self.refused.append(sentence)
+
+
+def _check_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
     """Raises `UserError` for a metric that some variants' summaries will not have."""
     metric = sweep.schema.metric
-    count, thing = NEEDS.get(metric, ("", ""))
-    without = [name for name, document in documents.items() if count and not document[count]]
+    if metric not in NEEDS:
+        return
+    count, thing = NEEDS[metric]
+    without = [name for name, document in documents.items() if not document[count]]
     if without:
-        raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {', '.join(without)} cannot have it without {thing}")
+        why = f"{', '.join(without)} cannot have it without {thing}"
+        raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {why}")
 
 
-def _counted(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[str, float]]]:
-    """What must be equal but for a tolerance: its key in `match`, its name, and its count in each variant.
+def _counts(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> list[Count]:
+    """The numbers that must be equal but for a tolerance.
 
-    Where the sweep's budget is in FLOPs, what must be equal is what a whole run spends: steps are whole, so a budget of
-    a few steps may be missed by more than the tolerance.
+    Where the sweep's budget is in FLOPs, they are those of a whole run, FLOPs per token x tokens: steps are whole, so a
+    budget of a few steps may be missed by more than the tolerance.
     """
-    by_budget = "flops" in sweep.schema.budget
-    flops = {n: d["flops_per_token"] * (d["tokens"] if by_budget else 1) for n, d in documents.items()}
     params = {name: document["params_total"] for name, document in documents.items()}
-    return [
-        ("params", "params_total", params),
-        ("flops", "training FLOPs of a run" if by_budget else "flops_per_token", flops),
-    ]
+    flops = {name: document["flops_per_token"] for name, document in documents.items()}
+    flops_name = "flops_per_token"
+    if "flops" in sweep.schema.budget:
+        flops_name = "training FLOPs of a run"
+        for name, document in documents.items():
+            flops[name] *= document["tokens"]
+    return [Count("params", "params_total", params), Count("flops", flops_name, flops)]
 
 
-def _because(name: str, reasons: dict[str, str]) -> str:
-    return f" ({reasons[name]})" if name in reasons else ""
+def _different_variants(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """The variants that differ from the baseline, for each thing that should be the same.
 
-
-def _different(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """For each thing that should be the same, the variants in which it is not."""
+    Raises:
+        UserError: `match.allow` names something else.
+    """
     ordered = sorted(sweep.variants, key=lambda variant: variant.name != sweep.schema.baseline)
     recipes = [replace(variant.recipe, name=variant.name) for variant in ordered]
-    found = held(recipes, [documents[variant.name] for variant in ordered])
-    unknown = set(sweep.schema.match.allow) - set(found)
-    if unknown:
-        name = sorted(unknown)[0]
-        raise UserError(
-            f"sweep {sweep.name}: match.allow: {name!r} is nothing that is compared; {nearest(name, found)}"
-        )
-    return found
+    different = different_recipes(recipes, [documents[variant.name] for variant in ordered])
+    for name in sorted(sweep.schema.match.allow):
+        if name not in different:
+            raise UserError(
+                f"sweep {sweep.name}: match.allow: unknown name {name!r}; {nearest(name, different)}"
+            )
+    return different

@@ -1,4 +1,4 @@
-"""How long a sweep still takes: a run's time goes with its FLOPs, and each place works on one run at a time."""
+"""The time that a sweep still takes, from the FLOPs of its runs and the speed of those that have ended."""
 
 import heapq
 import time
@@ -6,48 +6,58 @@ from collections.abc import Callable, Mapping
 
 
 class Pace:
-    """What this runner has seen so far of the runs that it works on.
+    """The speed of this runner's runs so far, and the time that is left.
+
+    A run's time is proportional to its work, and each slot works on one run at a time.
 
     Args:
-        work: of each run, in the order in which they begin, what its time is proportional to.
+        work: of each run (its FLOPs), in the order in which they begin.
         slots: runs at a time.
         clock: seconds.
     """
 
-    def __init__(self, work: Mapping[str, float], slots: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.work, self.slots, self.clock = work, slots, clock
+    def __init__(
+        self, work: Mapping[str, float], slots: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.work = work
+        self.slots = slots
+        self.clock = clock
         self._began: dict[str, float] = {}
         self._ended: set[str] = set()
         self._resumed: set[str] = set()
-        self._seconds = self._done = 0.0
+        self._seconds = 0.0  # of fresh runs that are done
+        self._done = 0.0  # their work
 
     def begin(self, run: str, *, fresh: bool) -> None:
-        """A run is under way; not `fresh` where an earlier runner left a part of it."""
+        """Notes that a run is under way; it is not `fresh` where an earlier runner has done a part of it."""
         self._began[run] = self.clock()
         if not fresh:
             self._resumed.add(run)
 
     def end(self, run: str, *, whole: bool) -> None:
-        """A run has ended, `whole` or failed; a whole fresh one tells the speed."""
+        """Notes that a run has ended, `whole` or failed; the speed is measured on whole fresh runs."""
         self._ended.add(run)
         if whole and run not in self._resumed:
             self._seconds += self.clock() - self._began[run]
             self._done += self.work[run]
 
     def left(self) -> float | None:
-        """Seconds until the last run ends; None before a first run has told how fast this machine is.
+        """Seconds until the last run ends; None before the speed has been measured.
 
-        A run that has taken longer than expected is expected to end now. Runs that wait are given to whichever place
-        is free first, as the runner does.
+        A run that has taken longer than expected is expected to end now. Each waiting run goes to the slot that is
+        free first, as in the runner.
         """
         if not self._done:
             return None
-        now, rate = self.clock(), self._seconds / self._done
-        under_way = [run for run in self._began if run not in self._ended]
-        ends = [max(now, self._began[run] + rate * self.work[run]) for run in under_way]
+        now = self.clock()
+        seconds_per_work = self._seconds / self._done
+        ends = []  # when each slot is free
+        for run, began in self._began.items():
+            if run not in self._ended:
+                ends.append(max(now, began + seconds_per_work * self.work[run]))
         ends += [now] * max(1, self.slots - len(ends))
         heapq.heapify(ends)
         for run, work in self.work.items():
             if run not in self._began:
-                heapq.heapreplace(ends, ends[0] + rate * work)
+                heapq.heapreplace(ends, ends[0] + seconds_per_work * work)
         return max(ends) - now

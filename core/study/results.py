@@ -1,7 +1,8 @@
-"""What a sweep has found so far, as the documents that its report is made of."""
+"""The results of a sweep so far, as the documents that its report is made of."""
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ from core.statistics.comparison import compare, interval
 from core.study.curves import against
 from core.study.folder import Job, SweepFolder
 from core.study.matching import Matched
-from core.study.sweep_file import Sweep
+from core.study.sweep_file import Sweep, Variant
 
 FACTS = (
     *("params_total", "params_experts", "params_active", "flops_per_token", "kv_bytes_per_token"),
     *("top_k", "capacity_factor", "drops", "causal", "batch_dependent", "notices"),
 )
-"""What is told of each variant beside its results."""
+"""Keys of a description that a report shows of each variant beside its results."""
 
 CLOCK = ("wall_seconds", "train_seconds", "tokens_per_second", "mfu")
 """Metrics that depend on what else the machine did."""
@@ -31,36 +32,63 @@ HELD_OUT = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance")
 
 
 def identity(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
-    """`sweep.json`: the question, what was held equal, and what each variant is."""
-    base = next(v for v in sweep.variants if v.name == sweep.schema.baseline)
-    leaves = _leaves(_model_of(base.recipe))
+    """The document `sweep.json`: the question, what was held equal, and what each variant is."""
+    schema = sweep.schema
+    base = next(variant for variant in sweep.variants if variant.name == schema.baseline)
+    base_values = _compared_values(base)
     variants = []
     for variant in sweep.variants:
-        own = _leaves(_model_of(variant.recipe))
-        keys = [key for key in {**leaves, **own} if leaves.get(key) != own.get(key)]
-        variants.append(
-            {
-                "name": variant.name,
-                "recipe": variant.source,
-                "overrides": list(variant.overrides),
-                **{fact: matched.documents[variant.name][fact] for fact in FACTS},
-                "differences": {key: [leaves.get(key), own.get(key)] for key in keys},
-            }
-        )
-    schema = sweep.schema
-    head = {"name": sweep.name, "title": schema.title, "metric": schema.metric, "better": schema.better}
-    more = {"baseline": schema.baseline, "seeds": schema.seeds, "command": command, "started": started}
-    return {**head, **more, "held_equal": matched.held_equal, "not_equal": matched.not_equal, "variants": variants}
+        document = matched.documents[variant.name]
+        row: dict[str, Any] = {
+            "name": variant.name,
+            "recipe": variant.source,
+            "overrides": list(variant.overrides),
+        }
+        for fact in FACTS:
+            row[fact] = document[fact]
+        row["differences"] = _differences(base_values, _compared_values(variant))
+        variants.append(row)
+    return {
+        "name": sweep.name,
+        "title": schema.title,
+        "metric": schema.metric,
+        "better": schema.better,
+        "baseline": schema.baseline,
+        "seeds": schema.seeds,
+        "command": command,
+        "started": started,
+        "held_equal": matched.held_equal,
+        "not_equal": matched.not_equal,
+        "variants": variants,
+    }
 
 
-def _model_of(recipe: Any) -> dict[str, Any]:
-    return {k: v for k, v in recipe.to_dict().items() if k not in ("smoke", "seed")}
+def _differences(base: dict[str, Any], own: dict[str, Any]) -> dict[str, list[Any]]:
+    """The key paths whose values differ, with the baseline's value and the variant's own."""
+    found = {}
+    for key in {**base, **own}:
+        pair = [base.get(key), own.get(key)]
+        if pair[0] != pair[1]:
+            found[key] = pair
+    return found
+
+
+def _compared_values(variant: Variant) -> dict[str, Any]:
+    """The values of a variant's recipe by key path, without its seed and its small sizes."""
+    document = dict(variant.recipe.to_dict())
+    document.pop("smoke", None)
+    document.pop("seed", None)
+    return _leaves(document)
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     """Every plain value by its key path; a whole list where it holds no sections."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not isinstance(value, dict) and not (isinstance(value, list) and any(isinstance(v, dict) for v in value)):
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
         return {path: to_dict(value)}
     found: dict[str, Any] = {}
     for key, item in items:
@@ -68,22 +96,32 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def value_of(job: Job, metric: str) -> float | None:
-    """The metric of a finished run; None where it has none or it is no number."""
+def _summary(job: Job) -> Any:
+    """A finished run's `summary.json`; None where it cannot be read."""
     try:
-        value = json.loads((job.path / "summary.json").read_text(encoding="utf-8")).get(metric)
+        return json.loads((job.path / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def value_of(job: Job, metric: str) -> float | None:
+    """The metric of a finished run; None where it has none or it is not a finite number."""
+    summary = _summary(job)
+    if summary is None:
+        return None
+    value = summary.get(metric)
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return None
 
 
 def never_measured(job: Job, metric: str) -> str | None:
-    """Why no run of the sweep can have the metric, where a finished one tells; a loss that is no number is its own."""
-    try:
-        summary = json.loads((job.path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if summary.get(metric) is not None:
+    """The reason why no run of the sweep can have the metric, from the summary of a finished one.
+
+    None where other runs may have it: a loss that is not finite concerns this run alone.
+    """
+    summary = _summary(job)
+    if summary is None or summary.get(metric) is not None:
         return None
     if metric in MEASURED:
         return "this machine does not measure it"
@@ -93,54 +131,81 @@ def never_measured(job: Job, metric: str) -> str | None:
 
 
 def results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[str, Any]:
-    """`results.json`: each variant's runs, mean and interval, and its difference to the baseline."""
-    metric, baseline = sweep.schema.metric, sweep.schema.baseline
-    runs: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in sweep.variants}
-    values: dict[str, dict[int, float]] = {variant.name: {} for variant in sweep.variants}
-    done: dict[str, dict[int, Path]] = {variant.name: {} for variant in sweep.variants}
+    """The document `results.json`: each variant's runs, mean and interval, and its difference to the baseline."""
+    metric = sweep.schema.metric
+    baseline = sweep.schema.baseline
+    runs: dict[str, list[dict[str, Any]]] = {}
+    values: dict[str, dict[int, float]] = {}
+    done: dict[str, dict[int, Path]] = {}
+    for variant in sweep.variants:
+        runs[variant.name] = []
+        values[variant.name] = {}
+        done[variant.name] = {}
     for job in folder.jobs(sweep):
-        status, value = folder.status(job), None
-        if status.state == "done" and (value := value_of(job, metric)) is not None:
-            values[job.variant.name][job.seed], done[job.variant.name][job.seed] = value, job.path
+        name = job.variant.name
+        status = folder.status(job)
+        value = value_of(job, metric) if status.state == "done" else None
+        if value is not None:
+            values[name][job.seed] = value
+            done[name][job.seed] = job.path
         row = {"seed": job.seed, "state": status.state, "value": value, "reason": status.reason}
-        runs[job.variant.name].append(row)
+        runs[name].append(row)
     differences = compare(values, baseline, sweep.schema.better)
     rows = []
-    for name, mine in values.items():
-        found = interval(list(mine.values())) if mine else None
-        spread = {key: getattr(found, key) if found else None for key in ("mean", "low", "high")}
-        held = {"difference": differences[name]}
-        held["training_loss"] = against(done[baseline], done[name]) if name != baseline else None
-        rows.append({"variant": name, "runs": runs[name], "n": len(mine), **spread, **held})
+    for name, own in values.items():
+        training_loss = None
+        if name != baseline:
+            training_loss = against(done[baseline], done[name])
+        row = {
+            "variant": name,
+            "runs": runs[name],
+            "n": len(own),
+            **_mean(own),
+            "difference": differences[name],
+            "training_loss": training_loss,
+        }
+        rows.append(row)
     return {
         "metric": metric,
         "baseline": baseline,
         "rows": rows,
-        "warnings": [*_clock(sweep, folder), *_warnings(runs, matched)],
+        "warnings": [*_clock_warnings(sweep, folder), *_warnings(runs, matched)],
     }
 
 
-def _clock(sweep: Sweep, folder: SweepFolder) -> list[str]:
-    """Where the metric is measured by the clock, the spread of throughput that it must be read beside."""
+def _mean(values: dict[int, float]) -> dict[str, float | None]:
+    """The mean of a variant's values with its interval; all None without a value."""
+    if not values:
+        return {"mean": None, "low": None, "high": None}
+    found = interval(list(values.values()))
+    return {"mean": found.mean, "low": found.low, "high": found.high}
+
+
+def _clock_warnings(sweep: Sweep, folder: SweepFolder) -> list[str]:
+    """A warning with the spread of throughput, where the metric depends on the clock."""
     metric = sweep.schema.metric
+    if metric not in CLOCK:
+        return []
     rates: dict[str, list[float]] = {}
-    for job in folder.jobs(sweep) if metric in CLOCK else ():
-        if (rate := value_of(job, "tokens_per_second")) is not None:
+    for job in folder.jobs(sweep):
+        rate = value_of(job, "tokens_per_second")
+        if rate is not None:
             rates.setdefault(job.variant.name, []).append(rate)
     if not rates:
         return []
-    told = ", ".join(f"{name} {min(each):.0f} to {max(each):.0f}" for name, each in rates.items())
+    spread = ", ".join(f"{name} {min(each):.0f} to {max(each):.0f}" for name, each in rates.items())
     why = f"{metric} is measured by the clock, and throughput varied with the machine's other work"
-    return [f"{why}: {told} tokens/s"]
+    return [f"{why}: {spread} tokens/s"]
 
 
 def _warnings(runs: dict[str, list[dict[str, Any]]], matched: Matched) -> list[str]:
-    """What a reader must know first: runs that failed, variants that do not match, notices."""
-    told = [
-        f"{name}, seed {run['seed']}: {run['reason']}"
-        for name, mine in runs.items()
-        for run in mine
-        if run["state"] == "failed"
-    ]
-    notices = [f"{name}: {n}" for name, document in matched.documents.items() for n in document["notices"]]
-    return [*told, *matched.not_equal, *notices]
+    """What a reader must know first: runs that failed, variants that do not match, caveats of their recipes."""
+    failed = []
+    for name, own in runs.items():
+        for run in own:
+            if run["state"] == "failed":
+                failed.append(f"{name}, seed {run['seed']}: {run['reason']}")
+    caveats = []
+    for name, document in matched.documents.items():
+        caveats += [f"{name}: {notice}" for notice in document["notices"]]
+    return [*failed, *matched.not_equal, *caveats]

@@ -1,7 +1,7 @@
-"""Running a sweep: every run a process of `core.fit` in a folder of its own, a few at a time.
+"""Runs the jobs of a sweep: each is a process of `core.fit` in a folder of its own, a few at a time.
 
-A run that fails is written down with its reason and stops nobody else. Whatever ends the runner, the runs' own
-checkpoints stay, and the next runner goes on from them.
+A run that fails is recorded with its reason and stops no other. Whatever ends the runner, the runs' own checkpoints
+stay, and the next runner goes on from them.
 """
 
 import ctypes
@@ -13,10 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -28,46 +29,51 @@ from core.study.results import never_measured, value_of
 
 GRACE = 60.0
 """Seconds that a run gets to save itself before it is killed."""
+
 _LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 class Pool(Protocol):
-    """Where runs are worked on."""
+    """A place that works on runs, so many at a time."""
 
     slots: int
 
     def submit(self, job: Job, command: list[str]) -> "Future[tuple[int, float]]":
-        """Begin a run; the future gives its exit code and its seconds."""
+        """Begins a run; the future gives its exit code and its seconds."""
 
     def stop(self) -> None:
-        """End the runs under way: each saves itself."""
+        """Ends the runs under way: each saves itself."""
 
 
 class LocalPool:
     """Processes on this machine, which share its cores: each gets its part, or OMP_NUM_THREADS where that is less.
 
-    A run that was begun keeps the threads that it began with: under others its bits would differ.
+    A run that was begun keeps its number of threads, since its results would differ in their bits with another.
 
     Args:
         slots: runs at a time.
-        started: told the process of each run.
+        started: called with each run and its process id.
     """
 
     def __init__(self, slots: int, started: Callable[[Job, int], None]) -> None:
-        self.slots, self.started = slots, started
-        told = os.environ.get("OMP_NUM_THREADS", "")
-        share = max(1, cores() // slots)
-        self.threads = min(int(told), share) if told.isdecimal() and int(told) else share
+        self.slots = slots
+        self.started = started
+        self.threads = max(1, cores() // slots)
+        limit = os.environ.get("OMP_NUM_THREADS", "")
+        if limit.isdecimal() and int(limit):
+            self.threads = min(int(limit), self.threads)
         self._workers = ThreadPoolExecutor(slots)
         self._under_way: set[subprocess.Popen[bytes]] = set()
-        self._lock, self._stopping = threading.Lock(), False
+        self._lock = threading.Lock()
+        self._stopping = False
 
     def submit(self, job: Job, command: list[str]) -> "Future[tuple[int, float]]":
-        """Begin as soon as a worker is free."""
+        """Begins the run as soon as a worker is free."""
         return self._workers.submit(self._run, job, command)
 
     def _run(self, job: Job, command: list[str]) -> tuple[int, float]:
+        """Runs the command and waits for it; returns its exit code and its seconds."""
         began = time.monotonic()
         threads = threads_begun_with(job) or max(1, self.threads // job.ranks)
         with job.log.open("ab") as log:
@@ -83,7 +89,7 @@ class LocalPool:
         return code, time.monotonic() - began
 
     def stop(self) -> None:
-        """SIGTERM saves a run after the step under way; what does not end is killed."""
+        """Sends SIGTERM, at which a run saves itself after the step under way, and kills what does not end."""
         with self._lock:
             self._stopping = True
             under_way = list(self._under_way)
@@ -99,26 +105,30 @@ class LocalPool:
 
 
 def start(command: list[str], log: IO[bytes], threads: int) -> "subprocess.Popen[bytes]":
-    """A run's process, in a session of its own: Ctrl-C reaches the runner alone, which then tells each run once.
+    """Starts a run's process in a session of its own: Ctrl-C reaches the runner alone, which sends each run a SIGTERM.
 
-    On Linux a runner that is killed takes its runs along: each is told and saves itself.
+    On Linux the runs end with a runner that is killed: each receives `ORPHANED` and saves itself.
 
     Args:
-        command: of the run.
-        log: what it prints goes here.
-        threads: of each of its ranks.
+        command: the run's.
+        log: the file of its output.
+        threads: the number of threads of each of its ranks.
     """
     parent = os.getpid()
 
     def die_with_parent() -> None:
         if _LIBRARY is not None:
             _LIBRARY.prctl(_DEATH_SIGNAL, ORPHANED)
-            if os.getppid() != parent:  # it died before we asked
+            if os.getppid() != parent:  # the runner died before this call
                 os._exit(1)
 
+    environment = dict(os.environ)
+    environment["OMP_NUM_THREADS"] = str(threads)
+    environment["RAYON_NUM_THREADS"] = str(threads)
+    environment["PYTHONUNBUFFERED"] = "1"
     return subprocess.Popen(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
@@ -128,21 +138,25 @@ def start(command: list[str], log: IO[bytes], threads: int) -> "subprocess.Popen
 
 
 def threads_begun_with(job: Job) -> int | None:
-    """The threads of a run that is begun, as its provenance tells them."""
+    """The number of threads that a run began with, from its provenance; None where it has not begun."""
     try:
-        threads = json.loads((job.path / "provenance.json").read_text(encoding="utf-8")).get("threads")
+        provenance = json.loads((job.path / "provenance.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return threads if isinstance(threads, int) and threads > 0 else None
+    threads = provenance.get("threads")
+    if isinstance(threads, int) and threads > 0:
+        return threads
+    return None
 
 
 def command_of(job: Job, folder: SweepFolder) -> list[str]:
     """The command of a run: it begins, or goes on with what is in its folder."""
     recipe = folder.recipe(job.variant)
-    quiet = ["trainer.enable_progress_bar=false", f"seed={job.seed}"]
+    overrides = ["trainer.enable_progress_bar=false", f"seed={job.seed}"]
     begun = (job.path / "recipe.yaml").exists()
-    where = ["--resume", str(job.path)] if begun else ["--out", str(job.path)]
-    return [sys.executable, "-m", "core.study.child", str(recipe), *quiet, *where]
+    option = "--resume" if begun else "--out"
+    command = [sys.executable, "-m", "core.study.child", str(recipe)]
+    return [*command, *overrides, option, str(job.path)]
 
 
 def run_jobs(
@@ -154,30 +168,32 @@ def run_jobs(
     began: Callable[[Job], None],
     ended: Callable[[Job, Status], None],
 ) -> None:
-    """Work on every run that is not done, and write down how each ended.
+    """Works on every run that is not done, and records how each ended.
 
     Args:
-        jobs: in order.
+        jobs: the runs, in order.
         folder: the sweep's.
         pool: where they run.
-        metric: that a finished run must have.
-        began: told before each run.
-        ended: told after each run, with how it ended.
+        metric: a finished run must have it.
+        began: called before each run.
+        ended: called after each run, with its final status.
 
     Raises:
         UserError: a finished run shows that none can have the metric.
-        OSError: no space is left on the disk, for the runner or for a run; that run waits.
+        OSError: no space is left on the disk, for the runner or for a run; that run is set back to "waiting".
     """
     waiting = iter(jobs)
     under_way: dict[Future[tuple[int, float]], Job] = {}
     logged: dict[Path, int] = {}
     try:
         while True:
-            for job in _next(waiting, pool.slots - len(under_way)):
-                _leave_alone(job, folder.status(job))
+            for job in islice(waiting, pool.slots - len(under_way)):
+                _end_leftover(job, folder.status(job))
                 began(job)
                 job.path.mkdir(parents=True, exist_ok=True)
-                folder.tell(job, replace(folder.status(job), state="running", reason=None, process=None))
+                before = folder.status(job)
+                running = replace(before, state="running", reason=None, process=None)
+                folder.write_status(job, running)
                 logged[job.path] = job.log.stat().st_size if job.log.exists() else 0
                 under_way[pool.submit(job, command_of(job, folder))] = job
             if not under_way:
@@ -186,67 +202,81 @@ def run_jobs(
                 job = under_way.pop(future)
                 code, seconds = future.result()
                 before = folder.status(job)
+                seconds += before.seconds
                 if code == NO_SPACE:  # every other run would meet it too
-                    folder.tell(job, replace(before, state="waiting", seconds=before.seconds + seconds, process=None))
+                    again = replace(before, state="waiting", seconds=seconds, process=None)
+                    folder.write_status(job, again)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                status = _ended(job, code, before.seconds + seconds, metric, logged[job.path])
-                folder.tell(job, status)
+                status = _final_status(job, code, seconds, metric, logged[job.path])
+                folder.write_status(job, status)
                 ended(job, status)
                 if code == 0 and (why := never_measured(job, metric)):
                     raise UserError(f"metric = {metric!r}: {job.name} has ended without it: {why}")
     finally:
         pool.stop()
         for job in under_way.values():
-            if (status := folder.status(job)).state == "running":
-                folder.tell(job, replace(status, state="waiting", process=None))
+            status = folder.status(job)
+            if status.state == "running":
+                folder.write_status(job, replace(status, state="waiting", process=None))
 
 
-def _next(waiting: Iterator[Job], count: int) -> Iterator[Job]:
-    for _ in range(count):
-        job = next(waiting, None)
-        if job is None:
-            return
-        yield job
+def _final_status(job: Job, code: int, seconds: float, metric: str, logged: int) -> Status:
+    """The status of a run that has ended: done, or failed with the reason.
 
+    A run that another process stopped with a signal has failed; for runs that the runner stops this is not called.
 
-def _ended(job: Job, code: int, seconds: float, metric: str, logged: int) -> Status:
-    """How a run ended, with the reason where it is not a result.
-
-    A run that somebody else stopped with a signal is one that failed; those that the runner stops do not come here.
+    Args:
+        job: the run.
+        code: its exit code.
+        seconds: how long it ran, all attempts together.
+        metric: a finished run must have it.
+        logged: the size of its log before this attempt.
     """
     if code == 0 and (job.path / "summary.json").exists():
         if value_of(job, metric) is None:
             return Status("failed", f"its summary has no finite {metric}", seconds)
         return Status("done", None, seconds)
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return Status("failed", f"{how}: {_last_words(job.log, logged)}", seconds)
+    if code < 0:
+        how = f"killed by {signal.Signals(-code).name}"
+    else:
+        how = f"exit code {code}"
+    return Status("failed", f"{how}: {_last_message(job.log, logged)}", seconds)
 
 
-def _last_words(log: Path, since: int) -> str:
-    """The sentence by which a run explained itself, or the last line of its log; of this attempt alone."""
+def _last_message(log: Path, since: int) -> str:
+    """The last error message in the log of this attempt, or else its last line.
+
+    Args:
+        log: the run's log file.
+        since: the size of the log before this attempt.
+    """
     try:
         text = log.read_bytes()[since:].decode("utf-8", "replace")
     except OSError:
         text = ""
     lines = [line for line in text.splitlines() if line.strip()]
-    told = [line.removeprefix("moeloom: ") for line in lines if line.startswith("moeloom: ")]
-    return told[-1] if told else (lines[-1].strip() if lines else "it printed nothing")
+    for line in reversed(lines):
+        if line.startswith("moeloom: "):
+            return line.removeprefix("moeloom: ")
+    if lines:
+        return lines[-1].strip()
+    return "it printed nothing"
 
 
-def _leave_alone(job: Job, status: Status) -> None:
-    """End a process that an earlier runner left behind in the run's folder; it gets time to save itself."""
-    if status.state != "running" or status.process is None or not _is_of(job, status.process):
+def _end_leftover(job: Job, status: Status) -> None:
+    """Ends a process that an earlier runner left behind in the run's folder; it gets time to save itself."""
+    if status.state != "running" or status.process is None or not _works_on(job, status.process):
         return
     for how, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 5.0)):
         with suppress(ProcessLookupError):
             os.kill(status.process, how)
         until = time.monotonic() + patience
-        while time.monotonic() < until and _is_of(job, status.process):
+        while time.monotonic() < until and _works_on(job, status.process):
             time.sleep(0.1)
 
 
-def _is_of(job: Job, process: int) -> bool:
-    """Whether a process works on this run: numbers are used again."""
+def _works_on(job: Job, process: int) -> bool:
+    """Whether a process works on this run: process ids are used again for other programs."""
     try:
         return os.fsencode(job.path) in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     except OSError:

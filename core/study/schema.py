@@ -1,20 +1,22 @@
-"""The keys of a sweep file, and what cannot be right about their values."""
+"""The keys of a sweep file, and the checks of their values."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from core.contracts.errors import Wrong, nearest
+from core.contracts.errors import ConfigError, nearest
 from core.contracts.schema import setting
 
 LONGEST = 200
-"""Bytes of a variant's name: it names a folder and a file, and a file system takes 255 with what is put around it."""
+"""Bytes of a variant's name at most: it names a folder and a file, and a file system takes 255 with suffixes."""
 
 METRICS = (
-    *("val_bits_per_byte", "val_loss", "max_vio_global", "max_vio_batch", "dropped_fraction", "mtp_acceptance"),
-    *("steps", "tokens", "skipped_steps", "wall_seconds", "train_seconds", "tokens_per_second", "mfu", "peak_flops"),
-    *("params_total", "params_mtp", "params_active", "flops_per_token", "peak_memory_bytes", "validation_bytes"),
-    "threads",
+    *("val_bits_per_byte", "val_loss", "validation_bytes", "mtp_acceptance"),
+    *("max_vio_global", "max_vio_batch", "dropped_fraction"),
+    *("steps", "tokens", "skipped_steps"),
+    *("wall_seconds", "train_seconds", "tokens_per_second", "mfu", "peak_flops"),
+    *("params_total", "params_mtp", "params_active", "flops_per_token"),
+    *("peak_memory_bytes", "threads"),
 )
 """The numbers in summary.json."""
 
@@ -29,21 +31,27 @@ class VariantSection:
 
 @dataclass(kw_only=True)
 class MatchSection:
-    """What must be equal, and for whom it need not be."""
+    """What must be equal in all variants, and the variants that are exempt."""
 
-    params: float | None = setting(0.02, doc="total parameters, as a fraction of the baseline's; null: not checked")
+    params: float | None = setting(
+        0.02, doc="total parameters, as a fraction of the baseline's; null: not checked"
+    )
     flops: float | None = setting(
         0.02, doc="training FLOPs per token, or of a run where budget.flops is given; likewise"
     )
-    allow: list[str] = setting([], doc="things that may differ, in the words of describe --compare (attention, steps)")
-    exempt: dict[str, str] = setting({}, doc="variants that need not match, each with the reason, which is printed")
+    allow: list[str] = setting(
+        [], doc="things that may differ, in the words of describe --compare (attention, steps)"
+    )
+    exempt: dict[str, str] = setting(
+        {}, doc="variants that need not match, each with the reason, which is printed"
+    )
 
     def check(self, parent: Any) -> None:
-        """Raises `Wrong` for a tolerance that is none."""
+        """Raises `ConfigError` for a tolerance outside [0, 1)."""
         for key in ("params", "flops"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < 1:
-                raise Wrong(key, "must be at least 0 and less than 1, or null")
+                raise ConfigError(key, "must be at least 0 and less than 1, or null")
 
 
 @dataclass(kw_only=True)
@@ -54,44 +62,64 @@ class SweepSchema:
     base: str = setting(doc="a recipe file or shipped name that variants start from")
     seeds: list[int] = setting(doc="one run of every variant for each")
     variants: dict[str, VariantSection] = setting(doc="what is compared, by name")
-    grid: dict[str, list[Any]] = setting({}, doc="KEY.PATH: [values]; every variant with every combination")
+    grid: dict[str, list[Any]] = setting(
+        {}, doc="KEY.PATH: [values]; every variant with every combination"
+    )
     baseline: str = setting(doc="the variant that all others are held against")
     metric: str = setting("val_bits_per_byte", doc="a key of summary.json")
     better: Literal["lower", "higher"] = setting("lower", doc="values of the metric")
-    budget: dict[str, Any] = setting({}, doc="the recipe's budget for every run; empty: each recipe's own")
+    budget: dict[str, Any] = setting(
+        {}, doc="the recipe's budget for every run; empty: each recipe's own"
+    )
     overrides: dict[str, Any] = setting({}, doc="KEY.PATH: VALUE for every run")
     match: MatchSection = setting({}, doc="what must be equal before anything is run")
-    smoke: dict[str, Any] = setting({}, doc="keys of this file for --smoke, each in the place of the whole key above")
+    smoke: dict[str, Any] = setting(
+        {}, doc="keys of this file for --smoke, each in the place of the whole key above"
+    )
 
-    def wrongs(self) -> Iterator[Wrong]:
-        """Nothing to run, names that are none, and what two keys would both set: all of it."""
+    def config_errors(self) -> Iterator[ConfigError]:
+        """Every error: nothing to run, invalid or unknown names, and keys that two sections would both set."""
+        yield from self._run_errors()
+        yield from self._name_errors()
+        yield from self._override_errors()
+
+    def _run_errors(self) -> Iterator[ConfigError]:
+        """Errors of seeds, variants and grid."""
         if not self.seeds:
-            yield Wrong("seeds", "must hold at least one seed")
+            yield ConfigError("seeds", "must hold at least one seed")
         elif len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            yield Wrong("seeds", "must be different whole numbers of at least 0")
+            yield ConfigError("seeds", "must be different whole numbers of at least 0")
         if not self.variants:
-            yield Wrong("variants", "must hold at least one variant")
+            yield ConfigError("variants", "must hold at least one variant")
         for name in self.variants:
             if not name or not all(c.isalnum() or c in "_-+=" for c in name):
-                yield Wrong("variants", f"{name!r} cannot name a folder: use letters, digits and _ - + =")
+                allowed = "use letters, digits and _ - + ="
+                yield ConfigError("variants", f"{name!r} cannot name a folder: {allowed}")
         for key, values in self.grid.items():
             if not values:
-                yield Wrong("grid", f"{key} must have at least one value")
+                yield ConfigError("grid", f"{key} must have at least one value")
+
+    def _name_errors(self) -> Iterator[ConfigError]:
+        """Errors of the metric's name, and of the keys under `smoke`."""
         if self.metric not in METRICS:
-            yield Wrong("metric", f"no run logs it; {nearest(self.metric, METRICS)}")
+            yield ConfigError("metric", f"no run logs it; {nearest(self.metric, METRICS)}")
+        known = set(self.__dataclass_fields__) - {"smoke"}
         for key in self.smoke:
-            if key not in self.__dataclass_fields__ or key == "smoke":
-                yield Wrong("smoke", f"unknown key {key!r}; {nearest(key, set(self.__dataclass_fields__) - {'smoke'})}")
+            if key not in known:
+                yield ConfigError("smoke", f"unknown key {key!r}; {nearest(key, known)}")
+
+    def _override_errors(self) -> Iterator[ConfigError]:
+        """Errors of overrides that `seeds` or `budget` would replace."""
         for where, keys in (("overrides", self.overrides), ("grid", self.grid)):
-            if taken := _taken(keys, self.budget):
-                yield Wrong(where, taken)
+            if why := _replaced(keys, self.budget):
+                yield ConfigError(where, why)
         for name, section in self.variants.items():
-            if taken := _taken(section.overrides, self.budget):
-                yield Wrong("variants", f"{name}: {taken}")
+            if why := _replaced(section.overrides, self.budget):
+                yield ConfigError("variants", f"{name}: {why}")
 
 
-def _taken(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:
-    """Why an override would be lost without a word."""
+def _replaced(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:
+    """The reason why one of the overrides would be silently replaced; None where none would be."""
     for key in keys:
         if key == "seed":
             return "seed is given by `seeds`"

@@ -1,4 +1,4 @@
-"""A sweep from file to results: validate, match, run, compare."""
+"""Runs a sweep from its file to its results: validate, match, run, compare."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from core.study.sweep_file import Sweep
 from core.training.checkpoints import is_disk_full
 
 Progress = Callable[[Job | None, Status | None, int, int, float | None], None]
-"""Told of a run, how it ended, how many have ended of how many, and the seconds left; see `run_sweep`."""
+"""A callback that reports a run, its status, the number of ended runs and of all, and seconds left (`run_sweep`)."""
 
 
 def run_sweep(
@@ -34,20 +34,20 @@ def run_sweep(
     command: str = "",
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Run what is not done yet, and return `results.json`.
+    """Runs what is not done yet, and returns the document `results.json`.
 
     Args:
         sweep: validated.
         path: the sweep's folder.
         workers: runs at a time on this machine.
-        ray: a Ray cluster's address instead.
+        ray: a Ray cluster's address; None: the runs are processes on this machine.
         resume: go on with what is in the folder.
-        command: kept for whoever wants to do it again.
-        progress: told at the beginning (None, None, done, all, None) and after each run (run, how it ended, done, all,
+        command: the command line that began the sweep, kept in `sweep.json`.
+        progress: called at the beginning (None, None, done, all, None) and after each run (run, its status, done, all,
             seconds left).
 
     Raises:
-        UserError: variants that cannot be compared, a folder that holds something else, a full disk.
+        UserError: variants cannot be compared, the folder holds something else, or the disk is full.
     """
     matched = match(sweep)
     folder = SweepFolder(path.resolve())
@@ -68,14 +68,20 @@ def run_sweep(
             return found
     except OSError as error:
         if is_disk_full(error):
-            raise UserError(f"{path}: no space is left on the disk; make room and go on with --resume") from error
+            how = "free some space and go on with --resume"
+            raise UserError(f"{path}: no space is left on the disk; {how}") from error
         raise
 
 
 def _work_on(
-    left: list[Job], pool: Pool, sweep: Sweep, folder: SweepFolder, matched: Matched, progress: Progress
+    left: list[Job],
+    pool: Pool,
+    sweep: Sweep,
+    folder: SweepFolder,
+    matched: Matched,
+    progress: Progress,
 ) -> None:
-    """Work on every run that is left; after each, write what was found and tell the time that is left."""
+    """Works on every run that is left; after each, writes the results so far and reports the time that is left."""
     pace = Pace({job.name: _flops(matched.documents[job.variant.name]) for job in left}, pool.slots)
     jobs = len(folder.jobs(sweep))
     ended = jobs - len(left)
@@ -94,34 +100,33 @@ def _work_on(
 
 
 def _prepare(sweep: Sweep) -> None:
-    """Have the data of every run in the cache before several of them would make it at once.
+    """Prepares the data of every run in the cache, before several runs would prepare it at once.
 
     Raises:
-        UserError: a mistake in the data; or nothing is held out, and the metric is measured on that.
+        UserError: the data are invalid, or the metric is measured on validation text and there is none.
     """
-    seen: list[Any] = []
+    metric = sweep.schema.metric
+    prepared: list[Any] = []
     for variant in sweep.variants:
-        recipe = variant.recipe
-        section = [to_dict(recipe.data.corpus), recipe.data.tokenizer.vocab, recipe.data.sequence_length]
-        if section in seen:
+        source = variant.recipe.data
+        key = [to_dict(source.corpus), source.tokenizer.vocab, source.sequence_length]
+        if key in prepared:
             continue
-        seen.append(section)
-        data = text_data(recipe, plan_of(recipe))
+        prepared.append(key)
+        data = text_data(variant.recipe, plan_of(variant.recipe))
         data.prepare()
-        if sweep.schema.metric in HELD_OUT and not data.validation_bytes:
-            raise UserError(
-                f"sweep {sweep.name}: metric = {sweep.schema.metric!r}: "
-                f"{variant.name} cannot have it: {NOTHING_HELD_OUT}"
-            )
+        if metric in HELD_OUT and not data.validation_bytes:
+            why = f"{variant.name} cannot have it: {NOTHING_HELD_OUT}"
+            raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {why}")
 
 
 def _flops(document: dict[str, Any]) -> float:
-    """Of a whole run."""
+    """The training FLOPs of a whole run: FLOPs per token x tokens, both from its description."""
     return float(document["flops_per_token"]) * float(document["tokens"])
 
 
 def _beginning(folder: SweepFolder, command: str) -> dict[str, str]:
-    """When and by which command the sweep was first begun: that, and not its resumption, does it again."""
+    """The time and the command that first began the sweep, which a resumption keeps."""
     try:
         before = json.loads((folder.path / "sweep.json").read_text(encoding="utf-8"))
         return {key: str(before[key]) for key in ("command", "started")}
@@ -130,11 +135,12 @@ def _beginning(folder: SweepFolder, command: str) -> dict[str, str]:
 
 
 def _pool(folder: SweepFolder, workers: int, ray: str | None) -> Pool:
+    """A Ray cluster where an address is given, else processes on this machine."""
     if ray is not None:
         return RayPool(ray)
 
     def started(job: Job, process: int) -> None:
         before = folder.status(job)
-        folder.tell(job, Status("running", None, before.seconds, process))
+        folder.write_status(job, Status("running", None, before.seconds, process))
 
     return LocalPool(workers, started)

@@ -1,4 +1,4 @@
-"""A sweep file: which variants, which seeds, what is held equal; validated whole before the first run."""
+"""Reads a sweep file and validates all of it, with every variant, before the first run."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from core.analysis.describe import obstacles
+from core.analysis.describe import unmet_requirements
 from core.assemble import build
 from core.contracts.errors import UserError, nearest
 from core.extension.registry import Registry
@@ -24,7 +24,7 @@ class Variant:
     """One thing to run for every seed.
 
     Args:
-        name: also of its folder.
+        name: the variant's name, and that of its folder.
         recipe: validated, for the first seed.
         source: the recipe's file.
         overrides: `KEY=VALUE` each, without the seed.
@@ -41,8 +41,8 @@ class Sweep:
     """A validated sweep.
 
     Args:
-        name: of the file.
-        schema: its keys, `smoke` laid over them where that was asked for.
+        name: the file's name without its suffix.
+        schema: its keys; with `smoke`, the file's `smoke` keys replace them.
         variants: in the file's order, grid included.
         smoke: whether the small sizes are meant.
     """
@@ -54,7 +54,7 @@ class Sweep:
 
 
 def read_sweep(path: str | Path, *, smoke: bool = False, here: bool = True) -> Sweep:
-    """Read and validate a sweep file and every one of its variants, as they stand and with `smoke` laid over.
+    """Reads and validates a sweep file and every variant, both in full size and with `smoke` laid over.
 
     Args:
         path: a file, or a shipped sweep's name.
@@ -62,128 +62,193 @@ def read_sweep(path: str | Path, *, smoke: bool = False, here: bool = True) -> S
         here: whether the runs are this machine's, so that every variant must be able to run on it.
 
     Raises:
-        UserError: what cannot be right; all of it is told.
+        UserError: the file or a variant is invalid; the message lists all errors.
     """
     file = find_sweep(path)
     values = _read(file)
-    small = values.get("smoke")
-    laid = (
-        {k: v for k, v in small.items() if k in SweepSchema.__dataclass_fields__} if isinstance(small, Mapping) else {}
-    )
-    laid.pop("smoke", None)
-    full, little = (
-        _Reading(file, each, smoke=s, here=here) for each, s in ((values, False), ({**values, **laid}, True))
-    )
-    more = [f"with --smoke: {line}" for line in little.mistakes if line not in full.mistakes] if laid else []
-    if mistakes := [*full.mistakes, *more]:
-        if len(mistakes) == 1 and not full.refused:
-            raise UserError(f"{file}: {mistakes[0]}")
-        lines = "".join(f"\n  {line}" for line in mistakes)
-        only_variants = len(full.refused) == len(mistakes)
-        what = f"of {full.count} variants cannot run" if only_variants else "mistakes"
-        raise UserError(f"{file}: {len(mistakes)} {what}:{lines}")
-    chosen = little if smoke else full
+    small = _smoke_values(values)
+    full_size = _Reader(file, values, smoke=False, here=here)
+    small_size = _Reader(file, {**values, **small}, smoke=True, here=here)
+    errors = list(full_size.errors)
+    if small:
+        for line in small_size.errors:
+            if line not in full_size.errors:
+                errors.append(f"with --smoke: {line}")
+    if errors:
+        raise UserError(f"{file}: {_message(errors, full_size)}")
+    chosen = small_size if smoke else full_size
     return Sweep(file.stem, chosen.schema, chosen.variants, smoke)
 
 
-class _Reading:
-    """A sweep file's values, read key by key and variant by variant, so that no mistake hides another.
+def _smoke_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The known keys under `smoke`; an unknown one is an error of the whole file."""
+    small = values.get("smoke")
+    if not isinstance(small, Mapping):
+        return {}
+    known = SweepSchema.__dataclass_fields__.keys() - {"smoke"}
+    return {key: value for key, value in small.items() if key in known}
+
+
+def _message(errors: list[str], reader: "_Reader") -> str:
+    """One error as a sentence; several as a list under their number."""
+    if len(errors) == 1 and not reader.rejected:
+        return errors[0]
+    what = "errors"
+    if len(reader.rejected) == len(errors):
+        what = f"of {reader.count} variants cannot run"
+    lines = "".join(f"\n  {line}" for line in errors)
+    return f"{len(errors)} {what}:{lines}"
+
+
+class _Reader:
+    """Reads a sweep file's values key by key and variant by variant, so that no error hides another.
 
     Args:
-        file: that they stand in.
-        values: of its keys.
+        file: the sweep file.
+        values: its values by key.
         smoke: lay every recipe's `smoke` section over it.
         here: whether every variant must be able to run on this machine.
+
+    Attributes:
+        errors: all that were found.
+        schema: the valid keys, with `FILLER` in the place of the others.
+        variants: the valid ones.
+        rejected: names of the variants that cannot run.
+        count: the number of all variants, grid included.
     """
 
     FILLER: ClassVar[dict[str, Any]] = {"base": "", "seeds": [0], "variants": {}, "baseline": ""}
-    """In the place of a required key that is missing or wrong, while the others are read."""
+    """Values that replace required keys which are missing or invalid, while the others are read."""
 
     def __init__(self, file: Path, values: Mapping[str, Any], *, smoke: bool, here: bool) -> None:
-        self.file, self.smoke, self.here = file, smoke, here
+        self.file = file
+        self.smoke = smoke
+        self.here = here
         self.resolver = Resolver(Registry(), lambda _: str(file), {})
-        self.mistakes: list[str] = []
-        self.lost: set[str] = set()
-        self.schema = self._schema(values)
-        for wrong in self.schema.wrongs():
-            if wrong.key not in self.lost:
-                self._tell(self.resolver.error(wrong.key, getattr(self.schema, wrong.key), wrong.why))
-                self.lost.add(wrong.key)
+        self.errors: list[str] = []
+        self.invalid: set[str] = set()
+        self.schema = self._valid_part(values)
+        for error in self.schema.config_errors():
+            if error.key not in self.invalid:
+                value = getattr(self.schema, error.key)
+                self._add_error(self.resolver.error(error.key, value, error.why))
+                self.invalid.add(error.key)
         self.variants: list[Variant] = []
-        self.refused: list[str] = []
-        points = list(_points(self.schema)) if "grid" not in self.lost else []
+        self.rejected: list[str] = []
+        points: list[tuple[str, VariantSection, dict[str, Any]]] = []
+        if "grid" not in self.invalid:
+            points = list(_points(self.schema))
         self.count = len(points)
         for point in points:
-            self._variant(*point)
-        self._names([name for name, _, _ in points])
+            self._read_variant(*point)
+        self._check_names([name for name, _, _ in points])
 
-    def _tell(self, told: UserError) -> None:
-        line = str(told).removeprefix(f"{self.file}: ")
-        if line not in self.mistakes:
-            self.mistakes.append(line)
+    def _add_error(self, error: UserError | str) -> None:
+        line = str(error).removeprefix(f"{self.file}: ")
+        if line not in self.errors:
+            self.errors.append(line)
 
-    def _schema(self, values: Mapping[str, Any]) -> SweepSchema:
-        """What of the file is right, with the filler for the rest."""
-        good = {**self.FILLER, "variants": {}}
+    def _valid_part(self, values: Mapping[str, Any]) -> SweepSchema:
+        """The valid keys of the file, with the filler for the rest."""
+        valid = {**self.FILLER, "variants": {}}
         for key, value in values.items():
             if key == "variants" and isinstance(value, Mapping):
-                sections = {name: {name: section} for name, section in value.items()}
-                good[key] = {
-                    n: value[n] for n, one in sections.items() if self._right(f"{key}.{n}", {**good, key: one})
-                }
-            elif self._right(key, {**self.FILLER, key: value}):
-                good[key] = value
-        for key in self.FILLER.keys() - values.keys():
-            self._right(key, {k: v for k, v in self.FILLER.items() if k != key})
-        schema: SweepSchema = self.resolver.section(SweepSchema, good, "")
+                valid_variants = {}
+                for name, section in value.items():
+                    if self._is_valid(f"{key}.{name}", {**valid, key: {name: section}}):
+                        valid_variants[name] = section
+                valid[key] = valid_variants
+            elif self._is_valid(key, {**self.FILLER, key: value}):
+                valid[key] = value
+        for key in self.FILLER:
+            if key not in values:
+                self._is_valid(key, {k: v for k, v in self.FILLER.items() if k != key})
+        schema: SweepSchema = self.resolver.section(SweepSchema, valid, "")
         return schema
 
-    def _right(self, what: str, values: Mapping[str, Any]) -> bool:
+    def _is_valid(self, key: str, values: Mapping[str, Any]) -> bool:
+        """Whether the values can be read; if not, notes the error and the key that is invalid."""
         try:
             self.resolver.section(SweepSchema, values, "")
-        except UserError as told:
-            self._tell(told)
-            self.lost |= {what, what.partition(".")[0]}
+        except UserError as error:
+            self._add_error(error)
+            self.invalid |= {key, key.partition(".")[0]}
             return False
         return True
 
-    def _variant(self, name: str, section: VariantSection, point: dict[str, Any]) -> None:
-        """Compose it, build it without memory, and ask its components whether they can run here."""
-        if not section.recipe and "base" in self.lost:
+    def _read_variant(self, name: str, section: VariantSection, point: dict[str, Any]) -> None:
+        """Composes a variant, builds it without memory, and checks that its components can run here."""
+        if not section.recipe and "base" in self.invalid:
             return
+        length = len(name.encode())
         try:
-            if len(name.encode()) > LONGEST:
-                raise UserError(f"a name of {len(name.encode())} bytes cannot name a folder: at most {LONGEST}")
-            seed = 0 if "seeds" in self.lost else self.schema.seeds[0]
-            variant = _variant(self.file, self.schema, name, section, point, seed=seed, smoke=self.smoke)
+            if length > LONGEST:
+                raise UserError(f"a name of {length} bytes cannot name a folder: at most {LONGEST}")
+            variant = self._compose(name, section, point)
             build(variant.recipe, device="meta")
-            if self.here and (found := obstacles(variant.recipe)):
-                raise UserError(f"cannot run here: {'; '.join(found)}")
+            if self.here and (reasons := unmet_requirements(variant.recipe)):
+                raise UserError(f"cannot run here: {'; '.join(reasons)}")
             self.variants.append(variant)
-        except UserError as told:
-            self.refused.append(name)
-            self.mistakes.append(f"{name if len(name) <= LONGEST else name[:40] + '...'}: {told}")
+        except UserError as error:
+            self.rejected.append(name)
+            shown = name if len(name) <= LONGEST else f"{name[:40]}..."
+            self.errors.append(f"{shown}: {error}")
 
-    def _names(self, names: list[str]) -> None:
-        """What stands twice, and what names no variant."""
-        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    def _compose(self, name: str, section: VariantSection, point: dict[str, Any]) -> Variant:
+        """The variant with its recipe for the first seed.
+
+        Args:
+            name: the variant's.
+            section: its keys in the file.
+            point: its overrides from the grid.
+        """
+        schema = self.schema
+        source = section.recipe or schema.base
+        beside = self.file.parent / source
+        found = beside if beside.is_file() else find_recipe(source)
+        layers = {**schema.overrides, **section.overrides, **point}
+        overrides = [f"{key}={_as_text(value)}" for key, value in layers.items()]
+        overrides += [f"budget.{key}={_as_text(value)}" for key, value in schema.budget.items()]
+        seed = 0 if "seeds" in self.invalid else schema.seeds[0]
+        recipe = compose(found, [*overrides, f"seed={seed}"], smoke=self.smoke)
+        return Variant(name, recipe, str(found), tuple(overrides))
+
+    def _check_names(self, names: list[str]) -> None:
+        """Adds an error for a variant's name that occurs twice, and for keys that name no variant."""
+        twice = _first_repeated(names)
         if twice is not None:
-            self._tell(UserError(f"two variants of the grid are named {twice!r}; give one of them another name"))
-        for name in self.schema.match.exempt if "match" not in self.lost else ():
-            if self._is_none(name, names):
-                self._tell(UserError(f"match.exempt: no variant is named {name!r}; {nearest(name, names)}"))
+            how = "give one of them another name"
+            self._add_error(f"two variants of the grid are named {twice!r}; {how}")
+        if "match" not in self.invalid:
+            for name in self.schema.match.exempt:
+                if self._is_unknown(name, names):
+                    known = nearest(name, names)
+                    self._add_error(f"match.exempt: no variant is named {name!r}; {known}")
         name = self.schema.baseline
-        if "baseline" not in self.lost and self._is_none(name, names):
-            self._tell(UserError(f"baseline = {name!r}: no such variant; {nearest(name, names)}"))
+        if "baseline" not in self.invalid and self._is_unknown(name, names):
+            self._add_error(f"baseline = {name!r}: no such variant; {nearest(name, names)}")
 
-    def _is_none(self, name: str, names: list[str]) -> bool:
-        """Whether no variant has that name; of one that could not be read nothing is known."""
-        return bool(names) and name not in names and f"variants.{name.partition('+')[0]}" not in self.lost
+    def _is_unknown(self, name: str, names: list[str]) -> bool:
+        """Whether no variant has the name; False where the variant of that name is itself invalid."""
+        if not names or name in names:
+            return False
+        return f"variants.{name.partition('+')[0]}" not in self.invalid
+
+
+def _first_repeated(names: list[str]) -> str | None:
+    """The first name that occurs twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def find_sweep(path: str | Path) -> Path:
     """The file of a sweep given by path or shipped name."""
-    file, shipped = Path(path), shipped_sweeps()
+    file = Path(path)
+    shipped = shipped_sweeps()
     if file.is_file():
         return file
     name = str(path).removesuffix(".yaml").removeprefix("recipes/").removeprefix("sweeps/")
@@ -193,36 +258,46 @@ def find_sweep(path: str | Path) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """The values of a sweep file by key."""
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as cause:
         raise UserError(f"{file}: cannot be read: {' '.join(str(cause).split())}") from cause
     if not isinstance(values, dict):
-        raise UserError(f"{file}: must be a section of keys: {', '.join(SweepSchema.__dataclass_fields__)}")
+        known = ", ".join(SweepSchema.__dataclass_fields__)
+        raise UserError(f"{file}: must be a section of keys: {known}")
     return {str(key): value for key, value in values.items()}
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice: the first variant of that name would be lost without a word.
+    """Rejects a key that stands twice in a section: YAML would silently drop the first variant of that name.
 
-    A key is the text that stands there (`no`, `1e-3`), and 1e-3 is a number, as in a recipe.
+    A key is kept as it is written (`no`, `1e-3`); the value 1e-3 is a number, as in a recipe.
     """
 
 
 def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    """Builds a section whose keys are text, each of them once."""
     loader.flatten_mapping(node)
     keys = [str(key.value) if isinstance(key, yaml.ScalarNode) else "" for key, _ in node.value]
+    error = None
     if "" in keys:
-        raise yaml.constructor.ConstructorError(None, None, "a key must be a name", node.start_mark)
-    twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
-    if twice is not None:
-        raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
-    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}  # type: ignore[no-untyped-call]
+        error = "a key must be a name"
+    elif (twice := _first_repeated(keys)) is not None:
+        error = f"{twice!r} stands twice"
+    if error is not None:
+        raise yaml.constructor.ConstructorError(None, None, error, node.start_mark)
+    section = {}
+    for key, (_, value) in zip(keys, node.value, strict=True):
+        section[key] = loader.construct_object(value, deep=True)  # type: ignore[no-untyped-call]
+    return section
 
 
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _UniqueKeys.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -232,35 +307,18 @@ def _points(schema: SweepSchema) -> Iterator[tuple[str, VariantSection, dict[str
     for name, section in schema.variants.items():
         for values in combinations:
             point = dict(zip(schema.grid, values, strict=True))
-            suffix = "".join(f"+{key.rpartition('.')[2]}={_short(value)}" for key, value in point.items())
-            yield name + suffix, section, point
+            full_name = name
+            for key, value in point.items():
+                full_name += f"+{key.rpartition('.')[2]}={_for_a_file_name(value)}"
+            yield full_name, section, point
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else _written(value)
-    return "".join(c if c.isalnum() or c in "_-." else "_" for c in text)
+def _for_a_file_name(value: Any) -> str:
+    """A value as text without characters that a file's name should not have."""
+    text = value if isinstance(value, str) else _as_text(value)
+    return re.sub(r"[^\w.-]", "_", text)
 
 
-def _written(value: Any) -> str:
-    """As an override writes it; what JSON does not know (a date) as text."""
+def _as_text(value: Any) -> str:
+    """A value as an override writes it: JSON, where other types (a date) are strings."""
     return json.dumps(value, default=str, ensure_ascii=False)
-
-
-def _variant(
-    file: Path,
-    schema: SweepSchema,
-    name: str,
-    section: VariantSection,
-    point: dict[str, Any],
-    *,
-    seed: int,
-    smoke: bool,
-) -> Variant:
-    source = section.recipe or schema.base
-    beside = file.parent / source
-    found = beside if beside.is_file() else find_recipe(source)
-    layers = {**schema.overrides, **section.overrides, **point}
-    overrides = [f"{key}={_written(value)}" for key, value in layers.items()]
-    overrides += [f"budget.{key}={_written(value)}" for key, value in schema.budget.items()]
-    seeded = [*overrides, f"seed={seed}"]
-    return Variant(name, compose(found, seeded, smoke=smoke), str(found), tuple(overrides))

@@ -1,4 +1,4 @@
-"""What is checked, for whom, and where it is promised."""
+"""The checks of the kit: each is one promise of a contract, for some slots, as a function that can fail."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class BrokenClauseError(AssertionError):
 
 
 class NotApplicable(Exception):  # noqa: N818 - not an error
-    """The clause says nothing about this component; the reason is told."""
+    """The clause does not apply to this component; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Check:
     """One clause of a contract as something that can fail.
 
     Args:
-        name: short, as pytest shows it.
-        slots: whom it is for.
+        name: the short name that pytest shows.
+        slots: the slots whose components it checks.
         clause: the promise, one sentence.
-        where: the file, and the class or field in it, in which the promise is written.
-        run: raises `BrokenClauseError` where the promise is broken.
+        where: the file, and the class or field in it, that states the promise.
+        run: raises `BrokenClauseError` if the promise is broken, `NotApplicable` if it does not apply.
     """
 
     name: str
@@ -45,7 +45,7 @@ CHECKS: list[Check] = []
 
 
 def check(*slots: str, clause: str, where: str) -> Callable[[F], F]:
-    """Declare a function of a `Subject` to be the check of a clause."""
+    """Register a function of a `Subject` as the check of a clause; a decorator."""
 
     def keep(run: F) -> F:
         CHECKS.append(Check(run.__name__, slots, clause, where, run))
@@ -54,18 +54,26 @@ def check(*slots: str, clause: str, where: str) -> Callable[[F], F]:
     return keep
 
 
-def hold(kept: Any, found: str) -> None:
-    """The clause under way holds; if not, what was found instead.
+def require(holds: Any, found: str) -> None:
+    """Require that the clause under check holds.
+
+    Args:
+        holds: whether it does.
+        found: what was found if it does not.
 
     Raises:
-        BrokenClauseError: it does not.
+        BrokenClauseError: it does not hold.
     """
-    if not kept:
+    if not holds:
         raise BrokenClauseError(found)
 
 
-def spare(applies: Any, why: str) -> None:
-    """Leave the check where its clause says nothing about this component.
+def skip_unless(applies: Any, why: str) -> None:
+    """Skip the check unless its clause applies to this component.
+
+    Args:
+        applies: whether it does.
+        why: the reason if it does not.
 
     Raises:
         NotApplicable: it does not apply.

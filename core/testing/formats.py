@@ -1,4 +1,4 @@
-"""The contract of checkpoint formats: a configuration and a recipe that mean the same, and pieces that add up."""
+"""Checks of checkpoint formats: configuration and recipe describe the same model, and no tensor row is lost."""
 
 import copy
 from typing import Any
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from core.assemble import build
-from core.contracts.checkpoint_format import CheckpointFormat, Piece
-from core.contracts.errors import UserError, Wrong
+from core.contracts.checkpoint_format import CheckpointFormat, TensorMapping
+from core.contracts.errors import ConfigError, UserError
 from core.interop.accounting import check_ours, wanted
-from core.interop.from_hf import composed, moves_in
-from core.interop.tensors import Kind, Loaded
-from core.interop.to_hf import moves_out
+from core.interop.from_hf import composed, import_ops
+from core.interop.tensors import InMemoryTensors, TensorSpec
+from core.interop.to_hf import export_ops
 from core.recipe.compose import Recipe
-from core.testing.clauses import check, hold
+from core.testing.clauses import check, require
 from core.testing.subject import Subject
 
 WHERE = "core/contracts/checkpoint_format.py, CheckpointFormat"
@@ -25,27 +25,29 @@ def _format(subject: Subject) -> CheckpointFormat:
     return made
 
 
-def _read(made: CheckpointFormat, config: dict[str, Any]) -> tuple[Recipe, list[Piece]]:
-    """The recipe of a configuration, and its pieces in the layout that is written."""
+def _read(made: CheckpointFormat, config: dict[str, Any]) -> tuple[Recipe, list[TensorMapping]]:
+    """The recipe of a configuration, and the mappings of its tensors in the layout that is written."""
     recipe = composed(made.recipe_of(config, [], "fp32").recipe, "its recipe_of")
     return recipe, list(made.pieces(config, recipe.to_dict(), None))
 
 
 def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the model that a recipe builds."""
     return {name: tuple(t.shape) for name, t in build(recipe, device="meta").state_dict().items()}
 
 
 @check(
     "checkpoint_format",
-    clause="it says which architectures it reads, and has an example of a configuration of theirs",
+    clause="it names the architectures that it reads, and has an example of their configuration",
     where=f"{WHERE}: architectures, model_type, example_config",
 )
 def format_names_its_architectures(subject: Subject) -> None:
-    """The example names one of them."""
+    """Requires that the example configuration names one of the architectures."""
     made = _format(subject)
-    hold(made.architectures and made.model_type, "architectures or model_type is empty")
+    require(made.architectures and made.model_type, "architectures or model_type is empty")
     named = made.example_config.get("architectures")
-    hold(named and named[0] in made.architectures, f"example_config has the architectures {named}")
+    known = named and named[0] in made.architectures
+    require(known, f"example_config has the architectures {named}")
 
 
 @check(
@@ -54,86 +56,98 @@ def format_names_its_architectures(subject: Subject) -> None:
     where=WHERE,
 )
 def format_translates_both_ways(subject: Subject) -> None:
-    """From the example, and without changing it."""
+    """Translates the example to a recipe and back, twice; the example itself must not change."""
     made = _format(subject)
     before = copy.deepcopy(made.example_config)
     recipe, _ = _read(made, made.example_config)
-    hold(made.example_config == before, "recipe_of changed the configuration that it was given")
+    require(made.example_config == before, "recipe_of changed the configuration that it was given")
     config = made.config_of(recipe.to_dict())
     again, _ = _read(made, config)
-    hold(again.to_dict()["model"] == recipe.to_dict()["model"], "the model of config_of's configuration is another one")
-    hold(config.get("architectures") == [made.architectures[0]], "config_of does not write the first architecture")
+    same_model = again.to_dict()["model"] == recipe.to_dict()["model"]
+    require(same_model, "the model of config_of's configuration is another one")
+    first_named = config.get("architectures") == [made.architectures[0]]
+    require(first_named, "config_of does not write the first architecture")
 
 
 @check(
     "checkpoint_format",
-    clause="a model that theirs cannot express is refused with `Wrong`, and a configuration that has lost a key too",
+    clause="a model that the format cannot express, and a configuration without a required key, are a `ConfigError`",
     where=WHERE,
 )
 def format_refuses_with_a_reason(subject: Subject) -> None:
-    """An attention that nobody knows; one required key of theirs after the other."""
+    """Tries an attention that the format cannot know, and the example without each of its keys."""
     made = _format(subject)
     recipe = _read(made, made.example_config)[0].to_dict()
     recipe["model"]["attention"] = {"name": "kit_attention"}
     try:
         made.config_of(recipe)
-    except Wrong:
+    except ConfigError:
         pass
     else:
-        hold(False, "config_of takes an attention that it cannot know")
+        require(False, "config_of takes an attention that it cannot know")
     for key in made.example_config:
-        rest = {k: v for k, v in made.example_config.items() if k != key}
+        rest = {name: value for name, value in made.example_config.items() if name != key}
         try:
             made.recipe_of(rest, [], "fp32")
-        except Wrong:
+        except ConfigError:
             continue
 
 
 @check(
     "checkpoint_format",
-    clause="pieces name every tensor of theirs once and every row of ours once, so tensors that go in come back",
-    where=f"{WHERE}; core/contracts/checkpoint_format.py, Piece",
+    clause="`pieces` map each tensor of the format and each row of the model once, so tensors survive a round trip",
+    where=f"{WHERE}; core/contracts/checkpoint_format.py, TensorMapping",
 )
 def format_accounts_for_every_row(subject: Subject) -> None:
-    """Held against the model that the recipe builds."""
+    """Compares the mappings with the model that the recipe builds, and moves random tensors in and out."""
     made = _format(subject)
     recipe, pieces = _read(made, made.example_config)
     try:
         check_ours(pieces, _shapes(recipe), "the format")
-    except UserError as told:
-        hold(False, str(told))
+    except UserError as error:
+        require(False, str(error))
     for piece in pieces:
-        rows = Kind(torch.float32, piece.shape).rows
-        hold(piece.order is None or sorted(piece.order) == list(range(rows)), f"{piece.theirs}: its order is none")
+        if piece.order is not None:
+            rows = TensorSpec(torch.float32, piece.shape).rows
+            permutes = sorted(piece.order) == list(range(rows))
+            require(permutes, f"{piece.theirs}: its order is not a permutation of its rows")
     _round_trip(recipe, pieces)
 
 
-def _round_trip(recipe: Recipe, pieces: list[Piece]) -> None:
-    """Random numbers into the model's tensors and back, in memory."""
+def _round_trip(recipe: Recipe, pieces: list[TensorMapping]) -> None:
+    """Import random tensors into the model's and export them again, in memory."""
     draw = torch.Generator().manual_seed(0)
-    main = {p.theirs: torch.randn(p.shape, generator=draw) for p in pieces if not p.copy and p.ours is not None}
-    theirs = {**main, **{p.theirs: torch.zeros(p.shape) for p in pieces if p.ours is None}}
-    held = wanted(pieces, theirs)
-    ours = _Kept({name: Kind(torch.float32, shape) for name, shape in _shapes(recipe).items()})
-    for move in moves_in(held, Loaded(theirs), ours.kinds, "the kit"):
-        move.run(Loaded(theirs), ours)
-    back = _Kept({name: Kind(torch.float32, tuple(t.shape)) for name, t in theirs.items()})
-    for move in moves_out(held, ours.kinds, back.kinds):
-        move.run(Loaded(ours.tensors), back)
+    theirs: dict[str, Tensor] = {}
+    for piece in pieces:
+        if not piece.copy and piece.ours is not None:
+            theirs[piece.theirs] = torch.randn(piece.shape, generator=draw)
+    for piece in pieces:
+        if piece.ours is None:
+            theirs[piece.theirs] = torch.zeros(piece.shape)
+    used = wanted(pieces, theirs)
+    ours = _MemoryTarget(_shapes(recipe))
+    for op in import_ops(used, InMemoryTensors(theirs), ours.specs, "the kit"):
+        op.run(InMemoryTensors(theirs), ours)
+    back = _MemoryTarget({name: tuple(tensor.shape) for name, tensor in theirs.items()})
+    for op in export_ops(used, ours.specs, back.specs):
+        op.run(InMemoryTensors(ours.tensors), back)
     for name, tensor in theirs.items():
-        hold(torch.equal(back.tensors[name], tensor), f"tensor {name} comes back changed")
+        require(torch.equal(back.tensors[name], tensor), f"tensor {name} comes back changed")
 
 
-class _Kept:
-    """A target in memory, of zeros at first."""
+class _MemoryTarget:
+    """A target of fp32 tensors in memory, zeros at first."""
 
-    def __init__(self, kinds: dict[str, Kind]) -> None:
-        self.kinds = kinds
-        self.tensors: dict[str, Tensor] = {n: torch.zeros(kind.shape, dtype=kind.dtype) for n, kind in kinds.items()}
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.specs: dict[str, TensorSpec] = {}
+        self.tensors: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            self.specs[name] = TensorSpec(torch.float32, shape)
+            self.tensors[name] = torch.zeros(shape)
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
-        kind = self.kinds[name]
-        self.tensors[name].view(kind.rows, kind.width)[first : first + len(rows)] = rows
+        spec = self.specs[name]
+        self.tensors[name].view(spec.rows, spec.width)[first : first + len(rows)] = rows
 
     def sync(self) -> None:
-        """Nothing to force."""
+        """Do nothing: memory has no disk to write to."""

@@ -16,19 +16,19 @@ OPTION = "--moeloom-plugin"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The option; it may be given several times."""
+    """Add the option `--moeloom-plugin`, which may be given several times."""
     group = parser.getgroup("moeloom", "moeloom's conformance kit")
     group.addoption(
         OPTION,
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="run the conformance kit alone: hold all that this plugin package registers to its slots' contracts",
+        help="run only the conformance kit: check what this plugin package registers against its slots' contracts",
     )
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """Collect the kit in place of the tests that pytest would find by itself, and beside paths that were named."""
+    """Collect the kit instead of the tests that pytest finds by itself, and in addition to paths that were named."""
     packages: list[str] = session.config.getoption(OPTION)
     if not packages:
         return
@@ -40,15 +40,17 @@ def pytest_collection(session: pytest.Session) -> None:
             yield from collect()
         for package in packages:
             make_importable(package, session.config.invocation_params.dir)
-            yield Conformance.from_parent(session, name=package, nodeid=f"moeloom::{package}", path=Path(session.path))
+            yield Conformance.from_parent(
+                session, name=package, nodeid=f"moeloom::{package}", path=Path(session.path)
+            )
 
     session.collect = with_kit  # type: ignore[method-assign]
 
 
 def make_importable(package: str, folder: Path) -> None:
-    """Let Python find a package that is not installed: in a folder, in its `src`, or in a folder above it.
+    """Put a package that is not installed on `sys.path`: from a folder, its `src`, or a folder above it.
 
-    pytest itself puts none of these on `sys.path`: it would not find a package even from its own folder.
+    pytest itself puts none of these there, so it would not find a package even from its own folder.
     """
     top = package.partition(".")[0]
     if not top.isidentifier() or find_spec(top) is not None:
@@ -64,14 +66,14 @@ class Conformance(pytest.Collector):
     """All checks of one package."""
 
     def collect(self) -> Iterable["Item"]:
-        """An item for each check of each component."""
+        """Return an item for each check of each component."""
         from core.contracts.errors import UserError
         from core.testing.run import cases
 
         try:
             found = cases(self.name)
-        except UserError as told:
-            raise self.CollectError(str(told)) from told
+        except UserError as error:
+            raise self.CollectError(str(error)) from error
         except ImportError as cause:
             raise self.CollectError(f"{OPTION} {self.name}: cannot be imported: {cause}") from cause
         return [Item.from_parent(self, name=case.name, case=case) for case in found]
@@ -85,7 +87,7 @@ class Item(pytest.Item):
         self.case = case
 
     def runtest(self) -> None:
-        """Hold it; a clause that says nothing about the component is skipped with the reason."""
+        """Run the check; a clause that does not apply to the component is skipped with the reason."""
         from core.testing.clauses import NotApplicable
 
         try:
@@ -94,7 +96,7 @@ class Item(pytest.Item):
             pytest.skip(str(why))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """The broken clause without the kit's own stack."""
+        """Format a broken clause without the kit's own stack."""
         from core.testing.clauses import BrokenClauseError
 
         if isinstance(excinfo.value, BrokenClauseError):
@@ -102,5 +104,5 @@ class Item(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
-        """Where the check stands in the report."""
+        """The name of the check in the report."""
         return self.path, None, self.name

@@ -1,4 +1,4 @@
-"""The contracts of precisions and dispatchers."""
+"""Checks of precisions: the layers that hold weights and compute matrix products."""
 
 import itertools
 from typing import Any
@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from core.contracts.precision import ROLES, Precision, StepState
-from core.contracts.router import Routing
-from core.testing import bench
-from core.testing.clauses import check, hold, spare
-from core.testing.subject import Subject, distance, snapshot, written
+from core.testing.clauses import check, require, skip_unless
+from core.testing.subject import Subject, distance, equal_bits, snapshot, written
 
-PRECISION, DISPATCHER = "core/contracts/precision.py, Precision", "core/contracts/dispatcher.py, Dispatcher"
+PRECISION = "core/contracts/precision.py, Precision"
 HIGH = ("router", "norm")
-INPUTS, OUTPUTS, GROUPS, ROWS = 32, 48, 4, 40
+"""Roles that are computed in fp32 or wider."""
+INPUTS = 32
+OUTPUTS = 48
+GROUPS = 4
+ROWS = 40
 
 
 @check(
@@ -23,17 +25,20 @@ INPUTS, OUTPUTS, GROUPS, ROWS = 32, 48, 4, 40
     where=PRECISION,
 )
 def weights_have_one_layout(subject: Subject) -> None:
-    """For every role that the contract names."""
+    """Builds a plain and a grouped layer for every role that the contract names."""
     precision = subject.precision()
     for role in ROLES:
         plain = precision.linear(INPUTS, OUTPUTS, role, std=0.1)
         grouped = precision.grouped_linear(GROUPS, INPUTS, OUTPUTS, role, std=0.1)
         for layer, shape in ((plain, (OUTPUTS, INPUTS)), (grouped, (GROUPS, OUTPUTS, INPUTS))):
             named = dict(layer.named_parameters())
-            hold(list(named) == ["weight"], f"{role}: parameters are {sorted(named)}")
-            hold(list(layer.state_dict()) == ["weight"], f"{role}: the state dict holds {sorted(layer.state_dict())}")
-            hold(tuple(named["weight"].shape) == shape, f"{role}: the weight is {tuple(named['weight'].shape)}")
-            hold(named["weight"].dtype == precision.param_dtype(role), f"{role}: kept in {named['weight'].dtype}")
+            require(list(named) == ["weight"], f"{role}: parameters are {sorted(named)}")
+            saved = sorted(layer.state_dict())
+            require(saved == ["weight"], f"{role}: the state dict holds {saved}")
+            weight = named["weight"]
+            require(tuple(weight.shape) == shape, f"{role}: the weight is {tuple(weight.shape)}")
+            kept = weight.dtype == precision.param_dtype(role)
+            require(kept, f"{role}: kept in {weight.dtype}")
 
 
 @check(
@@ -42,44 +47,59 @@ def weights_have_one_layout(subject: Subject) -> None:
     where=PRECISION,
 )
 def products_are_as_exact_as_declared(subject: Subject) -> None:
-    """Against fp64: every element relative to |x| |W|, and below fp32 all of them together."""
+    """Compares with fp64: every element relative to |x| |W|, and below fp32 also all elements together."""
     precision = subject.precision()
     for role in ROLES:
         computed = precision.compute_dtype(role)
-        hold(role not in HIGH or computed.itemsize >= 4, f"{role} is computed in {computed}")
+        require(role not in HIGH or computed.itemsize >= 4, f"{role} is computed in {computed}")
         layer, grouped = _layers(precision, role)
-        x, ends_E = _inputs(precision, role), torch.tensor([10, 10, 25, ROWS], dtype=torch.int32)
+        x = _inputs(precision, role)
+        ends_E = _ends()
         bound = 2 * torch.finfo(computed).eps + 4 * INPUTS**0.5 * torch.finfo(_wide(computed)).eps
         for y, exact, size in (_product(layer, x), _grouped(grouped, x, ends_E)):
             error = float(((y.detach().double() - exact).abs() / size).max())
-            hold(error <= bound, f"{role}: an error of {error:.1e} of |x| |W|, where {computed} allows {bound:.1e}")
-            _hold_together(role, y.detach(), exact, [computed, computed])
+            found = f"an error of {error:.1e} of |x| |W|, where {computed} allows {bound:.1e}"
+            require(error <= bound, f"{role}: {found}")
+            _require_small_difference(role, y.detach(), exact, [computed, computed])
 
 
 def calc_diff(one: Tensor, two: Tensor) -> float:
-    """1 - 2 <x, y> / (|x|^2 + |y|^2): half the squared relative error, as DeepGEMM's tests take it."""
-    one, two = one.double(), two.double()
+    """Half the squared relative error, 1 - 2 <x, y> / (|x|^2 + |y|^2), as DeepGEMM's tests compute it."""
+    one = one.double()
+    two = two.double()
     return float(1 - 2 * (one * two).sum() / (one.square().sum() + two.square().sum()))
 
 
-def _hold_together(what: str, own: Tensor, exact: Tensor, roundings: list[torch.dtype]) -> None:
-    """Rounding to a format of spacing eps has a squared relative error of about eps^2 / 27, and adds half of it.
+def _require_small_difference(
+    what: str, own: Tensor, exact: Tensor, roundings: list[torch.dtype]
+) -> None:
+    """Require that `calc_diff` stays within what some roundings allow; formats from fp32 on are not checked.
 
-    eps^2 / 32 for each rounding leaves room; for two of E4M3 it is the 1e-3 that the report's kernels are held to.
+    Rounding to a format of spacing eps has a squared relative error of about eps^2 / 27, and `calc_diff` counts half
+    of it. The limit of eps^2 / 32 for each rounding leaves a margin. For two roundings to E4M3 it is the 1e-3 that the
+    report's kernels must keep.
     """
     if any(dtype.itemsize >= 4 for dtype in roundings):
         return
     limit = sum(torch.finfo(dtype).eps ** 2 for dtype in roundings) / 32
-    found = calc_diff(own, exact)
-    told = " and ".join(str(dtype) for dtype in dict.fromkeys(roundings))
-    hold(found <= limit, f"{what}: calc_diff is {found:.1e}, where {told} allows {limit:.1e}")
+    difference = calc_diff(own, exact)
+    formats = " and ".join(str(dtype) for dtype in dict.fromkeys(roundings))
+    found = f"calc_diff is {difference:.1e}, where {formats} allows {limit:.1e}"
+    require(difference <= limit, f"{what}: {found}")
+
+
+def _ends() -> Tensor:
+    """The ends of four groups among `ROWS` rows; the second is empty."""
+    return torch.tensor([10, 10, 25, ROWS], dtype=torch.int32)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The format in which a product of this format is summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _layers(precision: Precision, role: str) -> tuple[Any, Any]:
+    """A plain and a grouped layer with initial weights."""
     torch.manual_seed(0)
     layers = (
         precision.linear(INPUTS, OUTPUTS, role, std=0.1),
@@ -93,42 +113,51 @@ def _layers(precision: Precision, role: str) -> tuple[Any, Any]:
 def _inputs(precision: Precision, role: str) -> Tensor:
     """Rows in the format of the residual stream, or in that of the product where it is wider."""
     draw = torch.Generator().manual_seed(1)
-    stream, computed = precision.compute_dtype("embedding"), precision.compute_dtype(role)
-    dtype = torch.promote_types(stream, computed) if computed.itemsize > 1 else stream
+    stream = precision.compute_dtype("embedding")
+    computed = precision.compute_dtype(role)
+    dtype = stream
+    if computed.itemsize > 1:
+        dtype = torch.promote_types(stream, computed)
     return torch.randn(ROWS, INPUTS, dtype=torch.float64, generator=draw).to(dtype)
 
 
 def _product(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's product, the same in fp64, and |x| |W|."""
     weight = layer.weight.detach().double()
     return layer(x), x.double() @ weight.T, x.double().abs() @ weight.abs().T
 
 
 def _grouped(layer: Any, x: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    weight, starts = layer.weight.detach().double(), [0, *ends_E.tolist()]
-    parts = [slice(a, b) for a, b in itertools.pairwise(starts)]
-    exact = torch.cat([x[p].double() @ weight[g].T for g, p in enumerate(parts)])
-    size = torch.cat([x[p].double().abs() @ weight[g].abs().T for g, p in enumerate(parts)])
-    return layer(x, ends_E), exact, size
+    """A grouped layer's product, the same in fp64, and |x| |W|."""
+    exact = []
+    size = []
+    bounds = itertools.pairwise([0, *ends_E.tolist()])
+    for weight, (start, end) in zip(layer.weight.detach().double(), bounds, strict=True):
+        rows = x[start:end].double()
+        exact.append(rows @ weight.T)
+        size.append(rows.abs() @ weight.abs().T)
+    return layer(x, ends_E), torch.cat(exact), torch.cat(size)
 
 
 @check(
     "precision",
-    clause="empty groups and rows past the last end are no error: the latter come out as 0, without gradient",
+    clause="empty groups and rows past the last end are allowed: the rows give 0 and get no gradient",
     where="core/numerics/grouped.py",
 )
 def empty_groups_are_groups(subject: Subject) -> None:
-    """All rows in one group, in none, and none at all; gradients are finite."""
-    precision, role = subject.precision(), "experts.down"
+    """Puts all rows into one group, none into any, and few into the last; gradients must be finite."""
+    precision = subject.precision()
+    role = "experts.down"
     _, layer = _layers(precision, role)
     for ends in ([0, 0, 0, 0], [0, ROWS, ROWS, ROWS], [5, 5, 5, 9]):
         x = _inputs(precision, role).requires_grad_()
         y = layer(x, torch.tensor(ends, dtype=torch.int32))
-        hold(not y[ends[-1] :].any(), "a row that belongs to nobody is not 0")
+        require(not y[ends[-1] :].any(), "a row of no group is not 0")
         y.float().sum().backward()
         assert x.grad is not None
-        hold(bool(x.grad.isfinite().all()), "the input's gradient is not finite")
-        hold(not x.grad[ends[-1] :].any(), "a row that belongs to nobody has a gradient")
-        hold(bool(layer.weight.grad.isfinite().all()), "the weight's gradient is not finite")
+        require(bool(x.grad.isfinite().all()), "the input's gradient is not finite")
+        require(not x.grad[ends[-1] :].any(), "a row of no group has a gradient")
+        require(bool(layer.weight.grad.isfinite().all()), "the weight's gradient is not finite")
 
 
 @check(
@@ -137,82 +166,98 @@ def empty_groups_are_groups(subject: Subject) -> None:
     where=PRECISION,
 )
 def product_gradients_are_right(subject: Subject) -> None:
-    """dX and dW against fp64, for a plain and a grouped layer."""
-    precision, role = subject.precision(), "ffn.down"
-    for layer, ends_E in zip(
-        _layers(precision, role), (None, torch.tensor([10, 10, 25, ROWS], dtype=torch.int32)), strict=True
-    ):
-        x, computed = _inputs(precision, role).requires_grad_(), precision.compute_dtype(role)
+    """Compares dX and dW with fp64, for a plain and a grouped layer."""
+    precision = subject.precision()
+    role = "ffn.down"
+    for layer, ends_E in zip(_layers(precision, role), (None, _ends()), strict=True):
+        x = _inputs(precision, role).requires_grad_()
+        computed = precision.compute_dtype(role)
         eps = torch.finfo(computed).eps
         y = layer(x) if ends_E is None else layer(x, ends_E)
         draw = torch.Generator().manual_seed(2)
         slope = torch.randn(y.shape, dtype=torch.float64, generator=draw).to(y.dtype)
         y.backward(slope)
-        weight, wide = layer.weight.detach().double().requires_grad_(), x.detach().double().requires_grad_()
-        starts = [0, ROWS] if ends_E is None else [0, *ends_E.tolist()]
-        weights = [weight] if ends_E is None else list(weight)
-        parts = [wide[a:b] @ w.T for a, b, w in zip(starts, starts[1:], weights, strict=False)]
-        torch.cat(parts).backward(slope.double())
-        for name, own, exact in (("x", x.grad, wide.grad), ("weight", layer.weight.grad, weight.grad)):
-            assert own is not None and exact is not None  # noqa: PT018
-            hold(distance(own.double(), exact) <= 16 * eps, f"d{name} is off by {distance(own.double(), exact):.1e}")
-            # the output's gradient, the other operand, and once more that operand as it was saved, or the result
-            _hold_together(f"d{name}", own, exact, [precision.gradient_dtype(role), computed, computed])
+        weight = layer.weight.detach().double().requires_grad_()
+        wide = x.detach().double().requires_grad_()
+        if ends_E is None:
+            product = wide @ weight.T
+        else:
+            bounds = itertools.pairwise([0, *ends_E.tolist()])
+            parts = zip(weight, bounds, strict=True)
+            product = torch.cat([wide[start:end] @ own.T for own, (start, end) in parts])
+        product.backward(slope.double())
+        # The output's gradient, the other operand, and once more that operand as it was saved, or the result.
+        roundings = [precision.gradient_dtype(role), computed, computed]
+        pairs = (("dx", x.grad, wide.grad), ("dweight", layer.weight.grad, weight.grad))
+        for name, own, exact in pairs:
+            assert own is not None
+            assert exact is not None
+            difference = distance(own.double(), exact)
+            require(difference <= 16 * eps, f"{name} is off by {difference:.1e}")
+            _require_small_difference(name, own, exact, roundings)
 
 
 @check(
     "precision",
-    clause="what is not finite is not hidden: a row with an infinity or NaN gives no finite row",
+    clause="infinities and NaN are not hidden: a row with one gives no finite value",
     where=PRECISION,
 )
 def infinities_propagate(subject: Subject) -> None:
-    """In a plain and a grouped layer, forward and backward: a cast to a small format would saturate."""
-    precision, role = subject.precision(), "ffn.down"
-    ends_E = torch.tensor([10, 10, 25, ROWS], dtype=torch.int32)
+    """Puts them into inputs and gradients of a plain and a grouped layer; a cast to a small format would saturate."""
+    precision = subject.precision()
+    role = "ffn.down"
+    ends_E = _ends()
     for value in (float("inf"), float("-inf"), float("nan")):
         for layer, more in zip(_layers(precision, role), ((), (ends_E,)), strict=True):
             x = _inputs(precision, role)
             x[3, 5] = value
             y = layer(x.requires_grad_(), *more)
-            hold(not y[3].isfinite().any(), f"{value} in a row comes out finite")
+            require(not y[3].isfinite().any(), f"{value} in a row comes out finite")
             slope = torch.ones_like(y)
             slope[4, 7] = value
             y.backward(slope)
             assert x.grad is not None
-            hold(not x.grad[4].isfinite().any(), f"{value} in a gradient comes out finite")
+            require(not x.grad[4].isfinite().any(), f"{value} in a gradient comes out finite")
 
 
 @check(
     "precision",
-    clause="layers note which code took a product, under their role and in the words of `path(role)`",
+    clause="layers record which code computed a product, under their role and in the words of `path(role)`",
     where=PRECISION,
 )
 def what_ran_is_noted(subject: Subject) -> None:
-    """Before a product nothing is noted, after it what `describe` announced."""
+    """Requires an empty record before a product, and after it the code that `describe` reports."""
     precision = subject.precision()
     for role in ROLES:
-        layers = _layers(precision, role)
-        hold(role not in precision.paths.table(), f"{role}: something is noted before anything ran")
+        plain, grouped = _layers(precision, role)
+        recorded = role in precision.kernels_used.table()
+        require(not recorded, f"{role}: something is recorded before anything ran")
         x = _inputs(precision, role)
-        layers[0](x)
-        layers[1](x, torch.tensor([10, 10, 25, ROWS], dtype=torch.int32))
-        spare(precision.paths.ran, "its layers note nothing")
-        found, announced = precision.paths.table().get(role), precision.path(role)
-        hold(found == announced, f"{role}: {found!r} ran, where path says {announced!r}")
+        plain(x)
+        grouped(x, _ends())
+        skip_unless(precision.kernels_used.ran, "its layers record nothing")
+        ran = precision.kernels_used.table().get(role)
+        announced = precision.path(role)
+        require(ran == announced, f"{role}: {ran!r} ran, where path says {announced!r}")
 
 
 @check(
-    "precision", clause="a product writes nothing, draws nothing, and can be made on the meta device", where=PRECISION
+    "precision",
+    clause="a product changes nothing, draws no random numbers, and its layer can be made on the meta device",
+    where=PRECISION,
 )
 def products_are_pure(subject: Subject) -> None:
-    """Twice the same bits; nothing that the layer holds changes; buffers are reset by `reset_parameters`."""
-    precision, role = subject.precision(), "ffn.down"
-    x, ends_E = _inputs(precision, role), torch.tensor([10, 10, 25, ROWS], dtype=torch.int32)
+    """Computes a product twice, compares all that the layer holds, and builds a layer through the meta device."""
+    precision = subject.precision()
+    role = "ffn.down"
+    x = _inputs(precision, role)
+    ends_E = _ends()
     for layer, more in zip(_layers(precision, role), ((), (ends_E,)), strict=True):
-        before, first = snapshot(layer), layer(x, *more)
-        hold(torch.equal(layer(x, *more), first), "a second product gives other bits")
+        before = snapshot(layer)
+        first = layer(x, *more)
+        require(torch.equal(layer(x, *more), first), "a second product gives other bits")
         different = written(layer, before)
-        hold(not different, f"{', '.join(different)} changed in a product")
+        require(not different, f"{', '.join(different)} changed in a product")
     with torch.device("meta"):
         made = precision.linear(INPUTS, OUTPUTS, role, std=0.1)
     moved = made.to_empty(device="cpu")
@@ -224,22 +269,21 @@ def products_are_pure(subject: Subject) -> None:
             torch.manual_seed(0)
             part.reset_parameters()  # type: ignore[operator]
     direct, _ = _layers(precision, role)
-    moved.load_state_dict(
-        {name: direct.state_dict()[name] for name in moved.state_dict() if name == "weight"}, strict=False
-    )
-    hold(torch.equal(moved(x), direct(x)), "made on the meta device it gives other products")
+    weights = {name: value for name, value in direct.state_dict().items() if name == "weight"}
+    moved.load_state_dict(weights, strict=False)
+    require(torch.equal(moved(x), direct(x)), "made on the meta device it gives other products")
 
 
 @check(
     "precision",
-    clause="`end_step` alone moves what layers keep, a skipped step does not, and `step_state` is all of it",
+    clause="only `end_step` changes what layers keep, a skipped step does not, and `step_state` is all of it",
     where="core/contracts/precision.py, StepState",
 )
 def skipped_steps_are_forgotten(subject: Subject) -> None:
-    """The products of three steps: as they are, repeated within one, after a skipped one, and after loading."""
+    """Compares the third step's products after plain, repeated and skipped steps, and after loading the state."""
     for grouped in (False, True):
         layer, *others = (_layers(subject.precision(), "ffn.down")[grouped] for _ in range(4))
-        spare(_states(layer), "its layers keep nothing between steps")
+        skip_unless(_states(layer), "its layers keep nothing between steps")
         expected = [_stepped(layer, grouped, step) for step in range(3)]
         repeated, skipping, loaded = others
         _stepped(skipping, grouped, 5, done=False)
@@ -249,23 +293,27 @@ def skipped_steps_are_forgotten(subject: Subject) -> None:
             if "remembers_products" not in subject.capabilities:
                 _passed(repeated, grouped, step)
             _stepped(repeated, grouped, step)
-        for (_, own), (_, kept) in zip(_states(loaded).items(), _states(skipping).items(), strict=True):
+        states = zip(_states(loaded).values(), _states(skipping).values(), strict=True)
+        for own, kept in states:
             own.load_step_state(kept.step_state())
-        for what, other in (("repeated", repeated), ("a skipped step", skipping), ("loaded", loaded)):
-            found = _stepped(other, grouped, 2)
-            same = all(torch.equal(one, two) for one, two in zip(found, expected[2], strict=True))
-            hold(same, f"{what}: the next step's products have other bits")
+        variants = {"repeated": repeated, "a skipped step": skipping, "loaded": loaded}
+        for what, other in variants.items():
+            same = equal_bits(_stepped(other, grouped, 2), expected[2])
+            require(same, f"{what}: the next step's products have other bits")
 
 
 def _states(layer: Any) -> dict[str, StepState]:
+    """The parts of a layer that keep something between steps, by path."""
     return {path: part for path, part in layer.named_modules() if isinstance(part, StepState)}
 
 
 def _passed(layer: Any, grouped: bool, step: int) -> list[Tensor]:
-    """Y, dX and dW of a step, whose numbers are of a size of their own."""
+    """Y, dX and dW of one forward and backward, with inputs and gradients of a size that depends on the step."""
     draw = torch.Generator().manual_seed(step)
     x = (3.0**step * torch.randn(ROWS, INPUTS, generator=draw)).requires_grad_()
-    more = (torch.tensor([10, 10, 25, ROWS], dtype=torch.int32),) if grouped else ()
+    more: tuple[Tensor, ...] = ()
+    if grouped:
+        more = (_ends(),)
     layer.zero_grad()
     y = layer(x, *more)
     y.backward(3.0**-step * torch.randn(y.shape, generator=draw).to(y.dtype))
@@ -274,71 +322,8 @@ def _passed(layer: Any, grouped: bool, step: int) -> list[Tensor]:
 
 
 def _stepped(layer: Any, grouped: bool, step: int, *, done: bool = True) -> list[Tensor]:
-    """The same, and the end of the step."""
+    """Y, dX and dW of a step, which is then ended."""
     found = _passed(layer, grouped, step)
     for state in _states(layer).values():
         state.end_step(done=done)
     return found
-
-
-def assignments(kept: bool, token_major: bool) -> tuple[Routing, Tensor]:
-    """Six tokens with two choices each, one expert empty, and the states that they send."""
-    draw = torch.Generator().manual_seed(0)
-    expert_TK = torch.tensor([[3, 1], [1, 0], [7, 3], [1, 3], [0, 7], [3, 0]])
-    gate_TK = torch.rand(6, 2, dtype=torch.float64, generator=draw)
-    scores_TE = torch.rand(6, bench.EXPERTS, dtype=torch.float64, generator=draw)
-    kept_TK = torch.tensor([[True, False], [True, True], [False, False]] * 2) if kept else None
-    routing = Routing.top_k(expert_TK, gate_TK, scores_TE, scores_TE, kept_TK)
-    if not token_major:
-        order_A = torch.randperm(12, generator=draw)
-        columns = {name: getattr(routing, name) for name in ("token_A", "expert_A", "gate_A", "choice_A", "kept_A")}
-        moved: dict[str, Any] = {name: None if column is None else column[order_A] for name, column in columns.items()}
-        routing = Routing(**moved, scores_TE=scores_TE, logits_TE=scores_TE)
-    return routing, torch.randn(6, bench.WIDTH, dtype=torch.float64, generator=draw)
-
-
-@check(
-    "dispatcher",
-    clause="rows come sorted by expert; combining gives each token the gated sum of its experts' outputs",
-    where=DISPATCHER,
-)
-def dispatch_equals_a_loop(subject: Subject) -> None:
-    """Token-major lists and others, with drops and without; forward and gradients."""
-    for kept in (False, True):
-        for token_major in (True, False):
-            routing, x_TD = assignments(kept, token_major)
-            results = []
-            for run in (_dispatched, _looped):
-                gate_A, x = routing.gate_A.detach().requires_grad_(), x_TD.detach().requires_grad_()
-                with_gate = Routing(**{**vars(routing), "gate_A": gate_A})
-                y_TD = run(subject, x, with_gate)
-                (y_TD * torch.linspace(1, 2, y_TD.numel()).view_as(y_TD)).sum().backward()
-                results.append((y_TD, x.grad, gate_A.grad))
-            for name, own, exact in zip(
-                ("results", "gradients of tokens", "gradients of gates"), *results, strict=True
-            ):
-                hold(
-                    distance(own, exact) < 1e-10,
-                    f"{name} differ from a loop's (drops: {kept}, token-major: {token_major})",
-                )
-
-
-def _dispatched(subject: Subject, x_TD: Tensor, routing: Routing) -> Tensor:
-    dispatcher = subject.made()
-    x_AD, ends_E, state = dispatcher.start(x_TD, routing).wait()
-    hold(ends_E.dtype == torch.int32 and len(ends_E) == bench.EXPERTS, "ends_E is not an int32 for each expert")
-    factor_A = torch.zeros(len(x_AD), 1, dtype=torch.float64)
-    start = 0
-    for expert, end in enumerate(ends_E.tolist()):
-        factor_A[start:end], start = expert + 1.0, end
-    result: Tensor = dispatcher.start_combine(x_AD.square() * factor_A, state).wait()
-    return result
-
-
-def _looped(subject: Subject, x_TD: Tensor, routing: Routing) -> Tensor:
-    y_TD = torch.zeros_like(x_TD)
-    for a, (token, expert) in enumerate(zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True)):
-        if routing.kept_A is None or routing.kept_A[a]:
-            row = routing.gate_A[a] * x_TD[token].square() * (expert + 1)
-            y_TD = y_TD.index_add(0, torch.tensor([token]), row[None])
-    return y_TD

@@ -1,10 +1,21 @@
-"""Running the checks of a component: by pytest, or by a call."""
+"""Runs the checks of components, for pytest or for a call."""
 
 from dataclasses import dataclass
 
 from core.extension.loader import installed_registry, registry_for
 from core.extension.registry import Entry
-from core.testing import attention, balancing, common, factories, formats, layers, products, residuals, routing  # noqa: F401 - they declare
+from core.testing import (  # noqa: F401 - importing them registers their checks
+    attention,
+    balancing,
+    common,
+    dispatchers,
+    factories,
+    formats,
+    layers,
+    products,
+    residuals,
+    routing,
+)
 from core.testing.clauses import CHECKS, BrokenClauseError, Check, NotApplicable
 from core.testing.subject import Subject, entries_of
 
@@ -18,33 +29,34 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As pytest shows it."""
+        """The name that pytest shows."""
         return f"{self.subject.entry.slot}/{self.subject.entry.name}::{self.check.name}"
 
     def run(self) -> None:
-        """Hold the component to the clause.
+        """Check the component against the clause.
 
         Raises:
-            BrokenClauseError: it breaks it; the message says which clause, where it is written, and what was found.
-            NotApplicable: the clause says nothing about it, or it cannot run on this machine.
+            BrokenClauseError: it breaks the clause; the message says which, where it is written, and what was found.
+            NotApplicable: the clause does not apply to it, or it cannot run on this machine.
         """
         if self.check.run is not common.component_can_be_built:
             if self.subject.fault is not None:
                 raise NotApplicable("it cannot be built, which is a failure of its own")
-            obstacle = self.subject.obstacle()
-            if obstacle is not None:
-                raise NotApplicable(f"it cannot run here: {obstacle}")
+            unmet = self.subject.unmet_requirement()
+            if unmet is not None:
+                raise NotApplicable(f"it cannot run here: {unmet}")
         try:
             self.check.run(self.subject)
         except NotApplicable:
             raise
         except BrokenClauseError as broken:
-            raise BrokenClauseError(self.told(str(broken))) from broken
+            raise BrokenClauseError(self._format_failure(str(broken))) from broken
         except Exception as error:
-            raise BrokenClauseError(self.told(f"{type(error).__name__}: {error}")) from error
+            found = f"{type(error).__name__}: {error}"
+            raise BrokenClauseError(self._format_failure(found)) from error
 
-    def told(self, found: str) -> str:
-        """The failure in four lines."""
+    def _format_failure(self, found: str) -> str:
+        """The error message of a broken clause, in four lines."""
         entry = self.subject.entry
         return (
             f"{entry.slot} {entry.name!r} ({entry.target}) breaks a clause of its contract\n"
@@ -55,7 +67,7 @@ class Case:
 
 
 def cases(package: str) -> list[Case]:
-    """Every check of everything that a package registers.
+    """Every check of every component that a package registers.
 
     Raises:
         UserError: the package cannot be read, or registers nothing.
@@ -64,7 +76,7 @@ def cases(package: str) -> list[Case]:
 
 
 def cases_of(entry: Entry, package: str) -> list[Case]:
-    """Every check of one offer."""
+    """Every check of one component."""
     installed = installed_registry()
     known = entry in installed.entries.get((entry.slot, entry.name), [])
     subject = Subject(entry, installed if known else registry_for([package]))

@@ -1,6 +1,6 @@
 """A component under test: its `example` section, validated, and ways to build it in the kit's small model."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -19,13 +19,13 @@ from core.extension.registry import Entry, Registry
 from core.model.initialise import initialise
 from core.recipe.resolve import Resolver
 from core.testing import bench
-from core.testing.clauses import MODULES
+from core.testing.clauses import MODULES, require
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def entries_of(package: str) -> list[Entry]:
-    """What a package registers: an installed plugin, or a module that Python finds.
+    """The components that a package registers: an installed plugin, or a module that Python finds.
 
     Args:
         package: the module that an entry point names, or a package around it.
@@ -33,57 +33,62 @@ def entries_of(package: str) -> list[Entry]:
     Raises:
         UserError: it cannot be read, or registers nothing.
     """
-    found = list(_of(installed_registry(), package))
+    found = list(_registered_by(package, installed_registry()))
     if not found:
         try:
-            found = list(_of(registry_for([package]), package))
-        except UserError as told:
-            raise UserError(str(told).replace(", which the recipe names,", "")) from told
+            found = list(_registered_by(package, registry_for([package])))
+        except UserError as error:
+            raise UserError(str(error).replace(", which the recipe names,", "")) from error
     if not found:
         raise UserError(f"plugin {package!r} registers nothing")
     return found
 
 
-def _of(registry: Registry, package: str) -> Iterator[Entry]:
-    for _, offers in sorted(registry.entries.items()):
-        yield from (e for e in offers if e.owner.module == package or e.owner.module.startswith(f"{package}."))
+def _registered_by(package: str, registry: Registry) -> Iterator[Entry]:
+    for _, entries in sorted(registry.entries.items()):
+        for entry in entries:
+            module = entry.owner.module
+            if module == package or module.startswith(f"{package}."):
+                yield entry
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One offer and the registry that it stands in."""
+    """A component under test and the registry that holds it."""
 
     entry: Entry
     registry: Registry
 
     @cached_property
     def component(self) -> Any:
-        """The class."""
+        """The component's class."""
         return self.entry.load()[0]
 
     @cached_property
     def section(self) -> Section:
-        """The class's `example`, as a recipe would give it."""
+        """The class's `example`, validated as a section of a recipe."""
+        slot = self.entry.slot
         resolver = Resolver(self.registry, lambda path: f"the example of {self.entry.name}", {})
-        example = {**self.component.example, "name": f"{self.entry.owner.distribution}/{self.entry.name}"}
-        found = resolver.component(self.entry.slot, example, self.entry.slot, surroundings(self.entry.slot))
+        example = dict(self.component.example)
+        example["name"] = f"{self.entry.owner.distribution}/{self.entry.name}"
+        found = resolver.component(slot, example, slot, surroundings(slot))
         return Section(found.slot, self.entry.name, found.component, found.config, found.provenance)
 
     @property
     def config(self) -> Any:
-        """The example's settings."""
+        """The settings of the example."""
         return self.section.config
 
     @cached_property
     def capabilities(self) -> frozenset[str]:
-        """Under the example's settings."""
+        """The component's capabilities with the settings of the example."""
         found: frozenset[str] = self.component.capabilities_of(self.config)
         return found
 
-    def obstacle(self) -> str | None:
-        """Why the component cannot run on this machine."""
-        told: str | None = self.component.requires(self.config, Environment("cpu"))
-        return told
+    def unmet_requirement(self) -> str | None:
+        """The reason why the component cannot run on this machine; None if it can."""
+        message: str | None = self.component.requires(self.config, Environment("cpu"))
+        return message
 
     def made(
         self,
@@ -94,14 +99,14 @@ class Subject:
         experts: int = bench.EXPERTS,
         ropes: Mapping[str, Rope] | None = None,
     ) -> Any:
-        """The component by itself, with initial weights; on the meta device without.
+        """Build the component by itself, with initial weights; on the meta device without.
 
         Args:
-            dtype: of its weights and products.
-            seed: of the weights.
+            dtype: the format of its weights and products.
+            seed: the seed of the weights.
             meta: whether it is built on the meta device.
-            experts: of the layer that a router or a balancer belongs to.
-            ropes: further rotary positions, in the place of the kit's.
+            experts: the number of experts of the layer that a router or a balancer belongs to.
+            ropes: further rotary positions, in place of the kit's.
         """
         build = self._context(dtype, seed)
         if ropes is not None:
@@ -110,29 +115,33 @@ class Subject:
 
     @cached_property
     def fault(self) -> str | None:
-        """Why the component cannot be loaded, validated and built; None where it can."""
+        """The reason why the component cannot be loaded, validated and built; None if it can."""
         try:
-            if self.obstacle() is None:
-                self.precision() if self.entry.slot == "precision" else self._any()
+            if self.unmet_requirement() is None:
+                self._make_any()
         except Exception as cause:
             return f"{type(cause).__name__}: {cause}"
         return None
 
-    def _any(self) -> None:
-        """Make one, whatever its slot."""
-        if self.entry.slot in (*MODULES, "dispatcher"):
+    def _make_any(self) -> None:
+        """Build one component, whatever its slot."""
+        if self.entry.slot == "precision":
+            self.precision()
+        elif self.entry.slot in (*MODULES, "dispatcher"):
             self.made()
         else:
             self.factory()
 
-    def model(self, dtype: torch.dtype = torch.float64, *, recompute: bool = False, meta: bool = False) -> Any:
-        """A language model with the component in it; on the meta device without weights."""
+    def model(
+        self, dtype: torch.dtype = torch.float64, *, recompute: bool = False, meta: bool = False
+    ) -> Any:
+        """Build a language model with the component in it; on the meta device without weights."""
         build = self._context(dtype)
         make = partial(bench.language_model, build, self._layer(), recompute=recompute)
         return self._initialised(make, 0, meta=meta)
 
     def layer(self, dtype: torch.dtype = torch.float64) -> Any:
-        """The layer with experts that the component is part of."""
+        """Build the layer with experts that the component is part of."""
         build = self._context(dtype)
         return self._initialised(lambda: build.make(self._layer()), 0)
 
@@ -149,7 +158,9 @@ class Subject:
     def _layer(self) -> Section:
         if self.entry.slot == "ffn":
             return self.section
-        router = self.section if self.entry.slot == "router" else bench.section("router", bench.KitRouter)
+        router = bench.section("router", bench.KitRouter)
+        if self.entry.slot == "router":
+            router = self.section
         balance = [self.section] if self.entry.slot == "balancer" else []
         return bench.section("ffn", bench.KitExperts, router=router, balance=balance)
 
@@ -172,17 +183,17 @@ class Subject:
         return module
 
     def precision(self) -> Precision:
-        """The component as a precision."""
+        """Make the component of the slot `precision`."""
         made: Precision = self.component(self.config)
         return made
 
     def factory(self) -> Any:
-        """The component of a slot that needs nothing but its settings."""
+        """Make the component of a slot that needs nothing but its settings."""
         return self.component(self.config)
 
 
 def surroundings(slot: str) -> Any:
-    """What an example's `check(parent)` sees around it: the kit's own layer, model or recipe."""
+    """A stand-in for the parent that an example's `check(parent)` receives: the kit's layer, model or recipe."""
     if slot in ("router", "balancer", "dispatcher"):
         router = bench.section("router", bench.KitRouter)
         return SimpleNamespace(experts=bench.EXPERTS, router=router, balance=[])
@@ -192,23 +203,26 @@ def surroundings(slot: str) -> Any:
 
 
 def perturbed(module: M) -> M:
-    """The same module with every floating weight moved a little, so that a forgotten one shows."""
+    """Change every floating-point weight of a module a little, in place, so that a forgotten one shows."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in module.state_dict().values():
             if tensor.is_floating_point():
-                tensor.add_(torch.randn(tensor.shape, generator=draw, dtype=torch.float64).to(tensor.dtype) * 0.1)
+                noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
+                tensor.add_(noise.to(tensor.dtype) * 0.1)
     return module
 
 
 _OWN = frozenset(vars(nn.Module()))
+"""Names of the attributes that every module has."""
 
 
 def snapshot(module: nn.Module) -> dict[str, Any]:
     """Everything that a module holds: parameters, every buffer, and tensors and plain values kept as attributes."""
     found: dict[str, Any] = {}
     for path, part in module.named_modules():
-        held = {**part._parameters, **part._buffers, **{k: v for k, v in vars(part).items() if k not in _OWN}}
+        attributes = {name: value for name, value in vars(part).items() if name not in _OWN}
+        held = {**part._parameters, **part._buffers, **attributes}
         for name, value in held.items():
             if isinstance(value, Tensor):
                 found[f"{path}.{name}"] = value.detach().clone()
@@ -218,13 +232,13 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
 
 
 def written(module: nn.Module, before: dict[str, Any]) -> list[str]:
-    """Names of what is no longer as it was, or was not there."""
+    """Names in a snapshot that were added, removed or changed since an earlier one."""
     now = snapshot(module)
-    return [
-        name
-        for name in {**before, **now}
-        if name not in before or name not in now or not _same(now[name], before[name])
-    ]
+    different = []
+    for name in {**before, **now}:
+        if name not in before or name not in now or not _same(now[name], before[name]):
+            different.append(name)
+    return different
 
 
 def _same(one: Any, two: Any) -> bool:
@@ -239,9 +253,50 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def changed(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are no longer what they were, bit by bit."""
+    """Names of tensors whose bits differ from an earlier copy."""
     now = module.state_dict()
     return [name for name, tensor in before.items() if not torch.equal(now[name], tensor)]
+
+
+def require_close(own: Tensor, expected: Tensor, found: str, *, tolerance: float = 1e-10) -> None:
+    """Raise `BrokenClauseError` with `found` unless the `distance` of two tensors is below a tolerance."""
+    require(distance(own, expected) < tolerance, found)
+
+
+def require_flops(declared: float, counted: float) -> None:
+    """Raise `BrokenClauseError` unless declared FLOPs are within 2% of those that were counted."""
+    found = f"declared {declared:g} FLOPs, counted {counted:g}"
+    require(abs(declared - counted) <= 0.02 * counted, found)
+
+
+def require_gradients(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> None:
+    """Raise `BrokenClauseError` unless gradients of an input and of every weight agree with finite differences.
+
+    Args:
+        run: computes the module's result from the input.
+        x: the input, fp64.
+    """
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    inputs = (x.requires_grad_(), *weights)
+    right = torch.autograd.gradcheck(
+        lambda x, *_: run(x), inputs, raise_exception=False, fast_mode=True
+    )
+    require(right, "a gradient differs from finite differences")
+
+
+def vector_elements(module: nn.Module) -> int:
+    """The number of weights in vectors, which take part in no matrix product."""
+    return sum(weight.numel() for weight in module.parameters() if weight.dim() == 1)
+
+
+def equal_bits(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
+    """Whether two lists of as many tensors have the same shapes and values, bit by bit."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds an infinity or a NaN."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def distance(one: Tensor, two: Tensor) -> float:
@@ -250,5 +305,6 @@ def distance(one: Tensor, two: Tensor) -> float:
         return float("inf")
     if not one.numel():
         return 0.0
-    one, two = one.detach(), two.detach()
+    one = one.detach()
+    two = two.detach()
     return float((one - two).abs().max() / two.abs().max().clamp(min=1e-6))

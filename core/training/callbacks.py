@@ -1,4 +1,4 @@
-"""What watches a run: the log of steps and of loads, the checkpoints, the signal that stops it.
+"""Callbacks of a run: the log of steps and of loads, the checkpoints, the signals that stop it.
 
 Lightning calls callbacks in their order, those that save last. A checkpoint is taken where a step has ended:
 its row is on disk, and so is its validation where one is due. A kill at any moment therefore leaves a log that
@@ -25,7 +25,7 @@ from torch import Tensor
 from core.contracts.errors import Interrupted
 from core.training.checkpoints import checkpoints_in
 from core.training.module import TrainingModule
-from core.training.ranks import largest
+from core.training.ranks import max_over_ranks
 
 SNAPSHOTS = 256
 """Snapshots of load and bias that a run keeps; past it every second one is dropped."""
@@ -39,9 +39,14 @@ class StepLog(L.Callback):
     """
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        """One row for each step, or for every `trainer.log_every_n_steps`-th."""
+        """Write one row for each step, or for every `trainer.log_every_n_steps`-th."""
         assert isinstance(pl_module, TrainingModule)
         if pl_module.windows_done % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.write_row(pl_module.step_values)
@@ -61,9 +66,14 @@ class LoadLog(L.Callback):
         self.recent: deque[float] = deque(maxlen=100)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        """Take a snapshot where the step is one to keep."""
+        """Take a snapshot if the step is one to keep."""
         assert isinstance(pl_module, TrainingModule)
         if not pl_module.step_load:
             return
@@ -73,10 +83,12 @@ class LoadLog(L.Callback):
         self.snapshots.append((pl_module.windows_done, _snapshot(pl_module)))
         if len(self.snapshots) > SNAPSHOTS:
             self.stride *= 2
-            self.snapshots = [(step, tensors) for step, tensors in self.snapshots if step % self.stride == 0]
+            self.snapshots = [
+                snapshot for snapshot in self.snapshots if snapshot[0] % self.stride == 0
+            ]
 
     def write(self) -> None:
-        """`steps` [S], and for each layer `load.<path>` int64 [S, E] and `bias.<path>` fp32 [S, E]."""
+        """Write `steps` [S], and for each layer `load.<path>` int64 [S, E] and `bias.<path>` fp32 [S, E]."""
         if not self.snapshots:
             return
         tensors = {"steps": torch.tensor([step for step, _ in self.snapshots])}
@@ -86,24 +98,33 @@ class LoadLog(L.Callback):
         temporary.write_bytes(save(tensors))
         os.replace(temporary, self.file)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """What is known so far goes to disk with every checkpoint."""
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write what is known so far with every checkpoint."""
         if trainer.is_global_zero:
             self.write()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors."""
-        return {"stride": self.stride, "snapshots": list(self.snapshots), "recent": list(self.recent)}
+        """The log so far, in plain containers and tensors."""
+        return {
+            "stride": self.stride,
+            "snapshots": list(self.snapshots),
+            "recent": list(self.recent),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint stands."""
+        """Continue the log of a checkpoint."""
         self.stride = state_dict["stride"]
         self.snapshots = [(step, dict(tensors)) for step, tensors in state_dict["snapshots"]]
         self.recent = deque(state_dict["recent"], maxlen=100)
 
 
 def _snapshot(module: TrainingModule) -> dict[str, Tensor]:
-    tensors = {f"load.{path}": load_E.detach().cpu().clone() for path, load_E in module.step_load.items()}
+    """Copies, on the CPU, of a step's load and of the selection biases after it."""
+    tensors = {}
+    for path, load_E in module.step_load.items():
+        tensors[f"load.{path}"] = load_E.detach().cpu().clone()
     for path, layer in module.model.expert_layers().items():
         for balancer in layer.balancers:
             bias_E = balancer.selection_bias()
@@ -115,23 +136,28 @@ def _snapshot(module: TrainingModule) -> dict[str, Tensor]:
 class _StepEnd(Checkpoint):
     """Acts where a step has ended: after its validation, if it has one.
 
-    A checkpoint that is taken before would lack the validation for good: Lightning does not make up for it.
+    A checkpoint taken earlier would never get the step's validation: Lightning does not repeat it after a resume.
     """
 
     @abstractmethod
     def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """Called once for every step."""
+        """Act on the end of a step; called once for every step."""
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        """The end of a step without validation."""
+        """End a step that is not validated."""
         assert isinstance(pl_module, TrainingModule)
         if not pl_module.validation_follows:
             self.step_ended(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The end of a step with one."""
+        """End a step that was validated."""
         assert isinstance(pl_module, TrainingModule)
         if trainer.state.fn == TrainerFn.FITTING:
             self.step_ended(trainer, pl_module)
@@ -140,7 +166,7 @@ class _StepEnd(Checkpoint):
 class StopOnSignal(_StepEnd):
     """SIGINT and SIGTERM end the run after the step under way, with a checkpoint; a second one ends it at once.
 
-    One rank that is told is enough: all stop after the same step.
+    A signal to one rank is enough: all ranks stop after the same step.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -149,8 +175,10 @@ class StopOnSignal(_StepEnd):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over both signals; afterwards they mean what they meant before. For the main thread."""
-        before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        """Handle both signals within the context and restore their handlers afterwards; for the main thread only."""
+        before = {}
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            before[signum] = signal.signal(signum, self._note)
         try:
             yield
         finally:
@@ -158,18 +186,19 @@ class StopOnSignal(_StepEnd):
                 signal.signal(signum, handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning has put its own handler before ours: one that talks to the other ranks in the midst of anything."""
+        """Replace the SIGTERM handler of Lightning, which contacts the other ranks in the middle of a step."""
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
-            os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # the progress bar has hidden the cursor
+            show_cursor = b"\x1b[?25h"  # the progress bar has hidden it
+            os.write(2, show_cursor + b"\n" if os.isatty(2) else b"\n")
             os._exit(128 + signum)
         self.signum = signum
 
     def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """Save and leave, if some rank was told to."""
-        signum = largest(self.signum, module.device)
+        """Save and stop if some rank has received a signal."""
+        signum = max_over_ranks(self.signum, module.device)
         if signum:
             save_step(trainer, module, self.folder)
             raise Interrupted(signum, module.windows_done, self.folder)
@@ -179,24 +208,26 @@ class KeepLatest(_StepEnd):
     """Saves every so many steps and keeps the latest few.
 
     Lightning's ModelCheckpoint counts optimizer steps, so a skipped one shifts it, and under manual
-    optimization it warns that it would rather save other weights; the best checkpoint is still its work.
+    optimization it warns about which weights it saves. The best checkpoint is still saved by ModelCheckpoint.
 
     Args:
-        folder: the run's.
+        folder: the run folder.
         every: steps between checkpoints.
         keep: how many step checkpoints to keep.
     """
 
     def __init__(self, folder: Path, *, every: int, keep: int) -> None:
-        self.folder, self.every, self.keep = folder, every, keep
+        self.folder = folder
+        self.every = every
+        self.keep = keep
 
     def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """Save where it is time."""
+        """Save after every `every` steps and after the last one."""
         if module.windows_done % self.every == 0 or module.windows_done == module.plan.steps:
             self._save(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that something else has ended early is saved as it is."""
+        """Save a run that something else has ended early as it is."""
         assert isinstance(pl_module, TrainingModule)
         if pl_module.windows_done:
             self._save(trainer, pl_module)
@@ -209,7 +240,7 @@ class KeepLatest(_StepEnd):
 
 
 def save_step(trainer: L.Trainer, module: TrainingModule, folder: Path) -> None:
-    """Save the checkpoint of the step just done, unless it is there; what was logged reaches the disk first."""
+    """Save the checkpoint of the step just done, unless it exists; the loggers write to disk before it."""
     path = folder / "checkpoints" / checkpoint_name(module.windows_done)
     if trainer.strategy.broadcast(path.exists()):
         return
@@ -219,5 +250,5 @@ def save_step(trainer: L.Trainer, module: TrainingModule, folder: Path) -> None:
 
 
 def checkpoint_name(step: int) -> str:
-    """The file of the checkpoint after a step."""
+    """The file name of the checkpoint after a step."""
     return f"step-{step:08d}.ckpt"

@@ -1,4 +1,4 @@
-"""The run folder: what is in it, and writing to it so that a kill leaves whole files."""
+"""The run folder: its files, and writing to it so that a kill leaves whole files."""
 
 import json
 import os
@@ -42,12 +42,12 @@ class RunFolder:
 
     @property
     def provenance(self) -> Path:
-        """Who and what shaped the run."""
+        """The components, versions, commit, machine and command that shaped the run."""
         return self.path / "provenance.json"
 
     @property
     def summary(self) -> Path:
-        """What the finished run measured; it exists once the run is complete."""
+        """The results of the run; the file exists once the run is complete."""
         return self.path / "summary.json"
 
     @property
@@ -65,8 +65,8 @@ class RunFolder:
         """The file of a converted run that says which tensor of its source stood in which file and format."""
         return self.source_files / "layout.json"
 
-    def is_stillborn(self) -> bool:
-        """Whether a run was killed here before it wrote down what it is; it starts anew.
+    def never_started(self) -> bool:
+        """Whether a run was killed here before it wrote its recipe, so that it has to start anew.
 
         Raises:
             UserError: there is no run in this folder at all, or one without its recipe.
@@ -75,7 +75,8 @@ class RunFolder:
             return False
         begun = (self.path / "checkpoints").is_dir()
         if not begun or any((self.path / "checkpoints").iterdir()):
-            raise UserError(f"--resume {self.path}: there is no run in this folder (no recipe.yaml)")
+            missing = "there is no run in this folder (no recipe.yaml)"
+            raise UserError(f"--resume {self.path}: {missing}")
         return True
 
     def create(self) -> None:
@@ -95,8 +96,8 @@ class RunFolder:
         except OSError as cause:
             raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
 
-    def sweep(self) -> None:
-        """Take away the half-written checkpoints that a kill left; they can be large."""
+    def remove_partial_files(self) -> None:
+        """Delete the half-written checkpoints that a kill left; they can be large."""
         for half in (self.path / "checkpoints").glob(".*.tmp"):
             half.unlink()
 
@@ -117,14 +118,15 @@ class RunFolder:
 
 
 RUNS = Path("runs")
-"""Where runs go that name no folder."""
+"""The folder of all runs that are started without `--out`."""
 
 
 def start_folder(out: Path | None, name: str) -> Path:
     """The folder of a new run: `out`, or `runs/name`, `runs/name-2`, ... whichever holds no run yet."""
     if out is not None:
         return out
-    folder, number = RUNS / name, 1
+    folder = RUNS / name
+    number = 1
     while (folder / "recipe.yaml").exists():
         number += 1
         folder = RUNS / f"{name}-{number}"
@@ -132,7 +134,7 @@ def start_folder(out: Path | None, name: str) -> Path:
 
 
 def resumable(resume: str | None, out: Path | None, name: str) -> Path | None:
-    """The folder to go on with; None where a new run is to start.
+    """The folder of the run to continue; None where a new run is to start.
 
     `auto` means `out` if it holds a run, without `out` the newest run of this recipe that has no summary.
 
@@ -147,12 +149,16 @@ def resumable(resume: str | None, out: Path | None, name: str) -> Path | None:
         return Path(resume)
     if out is not None:
         return out if (out / "recipe.yaml").exists() else None
-    runs = [f.parent for f in RUNS.glob(f"{name}*/recipe.yaml") if _is_of(f.parent.name, name)]
-    open_runs = [run for run in runs if not (run / "summary.json").exists()]
-    return max(open_runs, key=lambda run: (run / "recipe.yaml").stat().st_mtime, default=None)
+    incomplete = []
+    for recipe in RUNS.glob(f"{name}*/recipe.yaml"):
+        run = recipe.parent
+        if _is_named_after(run.name, name) and not (run / "summary.json").exists():
+            incomplete.append(run)
+    return max(incomplete, key=lambda run: (run / "recipe.yaml").stat().st_mtime, default=None)
 
 
-def _is_of(folder: str, name: str) -> bool:
+def _is_named_after(folder: str, name: str) -> bool:
+    """Whether `start_folder` gives this folder name to a recipe: its name, alone or with `-` and a number."""
     rest = folder.removeprefix(name)
     return rest == "" or (rest.startswith("-") and rest[1:].isdigit())
 
@@ -160,7 +166,7 @@ def _is_of(folder: str, name: str) -> bool:
 def provenance(sections: Iterable[Section], **rest: Any) -> dict[str, Any]:
     """Everything that shaped a run: components with their owners, versions, the commit, the machine, the command.
 
-    Lightning's own entry-point group adds callbacks to every Trainer unseen; they are named too.
+    Lightning's own entry-point group adds callbacks to every Trainer without any mention; they are listed too.
     """
     components = [
         {

@@ -1,4 +1,4 @@
-"""Which code ran, and on what: the part of a run's provenance that no recipe and no package version tells."""
+"""The code and the machine of a run: the part of its provenance that no recipe and no package version records."""
 
 import os
 import platform
@@ -7,29 +7,28 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-"""Where the code lies; a git checkout, unless it was installed."""
+"""The folder of the code; a git checkout, unless it was installed."""
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 def code() -> dict[str, Any]:
-    """The commit of the checkout, and whether a file that git knows has changed since; nulls where git cannot tell."""
-    told = _described() if (CHECKOUT / ".git").exists() else None
-    if not told:
+    """The commit of the checkout, and whether a tracked file has changed since; None where git does not say."""
+    described = _git_describe() if (CHECKOUT / ".git").exists() else None
+    if not described:
         return {"commit": None, "dirty": None}
-    return {"commit": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
+    return {"commit": described.removesuffix("-dirty"), "dirty": described.endswith("-dirty")}
 
 
-def _described() -> str | None:
-    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # of another checkout
+def _git_describe() -> str | None:
+    """The full commit of the checkout, with `-dirty` if it was changed; None where git cannot answer."""
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(CHECKOUT), *describe]
+    # Variables of git may name another checkout. Without optional locks reading does not write the index.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"
     try:
         done = subprocess.run(
-            command,
-            env=inherited | {"GIT_OPTIONAL_LOCKS": "0"},  # who reads leaves the index alone
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
+            command, env=environment, capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -37,7 +36,7 @@ def _described() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """The processor's name, how many of its cores there are, and the name of each GPU that torch sees."""
+    """The processor's name, the number of its cores, and the name of each GPU that torch sees."""
     return {"cpu": _cpu(), "cores": os.cpu_count(), "gpus": _gpus()}
 
 
@@ -46,8 +45,11 @@ def _cpu() -> str:
         lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    names = [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name"]
-    return next(filter(None, names), "") or platform.processor() or platform.machine()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def _gpus() -> list[str]:
@@ -57,5 +59,5 @@ def _gpus() -> list[str]:
         return []
     try:
         return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    except RuntimeError:  # a device that is listed and cannot be asked; the training will say why
+    except RuntimeError:  # a device that is listed but does not answer; training will report why
         return []

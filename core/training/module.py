@@ -26,7 +26,7 @@ from core.model.ledger import Ledger, Term, head_label
 from core.model.parameters import check_groups, named_parameters
 from core.recipe.plan import Plan
 from core.training.load import measures
-from core.training.ranks import rank_and_world, reduce_sum, share_largest
+from core.training.ranks import all_reduce_max_, rank_and_world, reduce_sum
 from core.training.totals import HEADS, WindowTotals, call_on_step_end
 from core.training.validation import ValidationTotals
 from core.training.window import Window, contribution, objective
@@ -38,7 +38,7 @@ class TrainingModule(L.LightningModule):
     Args:
         model: the model.
         plan: the steps of the run.
-        optimizer: makes the optimizer and says each step's learning rate.
+        optimizer: makes the optimizer and gives each step's learning rate.
         flops_per_token: training FLOPs, for MFU.
         mask_documents: keep attention and predictions inside documents.
         gradient_clip: largest global gradient norm, or None.
@@ -61,27 +61,33 @@ class TrainingModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
-        self.plan, self.optimizer_factory, self.flops_per_token = plan, optimizer, flops_per_token
-        self.mask_documents, self.gradient_clip, self.max_skipped = mask_documents, gradient_clip, max_skipped
+        self.plan = plan
+        self.optimizer_factory = optimizer
+        self.flops_per_token = flops_per_token
+        self.mask_documents = mask_documents
+        self.gradient_clip = gradient_clip
+        self.max_skipped = max_skipped
         self.windows_done = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.step_load: dict[str, Tensor] = {}
         self.step_values: dict[str, Any] = {}
-        self.seconds = self.wall_before = 0.0
+        self.seconds = 0.0
+        self.wall_before = 0.0
         self.started = time.perf_counter()
-        self.assigned = self.dropped = 0
+        self.assigned = 0
+        self.dropped = 0
         self.validated: dict[str, float] = {}
         self.ledger = Ledger.of(model)
         self.validation = ValidationTotals(model, self.ledger, validation_bytes)
 
     def dropped_fraction(self) -> float:
-        """Assignments of the whole run that were dropped."""
+        """The fraction of the whole run's assignments that were dropped."""
         return self.dropped / max(self.assigned, 1)
 
     @property
     def wall_seconds(self) -> float:
-        """From the start of the run to now; of a resumed run, its earlier parts up to their last checkpoint too."""
+        """Seconds since the start of the run; of a resumed run, its earlier parts up to their last checkpoint too."""
         return self.wall_before + time.perf_counter() - self.started
 
     @property
@@ -95,7 +101,8 @@ class TrainingModule(L.LightningModule):
         """The recipe's optimizer over every parameter; selection biases are buffers and not among them."""
         parameters = named_parameters(self.model)
         made = self.optimizer_factory.make(parameters)
-        check_groups(made if isinstance(made, list) else [made], parameters)
+        optimizers = made if isinstance(made, list) else [made]
+        check_groups(optimizers, parameters)
         return made
 
     def _optimizers(self) -> list[Any]:
@@ -104,19 +111,21 @@ class TrainingModule(L.LightningModule):
         return found if isinstance(found, list) else [found]
 
     def context(self, batch: Batch, index: int = 0) -> SequenceContext:
-        """What the model is told about micro-batch number `index` of the step, or of the validation split.
+        """The context of micro-batch number `index` of the step, or of the validation split.
 
         In evaluation random choices have the addresses of step 0, so that every validation of one model is the same.
         """
         rank, world = rank_and_world()
+        documents_BM = batch.documents_BM if self.mask_documents else None
+        step = self.windows_done if self.training else 0
         return SequenceContext.of(
             batch.tokens_BL,
             targets_BL=batch.targets_BL,
             valid_BL=batch.valid_BL,
-            documents_BM=batch.documents_BM if self.mask_documents else None,
+            documents_BM=documents_BM,
             learned_BM=batch.learned_BM,
             source_B=batch.source_B,
-            step=self.windows_done if self.training else 0,
+            step=step,
             first_sequence=(index * world + rank) * len(batch.tokens_BL),
             reduce_sum=reduce_sum,
         )
@@ -125,29 +134,23 @@ class TrainingModule(L.LightningModule):
         """Start the clock of this step."""
         self._began = time.perf_counter()
 
-    def training_step(self, window: list[Batch], _: int) -> None:
+    def training_step(self, batches: list[Batch], _: int) -> None:
         """One optimizer step: denominators, forwards and backwards, load, norm, guard, clip, update, balance, log."""
         optimizers = self._optimizers()
         progress = self.plan.progress(self.windows_done)
-        contexts = [self.context(batch, index) for index, batch in enumerate(window)]
-        before = Window.of(self.model, self.ledger, contexts)
-        seen = WindowTotals()
-        for index, context in enumerate(contexts):
-            with self._synchronised(last=index == len(contexts) - 1):
-                loss = objective(self.model, self.ledger, self.model(context), before, progress, seen)
-                self.manual_backward(loss * rank_and_world()[1])
-        seen = seen.over_ranks()
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        contexts = [self.context(batch, index) for index, batch in enumerate(batches)]
+        window = Window.of(self.model, self.ledger, contexts)
+        totals = self._backward(contexts, window, progress).over_ranks()
+        norm = self._gradient_norm()
         rate = self.optimizer_factory.learning_rate(progress)
         if self._agreed_finite(norm):
-            if self.gradient_clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.gradient_clip, norm)
+            self._clip(norm)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("lr_scale", 1.0)
                 optimizer.step()
             with torch.no_grad():
-                call_on_step_end(self.model, seen, progress)
+                call_on_step_end(self.model, totals, progress)
             self._end_step(done=True)
             self.skipped_in_a_row = 0
         else:
@@ -156,26 +159,54 @@ class TrainingModule(L.LightningModule):
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.windows_done += 1
-        self.step_load = seen.loads
-        self._log(seen, before.counts, progress, norm, rate)
-        self.seconds += time.perf_counter() - self._began  # only the time of steps counts: no validation, no saving
+        self.step_load = totals.loads
+        self._log(totals, window.counts, progress, norm, rate)
+        # Only the time of steps counts: no validation, no saving.
+        self.seconds += time.perf_counter() - self._began
         if self.windows_done == self.plan.steps:
-            self.trainer.should_stop = True  # it would anyway; so told, Lightning validates after the last step too
+            # The run ends here in any case; with this flag set Lightning validates after the last step too.
+            self.trainer.should_stop = True
+
+    def _backward(
+        self, contexts: list[SequenceContext], window: Window, progress: Progress
+    ) -> WindowTotals:
+        """Run every micro-batch forwards and backwards; returns what this rank's forwards recorded."""
+        totals = WindowTotals()
+        model = self.model
+        for index, context in enumerate(contexts):
+            with self._synchronised(last=index == len(contexts) - 1):
+                # Nothing else keeps what the forward returned, so its memory is free before the next one.
+                loss = objective(model, self.ledger, model(context), window, progress, totals)
+                self.manual_backward(loss * rank_and_world()[1])
+        return totals
+
+    def _gradient_norm(self) -> Tensor:
+        """The L2 norm of all gradients together."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm: Tensor = torch.nn.utils.get_total_norm(gradients)
+        return norm
+
+    def _clip(self, norm: Tensor) -> None:
+        """Scale the gradients down to the norm `gradient_clip` where they are larger."""
+        if self.gradient_clip is not None:
+            parameters = self.model.parameters()
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
 
     @property
     def validation_follows(self) -> bool:
         """Whether the step just done will be validated."""
-        due = self.windows_done % int(self.trainer.val_check_interval) == 0 or self.trainer.should_stop
+        interval = int(self.trainer.val_check_interval)
+        due = self.windows_done % interval == 0 or self.trainer.should_stop
         return due and sum(self.trainer.num_val_batches) > 0
 
     def write_row(self, values: Mapping[str, Any]) -> None:
-        """Give the loggers some numbers of the step just done."""
+        """Hand some numbers of the step just done to the loggers."""
         numbers = {name: float(value) for name, value in values.items()}
         for logger in self.loggers:
             logger.log_metrics(numbers, step=self.windows_done)
 
     def _synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Ranks exchange gradients in the window's last backward only."""
+        """A context in which ranks exchange gradients only for the window's last backward."""
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         if last or block is None or rank_and_world()[1] == 1:
             return nullcontext()
@@ -188,15 +219,15 @@ class TrainingModule(L.LightningModule):
         return int(bad) == 0
 
     def _end_step(self, *, done: bool) -> None:
-        """Product layers that keep something between steps go on to the next."""
+        """Advance the product layers that keep state between steps; their maxima are taken over the ranks first."""
         with torch.no_grad():
             layers = self.model.step_states().values()
-            share_largest([tensor for layer in layers for tensor in layer.maxima()])
+            all_reduce_max_([tensor for layer in layers for tensor in layer.maxima()])
             for layer in layers:
                 layer.end_step(done=done)
 
     def _skip(self, norm: Tensor) -> None:
-        """A non-finite gradient changes nothing: no weight, no moment, no bias."""
+        """Count a skipped step: a non-finite gradient changes no weight, no moment and no bias."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.max_skipped:
@@ -206,27 +237,37 @@ class TrainingModule(L.LightningModule):
             )
 
     def _log(
-        self, seen: WindowTotals, counts: dict[Term, Tensor], progress: Progress, norm: Tensor, rate: float
+        self,
+        totals: WindowTotals,
+        counts: dict[Term, Tensor],
+        progress: Progress,
+        norm: Tensor,
+        rate: float,
     ) -> None:
         values: dict[str, Any] = {"tokens": float(progress.tokens)}
-        values.update(self._losses(seen, counts, progress))
-        loads = measures(list(seen.loads.values()))
-        values.update({f"load/{name}{'_batch' if name == 'max_vio' else ''}": value for name, value in loads.items()})
-        if seen.dropped is not None:
-            assigned = torch.stack([load_E.sum() for load_E in seen.loads.values()]).sum()
-            values["load/dropped_fraction"] = seen.dropped / assigned.clamp(min=1)
+        values.update(self._losses(totals, counts, progress))
+        loads = measures(list(totals.loads.values()))
+        for name, value in loads.items():
+            label = "max_vio_batch" if name == "max_vio" else name
+            values[f"load/{label}"] = value
+        if totals.dropped is not None:
+            assigned = torch.stack([load_E.sum() for load_E in totals.loads.values()]).sum()
+            values["load/dropped_fraction"] = totals.dropped / assigned.clamp(min=1)
             self.assigned += int(assigned)
-            self.dropped += int(seen.dropped)
+            self.dropped += int(totals.dropped)
         values.update(self._balancer_metrics())
-        values.update(_component_metrics(seen))
+        values.update(_component_metrics(totals))
         values.update({"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped_steps)})
         self.step_values = values
-        self.log_dict({name: _as_float(value) for name, value in values.items()}, logger=False, batch_size=1)
+        logged = {name: _as_float(value) for name, value in values.items()}
+        self.log_dict(logged, logger=False, batch_size=1)
         self.log("loss", _as_float(values["loss/total"]), prog_bar=True, logger=False, batch_size=1)
         if loads:
             self.log("MaxVio", loads["max_vio"].float(), prog_bar=True, logger=False, batch_size=1)
 
-    def _losses(self, seen: WindowTotals, counts: dict[Term, Tensor], progress: Progress) -> dict[str, Tensor]:
+    def _losses(
+        self, totals: WindowTotals, counts: dict[Term, Tensor], progress: Progress
+    ) -> dict[str, Tensor]:
         """Every term's mean under its own name, and the one sum that was minimised, in fp64.
 
         Terms of layers are logged with their coefficient, as means over layers. A head's mean is rounded to the
@@ -235,16 +276,17 @@ class TrainingModule(L.LightningModule):
         values: dict[str, Tensor] = {}
         parts: list[Tensor] = []
         for term in self.ledger.heads:
-            mean = (seen.sums[term] / counts[term].clamp(min=1)).double()
+            mean = (totals.sums[term] / counts[term].clamp(min=1)).double()
             values[f"loss/{term.label}"] = mean
             parts.append(term.coefficient(progress) * mean)
-        of_layers: dict[str, list[Tensor]] = {}
+        by_label: dict[str, list[Tensor]] = {}
         for layer_term in (*self.ledger.balance, *self.ledger.layers):
-            if layer_term in seen.sums:
-                scaled = contribution(layer_term, seen.sums[layer_term].double(), counts[layer_term], progress)
-                of_layers.setdefault(f"loss/{layer_term.label}", []).append(scaled)
+            if layer_term in totals.sums:
+                total = totals.sums[layer_term].double()
+                scaled = contribution(layer_term, total, counts[layer_term], progress)
+                by_label.setdefault(f"loss/{layer_term.label}", []).append(scaled)
                 parts.append(scaled)
-        values.update({name: torch.stack(terms).mean() for name, terms in of_layers.items()})
+        values.update(_means(by_label))
         values["loss/total"] = torch.stack(parts).sum()
         return values
 
@@ -255,10 +297,10 @@ class TrainingModule(L.LightningModule):
             for balancer in layer.balancers:
                 for name, value in balancer.metrics().items():
                     found.setdefault(f"balance/{name}", []).append(value)
-        return {name: torch.stack(values).mean() for name, values in found.items()}
+        return _means(found)
 
     def on_validation_epoch_start(self) -> None:
-        """Count anew."""
+        """Start the totals of a validation at zero."""
         self.validation.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -267,15 +309,19 @@ class TrainingModule(L.LightningModule):
         self.validation.update(self.model(context), context)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the whole validation split gave."""
+        """Log the values over the whole validation split."""
         self.validated = self.validation.compute()
         self.write_row(self.validated)
-        several = rank_and_world()[1] > 1  # the totals are equal on all ranks; Lightning wants to be told
+        # The totals are equal on all ranks already, but Lightning warns where several ranks log without sync_dist.
+        several = rank_and_world()[1] > 1
         for name, value in self.validated.items():
-            self.log(name, _as_float(value), prog_bar=name == "val_bits_per_byte", logger=False, sync_dist=several)
+            shown = name == "val_bits_per_byte"
+            self.log(name, _as_float(value), prog_bar=shown, logger=False, sync_dist=several)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Plain numbers beside Lightning's own state."""
+        """Add the module's own state, in plain containers and tensors, to Lightning's."""
+        paths = {role: list(ways) for role, ways in self.model.kernels_used().ran.items()}
+        states = {path: layer.step_state() for path, layer in self.model.step_states().items()}
         checkpoint["moeloom"] = {
             "windows_done": self.windows_done,
             "skipped_steps": self.skipped_steps,
@@ -286,15 +332,15 @@ class TrainingModule(L.LightningModule):
             "dropped": self.dropped,
             "validated": dict(self.validated),
             "threads": torch.get_num_threads(),
-            "paths": {role: list(ways) for role, ways in self.model.paths().ran.items()},
-            "step_states": {path: layer.step_state() for path, layer in self.model.step_states().items()},
+            "paths": paths,
+            "step_states": states,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the checkpoint stands.
+        """Continue from the module's own state in a checkpoint.
 
         Raises:
-            UserError: on a CPU, another number of threads, under which the bits would differ.
+            UserError: on a CPU, another number of threads, with which the bits would differ.
         """
         own = checkpoint["moeloom"]
         threads = torch.get_num_threads()
@@ -303,24 +349,34 @@ class TrainingModule(L.LightningModule):
                 f"--resume: the run used {own['threads']} threads and this process has {threads}, "
                 f"which would change its bits; set OMP_NUM_THREADS={own['threads']}"
             )
-        self.windows_done, self.skipped_steps = own["windows_done"], own["skipped_steps"]
-        self.skipped_in_a_row, self.seconds = own["skipped_in_a_row"], own["seconds"]
+        self.windows_done = own["windows_done"]
+        self.skipped_steps = own["skipped_steps"]
+        self.skipped_in_a_row = own["skipped_in_a_row"]
+        self.seconds = own["seconds"]
         self.wall_before = own["wall_seconds"]
-        self.assigned, self.dropped = own["assigned"], own["dropped"]
+        self.assigned = own["assigned"]
+        self.dropped = own["dropped"]
         self.validated = dict(own["validated"])
         for role, ways in own.get("paths", {}).items():
             for way in ways:
-                self.model.paths().note(role, way)
+                self.model.kernels_used().note(role, way)
         for path, layer in self.model.step_states().items():
             layer.load_step_state(own["step_states"][path])
 
 
-def _component_metrics(seen: WindowTotals) -> dict[str, Tensor]:
-    """What layers and heads measured in the step: a layer's metrics over all layers of its slot, by their reduction."""
+def _means(by_label: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {label: torch.stack(values).mean() for label, values in by_label.items()}
+
+
+def _component_metrics(totals: WindowTotals) -> dict[str, Tensor]:
+    """Metrics of layers and heads in the step; a layer's are taken over all layers of its slot, by their reduction."""
     found: dict[str, Metric] = {}
-    for (path, name), metrics in seen.metrics.items():
+    for (path, name), metrics in totals.metrics.items():
         for metric_name, metric in metrics.items():
-            label = head_label(name, metric_name) if path == HEADS else f"{name}/{metric_name}"
+            if path == HEADS:
+                label = head_label(name, metric_name)
+            else:
+                label = f"{name}/{metric_name}"
             before = found.setdefault(label, metric)
             if type(before) is not type(metric):
                 raise TypeError(f"layers report the metric {label} by different reductions")
@@ -330,7 +386,9 @@ def _component_metrics(seen: WindowTotals) -> dict[str, Tensor]:
 
 
 def _as_float(value: Tensor | float) -> Tensor:
-    """fp32 for the loggers, fp64 values included; never an accumulator."""
+    """A scalar for the loggers: a tensor as fp32, a number as fp64 with NaN where it is not finite."""
     if isinstance(value, Tensor):
         return value.detach().float()
-    return torch.tensor(value if math.isfinite(value) else float("nan"), dtype=torch.float64)
+    if not math.isfinite(value):
+        value = float("nan")
+    return torch.tensor(value, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Sums and maxima over data ranks, the identity where there is one; and how several ranks share one run folder."""
+"""Sums and maxima over data ranks, the identity where there is only one; and how several ranks share a run folder."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,24 +12,25 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 JOINED = "MOELOOM_JOINED_RUN"
-"""The environment variable in which the first rank tells those that it starts which run folder is theirs."""
+"""The environment variable in which the first rank passes the run folder to the ranks that it starts."""
 
 
-def leads() -> bool:
-    """Whether this process is the first rank, which alone writes and speaks; known before any group is there."""
+def is_rank_zero() -> bool:
+    """Whether this process is the first rank, which alone writes and prints; known before any process group exists."""
     return not getattr(rank_zero_only, "rank", 0)
 
 
 def joined_folder() -> Path | None:
-    """The run folder of the rank that started this one; None where nobody did."""
-    told = os.environ.get(JOINED)
-    return Path(told) if told and not leads() else None
+    """The run folder of the rank that started this one; None where no rank did."""
+    folder = os.environ.get(JOINED)
+    return Path(folder) if folder and not is_rank_zero() else None
 
 
 @contextmanager
-def one_group(folder: Path) -> Iterator[None]:
-    """The time in which ranks may be started; afterwards this process is alone again, and so is its environment."""
-    before, alone = dict(os.environ), not dist.is_initialized()
+def process_group_scope(folder: Path) -> Iterator[None]:
+    """A context in which ranks may be started; afterwards the process group is closed and the environment restored."""
+    before = dict(os.environ)
+    alone = not dist.is_initialized()
     os.environ[JOINED] = str(folder.resolve())
     try:
         yield
@@ -41,13 +42,13 @@ def one_group(folder: Path) -> Iterator[None]:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process among the data ranks, and how many there are."""
+    """The rank of this process among the data ranks, and how many there are."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks, exact for integers, without a gradient."""
     if rank_and_world()[1] == 1:
         return tensor
@@ -60,42 +61,43 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     """The maximum over ranks, element by element, without a gradient."""
     if rank_and_world()[1] == 1:
         return tensor
-    found = tensor.detach().clone()
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found
+    largest = tensor.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
 
 
 class _Sum(torch.autograd.Function):
-    """A sum over ranks whose gradient is handed to every rank's own part as it is.
+    """A sum over ranks that passes its gradient on to every rank's own part unchanged.
 
-    Every rank then holds the same loss of the same sum, and adding the ranks' gradients gives the whole one.
+    Every rank computes the same loss from the same sum, so adding the ranks' gradients gives the whole one.
     """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return total(tensor)
+        return all_reduce_sum(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
-def largest(value: int, device: torch.device) -> int:
-    """The largest of the ranks' numbers."""
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of an integer over the ranks."""
     if rank_and_world()[1] == 1:
         return value
-    held = torch.tensor(value, device=device)
-    dist.all_reduce(held, op=dist.ReduceOp.MAX)
-    return int(held)
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
-def share_largest(tensors: Sequence[Tensor]) -> None:
-    """Put the largest over ranks into every element of some fp32 tensors, by one exchange."""
+def all_reduce_max_(tensors: Sequence[Tensor]) -> None:
+    """Replace every element of some fp32 tensors by its maximum over the ranks, in place, by one exchange."""
     if rank_and_world()[1] == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, op=dist.ReduceOp.MAX)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
 
 

@@ -1,4 +1,4 @@
-"""Going on with a run: from which checkpoint, and whether it is still the same run."""
+"""Resuming a run: which checkpoint it continues from, and whether it is still the same run."""
 
 import json
 from collections.abc import Callable
@@ -13,58 +13,75 @@ from core.recipe.compose import Recipe, compose
 from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.folder import RunFolder
 
-REPRODUCED = ("seed", "model", "precision", "data", "optimizer", "batch", "budget", "gradient_clip", "initial_weights")
-"""Sections that a resumed run must share with the one it continues: it would be another run."""
+REPRODUCED = (
+    "seed",
+    "model",
+    "precision",
+    "data",
+    "optimizer",
+    "batch",
+    "budget",
+    "gradient_clip",
+    "initial_weights",
+)
+"""Sections that a resumed run must share with the one it continues; otherwise it would be another run."""
 
 LAYOUT = ("strategy", "compile", "trainer")
-"""Sections that may change, at the price of other bits."""
+"""Sections that may change; the resumed run then reaches other bits."""
 
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from.
+    """A checkpoint to continue from.
 
     Args:
         path: the file.
-        step: windows that it has done.
+        step: windows that were done when it was saved.
     """
 
     path: Path
     step: int
 
 
-def check_same(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Hold a recipe against the one that the run was started with.
+def check_recipe_unchanged(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Compare a recipe with the one that the run was started with, and warn where the bits may differ.
 
     Raises:
-        UserError: another recipe (the first difference is named), or no run that could go on.
+        UserError: another recipe (the first difference is named), or a run that cannot be continued.
     """
     check_trained(folder, "start a run from its weights with initial_weights")
-    before, now = compose(folder.recipe).to_dict(), recipe.to_dict()
-    difference = first_difference({k: before[k] for k in REPRODUCED}, {k: now[k] for k in REPRODUCED})
+    before = compose(folder.recipe).to_dict()
+    now = recipe.to_dict()
+    difference = _first_difference_in(REPRODUCED, before, now)
     if difference:
         path, old, new = difference
-        raise UserError(f"--resume {folder.path}: {path} = {new} here, but the run was started with {old}")
-    difference = first_difference({k: before[k] for k in LAYOUT}, {k: now[k] for k in LAYOUT})
+        raise UserError(
+            f"--resume {folder.path}: {path} = {new} here, but the run was started with {old}"
+        )
+    difference = _first_difference_in(LAYOUT, before, now)
     if difference:
         path, old, new = difference
-        say(f"{path} = {new} here, and the run was started with {old}: it goes on, but not to the same bits")
+        say(
+            f"{path} = {new} here, and the run was started with {old}: it goes on, but not to the same bits"
+        )
     if torch.cuda.is_available() and not recipe.trainer.get("deterministic"):
-        say("without trainer.deterministic a GPU does not promise the same bits as if the run had never stopped")
+        say(
+            "without trainer.deterministic a GPU does not promise the same bits as if the run had never stopped"
+        )
 
 
 def check_trained(folder: RunFolder, instead: str) -> None:
-    """Raises `UserError` for a run that was converted: it has no corpus and no steps; `instead` says what helps."""
+    """Raise `UserError` for a converted run, which has no corpus and no steps; `instead` says what to do."""
     if folder.converted_weights.exists():
         why = "was converted from another program's files, which say nothing of its training"
         raise UserError(f"{folder.path}: {why}; {instead}")
 
 
 def check_data(folder: RunFolder, fingerprint: str) -> None:
-    """Hold the data against what the run was started with.
+    """Compare the data's fingerprint with the one that the run was started with.
 
     Raises:
-        UserError: the corpus is another one.
+        UserError: the corpus has changed.
     """
     before = json.loads(folder.provenance.read_text(encoding="utf-8"))["data"]
     if before != fingerprint:
@@ -75,7 +92,7 @@ def check_data(folder: RunFolder, fingerprint: str) -> None:
 
 
 def newest(folder: RunFolder) -> Resume | None:
-    """The checkpoint that a resumed run starts from; None where it was stopped before the first one.
+    """The checkpoint that a resumed run starts from; None if the run was stopped before its first one.
 
     Raises:
         UserError: a damaged checkpoint.
@@ -87,31 +104,40 @@ def newest(folder: RunFolder) -> Resume | None:
     return Resume(files[-1], own["windows_done"])
 
 
+def _first_difference_in(
+    sections: tuple[str, ...], old: dict[str, Any], new: dict[str, Any]
+) -> tuple[str, Any, Any] | None:
+    return first_difference({k: old[k] for k in sections}, {k: new[k] for k in sections})
+
+
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """Key path and both values of the first place where two containers differ, in the old one's order."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(k for k in new if k not in old)]:
-            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            inner = f"{path}.{key}" if path else str(key)
+            found = first_difference(old.get(key), new.get(key), inner)
             if found:
                 return found
         return None
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            if found := first_difference(a, b, f"{path}.{index}"):
+            found = first_difference(a, b, f"{path}.{index}")
+            if found:
                 return found
         return None
     return None if old == new else (path, old, new)
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """A checkpoint file given as itself or as its run's folder; of a converted run the index of its weights.
+    """The newest checkpoint of a run folder, or the index of a converted run's weights; a file is returned as it is.
 
     Raises:
         UserError: there is none.
     """
     if path.is_file():
         return path
-    files, converted = checkpoints_in(path), RunFolder(path).converted_weights
+    files = checkpoints_in(path)
+    converted = RunFolder(path).converted_weights
     if not files and converted.is_file():
         return converted
     if not files:

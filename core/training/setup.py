@@ -1,4 +1,4 @@
-"""The Trainer of a run: Lightning's own parts, told what the recipe says."""
+"""The Trainer of a run: Lightning's own parts, set up as the recipe says."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,18 @@ from lightning.pytorch.loggers import Logger
 
 from core.recipe.schema import RecipeSchema
 from core.training.callbacks import KeepLatest, LoadLog, StepLog, StopOnSignal
-from core.training.checkpoints import WholeFiles
+from core.training.checkpoints import AtomicCheckpointIO
 from core.training.throughput import Throughput
 
 
-class Bar(RichProgressBar):
-    """Lightning's bar with what one looks at: loss, MaxVio, tokens per second, time left. Stdout stays the result's."""
+class ProgressBar(RichProgressBar):
+    """Lightning's progress bar with loss, MaxVio, tokens per second and time left; written to stderr."""
 
     def __init__(self) -> None:
         super().__init__(leave=True, console_kwargs={"stderr": True})
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The bar's numbers under short names."""
+        """The numbers of the progress bar under short names."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if "tokens_per_second" in metrics:
@@ -29,11 +29,11 @@ class Bar(RichProgressBar):
         return metrics
 
 
-class Best(ModelCheckpoint):
-    """Lightning's, which forgets the best loss so far where the run folder has been moved: the same folder to us."""
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which here keeps the best loss so far even if the run folder has been moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The state of a checkpoint."""
+        """Restore the state of a checkpoint as if it had been saved in this folder."""
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
 
@@ -43,7 +43,7 @@ def make_trainer(
     *,
     steps: int,
     loggers: list[Logger],
-    watchers: list[L.Callback],
+    callbacks: list[L.Callback],
     stop: StopOnSignal,
     strategy: dict[str, Any],
 ) -> L.Trainer:
@@ -54,20 +54,20 @@ def make_trainer(
     Args:
         steps: windows of the run.
         loggers: from the recipe's logger sections.
-        watchers: callbacks of the run and of the recipe.
-        stop: saves and leaves when a signal says so.
+        callbacks: callbacks of the run and of the recipe.
+        stop: saves and stops the run when a signal arrives.
         strategy: accelerator, devices and strategy.
     """
     options = dict(recipe.trainer)
     if options.get("enable_progress_bar", True):
-        watchers = [*watchers, Bar()]
+        callbacks = [*callbacks, ProgressBar()]
     return L.Trainer(
         **strategy,
         **{"log_every_n_steps": 1, "enable_model_summary": False, **options},
         default_root_dir=folder,
         logger=loggers,
-        callbacks=[*watchers, StepLog(), *_checkpoints(recipe, folder), stop],
-        plugins=[WholeFiles()],
+        callbacks=[*callbacks, StepLog(), *_checkpoints(recipe, folder), stop],
+        plugins=[AtomicCheckpointIO()],
         max_epochs=1,
         check_val_every_n_epoch=None,
         val_check_interval=recipe.validation.every_steps or steps,
@@ -77,11 +77,15 @@ def make_trainer(
 
 
 def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
-    """The one with the best validation loss, where there is one, and the latest few, which remember which was best."""
+    """The callbacks that save the latest checkpoints and, with a next-token head, the one of the best validation loss.
+
+    The best one stands first, so that the latest checkpoints hold its state.
+    """
     latest = KeepLatest(folder, every=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep)
-    if not any("next_token" in head.component.capabilities for head in recipe.model.heads.values()):
+    heads = [section.component for section in recipe.model.heads.values()]
+    if not any("next_token" in head.capabilities for head in heads):
         return [latest]
-    best = Best(
+    best = BestCheckpoint(
         dirpath=folder / "checkpoints",
         filename="best",
         monitor="val_loss",
@@ -95,14 +99,14 @@ def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
 
 
 @dataclass(frozen=True)
-class Watchers:
-    """The callbacks that every run has and that are asked afterwards."""
+class RunCallbacks:
+    """The callbacks that every run has and whose results are read afterwards."""
 
     loads: LoadLog
     stop: StopOnSignal
     throughput: Throughput
 
 
-def watch(folder: Path, peak_flops: float | None) -> Watchers:
-    """New ones for a run; `peak_flops` is measured, None where Lightning's table of GPUs is to say it."""
-    return Watchers(LoadLog(folder), StopOnSignal(folder), Throughput(peak_flops))
+def make_run_callbacks(folder: Path, peak_flops: float | None) -> RunCallbacks:
+    """Make them for a run; `peak_flops` is what was measured, None to use Lightning's table of GPUs."""
+    return RunCallbacks(LoadLog(folder), StopOnSignal(folder), Throughput(peak_flops))

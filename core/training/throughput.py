@@ -1,4 +1,4 @@
-"""Speed, by Lightning's own monitor with our FLOPs and, on CPUs, a measured peak."""
+"""Training speed, by Lightning's own monitor with this model's FLOPs and, on CPUs, a measured peak."""
 
 import time
 from typing import Any
@@ -12,10 +12,12 @@ from core.training.module import TrainingModule
 
 
 def measured_peak_flops(device: torch.device, seconds: float = 0.3, size: int = 1024) -> float:
-    """The rate of fp32 matrix products on this machine, FLOPs per second: what MFU is held against on a CPU."""
-    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    """The rate of fp32 matrix products on this machine, in FLOPs per second; the denominator of MFU on a CPU."""
+    a = torch.randn(size, size, device=device)
+    b = torch.randn(size, size, device=device)
     torch.mm(a, b)
-    best, begin = float("inf"), time.perf_counter()
+    best = float("inf")
+    begin = time.perf_counter()
     while time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         torch.mm(a, b)
@@ -24,14 +26,14 @@ def measured_peak_flops(device: torch.device, seconds: float = 0.3, size: int = 
 
 
 WINDOW = 5
-"""Steps whose end times speed is taken from: the first rate is known once there are so many."""
+"""The number of steps whose end times give the speed; the first rate is known after so many."""
 
 
 class Throughput(ThroughputMonitor):
     """`tokens_per_second` and `mfu` over the last steps, in the step's row and on the progress bar.
 
     Args:
-        peak_flops: of one device; None asks Lightning's table of GPUs.
+        peak_flops: FLOPs per second of one device; None to use Lightning's table of GPUs.
     """
 
     def __init__(self, peak_flops: float | None) -> None:
@@ -39,9 +41,10 @@ class Throughput(ThroughputMonitor):
         self.peak_flops = peak_flops
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Lightning's, with the measured peak where its table has none."""
+        """Set up Lightning's monitor, with the measured peak where its table has none."""
         super().setup(trainer, pl_module, stage)
-        self.available_flops = self.available_flops or (int(self.peak_flops) if self.peak_flops else None)
+        if not self.available_flops:
+            self.available_flops = int(self.peak_flops) if self.peak_flops else None
         for throughput in self._throughputs.values():
             throughput.available_flops = self.available_flops
 

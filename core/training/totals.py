@@ -1,9 +1,10 @@
-"""What a window's forwards saw, added up over micro-batches and data ranks, and handed to the components at its end.
+"""Totals of a window: what its forwards recorded, added up over micro-batches and data ranks.
 
+At the end of the step each component is handed its own part of them.
 Loads and tallies are int64 and exact; metrics follow their own reduction.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,23 +15,24 @@ from core.contracts.record import MaxMetric, MeanMetric, Metric, StepTotals
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel, Losses
 from core.model.ledger import Term
-from core.training.ranks import all_reduce_max, total
+from core.training.ranks import all_reduce_max, all_reduce_sum
 
 Owner = tuple[str, str]
-"""Who counted or measured: the path of a block with the layer's name in it, or `heads` with a head's name."""
+"""The part of the model that counted or measured: a block's path with the layer's name in it, or `heads` with a
+head's name."""
 
 HEADS = "heads"
 
 DROPPED = ("dropped",)
-"""The key of the dropped assignments among all integers of a window."""
+"""The key under which a window's integers hold the dropped assignments."""
 
 
 @dataclass
 class WindowTotals:
-    """What a window's forwards saw, added up over its micro-batches.
+    """What a window's forwards recorded, added up over its micro-batches.
 
     Args:
-        sums: each loss term's sum, detached.
+        sums: the sum of each loss term, detached.
         loads: int64 load of each layer with experts, by the block's path.
         dropped: int64 assignments that were dropped; None without experts.
         balancer_tallies: each balancer's int64 counts.
@@ -46,17 +48,18 @@ class WindowTotals:
     metrics: dict[Owner, dict[str, Metric]] = field(default_factory=dict)
 
     def add_sum(self, term: Term, value: Tensor) -> None:
-        """Add to a term's sum."""
-        self.sums[term] = self.sums[term] + value.detach() if term in self.sums else value.detach()
+        """Add one micro-batch's sum of a loss term."""
+        value = value.detach()
+        if term in self.sums:
+            value = self.sums[term] + value
+        self.sums[term] = value
 
     def add_records(self, losses: Losses) -> None:
         """Add what one micro-batch's layers and heads counted and measured."""
         for path, record in losses.expert_records().items():
             assert record.load_E is not None
             assert record.dropped is not None
-            before = self.loads.get(path)
-            self.loads[path] = record.load_E if before is None else before + record.load_E
-            self.dropped = record.dropped if self.dropped is None else self.dropped + record.dropped
+            self._add_load(path, record.load_E, record.dropped)
             for index, counted in enumerate(record.balancer_tallies):
                 _add_tallies(self.balancer_tallies.setdefault((path, index), {}), counted)
         for path, parts in losses.records.items():
@@ -65,93 +68,108 @@ class WindowTotals:
         for name, output in losses.heads.items():
             self._add_own((HEADS, name), output.tallies, output.metrics)
 
-    def _add_own(self, owner: Owner, tallies: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
+    def _add_load(self, path: str, load_E: Tensor, dropped: Tensor) -> None:
+        before = self.loads.get(path)
+        self.loads[path] = load_E if before is None else before + load_E
+        self.dropped = dropped if self.dropped is None else self.dropped + dropped
+
+    def _add_own(
+        self, owner: Owner, tallies: Mapping[str, Tensor], metrics: Mapping[str, Metric]
+    ) -> None:
         if tallies:
             _add_tallies(self.tallies.setdefault(owner, {}), tallies)
-        mine = self.metrics.setdefault(owner, {}) if metrics else {}
-        for name, metric in metrics.items():
-            detached = _mapped(metric, Tensor.detach)
-            mine[name] = mine[name].merge(detached) if name in mine else detached  # type: ignore[arg-type]
+        if metrics:
+            _add_metrics(self.metrics.setdefault(owner, {}), metrics)
 
     def over_ranks(self) -> "WindowTotals":
-        """The same over all data ranks; all integers travel as one tensor."""
-        flat, put_back = _pack(self._integers())
-        sums = {term: total(value) for term, value in self.sums.items()}
-        if flat is None:
-            return WindowTotals(sums, metrics=self._metrics_over_ranks())
-        integers = put_back(total(flat))
-        loads = {path: integers["load", path] for path in self.loads}
-        dropped = None if self.dropped is None else integers[DROPPED][0]
-        return WindowTotals(
-            sums,
-            loads,
-            dropped,
-            {key: {n: integers["balancer", key, n] for n in counted} for key, counted in self.balancer_tallies.items()},
-            {key: {n: integers["own", key, n] for n in counted} for key, counted in self.tallies.items()},
-            self._metrics_over_ranks(),
-        )
+        """Return the same totals over all data ranks; all integers are exchanged as one tensor."""
+        reduced = WindowTotals()
+        for term, value in self.sums.items():
+            reduced.sums[term] = all_reduce_sum(value)
+        integers = _all_reduce_together(self._integers())
+        for path in self.loads:
+            reduced.loads[path] = integers["load", path]
+        if self.dropped is not None:
+            reduced.dropped = integers[DROPPED][0]
+        for key, counted in self.balancer_tallies.items():
+            reduced.balancer_tallies[key] = {n: integers["balancer", key, n] for n in counted}
+        for owner, counted in self.tallies.items():
+            reduced.tallies[owner] = {n: integers["own", owner, n] for n in counted}
+        for owner, metrics in self.metrics.items():
+            reduced.metrics[owner] = {n: metric_over_ranks(m) for n, m in metrics.items()}
+        return reduced
 
     def _integers(self) -> dict[Any, Tensor]:
-        found: dict[Any, Tensor] = {("load", path): load_E for path, load_E in self.loads.items()}
+        """Every integer of the window under a key that says where it belongs."""
+        found: dict[Any, Tensor] = {}
+        for path, load_E in self.loads.items():
+            found["load", path] = load_E
         if self.dropped is not None:
             found[DROPPED] = self.dropped[None]
         for key, counted in self.balancer_tallies.items():
-            found |= {("balancer", key, name): tally for name, tally in counted.items()}
-        for owner, own in self.tallies.items():
-            found |= {("own", owner, name): tally for name, tally in own.items()}
+            for name, tally in counted.items():
+                found["balancer", key, name] = tally
+        for owner, counted in self.tallies.items():
+            for name, tally in counted.items():
+                found["own", owner, name] = tally
         return found
 
-    def _metrics_over_ranks(self) -> dict[Owner, dict[str, Metric]]:
-        return {
-            owner: {name: metric_over_ranks(metric) for name, metric in metrics.items()}
-            for owner, metrics in self.metrics.items()
-        }
-
     def of_balancer(self, path: str, index: int) -> StepTotals:
-        """What one balancer is handed at the end of the step."""
+        """Totals that one balancer is handed at the end of the step."""
         return StepTotals(self.loads[path], self.balancer_tallies.get((path, index), {}))
 
     def of_owner(self, owner: Owner) -> StepTotals:
-        """What a layer or a head is handed at the end of the step."""
+        """Totals that a layer or a head is handed at the end of the step."""
         path, name = owner
         load_E = self.loads.get(path) if name == "ffn" else None
         return StepTotals(load_E, self.tallies.get(owner, {}), self.metrics.get(owner, {}))
 
 
 def metric_over_ranks(metric: Metric) -> Metric:
-    """A metric over all data ranks, by its own reduction."""
+    """Reduce a metric over all data ranks, by its own reduction."""
     if isinstance(metric, MaxMetric):
         return MaxMetric(all_reduce_max(metric.maximum))
-    return MeanMetric(total(metric.sum), total(metric.count))
+    return MeanMetric(all_reduce_sum(metric.sum), all_reduce_sum(metric.count))
 
 
-def _mapped(metric: Metric, change: Callable[[Tensor], Tensor]) -> Metric:
+def _detached(metric: Metric) -> Metric:
     if isinstance(metric, MaxMetric):
-        return MaxMetric(change(metric.maximum))
-    return MeanMetric(change(metric.sum), change(metric.count))
+        return MaxMetric(metric.maximum.detach())
+    return MeanMetric(metric.sum.detach(), metric.count.detach())
+
+
+def _add_metrics(to: dict[str, Metric], metrics: Mapping[str, Metric]) -> None:
+    for name, metric in metrics.items():
+        metric = _detached(metric)
+        if name in to:
+            metric = to[name].merge(metric)  # type: ignore[arg-type]
+        to[name] = metric
 
 
 def _add_tallies(to: dict[str, Tensor], counted: Mapping[str, Tensor]) -> None:
     for name, tally in counted.items():
         if tally.dtype != torch.int64:
-            raise TypeError(f"the tally {name!r} is {tally.dtype}; tallies are int64, so that they add up exactly")
+            raise TypeError(
+                f"the tally {name!r} is {tally.dtype}; tallies are int64, so that they add up exactly"
+            )
         to[name] = to[name] + tally if name in to else tally
 
 
-def _pack(tensors: Mapping[Any, Tensor]) -> tuple[Tensor | None, Callable[[Tensor], dict[Any, Tensor]]]:
-    """Some int64 tensors as one flat one, and the way back; None where there is none."""
-
-    def put_back(flat: Tensor) -> dict[Any, Tensor]:
-        parts = flat.split([tensor.numel() for tensor in tensors.values()])
-        return {key: part.view_as(tensors[key]) for key, part in zip(tensors, parts, strict=True)}
-
+def _all_reduce_together(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    """Sum int64 tensors over the ranks by one exchange: they travel as one flat tensor."""
     if not tensors:
-        return None, put_back
-    return torch.cat([tensor.flatten() for tensor in tensors.values()]), put_back
+        return {}
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    sizes = [tensor.numel() for tensor in tensors.values()]
+    parts = all_reduce_sum(flat).split(sizes)
+    summed = {}
+    for (key, tensor), part in zip(tensors.items(), parts, strict=True):
+        summed[key] = part.view_as(tensor)
+    return summed
 
 
 def call_on_step_end(model: LanguageModel, totals: WindowTotals, progress: Progress) -> None:
-    """Call `on_step_end` of every balancer, layer and head with what it, or its layer, saw in the step."""
+    """Call `on_step_end` of every balancer, layer and head with its own totals of the step."""
     for path, layer in model.expert_layers().items():
         for index, balancer in enumerate(layer.balancers):
             balancer.on_step_end(totals.of_balancer(path, index), progress)

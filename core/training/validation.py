@@ -1,4 +1,4 @@
-"""What validation adds up: loss, bits per byte, load over the whole split, and metrics of heads and layers."""
+"""Totals of a validation: loss, bits per byte, load over the whole split, and metrics of heads and layers."""
 
 import math
 
@@ -17,9 +17,9 @@ class ValidationTotals(Metric):
     """Sums over the validation split and over ranks; every state is an exact count or an fp64 sum.
 
     Args:
-        model: whose heads and layers are counted.
+        model: the model whose heads and layers are counted.
         ledger: the model's loss terms.
-        validation_bytes: of the validation documents' text, the denominator of bits per byte.
+        validation_bytes: bytes of the validation documents' text, the denominator of bits per byte.
     """
 
     full_state_update = False
@@ -28,16 +28,20 @@ class ValidationTotals(Metric):
         super().__init__()
         self.bytes = validation_bytes
         self.terms = ledger.heads
-        self.main = next((term.label for term in self.terms if "next_token" in term.head.capabilities), None)
+        self.main: str | None = None
+        for term in self.terms:
+            if self.main is None and "next_token" in term.head.capabilities:
+                self.main = term.label
         self.layers = {path: layer.experts for path, layer in model.expert_layers().items()}
         for index, experts in enumerate(self.layers.values()):
-            self.add_state(f"load {index}", torch.zeros(experts, dtype=torch.int64), dist_reduce_fx="sum")
+            load_E = torch.zeros(experts, dtype=torch.int64)
+            self.add_state(f"load {index}", load_E, dist_reduce_fx="sum")
         self.add_state("dropped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.names: list[str] = []
         self.maxima: list[str] = []
 
     def update(self, losses: Losses, context: SequenceContext) -> None:
-        """Add one batch: what the model gave for a context."""
+        """Add one batch: the losses and records that the model returned for a context."""
         for term in self.terms:
             count = term.count(context, {})
             assert count is not None
@@ -51,7 +55,8 @@ class ValidationTotals(Metric):
                     self._add_metric(f"{layer}/{name}", metric)
         records = losses.expert_records()
         for index, path in enumerate(self.layers):
-            load_E, dropped = records[path].load_E, records[path].dropped
+            load_E = records[path].load_E
+            dropped = records[path].dropped
             assert load_E is not None
             assert dropped is not None
             self._state(f"load {index}").add_(load_E)
@@ -59,14 +64,18 @@ class ValidationTotals(Metric):
 
     def compute(self) -> dict[str, float]:
         """`val_loss` and `val_bits_per_byte` of the main head, `val/<term>` and `val/<metric>`, load over the split."""
-        sums = {name: float(self._state(f"sum {name}")) for name in self.names}
-        means = {name: value / max(int(self._state(f"count {name}")), 1) for name, value in sums.items()}
+        means = {}
+        for name in self.names:
+            count = int(self._state(f"count {name}"))
+            means[name] = float(self._state(f"sum {name}")) / max(count, 1)
         values = {f"val/{name}": mean for name, mean in means.items()}
-        values.update({f"val/{name}": float(self._state(f"maximum {name}")) for name in self.maxima})
+        for name in self.maxima:
+            values[f"val/{name}"] = float(self._state(f"maximum {name}"))
         if self.main is not None and self.main in means:
             values["val_loss"] = means[self.main]
             if self.bytes:
-                values["val_bits_per_byte"] = sums[self.main] / math.log(2) / self.bytes
+                nats = float(self._state(f"sum {self.main}"))
+                values["val_bits_per_byte"] = nats / math.log(2) / self.bytes
         loads = [self._state(f"load {index}") for index in range(len(self.layers))]
         if loads:
             assigned = sum(int(load_E.sum()) for load_E in loads)
@@ -76,7 +85,7 @@ class ValidationTotals(Metric):
         return values
 
     def _add_mean(self, name: str, value: Tensor, count: Tensor) -> None:
-        """Add to a mean; its states are made when the first batch names it, in the same order on every rank."""
+        """Add to a mean; its states are made at the first batch that has it, in the same order on every rank."""
         if name not in self.names:
             self.names.append(name)
             self._make_state(f"sum {name}", torch.zeros((), dtype=torch.float64), "sum")
@@ -93,7 +102,8 @@ class ValidationTotals(Metric):
     def _add_maximum(self, name: str, metric: MaxMetric) -> None:
         if name not in self.maxima:
             self.maxima.append(name)
-            self._make_state(f"maximum {name}", torch.full((), -math.inf, dtype=torch.float64), "max")
+            lowest = torch.full((), -math.inf, dtype=torch.float64)
+            self._make_state(f"maximum {name}", lowest, "max")
         state = self._state(f"maximum {name}")
         state.copy_(torch.maximum(state, metric.value()))
 

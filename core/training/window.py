@@ -1,4 +1,4 @@
-"""One window's objective: every loss term a mean over the whole window, added up in one place.
+"""The objective of one window: every loss term is a mean over the whole window, and all are added up here.
 
 The denominators are known from the data before any backward, so the same gradients come out however the
 window is split into micro-batches and ranks.
@@ -15,13 +15,13 @@ from core.contracts.context import SequenceContext
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel, Losses
 from core.model.ledger import BalanceTerm, HeadTerm, LayerTerm, Ledger, Term
-from core.training.ranks import rank_and_world, reduce_sum, total
+from core.training.ranks import all_reduce_sum, rank_and_world, reduce_sum
 from core.training.totals import WindowTotals
 
 
 @dataclass(frozen=True)
 class Window:
-    """What is known of a window before its first backward.
+    """The part of a window's objective that is known before its first backward.
 
     Args:
         counts: each term's denominator, over micro-batches and data ranks.
@@ -34,51 +34,77 @@ class Window:
     micro_batches: int
 
     @classmethod
-    def of(cls, model: LanguageModel, ledger: Ledger, contexts: Sequence[SequenceContext]) -> "Window":
-        """Count a window; where a loss is formed over the whole batch, read its micro-batches once beforehand."""
-        whole = _batch_sums(model, ledger, contexts) if len(contexts) > 1 else {}
+    def of(
+        cls, model: LanguageModel, ledger: Ledger, contexts: Sequence[SequenceContext]
+    ) -> "Window":
+        """Count a window; where a loss is formed over the whole batch, run its micro-batches once beforehand."""
+        whole: dict[Term, dict[str, Tensor]] = {}
+        if len(contexts) > 1:
+            whole = _batch_sums(model, ledger, contexts)
         return cls(window_counts(model, ledger, contexts), whole, len(contexts))
 
 
-def window_counts(model: LanguageModel, ledger: Ledger, contexts: Sequence[SequenceContext]) -> dict[Term, Tensor]:
+def window_counts(
+    model: LanguageModel, ledger: Ledger, contexts: Sequence[SequenceContext]
+) -> dict[Term, Tensor]:
     """Every term's denominator over a window's micro-batches and data ranks; none for a balancer without a loss."""
-    found: dict[Term, list[Tensor]] = {}
+    counts: dict[Term, list[Tensor]] = {}
     for context in contexts:
         inner = model.contexts(context)
         for term in ledger:
             count = term.count(context, inner)
             if count is not None:
-                found.setdefault(term, []).append(count)
-    return {term: _joined(total(torch.stack(counts)), term.scope) for term, counts in found.items()}
+                counts.setdefault(term, []).append(count)
+    window = {}
+    for term, micro_batches in counts.items():
+        counts_W = all_reduce_sum(torch.stack(micro_batches))
+        window[term] = _window_count(counts_W, term.scope)
+    return window
 
 
-def _joined(counts_W: Tensor, scope: Scope) -> Tensor:
-    """The count of a window from those of its micro-batches over all ranks."""
+def _window_count(counts_W: Tensor, scope: Scope) -> Tensor:
+    """The count of a window from those of its micro-batches, each over all ranks."""
     if scope == "batch":
         return (counts_W.sum() > 0).to(torch.int64)
-    return (counts_W > 0).sum() if scope == "micro_batch" else counts_W.sum()
+    if scope == "micro_batch":
+        return (counts_W > 0).sum()
+    return counts_W.sum()
 
 
 @torch.no_grad()
 def _batch_sums(
     model: LanguageModel, ledger: Ledger, contexts: Sequence[SequenceContext]
 ) -> dict[Term, dict[str, Tensor]]:
-    """Over micro-batches and ranks, what balancers of scope `batch` observe; nothing is read where there is none.
+    """Sums that balancers of scope `batch` observe over micro-batches and ranks; without such, no forward is run.
 
-    The forward is pure and addresses its random choices, so it sees now what it will see again with gradients.
+    The forward is pure and addresses its random choices, so it computes the same now as later with gradients.
     """
     terms = [term for term in ledger.balance if term.scope == "batch"]
-    found: dict[Term, dict[str, Tensor]] = {}
-    for context in contexts if terms else ():
+    if not terms:
+        return {}
+    observed: dict[Term, dict[str, Tensor]] = {}
+    for context in contexts:
         losses = model(context)
         for term in terms:
-            sums, before = term.observed_in(losses), found.get(term, {})
-            found[term] = {key: value + before[key] if before else value for key, value in sums.items()}
-    return {term: {key: total(value) for key, value in sums.items()} for term, sums in found.items()}
+            sums = term.observed_in(losses)
+            if term in observed:
+                before = observed[term]
+                sums = {key: value + before[key] for key, value in sums.items()}
+            observed[term] = sums
+    return {term: _all_reduced(sums) for term, sums in observed.items()}
+
+
+def _all_reduced(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: all_reduce_sum(value) for key, value in sums.items()}
 
 
 def objective(
-    model: LanguageModel, ledger: Ledger, losses: Losses, window: Window, progress: Progress, totals: WindowTotals
+    model: LanguageModel,
+    ledger: Ledger,
+    losses: Losses,
+    window: Window,
+    progress: Progress,
+    totals: WindowTotals,
 ) -> Tensor:
     """One micro-batch's share of the window's objective; its parts are added to `totals`.
 
@@ -86,12 +112,12 @@ def objective(
     of DeepSeek-V2 and Switch do; the log shows their mean over layers.
 
     Raises:
-        RuntimeError: a layer with experts was not seen by this forward, so it would not be balanced.
+        RuntimeError: this forward left out a layer with experts, which would therefore not be balanced.
     """
-    layers, records = model.expert_layers(), losses.expert_records()
-    if set(records) != set(layers):
-        missing = sorted(set(layers) ^ set(records))
-        raise RuntimeError(f"layers with experts and records of the forward differ: {', '.join(missing)}")
+    differing = set(model.expert_layers()) ^ set(losses.expert_records())
+    if differing:
+        paths = ", ".join(sorted(differing))
+        raise RuntimeError(f"layers with experts and records of the forward differ: {paths}")
     parts: list[Tensor] = []
     for term, value in _term_sums(ledger, losses, window):
         totals.add_sum(term, value / replication(term.scope, window))
@@ -101,7 +127,7 @@ def objective(
 
 
 def contribution(term: Term, value: Tensor, count: Tensor, progress: Progress) -> Tensor:
-    """What a term adds to the objective: coefficient x sum / denominator; 0 where there is nothing to average."""
+    """A term's share of the objective: coefficient x sum / denominator; 0 where there is nothing to average."""
     return term.coefficient(progress) * value / count.clamp(min=1)
 
 
@@ -117,7 +143,9 @@ def _term_sums(ledger: Ledger, losses: Losses, window: Window) -> Iterator[tuple
                 yield term, loss
 
 
-def sum_over_scope(scope: Scope, sums: dict[str, Tensor], whole: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def sum_over_scope(
+    scope: Scope, sums: dict[str, Tensor], whole: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
     """A micro-batch's sums with the values of the scope and the gradient of its own share."""
     if whole is not None:
         return {name: value + (whole[name] - value).detach() for name, value in sums.items()}
@@ -127,15 +155,23 @@ def sum_over_scope(scope: Scope, sums: dict[str, Tensor], whole: dict[str, Tenso
 
 
 def replication(scope: Scope, window: Window) -> int:
-    """How often a window forms one and the same loss: each rank does, and for `batch` each micro-batch."""
-    ranks = rank_and_world()[1] if scope in ("batch", "micro_batch") else 1
-    return ranks * (window.micro_batches if scope == "batch" else 1)
+    """How often a window forms one and the same loss: once on each rank, for `batch` also in each micro-batch."""
+    if scope == "batch":
+        return rank_and_world()[1] * window.micro_batches
+    if scope == "micro_batch":
+        return rank_and_world()[1]
+    return 1
 
 
 def step_loss(
-    model: LanguageModel, context: SequenceContext, progress: Progress, totals: WindowTotals | None = None
+    model: LanguageModel,
+    context: SequenceContext,
+    progress: Progress,
+    totals: WindowTotals | None = None,
 ) -> Tensor:
-    """The objective of an optimizer step that reads one micro-batch; what it saw is added to `totals`."""
+    """The objective of an optimizer step that reads one micro-batch; its parts are added to `totals`."""
+    if totals is None:
+        totals = WindowTotals()
     ledger = Ledger.of(model)
     window = Window.of(model, ledger, [context])
-    return objective(model, ledger, model(context), window, progress, WindowTotals() if totals is None else totals)
+    return objective(model, ledger, model(context), window, progress, totals)

@@ -21,7 +21,7 @@ LARGEST_BETA = 1 - 2**-8
 """The largest decay under which a bf16 moment falls from every value once gradients have vanished."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What torch calls the two moments; kept, so that states are read by the same names whatever their format."""
+"""torch's names of the two moments; kept, so that states are read by the same names whatever their format."""
 
 
 class AdamWBF16(torch.optim.Optimizer):
@@ -35,12 +35,14 @@ class AdamWBF16(torch.optim.Optimizer):
         eps: added to the root of the second moment.
     """
 
-    def __init__(self, parameters: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self, parameters: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; one at a time, so that only its moments are ever wide."""
+        """Updates every parameter that has a gradient, one at a time: only one pair of moments is widened at once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -52,6 +54,7 @@ class AdamWBF16(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Widens the moments of one parameter, takes torch's step, and rounds them again."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -59,7 +62,7 @@ class AdamWBF16(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         wide = [state[name].to(parameter.dtype) for name in MOMENTS]
         beta1, beta2 = group["betas"]
-        gradient: Any = parameter.grad  # there is one: `step` looked
+        gradient: Any = parameter.grad  # not None, as `step` has checked
         adamw(
             [parameter],
             [gradient],
@@ -80,7 +83,7 @@ class AdamWBF16(torch.optim.Optimizer):
             state[name].copy_(moment)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, and bf16 again afterwards.
+        """Loads a state as torch does, and makes the moments bf16 again.
 
         torch casts what it loads to the parameter's format; from bf16 and back that loses nothing.
         """

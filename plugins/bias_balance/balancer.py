@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core.contracts.balancer import Balancer
 from core.contracts.build import BuildContext
-from core.contracts.errors import Wrong
+from core.contracts.errors import ConfigError
 from core.contracts.record import StepTotals
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
@@ -25,7 +25,7 @@ from core.numerics.exact import ExactState
 
 
 class Bias(ExactState, Balancer):
-    """b_i += rate * sign(mean load - load_i). The bias is an fp32 buffer, saved with the weights."""
+    """Updates biases by b_i += rate * sign(mean load - load_i); they are an fp32 buffer, saved with the weights."""
 
     paper = "Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), algorithm 1"
     needs = frozenset({"selects_with_bias"})
@@ -35,24 +35,31 @@ class Bias(ExactState, Balancer):
     class Config:
         """Settings of the bias controller."""
 
-        rate: Scheduled = setting(0.001, doc="step of the bias (gamma; DeepSeek-V3: 0.001, and 0 from 14.3T tokens on)")
+        rate: Scheduled = setting(
+            0.001, doc="step of the bias (gamma; DeepSeek-V3: 0.001, and 0 from 14.3T tokens on)"
+        )
         frozen: bool = setting(False, doc="keep the bias as it is, for a frozen model")
         update: Literal["sign", "proportional"] = setting(
             "sign", doc="rate times the violation's sign, or times itself"
         )
         unit: Literal["relative", "fraction"] = setting(
-            "relative", doc="of a proportional violation mean - load: parts of the mean, or of all assignments"
+            "relative",
+            doc="unit of a proportional violation mean - load: parts of the mean, or of all assignments",
         )
         form: Literal["additive", "multiplicative"] = setting(
             "additive", doc="affinity + bias from 0, or affinity x bias from 1"
         )
-        centre: bool = setting(False, doc="take the mean change off every change, so that the biases keep their mean")
+        centre: bool = setting(
+            False, doc="take the mean change off every change, so that the biases keep their mean"
+        )
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` for a negative rate, and for the unit of a sign."""
+            """Raises `ConfigError` for a negative rate, and for the unit of a sign."""
             check_scheduled(self.rate, "rate", low=0)
             if self.update == "sign" and self.unit != "relative":
-                raise Wrong("unit", "must be left out unless update is proportional: a sign has no unit")
+                raise ConfigError(
+                    "unit", "must be left out unless update is proportional: a sign has no unit"
+                )
 
     def __init__(self, config: Config, build: BuildContext, *, experts: int, top_k: int) -> None:
         super().__init__(config, build, experts=experts, top_k=top_k)
@@ -62,15 +69,17 @@ class Bias(ExactState, Balancer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """What changes no selection: zeros, or ones where they multiply."""
+        """Sets biases that change no selection: zeros, or ones where they multiply."""
         self.bias.fill_(0.0 if self.config.form == "additive" else 1.0)
 
-    def adjust(self, scores_TE: Tensor) -> Tensor:
-        """s + b, or s b."""
-        return scores_TE + self.bias if self.config.form == "additive" else scores_TE * self.bias
+    def adjust_scores(self, scores_TE: Tensor) -> Tensor:
+        """The scores for selection, s + b or s b."""
+        if self.config.form == "additive":
+            return scores_TE + self.bias
+        return scores_TE * self.bias
 
     def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
-        """Algorithm 1, lines 3 to 5; an expert at exactly the mean keeps its bias."""
+        """Updates the biases (algorithm 1, lines 3 to 5); an expert at exactly the mean keeps its own."""
         if self.config.frozen:
             return
         load_E = totals.load_E
@@ -83,7 +92,7 @@ class Bias(ExactState, Balancer):
         self.bias += value_at(self.config.rate, progress) * change_E.to(self.bias)
 
     def _violation(self, load_E: Tensor) -> Tensor:
-        """e_i = mean - load_i as `update` and `unit` want it, fp64; formed in integers, so its sign is exact."""
+        """The violation mean - load_i as `update` and `unit` say, fp64; formed in integers, so its sign is exact."""
         total = load_E.sum()
         below_E = total - self.experts * load_E  # E times the violation
         if self.config.update == "sign":
@@ -92,9 +101,9 @@ class Bias(ExactState, Balancer):
         return below_E.to(torch.float64) / parts.clamp(min=1)
 
     def selection_bias(self) -> Tensor:
-        """b_E."""
+        """The biases b_E."""
         return self.bias
 
     def metrics(self) -> dict[str, Tensor]:
-        """The spread of the biases: how hard the controller works."""
+        """The largest minus the smallest bias, which shows how much the controller corrects."""
         return {"bias_spread": self.bias.max() - self.bias.min()}

@@ -16,8 +16,8 @@ from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.dispatcher import Dispatcher
-from core.contracts.errors import Wrong
-from core.contracts.ffn import FeedForward, Traits
+from core.contracts.errors import ConfigError
+from core.contracts.ffn import FeedForward, RoutingProperties
 from core.contracts.record import Record
 from core.contracts.router import CAPABILITIES, Router
 from core.contracts.schema import Child, child, children, setting
@@ -35,7 +35,7 @@ class Experts(nn.Module):
         self.down = build.grouped_linear(experts, hidden, build.dim, "experts.down", residual=True)
 
     def forward(self, x_AD: Tensor, ends_E: Tensor) -> Tensor:
-        """Rows of expert e end at ends_E[e]."""
+        """The outputs of rows sorted by expert; rows of expert e end at ends_E[e]."""
         result: Tensor = self.down(swiglu(self.gate_up(x_AD, ends_E)), ends_E)
         return result
 
@@ -49,7 +49,7 @@ class SharedExperts(nn.Module):
         self.down = build.linear(hidden, build.dim, "shared_experts.down", residual=True)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Each token by itself."""
+        """The shared experts' output for each token."""
         result: Tensor = self.down(swiglu(self.gate_up(x_TD)))
         return result
 
@@ -72,38 +72,54 @@ class MixtureOfExperts(FeedForward):
         experts: int = setting(doc="routed experts")
         expert_hidden: int = setting(doc="inner width of one expert")
         shared_experts: int = setting(1, doc="experts that see every token; 0: none")
-        router: Child = child("router", doc="who chooses")
-        balance: Child = children("balancer", "list", doc="methods that keep the load even; several compose")
-        dispatcher: Child = child("dispatcher", {"name": "local"}, doc="how tokens travel to their experts")
-        token_dropping: TokenDropping | None = setting(None, doc="DeepSeek-V2's device budget in training; null: none")
+        router: Child = child("router", doc="how experts are chosen")
+        balance: Child = children(
+            "balancer", "list", doc="methods that keep the load even; several compose"
+        )
+        dispatcher: Child = child(
+            "dispatcher", {"name": "local"}, doc="how tokens travel to their experts"
+        )
+        token_dropping: TokenDropping | None = setting(
+            None, doc="DeepSeek-V2's device budget in training; null: none"
+        )
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` for counts that cannot be, and for a balancer that the router cannot serve."""
+            """Raises `ConfigError` for counts that cannot be, and for a balancer that the router cannot serve."""
             for key, low in (("experts", 1), ("expert_hidden", 1), ("shared_experts", 0)):
                 if getattr(self, key) < low:
-                    raise Wrong(key, f"must be at least {low}")
-            able = self.router.component.capabilities_of(self.router.config)
-            for index, section in enumerate(self.balance):
-                if missing := section.component.needs - able:
-                    need = f"{section.name} needs a router that {_words(missing)}"
-                    raise Wrong(f"balance.{index}", f"{need}, and {self.router.name} does not")
-            biased = [index for index, s in enumerate(self.balance) if "selects_with_bias" in s.component.needs]
-            if len(biased) > 1:
-                raise Wrong(f"balance.{biased[1]}", "must be the only one that biases selection: two would add up")
+                    raise ConfigError(key, f"must be at least {low}")
+            capabilities = self.router.component.capabilities_of(self.router.config)
+            self._check_balance(capabilities)
             if self.token_dropping is not None:
-                self._check_dropping(able)
+                self._check_dropping(capabilities)
 
-        def _check_dropping(self, able: frozenset[str]) -> None:
+        def _check_balance(self, capabilities: frozenset[str]) -> None:
+            biasing = []
+            for index, section in enumerate(self.balance):
+                needs = section.component.needs
+                if missing := needs - capabilities:
+                    need = f"{section.name} needs a router that {_words(missing)}"
+                    why = f"{need}, and {self.router.name} does not"
+                    raise ConfigError(f"balance.{index}", why)
+                if "selects_with_bias" in needs:
+                    biasing.append(index)
+            if len(biasing) > 1:
+                why = "must be the only one that biases selection: two would add up"
+                raise ConfigError(f"balance.{biasing[1]}", why)
+
+        def _check_dropping(self, capabilities: frozenset[str]) -> None:
             assert self.token_dropping is not None
-            if missing := {"token_choice", "learned"} - able:
+            if missing := {"token_choice", "learned"} - capabilities:
                 need = f"needs a router that {_words(missing)}"
-                raise Wrong("token_dropping", f"{need}, and {self.router.name} does not")
-            if "capacity" in able:
+                raise ConfigError("token_dropping", f"{need}, and {self.router.name} does not")
+            if "capacity" in capabilities:
                 why = f"{self.router.name} {_words({'capacity'})} by itself"
-                raise Wrong("token_dropping", f"must be null: {why}")
-            groups = self.router.config.groups if "groups" in able else 1
+                raise ConfigError("token_dropping", f"must be null: {why}")
+            groups = self.router.config.groups if "groups" in capabilities else 1
             if groups not in (1, self.token_dropping.devices):
-                raise Wrong("token_dropping.devices", f"must be the router's groups, {groups}")
+                raise ConfigError(
+                    "token_dropping.devices", f"must be the router's groups, {groups}"
+                )
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)
@@ -114,52 +130,57 @@ class MixtureOfExperts(FeedForward):
         self.shared = None
         if config.shared_experts:
             self.shared = SharedExperts(config.shared_experts * config.expert_hidden, build)
-        methods = [build.make(s, experts=config.experts, top_k=self.router.top_k) for s in config.balance]
-        self.balance = nn.ModuleList(methods)
-        self.able = config.router.component.capabilities_of(config.router.config)
+        self.balance = nn.ModuleList()
+        for section in config.balance:
+            balancer = build.make(section, experts=config.experts, top_k=self.router.top_k)
+            self.balance.append(balancer)
+        self.router_capabilities = config.router.component.capabilities_of(config.router.config)
         self.sequence_chance = Chance(build.seed, None)
 
     @property
     def balancers(self) -> Sequence[Balancer]:
-        """In the recipe's order."""
+        """The balancers in the recipe's order."""
         return list(self.balance)  # type: ignore[arg-type]
 
     @property
     def experts(self) -> int:
-        """Routed experts."""
+        """The number of routed experts."""
         return self.config.experts
 
     @classmethod
     def traceable_of(cls, config: Config) -> bool:
-        """Which sequences are never dropped is drawn by the step, which is no part of a graph."""
+        """Whether the router is traceable and nothing is dropped: protected sequences are drawn by the step."""
         router = config.router
         return config.token_dropping is None and bool(router.component.traceable_of(router.config))
 
     @property
-    def traits(self) -> Traits:
-        """Of this layer's routing as it is set up."""
+    def routing_properties(self) -> RoutingProperties:
+        """The properties of this layer's routing as it is configured."""
         dropping = self.config.token_dropping
-        owners = (self.routed, *([self.shared] if self.shared is not None else []))
-        return Traits(
-            expert_parameters=sum(p.numel() for owner in owners for p in owner.parameters()),
+        capabilities = self.router_capabilities
+        capacity_factor = self.router.capacity_factor
+        if dropping is not None:
+            capacity_factor = dropping.capacity_factor
+        return RoutingProperties(
+            expert_parameters=_parameters(self.routed) + _parameters(self.shared),
             top_k=self.router.top_k,
-            capacity_factor=self.router.capacity_factor if dropping is None else dropping.capacity_factor,
-            token_choice="token_choice" in self.able,
-            drops=dropping is not None or "drops" in self.able,
-            causal=dropping is None and "causal" in self.able,
-            batch_dependent=dropping is not None or "batch_dependent" in self.able,
+            capacity_factor=capacity_factor,
+            token_choice="token_choice" in capabilities,
+            drops=dropping is not None or "drops" in capabilities,
+            causal=dropping is None and "causal" in capabilities,
+            batch_dependent=dropping is not None or "batch_dependent" in capabilities,
         )
 
-    def adjust(self, scores_TE: Tensor) -> Tensor:
-        """Every balancer's say in selection, one after the other."""
+    def adjust_scores(self, scores_TE: Tensor) -> Tensor:
+        """The scores for selection, adjusted by one balancer after the other."""
         for balancer in self.balancers:
-            scores_TE = balancer.adjust(scores_TE)
+            scores_TE = balancer.adjust_scores(scores_TE)
         return scores_TE
 
     def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, Record]:
-        """The layer's output, and what it saw; shared experts work while tokens travel."""
+        """The layer's output and its record; shared experts work while tokens travel."""
         x_TD = x_BLD.flatten(0, 1)
-        routing = self.router(x_TD, self.adjust, context)
+        routing = self.router(x_TD, self.adjust_scores, context)
         if self.training and self.config.token_dropping is not None:
             drawn_B = self.sequence_chance.of_sequences(context, "never dropped")
             routing = drop_over_budget(routing, self.config.token_dropping, context, drawn_B)
@@ -180,9 +201,16 @@ class MixtureOfExperts(FeedForward):
 
     def costs(self) -> Costs:
         """A token uses top_k of the routed experts and all of the rest."""
-        routed = sum(p.numel() for p in self.routed.parameters()) // self.config.experts
-        shared = 0 if self.shared is None else sum(p.numel() for p in self.shared.parameters())
-        return self.router.costs() + Costs(active=routed * self.router.top_k + shared)
+        one_expert = _parameters(self.routed) // self.config.experts
+        active = one_expert * self.router.top_k + _parameters(self.shared)
+        return self.router.costs() + Costs(active=active)
+
+
+def _parameters(module: nn.Module | None) -> int:
+    """The number of parameters of a module; 0 where there is none."""
+    if module is None:
+        return 0
+    return sum(p.numel() for p in module.parameters())
 
 
 def _words(capabilities: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the components of this package."""
+    """Offers the components of this package."""
     registry.router("deepseek_v2", "plugins.deepseek_v2.router:DeepSeekV2Router")
     registry.balancer("expert", "plugins.deepseek_v2.balancers:ExpertLoss")
     registry.balancer("device", "plugins.deepseek_v2.balancers:DeviceLoss")

@@ -1,4 +1,7 @@
-"""Experts in turn: the perfectly even load that speed is measured under. Not a method, and no model to keep."""
+"""A router that takes experts in turn: the perfectly even load under which speed is measured.
+
+It is not a method, and its models are not worth keeping.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,24 +10,24 @@ import torch
 from torch import Tensor
 
 from core.contracts.context import SequenceContext
-from core.contracts.errors import Wrong
-from core.contracts.router import Adjust, Routing
+from core.contracts.errors import ConfigError
+from core.contracts.router import AdjustScores, Routing
 from core.contracts.schema import setting
 from core.routing.chance import token_places
 from core.routing.gating import LearnedRouter
 
 
 class ForcedBalanceRouter(LearnedRouter):
-    """Token n of a step takes experts n K, n K + 1, ... modulo E; gates are computed as DeepSeek-V3 does."""
+    """Assigns to token n of a step the experts n K, n K + 1, ... modulo E; gates are computed as DeepSeek-V3 does."""
 
     paper = "none; compare the simulated balanced routing of DeepSeek's profile-data"
     capabilities = frozenset({"causal", "token_choice"})
-    notice = (
+    caveat = (
         "forced_balance assigns experts in turn, whatever the tokens are: its speed is that of a perfectly even load, "
         "and its losses and its load say nothing about any routing method"
     )
     example = {"name": "forced_balance", "top_k": 2}
-    refuses = {
+    rejected_keys = {
         "groups": "experts are taken in turn, so there is no choice to limit",
         "group_limit": "experts are taken in turn, so there is no choice to limit",
         "capacity_factor": "the load is even, so there is nothing to cap",
@@ -38,19 +41,21 @@ class ForcedBalanceRouter(LearnedRouter):
         scale: float = setting(1.0, doc="factor on the normalised gates")
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` for more experts than there are."""
+            """Raises `ConfigError` for more experts than there are."""
             if not 1 <= self.top_k <= parent.experts:
-                raise Wrong("top_k", f"must be between 1 and experts = {parent.experts}")
+                raise ConfigError("top_k", f"must be between 1 and experts = {parent.experts}")
             if not 0 < self.scale < float("inf"):
-                raise Wrong("scale", "must be positive and finite")
+                raise ConfigError("scale", "must be positive and finite")
 
-    def route(self, logits_TE: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
-        """Count on from the step's first token; its number says which experts are next."""
+    def route(
+        self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
+        """The experts in turn, counted from the step's first token."""
         scores_TE = logits_TE.sigmoid()
         sequence_T, position_T = token_places(context)
         number_T = sequence_T * context.tokens_BL.shape[1] + position_T
-        turn_K = torch.arange(self.top_k, device=number_T.device)
-        expert_TK = (number_T[:, None] * self.top_k + turn_K) % self.experts
+        choice_K = torch.arange(self.top_k, device=number_T.device)
+        expert_TK = (number_T[:, None] * self.top_k + choice_K) % self.experts
         gate_TK = scores_TE.gather(1, expert_TK)
         if self.top_k > 1:  # one gate, normalised, would be a constant
             gate_TK = gate_TK / (gate_TK.sum(dim=1, keepdim=True) + 1e-20)

@@ -1,4 +1,4 @@
-"""The `fp8_emulated` precision: which roles are low, how they are scaled, what is saved."""
+"""The `fp8_emulated` precision: which roles are low, how their operands are scaled, what is saved."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from core.contracts.errors import Wrong
+from core.contracts.errors import ConfigError
 from core.contracts.precision import declared_roles, roles_matching
 from core.contracts.schema import setting
+from core.numerics.formats import E4M3, E5M6, FORMATS, Format
 from core.numerics.fp8 import FP8Precision, FP8Settings
-from core.numerics.quantise import E4M3, E5M6, FORMATS, Format
 from core.numerics.quantised_product import RoundedGroupedLinear, RoundedLinear
 from plugins.fp8_emulated.accumulate import AT_ONCE, NarrowRounding
 from plugins.fp8_emulated.delayed import DelayedAmax
@@ -19,24 +19,30 @@ from plugins.fp8_emulated.rounding import TILES, EmulatedRounding
 
 
 class EmulatedFP8(FP8Precision):
-    """All three products of every low layer with FP8 operands, rounded by arithmetic in fp32: any machine can."""
+    """FP8 operands in all three products of every low layer, rounded by fp32 arithmetic on any machine."""
 
     paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3"
     example: ClassVar[dict[str, Any]] = {"name": "fp8_emulated"}
 
     @dataclass(kw_only=True)
     class Config(FP8Settings):
-        """Emulated FP8; every default is the report's."""
+        """Settings of emulated FP8; every default is the report's."""
 
         scaling: Literal["tile", "tensor", "delayed", "mxfp8"] = setting(
-            "tile", doc="what shares a scale: 1x128 and 128x128 tiles; a tensor, now or of earlier steps; 1x32"
+            "tile",
+            doc="what shares a scale: 1x128 and 128x128 tiles; a tensor, now or of earlier steps; 1x32",
         )
-        scales: Literal["fp32", "ue8m0"] = setting("fp32", doc="format of scales; ue8m0: powers of two, as mxfp8 needs")
+        scales: Literal["fp32", "ue8m0"] = setting(
+            "fp32", doc="format of scales; ue8m0: powers of two, as mxfp8 needs"
+        )
         gradients: Literal["e4m3", "e5m2"] = setting("e4m3", doc="format of output gradients")
         weight_gradient: Literal["paper", "te"] = setting(
-            "paper", doc="activation of the weight gradient: the saved FP8 codes (paper), or the original (te)"
+            "paper",
+            doc="activation of the weight gradient: the saved FP8 codes (paper), or the original (te)",
         )
-        e5m6: list[str] = setting(["attention.output"], doc="roles whose input is saved in E5M6; only for paper")
+        e5m6: list[str] = setting(
+            ["attention.output"], doc="roles whose input is saved in E5M6; only for paper"
+        )
         history: int = setting(16, doc="steps that delayed scaling remembers")
         accumulator_bits: int | None = setting(
             None, doc="significant bits that sums keep, slow: 14 is an H800; null: fp32"
@@ -46,43 +52,52 @@ class EmulatedFP8(FP8Precision):
         )
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` for roles that are none, and for sums that no tensor core takes."""
+            """Raises `ConfigError` for unknown roles, and for sums that no tensor core forms."""
             super().check(parent)
             try:
                 roles_matching(self.e5m6, declared_roles(parent))
-            except Wrong as wrong:
-                raise Wrong(f"e5m6.{wrong.key}", wrong.why) from wrong
+            except ConfigError as error:
+                raise ConfigError(f"e5m6.{error.key}", error.why) from error
             if self.history < 1:
-                raise Wrong("history", "must be at least 1")
+                raise ConfigError("history", "must be at least 1")
             every = self.promote_every
             if every is not None and (every < AT_ONCE or 128 % every):
-                raise Wrong("promote_every", "must be 32, 64 or 128, whole instructions that divide a tile")
+                why = "whole instructions that divide a tile"
+                raise ConfigError("promote_every", f"must be 32, 64 or 128, {why}")
             if self.accumulator_bits is not None:
                 self._check_sums(self.accumulator_bits)
 
         def _check_sums(self, bits: int) -> None:
             if not 4 <= bits <= 18:
-                raise Wrong("accumulator_bits", "must be from 4 to 18: sums of 32 such numbers are exact in fp32")
+                why = "must be from 4 to 18: sums of 32 such numbers are exact in fp32"
+                raise ConfigError("accumulator_bits", why)
             if self.scaling == "mxfp8":
-                raise Wrong("accumulator_bits", "must be null with mxfp8, whose scales are applied inside the sum")
+                why = "must be null with mxfp8, whose scales are applied inside the sum"
+                raise ConfigError("accumulator_bits", why)
             if self.promote_every is None and self.scaling == "tile":
-                raise Wrong(
-                    "promote_every", "must be a number with tile scaling: a tile's scale needs a sum of its own"
-                )
+                why = "must be a number with tile scaling: a tile's scale needs a sum of its own"
+                raise ConfigError("promote_every", why)
 
     def low_linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
         """A layer with rounded operands."""
         rounding = self._rounding(inputs, role, experts=0)
-        return _with_state(RoundedLinear(inputs, outputs, rounding, self.low_path(role), std=std, **self.formats(role)))
+        path = self.low_path(role)
+        layer = RoundedLinear(inputs, outputs, rounding, path, std=std, **self.formats(role))
+        return _with_state(layer)
 
-    def low_grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
-        """The same for each group; tiles never cross groups."""
+    def low_grouped_linear(
+        self, groups: int, inputs: int, outputs: int, role: str, *, std: float
+    ) -> nn.Module:
+        """A layer with rounded operands for each group; tiles never cross groups."""
         rounding = self._rounding(inputs, role, experts=groups)
         path = self.low_path(role)
-        return _with_state(RoundedGroupedLinear(groups, inputs, outputs, rounding, path, std=std, **self.formats(role)))
+        layer = RoundedGroupedLinear(
+            groups, inputs, outputs, rounding, path, std=std, **self.formats(role)
+        )
+        return _with_state(layer)
 
     def gradient_dtype(self, role: str) -> torch.dtype:
-        """As the recipe says, where the role is low."""
+        """The format of output gradients: that of `gradients` where the role is low."""
         if not self.is_low(role):
             return super().gradient_dtype(role)
         dtype = FORMATS[self.config.gradients].dtype
@@ -90,20 +105,27 @@ class EmulatedFP8(FP8Precision):
         return dtype
 
     def low_path(self, role: str) -> str:
-        """For example `emulated e4m3 1x128 / 128x128`: activations and gradients, then weights."""
-        config, tiles = self.config, TILES[self.config.scaling]
+        """The rounding of a low role in words: formats, tiles of activations and gradients, and of weights.
+
+        For example `emulated e4m3 1x128 / 128x128`.
+        """
+        config = self.config
+        tiles = TILES[self.config.scaling]
         delayed = "delayed " if config.scaling == "delayed" else ""
-        told = [f"emulated e4m3 {delayed}{tiles.row} / {tiles.weight}"]
+        parts = [f"emulated e4m3 {delayed}{tiles.row} / {tiles.weight}"]
         if self._power_of_two:
-            told.append("ue8m0 scales")
+            parts.append("ue8m0 scales")
         if config.gradients != "e4m3":
-            told.append(f"{config.gradients} gradients")
-        if (saved := self._saved(role)) is not E4M3:
-            told.append(f"saved in {saved.name}" if saved else "input saved as it is")
+            parts.append(f"{config.gradients} gradients")
+        saved = self._saved(role)
+        if saved is None:
+            parts.append("input saved as it is")
+        elif saved is not E4M3:
+            parts.append(f"saved in {saved.name}")
         if config.accumulator_bits is not None:
             every = f"every {config.promote_every}" if config.promote_every else "never promoted"
-            told.append(f"{config.accumulator_bits}-bit sums {every}")
-        return ", ".join(told)
+            parts.append(f"{config.accumulator_bits}-bit sums {every}")
+        return ", ".join(parts)
 
     @property
     def _power_of_two(self) -> bool:
@@ -111,19 +133,23 @@ class EmulatedFP8(FP8Precision):
         return found
 
     def _saved(self, role: str) -> Format | None:
+        """The format in which a role's input is saved; None where it is saved as it is."""
         if self.config.weight_gradient == "te":
             return None
-        return E5M6 if any(fnmatchcase(role, pattern) for pattern in self.config.e5m6) else E4M3
+        if any(fnmatchcase(role, pattern) for pattern in self.config.e5m6):
+            return E5M6
+        return E4M3
 
     def _rounding(self, inputs: int, role: str, *, experts: int) -> EmulatedRounding:
         config = self.config
+        amax = DelayedAmax(config.history, experts) if config.scaling == "delayed" else None
         settings: dict[str, Any] = {
             "inputs": inputs,
             "tiles": TILES[config.scaling],
             "gradients": FORMATS[config.gradients],
             "power_of_two": self._power_of_two,
             "saved": self._saved(role),
-            "amax": DelayedAmax(config.history, experts) if config.scaling == "delayed" else None,
+            "amax": amax,
         }
         if config.accumulator_bits is None:
             return EmulatedRounding(**settings)
@@ -131,7 +157,7 @@ class EmulatedFP8(FP8Precision):
 
 
 def _with_state(layer: RoundedLinear | RoundedGroupedLinear) -> nn.Module:
-    """What the rounding keeps from step to step moves and is found with its layer."""
+    """The layer, in which the state that its rounding keeps between steps is registered."""
     assert isinstance(layer.rounding, EmulatedRounding)
     if layer.rounding.amax is not None:
         layer.amax = layer.rounding.amax

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.numerics.formats import E4M3, E5M6, Format
 from core.numerics.quantise import (
     BLOCK,
     COLUMN,
-    E4M3,
-    E5M6,
     ROW,
     WHOLE,
-    Format,
     Quantised,
     Tile,
     dequantise,
@@ -35,13 +33,13 @@ from plugins.fp8_emulated.delayed import DelayedAmax
 
 @dataclass(frozen=True)
 class Tiles:
-    """Which elements of an operand share a scale.
+    """The elements of each operand that share a scale.
 
     Args:
-        row: of activations and gradients, along the contraction of forward and input gradient.
-        column: of both along tokens, for the weight gradient.
-        weight: of the forward.
-        weight_back: of the input gradient; where it is the same, so are the codes.
+        row: tile of activations and gradients, along the contraction of forward and input gradient.
+        column: tile of both along tokens, for the weight gradient.
+        weight: tile of the weight in the forward.
+        weight_back: tile of the weight in the input gradient; where it is the same, so are the codes.
     """
 
     row: Tile
@@ -60,7 +58,7 @@ TILES = {
 
 @dataclass(frozen=True)
 class EmulatedRounding(Rounding):
-    """Operands on the FP8 grid, held in fp32; everything is E4M3 but what is said here.
+    """Operands on the FP8 grid, held in fp32; every format that is no argument is E4M3.
 
     Args:
         inputs: width of the activations.
@@ -79,7 +77,7 @@ class EmulatedRounding(Rounding):
     amax: DelayedAmax | None = None
 
     def activation(self, x_AI: Tensor, ends_E: Tensor | None) -> tuple[Any, Kept]:
-        """Q_row(X); its own codes are saved, unless finer ones or none at all shall be."""
+        """Q_row(X), and what is saved: its own codes, finer codes, or X itself."""
         x_AI = self._owned(x_AI, ends_E)
         if self.saved is E4M3:
             return self.operand_and_codes(x_AI, self.tiles.row, "activation")
@@ -90,23 +88,25 @@ class EmulatedRounding(Rounding):
         return operand, (kept.codes, kept.scales)
 
     def activation_again(self, kept: Kept, ends_E: Tensor | None) -> Any:
-        """Q_column(X'). With one scale for all, codes that were saved are it already."""
+        """Q_column(X'); with one scale for all it has the saved codes."""
         if self.saved is None:
             return self._column(kept[0], E4M3, "activation", ends_E)
         codes, scales = kept
         stored = Quantised(codes, scales, self.tiles.row, self.saved, self.inputs)
         if self.saved is E4M3 and self.tiles.column == self.tiles.row:
             return self.operand_of(stored)
-        return self._column(dequantise(stored), E4M3, "activation", ends_E, power_of_two=self.saved is E5M6)
+        x_AI = dequantise(stored)
+        power_of_two = self.saved is E5M6
+        return self._column(x_AI, E4M3, "activation", ends_E, power_of_two=power_of_two)
 
     def weight(self, weight: Tensor) -> tuple[Any, Kept]:
-        """Q_block(W); its codes are saved where the input gradient takes the same."""
+        """Q_block(W), and what is saved: its codes where the input gradient takes the same, else W."""
         if self.tiles.weight_back == self.tiles.weight:
             return self.operand_and_codes(weight, self.tiles.weight, "weight")
         return self.operand(weight, self.tiles.weight, E4M3, "weight"), (weight,)
 
     def weight_again(self, kept: Kept) -> Any:
-        """The same, or the weight rounded along its outputs (MX)."""
+        """Q_block(W) again, or W rounded along its outputs (MX)."""
         if self.tiles.weight_back == self.tiles.weight:
             codes, scales = kept
             return self.operand_of(Quantised(codes, scales, self.tiles.weight, E4M3, self.inputs))
@@ -120,8 +120,8 @@ class EmulatedRounding(Rounding):
         """Q_column(dY)."""
         return self._column(dy_AO, self.gradients, "gradient", ends_E)
 
-    def seen(self, which: str, value: Tensor, ends_E: Tensor | None) -> None:
-        """For delayed scaling: its largest magnitude."""
+    def observe(self, which: str, value: Tensor, ends_E: Tensor | None) -> None:
+        """Takes the operand's largest magnitude, which delayed scaling needs."""
         if self.amax is not None:
             self.amax.take(which, tile_amax(self._owned(value, ends_E), WHOLE))
 
@@ -135,33 +135,43 @@ class EmulatedRounding(Rounding):
         *,
         power_of_two: bool = False,
     ) -> Any:
-        """What the products are taken of: x on the grid, in fp32."""
+        """The operand of a product: x on the format's grid, in fp32."""
         power_of_two = power_of_two or self.power_of_two
-        return rounded(x, tile, form, power_of_two=power_of_two, ends_E=ends_E, amax=self._known(which))
+        amax = self._known_amax(which)
+        return rounded(x, tile, form, power_of_two=power_of_two, ends_E=ends_E, amax=amax)
 
     def operand_of(self, stored: Quantised) -> Any:
-        """The operand that codes stand for."""
+        """The operand that stored codes stand for."""
         return dequantise(stored)
 
     def operand_and_codes(self, x: Tensor, tile: Tile, which: str) -> tuple[Any, Kept]:
-        """Both at once, in E4M3."""
-        known = self._known(which)
-        values, stored = rounded_and_kept(x, tile, E4M3, power_of_two=self.power_of_two, amax=known)
+        """The operand in E4M3, and the codes and scales that are saved."""
+        amax = self._known_amax(which)
+        values, stored = rounded_and_kept(x, tile, E4M3, power_of_two=self.power_of_two, amax=amax)
         return values, (stored.codes, stored.scales)
 
     def _column(
-        self, x_AI: Tensor, form: Format, which: str, ends_E: Tensor | None, *, power_of_two: bool = False
+        self,
+        x_AI: Tensor,
+        form: Format,
+        which: str,
+        ends_E: Tensor | None,
+        *,
+        power_of_two: bool = False,
     ) -> Any:
+        """The operand with tiles along tokens, which restart at each expert's first row."""
         if self.tiles.column == WHOLE:
-            x_AI, ends_E = self._owned(x_AI, ends_E), None
+            x_AI = self._owned(x_AI, ends_E)
+            ends_E = None
         return self.operand(x_AI, self.tiles.column, form, which, ends_E, power_of_two=power_of_two)
 
     def _owned(self, x_AI: Tensor, ends_E: Tensor | None) -> Tensor:
-        """Rows that belong to nobody must not set the scale of those that do."""
+        """x with the rows of no expert set to 0, where they would change the one scale of all."""
         if ends_E is None or self.tiles.row != WHOLE:
             return x_AI
         rows_A = torch.arange(len(x_AI), device=x_AI.device)
         return x_AI.masked_fill((rows_A >= ends_E[-1])[:, None], 0)
 
-    def _known(self, which: str) -> Tensor | None:
+    def _known_amax(self, which: str) -> Tensor | None:
+        """The largest magnitude of earlier steps, for delayed scaling."""
         return None if self.amax is None else self.amax.known(which)

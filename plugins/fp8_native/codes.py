@@ -1,8 +1,8 @@
 """The arithmetic of the Triton kernels: scales of tiles, E4M3 codes of numbers, numbers of codes, codes in words.
 
-Scales and codes are those of `core.numerics.quantise` bit for bit: the largest magnitude of a tile is found among bit
-patterns, which for finite numbers, infinities and NaN are in that order; divisions are IEEE's; what rounds to zero
-becomes +0, as it does there.
+Scales are those of `core.numerics.quantise` and codes those of `core.numerics.formats`, bit for bit. The largest
+magnitude of a tile is found among bit patterns, which for finite numbers, infinities and NaN are in that order;
+divisions are IEEE's; what rounds to zero becomes +0, as it does there.
 """
 
 import os
@@ -17,7 +17,7 @@ INFINITE = tl.constexpr(0x7F800000)
 
 @triton.jit
 def fp32_of(x):
-    """fp32 numbers; of bf16 by its bits, because the interpreter's cast loses subnormal ones."""
+    """x in fp32; bf16 is widened by its bits, because the interpreter's cast loses subnormal numbers."""
     if x.dtype == tl.bfloat16:
         x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -27,13 +27,13 @@ def fp32_of(x):
 
 @triton.jit
 def magnitude(x):
-    """|x| as bits, which for all that are not negative are in the order of the numbers."""
+    """The bits of |x|, which are in the order of the numbers."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def scale_of(amax_bits, POWER_OF_TWO: tl.constexpr):
-    """The scale of tiles of these largest magnitudes; see `core.numerics.quantise.scales_of`."""
+    """The scales of tiles with these largest magnitudes; see `core.numerics.quantise.scales_of`."""
     amax = amax_bits.to(tl.float32, bitcast=True)
     bits = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32)).to(tl.int32, bitcast=True)
     bits = tl.maximum(bits, 0x00800000)
@@ -82,9 +82,10 @@ def encode(x, scale):
 
 @triton.jit
 def decode(codes):
-    """fp32 numbers of codes, as in `core.numerics.quantise.decode`."""
+    """The fp32 numbers of codes, as in `core.numerics.formats.decode`."""
     if INTERPRETED:
-        bits = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385  # less the upper bit of fp16's exponent
+        # The mask clears the upper bit of fp16's exponent.
+        bits = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385
         values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     else:
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
@@ -93,11 +94,11 @@ def decode(codes):
 
 @triton.jit
 def pack_words(a, b, c, d):
-    """Four codes in a word, the first in its lowest byte."""
+    """Four codes packed into a word, the first in its lowest byte."""
     a, b, c, d = a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), d.to(tl.int32)
     if INTERPRETED:
         word = a | (b << 8) | (c << 16) | (d << 24)
-    else:  # out of the compiler's sight, which takes shifts for packing of bytes
+    else:  # assembly, because the compiler rewrites the shifts as a packing of bytes
         word = tl.inline_asm_elementwise(
             "{ .reg .b32 l, h; prmt.b32 l, $1, $2, 0x0040; prmt.b32 h, $3, $4, 0x0040; prmt.b32 $0, l, h, 0x5410; }",
             "=r,r,r,r,r",
@@ -112,4 +113,6 @@ def pack_words(a, b, c, d):
 @triton.jit
 def largest(a, b, c, d):
     """The largest magnitudes of four tiles, element by element."""
-    return tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
+    return tl.maximum(
+        tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d))
+    )

@@ -1,4 +1,4 @@
-"""Where each expert's rows begin and end, as the host knows it: the device is waited for once for a tensor of ends.
+"""The begin and end of each expert's rows on the host, which waits for the device once for each tensor of ends.
 
 The layers of one expert network are called with the same tensor, and so are their backward passes.
 """
@@ -8,20 +8,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Spans = list[tuple[int, int]]
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def spans(rows: int, ends_E: Tensor | None) -> Spans:
-    """Where each expert's rows begin and end; all of them without experts."""
+    """The begin and end of each expert's rows; without experts, of all rows."""
     if ends_E is None:
         return [(0, rows)]
-    if ends_E.is_inference():  # keeps no count of its versions
+    if ends_E.is_inference():  # such tensors have no version counter
         return _read(ends_E)
     found: Spans
-    version, found = _known.get(ends_E, (-1, []))
+    version, found = _cache.get(ends_E, (-1, []))
     if version != ends_E._version:
         found = _read(ends_E)
-        _known[ends_E] = (ends_E._version, found)
+        _cache[ends_E] = (ends_E._version, found)
     return found
 
 

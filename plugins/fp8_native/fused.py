@@ -1,7 +1,7 @@
-"""The operands of `scaling: tile` by one kernel each, and products written where their results belong.
+"""The operands of `scaling: tile`, each made by one kernel, and products written straight into the result.
 
-What `NativeRounding` does with torch alone, and still does where there is no GPU or no Triton, is done here by
-`plugins.fp8_native.kernels`: the same codes and scales, at once in the layouts that `scaled_mm` takes.
+`NativeRounding` makes operands with torch alone, and still does so where there is no GPU or no Triton. Here the kernels
+of `plugins.fp8_native.kernels` make the same codes and scales, in the layouts that `scaled_mm` takes.
 """
 
 import warnings
@@ -25,7 +25,7 @@ from plugins.fp8_native.rounding import TILES, NativeRounding
 
 @cache
 def kernels() -> ModuleType | None:
-    """The kernels, where Triton is installed."""
+    """The module of the kernels; None where Triton is not installed."""
     if find_spec("triton") is None:
         return None
     from plugins.fp8_native import kernels as found
@@ -34,34 +34,37 @@ def kernels() -> ModuleType | None:
 
 
 def takes(x: Tensor, power_of_two: bool) -> bool:
-    """Whether the kernels quantise x: on a GPU, where they are there and have shown that they are right.
+    """Whether the kernels quantise x: on a GPU, where they are available and have been verified.
 
-    One answer for all operands of a layer, whatever their format: `product` and `outer` take no mixture.
+    The answer is the same for all operands of a layer, whatever their format: `product` and `outer` take no mixture.
     """
     return x.is_cuda and faithful(str(x.device), power_of_two)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Each expert's rows in 1x128 tiles, as `kernels.rows` leaves them."""
+    """Each expert's rows in 1x128 tiles, as `kernels.rows` returns them."""
 
     codes: Tensor
     scales: Tensor
     count: int
 
     def parts(self, where: Spans) -> Iterator[Laid]:
-        """Each expert's. Rows that pad it are the next expert's: what comes of them is not kept."""
-        codes, scales, recipe = self.codes, self.scales, operand.RECIPES[ROW]
+        """The operand of each expert; rows that pad it are the next expert's, and their results are not kept."""
+        codes = self.codes
+        scales = self.scales
+        recipe = operand.RECIPES[ROW]
         across = codes.shape[1] // WIDTH
         for expert, (begin, end) in enumerate(where):
             size = _up(end - begin, ROWS)
             first = (begin // ROWS + expert) * ROWS * across
-            yield Laid(codes.narrow(0, begin, size), scales.as_strided((size, across), (1, size), first), recipe)
+            own_scales = scales.as_strided((size, across), (1, size), first)
+            yield Laid(codes.narrow(0, begin, size), own_scales, recipe)
 
 
 @dataclass(frozen=True)
 class Turned:
-    """The transpose of each expert's rows in tiles along its tokens, as `kernels.turned` leaves them."""
+    """The transpose of each expert's rows in tiles along its tokens, as `kernels.turned` returns them."""
 
     codes: Tensor
     scales: Tensor
@@ -69,41 +72,48 @@ class Turned:
     count: int
 
     def parts(self, where: Spans) -> Iterator[Laid]:
-        """Each expert's [I, tokens]."""
-        padded, recipe = self.scales.shape[1], operand.RECIPES[ROW]
+        """The operand [I, tokens] of each expert."""
+        padded = self.scales.shape[1]
+        recipe = operand.RECIPES[ROW]
         scales = self.scales.t()
         for expert, (begin, end) in enumerate(where):
-            slot, size = begin // WIDTH + expert, _up(end - begin, WIDTH)
+            slot = begin // WIDTH + expert
+            size = _up(end - begin, WIDTH)
             codes = self.codes.as_strided((padded, size), (size, 1), slot * WIDTH * padded)
             yield Laid(codes, scales.narrow(1, slot, size // WIDTH), recipe)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Matrices in 128x128 blocks, as `kernels.blocks` leaves them; `outer` of their rows are real."""
+    """Matrices in 128x128 blocks, as `kernels.blocks` returns them; `outer` of their rows are no padding."""
 
     codes: Tensor
     scales: Tensor
     outer: int
 
     def parts(self) -> Iterator[Laid]:
-        """Each matrix."""
+        """The operand of each matrix."""
         recipe = operand.RECIPES[BLOCK]
-        for codes, scales in zip(self.codes.unbind(0), self.scales.transpose(1, 2).unbind(0), strict=True):
+        each_scales = self.scales.transpose(1, 2).unbind(0)
+        for codes, scales in zip(self.codes.unbind(0), each_scales, strict=True):
             yield Laid(codes, scales, recipe)
 
 
 @dataclass(frozen=True)
 class FusedRounding(NativeRounding):
-    """`NativeRounding` in tiles, by kernels where they can run."""
+    """`NativeRounding` in tiles, whose operands kernels make where they can run."""
 
     def activation(self, x_AI: Tensor, ends_E: Tensor | None) -> tuple[Any, Kept]:
-        """Q(X) by rows; its codes are saved, or X."""
+        """Q(X) by rows, and what is saved: its codes and scales, or X."""
         if not self._fused(x_AI):
             return super().activation(x_AI, ends_E)
-        spans(len(x_AI), ends_E)  # read before this layer's kernels are queued: the host waits for the device here
+        # The host waits for the ends here, before this layer's kernels are queued.
+        spans(len(x_AI), ends_E)
         rows = self._rows(x_AI, ends_E)
-        return rows, (rows.codes, rows.scales) if self.codes_again else (x_AI,)
+        kept: Kept = (x_AI,)
+        if self.codes_again:
+            kept = (rows.codes, rows.scales)
+        return rows, kept
 
     def activation_again(self, kept: Kept, ends_E: Tensor | None) -> Any:
         """Q(X') along tokens."""
@@ -115,7 +125,7 @@ class FusedRounding(NativeRounding):
         return self._turned(codes, scales, len(codes) - _kernels().SPARE, self.inputs, ends_E)
 
     def weight(self, weight: Tensor) -> tuple[Any, Kept]:
-        """Q(W), whose codes are saved."""
+        """Q(W), and its codes and scales, which are saved."""
         if not self._fused(weight):
             return super().weight(weight)
         each = weight if weight.ndim == 3 else weight[None]
@@ -123,14 +133,16 @@ class FusedRounding(NativeRounding):
         return made, (made.codes, made.scales)
 
     def weight_again(self, kept: Kept) -> Any:
-        """The same codes turned round."""
+        """Q(W) transposed, with the same codes."""
         if not self._fused(kept[0]):
             return super().weight_again(kept)
         return self._flipped(*kept)
 
     def gradient(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:
         """Q(dY) by rows."""
-        return self._rows(dy_AO, ends_E) if self._fused(dy_AO) else super().gradient(dy_AO, ends_E)
+        if self._fused(dy_AO):
+            return self._rows(dy_AO, ends_E)
+        return super().gradient(dy_AO, ends_E)
 
     def gradient_again(self, dy_AO: Tensor, ends_E: Tensor | None) -> Any:
         """Q(dY) along tokens."""
@@ -140,7 +152,7 @@ class FusedRounding(NativeRounding):
         return self._turned(dy_AO, None, count, columns, ends_E)
 
     def product(self, rows: Any, weight: Any, ends_E: Tensor | None) -> Tensor:
-        """[A, O]; rows of no expert are 0. An expert's padding is overwritten by the next one's rows."""
+        """rows @ weight^T, [A, O]; rows of no expert are 0, and an expert's padding is overwritten by the next."""
         if not isinstance(rows, Rows):
             return super().product(rows, weight, ends_E)
         where = spans(rows.count, ends_E)
@@ -153,7 +165,7 @@ class FusedRounding(NativeRounding):
         return _dense(y_PO[: rows.count, : weight.outer])
 
     def outer(self, dy: Any, x: Any, ends_E: Tensor | None) -> Tensor:
-        """[O, I] or [E, O, I] in fp32."""
+        """dy^T x for each expert, [O, I] or [E, O, I], in fp32."""
         if not isinstance(dy, Turned):
             return super().outer(dy, x, ends_E)
         where = spans(dy.count, ends_E)
@@ -168,40 +180,49 @@ class FusedRounding(NativeRounding):
         return _dense(cut[0] if ends_E is None else cut)
 
     def path(self, x: Tensor | None) -> str:
-        """The same, and who makes the operands."""
-        said = super().path(x)
-        return said if x is None else f"{said}, operands by {'Triton' if self._fused(x) else 'torch'}"
+        """The code that takes the products of x and, where there is an x, the code that makes the operands."""
+        products = super().path(x)
+        if x is None:
+            return products
+        maker = "Triton" if self._fused(x) else "torch"
+        return f"{products}, operands by {maker}"
 
     def _fused(self, x: Tensor) -> bool:
         return takes(x, self.power_of_two)
 
     def _rows(self, x_AI: Tensor, ends_E: Tensor | None) -> Rows:
-        return Rows(*_launched("rows", x_AI, ends_E, power_of_two=self.power_of_two), len(x_AI))
+        codes, scales = _launched("rows", x_AI, ends_E, power_of_two=self.power_of_two)
+        return Rows(codes, scales, len(x_AI))
 
     def _blocks(self, weight_EOI: Tensor) -> Blocks:
-        return Blocks(*_launched("blocks", weight_EOI, power_of_two=self.power_of_two), weight_EOI.shape[1])
+        codes, scales = _launched("blocks", weight_EOI, power_of_two=self.power_of_two)
+        return Blocks(codes, scales, weight_EOI.shape[1])
 
     def _flipped(self, codes: Tensor, scales: Tensor) -> Blocks:
-        return Blocks(*_launched("flipped", codes, scales, columns=self.inputs), self.inputs)
+        codes, scales = _launched("flipped", codes, scales, columns=self.inputs)
+        return Blocks(codes, scales, self.inputs)
 
-    def _turned(self, x_AI: Tensor, scales: Tensor | None, count: int, columns: int, ends_E: Tensor | None) -> Turned:
+    def _turned(
+        self, x_AI: Tensor, scales: Tensor | None, count: int, columns: int, ends_E: Tensor | None
+    ) -> Turned:
         options = {"count": count, "columns": columns, "power_of_two": self.power_of_two}
-        return Turned(*_launched("turned", x_AI, scales, ends_E, **options), columns, count)
+        codes, own_scales = _launched("turned", x_AI, scales, ends_E, **options)
+        return Turned(codes, own_scales, columns, count)
 
 
 TRIED = ((256, [0, 131, 300]), (200, [0, 131] + 40 * [300]))
-"""Widths and ends that kernels are tried with: multiples of 16 and others are compiled apart, and so are few and many
-experts."""
+"""Widths and ends with which kernels are verified: Triton compiles separately for multiples of 16 and other widths, and
+for few and many experts."""
 
 
 @cache
 @torch.no_grad()
 def faithful(device: str, power_of_two: bool) -> bool:
-    """Whether every kernel gives what torch's own operations give, bit for bit, on some numbers; told once if not.
+    """Whether every kernel gives the bits of torch's own operations on some numbers; if not, it warns once.
 
     A compiler can break a kernel on one device and no other, or for one kind of argument, and loss curves would not
-    show it. So what is tried is all that Triton compiles apart for a layer: `TRIED`, with and without experts, in both
-    formats. Of numbers of experts, each power of two is compiled apart, and two of them are tried.
+    show it. So every variant that Triton compiles for a layer is verified: `TRIED`, with and without experts, in both
+    formats. It compiles separately for each power of two of experts, and two of these are verified.
     """
     try:
         if kernels() is None:
@@ -209,20 +230,22 @@ def faithful(device: str, power_of_two: bool) -> bool:
         for width, ends in TRIED:
             x_AI, w_EOI = _examples(ends[-1] + 10, width, len(ends))
             for dtype in (torch.bfloat16, torch.float32):
-                own_x, own_w = x_AI.to(device, dtype), w_EOI.to(device)
+                own_x = x_AI.to(device, dtype)
+                own_w = w_EOI.to(device)
                 ends_E = torch.tensor(ends, dtype=torch.int32, device=device)
                 for rows, weight, groups_E in ((own_x, own_w, ends_E), (own_x, own_w[-1], None)):
                     if not all(_compared(rows, weight, groups_E, power_of_two)):
-                        return _left("do not give the bits of torch's operations")
+                        return _warn("do not give the bits of torch's operations")
     except Exception as cause:  # Triton raises what its compiler, the C compiler's process, the driver and ctypes raise
-        return _left(f"cannot run ({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]})")
+        first_line = str(cause).strip().partition("\n")[0]
+        return _warn(f"cannot run ({type(cause).__name__}: {first_line})")
     return True
 
 
-def _left(why: str) -> bool:
-    """Kernels are left alone, which is told."""
-    told = f"fp8_native: its kernels {why} on this device, so torch's operations make operands and products instead"
-    warnings.warn(told, stacklevel=3)
+def _warn(why: str) -> bool:
+    """Warns that the kernels are not used, and returns False."""
+    message = f"fp8_native: its kernels {why} on this device, so torch's operations make operands and products instead"
+    warnings.warn(message, stacklevel=3)
     return False
 
 
@@ -231,26 +254,36 @@ def _examples(rows: int, width: int, experts: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
     x_AI = torch.randn(rows, width, generator=draw) * torch.logspace(-9, 9, rows)[:, None]
     w_EOI = torch.randn(experts, 144, width, generator=draw) * torch.logspace(-3, 3, width)
-    x_AI[7], x_AI[:, 5] = 0, 0
-    x_AI[9, 3], x_AI[135, 130] = torch.nan, -torch.inf
-    w_EOI[0, 140, 3], w_EOI[0, 5, 130], w_EOI[1, :128, :128] = torch.nan, torch.inf, 0
+    x_AI[7] = 0
+    x_AI[:, 5] = 0
+    x_AI[9, 3] = torch.nan
+    x_AI[135, 130] = -torch.inf
+    w_EOI[0, 140, 3] = torch.nan
+    w_EOI[0, 5, 130] = torch.inf
+    w_EOI[1, :128, :128] = 0
     return x_AI, w_EOI
 
 
-def _compared(x_AI: Tensor, weight: Tensor, ends_E: Tensor | None, power_of_two: bool) -> Iterator[bool]:
+def _compared(
+    x_AI: Tensor, weight: Tensor, ends_E: Tensor | None, power_of_two: bool
+) -> Iterator[bool]:
     """Whether each kernel's operands and their products are those of `NativeRounding`, one after the other."""
-    where, width = spans(len(x_AI), ends_E), x_AI.shape[1]
+    where = spans(len(x_AI), ends_E)
+    width = x_AI.shape[1]
     own = FusedRounding(width, TILES["tile"], torch.float32, power_of_two)
     plain = NativeRounding(width, TILES["tile"], torch.float32, power_of_two)
     whole, kept = plain.activation(x_AI, ends_E)
     matrices, kept_w = plain.weight(weight)
-    rows, blocks = own._rows(x_AI, ends_E), own._blocks(weight if weight.ndim == 3 else weight[None])
+    rows = own._rows(x_AI, ends_E)
+    blocks = own._blocks(weight if weight.ndim == 3 else weight[None])
     turned = own._turned(x_AI, None, len(x_AI), width, ends_E)
     again = own._turned(rows.codes, rows.scales, len(x_AI), width, ends_E)
     flipped = own._flipped(blocks.codes, blocks.scales)
-    tokens, tokens_again = plain._along_tokens(x_AI, ends_E), plain.activation_again(kept, ends_E)
+    tokens = plain._along_tokens(x_AI, ends_E)
+    tokens_again = plain.activation_again(kept, ends_E)
+    rows_right = [whole.part(*span) for span in where]
     for found, right in (
-        (rows.parts(where), [whole.part(*span) for span in where]),
+        (rows.parts(where), rows_right),
         (turned.parts(where), tokens),
         (again.parts(where), tokens_again),
         (blocks.parts(), matrices),
@@ -262,9 +295,10 @@ def _compared(x_AI: Tensor, weight: Tensor, ends_E: Tensor | None, power_of_two:
 
 
 def _same(laid: Laid, right: Operand) -> bool:
-    """Codes and scales, padding apart; NaN is NaN, whose code has two signs."""
+    """Whether codes and scales are equal, without padding; the two codes of NaN are equal."""
     down, across = right.codes.shape
-    codes, codes_right = (t.contiguous().view(torch.uint8) for t in (laid.codes[:down, :across], right.codes))
+    codes = laid.codes[:down, :across].contiguous().view(torch.uint8)
+    codes_right = right.codes.contiguous().view(torch.uint8)
     scales = laid.scales.t() if right.tile == BLOCK else laid.scales
     scales = scales[: right.scales.shape[0], : right.scales.shape[1]]
     same = (codes == codes_right) | (codes & codes_right & 0x7F == 0x7F)
@@ -272,14 +306,14 @@ def _same(laid: Laid, right: Operand) -> bool:
 
 
 def _close(found: Tensor, right: Tensor) -> bool:
-    """Products up to the order of sums; wrong scales, and padding that is not zero, are far from that."""
+    """Whether products are equal up to the order of sums; wrong scales or non-zero padding are far beyond that."""
     bound = 1e-3 * right.nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True)
     same = ((found - right).abs() <= bound) | (found == right) | (found.isnan() & right.isnan())
     return bool(same.all())
 
 
 def _launched(kernel: str, x: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """What a kernel makes of x, on x's device: Triton launches on the current one."""
+    """The codes and scales that a kernel makes of x; it is launched on x's device, not on the current one."""
     with torch.cuda.device_of(x):
         made: tuple[Tensor, Tensor] = getattr(_kernels(), kernel)(x, *others, **options)
     return made
@@ -287,14 +321,15 @@ def _launched(kernel: str, x: Tensor, *others: Any, **options: Any) -> tuple[Ten
 
 def _kernels() -> ModuleType:
     found = kernels()
-    assert found is not None, "asked for by `takes` first"
+    assert found is not None, "`takes` has been checked first"
     return found
 
 
 def _dense(cut: Tensor) -> Tensor:
-    """Dense, and no view, which autograd would forbid to be changed in place."""
+    """A dense tensor that is no view, because autograd would forbid to change a view in place."""
     return cut.contiguous().detach()
 
 
 def _up(size: int, multiple: int) -> int:
+    """The size rounded up to a multiple."""
     return size + -size % multiple

@@ -1,15 +1,15 @@
-"""Triton kernels that quantise in tiles, one read and one write each, into the layouts that `scaled_mm` takes.
+"""Triton kernels that quantise in tiles with one read and one write, into the layouts that `scaled_mm` takes.
 
 Codes and scales are those of `core.numerics.quantise.quantise` bit for bit; `codes.py` has their arithmetic.
 
 Experts' rows, [begin, end) for expert e, are padded to whole multiples of a step S, and every expert starts at slot
 begin // S + e. Slots never overlap (floor(end / S) + 1 - floor(begin / S) is at least ceil((end - begin) / S)), there
-are at most A // S + E of them, and both sides know the place without a sum over experts or a word from the device.
+are at most A // S + E of them, and host and device know the place without a sum over experts or a transfer.
 
-What is turned round is read as four tiles, of every fourth row from the first, second, third and fourth on. Four codes
-that follow one another in a column then sit in four registers of one thread, become one word, and words are turned
-instead of bytes, with fewer accesses to shared memory. Matrices are turned by a kernel of their own: when the one that
-quantises them did it as well, Triton 3.6 gave wrong codes on an H100. So `faithful` is asked before anything else is.
+A matrix that is transposed is read as four tiles, with every fourth row from the first, second, third and fourth on.
+Four codes that follow one another in a column are then in four registers of one thread and become one word. Words are
+transposed instead of bytes, with fewer accesses to shared memory. Weights are transposed by a separate kernel: when
+the one that quantises them did it too, Triton 3.6 gave wrong codes on an H100. So `faithful` is checked first.
 """
 
 import torch
@@ -17,19 +17,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plugins.fp8_native.codes import decode, encode, fp32_of, largest, magnitude, pack_words, scale_of
+from plugins.fp8_native.codes import (
+    decode,
+    encode,
+    fp32_of,
+    largest,
+    magnitude,
+    pack_words,
+    scale_of,
+)
 from plugins.fp8_native.operand import ROWS, SCALES, WIDTH
 
 SPARE = ROWS - 1
-"""Rows of codes past the last: an expert's padding is what follows its rows, and results there are not kept."""
+"""Rows of codes past the last: an expert's padding is the rows after its own, and results there are not kept."""
 
 E4M3 = torch.float8_e4m3fn
 READ = (torch.float32, torch.bfloat16, torch.float16)
-STEP, CHANNELS = 16, 64
-"""Rows of a program that quantises rows, columns of one that turns them."""
+STEP = 16
+"""Rows that one program of `rows` quantises."""
+CHANNELS = 64
+"""Columns that one program transposes."""
 
 LANES = 32
-"""At least; fewer would be another compilation and no faster."""
+"""The fewest lanes that read the ends; fewer would be another compilation and no faster."""
 
 OPTIONS = {
     "rows": {"num_warps": 4},
@@ -45,7 +55,7 @@ PAD = tl.constexpr(ROWS)
 
 @triton.jit
 def _owner(ends_ptr, slot, rows, experts, S: tl.constexpr, EXPERTS: tl.constexpr):
-    """Expert of a slot, where its rows begin and end, and the slot's first row; none is left where that is the end."""
+    """The expert of a slot, the begin and end of its rows, and the slot's first row: the end, where it is empty."""
     if EXPERTS:
         each = tl.arange(0, EXPERTS)
         ends = tl.load(ends_ptr + each, mask=each < experts, other=0).to(tl.int32)
@@ -82,10 +92,18 @@ def _rows_kernel(
         inner = column * TILE + tl.arange(0, TILE)
         there = (row < end)[:, None]
         far = row.to(tl.int64)[:, None]
-        x = tl.load(x_ptr + far * stride + inner[None, :], mask=there & (inner < columns)[None, :], other=0.0)
+        x = tl.load(
+            x_ptr + far * stride + inner[None, :],
+            mask=there & (inner < columns)[None, :],
+            other=0.0,
+        )
         x = fp32_of(x)
         scale = scale_of(tl.max(magnitude(x), 1), POWER_OF_TWO)
-        tl.store(codes_ptr + far * (across * TILE) + inner[None, :], encode(x, scale[:, None]), mask=there)
+        tl.store(
+            codes_ptr + far * (across * TILE) + inner[None, :],
+            encode(x, scale[:, None]),
+            mask=there,
+        )
         padded = (end - begin + PAD - 1) // PAD * PAD
         start = ((begin // PAD + expert) * PAD).to(tl.int64) * across + column.to(tl.int64) * padded
         tl.store(scales_ptr + start + (row - begin), scale, mask=row - begin < padded)
@@ -93,9 +111,11 @@ def _rows_kernel(
 
 @triton.jit
 def _tokens(x_ptr, own_ptr, token, channel, begin, end, columns, stride, CODED: tl.constexpr):
-    """Numbers of some tokens [tokens, channels], of codes by the scales in `own_ptr`; 0 past the end."""
+    """The numbers of some tokens [tokens, channels], from codes by the scales in `own_ptr`; 0 past the end."""
     there = (token < end)[:, None] & (channel < columns)[None, :]
-    x = tl.load(x_ptr + token.to(tl.int64)[:, None] * stride + channel[None, :], mask=there, other=0)
+    x = tl.load(
+        x_ptr + token.to(tl.int64)[:, None] * stride + channel[None, :], mask=there, other=0
+    )
     if CODED:
         own = tl.load(own_ptr + (token - begin), mask=token < end, other=0.0)
         x = decode(x) * own[:, None]
@@ -138,7 +158,9 @@ def _turned_kernel(
         d = _tokens(x_ptr, own_ptr, token + 3, channel, begin, end, columns, stride, CODED)
         scale = scale_of(tl.max(largest(a, b, c, d), 0), POWER_OF_TWO)
         each = scale[None, :]
-        words = tl.trans(pack_words(encode(a, each), encode(b, each), encode(c, each), encode(d, each)))
+        words = tl.trans(
+            pack_words(encode(a, each), encode(b, each), encode(c, each), encode(d, each))
+        )
         length = (end - begin + TILE - 1) // TILE * TILE
         start = ((begin // TILE + expert) * TILE).to(tl.int64) * outer + (first - begin)
         place = channel.to(tl.int64)[:, None] * (length // 4) + word[None, :]
@@ -166,23 +188,39 @@ def _blocks_kernel(
     row = i * TILE + tl.arange(0, TILE)
     column = j * TILE + tl.arange(0, TILE)
     there = (row < rows)[:, None] & (column < columns)[None, :]
-    w = fp32_of(tl.load(w_ptr + (matrix * rows + row)[:, None] * columns + column[None, :], mask=there, other=0.0))
+    w = fp32_of(
+        tl.load(
+            w_ptr + (matrix * rows + row)[:, None] * columns + column[None, :],
+            mask=there,
+            other=0.0,
+        )
+    )
     scale = scale_of(tl.max(tl.max(magnitude(w), 1), 0), POWER_OF_TWO)
     place = (matrix * rows_padded + row)[:, None] * (across * TILE) + column[None, :]
     tl.store(codes_ptr + place, encode(w, scale), mask=(row < rows_padded)[:, None])
     more = tl.arange(0, MORE)
     own = more < tl.where(j == across - 1, length - j, 1)
-    tl.store(scales_ptr + (matrix * down + i) * length + j + more, tl.where(more == 0, scale, 1.0), mask=own)
+    tl.store(
+        scales_ptr + (matrix * down + i) * length + j + more,
+        tl.where(more == 0, scale, 1.0),
+        mask=own,
+    )
 
 
 @triton.jit
 def _bytes(codes_ptr, row, column, rows, width):
-    """Codes of some rows [rows, columns]; 0 past the last row."""
-    return tl.load(codes_ptr + row.to(tl.int64)[:, None] * width + column[None, :], mask=(row < rows)[:, None], other=0)
+    """The codes of some rows [rows, columns]; 0 past the last row."""
+    return tl.load(
+        codes_ptr + row.to(tl.int64)[:, None] * width + column[None, :],
+        mask=(row < rows)[:, None],
+        other=0,
+    )
 
 
 @triton.jit(do_not_specialize=["rows", "down", "columns_padded"])
-def _flipped_kernel(codes_ptr, words_ptr, rows, width, down, columns_padded, CHANNELS: tl.constexpr):
+def _flipped_kernel(
+    codes_ptr, words_ptr, rows, width, down, columns_padded, CHANNELS: tl.constexpr
+):
     i, j = tl.program_id(0) % down, tl.program_id(0) // down
     matrix = tl.program_id(1).to(tl.int64)
     word = tl.arange(0, WORDS)
@@ -193,19 +231,23 @@ def _flipped_kernel(codes_ptr, words_ptr, rows, width, down, columns_padded, CHA
     b = _bytes(codes_ptr, row + 1, column, rows, width)
     c = _bytes(codes_ptr, row + 2, column, rows, width)
     d = _bytes(codes_ptr, row + 3, column, rows, width)
-    place = (matrix * columns_padded + column)[:, None] * (down * WORDS) + (i * WORDS + word)[None, :]
-    tl.store(words_ptr + place, tl.trans(pack_words(a, b, c, d)), mask=(column < columns_padded)[:, None])
+    place = (matrix * columns_padded + column)[:, None] * (down * WORDS) + (i * WORDS + word)[
+        None, :
+    ]
+    tl.store(
+        words_ptr + place, tl.trans(pack_words(a, b, c, d)), mask=(column < columns_padded)[:, None]
+    )
 
 
-# ---- what they are called with
+# ---- functions that launch the kernels
 
 
 def rows(x_AI: Tensor, ends_E: Tensor | None, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Each expert's rows in 1x128 tiles.
+    """Quantises each expert's rows in 1x128 tiles.
 
     Returns:
         FP8 codes [A + SPARE, I padded to 128], and fp32 scales in one dimension, of expert e [I / 128, rows padded to
-        16] from slot begin // 16 + e. What no expert owns is left as the memory was.
+        16] from slot begin // 16 + e. Memory of rows without an expert is not written.
     """
     x_AI = _readable(x_AI)
     count, columns = x_AI.shape
@@ -213,19 +255,24 @@ def rows(x_AI: Tensor, ends_E: Tensor | None, *, power_of_two: bool) -> tuple[Te
     codes = x_AI.new_empty(count + SPARE, across * WIDTH, dtype=torch.uint8)
     scales = x_AI.new_empty(slots(count, ends_E, ROWS) * ROWS * across, dtype=torch.float32)
     if codes.numel() and count:
-        ends, experts, lanes = _told(ends_E, x_AI)
+        ends, experts, lanes = _expert_arguments(ends_E, x_AI)
         grid = (slots(count, ends_E, STEP) * across,)
         sizes = (count, columns, x_AI.stride(0), across, experts)
-        _rows_kernel[grid](
-            x_AI, ends, codes, scales, *sizes, EXPERTS=lanes, POWER_OF_TWO=power_of_two, S=STEP, **OPTIONS["rows"]
-        )
+        options = {"EXPERTS": lanes, "POWER_OF_TWO": power_of_two, "S": STEP, **OPTIONS["rows"]}
+        _rows_kernel[grid](x_AI, ends, codes, scales, *sizes, **options)
     return codes.view(E4M3), scales
 
 
 def turned(
-    x_AI: Tensor, scales: Tensor | None, ends_E: Tensor | None, *, count: int, columns: int, power_of_two: bool
+    x_AI: Tensor,
+    scales: Tensor | None,
+    ends_E: Tensor | None,
+    *,
+    count: int,
+    columns: int,
+    power_of_two: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The transpose of each expert's rows in 1x128 tiles along its tokens, ragged ends padded with zeros.
+    """Quantises the transpose of each expert's rows in 1x128 tiles along its tokens, padded with zeros.
 
     Args:
         x_AI: the rows, or codes as `rows` gives them.
@@ -238,29 +285,34 @@ def turned(
         scales [slots, I padded to 16].
     """
     x_AI = _readable(x_AI) if scales is None else x_AI.view(torch.uint8)
-    outer, pieces = columns + -columns % ROWS, slots(count, ends_E, WIDTH)
-    words = x_AI.new_empty(pieces * WIDTH * outer // 4, dtype=torch.int32)
-    found = x_AI.new_empty(pieces, outer, dtype=torch.float32)
+    outer = columns + -columns % ROWS
+    number = slots(count, ends_E, WIDTH)
+    words = x_AI.new_empty(number * WIDTH * outer // 4, dtype=torch.int32)
+    found = x_AI.new_empty(number, outer, dtype=torch.float32)
     if words.numel() and count:
-        ends, experts, lanes = _told(ends_E, x_AI)
+        ends, experts, lanes = _expert_arguments(ends_E, x_AI)
+        across = triton.cdiv(columns, WIDTH)
         blocks = triton.cdiv(outer, CHANNELS)
         own = found if scales is None else scales
-        sizes = (count, columns, x_AI.stride(0), triton.cdiv(columns, WIDTH), blocks, outer, experts)
-        options = {"EXPERTS": lanes, "POWER_OF_TWO": power_of_two, "CODED": scales is not None, "CHANNELS": CHANNELS}
-        _turned_kernel[(pieces * blocks,)](x_AI, own, ends, words, found, *sizes, **options, **OPTIONS["turned"])
+        sizes = (count, columns, x_AI.stride(0), across, blocks, outer, experts)
+        options = {"EXPERTS": lanes, "POWER_OF_TWO": power_of_two, "CODED": scales is not None}
+        options |= {"CHANNELS": CHANNELS, **OPTIONS["turned"]}
+        _turned_kernel[(number * blocks,)](x_AI, own, ends, words, found, *sizes, **options)
     return words.view(E4M3), found
 
 
 def blocks(weight_EOI: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Matrices in 128x128 blocks.
+    """Quantises matrices in 128x128 blocks.
 
     Returns:
         Codes [E, O padded to 16, I padded to 128], scales [E, O / 128, I / 128 padded to 4 with ones].
     """
     weight_EOI = _readable(weight_EOI).contiguous()
     matrices, count, columns = weight_EOI.shape
-    down, across = triton.cdiv(count, WIDTH), triton.cdiv(columns, WIDTH)
-    rows_padded, length = count + -count % ROWS, across + -across % SCALES
+    down = triton.cdiv(count, WIDTH)
+    across = triton.cdiv(columns, WIDTH)
+    rows_padded = count + -count % ROWS
+    length = across + -across % SCALES
     codes = weight_EOI.new_empty(matrices, rows_padded, across * WIDTH, dtype=torch.uint8)
     scales = weight_EOI.new_empty(matrices, down, length, dtype=torch.float32)
     if weight_EOI.numel():
@@ -271,34 +323,39 @@ def blocks(weight_EOI: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
 
 
 def flipped(codes: Tensor, scales: Tensor, *, columns: int) -> tuple[Tensor, Tensor]:
-    """The transposes of what `blocks` gave for matrices of I = `columns`, with the same codes.
+    """Transposes what `blocks` returned for matrices of I = `columns`; the codes stay the same.
 
     Returns:
         Codes [E, I padded to 16, O padded to 128], scales [E, I / 128, O / 128 padded to 4 with ones].
     """
     matrices, rows_padded, width = codes.shape
-    down, across, padded = triton.cdiv(rows_padded, WIDTH), triton.cdiv(columns, WIDTH), columns + -columns % ROWS
+    down = triton.cdiv(rows_padded, WIDTH)
+    across = triton.cdiv(columns, WIDTH)
+    padded = columns + -columns % ROWS
     words = codes.new_empty(matrices, padded, down * WIDTH // 4, dtype=torch.int32)
     if words.numel():
-        grid, sizes = (down * triton.cdiv(padded, CHANNELS), matrices), (rows_padded, width, down, padded)
-        _flipped_kernel[grid](codes.view(torch.uint8), words, *sizes, CHANNELS=CHANNELS, **OPTIONS["flipped"])
+        grid = (down * triton.cdiv(padded, CHANNELS), matrices)
+        sizes = (rows_padded, width, down, padded)
+        options = {"CHANNELS": CHANNELS, **OPTIONS["flipped"]}
+        _flipped_kernel[grid](codes.view(torch.uint8), words, *sizes, **options)
     turned = scales.new_ones(matrices, across, down + -down % SCALES)
     turned[:, :, :down] = scales[:, :, :across].transpose(1, 2)
     return words.view(E4M3), turned
 
 
 def slots(count: int, ends_E: Tensor | None, step: int) -> int:
-    """Enough steps for all experts' rows, each expert's padded."""
+    """The number of steps that hold all experts' rows, each expert's padded."""
     return triton.cdiv(count, step) if ends_E is None else count // step + len(ends_E)
 
 
-def _told(ends_E: Tensor | None, x: Tensor) -> tuple[Tensor, int, int]:
-    """What the kernels are told of experts: where they end, how many, and how many lanes read that (0: no experts)."""
+def _expert_arguments(ends_E: Tensor | None, x: Tensor) -> tuple[Tensor, int, int]:
+    """The kernels' arguments about experts: their ends, their number, and the lanes that read the ends (0: none)."""
     if ends_E is None:
         return x, 1, 0
     return ends_E, len(ends_E), max(LANES, triton.next_power_of_2(len(ends_E)))
 
 
 def _readable(x: Tensor) -> Tensor:
+    """x in a format that kernels read, with neighbouring columns side by side in memory."""
     x = x if x.dtype in READ else x.to(torch.float32)
     return x if x.stride(-1) == 1 else x.contiguous()

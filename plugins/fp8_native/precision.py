@@ -1,4 +1,4 @@
-"""FP8 products by torch alone: on Hopper in the report's tiles, on CPUs with the scales that torch has there."""
+"""FP8 products by torch alone: on Hopper in the report's tiles, on CPUs with the scales that torch supports there."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from core.contracts.component import Environment
 from core.contracts.precision import plain_path
 from core.contracts.schema import setting
+from core.numerics.formats import E4M3
 from core.numerics.fp8 import FP8Precision, FP8Settings
 from core.numerics.grouped import grouped_product
-from core.numerics.quantise import E4M3, dequantise, quantise
+from core.numerics.quantise import dequantise, quantise
 from core.numerics.quantised_product import RoundedGroupedLinear, RoundedLinear
 from plugins.fp8_native.fused import FusedRounding
 from plugins.fp8_native.operand import Operand, multiply
@@ -22,13 +23,13 @@ INSTEAD = "precision fp8_emulated has them on any machine"
 
 
 class NativeLinear(RoundedLinear):
-    """A `RoundedLinear` whose product is plain where `scaled_mm` lacks its scales: a sample on a CPU after a run."""
+    """A `RoundedLinear` whose product is plain where `scaled_mm` lacks its scales, as for a sample on a CPU."""
 
     rounding: NativeRounding
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
+        """x W^T: (..., inputs) -> (..., outputs)."""
         if takes(self.rounding, x):
             self.path = self.rounding.path(x)
             return super().forward(x)
@@ -37,13 +38,13 @@ class NativeLinear(RoundedLinear):
 
 
 class NativeGroupedLinear(RoundedGroupedLinear):
-    """The same for each group."""
+    """A `RoundedGroupedLinear` whose products are plain where `scaled_mm` lacks its scales."""
 
     rounding: NativeRounding
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
-        """Rows sorted by group, and where each group ends."""
+        """The products [A, outputs] of rows sorted by group; `ends_E` says where each group ends."""
         if takes(self.rounding, x_AI):
             self.path = self.rounding.path(x_AI)
             return super().forward(x_AI, ends_E)
@@ -57,7 +58,7 @@ def takes(rounding: Any, x: Tensor) -> bool:
 
 
 class NativeFP8(FP8Precision):
-    """Low roles by `torch.nn.functional.scaled_mm`, E4M3 throughout."""
+    """Takes low roles' products by `torch.nn.functional.scaled_mm`, in E4M3 throughout."""
 
     paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3"
     example = {"name": "fp8_native", "scaling": "row", "stream": "fp32"}
@@ -68,19 +69,24 @@ class NativeFP8(FP8Precision):
         """Settings of fp8_native."""
 
         stream: Literal["fp32", "bf16"] = setting(
-            "bf16", doc="format of the residual stream, of what products return, and of products that stay high"
+            "bf16",
+            doc="format of the residual stream, of what products return, and of products that stay high",
         )
         scaling: Literal["tile", "row", "tensor"] = setting(
-            "tile", doc="what shares a scale: 1x128 and 128x128 tiles (Hopper); a row of each operand; a tensor"
+            "tile",
+            doc="what shares a scale: 1x128 and 128x128 tiles (Hopper); a row of each operand; a tensor",
         )
-        scales: Literal["fp32", "ue8m0"] = setting("fp32", doc="format of scales; ue8m0: powers of two")
+        scales: Literal["fp32", "ue8m0"] = setting(
+            "fp32", doc="format of scales; ue8m0: powers of two"
+        )
         weight_gradient: Literal["paper", "te"] = setting(
-            "paper", doc="activation of the weight gradient: the saved FP8 codes (paper), or the original (te)"
+            "paper",
+            doc="activation of the weight gradient: the saved FP8 codes (paper), or the original (te)",
         )
 
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
-        """A device whose `scaled_mm` has these scales; asked for one small product."""
+        """The reason, as a sentence, why the device cannot multiply with these scales; it tries a small product."""
         cuda = environment.device == "cuda"
         hopper = environment.capability is not None and environment.capability[0] == 9
         if config.scaling == "tile" and not cuda:
@@ -98,37 +104,52 @@ class NativeFP8(FP8Precision):
 
     def low_linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
         """A `NativeLinear`."""
-        return NativeLinear(inputs, outputs, self._rounding(inputs), self.low_path(role), std=std, **self.formats(role))
+        rounding = self._rounding(inputs)
+        path = self.low_path(role)
+        return NativeLinear(inputs, outputs, rounding, path, std=std, **self.formats(role))
 
-    def low_grouped_linear(self, groups: int, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
+    def low_grouped_linear(
+        self, groups: int, inputs: int, outputs: int, role: str, *, std: float
+    ) -> nn.Module:
         """A `NativeGroupedLinear`, one product after the other."""
-        made = {"rounding": self._rounding(inputs), "path": self.low_path(role), "std": std, **self.formats(role)}
-        return NativeGroupedLinear(groups, inputs, outputs, **made)
+        rounding = self._rounding(inputs)
+        path = self.low_path(role)
+        return NativeGroupedLinear(
+            groups, inputs, outputs, rounding, path, std=std, **self.formats(role)
+        )
 
     def low_path(self, role: str) -> str:
-        """Without a device: a run notes who made the operands too; see `FusedRounding.path`."""
+        """The code of a low role's products as far as it is known without a device; see `FusedRounding.path`."""
         return self._rounding(0).path(None)
 
     def _rounding(self, inputs: int) -> NativeRounding:
         config = self.config
-        paper, ue8m0 = config.weight_gradient == "paper", config.scales == "ue8m0"
-        kind = FusedRounding if config.scaling == "tile" else NativeRounding
-        return kind(inputs, TILES[config.scaling], self.stream, power_of_two=ue8m0, codes_again=paper)
+        paper = config.weight_gradient == "paper"
+        ue8m0 = config.scales == "ue8m0"
+        kind: type[NativeRounding] = NativeRounding
+        if config.scaling == "tile":
+            kind = FusedRounding
+        tiles = TILES[config.scaling]
+        return kind(inputs, tiles, self.stream, power_of_two=ue8m0, codes_again=paper)
 
 
 def missing(scaling: str, device: str) -> str | None:
-    """What a device lacks for products in these scales, as one sentence; None where small ones come out right.
+    """The sentence that a device lacks products in these scales; None where small ones have the right results.
 
     Every tile of these operands has a scale of its own, so scales in another order would show.
     """
     tiles = TILES[scaling]
-    m, n, k = (torch.arange(size, device=device, dtype=torch.float32)[:, None] for size in (48, 272, 640))
-    a, b = (1 + m) * 2 ** (k.t() // 128), (1 + n // 128) * 3 ** (k.t() // 128)
+    m, n, k = (_column(size, device) for size in (48, 272, 640))
+    a = (1 + m) * 2 ** (k.t() // 128)
+    b = (1 + n // 128) * 3 ** (k.t() // 128)
+    right_tiles = (tiles.weight, tiles.rows)  # of the weight, and of the weight gradient's operand
     try:
-        for tile in dict.fromkeys((tiles.weight, tiles.rows)):  # of the weight, and of the weight gradient's operand
-            left, right = quantise(a, tiles.rows, E4M3), quantise(b, tile, E4M3)
+        for tile in dict.fromkeys(right_tiles):
+            left = quantise(a, tiles.rows, E4M3)
+            right = quantise(b, tile, E4M3)
             exact = dequantise(left).double() @ dequantise(right).double().t()
-            error = (multiply(Operand.of(left), Operand.of(right), torch.float32) - exact).abs() / exact
+            found = multiply(Operand.of(left), Operand.of(right), torch.float32)
+            error = (found - exact).abs() / exact
             if not bool((error < 1e-2).all()):
                 return _lacks(scaling, "its results are wrong")
     except (RuntimeError, ValueError, AttributeError) as cause:
@@ -136,5 +157,12 @@ def missing(scaling: str, device: str) -> str | None:
     return None
 
 
+def _column(size: int, device: str) -> Tensor:
+    """0, 1, ... below a size as a column of fp32 numbers."""
+    return torch.arange(size, device=device, dtype=torch.float32)[:, None]
+
+
 def _lacks(scaling: str, why: str) -> str:
-    return f"torch {torch.__version__} has no scaled_mm for scaling {scaling} here ({why}); {INSTEAD}"
+    return (
+        f"torch {torch.__version__} has no scaled_mm for scaling {scaling} here ({why}); {INSTEAD}"
+    )

@@ -4,7 +4,7 @@
     dX = Q1x128(dY)   Q128x128(W)          the same quantised W
     dW = Q128x1(dY)^T Q128x1(X')           tiles along tokens, restarted at each expert's first row
 
-A 128x1 tile of a matrix is a 1x128 tile of its transpose, which is what the kernel is given. `scaled_mm` has no grouped
+A 128x1 tile of a matrix is a 1x128 tile of its transpose, which is the kernel's operand. `scaled_mm` has no grouped
 form with such scales: experts follow one another.
 """
 
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.numerics.quantise import BLOCK, E4M3, ROW, WHOLE, Quantised, Tile, dequantise, quantise
+from core.numerics.formats import E4M3
+from core.numerics.quantise import BLOCK, ROW, WHOLE, Quantised, Tile, dequantise, quantise
 from core.numerics.quantised_product import Kept, Rounding
 from plugins.fp8_native.ends import spans
 from plugins.fp8_native.operand import CHANNEL, Operand, multiply
@@ -23,12 +24,12 @@ from plugins.fp8_native.operand import CHANNEL, Operand, multiply
 
 @dataclass(frozen=True)
 class Tiles:
-    """Which elements of an operand share a scale, with the contraction along its rows.
+    """The elements of an operand that share a scale, with the contraction along its rows.
 
     Args:
-        rows: of activations and gradients.
-        weight: of weights.
-        words: both, for people.
+        rows: tile of activations and gradients.
+        weight: tile of weights.
+        words: both in words, for logs.
     """
 
     rows: Tile
@@ -45,12 +46,12 @@ TILES = {
 
 @dataclass(frozen=True)
 class NativeRounding(Rounding):
-    """E4M3 codes all the way; see `core.numerics.quantised_product.Rounding`.
+    """Operands that stay E4M3 codes; see `core.numerics.quantised_product.Rounding`.
 
     Args:
         inputs: width of the activations.
         tiles: which elements share a scale.
-        dtype: of outputs and input gradients; weight gradients are fp32.
+        dtype: format of outputs and input gradients; weight gradients are fp32.
         power_of_two: scales are powers of two.
         codes_again: X' is the saved FP8 tensor, and not X itself.
     """
@@ -62,16 +63,20 @@ class NativeRounding(Rounding):
     codes_again: bool = True
 
     def path(self, x: Tensor | None) -> str:
-        """Which code takes the products of x, or as far as that is known before there is one.
+        """The code that takes the products of x, in words; None: as far as it is known without an operand.
 
         For example `torch scaled_mm, e4m3 1x128 / 128x128`.
         """
-        return f"torch scaled_mm, e4m3 {self.tiles.words}{', ue8m0 scales' if self.power_of_two else ''}"
+        scales = ", ue8m0 scales" if self.power_of_two else ""
+        return f"torch scaled_mm, e4m3 {self.tiles.words}{scales}"
 
     def activation(self, x_AI: Tensor, ends_E: Tensor | None) -> tuple[Any, Kept]:
-        """Q(X) by rows; its codes are saved, or X."""
+        """Q(X) by rows, and what is saved: its codes and scales, or X."""
         stored = self._quantise(self._owned(x_AI, ends_E), self.tiles.rows)
-        return Operand.of(stored), (stored.codes, stored.scales) if self.codes_again else (x_AI,)
+        kept: Kept = (x_AI,)
+        if self.codes_again:
+            kept = (stored.codes, stored.scales)
+        return Operand.of(stored), kept
 
     def activation_again(self, kept: Kept, ends_E: Tensor | None) -> Any:
         """Q(X') along tokens, one operand [I, tokens] for each expert."""
@@ -84,13 +89,16 @@ class NativeRounding(Rounding):
         return self._along_tokens(dequantise(stored), ends_E)
 
     def weight(self, weight: Tensor) -> tuple[Any, Kept]:
-        """Q(W), one operand [O, I] for each expert; its codes are saved where the input gradient takes the same."""
+        """Q(W), one operand [O, I] for each expert, and what is saved: its codes, or W where dX needs other ones."""
         stored = self._quantise(weight, self.tiles.weight)
-        kept = (weight,) if self.tiles.weight == CHANNEL else (stored.codes, stored.scales)
-        return [Operand(*both, self.tiles.weight) for both in _each(stored.codes, stored.scales)], kept
+        kept: Kept = (stored.codes, stored.scales)
+        if self.tiles.weight == CHANNEL:
+            kept = (weight,)
+        operands = _each(stored.codes, stored.scales)
+        return [Operand(*both, self.tiles.weight) for both in operands], kept
 
     def weight_again(self, kept: Kept) -> Any:
-        """The same turned round, [I, O]; with a scale for each row, quantised by its columns."""
+        """Q(W) transposed, [I, O]; with a scale for each row, W quantised by its columns."""
         if self.tiles.weight == CHANNEL:
             turned = self._quantise(kept[0].transpose(-1, -2), CHANNEL)
             return [Operand(*both, CHANNEL) for both in _each(turned.codes, turned.scales)]
@@ -107,18 +115,22 @@ class NativeRounding(Rounding):
         return self._along_tokens(dy_AO, ends_E)
 
     def product(self, rows: Any, weight: Any, ends_E: Tensor | None) -> Tensor:
-        """[A, O]; rows of no expert are 0."""
-        parts = [multiply(rows.part(*span), own, self.dtype) for span, own in self._owners(rows, weight, ends_E)]
+        """rows @ weight^T, [A, O]; rows of no expert are 0."""
+        parts = []
+        for span, own in zip(spans(len(rows.codes), ends_E), weight, strict=True):
+            parts.append(multiply(rows.part(*span), own, self.dtype))
         done = sum(map(len, parts))
         rest = rows.scales.new_zeros(len(rows.codes) - done, len(weight[0].codes), dtype=self.dtype)
-        return torch.cat([*parts, rest]) if len(rest) or len(parts) > 1 else parts[0]
+        if len(rest) or len(parts) > 1:
+            return torch.cat([*parts, rest])
+        return parts[0]
 
     def product_back(self, rows: Any, weight: Any, ends_E: Tensor | None) -> Tensor:
-        """[A, I], of weights that are turned round already."""
+        """rows @ weight, [A, I], of weights that are transposed already."""
         return self.product(rows, weight, ends_E)
 
     def outer(self, dy: Any, x: Any, ends_E: Tensor | None) -> Tensor:
-        """[O, I] or [E, O, I] in fp32."""
+        """dy^T x for each expert, [O, I] or [E, O, I], in fp32."""
         each = [multiply(own, other, torch.float32) for own, other in zip(dy, x, strict=True)]
         return each[0] if ends_E is None else torch.stack(each)
 
@@ -126,21 +138,19 @@ class NativeRounding(Rounding):
         return quantise(x, tile, E4M3, power_of_two=self.power_of_two)
 
     def _along_tokens(self, x_AI: Tensor, ends_E: Tensor | None) -> list[Operand]:
-        tile = self.tiles.rows
-        return [Operand.of(self._quantise(x_AI[b:e].t(), tile)) for b, e in spans(len(x_AI), ends_E)]
+        """The transpose of each expert's rows, quantised along its tokens."""
+        operands = []
+        for begin, end in spans(len(x_AI), ends_E):
+            operands.append(Operand.of(self._quantise(x_AI[begin:end].t(), self.tiles.rows)))
+        return operands
 
     def _split(self, stored: Quantised, ends_E: Tensor | None) -> list[Operand]:
-        """Under one scale for all, what was quantised is turned round as it is."""
+        """The transpose of each expert's rows, with the codes that they have under one scale for all."""
         whole = Operand.of(stored)
         return [whole.part(*span).transposed() for span in spans(len(stored.codes), ends_E)]
 
-    def _owners(
-        self, rows: Operand, weight: list[Operand], ends_E: Tensor | None
-    ) -> Iterator[tuple[tuple[int, int], Operand]]:
-        return zip(spans(len(rows.codes), ends_E), weight, strict=True)
-
     def _owned(self, x_AI: Tensor, ends_E: Tensor | None) -> Tensor:
-        """Under one scale for all, rows that belong to nobody must not set it."""
+        """x with the rows of no expert set to 0, where they would change the one scale of all."""
         if ends_E is None or self.tiles.rows != WHOLE:
             return x_AI
         rows_A = torch.arange(len(x_AI), device=x_AI.device)

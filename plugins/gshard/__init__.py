@@ -7,7 +7,7 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the components of this package."""
+    """Offers the components of this package."""
     registry.router("gshard", "plugins.gshard.router:GShardRouter")
     registry.router("gshard_dropless", "plugins.gshard.router:DroplessRouter")
     registry.balancer("gshard", "plugins.gshard.balancer:GShardLoss")

@@ -14,7 +14,7 @@ from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
-from core.contracts.router import Adjust, Router, Routing
+from core.contracts.router import AdjustScores, Router, Routing
 from core.contracts.schema import setting
 from core.numerics.promotion import at_least_fp32
 from core.routing.chance import uniform
@@ -23,12 +23,12 @@ _NO_CHOICE = "a token's id decides alone"
 
 
 class HashRouter(Router):
-    """One expert a token, by its id; the gate is 1."""
+    """One expert for each token, looked up by its id; the gate is 1."""
 
     paper = "Hash Layers For Large Sparse Models (arXiv 2106.04426)"
     capabilities = frozenset({"causal", "token_choice"})
     example = {"name": "hash", "map": "random"}
-    refuses = {
+    rejected_keys = {
         "top_k": "a token's id stands for one expert",
         "groups": f"{_NO_CHOICE}, so there is no choice to limit",
         "group_limit": f"{_NO_CHOICE}, so there is no choice to limit",
@@ -46,13 +46,16 @@ class HashRouter(Router):
 
     def __init__(self, config: Config, build: BuildContext, *, experts: int) -> None:
         super().__init__(config, build, experts=experts)
-        self.config, self.seed, self.layer, self.token_counts = config, build.seed, build.layer, build.token_counts
+        self.config = config
+        self.seed = build.seed
+        self.layer = build.layer
+        self.token_counts = build.token_counts
         self.known = True
         self.table: Tensor
         self.register_buffer("table", torch.zeros(build.vocabulary, dtype=torch.int64))
 
     def reset_parameters(self) -> None:
-        """The random table of this seed and layer, or the balanced one where token counts are at hand."""
+        """Fills the random table of this seed and layer, or the balanced one where token counts are known."""
         if self.config.map == "random":
             ids_V = torch.arange(len(self.table))
             drawn_V = uniform(self.seed, f"hash table:{self.layer}", ids_V)
@@ -68,32 +71,35 @@ class HashRouter(Router):
 
     @property
     def top_k(self) -> int:
-        """One."""
+        """1: each token has one expert."""
         return 1
 
-    def forward(self, x_TD: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
-        """Look the tokens up.
+    def forward(
+        self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
+        """The routing of the tokens by their ids.
 
         Raises:
             UserError: a balanced table was neither made from data nor loaded.
         """
         if not self.known:
             why = "map = balanced is made from the training data's token counts, and this model was built without data"
-            raise UserError(f"hash: {why}: use core.fit, core.load, or core.build(..., token_counts=...)")
+            how = "use core.fit, core.load, or core.build(..., token_counts=...)"
+            raise UserError(f"hash: {why}: {how}")
         expert_T1 = self.table.index_select(0, context.tokens_BL.flatten())[:, None]
         gate_T1 = at_least_fp32(x_TD.new_ones(len(x_TD), 1))
         scores_TE = gate_T1.new_zeros(len(x_TD), self.experts).scatter(1, expert_T1, 1.0)
         return Routing.top_k(expert_T1, gate_T1, scores_TE, scores_TE)
 
     def costs(self) -> Costs:
-        """No parameter."""
+        """No costs: the router has no parameters."""
         return Costs()
 
 
 def balanced(count_V: list[int], experts: int) -> list[int]:
-    """Ids to experts, greedily: the most frequent first, each to the expert with the least text so far.
+    """The expert of each id, found greedily: the most frequent id first, each to the expert with the least text so far.
 
-    Of experts with equally much the one with the fewest ids takes it, then the one with the lowest number; so ids that
+    Among experts with equal text the one with the fewest ids takes it, then the one with the lowest number. So ids that
     the training text does not hold are spread evenly too.
     """
     table = [0] * len(count_V)

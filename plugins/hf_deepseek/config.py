@@ -1,15 +1,15 @@
-"""Reading a configuration file: values with transformers' defaults, and what must hold for every model."""
+"""Reading a configuration file: values with transformers' defaults, and checks that hold for every model."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from core.contracts.errors import Wrong
+from core.contracts.errors import ConfigError
 
 LATENT_EPS = 1e-6
-"""Epsilon of the two latent norms: transformers and the released code take it whatever `rms_norm_eps` is."""
+"""Epsilon of the two latent norms: transformers and the released code use it whatever `rms_norm_eps` is."""
 
 SMALLEST_VOCABULARY = 257
-"""A recipe's: 256 bytes and a marker."""
+"""Smallest vocabulary of a recipe: 256 bytes and a marker."""
 
 COMMON = {
     "rms_norm_eps": 1e-6,
@@ -17,6 +17,8 @@ COMMON = {
     "initializer_range": 0.02,
     "q_lora_rank": 1536,
 }
+"""Defaults of transformers that DeepSeek-V2 and V3 share."""
+
 MUST_BE = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -24,65 +26,81 @@ MUST_BE = {
     "moe_layer_freq": (1, None),
     "attention_dropout": (0, 0.0, None),
 }
-"""Keys that would change a forward, and the values that change nothing."""
+"""Keys that would change a forward, and their only allowed values, which do not."""
 
-FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-"""What a released checkpoint says of its FP8 weights."""
+FP8 = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
+"""How a released checkpoint describes its FP8 weights."""
 
 
-class Given:
-    """A configuration with defaults.
+class HfConfig:
+    """A Hugging Face configuration with defaults.
 
     Args:
         config: the file's content.
-        defaults: what transformers takes where a key is missing.
+        defaults: the values that transformers uses for missing keys.
     """
 
     def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        self._config, self._defaults = config, {**COMMON, **defaults}
+        self._config = config
+        self._defaults = {**COMMON, **defaults}
 
     def get(self, key: str) -> Any:
-        """A value that may be null.
+        """Returns a value, which may be null.
 
         Raises:
-            Wrong: it is missing and has no default.
+            ConfigError: the key is missing and has no default.
         """
         if key in self._config:
             return self._config[key]
         if key not in self._defaults:
-            raise Wrong(key, "this key is missing")
+            raise ConfigError(key, "this key is missing")
         return self._defaults[key]
 
     def count(self, key: str, low: int = 1) -> int:
-        """A whole number.
+        """Returns a whole number of at least `low`.
 
         Raises:
-            Wrong: it is missing, none, or too small.
+            ConfigError: the key is missing, or its value is no whole number or too small.
         """
         value = self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise Wrong(key, f"must be a whole number of at least {low}")
+            raise ConfigError(key, f"must be a whole number of at least {low}")
         return value
 
     def number(self, key: str) -> float:
-        """A number.
+        """Returns a number.
 
         Raises:
-            Wrong: it is missing or none.
+            ConfigError: the key is missing, or its value is no number.
         """
         value = self.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise Wrong(key, "must be a number")
+            raise ConfigError(key, "must be a number")
         return float(value)
 
     def check(self, **more: tuple[Any, ...]) -> None:
-        """Raises `Wrong` for a setting that no layer here has; `more` are further keys and what they may be."""
+        """Checks the settings that our layers do not have.
+
+        Args:
+            **more: the allowed values of further keys; the first of each is named in the message.
+
+        Raises:
+            ConfigError: a setting has another value.
+        """
         for key, allowed in {**MUST_BE, **more}.items():
             if key in self._config and self._config[key] not in allowed:
-                raise Wrong(key, f"must be {_shown(allowed[0])}: nothing else is supported")
+                raise ConfigError(key, f"must be {_shown(allowed[0])}: nothing else is supported")
         heads = self._config.get("num_key_value_heads")
         if heads not in (None, self.get("num_attention_heads")):
-            raise Wrong("num_key_value_heads", "must equal num_attention_heads, as latent attention has it")
+            raise ConfigError(
+                "num_key_value_heads",
+                "must equal num_attention_heads, as always in latent attention",
+            )
         self._check_fp8()
 
     def _check_fp8(self) -> None:
@@ -91,7 +109,10 @@ class Given:
             return
         for key in ("quant_method", "fmt", "weight_block_size"):
             if not isinstance(quantisation, dict) or quantisation.get(key, FP8[key]) != FP8[key]:
-                raise Wrong("quantization_config", f"must have {key} {FP8[key]}: only the released FP8 blocks are read")
+                raise ConfigError(
+                    "quantization_config",
+                    f"must have {key} = {FP8[key]}: only the FP8 blocks of the released checkpoints are supported",
+                )
 
 
 def _shown(value: Any) -> str:

@@ -1,15 +1,21 @@
-"""What a recipe's model is made of, as far as one configuration for all layers can say it."""
+"""The layout of a recipe's model, as far as one configuration for all layers can express it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core.contracts.errors import Wrong
+from core.contracts.errors import ConfigError
+
+_Section = tuple[str, Mapping[str, Any]]
+"""The key path of a section in the recipe, and the section."""
+
+_TRAINING_KEYS = ("balance", "dispatcher", "token_dropping")
+"""Keys of a layer with experts that do not affect a forward in evaluation, except by the bias."""
 
 
 @dataclass(frozen=True)
 class Bias:
-    """Where a layer keeps its selection bias: the place in its list of balancers."""
+    """The balancer that holds a layer's selection bias, as an index into its list of balancers."""
 
     index: int
 
@@ -19,16 +25,16 @@ class Layout:
     """A model of dense layers, then layers with experts, all with one attention.
 
     Args:
-        dim, vocabulary: widths.
-        layers: how many there are.
-        dense: how many of them come first and have no experts.
-        attention: the section of MLA.
-        hidden: width of the dense layers; None where there is none.
-        experts: the section of the layers with experts; None where there is none.
+        dim, vocabulary: widths of the model and of its output.
+        layers: number of layers.
+        dense: number of layers without experts, which come first.
+        attention: the recipe's section of MLA.
+        hidden: width of the dense layers; None if there are none.
+        experts: the recipe's section of the layers with experts; None if there are none.
         bias: the selection bias of those layers.
-        mtp: the name of the multi-token head; None where there is none.
-        depths: its modules.
-        tied: whether the output is the embedding.
+        mtp: the name of the multi-token head; None if there is none.
+        depths: number of its modules.
+        tied: whether the output shares the weights of the embedding.
     """
 
     dim: int
@@ -45,32 +51,44 @@ class Layout:
 
 
 def layout_of(recipe: Mapping[str, Any]) -> Layout:
-    """The layout of a resolved recipe.
+    """Returns the layout of a resolved recipe.
 
     Raises:
-        Wrong: layers that one configuration cannot describe.
+        ConfigError: the layers cannot be described by one configuration.
     """
     model = recipe["model"]
-    kinds = [(name, block) for name, block in model["blocks"].items() for _ in range(block["count"])]
-    attention = _same([(f"model.blocks.{n}.attention", b["attention"] or model["attention"]) for n, b in kinds])
+    attentions: list[_Section] = []
+    ffns: list[_Section] = []
+    for name, block in model["blocks"].items():
+        path = f"model.blocks.{name}"
+        for _ in range(block["count"]):
+            attentions.append((f"{path}.attention", block["attention"] or model["attention"]))
+            ffns.append((f"{path}.ffn", block["ffn"]))
+    attention = _same(attentions)
     if attention["name"] != "mla":
-        raise Wrong("model.attention.name", "must be mla: the architecture has no other attention")
-    ffns = [(f"model.blocks.{name}.ffn", block["ffn"]) for name, block in kinds]
+        raise ConfigError(
+            "model.attention.name", "must be mla: the architecture has no other attention"
+        )
     for path, ffn in ffns:
         if ffn["name"] not in ("swiglu", "moe"):
-            raise Wrong(f"{path}.name", "must be swiglu or moe: the architecture has no other layers")
+            raise ConfigError(
+                f"{path}.name", "must be swiglu or moe: the architecture has no other layers"
+            )
     dense = sum(ffn["name"] == "swiglu" for _, ffn in ffns)
     if any(ffn["name"] == "swiglu" for _, ffn in ffns[dense:]):
-        raise Wrong("model.blocks", "must hold all dense blocks before the first one with experts")
-    experts = _same([(path, ffn) for path, ffn in ffns[dense:]]) if dense < len(ffns) else None
+        raise ConfigError(
+            "model.blocks", "must hold all dense blocks before the first one with experts"
+        )
+    hidden = _same(ffns[:dense])["hidden"] if dense else None
+    experts = _same(ffns[dense:]) if dense < len(ffns) else None
     mtp, depths = _multi_token(model["heads"])
     return Layout(
         dim=model["dim"],
         vocabulary=recipe["data"]["tokenizer"]["vocab"],
-        layers=len(kinds),
+        layers=len(ffns),
         dense=dense,
         attention=attention,
-        hidden=_same(ffns[:dense])["hidden"] if dense else None,
+        hidden=hidden,
         experts=experts,
         bias=_bias(experts, ffns[-1][0]) if experts else None,
         mtp=mtp,
@@ -79,40 +97,48 @@ def layout_of(recipe: Mapping[str, Any]) -> Layout:
     )
 
 
-_OF_TRAINING = ("balance", "dispatcher", "token_dropping")
-"""Keys of a layer with experts that no forward in evaluation depends on; the bias is looked at by itself."""
-
-
-def _same(sections: list[tuple[str, Mapping[str, Any]]]) -> Mapping[str, Any]:
-    """The one section that all layers have."""
+def _same(sections: list[_Section]) -> Mapping[str, Any]:
+    """Returns the section that all layers have; raises `ConfigError` if they differ."""
     first = _compared(sections[0][1])
     for path, section in sections[1:]:
         if _compared(section) != first:
-            raise Wrong(path, "must be the same in all blocks of its kind: one configuration describes them all")
+            raise ConfigError(
+                path,
+                "must be the same in all blocks of this kind: one configuration describes them all",
+            )
     return sections[0][1]
 
 
 def _compared(section: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in section.items() if key not in _OF_TRAINING}
-    return kept | {"bias": [s["name"] for s in section.get("balance", ())].index("bias") if _biased(section) else None}
-
-
-def _biased(section: Mapping[str, Any]) -> bool:
-    return any(balancer["name"] == "bias" for balancer in section.get("balance", ()))
+    """Returns what must be equal in all layers: the keys of a forward, and the index of the bias."""
+    kept = {key: value for key, value in section.items() if key not in _TRAINING_KEYS}
+    balancers = [balancer["name"] for balancer in section.get("balance", ())]
+    kept["bias"] = balancers.index("bias") if "bias" in balancers else None
+    return kept
 
 
 def _bias(experts: Mapping[str, Any], path: str) -> Bias | None:
+    """Returns the selection bias of the layers with experts; raises `ConfigError` if it is not additive."""
     for index, balancer in enumerate(experts["balance"]):
         if balancer["name"] == "bias":
             if balancer["form"] != "additive":
-                raise Wrong(f"{path}.balance.{index}.form", "must be additive: the architecture adds its bias")
+                raise ConfigError(
+                    f"{path}.balance.{index}.form",
+                    "must be additive: the architecture adds its bias",
+                )
             return Bias(index)
     return None
 
 
 def _multi_token(heads: Mapping[str, Any]) -> tuple[str | None, int]:
+    """Returns the name of the multi-token head and the number of its modules; None and 0 without one."""
     found = [name for name, head in heads.items() if head["name"] == "mtp"]
     for name, head in heads.items():
         if head["name"] not in ("next_token", "mtp") or name in found[1:]:
-            raise Wrong(f"model.heads.{name}", "must be next_token, or one mtp: the architecture has no other heads")
-    return (found[0], heads[found[0]]["depth"]) if found else (None, 0)
+            raise ConfigError(
+                f"model.heads.{name}",
+                "must be next_token, or one mtp: the architecture has no other heads",
+            )
+    if not found:
+        return None, 0
+    return found[0], heads[found[0]]["depth"]

@@ -31,7 +31,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """Row order[a] // K of x for each assignment a; the gradient of a token is the sum of its K rows'."""
+    """Row order[a] // K of x for each assignment a; a token's gradient is the sum of those of its K rows."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_A: Tensor, inverse_A: Tensor, choices: int) -> Tensor:
@@ -42,11 +42,15 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_AD: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_A,) = ctx.saved_tensors
-        return dy_AD.index_select(0, inverse_A).unflatten(0, (-1, ctx.choices)).sum(dim=1), None, None, None
+        dy_TKD = dy_AD.index_select(0, inverse_A).unflatten(0, (-1, ctx.choices))
+        return dy_TKD.sum(dim=1), None, None, None
 
 
 def _weighted_sum(gate_TK: Tensor, y_TKD: Tensor) -> Tensor:
-    """Over the choices of each token; a compiler fuses the plain form with the gather before it, a product not."""
+    """The sum of each token's choices, weighted by their gates.
+
+    A compiler fuses the plain form with the gather before it, but not the einsum.
+    """
     if torch.compiler.is_compiling() and y_TKD.is_cuda:
         return (gate_TK[:, :, None] * y_TKD).sum(dim=1)
     return torch.einsum("tk,tkd->td", gate_TK, y_TKD)
@@ -54,6 +58,8 @@ def _weighted_sum(gate_TK: Tensor, y_TKD: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Done(Handle):
+    """A handle whose result is there already."""
+
     value: Any
 
     def wait(self) -> Any:
@@ -61,7 +67,7 @@ class _Done(Handle):
 
 
 class LocalDispatcher(Dispatcher):
-    """Every expert is here; nothing travels further than memory."""
+    """Dispatches to experts that are all on this device; rows only move in memory."""
 
     example = {"name": "local"}
 
@@ -73,12 +79,13 @@ class LocalDispatcher(Dispatcher):
         super().__init__(config, build, experts=experts)
 
     def start(self, x_TD: Tensor, routing: Routing) -> Handle:
-        """Sort by expert, stably; dropped assignments go past the last expert's end."""
+        """Sorts rows by expert, stably; dropped assignments go past the last expert's end."""
         expert_A = routing.expert_A
         if routing.kept_A is not None:
             expert_A = expert_A.masked_fill(~routing.kept_A, self.experts)
         sorted_A, order_A = expert_A.sort(stable=True)
-        inverse_A = torch.empty_like(order_A).scatter(0, order_A, torch.arange(len(order_A), device=order_A.device))
+        place_A = torch.arange(len(order_A), device=order_A.device)
+        inverse_A = torch.empty_like(order_A).scatter(0, order_A, place_A)
         ends_E = ends_of(sorted_A, self.experts).to(torch.int32)
         if routing.choices:
             x_AD = _Spread.apply(x_TD, order_A, inverse_A, routing.choices)  # type: ignore[no-untyped-call]
@@ -87,7 +94,7 @@ class LocalDispatcher(Dispatcher):
         return _Done((x_AD, ends_E, (routing, order_A, inverse_A, x_TD.shape[0])))
 
     def start_combine(self, y_AD: Tensor, state: Any) -> Handle:
-        """Back to the assignments' own order, times the gates, summed for each token."""
+        """Puts rows back in the assignments' order, multiplies them by the gates and adds up each token's."""
         routing, order_A, inverse_A, tokens = state
         gate_A = routing.gate_A
         if routing.kept_A is not None:

@@ -18,7 +18,7 @@ from core.contracts.attention import Attention, Cache
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
-from core.contracts.errors import Wrong
+from core.contracts.errors import ConfigError
 from core.contracts.schema import setting
 from core.model.attend import TensorCache, attend
 from core.model.norm import RMSNorm
@@ -26,10 +26,18 @@ from core.model.rope import rotate, softmax_scale
 
 
 class LatentAttention(Attention):
-    """MLA; the norms are on the two latents only, never on the rotated key or per head."""
+    """Multi-head Latent Attention, with norms on the two latents only, not on the rotated key or single heads."""
 
     paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.1"
-    example = {"name": "mla", "heads": 4, "q_rank": 24, "kv_rank": 16, "nope_dim": 16, "rope_dim": 8, "value_dim": 16}
+    example = {
+        "name": "mla",
+        "heads": 4,
+        "q_rank": 24,
+        "kv_rank": 16,
+        "nope_dim": 16,
+        "rope_dim": 8,
+        "value_dim": 16,
+    }
 
     @dataclass(kw_only=True)
     class Config:
@@ -40,42 +48,60 @@ class LatentAttention(Attention):
         nope_dim: int = setting(doc="width per head of the part without position (d_h)")
         rope_dim: int = setting(doc="width per head of the rotated part (d_h^R)")
         value_dim: int = setting(doc="width per head of the values")
-        q_rank: int | None = setting(None, doc="width of the query latent (d'_c); null: queries come straight from x")
-        norm_eps: float | None = setting(None, doc="epsilon of the latents' norms; null: the model's norm_eps")
+        q_rank: int | None = setting(
+            None, doc="width of the query latent (d'_c); null: queries come straight from x"
+        )
+        norm_eps: float | None = setting(
+            None, doc="epsilon of the latents' norms; null: the model's norm_eps"
+        )
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` for widths that make no attention."""
+            """Raises `ConfigError` for widths below 1, an odd `rope_dim` or an epsilon out of range."""
             for key in ("heads", "kv_rank", "nope_dim", "rope_dim", "value_dim", "q_rank"):
                 value = getattr(self, key)
                 if value is not None and value < 1:
-                    raise Wrong(key, "must be at least 1")
+                    raise ConfigError(key, "must be at least 1")
             if self.norm_eps is not None and not 0 < self.norm_eps < float("inf"):
-                raise Wrong("norm_eps", "must be positive and finite")
+                raise ConfigError("norm_eps", "must be positive and finite")
             if self.rope_dim % 2:
-                raise Wrong("rope_dim", "must be even, because positions rotate pairs")
+                raise ConfigError("rope_dim", "must be even, because positions rotate pairs")
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)
-        self.config, self.rope, self.length = config, build.rope, build.length
-        heads, key_dim = config.heads, config.nope_dim + config.rope_dim
-        norms = build if config.norm_eps is None else replace(build, norm_eps=config.norm_eps)
+        self.config = config
+        self.rope = build.rope
+        self.length = build.length
+        heads = config.heads
+        key_dim = config.nope_dim + config.rope_dim
+        norms = build
+        if config.norm_eps is not None:
+            norms = replace(build, norm_eps=config.norm_eps)
         if config.q_rank is None:
             self.q = build.linear(build.dim, heads * key_dim, "attention.q")
         else:
             self.q_down = build.linear(build.dim, config.q_rank, "attention.q_down")
             self.q_norm = RMSNorm(config.q_rank, norms)
             self.q_up = build.linear(config.q_rank, heads * key_dim, "attention.q_up")
-        self.kv_down = build.linear(build.dim, config.kv_rank + config.rope_dim, "attention.kv_down")
+        down_width = config.kv_rank + config.rope_dim
+        up_width = heads * (config.nope_dim + config.value_dim)
+        output_width = heads * config.value_dim
+        self.kv_down = build.linear(build.dim, down_width, "attention.kv_down")
         self.kv_norm = RMSNorm(config.kv_rank, norms)
-        self.kv_up = build.linear(config.kv_rank, heads * (config.nope_dim + config.value_dim), "attention.kv_up")
-        self.output = build.linear(heads * config.value_dim, build.dim, "attention.output", residual=True)
+        self.kv_up = build.linear(config.kv_rank, up_width, "attention.kv_up")
+        self.output = build.linear(output_width, build.dim, "attention.output", residual=True)
         self.scale = softmax_scale(key_dim, build.rope)
 
-    def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
-        """u_t of eq. 11."""
+    def forward(
+        self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
+    ) -> Tensor:
+        """The outputs u_t of eq. 11, B x L x D."""
         config = self.config
-        q_BLD = self.q(x_BLD) if config.q_rank is None else self.q_up(self.q_norm(self.q_down(x_BLD)))
-        q_BLHN, q_BLHR = q_BLD.unflatten(-1, (config.heads, -1)).split([config.nope_dim, config.rope_dim], dim=-1)
+        if config.q_rank is None:
+            q_BLD = self.q(x_BLD)
+        else:
+            q_BLD = self.q_up(self.q_norm(self.q_down(x_BLD)))
+        q_BLHX = q_BLD.unflatten(-1, (config.heads, -1))
+        q_BLHN, q_BLHR = q_BLHX.split([config.nope_dim, config.rope_dim], dim=-1)
         latent_BLC, k_BLR = self.kv_down(x_BLD).split([config.kv_rank, config.rope_dim], dim=-1)
         latent_BSC = self.kv_norm(latent_BLC)
         k_BSR = rotate(k_BLR[:, :, None], self.rope, context.positions_BL)[:, :, 0]
@@ -85,22 +111,24 @@ class LatentAttention(Attention):
             slots_BL = cache.slots(x_BLD.shape[1])
         kv_BSHX = self.kv_up(latent_BSC).unflatten(-1, (config.heads, -1))
         k_BSHN, v_BSHV = kv_BSHX.split([config.nope_dim, config.value_dim], dim=-1)
-        q = torch.cat([q_BLHN, rotate(q_BLHR, self.rope, context.positions_BL)], dim=-1)
-        k = torch.cat([k_BSHN, k_BSR[:, :, None].expand(-1, -1, config.heads, -1)], dim=-1)
-        o_BLHV = attend(q, k, v_BSHV, self.scale, context, slots_BL)
+        q_BLHR = rotate(q_BLHR, self.rope, context.positions_BL)
+        q_BLHX = torch.cat([q_BLHN, q_BLHR], dim=-1)
+        k_BSHR = k_BSR[:, :, None].expand(-1, -1, config.heads, -1)
+        k_BSHX = torch.cat([k_BSHN, k_BSHR], dim=-1)
+        o_BLHV = attend(q_BLHX, k_BSHX, v_BSHV, self.scale, context, slots_BL)
         result: Tensor = self.output(o_BLHV.flatten(-2))
         return result
 
     def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
-        """Keeps (kv_rank + rope_dim) elements per token."""
+        """A cache of kv_rank + rope_dim elements per token."""
         return TensorCache(rows, capacity, device)
 
     def costs(self) -> Costs:
-        """All weights are active; mixing is heads x (key width + value width) per position attended to."""
+        """The costs of one token: all weights are active, and scores and outputs take key and value widths per head."""
         config = self.config
         widths = config.nope_dim + config.rope_dim + config.value_dim
         return Costs(
             active=sum(p.numel() for p in self.parameters()),
-            mixing=2 * config.heads * widths * self.length / 2,
+            attention_flops=2 * config.heads * widths * self.length / 2,
             cache=config.kv_rank + config.rope_dim,
         )

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
-from core.contracts.errors import Wrong
-from core.contracts.loss_head import HeadOutput, LossHead, Shared
+from core.contracts.errors import ConfigError
+from core.contracts.loss_head import HeadOutput, LossHead, SharedModules
 from core.contracts.record import MeanMetric, Metric, Record
 from core.contracts.residual import Residual
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
@@ -48,15 +48,17 @@ class Depth(nn.Module):
         self, hidden_BLD: Tensor, embedded_BLD: Tensor, context: SequenceContext
     ) -> tuple[Tensor, dict[str, Record]]:
         """The normed state of this depth, and what its block's layers saw."""
-        joined = torch.cat([self.embedding_norm(embedded_BLD), self.hidden_norm(hidden_BLD)], dim=-1)
+        embedding_BLD = self.embedding_norm(embedded_BLD)
+        state_BLD = self.hidden_norm(hidden_BLD)
+        joined_BLX = torch.cat([embedding_BLD, state_BLD], dim=-1)
         with self.precision.context():
-            projected_BLD = self.projection(joined)
+            projected_BLD = self.projection(joined_BLX)
         stream, records = self.block(self.residual.expand(projected_BLD), context)
         return self.norm(self.residual.collapse(stream)), records
 
 
 class MultiTokenPrediction(LossHead):
-    """Predicts further tokens from a complete causal chain; one term for each depth."""
+    """Predicts further tokens from a complete causal chain, with one term for each depth."""
 
     paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2"
     example = {"name": "mtp", "depth": 1, "weight": 0.3}
@@ -66,58 +68,70 @@ class MultiTokenPrediction(LossHead):
         """Settings of multi-token prediction."""
 
         depth: int = setting(1, doc="further tokens predicted (D)")
-        weight: Scheduled = setting(0.3, doc="coefficient (lambda; DeepSeek-V3: 0.3, then 0.1 after 10T tokens)")
+        weight: Scheduled = setting(
+            0.3, doc="coefficient (lambda; DeepSeek-V3: 0.3, then 0.1 after 10T tokens)"
+        )
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` for no depth or a negative weight."""
+            """Raises `ConfigError` for no depth or a negative weight."""
             if self.depth < 1:
-                raise Wrong("depth", "must be at least 1; leave the head out for none")
+                raise ConfigError("depth", "must be at least 1; leave the head out for none")
             check_scheduled(self.weight, "weight", low=0)
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)
-        self.config, self.output_size = config, build.vocabulary * build.dim
-        self.depths = nn.ModuleList(Depth(replace(build, layer=build.layer + k)) for k in range(config.depth))
+        self.config = config
+        self.output_size = build.vocabulary * build.dim
+        self.depths = nn.ModuleList(
+            Depth(replace(build, layer=build.layer + k)) for k in range(config.depth)
+        )
 
-    def forward(self, hidden_BLD: Tensor, context: SequenceContext, shared: Shared) -> HeadOutput:
-        """Terms `depth_1`, `depth_2`, ...; in evaluation also how often each depth agrees with the main model."""
+    def forward(
+        self, hidden_BLD: Tensor, context: SequenceContext, shared: SharedModules
+    ) -> HeadOutput:
+        """The terms `depth_1`, `depth_2`, ...; in evaluation also how often each depth agrees with the main model."""
         assert context.targets_BL is not None
         terms: dict[str, Tensor] = {}
         records: dict[str, dict[str, Record]] = {}
         metrics: dict[str, Metric] = {}
-        main_BL = None if self.training else shared.logits(hidden_BLD).argmax(dim=-1)
+        main_BL = None
+        if not self.training:
+            main_BL = shared.logits(hidden_BLD).argmax(dim=-1)
         state_BLD = hidden_BLD
         for k, depth in enumerate(self.depths, start=1):
             inner = _shifted(context, k)
             embedded_BLD = shared.embed(inner.tokens_BL)
-            path = block_path(k)
-            state_BLD, records[path] = depth(state_BLD[:, : inner.tokens_BL.shape[1]], embedded_BLD, inner)
+            state_BLD = state_BLD[:, : inner.tokens_BL.shape[1]]
+            state_BLD, records[block_path(k)] = depth(state_BLD, embedded_BLD, inner)
             counted_BL = context.predicted(k)
             targets_BL = context.targets_BL[:, k:]
-            terms[f"depth_{k}"] = cross_entropy_sum(shared.logits, state_BLD, targets_BL, counted_BL)
+            loss = cross_entropy_sum(shared.logits, state_BLD, targets_BL, counted_BL)
+            terms[f"depth_{k}"] = loss
             if main_BL is not None:
-                agree = (shared.logits(state_BLD).argmax(dim=-1) == main_BL[:, k:]) & counted_BL
-                metrics[f"acceptance_{k}"] = MeanMetric(agree.sum(), counted_BL.sum())
+                own_BL = shared.logits(state_BLD).argmax(dim=-1)
+                agree_BL = (own_BL == main_BL[:, k:]) & counted_BL
+                metrics[f"acceptance_{k}"] = MeanMetric(agree_BL.sum(), counted_BL.sum())
         return HeadOutput(terms, records, metrics)
 
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
-        """The main loss's predicted positions, for every depth (eq. 24)."""
+        """The number of the main loss's predicted positions, for every depth (eq. 24)."""
         return {f"depth_{k}": context.predicted().sum() for k in range(1, self.config.depth + 1)}
 
     def contexts(self, context: SequenceContext) -> dict[str, SequenceContext]:
-        """Depth k's block sees the sequence from its k-th token on."""
+        """The context of each depth's block: depth k sees the sequence from its k-th token on."""
         return {block_path(k): _shifted(context, k) for k in range(1, self.config.depth + 1)}
 
     def coefficient(self, progress: Progress) -> float:
-        """lambda / D."""
+        """The coefficient of each depth, lambda / D."""
         return value_at(self.config.weight, progress) / self.config.depth
 
     def costs(self) -> Costs:
-        """Every depth's own weights that a token uses, and the shared output once more for each."""
+        """The costs of one token: every depth's own weights that it uses, and the shared output once more for each."""
         total = Costs()
         for depth in self.depths:
             assert isinstance(depth, Depth)
-            own = sum(p.numel() for p in depth.parameters()) - sum(p.numel() for p in depth.block.parameters())
+            in_block = sum(p.numel() for p in depth.block.parameters())
+            own = sum(p.numel() for p in depth.parameters()) - in_block
             total = total + depth.block.costs() + Costs(active=own + self.output_size)  # type: ignore[operator]
         return total
 
@@ -128,19 +142,25 @@ def block_path(depth: int) -> str:
 
 
 def _shifted(context: SequenceContext, k: int) -> SequenceContext:
-    """What depth k's block sees: position i stands for token i + k and for the state of position i.
+    """The context of depth k's block: position i stands for token i + k and for the state of position i.
 
-    A row whose two halves come from different documents keeps the document of its state: no later row of
-    that document exists, so nobody whose loss counts can read it.
+    A row whose two halves come from different documents keeps the document of its state. No later row of
+    that document exists, so no row whose loss counts can read it.
     """
     assert context.targets_BL is not None
     length = context.tokens_BL.shape[1] - k
+    documents_BM = context.documents_BM
+    if documents_BM is not None:
+        documents_BM = documents_BM[:, : length + 1]
+    learned_BM = context.learned_BM
+    if learned_BM is not None:
+        learned_BM = learned_BM[:, k:]
     return replace(
         context,
         tokens_BL=context.tokens_BL[:, k:],
         positions_BL=context.positions_BL[:, k:],
         targets_BL=context.targets_BL[:, k:],
         valid_BL=context.within(k),
-        documents_BM=None if context.documents_BM is None else context.documents_BM[:, : length + 1],
-        learned_BM=None if context.learned_BM is None else context.learned_BM[:, k:],
+        documents_BM=documents_BM,
+        learned_BM=learned_BM,
     )

@@ -7,7 +7,7 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the components of this package."""
+    """Offers the components of this package."""
     registry.attention("mha", "plugins.multi_head.attention:MultiHeadAttention")
     registry.attention("gqa", "plugins.multi_head.attention:GroupedQueryAttention")
     registry.attention("mqa", "plugins.multi_head.attention:MultiQueryAttention")

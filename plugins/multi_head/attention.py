@@ -14,7 +14,7 @@ from core.contracts.attention import Attention, Cache
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
-from core.contracts.errors import Wrong
+from core.contracts.errors import ConfigError
 from core.contracts.schema import setting
 from core.model.attend import TensorCache, attend
 from core.model.rope import rotate, softmax_scale
@@ -23,56 +23,68 @@ from core.model.rope import rotate, softmax_scale
 class _HeadAttention(Attention):
     """Attention with `heads` query heads and `kv_heads` key-value heads of one width."""
 
-    def __init__(self, config: Any, build: BuildContext, *, heads: int, kv_heads: int, head_dim: int | None) -> None:
+    def __init__(
+        self, config: Any, build: BuildContext, *, heads: int, kv_heads: int, head_dim: int | None
+    ) -> None:
         super().__init__(config, build)
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads = heads
+        self.kv_heads = kv_heads
         self.head_dim = head_dim or build.dim // heads
-        self.rope, self.length = build.rope, build.length
+        self.rope = build.rope
+        self.length = build.length
         self.q = build.linear(build.dim, heads * self.head_dim, "attention.q")
         self.k = build.linear(build.dim, kv_heads * self.head_dim, "attention.k")
         self.v = build.linear(build.dim, kv_heads * self.head_dim, "attention.v")
-        self.output = build.linear(heads * self.head_dim, build.dim, "attention.output", residual=True)
+        width = heads * self.head_dim
+        self.output = build.linear(width, build.dim, "attention.output", residual=True)
         self.scale = softmax_scale(self.head_dim, build.rope)
 
-    def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
+    ) -> Tensor:
         """softmax(q k^T / sqrt(head_dim)) v, with rotated q and k."""
-        q, k, v = (layer(x_BLD).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
-        q, k = rotate(q, self.rope, context.positions_BL), rotate(k, self.rope, context.positions_BL)
+        heads = (-1, self.head_dim)
+        q_BLHR = self.q(x_BLD).unflatten(-1, heads)
+        k_BLHR = self.k(x_BLD).unflatten(-1, heads)
+        v_BSHV = self.v(x_BLD).unflatten(-1, heads)
+        q_BLHR = rotate(q_BLHR, self.rope, context.positions_BL)
+        k_BSHR = rotate(k_BLHR, self.rope, context.positions_BL)
         slots_BL = None
         if cache is not None:
-            k, v = cache.append(k, v)
+            k_BSHR, v_BSHV = cache.append(k_BSHR, v_BSHV)
             slots_BL = cache.slots(x_BLD.shape[1])
-        o_BLHV = attend(q, k, v, self.scale, context, slots_BL)
+        o_BLHV = attend(q_BLHR, k_BSHR, v_BSHV, self.scale, context, slots_BL)
         result: Tensor = self.output(o_BLHV.flatten(-2))
         return result
 
     def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
-        """Keeps keys and values of every key-value head."""
+        """A cache of the keys and values of every key-value head."""
         return TensorCache(rows, capacity, device)
 
     def costs(self) -> Costs:
-        """All weights are active."""
+        """The costs of one token: all weights are active."""
         return Costs(
             active=sum(p.numel() for p in self.parameters()),
-            mixing=2 * self.heads * 2 * self.head_dim * self.length / 2,
+            attention_flops=2 * self.heads * 2 * self.head_dim * self.length / 2,
             cache=2 * self.kv_heads * self.head_dim,
         )
 
 
 def _check(heads: int, head_dim: int | None, parent: Any) -> None:
+    """Raises `ConfigError` where the heads leave no even width for each."""
     if heads < 1:
-        raise Wrong("heads", "must be at least 1")
+        raise ConfigError("heads", "must be at least 1")
     dim = getattr(parent, "dim", None)
     if head_dim is None and dim is not None and dim % heads:
-        raise Wrong("heads", f"must divide model.dim = {dim} where head_dim is not given")
+        raise ConfigError("heads", f"must divide model.dim = {dim} where head_dim is not given")
     width = head_dim if head_dim is not None else (dim or 0) // heads
     if width % 2:
         key = "heads" if head_dim is None else "head_dim"
-        raise Wrong(key, "must leave an even head width: positions rotate pairs")
+        raise ConfigError(key, "must leave an even head width: positions rotate pairs")
 
 
 class MultiHeadAttention(_HeadAttention):
-    """Every query head has its own keys and values."""
+    """Attention in which every query head has its own keys and values."""
 
     paper = "Attention Is All You Need (arXiv 1706.03762), section 3.2"
     example = {"name": "mha", "heads": 4}
@@ -85,15 +97,17 @@ class MultiHeadAttention(_HeadAttention):
         head_dim: int | None = setting(None, doc="width per head; null: model.dim / heads")
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` where the heads do not divide the width."""
+            """Raises `ConfigError` where the heads do not divide the width."""
             _check(self.heads, self.head_dim, parent)
 
     def __init__(self, config: Config, build: BuildContext) -> None:
-        super().__init__(config, build, heads=config.heads, kv_heads=config.heads, head_dim=config.head_dim)
+        super().__init__(
+            config, build, heads=config.heads, kv_heads=config.heads, head_dim=config.head_dim
+        )
 
 
 class GroupedQueryAttention(_HeadAttention):
-    """Groups of query heads share keys and values."""
+    """Attention in which groups of query heads share keys and values."""
 
     paper = "GQA (arXiv 2305.13245), section 2.2"
     example = {"name": "gqa", "heads": 4, "kv_heads": 2}
@@ -107,17 +121,19 @@ class GroupedQueryAttention(_HeadAttention):
         head_dim: int | None = setting(None, doc="width per head; null: model.dim / heads")
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` where heads, groups and width do not divide."""
+            """Raises `ConfigError` where heads, groups and width do not divide."""
             _check(self.heads, self.head_dim, parent)
             if self.kv_heads < 1 or self.heads % self.kv_heads:
-                raise Wrong("kv_heads", f"must divide heads = {self.heads}")
+                raise ConfigError("kv_heads", f"must divide heads = {self.heads}")
 
     def __init__(self, config: Config, build: BuildContext) -> None:
-        super().__init__(config, build, heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim)
+        super().__init__(
+            config, build, heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim
+        )
 
 
 class MultiQueryAttention(_HeadAttention):
-    """All query heads share one head of keys and values."""
+    """Attention in which all query heads share one head of keys and values."""
 
     paper = "Fast Transformer Decoding (arXiv 1911.02150), section 3"
     example = {"name": "mqa", "heads": 4}
@@ -130,7 +146,7 @@ class MultiQueryAttention(_HeadAttention):
         head_dim: int | None = setting(None, doc="width per head; null: model.dim / heads")
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` where the heads do not divide the width."""
+            """Raises `ConfigError` where the heads do not divide the width."""
             _check(self.heads, self.head_dim, parent)
 
     def __init__(self, config: Config, build: BuildContext) -> None:

@@ -7,5 +7,5 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the components of this package."""
+    """Offers the components of this package."""
     registry.loss_head("next_token", "plugins.next_token.head:NextToken")

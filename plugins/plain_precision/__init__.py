@@ -7,7 +7,7 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the components of this package."""
+    """Offers the components of this package."""
     registry.precision("fp32", "plugins.plain_precision.precision:FP32")
     registry.precision("fp64", "plugins.plain_precision.precision:FP64")
     registry.precision("bf16", "plugins.plain_precision.precision:BF16")

@@ -7,5 +7,5 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the residual stream to which outputs are added."""
+    """Offers the residual stream to which outputs are added."""
     registry.residual("add", "plugins.residual_add.residual:AddResidual")

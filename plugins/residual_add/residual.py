@@ -8,7 +8,7 @@ from core.contracts.residual import Residual
 
 
 class AddResidual(Residual):
-    """x + layer(norm(x)); the stream is the states themselves."""
+    """The plain residual stream x + layer(norm(x)), which is the states themselves."""
 
     paper = "Deep Residual Learning (arXiv 1512.03385), equation 1; pre-norm as in the DeepSeek-V3 report, figure 2"
     example = {"name": "add"}
@@ -18,17 +18,17 @@ class AddResidual(Residual):
         """There is nothing to set."""
 
     def expand(self, embedded_BLD: Tensor) -> Tensor:
-        """The embedding as it is."""
+        """The stream that starts as the embedding."""
         return embedded_BLD
 
     def read(self, stream: Tensor) -> Tensor:
-        """The states."""
+        """The input of a layer: the stream itself."""
         return stream
 
     def write(self, stream: Tensor, output_BLD: Tensor) -> Tensor:
-        """The sum."""
+        """The sum of the stream and a layer's output."""
         return stream + output_BLD
 
     def collapse(self, stream: Tensor) -> Tensor:
-        """The states."""
+        """The states after the last layer: the stream itself."""
         return stream

@@ -7,7 +7,7 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the components of this package."""
+    """Offers the components of this package."""
     registry.balancer("sequence", "plugins.share_balance.balancer:SequenceLoss")
     registry.balancer("batch", "plugins.share_balance.balancer:BatchLoss")
     registry.balancer("micro_batch", "plugins.share_balance.balancer:MicroBatchLoss")

@@ -8,28 +8,28 @@ from torch import Tensor
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
-from core.contracts.errors import Wrong
+from core.contracts.errors import ConfigError
 from core.contracts.ffn import FeedForward
 from core.contracts.schema import setting
 from core.model.activation import swiglu
 
 
 class SwiGLU(FeedForward):
-    """Three matrices; gate and up are kept as one."""
+    """The dense feed-forward layer with three matrices, of which gate and up are kept as one weight."""
 
     paper = "GLU Variants Improve Transformer (arXiv 2002.05202)"
     example = {"name": "swiglu", "hidden": 64}
 
     @dataclass(kw_only=True)
     class Config:
-        """Width of the dense layer."""
+        """The width of the dense layer."""
 
         hidden: int = setting(doc="inner width")
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` for a layer without width."""
+            """Raises `ConfigError` for a layer without width."""
             if self.hidden < 1:
-                raise Wrong("hidden", "must be at least 1")
+                raise ConfigError("hidden", "must be at least 1")
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)
@@ -37,9 +37,9 @@ class SwiGLU(FeedForward):
         self.down = build.linear(config.hidden, build.dim, "ffn.down", residual=True)
 
     def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, None]:
-        """Each position by itself."""
+        """The layer's output for each position by itself, and no record."""
         return self.down(swiglu(self.gate_up(x_BLD))), None
 
     def costs(self) -> Costs:
-        """All weights are active."""
+        """The costs of one token: all weights are active."""
         return Costs(active=sum(p.numel() for p in self.parameters()))

@@ -7,6 +7,6 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the components of this package."""
+    """Offers the components of this package."""
     registry.router("switch", "plugins.switch.router:SwitchRouter")
     registry.balancer("switch", "plugins.switch.balancer:SwitchLoss")

@@ -5,7 +5,7 @@ from typing import Literal
 
 from core.contracts.schedule import Scheduled
 from core.contracts.schema import setting
-from core.routing.share_loss import FirstChoiceLoss, Weighted
+from core.routing.share_loss import Coefficient, FirstChoiceLoss
 
 
 class SwitchLoss(FirstChoiceLoss):
@@ -15,8 +15,12 @@ class SwitchLoss(FirstChoiceLoss):
     example = {"name": "switch", "alpha": 0.01}
 
     @dataclass(kw_only=True)
-    class Config(Weighted):
+    class Config(Coefficient):
         """Settings of Switch's loss."""
 
-        alpha: Scheduled = setting(0.01, doc="coefficient, and the value at an even load (Switch: 0.01)")
-        over: Literal["sequence", "batch", "micro_batch"] = setting("micro_batch", doc="the tokens it is formed over")
+        alpha: Scheduled = setting(
+            0.01, doc="coefficient, and the value at an even load (Switch: 0.01)"
+        )
+        over: Literal["sequence", "batch", "micro_batch"] = setting(
+            "micro_batch", doc="the tokens it is formed over"
+        )

@@ -1,6 +1,6 @@
-"""The few names of Transformer Engine that this room uses, and why they cannot be had.
+"""The modules of Transformer Engine that this package uses, and the reason where one cannot be used.
 
-Nothing here is imported before a product runs on a GPU, or `fit` asks whether one could: describing, loading and
+Nothing of it is imported before a product runs on a GPU, or `fit` checks whether one could: describing, loading and
 sampling need no Transformer Engine. Written against its 2.13 to 2.20.
 """
 
@@ -12,7 +12,9 @@ from typing import Any
 from core.contracts.component import Environment
 from core.contracts.errors import UserError
 
-INSTALL = "install it with `pip install --no-build-isolation 'moeloom[fp8]'` where nvcc and cuDNN are"
+INSTALL = (
+    "install it with `pip install --no-build-isolation 'moeloom[fp8]'` where nvcc and cuDNN are"
+)
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,10 @@ class Scaling:
     """One way to scale, as Transformer Engine offers it.
 
     Args:
-        recipe: the class in `transformer_engine.common.recipe`.
-        tile: what rows and widths are multiples of.
-        capability: the least compute capability.
-        cuda: the least CUDA that torch was built with.
+        recipe: name of the class in `transformer_engine.common.recipe`.
+        tile: number of which rows and widths are multiples.
+        capability: lowest compute capability.
+        cuda: lowest CUDA version of torch.
     """
 
     recipe: str
@@ -41,21 +43,21 @@ SCALINGS = {
 
 
 def pytorch() -> Any:
-    """`transformer_engine.pytorch`.
+    """The module `transformer_engine.pytorch`.
 
     Raises:
-        UserError: it is not there, or has no compiled part that works here.
+        UserError: it is not installed, or has no compiled part that works here.
     """
     return _module("transformer_engine.pytorch")
 
 
 def recipes() -> Any:
-    """`transformer_engine.common.recipe`; raises as `pytorch` does."""
+    """The module `transformer_engine.common.recipe`; raises as `pytorch` does."""
     return _module("transformer_engine.common.recipe")
 
 
 def present() -> bool:
-    """Whether it is there and works; without it layers take plain products."""
+    """Whether Transformer Engine is installed and works; without it layers take plain products."""
     try:
         pytorch()
     except UserError:
@@ -66,18 +68,24 @@ def present() -> bool:
 def _module(name: str) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a missing compiled part it warns, and then raises
+            warnings.simplefilter("ignore")  # it warns of a missing compiled part, and then raises
             return importlib.import_module(name)
     except ModuleNotFoundError as cause:
         if (cause.name or "").partition(".")[0] == "transformer_engine":
             raise UserError(f"Transformer Engine is not installed: {INSTALL}") from cause
-        raise UserError(f"Transformer Engine lacks the package {cause.name}: install that too") from cause
-    except Exception as cause:  # RuntimeError, FileNotFoundError, OSError and others, by version and by what is amiss
-        told = str(cause).strip().partition("\n")[0] or type(cause).__name__
-        raise UserError(f"Transformer Engine has no compiled part that works here ({told}): {INSTALL}") from cause
+        raise UserError(
+            f"Transformer Engine lacks the package {cause.name}: install that too"
+        ) from cause
+    except (
+        Exception
+    ) as cause:  # RuntimeError, FileNotFoundError, OSError and others, by version and problem
+        message = str(cause).strip().partition("\n")[0] or type(cause).__name__
+        raise UserError(
+            f"Transformer Engine has no compiled part that works here ({message}): {INSTALL}"
+        ) from cause
 
 
-def obstacle(name: str, environment: Environment) -> str | None:
+def unmet_requirement(name: str, environment: Environment) -> str | None:
     """Why a way to scale cannot run in an environment, as one sentence; None if it can."""
     scaling = SCALINGS[name]
     if environment.device != "cuda" or environment.capability is None:
@@ -88,7 +96,7 @@ def obstacle(name: str, environment: Environment) -> str | None:
     if environment.capability < scaling.capability:
         return (
             f"scaling {name} needs compute capability {_dotted(scaling.capability)} or higher, and this GPU has "
-            f"{_dotted(environment.capability)}; {_instead(environment.capability)}"
+            f"{_dotted(environment.capability)}; {_alternative(environment.capability)}"
         )
     if name == "mxfp8" and environment.capability >= (12, 0):
         return (
@@ -107,9 +115,12 @@ def obstacle(name: str, environment: Environment) -> str | None:
     return None
 
 
-def _instead(capability: tuple[int, int]) -> str:
+def _alternative(capability: tuple[int, int]) -> str:
+    """The scaling or format that a GPU of this compute capability can run, as the end of a sentence."""
     fitting = [name for name, scaling in SCALINGS.items() if scaling.capability <= capability]
-    return f"scaling {fitting[0]} runs there" if fitting else "it has no FP8 at all, but bf16 runs there"
+    if fitting:
+        return f"scaling {fitting[0]} runs there"
+    return "it has no FP8 at all, but bf16 runs there"
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -7,5 +7,5 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the corpus."""
+    """Offers the corpus."""
     registry.corpus("files", "plugins.text_files.corpus:TextFiles")

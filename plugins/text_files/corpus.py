@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from core.contracts.corpus import Corpus, Document
-from core.contracts.errors import UserError, Wrong
+from core.contracts.errors import ConfigError, UserError
 from core.contracts.schema import setting
 
 
@@ -18,17 +18,23 @@ class TextFiles(Corpus):
 
     @dataclass(kw_only=True)
     class Config:
-        """Which files."""
+        """The files, and the key of the text in .jsonl files."""
 
-        paths: list[str] = setting(doc="globs of .txt and .jsonl files (`**` descends into folders, `~` is home)")
+        paths: list[str] = setting(
+            doc="globs of .txt and .jsonl files (`**` descends into folders, `~` is home)"
+        )
         text_key: str = setting("text", doc="in .jsonl files, the key that holds a document's text")
 
         def check(self, parent: Any) -> None:
-            """There must be a glob."""
+            """Raises `ConfigError` where there is no glob."""
             if not self.paths:
-                raise Wrong("paths", "must hold at least one glob, such as texts/*.txt")
+                raise ConfigError("paths", "must hold at least one glob, such as texts/*.txt")
 
-    example: ClassVar[dict[str, Any]] = {"name": "files", "paths": ["texts/*.txt"], "text_key": "text"}
+    example: ClassVar[dict[str, Any]] = {
+        "name": "files",
+        "paths": ["texts/*.txt"],
+        "text_key": "text",
+    }
 
     def documents(self) -> Iterator[Document]:
         """The documents, named by their path below the folder that all files share (and their line).
@@ -39,7 +45,10 @@ class TextFiles(Corpus):
             UserError: a glob matches nothing, a file is of another kind or cannot be read, or a line of a .jsonl
                 file is not JSON with the text under `text_key`.
         """
-        paths = sorted({path for pattern in self.config.paths for path in _matches(pattern)})
+        matched: set[Path] = set()
+        for pattern in self.config.paths:
+            matched.update(_matches(pattern))
+        paths = sorted(matched)
         root = Path(os.path.commonpath([path.parent for path in paths]))
         for path in paths:
             name = path.relative_to(root).as_posix()
@@ -56,7 +65,8 @@ class TextFiles(Corpus):
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     source = f"{path}, line {number}"
-                    yield Document(name=f"{name}:{number:09d}", data=self._text(line, source), source=source)
+                    data = self._text(line, source)
+                    yield Document(name=f"{name}:{number:09d}", data=data, source=source)
 
     def _text(self, line: bytes, source: str) -> bytes:
         key = self.config.text_key
@@ -69,14 +79,20 @@ class TextFiles(Corpus):
         try:
             return str(record[key]).encode("utf-8")
         except UnicodeEncodeError as cause:
-            raise UserError(f"{source} holds half a surrogate pair, which is no text: {cause.reason}") from cause
+            raise UserError(
+                f"{source} holds half a surrogate pair, which is no text: {cause.reason}"
+            ) from cause
 
 
 def _matches(pattern: str) -> list[Path]:
-    paths = [Path(os.path.abspath(found)) for found in glob.glob(os.path.expanduser(pattern), recursive=True)]
+    """The files that a glob matches; raises `UserError` for none, or for one of another kind."""
+    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    paths = [Path(os.path.abspath(name)) for name in found]
     files = [path for path in paths if path.is_file()]
     if not files:
-        raise UserError(f"the glob {pattern!r} (data.corpus.paths) matches no file in {os.getcwd()}")
+        raise UserError(
+            f"the glob {pattern!r} (data.corpus.paths) matches no file in {os.getcwd()}"
+        )
     for path in files:
         if path.suffix not in (".txt", ".jsonl"):
             raise UserError(

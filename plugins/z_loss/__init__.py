@@ -7,5 +7,5 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the components of this package."""
+    """Offers the components of this package."""
     registry.balancer("z_loss", "plugins.z_loss.balancer:ZLoss")

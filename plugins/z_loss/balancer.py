@@ -28,7 +28,7 @@ class ZLoss(Balancer):
         alpha: Scheduled = setting(0.001, doc="coefficient (ST-MoE: 0.001)")
 
         def check(self, parent: Any) -> None:
-            """Raises `Wrong` for a negative coefficient."""
+            """Raises `ConfigError` for a negative coefficient."""
             check_scheduled(self.alpha, "alpha", low=0)
 
     def __init__(self, config: Config, build: BuildContext, *, experts: int, top_k: int) -> None:
@@ -36,19 +36,19 @@ class ZLoss(Balancer):
         self.config = config
 
     def observe(self, routing: Routing, context: SequenceContext) -> dict[str, Tensor]:
-        """The sum over valid tokens."""
+        """The sum of logsumexp(logits)^2 over valid tokens."""
         valid_T = context.valid().flatten()
         squared_T = routing.logits_TE.logsumexp(dim=1).square()
         return {"squared": squared_T.masked_fill(~valid_T, 0).sum()}
 
     def count(self, context: SequenceContext) -> Tensor:
-        """Valid tokens."""
+        """The number of valid tokens."""
         return context.valid().sum()
 
     def loss(self, sums: dict[str, Tensor]) -> Tensor:
-        """Summed over tokens."""
+        """The sum over tokens, which the step divides by their number."""
         return sums["squared"]
 
     def coefficient(self, progress: Progress) -> float:
-        """alpha."""
+        """The coefficient alpha at this position of the run."""
         return value_at(self.config.alpha, progress)

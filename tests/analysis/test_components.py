@@ -6,7 +6,9 @@ import core
 from core.describe import document_of
 from core.recipe.compose import shipped_recipes
 
-SMALL = [name for name in shipped_recipes() if not name.startswith(("dsv2", "dsv3_16b", "dsv3_671b"))]
+SMALL = [
+    name for name in shipped_recipes() if not name.startswith(("dsv2", "dsv3_16b", "dsv3_671b"))
+]
 
 
 @pytest.mark.parametrize("name", [*SMALL, "dsv2_lite", "dsv3_16b"])
@@ -18,8 +20,12 @@ def test_the_rows_add_up_and_nothing_is_left_over(name: str) -> None:
     assert sum(row["parameters"] for row in main) == document["params_total"]
     assert sum(row["parameters"] for row in heads) == document["params_mtp"]
     assert sum(row["active"] for row in main) == document["params_active"]
-    assert sum(row["flops_per_token"] for row in main) == pytest.approx(document["flops_per_token_main"], rel=1e-12)
-    assert sum(row["flops_per_token"] for row in rows) == pytest.approx(document["flops_per_token"], rel=1e-12)
+    assert sum(row["flops_per_token"] for row in main) == pytest.approx(
+        document["flops_per_token_main"], rel=1e-12
+    )
+    assert sum(row["flops_per_token"] for row in rows) == pytest.approx(
+        document["flops_per_token"], rel=1e-12
+    )
     assert "other" not in {row["component"] for row in rows}
 
 
@@ -44,9 +50,12 @@ def test_deepseek_v3_by_component() -> None:
     assert {name: row["active"] for name, row in rows.items()} == parameters | active
 
 
-def test_what_costs_and_products_disagree_in_is_told(lab: object) -> None:
+def test_what_costs_and_products_disagree_in_is_reported(lab: object) -> None:
     """A tied output is active and owns nothing; a hash router owns no centroids."""
     rows = document_of(core.compose("baselines/hash", ["model.tied_embedding=true"]))["components"]
     found = {row["component"]: row for row in rows}
-    assert (found["output"]["parameters"], found["output"]["active"]) == (0, found["embedding"]["parameters"])
+    assert (found["output"]["parameters"], found["output"]["active"]) == (
+        0,
+        found["embedding"]["parameters"],
+    )
     assert not {"routers", "other"} & found.keys()

@@ -61,23 +61,34 @@ def test_what_the_two_counts_differ_in() -> None:
     assert found["flops_per_token_main"] - found["flops_per_token_megatron_main"] == 6 * left_out
     mtp = found["flops_per_token"] - found["flops_per_token_main"]
     mtp_megatron = found["flops_per_token_megatron"] - found["flops_per_token_megatron_main"]
-    assert mtp - mtp_megatron == 6 * (256 * 7168 + (2 + 3) * 7168)  # its router; its block's norms and its own three
+    assert mtp - mtp_megatron == 6 * (
+        256 * 7168 + (2 + 3) * 7168
+    )  # its router; its block's norms and its own three
 
 
 def test_the_printed_figures_are_these() -> None:
     """docs/describe.md, in its table of conventions."""
     text = (Path(__file__).resolve().parents[2] / "docs/describe.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `flops_per_token")]
+    rows = [
+        line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `flops_per_token")
+    ]
     printed = {
         key.strip("` "): f
         for keys, _, figures in rows
         for key, f in zip(keys.split(","), figures.split(","), strict=True)
     }
     assert len(printed) == 5
-    assert {key: f"{deepseek_v3()[key] / 1e9:.3f} G" for key in printed} == {k: f.strip() for k, f in printed.items()}
+    assert {key: f"{deepseek_v3()[key] / 1e9:.3f} G" for key in printed} == {
+        k: f.strip() for k, f in printed.items()
+    }
 
 
-SIZES = ["model.dim=32", "data.sequence_length=16", "data.tokenizer.vocab=300", "model.blocks.moe.ffn.expert_hidden=12"]
+SIZES = [
+    "model.dim=32",
+    "data.sequence_length=16",
+    "data.tokenizer.vocab=300",
+    "model.blocks.moe.ffn.expert_hidden=12",
+]
 ATTENTIONS = {
     "mla": "{name: mla, heads: 4, q_rank: 24, kv_rank: 16, nope_dim: 8, rope_dim: 4, value_dim: 12}",
     "mla_direct": "{name: mla, heads: 4, kv_rank: 16, nope_dim: 8, rope_dim: 4, value_dim: 12}",
@@ -105,20 +116,29 @@ def test_P39_training_flops_are_torchs(name: str) -> None:
     size, main, mtp = size_of(model), model.costs(), model.heads["mtp"].costs()
     gates, in_mtp = 2 * top_k * dim, {id(p) for p in model.heads.parameters()}
     vectors = [
-        sum(p.numel() for p in model.parameters() if p.ndim == 1 and (id(p) in in_mtp) is i) for i in (False, True)
+        sum(p.numel() for p in model.parameters() if p.ndim == 1 and (id(p) in in_mtp) is i)
+        for i in (False, True)
     ]
-    expected = length * (6 * (main.active - vectors[0]) + 6 * main.mixing + 3 * layers * gates)
+    expected = length * (
+        6 * (main.active - vectors[0]) + 6 * main.attention_flops + 3 * layers * gates
+    )
     shorter = length - 1
-    expected += shorter * (6 * (mtp.active - vectors[1]) + 6 * mtp.mixing * shorter / length + 3 * gates)
+    expected += shorter * (
+        6 * (mtp.active - vectors[1]) + 6 * mtp.attention_flops * shorter / length + 3 * gates
+    )
     assert counted(model, length).get_total_flops() == expected
     stated = size.flops_per_token_full
-    assert stated == 6 * (main.active + mtp.active) + 6 * (main.mixing + mtp.mixing)
+    assert stated == 6 * (main.active + mtp.active) + 6 * (
+        main.attention_flops + mtp.attention_flops
+    )
 
 
 def test_P39_every_component_is_torchs() -> None:
     """The table's rows are three times what torch counts in each module's forward, with twice the causal half."""
     length = 16
-    recipe = core.compose("dsv3_small", [*SIZES, f"model.attention={ATTENTIONS['mla']}", "model.heads.mtp=null"])
+    recipe = core.compose(
+        "dsv3_small", [*SIZES, f"model.attention={ATTENTIONS['mla']}", "model.heads.mtp=null"]
+    )
     model = core.build(recipe)
     rows = {row["component"]: row["flops_per_token"] for row in document_of(recipe)["components"]}
     context = SequenceContext.of(torch.zeros(1, length, dtype=torch.int64))
@@ -126,15 +146,17 @@ def test_P39_every_component_is_torchs() -> None:
         model.output(model.hidden(context)[0])
 
     def of(ending: str) -> float:
-        found = (sum(v.values()) for k, v in counter.get_flop_counts().items() if k.endswith(ending))
+        found = (
+            sum(v.values()) for k, v in counter.get_flop_counts().items() if k.endswith(ending)
+        )
         return 3 * sum(found) / length
 
     latent_norms = 6 * 4 * (24 + 16)
-    assert of(".attention") == rows["attention"] + 3 * model.costs().mixing - latent_norms
+    assert of(".attention") == rows["attention"] + 3 * model.costs().attention_flops - latent_norms
     assert of(".routed") == rows["routed experts"]
     assert of(".shared") == rows["shared experts"]
     assert of(".router") == rows["routers"]
     gates = 3 * 3 * 2 * 4 * 32  # the gated sums of four choices, in three layers
     experts = ("routed experts", "shared experts", "routers")
     assert of(".ffn") == rows["dense feed-forward"] + sum(rows[name] for name in experts) + gates
-    assert sum(rows.values()) == 6 * model.costs().active + 3 * model.costs().mixing
+    assert sum(rows.values()) == 6 * model.costs().active + 3 * model.costs().attention_flops

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import core
-from core.analysis.asked import Asked
 from core.analysis.cost import H800_MFU, H800_PEAK
 from core.analysis.describe import document_of
+from core.analysis.options import DescribeOptions
 
 if TYPE_CHECKING:
     from lab import Lab
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def cost_of(name: str, *overrides: str, **asked: Any) -> dict[str, Any] | None:
     """`gpu_hours` of the description."""
-    found: dict[str, Any] | None = document_of(core.compose(name, overrides), Asked(**asked))["gpu_hours"]
+    found: dict[str, Any] | None = document_of(
+        core.compose(name, overrides), DescribeOptions(**asked)
+    )["gpu_hours"]
     return found
 
 
@@ -38,11 +40,15 @@ def test_the_published_utilisation_is_of_the_count_that_is_used() -> None:
     assert reached / 1e12 == pytest.approx(385, abs=0.5)
     assert reached / H800_PEAK == pytest.approx(H800_MFU, abs=0.00005)
     by_the_papers_count = 250.456e9 * tokens_per_second_and_gpu / H800_PEAK
-    assert abs(by_the_papers_count - H800_MFU) > 0.0005  # the other convention does not give the printed digits
+    assert (
+        abs(by_the_papers_count - H800_MFU) > 0.0005
+    )  # the other convention does not give the printed digits
 
 
 def test_another_gpu_and_another_utilisation() -> None:
-    published, faster, both = (cost_of("dsv3_16b", **o) for o in ({}, {"mfu": 0.5}, {"mfu": 0.5, "tflops": 2000.0}))
+    published, faster, both = (
+        cost_of("dsv3_16b", **o) for o in ({}, {"mfu": 0.5}, {"mfu": 0.5, "tflops": 2000.0})
+    )
     assert published is not None
     assert faster is not None
     assert both is not None
@@ -60,9 +66,9 @@ def test_fp32_says_nothing_of_a_bf16_peak() -> None:
 
 
 def test_the_hours_are_printed_with_what_they_assume(lab: "Lab") -> None:
-    assert "-hours:" not in lab.door("describe", lab.file).out
-    said = lab.door("describe", lab.file, "--mfu", "0.4", "--gpu-peak", "100")
+    assert "-hours:" not in lab.command("describe", lab.file).out
+    said = lab.command("describe", lab.file, "--mfu", "0.4", "--gpu-peak", "100")
     assert "GPU-hours: " in said.out
     assert "at 40.00% of 100 TFLOPS (as given)" in said.out
-    document = json.loads(lab.door("describe", lab.file, "--json").out)
+    document = json.loads(lab.command("describe", lab.file, "--json").out)
     assert document["gpu_hours"] is None

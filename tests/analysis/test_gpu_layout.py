@@ -15,27 +15,32 @@ if TYPE_CHECKING:
 def test_a_layout_is_read() -> None:
     assert parse("data=128,expert=64,pipeline=16") == Layout(data=128, expert=64, pipeline=16)
     assert parse(" pipeline=2 ") == Layout(data=1, expert=1, pipeline=2)
-    assert parse("data=128,expert=64,pipeline=16").gpus == 2048  # the experts' ranks are among the data ranks
+    assert (
+        parse("data=128,expert=64,pipeline=16").gpus == 2048
+    )  # the experts' ranks are among the data ranks
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("tensor=2", "--layout: 'tensor' is no axis; known: data, expert, pipeline"),
-        ("experts=2", "--layout: 'experts' is no axis; did you mean expert? known: data, expert, pipeline"),
+        ("tensor=2", "--layout: unknown axis 'tensor'; known: data, expert, pipeline"),
+        (
+            "experts=2",
+            "--layout: unknown axis 'experts'; did you mean expert? known: data, expert, pipeline",
+        ),
         ("data=8,data=4", "--layout: data is given twice"),
-        ("data", "--layout: 'data' is no AXIS=SIZE; write data=8,expert=4,pipeline=2"),
-        ("", "--layout: '' is no AXIS=SIZE; write data=8,expert=4,pipeline=2"),
+        ("data", "--layout: 'data' is not AXIS=SIZE; write data=8,expert=4,pipeline=2"),
+        ("", "--layout: '' is not AXIS=SIZE; write data=8,expert=4,pipeline=2"),
         ("data=0", "must be a whole number of at least 1"),
         ("data=-8", "--layout: data = '-8' must be a whole number of at least 1"),
         ("data=1.5", "must be a whole number of at least 1"),
         ("data=²", "must be a whole number of at least 1"),
     ],
 )
-def test_what_is_no_layout_is_told(text: str, sentence: str) -> None:
-    with pytest.raises(UserError) as told:
+def test_what_is_no_layout_is_reported(text: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
         parse(text)
-    assert sentence in str(told.value)
+    assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +49,16 @@ def test_what_is_no_layout_is_told(text: str, sentence: str) -> None:
         (Layout(data=96, expert=48), "expert = 48 must divide the 256 routed experts of a layer"),
         (Layout(data=96, expert=64), "expert = 64 must divide data = 96"),
         (Layout(data=7), "data = 7 must divide batch.sequences = 3072"),
-        (Layout(pipeline=63), "pipeline = 63 must be at most 62, the layers with multi-token modules"),
+        (
+            Layout(pipeline=63),
+            "pipeline = 63 must be at most 62, the layers with multi-token modules",
+        ),
     ],
 )
-def test_what_does_not_divide_is_told(layout: Layout, sentence: str) -> None:
-    with pytest.raises(UserError) as told:
+def test_what_does_not_divide_is_reported(layout: Layout, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
         check(layout, experts=[256] * 59, layers=62, sequences=3072)
-    assert sentence in str(told.value)
+    assert sentence in str(caught.value)
 
 
 def test_a_dense_model_has_no_expert_axis() -> None:
@@ -59,7 +67,11 @@ def test_a_dense_model_has_no_expert_axis() -> None:
 
 
 def test_stages_are_even_and_the_ends_are_the_shorter_ones() -> None:
-    assert stage_sizes(62, 16) == [3, *[4] * 14, 3]  # DeepSeek-V3: 61 blocks and a multi-token module
+    assert stage_sizes(62, 16) == [
+        3,
+        *[4] * 14,
+        3,
+    ]  # DeepSeek-V3: 61 blocks and a multi-token module
     assert stage_sizes(61, 16) == [3, *[4] * 13, 3, 3]
     assert stage_sizes(8, 4) == [2, 2, 2, 2]
     assert stage_sizes(5, 5) == [1] * 5
@@ -73,23 +85,35 @@ def test_stages_are_even_and_the_ends_are_the_shorter_ones() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--layout", "tensor=2"], "'tensor' is no axis"),
+        (["--layout", "tensor=2"], "unknown axis 'tensor'"),
         (["--layout", "data=3"], "data = 3 must divide batch.sequences = 4"),
-        (["--layout", "data=2", "--microbatch", "3"], "--microbatch: 3 must divide 2, the sequences of a micro-batch"),
+        (
+            ["--layout", "data=2", "--microbatch", "3"],
+            "--microbatch: 3 must divide 2, the sequences of a micro-batch",
+        ),
         (["--layout", "data=2", "--microbatch", "0"], "--microbatch: 0 must divide 2"),
         (["--layout", "pipeline=4"], "pipeline = 4 must be at most 3"),
-        (["--layout", "data=2,expert=2,pipeline=3", "--schedule", "dualpipe"], "dualpipe needs an even number"),
-        (["--layout", "data=4,pipeline=2", "--schedule", "dualpipe"], "at least twice the 2 stages; a step has 2 of 1"),
+        (
+            ["--layout", "data=2,expert=2,pipeline=3", "--schedule", "dualpipe"],
+            "dualpipe needs an even number",
+        ),
+        (
+            ["--layout", "data=4,pipeline=2", "--schedule", "dualpipe"],
+            "at least twice the 2 stages; a step has 2 of 1",
+        ),
         (["--microbatch", "1"], "--microbatch belongs to a layout"),
         (["--schedule", "1f1b"], "--schedule belongs to a layout"),
-        (["--layout", "data=2", "--compare", "dsv3_small"], "--layout describes one recipe: leave out --compare"),
+        (
+            ["--layout", "data=2", "--compare", "dsv3_small"],
+            "--layout describes one recipe: leave out --compare",
+        ),
         (["--mfu", "38.94"], "--mfu: 38.94 must be more than 0 and at most 1"),
         (["--mfu", "nan"], "--mfu: nan must be more than 0"),
         (["--gpu-peak", "989e12"], "must be a GPU's dense peak in TFLOPS"),
     ],
 )
-def test_a_door_left_with_one_sentence(lab: "Lab", arguments: list[str], sentence: str) -> None:
-    said = lab.door("describe", lab.file, *arguments)
+def test_a_command_left_with_one_sentence(lab: "Lab", arguments: list[str], sentence: str) -> None:
+    said = lab.command("describe", lab.file, *arguments)
     assert said.code == 2
     assert sentence in said.sentence
     assert said.out == ""
@@ -97,14 +121,24 @@ def test_a_door_left_with_one_sentence(lab: "Lab", arguments: list[str], sentenc
 
 def test_a_layout_is_one_json_document_and_a_table(lab: "Lab") -> None:
     arguments = ["--layout", "data=2,expert=2,pipeline=3"]
-    said = lab.door("describe", lab.file, "--json", *arguments)
+    said = lab.command("describe", lab.file, "--json", *arguments)
     assert said.code == 0, said.err
     layout = json.loads(said.out)["layout"]
     assert (layout["gpus"], layout["axes"]) == (6, {"data": 2, "expert": 2, "pipeline": 3})
-    assert [row["blocks"] for row in layout["stages"]] == [["blocks.0"], ["blocks.1"], ["heads.mtp.depths.0.block"]]
+    assert [row["blocks"] for row in layout["stages"]] == [
+        ["blocks.0"],
+        ["blocks.1"],
+        ["heads.mtp.depths.0.block"],
+    ]
     assert [row["waiting"] for row in layout["stages"]] == [3, 2, 1]
-    assert (layout["microbatch_sequences"], layout["microbatches_per_step"]) == (1, 2 * 2)  # 4 / 2 ranks, 2 at a time
-    told = lab.door("describe", lab.file, *arguments).out
-    assert "6 GPUs (data 2, expert 2, pipeline 3), schedule 1f1b, 4 micro-batches of 1 sequences a step" in told
-    assert "the fullest GPU holds" in told
-    assert json.loads(lab.door("describe", lab.file, "--json").out)["layout"] is None
+    assert (layout["microbatch_sequences"], layout["microbatches_per_step"]) == (
+        1,
+        2 * 2,
+    )  # 4 / 2 ranks, 2 at a time
+    message = lab.command("describe", lab.file, *arguments).out
+    assert (
+        "6 GPUs (data 2, expert 2, pipeline 3), schedule 1f1b, 4 micro-batches of 1 sequences a step"
+        in message
+    )
+    assert "the fullest GPU holds" in message
+    assert json.loads(lab.command("describe", lab.file, "--json").out)["layout"] is None

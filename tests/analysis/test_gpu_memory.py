@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import core
-from core.analysis.activations import Widths, of_block
-from core.analysis.asked import Asked
-from core.analysis.describe import RoleSpy, document_of
+from core.analysis.activations import Widths, block_activations
+from core.analysis.describe import RecordingPrecision, document_of
 from core.analysis.layout import Layout, Schedule
+from core.analysis.options import DescribeOptions
 from core.assemble import build, make
 from core.contracts.context import SequenceContext
 from core.model.norm import RMSNorm
@@ -24,9 +24,13 @@ EXPERT, ATTENTION, D, VOCABULARY = 3 * 7168 * 2048, 187_107_328, 7168, 129_280
 
 
 @cache
-def laid_out(name: str, layout: Layout, schedule: Schedule = "1f1b", sequences: int | None = None) -> dict[str, Any]:
+def laid_out(
+    name: str, layout: Layout, schedule: Schedule = "1f1b", sequences: int | None = None
+) -> dict[str, Any]:
     """`layout` of the description."""
-    found = document_of(core.compose(name), Asked(layout=layout, schedule=schedule, sequences=sequences))["layout"]
+    found = document_of(
+        core.compose(name), DescribeOptions(layout=layout, schedule=schedule, sequences=sequences)
+    )["layout"]
     assert isinstance(found, dict)
     return found
 
@@ -37,7 +41,9 @@ def test_a_middle_stage_of_deepseek_v3_by_hand() -> None:
     assert stage["blocks"] == [f"blocks.{index}" for index in range(19, 23)]
     router, norms = 256 * D, 2 * D
     latent_norms = 1536 + 512
-    alone = ATTENTION + EXPERT + router + norms  # beside the routed experts: attention, shared expert, router, norms
+    alone = (
+        ATTENTION + EXPERT + router + norms
+    )  # beside the routed experts: attention, shared expert, router, norms
     routed = 256 // 64 * EXPERT
     assert stage["parameters"] == 4 * (alone + routed)
     wide = router + norms + latent_norms  # kept and computed in fp32: no copy
@@ -45,7 +51,9 @@ def test_a_middle_stage_of_deepseek_v3_by_hand() -> None:
     assert stage["gradients"] == 4 * 4 * (alone + routed)
     master, moments = 4, 2 + 2
     replicated = (master + moments) * (alone - wide) + moments * wide
-    assert stage["optimizer"] == pytest.approx(4 * (replicated / 128 + (master + moments) * routed / 2), abs=100)
+    assert stage["optimizer"] == pytest.approx(
+        4 * (replicated / 128 + (master + moments) * routed / 2), abs=100
+    )
 
 
 def test_the_ends_of_deepseek_v3_hold_the_embedding_and_the_output() -> None:
@@ -58,13 +66,17 @@ def test_the_ends_of_deepseek_v3_hold_the_embedding_and_the_output() -> None:
 
 
 def test_every_parameter_is_somewhere_and_its_states_once() -> None:
-    """Over all 2,048 GPUs; the biases are in no optimizer."""
+    """The states of all 2,048 GPUs add up to the model's; the biases are in no optimizer."""
     stages = laid_out("dsv3_671b", V3)["stages"]
     everything = 671_026_419_200 + 11_610_068_224 - 59 * 256
     routed = 59 * 256 * EXPERT
     assert sum(row["parameters"] for row in stages) == everything - routed + routed // 64
-    fp32 = 59 * 256 * D + 62 * (2 * D + 2048) + D + 3 * D  # routers; norms of 62 blocks, of the end, of the module
-    assert sum(row["optimizer"] for row in stages) * 128 == pytest.approx(8 * everything - 4 * fp32, rel=1e-6)
+    fp32 = (
+        59 * 256 * D + 62 * (2 * D + 2048) + D + 3 * D
+    )  # routers; norms of 62 blocks, of the end, of the module
+    assert sum(row["optimizer"] for row in stages) * 128 == pytest.approx(
+        8 * everything - 4 * fp32, rel=1e-6
+    )
 
 
 def test_activations_of_a_deepseek_v3_layer_by_hand() -> None:
@@ -74,22 +86,30 @@ def test_activations_of_a_deepseek_v3_layer_by_hand() -> None:
     latents = 1536 + 512
     norm_inputs = fp32 * (2 * D + latents)
     norm_outputs = bf16 * (2 * D + latents)
-    queries_keys_values = bf16 * heads * (192 + 192 + 128 + 128)  # keys once more, from which the whole key was made
+    queries_keys_values = (
+        bf16 * heads * (192 + 192 + 128 + 128)
+    )  # keys once more, from which the whole key was made
     heads_output = bf16 * heads * 128
-    expert = bf16 * (2 * 2048 + 2048 + 2048)  # both halves, silu(gate), and what the second product reads
+    expert = bf16 * (
+        2 * 2048 + 2048 + 2048
+    )  # both halves, silu(gate), and what the second product reads
     routed = top_k * (bf16 * D + expert + bf16 * D)
     router = fp32 * (D + 2 * 256)
-    none = norm_inputs + norm_outputs + queries_keys_values + heads_output + routed + expert + router
+    none = (
+        norm_inputs + norm_outputs + queries_keys_values + heads_output + routed + expert + router
+    )
     assert stage["waiting"] == 11
     assert stage["activations"]["none"] == 11 * 4 * 4096 * none
     selective = bf16 * (2 * D + latents + 64) + heads_output + routed + expert + fp32 * 2 * 256
     assert stage["activations"]["selective"] == 4096 * (11 * 4 * selective + none - selective)
     assert stage["activations"]["full"] == 4096 * (11 * 4 * bf16 * D + none)
     for way, kept in stage["activations"].items():
-        assert stage["total"][way] == stage["weights"] + stage["gradients"] + stage["optimizer"] + kept
+        assert (
+            stage["total"][way] == stage["weights"] + stage["gradients"] + stage["optimizer"] + kept
+        )
 
 
-def test_the_fullest_stage_is_told() -> None:
+def test_the_fullest_stage_is_reported() -> None:
     layout = laid_out("dsv3_671b", V3)
     for way, index in layout["largest"].items():
         totals = [row["total"][way] for row in layout["stages"]]
@@ -116,7 +136,11 @@ def test_one_gpu_holds_the_whole_of_the_1b() -> None:
     (stage,) = layout["stages"]
     parameters = document_of(core.compose("dsv3_1b"))["params_total"] - 9 * 64
     assert stage["parameters"] == parameters
-    assert (layout["microbatch_sequences"], layout["microbatches_per_step"], stage["waiting"]) == (16, 72, 1)
+    assert (layout["microbatch_sequences"], layout["microbatches_per_step"], stage["waiting"]) == (
+        16,
+        72,
+        1,
+    )
     assert layout["largest_bytes"]["none"] < 80e9
     assert laid_out("dsv3_1b", Layout(), sequences=8)["microbatches_per_step"] == 144
 
@@ -129,14 +153,24 @@ def test_fp32_has_no_second_copy() -> None:
 
 MLA = "{name: mla, heads: 6, q_rank: 80, kv_rank: 48, nope_dim: 24, rope_dim: 8, value_dim: 32}"
 DIRECT = "{name: mla, heads: 6, kv_rank: 48, nope_dim: 24, rope_dim: 8, value_dim: 32}"
-SIZES = ["model.dim=160", "data.tokenizer.vocab=300", "data.sequence_length=100", "model.heads.mtp=null"]
+SIZES = [
+    "model.dim=160",
+    "data.tokenizer.vocab=300",
+    "data.sequence_length=100",
+    "model.heads.mtp=null",
+]
 """Values as wide as queries: the CPU's fused attention wants them so, and pads them elsewhere."""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "attention",
-    [MLA, DIRECT, "{name: mha, heads: 5, head_dim: 32}", "{name: gqa, heads: 6, kv_heads: 2, head_dim: 32}"],
+    [
+        MLA,
+        DIRECT,
+        "{name: mha, heads: 5, head_dim: 32}",
+        "{name: gqa, heads: 6, kv_heads: 2, head_dim: 32}",
+    ],
 )
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_activations_are_what_autograd_keeps(kind: str, attention: str, precision: str) -> None:
@@ -144,29 +178,37 @@ def test_activations_are_what_autograd_keeps(kind: str, attention: str, precisio
 
     Left aside: weights and their working copies, indices, and the normalised copy that a norm keeps on a CPU alone.
     """
-    recipe = core.compose("dsv3_small", [*SIZES, f"model.attention={attention}", f"precision.name={precision}"])
-    spy = RoleSpy(make(recipe.precision))
+    recipe = core.compose(
+        "dsv3_small", [*SIZES, f"model.attention={attention}", f"precision.name={precision}"]
+    )
+    spy = RecordingPrecision(make(recipe.precision))
     model = build(recipe, precision=spy).train()
     block = model.blocks[0 if kind == "dense" else 1]
     tokens = torch.randint(0, 300, (3, 100), generator=torch.Generator().manual_seed(0))
     kept = saved_bytes(block, model.embedding(tokens), SequenceContext.of(tokens))
     widths = Widths(spy)
     on_a_cpu = sum(widths.norm(norm.dim) for norm in block.modules() if isinstance(norm, RMSNorm))
-    expected = of_block(block, spy.made, widths).none
+    expected = block_activations(block, spy.made, widths).none
     assert expected <= (kept - on_a_cpu * tokens.numel()) / tokens.numel() <= 1.03 * expected
 
 
 def test_full_recomputation_keeps_the_input_and_the_choices() -> None:
-    recipe = core.compose("dsv3_small", [*SIZES, f"model.attention={MLA}", "recompute.blocks=[moe]"])
-    spy = RoleSpy(make(recipe.precision))
+    recipe = core.compose(
+        "dsv3_small", [*SIZES, f"model.attention={MLA}", "recompute.blocks=[moe]"]
+    )
+    spy = RecordingPrecision(make(recipe.precision))
     model = build(recipe, precision=spy).train()
     tokens = torch.randint(0, 300, (3, 100), generator=torch.Generator().manual_seed(0))
-    kept = saved_bytes(model.blocks[1], model.embedding(tokens), SequenceContext.of(tokens), inside=False)
-    expected = of_block(model.blocks[1], spy.made, Widths(spy)).full
+    kept = saved_bytes(
+        model.blocks[1], model.embedding(tokens), SequenceContext.of(tokens), inside=False
+    )
+    expected = block_activations(model.blocks[1], spy.made, Widths(spy)).full
     assert kept == expected * tokens.numel()
 
 
-def saved_bytes(block: nn.Module, x_BLD: torch.Tensor, context: SequenceContext, *, inside: bool = True) -> int:
+def saved_bytes(
+    block: nn.Module, x_BLD: torch.Tensor, context: SequenceContext, *, inside: bool = True
+) -> int:
     """Bytes of the storages that autograd saves, each once, but for weights, casts of weights, and integers."""
     owned = {p.untyped_storage()._cdata for p in block.parameters()}
     shapes = {tuple(p.shape) for p in block.parameters()}
@@ -174,7 +216,9 @@ def saved_bytes(block: nn.Module, x_BLD: torch.Tensor, context: SequenceContext,
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        weight = storage._cdata in owned or {tuple(tensor.shape), tuple(tensor.shape[::-1])} & shapes
+        weight = (
+            storage._cdata in owned or {tuple(tensor.shape), tuple(tensor.shape[::-1])} & shapes
+        )
         if tensor.is_floating_point() and not weight:
             seen[storage._cdata] = storage
         return tensor
@@ -195,6 +239,8 @@ def test_the_largest_recipe_needs_little_memory_itself() -> None:
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
     )
     arguments = ["dsv3_671b", "--json", "--layout", "data=128,expert=64,pipeline=16"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout)["params_total"] == 671_026_419_200
     assert int(done.stderr.splitlines()[-1]) < 2e9

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from lab import ROOT, Lab, forked, through
+from lab import ROOT, Lab, forked, run_command_here
 from tiers import first_by_default
 
 from core import contracts
@@ -51,7 +51,7 @@ PARTS = """
     class Probe(Corpus):
         \"\"\"A corpus to look at.\"\"\"
 
-        refuses = {"paths": "it reads no files"}
+        rejected_keys = {"paths": "it reads no files"}
         capabilities = frozenset({"tidy"})
         example = {"name": "probe", "limits": (1, 2)}
 
@@ -73,8 +73,12 @@ PARTS = """
 
 @pytest.fixture
 def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the distributions `loom` and `sad`; only forked doors import from it."""
-    for name, source in (("loom_plugin", OFFER), ("loom_parts", PARTS), ("sad_plugin", "raise OSError('no GPU')")):
+    """A folder with the distributions `loom` and `sad`; only forked commands import from it."""
+    for name, source in (
+        ("loom_plugin", OFFER),
+        ("loom_parts", PARTS),
+        ("sad_plugin", "raise OSError('no GPU')"),
+    ):
         (tmp_path / f"{name}.py").write_text(dedent(source))
     for name, module in (("loom", "loom_plugin"), ("sad", "sad_plugin")):
         folder = tmp_path / f"{name}-2.3.dist-info"
@@ -89,14 +93,14 @@ def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 def listed(lab: Lab) -> dict[str, dict[str, Any]]:
     """The rows of foreign distributions by name."""
-    said = lab.door("catalog", "--json")
+    said = lab.command("catalog", "--json")
     assert said.code == 0, said.err
     rows = json.loads(said.out)
     assert {row["status"] for row in rows if row["distribution"] == "moeloom"} == {"ok"}
     return {row["name"]: row for row in rows if row["distribution"] != "moeloom"}
 
 
-def test_the_list_tells_who_works_and_why_others_do_not(lab: Lab, strangers: Path) -> None:
+def test_the_list_reports_who_works_and_why_others_do_not(lab: Lab, strangers: Path) -> None:
     rows = listed(lab)
     assert {name: row["slot"] for name, row in rows.items()} == {
         "lost": "corpus",
@@ -104,7 +108,10 @@ def test_the_list_tells_who_works_and_why_others_do_not(lab: Lab, strangers: Pat
         "probe": "corpus",
         "sad": "?",
     }
-    assert {(row["distribution"], row["version"]) for row in rows.values()} == {("loom", "2.3"), ("sad", "2.3")}
+    assert {(row["distribution"], row["version"]) for row in rows.values()} == {
+        ("loom", "2.3"),
+        ("sad", "2.3"),
+    }
     assert rows["probe"]["status"] == "ok"
     assert rows["lost"]["status"].endswith("module loom_parts has no class Lost")
     assert "Odd.Config.words is of type set[str], which no recipe can hold" in rows["odd"]["status"]
@@ -112,11 +119,16 @@ def test_the_list_tells_who_works_and_why_others_do_not(lab: Lab, strangers: Pat
     assert rows["probe"]["schema"]["limits"]["default"] == [0.0, "inf"]
 
 
-def test_the_list_tells_what_is_disabled(lab: Lab, strangers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_list_reports_what_is_disabled(
+    lab: Lab, strangers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MOELOOM_DISABLE_PLUGINS", "sad,loom")
     rows = listed(lab)
-    assert {name: row["status"] for name, row in rows.items()} == {"sad": "disabled", "loom": "disabled"}
-    shown = lab.door("catalog", "show", "corpus", "probe")
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "sad": "disabled",
+        "loom": "disabled",
+    }
+    shown = lab.command("catalog", "show", "corpus", "probe")
     assert shown.code == 2
     assert shown.sentence.endswith(
         "disabled by MOELOOM_DISABLE_PLUGINS, whatever they may offer: loom of loom 2.3; sad of sad 2.3"
@@ -124,11 +136,13 @@ def test_the_list_tells_what_is_disabled(lab: Lab, strangers: Path, monkeypatch:
 
 
 def test_the_table_has_every_row_in_100_columns(lab: Lab, strangers: Path) -> None:
-    said = lab.door("catalog")
+    said = lab.command("catalog")
     assert said.code == 0, said.err
     lines = said.out.splitlines()
     assert max(map(len, lines)) <= 100
-    cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines]
+    cells = [
+        [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines
+    ]
     assert cells[1] == ["slot", "name", "distribution", "version", "status"]
     assert ["corpus", "probe", "loom", "2.3", "ok"] in cells
     assert ["corpus", "odd", "loom", "2.3", "broken"] in cells
@@ -138,22 +152,30 @@ def test_the_table_has_every_row_in_100_columns(lab: Lab, strangers: Path) -> No
     assert " broken: corpus 'odd' of loom (loom_parts:Odd): Odd.Config.words is of type" in text
 
 
-def test_strict_makes_a_broken_plugin_an_error(lab: Lab, strangers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strict_makes_a_broken_plugin_an_error(
+    lab: Lab, strangers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MOELOOM_STRICT_PLUGINS", "1")
-    for arguments in (["show", "corpus", "probe"], ["new", "router", "my_router", str(strangers / "mine")]):
-        said = lab.door("catalog", *arguments)
+    for arguments in (
+        ["show", "corpus", "probe"],
+        ["new", "router", "my_router", str(strangers / "mine")],
+    ):
+        said = lab.command("catalog", *arguments)
         assert said.code == 2
-        assert said.sentence == "plugin 'sad' of sad 2.3 is broken: OSError: no GPU (MOELOOM_STRICT_PLUGINS=1)"
+        assert (
+            said.sentence
+            == "plugin 'sad' of sad 2.3 is broken: OSError: no GPU (MOELOOM_STRICT_PLUGINS=1)"
+        )
 
 
 def test_strict_lists_everything_and_then_names_all_that_is_broken(
     lab: Lab, strangers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = {arguments: lab.door("catalog", *arguments) for arguments in ((), ("--json",))}
+    free = {arguments: lab.command("catalog", *arguments) for arguments in ((), ("--json",))}
     assert {(said.code, said.err) for said in free.values()} == {(0, "")}
     monkeypatch.setenv("MOELOOM_STRICT_PLUGINS", "1")
     for arguments, before in free.items():
-        said = lab.door("catalog", *arguments)
+        said = lab.command("catalog", *arguments)
         assert said.code == 2
         assert said.out == before.out
         assert said.sentence == (
@@ -161,13 +183,13 @@ def test_strict_lists_everything_and_then_names_all_that_is_broken(
             "(MOELOOM_STRICT_PLUGINS=1)"
         )
     monkeypatch.setenv("MOELOOM_DISABLE_PLUGINS", "sad,loom")
-    assert lab.door("catalog").code == 0
+    assert lab.command("catalog").code == 0
 
 
-def test_a_broken_plugin_is_told_once_by_show(lab: Lab, strangers: Path) -> None:
+def test_a_broken_plugin_is_reported_once_by_show(lab: Lab, strangers: Path) -> None:
     def work() -> None:
         warnings.resetwarnings()
-        through("catalog", "show", "corpus", "prob")
+        run_command_here("catalog", "show", "corpus", "prob")
 
     said = forked(work)
     assert said.code == 2
@@ -176,10 +198,13 @@ def test_a_broken_plugin_is_told_once_by_show(lab: Lab, strangers: Path) -> None
 
 
 def test_one_component_is_shown_in_full(lab: Lab) -> None:
-    shown = json.loads(lab.door("catalog", "show", "router", "switch", "--json").out)
+    shown = json.loads(lab.command("catalog", "show", "router", "switch", "--json").out)
     assert shown["capability_docs"] == {word: CAPABILITIES[word] for word in shown["capabilities"]}
-    assert shown["refuses"]["top_k"] == "Switch takes one expert for every token; gshard_dropless takes any number"
-    said = lab.door("catalog", "show", "router", "switch")
+    assert (
+        shown["refuses"]["top_k"]
+        == "Switch takes one expert for every token; gshard_dropless takes any number"
+    )
+    said = lab.command("catalog", "show", "router", "switch")
     assert said.code == 0, said.err
     lines = said.out.splitlines()
     assert max(map(len, lines)) <= 100
@@ -194,16 +219,18 @@ def test_one_component_is_shown_in_full(lab: Lab) -> None:
         "  no top_k: Switch takes one expert for every token; gshard_dropless takes any number",
         "router: {name: switch, capacity_factor: 1.25}",
         "contract (core.contracts.router.Router):",
-        "Chooses experts for tokens: `(x_TD, adjust, context) -> Routing`.",
+        "Chooses experts for tokens: `(x_TD, adjust_scores, context) -> Routing`.",
     ):
         assert line in lines
 
 
 @pytest.mark.parametrize(
-    "entry", first_by_default([key for key in installed_registry().entries if key[0] != "corpus"], keep=6), ids="-".join
+    "entry",
+    first_by_default([key for key in installed_registry().entries if key[0] != "corpus"], keep=6),
+    ids="-".join,
 )
 def test_every_component_is_shown_in_100_columns(entry: tuple[str, str], lab: Lab) -> None:
-    said = lab.door("catalog", "show", *entry)
+    said = lab.command("catalog", "show", *entry)
     assert said.code == 0, said.err
     assert max(map(len, said.out.splitlines())) <= 100
     example = said.out.partition("\nexample:\n")[2].partition("\n\ncontract (")[0]
@@ -211,18 +238,21 @@ def test_every_component_is_shown_in_100_columns(entry: tuple[str, str], lab: La
 
 
 def test_sections_of_a_components_own_are_shown_with_their_keys(lab: Lab, strangers: Path) -> None:
-    said = lab.door("catalog", "show", "corpus", "probe").out
-    assert "  parts: list[Part]  [default []]\n      what it is made of\n      weight: float  [default 1.0]\n" in said
+    said = lab.command("catalog", "show", "corpus", "probe").out
+    assert (
+        "  parts: list[Part]  [default []]\n      what it is made of\n      weight: float  [default 1.0]\n"
+        in said
+    )
     assert "  limits: list[float]  [default [0.0, inf]]" in said
     assert "capabilities:\n  tidy\n" in said
-    shown = json.loads(lab.door("catalog", "show", "corpus", "probe", "--json").out)
+    shown = json.loads(lab.command("catalog", "show", "corpus", "probe", "--json").out)
     assert shown["schema"]["parts"]["keys"]["weight"]["default"] == 1.0
     assert shown["example"]["limits"] == [1, 2]
 
 
 def new(lab: Lab, slot: str, name: str, folder: Path) -> list[str]:
-    """Write a package; the files that the door says it wrote."""
-    said = lab.door("catalog", "--json", "new", slot, name, folder)
+    """Writes a package and returns the files that the command lists."""
+    said = lab.command("catalog", "--json", "new", slot, name, folder)
     assert said.code == 0, said.err
     document = json.loads(said.out)
     assert document["folder"] == str(folder)
@@ -233,7 +263,9 @@ def new(lab: Lab, slot: str, name: str, folder: Path) -> list[str]:
 def test_a_new_package_is_whole(slot: str, lab: Lab, tmp_path: Path) -> None:
     name, folder = f"my_{slot}", tmp_path / "mine"
     files = new(lab, slot, name, folder)
-    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()) == sorted(files)
+    assert sorted(
+        str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()
+    ) == sorted(files)
     assert len(files) == len(FILES)
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     assert project["name"] == name.replace("_", "-")
@@ -247,16 +279,22 @@ def test_a_new_package_is_whole(slot: str, lab: Lab, tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("slot", RECIPES)
-def test_a_new_package_passes_its_own_tests_and_the_kit(slot: str, lab: Lab, tmp_path: Path) -> None:
+def test_a_new_package_passes_its_own_tests_and_the_kit(
+    slot: str, lab: Lab, tmp_path: Path
+) -> None:
     name, folder = f"my_{slot}", tmp_path / "mine"
     new(lab, slot, name, folder)
-    installed = any(point.value == "core.testing.plugin" for point in entry_points(group="pytest11"))
+    installed = any(
+        point.value == "core.testing.plugin" for point in entry_points(group="pytest11")
+    )
     kit = [] if installed else ["-p", "core.testing.plugin"]
 
     def work() -> None:
         os.chdir(folder)
         sys.path.insert(0, str(folder))
-        raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", *kit, "--moeloom-plugin", name]))
+        raise SystemExit(
+            pytest.main(["-q", "-p", "no:cacheprovider", *kit, "--moeloom-plugin", name])
+        )
 
     said = forked(work)
     assert said.code == 0, said.out + said.err
@@ -270,15 +308,27 @@ def test_a_new_package_trains(lab: Lab, tmp_path: Path, monkeypatch: pytest.Monk
     new(lab, "router", "my_router", tmp_path / "mine")
     monkeypatch.syspath_prepend(tmp_path / "mine")
     override = "model.blocks.moe.ffn.router={name: my_router, top_k: 2}"
-    said = lab.door("fit", lab.file, "plugins=[my_router]", override, "budget.steps=2", "--out", tmp_path / "run")
+    said = lab.command(
+        "fit",
+        lab.file,
+        "plugins=[my_router]",
+        override,
+        "budget.steps=2",
+        "--out",
+        tmp_path / "run",
+    )
     assert said.code == 0, said.err
     used = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert "my_router" in json.dumps(used)
 
 
-def test_a_name_that_the_module_needs_for_something_else_gets_its_slots_behind_it(lab: Lab, tmp_path: Path) -> None:
+def test_a_name_that_the_module_needs_for_something_else_gets_its_slots_behind_it(
+    lab: Lab, tmp_path: Path
+) -> None:
     new(lab, "router", "routing", tmp_path / "mine")
-    assert "class RoutingRouter(LearnedRouter):" in (tmp_path / "mine/routing/router.py").read_text()
+    assert (
+        "class RoutingRouter(LearnedRouter):" in (tmp_path / "mine/routing/router.py").read_text()
+    )
     assert "routing.router:RoutingRouter" in (tmp_path / "mine/routing/__init__.py").read_text()
 
 
@@ -288,16 +338,25 @@ REFUSED = {
         "corpus",
         "mine",
     ): "there is no skeleton for corpus, only for router, balancer, attention, ffn, loss_head, precision; ",
-    ("router", "my-router"): "'my-router' cannot name a package: use small letters, digits and _, such as my_router",
+    (
+        "router",
+        "my-router",
+    ): "'my-router' cannot name a package: use small letters, digits and _, such as my_router",
     ("router", "3rd"): "'3rd' cannot name a package",
     ("router", "class"): "'class' cannot name a package",
     ("router", ""): "'' cannot name a package",
     ("router", "../up"): "'../up' cannot name a package",
     ("router", "switch"): "router 'switch' is offered by moeloom already; choose another name",
-    ("router", "json"): "there is a Python package 'json' already, which yours would hide; choose another name",
+    (
+        "router",
+        "json",
+    ): "there is a Python package 'json' already, which yours would hide; choose another name",
     ("router", "torch"): "there is a Python package 'torch' already",
     ("router", "plugins"): "there is a Python package 'plugins' already",
-    ("router", "tests"): "'tests' is what other files and folders of a project are called, so it cannot name the "
+    (
+        "router",
+        "tests",
+    ): "'tests' is what other files and folders of a project are called, so it cannot name the "
     "package; use another one, such as my_router",
     ("router", "test"): "there is a Python package 'test' already",
     **{
@@ -308,8 +367,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("slot", "name"), REFUSED, ids="-".join)
-def test_a_package_that_cannot_be_is_refused(slot: str, name: str, lab: Lab, tmp_path: Path) -> None:
-    said = lab.door("catalog", "new", slot, name, tmp_path / "mine")
+def test_a_package_that_cannot_be_is_refused(
+    slot: str, name: str, lab: Lab, tmp_path: Path
+) -> None:
+    said = lab.command("catalog", "new", slot, name, tmp_path / "mine")
     assert said.code == 2
     assert said.sentence.startswith(REFUSED[slot, name])
     assert not (tmp_path / "mine").exists()
@@ -324,9 +385,13 @@ def test_a_folder_that_is_not_free_is_left_alone(kind: str, lab: Lab, tmp_path: 
     else:
         folder.write_text("mine")
     target = folder / "below" if kind == "closed" else folder
-    said = lab.door("catalog", "new", "router", "my_router", target)
+    said = lab.command("catalog", "new", "router", "my_router", target)
     assert said.code == 2
-    why = "cannot be written: Not a directory" if kind == "closed" else "is there already and is no empty folder"
+    why = (
+        "cannot be written: Not a directory"
+        if kind == "closed"
+        else "exists already and is not an empty folder"
+    )
     assert said.sentence.startswith(f"{target} {why}")
     assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["mine"]
 

@@ -15,7 +15,7 @@ from core.model.sampling import sample
 
 
 def greedy(run: Path, prompt: list[int], count: int) -> list[int]:
-    """The likeliest token again and again, by the whole forward of the whole text each time."""
+    """The most likely tokens, each computed by a forward over the whole text."""
     model, text = core.load(run), list(prompt)
     for _ in range(count):
         with torch.no_grad():
@@ -24,37 +24,51 @@ def greedy(run: Path, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "prompt", first_by_default(["", "abc", "a longer prompt, of letters that the corpus lacks: xyz"], keep=1)
+    "prompt",
+    first_by_default(["", "abc", "a longer prompt, of letters that the corpus lacks: xyz"], keep=1),
 )
-def test_greedy_text_is_the_argmax_of_the_full_forward_step_by_step(lab: Lab, finished: Path, prompt: str) -> None:
+def test_greedy_text_is_the_argmax_of_the_full_forward_step_by_step(
+    lab: Lab, finished: Path, prompt: str
+) -> None:
     tokenizer = Tokenizer.load(finished / "tokenizer.json")
-    expected = list(takewhile(lambda t: t != 0, greedy(finished, [0, *tokenizer.encode(prompt)], 24)))
-    said = lab.door("generate", finished, "--prompt", prompt, "--tokens", "24", "--json")
+    expected = list(
+        takewhile(lambda t: t != 0, greedy(finished, [0, *tokenizer.encode(prompt)], 24))
+    )
+    said = lab.command("generate", finished, "--prompt", prompt, "--tokens", "24", "--json")
     assert said.code == 0, said.err
     document = json.loads(said.out)
     assert document.keys() >= {"prompt", "text", "tokens", "tokens_per_second"}
     assert (document["prompt"], document["text"]) == (prompt, tokenizer.decode(expected))
     assert document["tokens"] == len(expected)
-    assert lab.door("generate", finished, "--prompt", prompt, "--tokens", "24").out == prompt + document["text"] + "\n"
+    assert (
+        lab.command("generate", finished, "--prompt", prompt, "--tokens", "24").out
+        == prompt + document["text"] + "\n"
+    )
 
 
 def test_sampling_is_fixed_by_its_seed_and_moved_by_it(finished: Path) -> None:
     model = core.load(finished)
-    one, again, other = (list(sample(model, [0, 5], tokens=20, temperature=1.5, seed=seed)) for seed in (1, 1, 2))
+    one, again, other = (
+        list(sample(model, [0, 5], tokens=20, temperature=1.5, seed=seed)) for seed in (1, 1, 2)
+    )
     assert one == again
     assert one != other
 
 
 def test_a_small_top_p_is_greedy(finished: Path) -> None:
     model = core.load(finished)
-    assert list(sample(model, [0, 5], tokens=12, temperature=2.0, top_p=1e-6)) == greedy(finished, [0, 5], 12)
+    assert list(sample(model, [0, 5], tokens=12, temperature=2.0, top_p=1e-6)) == greedy(
+        finished, [0, 5], 12
+    )
 
 
 def test_sampling_follows_the_models_probabilities(finished: Path) -> None:
     model = core.load(finished)
     with torch.no_grad():
         expected_V = (model.logits(torch.tensor([[0, 5]]))[0, -1].double() / 0.7).softmax(dim=0)
-    drawn = [next(sample(model, [0, 5], tokens=1, temperature=0.7, seed=seed)) for seed in range(400)]
+    drawn = [
+        next(sample(model, [0, 5], tokens=1, temperature=0.7, seed=seed)) for seed in range(400)
+    ]
     found_V = torch.bincount(torch.tensor(drawn), minlength=300) / len(drawn)
     likeliest = expected_V.topk(5).indices
     assert torch.allclose(found_V[likeliest].double(), expected_V[likeliest], atol=0.06)
@@ -76,8 +90,10 @@ def test_a_stop_token_ends_the_text_and_is_not_written(finished: Path) -> None:
         (["--top-p", "1.5"], "--top-p in (0, 1]"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(lab: Lab, finished: Path, arguments: list[str], sentence: str) -> None:
-    said = lab.door("generate", finished, "--prompt", "a", *arguments)
+def test_settings_that_cannot_be_are_refused(
+    lab: Lab, finished: Path, arguments: list[str], sentence: str
+) -> None:
+    said = lab.command("generate", finished, "--prompt", "a", *arguments)
     assert said.code == 2
     assert sentence in said.sentence
 
@@ -88,28 +104,36 @@ def test_a_short_table_of_positions_is_filled_and_not_passed(lab: Lab, tmp_path:
     assert summary["steps"] == 1
     assert (tmp_path / "run/summary.json").exists()
     assert (tmp_path / "run/sample.txt").read_text().strip()
-    said = lab.door("generate", tmp_path / "run", "--prompt", "ab", "--json")
+    said = lab.command("generate", tmp_path / "run", "--prompt", "ab", "--json")
     assert said.code == 0, said.err
     prompt = len(Tokenizer.load(tmp_path / "run/tokenizer.json").encode("ab")) + 1
-    ends = greedy(tmp_path / "run", [0, *Tokenizer.load(tmp_path / "run/tokenizer.json").encode("ab")], 25 - prompt)
+    ends = greedy(
+        tmp_path / "run",
+        [0, *Tokenizer.load(tmp_path / "run/tokenizer.json").encode("ab")],
+        25 - prompt,
+    )
     assert 0 not in ends, "the text ended by itself"
     assert json.loads(said.out)["tokens"] == 25 - prompt
     for arguments in (("ab", "--tokens", str(26 - prompt)), ("abc " * 40,)):
-        said = lab.door("generate", tmp_path / "run", "--prompt", *arguments)
+        said = lab.command("generate", tmp_path / "run", "--prompt", *arguments)
         assert said.code == 2
         assert "together at most 25" in said.sentence
         assert "model.rope.max_length = 24" in said.sentence
 
 
-@pytest.mark.parametrize("door", [("generate", "--prompt", "a"), ("evaluate",)])
-def test_a_folder_without_a_run_is_refused(lab: Lab, tmp_path: Path, door: tuple[str, ...]) -> None:
-    said = lab.door(door[0], tmp_path, *door[1:])
+@pytest.mark.parametrize("command", [("generate", "--prompt", "a"), ("evaluate",)])
+def test_a_folder_without_a_run_is_refused(
+    lab: Lab, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    said = lab.command(command[0], tmp_path, *command[1:])
     assert said.code == 2
-    assert said.sentence == f"{tmp_path}: no checkpoint here: give a run folder or a checkpoint file"
+    assert (
+        said.sentence == f"{tmp_path}: no checkpoint here: give a run folder or a checkpoint file"
+    )
 
 
 def test_evaluate_gives_the_numbers_of_the_summary(lab: Lab, finished: Path) -> None:
-    said = lab.door("evaluate", finished, "--json")
+    said = lab.command("evaluate", finished, "--json")
     assert said.code == 0, said.err
     found, summary = json.loads(said.out), json.loads((finished / "summary.json").read_text())
     assert found["checkpoint"] == "step-00000012.ckpt"
@@ -118,17 +142,17 @@ def test_evaluate_gives_the_numbers_of_the_summary(lab: Lab, finished: Path) -> 
         *(("val_max_vio_global", "max_vio_global"), ("val/mtp/acceptance_1", "mtp_acceptance")),
     ):
         assert found[key] == summary[of_summary], key
-    assert "val_bits_per_byte" in lab.door("evaluate", finished).out
+    assert "val_bits_per_byte" in lab.command("evaluate", finished).out
 
 
 def test_evaluate_sets_xz_beside_it(lab: Lab, finished: Path) -> None:
-    said = json.loads(lab.door("evaluate", finished, "--xz", "--json").out)
+    said = json.loads(lab.command("evaluate", finished, "--xz", "--json").out)
     assert 0 < said["xz_bits_per_byte"] < 8
 
 
 def test_evaluate_takes_one_checkpoint_too(lab: Lab, finished: Path) -> None:
     numbers = [
-        json.loads(lab.door("evaluate", finished / "checkpoints" / name, "--json").out)
+        json.loads(lab.command("evaluate", finished / "checkpoints" / name, "--json").out)
         for name in ("best.ckpt", "step-00000010.ckpt")
     ]
     assert [found["checkpoint"] for found in numbers] == ["best.ckpt", "step-00000010.ckpt"]
@@ -142,7 +166,7 @@ def test_evaluate_refuses_another_corpus(lab: Lab, finished: Path) -> None:
     kept = text.read_bytes()
     try:
         text.write_bytes(kept + b" more")
-        said = lab.door("evaluate", finished)
+        said = lab.command("evaluate", finished)
     finally:
         text.write_bytes(kept)
     assert said.code == 2
@@ -152,6 +176,6 @@ def test_evaluate_refuses_another_corpus(lab: Lab, finished: Path) -> None:
 def test_evaluate_refuses_a_corpus_without_held_out_documents(lab: Lab, tmp_path: Path) -> None:
     few = f"data.corpus.paths=[{lab.texts}/doc-0*.txt]"
     lab.fit(tmp_path / "run", few, "data.tokenizer.vocab=270", "budget.steps=1")
-    said = lab.door("evaluate", tmp_path / "run")
+    said = lab.command("evaluate", tmp_path / "run")
     assert said.code == 2
     assert "the corpus has no validation split (fewer than 11 documents)" in said.sentence

@@ -1,4 +1,4 @@
-"""What nobody may overlook is said wherever results are read; and strategies that need more than a recipe."""
+"""Caveats are printed wherever results are read; and strategies that need more than a recipe."""
 
 import json
 from pathlib import Path
@@ -22,45 +22,57 @@ QUICK = ("budget.steps=2",)
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("overrides", "words"),
-    first_by_default([(EXPERT_CHOICE, "is not causal"), (FORCED, "say nothing about")], several=True),
+    first_by_default(
+        [(EXPERT_CHOICE, "is not causal"), (FORCED, "say nothing about")], several=True
+    ),
 )
-def test_a_notice_is_told_at_every_door_and_kept(
+def test_a_notice_is_reported_at_every_command_and_kept(
     lab: Lab, tmp_path: Path, overrides: tuple[str, ...], words: str
 ) -> None:
     run = tmp_path / "run"
-    said = lab.door("fit", lab.file, *overrides, *QUICK, "--out", run, "--json")
+    said = lab.command("fit", lab.file, *overrides, *QUICK, "--out", run, "--json")
     assert said.code == 0, said.err
     assert words in said.err
     (notice,) = json.loads(said.out)["notices"]
     assert words in notice
-    for door, *arguments in (("evaluate", run), ("generate", run, "--prompt", "a", "--tokens", "2")):
-        said = lab.door(door, *arguments)
+    for command, *arguments in (
+        ("evaluate", run),
+        ("generate", run, "--prompt", "a", "--tokens", "2"),
+    ):
+        said = lab.command(command, *arguments)
         assert said.code == 0, said.err
         assert words in said.err
         assert words not in said.out
-        said = lab.door(door, *arguments, "--json")
+        said = lab.command(command, *arguments, "--json")
         (notice,) = json.loads(said.out)["notices"]
         assert words in notice
-    finished = lab.door("fit", lab.file, *overrides, *QUICK, "--resume", run)
+    finished = lab.command("fit", lab.file, *overrides, *QUICK, "--resume", run)
     assert words in finished.out
-    assert words in lab.door("describe", lab.file, *overrides).out
+    assert words in lab.command("describe", lab.file, *overrides).out
 
 
 def test_no_notice_where_there_is_nothing_to_say(lab: Lab, finished: Path) -> None:
     assert json.loads((finished / "summary.json").read_text())["notices"] == []
-    assert "note:" not in lab.door("evaluate", finished).err
+    assert "note:" not in lab.command("evaluate", finished).err
 
 
 def test_the_catalog_marks_what_needs_a_notice(lab: Lab) -> None:
-    listed = json.loads(lab.door("catalog", "--json").out)
-    assert {row["name"] for row in listed if row["notice"]} == {"expert_choice", "forced_balance", "gshard", "switch"}
-    assert "not causal" in lab.door("catalog").out
-    assert "not causal" in lab.door("catalog", "show", "router", "expert_choice").out
+    listed = json.loads(lab.command("catalog", "--json").out)
+    assert {row["name"] for row in listed if row["notice"]} == {
+        "expert_choice",
+        "forced_balance",
+        "gshard",
+        "switch",
+    }
+    assert "not causal" in lab.command("catalog").out
+    assert "not causal" in lab.command("catalog", "show", "router", "expert_choice").out
 
 
-def test_a_balanced_hash_is_even_on_the_training_text_and_travels_with_the_weights(lab: Lab, tmp_path: Path) -> None:
+def test_a_balanced_hash_is_even_on_the_training_text_and_travels_with_the_weights(
+    lab: Lab, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    said = lab.door("fit", lab.file, *BALANCED, *QUICK, "--out", run, "--json")
+    said = lab.command("fit", lab.file, *BALANCED, *QUICK, "--out", run, "--json")
     assert said.code == 0, said.err
     tables = [layer.router.table for layer in load(run).expert_layers().values()]
     recipe = lab.recipe(*BALANCED, *QUICK)
@@ -72,22 +84,25 @@ def test_a_balanced_hash_is_even_on_the_training_text_and_travels_with_the_weigh
         assert int(text_E.max() - text_E.min()) <= int(counts_V.max())
         ids_E = table.bincount(minlength=8)
         assert int(ids_E.sum()) == 300
-    assert lab.door("evaluate", run).code == 0
+    assert lab.command("evaluate", run).code == 0
 
 
 @pytest.mark.parametrize(
-    "router", first_by_default(["{name: gshard, capacity_factor: 0.8}", "{name: switch, jitter: 0.1}"])
+    "router",
+    first_by_default(["{name: gshard, capacity_factor: 0.8}", "{name: switch, jitter: 0.1}"]),
 )
-def test_a_run_and_its_evaluation_agree_where_routing_draws_and_drops(lab: Lab, tmp_path: Path, router: str) -> None:
+def test_a_run_and_its_evaluation_agree_where_routing_draws_and_drops(
+    lab: Lab, tmp_path: Path, router: str
+) -> None:
     """Whatever step the run ended at; and the size of a validation batch changes nothing for groups of one sequence."""
     run = tmp_path / "run"
     drawn = (f"{FFN}.router={router}", f"{FFN}.balance=[]", "precision.name=fp64", *QUICK)
-    summary = json.loads(lab.door("fit", lab.file, *drawn, "--out", run, "--json").out)
-    evaluated = json.loads(lab.door("evaluate", run, "--json").out)
+    summary = json.loads(lab.command("fit", lab.file, *drawn, "--out", run, "--json").out)
+    evaluated = json.loads(lab.command("evaluate", run, "--json").out)
     assert evaluated["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-12)
     assert 0 < evaluated["val_dropped_fraction"] < 1
     if "gshard" in router:
         recipe = (run / "recipe.yaml").read_text()
         (run / "recipe.yaml").write_text(recipe.replace("sequences: 8\n", "sequences: 2\n"))
-        smaller = json.loads(lab.door("evaluate", run, "--json").out)
+        smaller = json.loads(lab.command("evaluate", run, "--json").out)
         assert smaller["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-9)

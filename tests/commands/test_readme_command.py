@@ -19,7 +19,7 @@ def train_command() -> str:
 
 
 def test_the_readmes_fit_command_runs_as_it_stands_two_steps_long(lab: Lab, tmp_path: Path) -> None:
-    """Through a shell in the root of the checkout, on our texts instead of 12 MB."""
+    """The command runs in a shell in the root of the checkout, on our texts instead of 12 MB."""
     command = train_command()
     assert command.startswith("python -m core.fit recipes/dsv3_small.yaml")
     short = [
@@ -27,9 +27,14 @@ def test_the_readmes_fit_command_runs_as_it_stands_two_steps_long(lab: Lab, tmp_
         *(f"data.corpus={{name: files, paths: ['{lab.texts}/*.txt']}}", "data.tokenizer.vocab=300"),
         *("data.sequence_length=32", "--out", str(tmp_path / "run"), "--json"),
     ]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     shell = ["bash", "-c", f'{command} "$@"', "bash", *short]
-    done = subprocess.run(shell, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        shell, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2
     assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "2", "2"]

@@ -27,10 +27,14 @@ FP64 = "precision.name=fp64"
 def loss_and_gradients(model: LanguageModel, rows: slice) -> tuple[float, dict[str, Tensor]]:
     """The share of one rank in the loss of a step of four sequences, and its gradients."""
     tokens_BM = torch.randint(300, (4, 13), generator=torch.Generator().manual_seed(1))[rows]
-    context = SequenceContext.of(tokens_BM[:, :-1], targets_BL=tokens_BM[:, 1:], first_sequence=rows.start)
+    context = SequenceContext.of(
+        tokens_BM[:, :-1], targets_BL=tokens_BM[:, 1:], first_sequence=rows.start
+    )
     loss = step_loss(model.train(), context, Progress(1, 48, 10, 480))
     loss.backward()
-    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,9 @@ def alone(lab: Lab) -> LanguageModel:
     return build(lab.recipe(FP64))
 
 
-def test_each_rank_owns_its_rows_of_the_same_initial_weights(ranks: list[Any], alone: LanguageModel) -> None:
+def test_each_rank_owns_its_rows_of_the_same_initial_weights(
+    ranks: list[Any], alone: LanguageModel
+) -> None:
     weights = dict(alone.named_parameters())
     assert torch.equal(torch.cat([rank["own"] for rank in ranks]), weights[SHARDED])
     for rank in ranks:
@@ -85,7 +91,9 @@ def test_each_rank_owns_its_rows_of_the_same_initial_weights(ranks: list[Any], a
         assert all(torch.equal(value, weights[name]) for name, value in rank["others"].items())
 
 
-def test_each_rank_draws_its_own_matrices_and_no_other(ranks: list[Any], alone: LanguageModel) -> None:
+def test_each_rank_draws_its_own_matrices_and_no_other(
+    ranks: list[Any], alone: LanguageModel
+) -> None:
     stacks = [p.numel() for name, p in alone.named_parameters() if p.ndim == 3]
     shared = dict(alone.named_parameters())[SHARDED].numel()
     for rank in ranks:
@@ -104,7 +112,9 @@ def test_loss_and_gradients_are_those_of_one_device(ranks: list[Any], alone: Lan
     torch.testing.assert_close(shared, gradients[SHARDED], rtol=1e-10, atol=1e-13)
 
 
-def test_a_run_with_such_a_strategy_is_refused_in_one_sentence_before_it_starts(lab: Lab, tmp_path: Path) -> None:
+def test_a_run_with_such_a_strategy_is_refused_in_one_sentence_before_it_starts(
+    lab: Lab, tmp_path: Path
+) -> None:
     sentence = r"cannot run here: strategy share_experts: it shards weights \(parallelize\)"
     with pytest.raises(UserError, match=sentence):
         lab.fit(tmp_path / "run", "plugins=[tiny_components]", "strategy={name: share_experts}")

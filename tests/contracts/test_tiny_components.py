@@ -140,17 +140,24 @@ def test_two_lanes_are_read_and_written_as_they_say(lab: Lab) -> None:
             given_BLD = norm(lanes[0] * part.mix_2[0] + lanes[1] * part.mix_2[1])
             found = layer(given_BLD, given)
             output_BLD = found[0] if isinstance(found, tuple) else found
-            lanes = [lane + output_BLD * weight for lane, weight in zip(lanes, part.spread_2, strict=True)]
+            lanes = [
+                lane + output_BLD * weight
+                for lane, weight in zip(lanes, part.spread_2, strict=True)
+            ]
     expected = model.norm(lanes[0] * model.residual.mix_2[0] + lanes[1] * model.residual.mix_2[1])
     torch.testing.assert_close(model.hidden(given)[0], expected, rtol=1e-12, atol=1e-12)
-    assert model.heads["mtp"].depths[0].residual.mix_2.shape == (2,), "the multi-token module has the streams too"
+    assert model.heads["mtp"].depths[0].residual.mix_2.shape == (2,), (
+        "the multi-token module has the streams too"
+    )
 
 
 # ---- the optimizer of two rates
 
 
 def test_weights_have_roles_and_kinds(lab: Lab) -> None:
-    found = {named.name: (named.role, named.kind) for named in named_parameters(build(lab.recipe()))}
+    found = {
+        named.name: (named.role, named.kind) for named in named_parameters(build(lab.recipe()))
+    }
     assert found["embedding.weight"] == ("embedding", "table")
     assert found["output.weight"] == ("head", "matrix")
     assert found["norm.weight"] == ("norm", "vector")
@@ -161,7 +168,9 @@ def test_weights_have_roles_and_kinds(lab: Lab) -> None:
 
 
 @pytest.mark.full
-def test_two_optimizers_step_at_their_own_rates_and_resume_to_the_same_bits(lab: Lab, tmp_path: Path) -> None:
+def test_two_optimizers_step_at_their_own_rates_and_resume_to_the_same_bits(
+    lab: Lab, tmp_path: Path
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     lab.fit(whole, *ALL["optimizer"])
     states = last_checkpoint(whole)["optimizer_states"]
@@ -196,8 +205,12 @@ def test_one_step_of_a_matrix_is_plain_descent_and_of_a_vector_adams(lab: Lab) -
         if named.kind in ("matrix", "stack"):
             expected = old - 0.01 * 0.1 * gradient
         else:
-            expected = old - 0.01 * gradient / (gradient.abs() + 1e-8)  # Adam's first step, its bias corrected
-        torch.testing.assert_close(named.parameter.detach(), expected, rtol=1e-10, atol=1e-14, msg=named.name)
+            expected = old - 0.01 * gradient / (
+                gradient.abs() + 1e-8
+            )  # Adam's first step, its bias corrected
+        torch.testing.assert_close(
+            named.parameter.detach(), expected, rtol=1e-10, atol=1e-14, msg=named.name
+        )
 
 
 def copied(model: LanguageModel) -> dict[str, Tensor]:
@@ -224,15 +237,21 @@ def test_the_second_half_turns_by_the_named_rope(lab: Lab) -> None:
     (given,) = contexts_of([8])
     assert own.state_dict().keys() == local.state_dict().keys()
     one, two = own.blocks[0].attention, local.blocks[0].attention
-    x_BLHR = torch.randn(8, 12, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x_BLHR = torch.randn(
+        8, 12, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
     turned, second = two._turned(x_BLHR, given), Rope(50.0, two.ropes[1].max_length)
     assert torch.equal(turned[..., :4], one._turned(x_BLHR, given)[..., :4])
-    assert torch.equal(turned[..., 4:], rotate(x_BLHR[..., 4:].contiguous(), second, given.positions_BL))
+    assert torch.equal(
+        turned[..., 4:], rotate(x_BLHR[..., 4:].contiguous(), second, given.positions_BL)
+    )
     assert not torch.equal(turned[..., 4:], one._turned(x_BLHR, given)[..., 4:])
 
 
 def test_a_block_that_there_is_not_is_one_sentence(lab: Lab, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.heads\.peek reads block 7; there are blocks 0 to 1"):
+    with pytest.raises(
+        UserError, match=r"model\.heads\.peek reads block 7; there are blocks 0 to 1"
+    ):
         lab.fit(tmp_path / "run", *ALL["head"], "model.heads.peek.block=7")
     assert not (tmp_path / "run").exists()
 
@@ -243,14 +262,16 @@ def test_an_unknown_rope_is_one_sentence_before_work_starts(lab: Lab, tmp_path: 
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
-def test_a_cache_that_cannot_forget_says_so_and_decodes(lab: Lab) -> None:
+def test_a_cache_that_cannot_be_truncated_says_so_and_decodes(lab: Lab) -> None:
     model = build(lab.recipe(FP64, *ALL["attention"])).eval()
     tokens_BL = contexts_of([8])[0].tokens_BL
     caches = model.new_caches(8, 12)
     with torch.no_grad():
         parts = [model.decode(part, caches) for part in tokens_BL.split([5, 1, 6], dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), model.logits(tokens_BL), rtol=1e-10, atol=1e-12)
-    with pytest.raises(NotImplementedError, match="ClosedCache cannot forget"):
+        torch.testing.assert_close(
+            torch.cat(parts, dim=1), model.logits(tokens_BL), rtol=1e-10, atol=1e-12
+        )
+    with pytest.raises(NotImplementedError, match="ClosedCache cannot be truncated"):
         caches[0].truncate(torch.tensor([1] * 8))
 
 
@@ -261,11 +282,13 @@ def test_a_role_of_its_own_can_be_named_and_is_listed(lab: Lab) -> None:
     from core.describe import document_of
 
     assert document_of(recipe)["precision"]["tiny.mixed"]["computed"] == "float32"
-    assert document_of(lab.recipe(*ALL["attention"], "precision.name=fp8_emulated"))["precision"]["tiny.mixed"][
-        "computed"
-    ].startswith("float8")
+    assert document_of(lab.recipe(*ALL["attention"], "precision.name=fp8_emulated"))["precision"][
+        "tiny.mixed"
+    ]["computed"].startswith("float8")
     with pytest.raises(UserError, match="is no role"):
-        lab.recipe("precision={name: fp8_emulated, high: [embedding, head, router, norm, tiny.mixed]}")
+        lab.recipe(
+            "precision={name: fp8_emulated, high: [embedding, head, router, norm, tiny.mixed]}"
+        )
 
 
 # ---- rows of different lengths
@@ -280,7 +303,9 @@ def test_rows_of_different_lengths_decode_as_each_row_alone(lab: Lab) -> None:
         for cache in caches:
             cache.truncate(torch.tensor(lengths))
         more_BL = tokens_BL.flip(1)[:, :4]
-        logits_BLV = torch.cat([model.decode(more_BL[:, i : i + 1], caches) for i in range(4)], dim=1)
+        logits_BLV = torch.cat(
+            [model.decode(more_BL[:, i : i + 1], caches) for i in range(4)], dim=1
+        )
         for row, length in enumerate(lengths):
             whole = torch.cat([tokens_BL[row, :length], more_BL[row]])[None]
             expected = model.logits(whole)[0, length:]
@@ -301,14 +326,20 @@ def test_the_head_reads_the_state_after_the_block_and_drafts_what_it_learned(lab
         x_BLD = block(x_BLD, given)[0]
     assert torch.equal(states.after_blocks[1], x_BLD)
     joined = head.joined(torch.cat([x_BLD, model.embedding(given.tokens_BL)], dim=-1))
-    losses_BL = F.cross_entropy(model.output(joined).transpose(1, 2), given.targets_BL, reduction="none")
+    losses_BL = F.cross_entropy(
+        model.output(joined).transpose(1, 2), given.targets_BL, reduction="none"
+    )
     expected = (losses_BL * given.predicted()).sum()
-    torch.testing.assert_close(model(given).heads["peek"].terms["peek"], expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        model(given).heads["peek"].terms["peek"], expected, rtol=1e-12, atol=0
+    )
     shared = model.shared(head, states)
     assert shared.stream is not None
     drafted = head.draft(states.hidden_BLD, given, shared, head.new_draft_caches(8, 12))
     torch.testing.assert_close(drafted.logits_BLV, model.output(joined), rtol=1e-12, atol=1e-12)
-    assert model.shared(model.heads["mtp"], states).states == {}, "a head sees what it reads, and nothing else"
+    assert model.shared(model.heads["mtp"], states).states == {}, (
+        "a head sees what it reads, and nothing else"
+    )
     with pytest.raises(NotImplementedError, match="does not draft"):
         model.heads["mtp"].draft(states.hidden_BLD, given, shared, [])
 
@@ -323,7 +354,9 @@ def test_what_is_not_learned_has_no_loss_and_still_takes_load(lab: Lab) -> None:
     one, two = model(plain), model(masked)
     for path, record in one.expert_records().items():
         assert torch.equal(record.load_E, two.expert_records()[path].load_E), path
-    counted = sum(int(learned_BM[b, i + 1]) for b in range(8) for i in range(12) if bool(plain.valid()[b, i]))
+    counted = sum(
+        int(learned_BM[b, i + 1]) for b in range(8) for i in range(12) if bool(plain.valid()[b, i])
+    )
     ledger = Ledger.of(model)
     window = Window.of(model, ledger, [masked])
     counts = {term.label: int(window.counts[term]) for term in ledger.heads}
@@ -331,7 +364,9 @@ def test_what_is_not_learned_has_no_loss_and_still_takes_load(lab: Lab) -> None:
     logits_BLV = model.logits(plain.tokens_BL)
     losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), plain.targets_BL, reduction="none")
     expected = (losses_BL * (plain.valid() & learned_BM[:, 1:])).sum()
-    torch.testing.assert_close(two.heads["next_token"].terms["next_token"], expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        two.heads["next_token"].terms["next_token"], expected, rtol=1e-10, atol=0
+    )
     split = contexts_of([2] * 4, learned_BM=learned_BM)
     whole, parts = gradients(model, [masked]), gradients(model, split)
     for name, value in whole.items():
@@ -356,11 +391,15 @@ def test_blocks_become_a_stream_with_masks_and_sources(lab: Lab) -> None:
     assert prepare(fewer, 270).fingerprint != prepared.fingerprint
 
 
-def test_a_run_on_token_blocks_learns_answers_only_and_counts_every_token(lab: Lab, tmp_path: Path) -> None:
+def test_a_run_on_token_blocks_learns_answers_only_and_counts_every_token(
+    lab: Lab, tmp_path: Path
+) -> None:
     lab.fit(tmp_path / "run", *ALL["corpus"], "budget.steps=3")
     found = loads(tmp_path / "run")
-    assert found["load.blocks.1"].sum(dim=1).tolist() == [4 * 2 * 16 * 2] * 3, "tokens x top-k, learned or not"
-    said = lab.door("evaluate", tmp_path / "run", "--json")
+    assert found["load.blocks.1"].sum(dim=1).tolist() == [4 * 2 * 16 * 2] * 3, (
+        "tokens x top-k, learned or not"
+    )
+    said = lab.command("evaluate", tmp_path / "run", "--json")
     assert said.code == 0, said.err
     assert any("val_loss" in row for row in rows(tmp_path / "run"))
 
@@ -387,11 +426,19 @@ def test_the_loader_hands_masks_and_sources_to_the_model(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("data.tokenizer.vocab=300", "data.tokenizer.vocab = 300: this corpus's tokens have 270 entries"),
-        ("data.corpus.bad_id=270", "train block 39 holds the id 270, which is not in a vocabulary of 270"),
+        (
+            "data.tokenizer.vocab=300",
+            "data.tokenizer.vocab = 300: the vocabulary of this corpus has 270 entries",
+        ),
+        (
+            "data.corpus.bad_id=270",
+            "train block 39 holds the id 270, which is not in a vocabulary of 270",
+        ),
         ("data.corpus.count=0", "it has no block to train on"),
     ],
 )
-def test_a_corpus_that_cannot_be_right_is_one_sentence(lab: Lab, tmp_path: Path, override: str, sentence: str) -> None:
+def test_a_corpus_that_cannot_be_right_is_one_sentence(
+    lab: Lab, tmp_path: Path, override: str, sentence: str
+) -> None:
     with pytest.raises(UserError, match=sentence):
         lab.fit(tmp_path / "run", *ALL["corpus"], override)

@@ -1,7 +1,8 @@
 """A plugin of the tests' own, for the contracts that 2.0 opens.
 
-A residual of two lanes, an optimizer of two rates, an attention with two ropes whose cache cannot forget, a head that
-reads the state of a block and drafts, a corpus of token blocks, and a strategy that shards the experts of one block.
+A residual of two lanes, an optimizer of two rates, an attention with two ropes whose cache cannot be truncated, a head
+that reads the state of a block and drafts, a corpus of token blocks, and a strategy that shards the experts of one
+block.
 Layers and balancers with losses, tallies and metrics of their own are in `own_parts.py`.
 """
 
@@ -20,7 +21,7 @@ from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.corpus import Split, TokenBlock, TokenCorpus
-from core.contracts.loss_head import Draft, HeadOutput, LossHead, Shared
+from core.contracts.loss_head import Draft, HeadOutput, LossHead, SharedModules
 from core.contracts.residual import Place, Residual
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
@@ -98,7 +99,10 @@ class ByKind(OptimizerFactory):
     def make(self, parameters: Sequence[NamedParameter]) -> list[torch.optim.Optimizer]:
         wide = [named.parameter for named in parameters if named.kind in ("matrix", "stack")]
         rest = [named.parameter for named in parameters if named.kind in ("vector", "table")]
-        return [torch.optim.SGD([{"params": wide, "lr_scale": 0.1}], lr=0.0), torch.optim.Adam(rest, lr=0.0)]
+        return [
+            torch.optim.SGD([{"params": wide, "lr_scale": 0.1}], lr=0.0),
+            torch.optim.Adam(rest, lr=0.0),
+        ]
 
     def learning_rate(self, progress: Progress) -> float:
         return float(self.config.lr)
@@ -128,7 +132,7 @@ class ShareExperts(StrategyFactory):
 
 
 class ClosedCache(TensorCache):
-    """A cache that cannot forget what it has taken in, like one that compresses closed windows."""
+    """A cache that cannot be truncated, like one that compresses closed windows."""
 
     truncates = False
 
@@ -147,7 +151,9 @@ class TwoRopes(Attention):
         """The head."""
 
         width: int = setting(doc="width of the head; a multiple of 4")
-        second: str | None = setting(None, doc="name of the second half's rotary positions; null: the model's own")
+        second: str | None = setting(
+            None, doc="name of the second half's rotary positions; null: the model's own"
+        )
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)
@@ -156,26 +162,36 @@ class TwoRopes(Attention):
         self.mixed = build.linear(build.dim, 3 * config.width, "tiny.mixed")
         self.output = build.linear(config.width, build.dim, "attention.output", residual=True)
 
-    def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
+    ) -> Tensor:
         q, k, v = (part[:, :, None] for part in self.mixed(x_BLD).chunk(3, dim=-1))
         q, k = self._turned(q, context), self._turned(k, context)
         slots_BL = None
         if cache is not None:
             k, v = cache.append(k, v)
             slots_BL = cache.slots(x_BLD.shape[1])
-        result: Tensor = self.output(attend(q, k, v, self.width**-0.5, context, slots_BL).flatten(-2))
+        result: Tensor = self.output(
+            attend(q, k, v, self.width**-0.5, context, slots_BL).flatten(-2)
+        )
         return result
 
     def _turned(self, x_BLHR: Tensor, context: SequenceContext) -> Tensor:
         halves = zip(x_BLHR.chunk(2, dim=-1), self.ropes, strict=True)
-        return torch.cat([rotate(half.contiguous(), rope, context.positions_BL) for half, rope in halves], dim=-1)
+        return torch.cat(
+            [rotate(half.contiguous(), rope, context.positions_BL) for half, rope in halves], dim=-1
+        )
 
     def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
         return ClosedCache(rows, capacity, device)
 
     def costs(self) -> Costs:
         active = sum(p.numel() for p in self.parameters())
-        return Costs(active=active, mixing=2 * 2 * self.width * self.length / 2, cache=2 * self.width)
+        return Costs(
+            active=active,
+            attention_flops=2 * 2 * self.width * self.length / 2,
+            cache=2 * self.width,
+        )
 
 
 class Peek(LossHead):
@@ -200,18 +216,28 @@ class Peek(LossHead):
     def reads_blocks(self) -> Sequence[int]:
         return (self.config.block,)
 
-    def forward(self, hidden_BLD: Tensor, context: SequenceContext, shared: Shared) -> HeadOutput:
+    def forward(
+        self, hidden_BLD: Tensor, context: SequenceContext, shared: SharedModules
+    ) -> HeadOutput:
         assert context.targets_BL is not None
         state_BLD = shared.states[self.config.block]
         logits_BLV = self._logits(state_BLD, context, shared)
-        losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), context.targets_BL, reduction="none")
+        losses_BL = F.cross_entropy(
+            logits_BLV.transpose(1, 2), context.targets_BL, reduction="none"
+        )
         return HeadOutput({"peek": (losses_BL * context.predicted()).sum()})
 
-    def _logits(self, state_BLD: Tensor, context: SequenceContext, shared: Shared) -> Tensor:
+    def _logits(self, state_BLD: Tensor, context: SequenceContext, shared: SharedModules) -> Tensor:
         embedded_BLD = shared.embed(context.tokens_BL).to(state_BLD.dtype)
         return shared.logits(self.joined(torch.cat([state_BLD, embedded_BLD], dim=-1)))
 
-    def draft(self, state_BLD: Tensor, context: SequenceContext, shared: Shared, caches: Sequence[Cache]) -> Draft:
+    def draft(
+        self,
+        state_BLD: Tensor,
+        context: SequenceContext,
+        shared: SharedModules,
+        caches: Sequence[Cache],
+    ) -> Draft:
         read_BLD = shared.states[self.config.block]
         return Draft(self._logits(read_BLD, context, shared), state_BLD)
 
@@ -281,5 +307,9 @@ def everything() -> dict[str, Any]:
         "watched": ("plugins=[own_parts]", "model.attention={name: watched, heads: 4}"),
         "histogram": ("plugins=[own_parts]", "model.blocks.moe.ffn.balance=[{name: histogram}]"),
         "head": ("plugins=[tiny_components]", "model.heads.peek={name: peek, block: 1}"),
-        "corpus": ("plugins=[tiny_components]", "data.corpus={name: token_blocks}", "data.tokenizer.vocab=270"),
+        "corpus": (
+            "plugins=[tiny_components]",
+            "data.corpus={name: token_blocks}",
+            "data.tokenizer.vocab=270",
+        ),
     }

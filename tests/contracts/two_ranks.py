@@ -27,7 +27,9 @@ def _rank(work: Callable[[int], Any], rank: int, folder: Path) -> int:
     (folder / f"error-{rank}").write_text("")
     try:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+        )
         (folder / f"result-{rank}").write_bytes(pickle.dumps(work(rank)))
         dist.destroy_process_group()
     except BaseException:

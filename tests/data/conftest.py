@@ -31,15 +31,17 @@ def corpus_of() -> MakeCorpus:
 
 @pytest.fixture
 def texts() -> dict[str, bytes]:
-    """25 documents of 200 words that a fixed seed makes up; document 10 is held out."""
+    """25 documents of 200 words, drawn with a fixed seed; document 10 is held out."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(300)]
-    return {f"doc-{index:02d}": " ".join(draw.choices(words, k=200)).encode() for index in range(25)}
+    return {
+        f"doc-{index:02d}": " ".join(draw.choices(words, k=200)).encode() for index in range(25)
+    }
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the cache is kept in."""
+    """The folder of the cache, a new one for each test."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("MOELOOM_CACHE", str(folder))
     return folder

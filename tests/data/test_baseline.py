@@ -1,4 +1,4 @@
-"""The compressor that a language model has to beat."""
+"""Bits per byte of a general compressor, which a language model has to beat."""
 
 import random
 
@@ -14,4 +14,6 @@ def test_text_that_was_in_the_training_split_costs_almost_nothing() -> None:
 
 def test_noise_costs_eight_bits() -> None:
     draw = random.Random(0)
-    assert xz_bits_per_byte(draw.randbytes(20_000), draw.randbytes(50_000)) == pytest.approx(8, abs=0.02)
+    assert xz_bits_per_byte(draw.randbytes(20_000), draw.randbytes(50_000)) == pytest.approx(
+        8, abs=0.02
+    )

@@ -1,4 +1,4 @@
-"""The two corpus plugins: what they read, and what they say when they cannot."""
+"""The two corpus plugins: what they read, and their error messages."""
 
 import sys
 from importlib import import_module
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from core.contracts.errors import UserError, Wrong
+from core.contracts.errors import ConfigError, UserError
 from plugins.package_text.corpus import PackageText
 from plugins.text_files.corpus import TextFiles
 
@@ -34,13 +34,23 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f"text of {path}")
     (notes / "METADATA").write_text("Metadata-Version: 2.1\nName: proser\nVersion: 1\n")
-    listed = ["proser/texts/a.txt", "proser/b.txt", "proser/code.py", "proser-1.dist-info/top_level.txt", "loose.txt"]
-    (notes / "RECORD").write_text("".join(f"{path},,\n" for path in [*listed, "../../share/proser/c.txt"]))
+    listed = [
+        "proser/texts/a.txt",
+        "proser/b.txt",
+        "proser/code.py",
+        "proser-1.dist-info/top_level.txt",
+        "loose.txt",
+    ]
+    (notes / "RECORD").write_text(
+        "".join(f"{path},,\n" for path in [*listed, "../../share/proser/c.txt"])
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
-def test_package_text_reads_only_the_files_inside_the_package_and_does_not_import_it(site: Path) -> None:
+def test_package_text_reads_only_the_files_inside_the_package_and_does_not_import_it(
+    site: Path,
+) -> None:
     documents = {document.name: document for document in package_text("proser").documents()}
     assert set(documents) == {"proser/texts/a.txt", "proser/b.txt"}
     assert documents["proser/b.txt"].data == b"text of proser/b.txt"
@@ -51,7 +61,10 @@ def test_package_text_reads_only_the_files_inside_the_package_and_does_not_impor
 def test_package_text_of_a_package_that_is_not_installed() -> None:
     with pytest.raises(UserError) as error:
         list(package_text("no-such-prose").documents())
-    assert str(error.value) == "package 'no-such-prose' is not installed: run `pip install no-such-prose`"
+    assert (
+        str(error.value)
+        == "package 'no-such-prose' is not installed: run `pip install no-such-prose`"
+    )
 
 
 def test_package_text_of_a_package_without_texts() -> None:
@@ -62,12 +75,14 @@ def test_package_text_of_a_package_without_texts() -> None:
 
 def test_package_text_of_a_file_that_has_gone(site: Path) -> None:
     (site / "proser/b.txt").unlink()
-    with pytest.raises(UserError, match=r"b\.txt of package 'proser' cannot be read: No such file or directory"):
+    with pytest.raises(
+        UserError, match=r"b\.txt of package 'proser' cannot be read: No such file or directory"
+    ):
         list(package_text("proser").documents())
 
 
 def test_package_text_needs_a_name() -> None:
-    with pytest.raises(Wrong, match="must be the name of an installed distribution"):
+    with pytest.raises(ConfigError, match="must be the name of an installed distribution"):
         PackageText.Config(package=" ").check(None)
 
 
@@ -77,7 +92,8 @@ def test_files_are_documents_and_so_are_jsonl_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one")
     (tmp_path / "c.jsonl").write_text('{"text": "three \\u00e9"}\n\n{"text": "four", "more": 1}\n')
     documents = {
-        document.name: document.data for document in text_files(tmp_path / "**/*.*", tmp_path / "a*").documents()
+        document.name: document.data
+        for document in text_files(tmp_path / "**/*.*", tmp_path / "a*").documents()
     }
     assert documents == {
         "a.txt": b"one",
@@ -87,13 +103,17 @@ def test_files_are_documents_and_so_are_jsonl_lines(tmp_path: Path) -> None:
     }
 
 
-def test_files_keep_their_names_when_their_folder_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_keep_their_names_when_their_folder_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here/a.txt").write_bytes(b"one")
     before = [document.name for document in text_files(tmp_path / "here/*.txt").documents()]
     (tmp_path / "here").rename(tmp_path / "there")
     monkeypatch.chdir(tmp_path)
-    assert [document.name for document in text_files("there/*.txt").documents()] == before == ["a.txt"]
+    assert (
+        [document.name for document in text_files("there/*.txt").documents()] == before == ["a.txt"]
+    )
 
 
 def test_a_glob_that_matches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,12 +126,14 @@ def test_a_glob_that_matches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(UserError, match=r"a\.csv is matched by .*, but only \.txt and \.jsonl can be read"):
+    with pytest.raises(
+        UserError, match=r"a\.csv is matched by .*, but only \.txt and \.jsonl can be read"
+    ):
         list(text_files(tmp_path / "*").documents())
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message_of"),
     [
         (b'{"text": ', "is not JSON: Expecting value"),
         (b'{"text": "\xff"}', "is not JSON: 'utf-8' codec can't decode byte 0xff in position 10"),
@@ -121,21 +143,23 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
         (b'{"text": "\\ud83d"}', "holds half a surrogate pair"),
     ],
 )
-def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, told: str) -> None:
+def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, message_of: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(UserError) as error:
         list(text_files(path).documents())
-    assert str(error.value).startswith(f"{path}, line 2 {told}")
+    assert str(error.value).startswith(f"{path}, line 2 {message_of}")
 
 
 def test_files_take_the_text_from_the_key_that_was_asked(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x", "text": "y"}\n')
-    assert [document.data for document in text_files(tmp_path / "a.jsonl", text_key="body").documents()] == [b"x"]
+    assert [
+        document.data for document in text_files(tmp_path / "a.jsonl", text_key="body").documents()
+    ] == [b"x"]
 
 
 def test_files_need_a_glob() -> None:
-    with pytest.raises(Wrong, match="must hold at least one glob"):
+    with pytest.raises(ConfigError, match="must hold at least one glob"):
         TextFiles.Config(paths=[]).check(None)
 
 
@@ -146,7 +170,8 @@ def test_examples_fit_their_schema(corpus: type[PackageText] | type[TextFiles]) 
 
 
 @pytest.mark.parametrize(
-    ("plugin", "name", "corpus"), [("package_text", "package_text", PackageText), ("text_files", "files", TextFiles)]
+    ("plugin", "name", "corpus"),
+    [("package_text", "package_text", PackageText), ("text_files", "files", TextFiles)],
 )
 def test_each_plugin_registers_its_corpus_by_its_name(plugin: str, name: str, corpus: type) -> None:
     offered = {}

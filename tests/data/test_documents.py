@@ -1,4 +1,4 @@
-"""Order, split and hash of a corpus, and what a user is told when it cannot be read."""
+"""Order, split and hash of a corpus, and error messages when it cannot be read."""
 
 import pytest
 from conftest import MakeCorpus
@@ -16,17 +16,23 @@ def test_every_twentieth_name_from_the_eleventh_is_held_out(corpus_of: MakeCorpu
     backwards = {f"doc-{index:02d}": b"text" for index in reversed(range(45))}
     split = read_split(corpus_of(backwards))
     assert names(split.validation) == ["doc-10", "doc-30"]
-    assert names(split.train) == [f"doc-{index:02d}" for index in range(45) if index not in (10, 30)]
+    assert names(split.train) == [
+        f"doc-{index:02d}" for index in range(45) if index not in (10, 30)
+    ]
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(10, 0), (11, 1), (30, 1), (31, 2)])
-def test_how_many_documents_it_takes_to_hold_one_out(corpus_of: MakeCorpus, count: int, held_out: int) -> None:
+def test_how_many_documents_it_takes_to_hold_one_out(
+    corpus_of: MakeCorpus, count: int, held_out: int
+) -> None:
     split = read_split(corpus_of({f"{index:02d}": b"text" for index in range(count)}))
     assert (len(split.train), len(split.validation)) == (count - held_out, held_out)
 
 
 def test_empty_documents_are_dropped_before_the_split(corpus_of: MakeCorpus) -> None:
-    split = read_split(corpus_of({"00-empty": b""} | {f"{index:02d}": b"text" for index in range(1, 13)}))
+    split = read_split(
+        corpus_of({"00-empty": b""} | {f"{index:02d}": b"text" for index in range(1, 13)})
+    )
     assert split.dropped == 1
     assert names(split.validation) == ["11"]
 
@@ -35,11 +41,11 @@ def test_bytes_are_counted_before_decoding(corpus_of: MakeCorpus) -> None:
     assert bytes_in(read_split(corpus_of({"a": "é€😀".encode()})).documents) == 2 + 3 + 4
 
 
-@pytest.mark.parametrize(("texts", "told"), [({}, "0 documents"), ({"a": b""}, "1 document")])
-def test_empty_corpus(corpus_of: MakeCorpus, texts: dict[str, bytes], told: str) -> None:
+@pytest.mark.parametrize(("texts", "message_of"), [({}, "0 documents"), ({"a": b""}, "1 document")])
+def test_empty_corpus(corpus_of: MakeCorpus, texts: dict[str, bytes], message_of: str) -> None:
     with pytest.raises(UserError) as error:
         read_split(corpus_of(texts))
-    assert str(error.value) == f"the corpus is empty: {told}, none with text"
+    assert str(error.value) == f"the corpus is empty: {message_of}, none with text"
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_offset(corpus_of: MakeCorpus) -> None:

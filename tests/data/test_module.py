@@ -1,4 +1,4 @@
-"""The data room under Lightning: what a Trainer sees, before and after a resume."""
+"""The data module under Lightning: what a Trainer reads, before and after a resume."""
 
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,18 @@ def plan(steps: int = 10, length: int = 64) -> Plan:
 
 
 def text_data(corpus: Any, run: Plan, **changes: Any) -> TextData:
-    settings: dict[str, Any] = {"vocab": 300, "length": run.length, "plan": run, "seed": 1, "validation_sequences": 2}
+    settings: dict[str, Any] = {
+        "vocab": 300,
+        "length": run.length,
+        "plan": run,
+        "seed": 1,
+        "validation_sequences": 2,
+    }
     return TextData(corpus, **(settings | changes))
 
 
 class Recorder(LightningModule):
-    """Notes what each step and each validation is given."""
+    """Records the batches that each step and each validation is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +63,11 @@ class Recorder(LightningModule):
 def fit(data: TextData, folder: Path, resume: Path | None = None, **settings: Any) -> Recorder:
     module = Recorder()
     saver = ModelCheckpoint(
-        folder, filename="{step}", every_n_train_steps=3, save_top_k=-1, save_on_train_epoch_end=False
+        folder,
+        filename="{step}",
+        every_n_train_steps=3,
+        save_top_k=-1,
+        save_on_train_epoch_end=False,
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -76,7 +86,11 @@ def fit(data: TextData, folder: Path, resume: Path | None = None, **settings: An
 @pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_epochs": -1, "max_steps": 10}])
 @pytest.mark.parametrize("validate", [{}, {"val_check_interval": 4}])
 def test_a_resumed_run_sees_exactly_the_windows_that_follow(
-    corpus_of: MakeCorpus, texts: dict[str, bytes], tmp_path: Path, limit: dict[str, int], validate: dict[str, int]
+    corpus_of: MakeCorpus,
+    texts: dict[str, bytes],
+    tmp_path: Path,
+    limit: dict[str, int],
+    validate: dict[str, int],
 ) -> None:
     settings = {**limit, **(validate or {"limit_val_batches": 0})}
     data = text_data(corpus_of(texts), plan())
@@ -84,12 +98,19 @@ def test_a_resumed_run_sees_exactly_the_windows_that_follow(
     assert data.train_tokens < plan().tokens / 1.2, "the run must cross epochs"
     straight = fit(data, tmp_path / "straight", **settings)
     assert [step for step, _ in straight.seen] == list(range(10))
-    assert [len(window) for _, window in straight.seen] == [plan().window(step).count for step in range(10)]
+    assert [len(window) for _, window in straight.seen] == [
+        plan().window(step).count for step in range(10)
+    ]
     for step in (3, 6, 9):
         path = tmp_path / f"straight/step={step}.ckpt"
         state = torch.load(path, weights_only=True)
         assert state["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"step": step}]
-        resumed = fit(text_data(corpus_of(texts), plan()), tmp_path / f"resumed{step}", resume=path, **settings)
+        resumed = fit(
+            text_data(corpus_of(texts), plan()),
+            tmp_path / f"resumed{step}",
+            resume=path,
+            **settings,
+        )
         assert [at for at, _ in resumed.seen] == list(range(step, 10))
         for (_, one), (_, two) in zip(straight.seen[step:], resumed.seen, strict=True):
             pairs = [pair for x, y in zip(one, two, strict=True) for pair in zip(x, y, strict=True)]
@@ -106,7 +127,9 @@ def test_validation_under_lightning_predicts_every_token(
     assert module.validated == len(ids)
 
 
-def test_no_validation_split_is_no_validation(corpus_of: MakeCorpus, texts: dict[str, bytes], tmp_path: Path) -> None:
+def test_no_validation_split_is_no_validation(
+    corpus_of: MakeCorpus, texts: dict[str, bytes], tmp_path: Path
+) -> None:
     data = text_data(corpus_of(dict(list(texts.items())[:10])), plan(steps=3))
     assert (data.val_dataloader(), data.validation_bytes, data.validation_documents) == ([], 0, 0)
     module = fit(data, tmp_path, max_epochs=1)
@@ -123,14 +146,22 @@ def test_bytes_are_those_of_the_files(texts: dict[str, bytes], tmp_path: Path) -
     assert data.train_bytes == sum(sizes.values())
 
 
-def test_prepare_says_that_a_corpus_is_too_short(corpus_of: MakeCorpus, texts: dict[str, bytes]) -> None:
-    with pytest.raises(UserError, match=r"the corpus is too short: \d+ training tokens, .* = 100000 needs 100001"):
+def test_prepare_says_that_a_corpus_is_too_short(
+    corpus_of: MakeCorpus, texts: dict[str, bytes]
+) -> None:
+    with pytest.raises(
+        UserError, match=r"the corpus is too short: \d+ training tokens, .* = 100000 needs 100001"
+    ):
         text_data(corpus_of(texts), plan(length=100_000)).prepare()
 
 
-def test_ranks_are_asked_for_when_loaders_are_made(corpus_of: MakeCorpus, texts: dict[str, bytes]) -> None:
+def test_ranks_are_asked_for_when_loaders_are_made(
+    corpus_of: MakeCorpus, texts: dict[str, bytes]
+) -> None:
     where = [(0, 1)]
-    data = text_data(corpus_of(texts), plan(), rank_and_world=lambda: where[0], validation_sequences=4)
+    data = text_data(
+        corpus_of(texts), plan(), rank_and_world=lambda: where[0], validation_sequences=4
+    )
     data.prepare()
     whole = data.train_dataloader().micro_batch(5)
     where[0] = (1, 4)

@@ -1,4 +1,4 @@
-"""The token stores, and a cache that survives what happens to files."""
+"""The token stores, and a cache that survives damaged files."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from conftest import MakeCorpus
 
 import core.data.prepare
 from core.contracts.errors import UserError
-from core.data import cache as cache_room
+from core.data import cache as cache_files
 from core.data.prepare import Prepared, prepare
 from core.data.store import pack
 
@@ -26,26 +26,34 @@ def same(one: Prepared, two: Prepared) -> bool:
         one.fingerprint == two.fingerprint
         and one.tokenizer.to_json() == two.tokenizer.to_json()
         and all(
-            np.array_equal(a.tokens, b.tokens) and np.array_equal(a.starts, b.starts) and a.bytes == b.bytes
+            np.array_equal(a.tokens, b.tokens)
+            and np.array_equal(a.starts, b.starts)
+            and a.bytes == b.bytes
             for a, b in ((one.train, two.train), (one.validation, two.validation))
         )
     )
 
 
-def test_each_document_is_a_marker_and_its_tokens(corpus_of: MakeCorpus, texts: dict[str, bytes]) -> None:
+def test_each_document_is_a_marker_and_its_tokens(
+    corpus_of: MakeCorpus, texts: dict[str, bytes]
+) -> None:
     data = prepare(corpus_of(texts), VOCAB)
     assert data.tokenizer.size == VOCAB
     assert (data.train.documents, data.validation.documents) == (24, 1)
     held_out = texts.pop("doc-10")
     for store, expected in ((data.train, list(texts.values())), (data.validation, [held_out])):
         ends = [*store.starts[1:], len(store)]
-        pieces = [store.tokens[start:end].tolist() for start, end in zip(store.starts, ends, strict=True)]
+        pieces = [
+            store.tokens[start:end].tolist() for start, end in zip(store.starts, ends, strict=True)
+        ]
         assert all(piece[0] == 0 and 0 not in piece[1:] for piece in pieces)
         assert [data.tokenizer.decode(piece[1:]).encode() for piece in pieces] == expected
         assert store.bytes == sum(map(len, expected))
 
 
-@pytest.mark.parametrize(("vocab", "dtype"), [(300, np.uint16), (65536, np.uint16), (65537, np.uint32)])
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(300, np.uint16), (65536, np.uint16), (65537, np.uint32)]
+)
 def test_ids_are_as_narrow_as_the_vocabulary_allows(vocab: int, dtype: type) -> None:
     tokens, starts = pack([[vocab - 1, 5], [7]], vocab)
     assert tokens.dtype == dtype
@@ -53,13 +61,17 @@ def test_ids_are_as_narrow_as_the_vocabulary_allows(vocab: int, dtype: type) -> 
     assert starts.tolist() == [0, 3]
 
 
-def test_few_documents_leave_nothing_to_validate(corpus_of: MakeCorpus, texts: dict[str, bytes]) -> None:
+def test_few_documents_leave_nothing_to_validate(
+    corpus_of: MakeCorpus, texts: dict[str, bytes]
+) -> None:
     data = prepare(corpus_of(dict(list(texts.items())[:10])), VOCAB)
     assert (len(data.validation), data.validation.documents, data.validation.bytes) == (0, 0, 0)
     assert data.train.documents == 10
 
 
-def test_the_tokenizer_never_sees_the_validation_text(corpus_of: MakeCorpus, texts: dict[str, bytes]) -> None:
+def test_the_tokenizer_never_sees_the_validation_text(
+    corpus_of: MakeCorpus, texts: dict[str, bytes]
+) -> None:
     one = prepare(corpus_of(texts), VOCAB)
     two = prepare(corpus_of(texts | {"doc-10": b"zyxw " * 500}), VOCAB)
     assert one.fingerprint != two.fingerprint
@@ -75,7 +87,9 @@ def test_the_second_start_reads_the_cache(
     assert same(prepare(corpus_of(backwards), VOCAB), first)
 
 
-def test_another_vocabulary_or_text_is_another_entry(corpus_of: MakeCorpus, texts: dict[str, bytes]) -> None:
+def test_another_vocabulary_or_text_is_another_entry(
+    corpus_of: MakeCorpus, texts: dict[str, bytes]
+) -> None:
     prints = {
         prepare(corpus_of(texts), VOCAB).fingerprint,
         prepare(corpus_of(texts), VOCAB + 1).fingerprint,
@@ -93,7 +107,10 @@ def flipped(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-FILES = ["tokenizer.json", *(f"{side}.{what}.npy" for side in ("train", "validation") for what in ("tokens", "starts"))]
+FILES = [
+    "tokenizer.json",
+    *(f"{side}.{what}.npy" for side in ("train", "validation") for what in ("tokens", "starts")),
+]
 
 
 @pytest.mark.parametrize("damage", [truncated, flipped, None])
@@ -116,7 +133,7 @@ def test_a_damaged_entry_is_built_again(
 def test_a_seal_that_lists_nothing_seals_nothing(tmp_path: Path, seal: str) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "seal.json").write_text(seal)
-    assert not cache_room.intact(tmp_path)
+    assert not cache_files.intact(tmp_path)
 
 
 def test_two_processes_at_once(tmp_path: Path, texts: dict[str, bytes]) -> None:
@@ -128,12 +145,15 @@ def test_two_processes_at_once(tmp_path: Path, texts: dict[str, bytes]) -> None:
         "print(data.fingerprint, data.train.tokens.sum(), 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "*.txt")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        for _ in range(2)
+    ]
     answers = [process.communicate()[0].split() for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert answers[0] == answers[1]
-    assert answers[0][2] == "False", "the data room up to the store needs no torch"
-    assert cache_room.intact(tmp_path / "cache" / answers[0][0])
+    assert answers[0][2] == "False", "everything up to the token store works without torch"
+    assert cache_files.intact(tmp_path / "cache" / answers[0][0])
 
 
 def test_a_writer_that_fails_leaves_neither_seal_nor_scraps(tmp_path: Path) -> None:
@@ -142,13 +162,15 @@ def test_a_writer_that_fails_leaves_neither_seal_nor_scraps(tmp_path: Path) -> N
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(UserError) as error:
-        cache_room.write_entry(tmp_path / "entry", {"whole": lambda stream: stream.write(b"all"), "cut": full})
+        cache_files.write_entry(
+            tmp_path / "entry", {"whole": lambda stream: stream.write(b"all"), "cut": full}
+        )
     assert str(error.value) == (
         f"the cache {tmp_path / 'entry'} cannot be written (No space left on device): "
-        "make room, or set MOELOOM_CACHE to another folder"
+        "free some space, or set MOELOOM_CACHE to another folder"
     )
     assert [file.name for file in (tmp_path / "entry").iterdir()] == ["whole"]
-    assert not cache_room.intact(tmp_path / "entry")
+    assert not cache_files.intact(tmp_path / "entry")
 
 
 def test_a_cache_that_cannot_be_written(
@@ -164,11 +186,11 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     monkeypatch.setenv("MOELOOM_CACHE", "~/mine")
-    assert cache_room.cache_folder() == Path("/home/me/mine")
+    assert cache_files.cache_folder() == Path("/home/me/mine")
     monkeypatch.delenv("MOELOOM_CACHE")
-    assert cache_room.cache_folder() == Path("/caches/moeloom")
+    assert cache_files.cache_folder() == Path("/caches/moeloom")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_room.cache_folder() == Path("/home/me/.cache/moeloom")
+    assert cache_files.cache_folder() == Path("/home/me/.cache/moeloom")
 
 
 def test_a_seal_is_plain_json(corpus_of: MakeCorpus, texts: dict[str, bytes], cache: Path) -> None:

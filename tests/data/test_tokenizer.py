@@ -9,7 +9,9 @@ import tokenizers
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer, train
 
-PROSE = ["The state of the Union is strong, and the Union's people are strong.\n\nIt's 1789!\r\n"] * 3
+PROSE = [
+    "The state of the Union is strong, and the Union's people are strong.\n\nIt's 1789!\r\n"
+] * 3
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,9 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert loaded.to_json() == tokenizer.to_json()
 
 
-def test_what_other_programs_are_given_begins_with_the_marker_there_and_not_here(tokenizer: Tokenizer) -> None:
+def test_what_other_programs_are_given_begins_with_the_marker_there_and_not_here(
+    tokenizer: Tokenizer,
+) -> None:
     theirs = tokenizers.Tokenizer.from_str(tokenizer.marked_json())
     text, other = "The Union's 1789", "It's"
     ids, more = tokenizer.encode(text), tokenizer.encode(other)
@@ -82,7 +86,7 @@ def test_what_other_programs_are_given_begins_with_the_marker_there_and_not_here
     assert tokenizer.to_json() == train(PROSE, 280).to_json(), "what is saved here stays as it was"
 
 
-def test_entries_tell_vocabularies_apart_and_nothing_else(tokenizer: Tokenizer) -> None:
+def test_entries_report_vocabularies_apart_and_nothing_else(tokenizer: Tokenizer) -> None:
     marked = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer.marked_json()))
     assert marked.to_json() != tokenizer.to_json()
     assert marked.entries() == tokenizer.entries()
@@ -90,9 +94,12 @@ def test_entries_tell_vocabularies_apart_and_nothing_else(tokenizer: Tokenizer) 
     more = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     more.add_special_tokens(["<|pad|>"])
     assert Tokenizer(more).entries() != tokenizer.entries()
-    told = json.loads(tokenizer.to_json())
-    told["model"]["merges"].reverse()
-    assert Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(told))).entries() != tokenizer.entries()
+    message = json.loads(tokenizer.to_json())
+    message["model"]["merges"].reverse()
+    assert (
+        Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(message))).entries()
+        != tokenizer.entries()
+    )
 
 
 def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
@@ -108,7 +115,8 @@ def test_a_vocabulary_that_the_text_cannot_fill() -> None:
     with pytest.raises(UserError) as error:
         train(["aaaa"], 1000)
     assert (
-        str(error.value) == "data.tokenizer.vocab = 1000 is more than the training text can fill: at most 259 entries"
+        str(error.value)
+        == "data.tokenizer.vocab = 1000 is more than the training text can fill: at most 259 entries"
     )
     assert train(["aaaa"], 259).size == 259
 

@@ -1,4 +1,4 @@
-"""Sequences, their order, and how ranks share them; tokens are their own positions, so that they can be read off."""
+"""Sequences, their order, and how ranks share them; each token is its own position, so a sequence shows its place."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,9 @@ def sequences_in(window: list[Batch]) -> list[int]:
 
 
 def join(shares: list[Batch]) -> Batch:
-    return Batch(*(torch.cat(parts) for parts in zip(*(share[:4] for share in shares), strict=True)))
+    return Batch(
+        *(torch.cat(parts) for parts in zip(*(share[:4] for share in shares), strict=True))
+    )
 
 
 def equal(one: Batch, two: Batch) -> bool:
@@ -60,15 +62,21 @@ def test_a_corpus_shorter_than_one_sequence() -> None:
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
-    orders = {(seed, epoch): epoch_order(seed, epoch, 50).tolist() for seed in (0, 1) for epoch in (0, 1, 2)}
+    orders = {
+        (seed, epoch): epoch_order(seed, epoch, 50).tolist()
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
+    }
     assert all(sorted(order) == list(range(50)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == 6
     epoch_order.cache_clear()
-    assert all(epoch_order(seed, epoch, 50).tolist() == order for (seed, epoch), order in orders.items())
+    assert all(
+        epoch_order(seed, epoch, 50).tolist() == order for (seed, epoch), order in orders.items()
+    )
 
 
 def test_the_order_is_pinned() -> None:
-    """A run must find its place again under any numpy, on any machine."""
+    """Compares with fixed numbers, because a resumed run must read the same order with any numpy, on any machine."""
     assert epoch_order(0, 0, 8).tolist() == [6, 3, 1, 4, 5, 2, 7, 0]
     assert epoch_order(7, 3, 8).tolist() == [2, 1, 4, 3, 5, 7, 6, 0]
 
@@ -88,7 +96,9 @@ def test_micro_batches_lie_end_to_end_across_epochs() -> None:
 def test_a_micro_batch_may_hold_several_epochs() -> None:
     loader = WindowLoader(stream(2 * LENGTH + 1), plan=plan(1, sequences=8), seed=0)
     [window] = list(loader)
-    assert [sorted(sequences_in(window)[first : first + 2]) for first in (0, 2, 4, 6)] == [[0, 1]] * 4
+    assert [sorted(sequences_in(window)[first : first + 2]) for first in (0, 2, 4, 6)] == [
+        [0, 1]
+    ] * 4
 
 
 def test_any_micro_batch_can_be_made_without_those_before() -> None:
@@ -102,17 +112,26 @@ def test_any_micro_batch_can_be_made_without_those_before() -> None:
 def test_ranks_share_the_micro_batches_of_one(world: int) -> None:
     tokens = stream(10 * LENGTH + 3, (0, 7, 8, 21))
     alone = WindowLoader(tokens, plan=plan(6, RAMP), seed=2)
-    ranks = [WindowLoader(tokens, plan=plan(6, RAMP), seed=2, rank=rank, world=world) for rank in range(world)]
+    ranks = [
+        WindowLoader(tokens, plan=plan(6, RAMP), seed=2, rank=rank, world=world)
+        for rank in range(world)
+    ]
     for whole, *shares in zip(alone, *ranks, strict=True):
         assert all(len(share) == len(whole) for share in shares)
-        assert all(equal(join(list(parts)), batch) for batch, *parts in zip(whole, *shares, strict=True))
+        assert all(
+            equal(join(list(parts)), batch) for batch, *parts in zip(whole, *shares, strict=True)
+        )
 
 
 def test_a_batch_ramp_reads_more_and_skips_nothing() -> None:
     ramp = plan(6, RAMP)
     loader = WindowLoader(stream(10 * LENGTH + 1), plan=ramp, seed=2)
     windows = list(loader)
-    assert [len(window) for window in windows] == [ramp.window(step).count for step in range(6)] == [1, 2, 2, 2, 3, 3]
+    assert (
+        [len(window) for window in windows]
+        == [ramp.window(step).count for step in range(6)]
+        == [1, 2, 2, 2, 3, 3]
+    )
     line = sequences_at(np.arange(13 * 4), seed=2, count=10).tolist()
     assert [sequence for window in windows for sequence in sequences_in(window)] == line
 
@@ -133,7 +152,9 @@ def test_the_state_is_the_step_that_is_read_next() -> None:
     second = WindowLoader(tokens, plan=run, seed=5)
     second.load_state_dict(first.state_dict())
     rest = [sequences_in(window) for window in second]
-    assert seen + rest == [sequences_in(window) for window in WindowLoader(tokens, plan=run, seed=5)]
+    assert seen + rest == [
+        sequences_in(window) for window in WindowLoader(tokens, plan=run, seed=5)
+    ]
     assert (len(second), second.state_dict(), list(second)) == (7, {"step": 7}, [])
 
 
@@ -141,7 +162,10 @@ def test_the_state_is_the_step_that_is_read_next() -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_validation_predicts_every_token_once(tokens: int, world: int) -> None:
     store = stream(tokens, (0, 1))
-    ranks = [ValidationLoader(store, length=LENGTH, sequences=4, rank=rank, world=world) for rank in range(world)]
+    ranks = [
+        ValidationLoader(store, length=LENGTH, sequences=4, rank=rank, world=world)
+        for rank in range(world)
+    ]
     assert len({len(loader) for loader in ranks}) == 1
     whole = [join(list(shares)) for shares in zip(*ranks, strict=True)]
     assert len(whole) == len(ranks[0])
@@ -160,5 +184,7 @@ def test_validation_predicts_every_token_once(tokens: int, world: int) -> None:
 
 
 def test_validation_rows_that_cannot_be_shared() -> None:
-    with pytest.raises(UserError, match="a batch of 3 sequences cannot be shared equally by 2 data ranks"):
+    with pytest.raises(
+        UserError, match="a batch of 3 sequences cannot be shared equally by 2 data ranks"
+    ):
         ValidationLoader(stream(9), length=LENGTH, sequences=3, rank=0, world=2)

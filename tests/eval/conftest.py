@@ -11,12 +11,12 @@ from core.model.language_model import LanguageModel
 
 LONGEST = 24
 GROUPS = "model.blocks.moe.ffn.router.group_score=2"
-"""As transformers rates groups, always."""
+"""The score of a group as transformers always computes it."""
 
 
 @pytest.fixture(scope="session")
 def model(lab: Lab) -> LanguageModel:
-    """In evaluation mode."""
+    """The small model in evaluation mode."""
     return build(lab.recipe("precision.name=fp64", f"model.rope.max_length={LONGEST}")).eval()
 
 
@@ -25,7 +25,7 @@ def exported(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """A trained run that transformers has an architecture for, and its export in the run's own format."""
     folder = tmp_path_factory.mktemp("exported")
     lab.fit(folder / "run", GROUPS, "budget.steps=60")
-    said = lab.door("convert", "to-hf", folder / "run", folder / "hf", "--dtype", "fp32")
+    said = lab.command("convert", "to-hf", folder / "run", folder / "hf", "--dtype", "fp32")
     assert said.code == 0, said.err
     return folder / "run", folder / "hf"
 
@@ -39,5 +39,5 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer(finished: Path) -> Tokenizer:
-    """300 entries."""
+    """The tokenizer of the small run, with 300 entries."""
     return Tokenizer.load(finished / "tokenizer.json")

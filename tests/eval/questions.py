@@ -35,9 +35,13 @@ metadata: {{version: 2.0}}
 """
 
 
-def write_task(folder: Path, name: str, template: str, rows: Sequence[dict[str, Any]], **more: str) -> None:
+def write_task(
+    folder: Path, name: str, template: str, rows: Sequence[dict[str, Any]], **more: str
+) -> None:
     """NAME.yaml and its data."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / f"{name}.yaml").write_text(template.format(name=name, data=data, **more), encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(
+        template.format(name=name, data=data, **more), encoding="utf-8"
+    )

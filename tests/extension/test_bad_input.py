@@ -1,4 +1,4 @@
-"""Every mistake that a plugin can hold is one sentence to who asks for it, and nothing to everybody else."""
+"""Every mistake of a plugin is one sentence for the user who needs it, and affects nobody else."""
 
 import argparse
 import json
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from lab import ROOT, Lab, Said, forked, through
+from lab import ROOT, CommandResult, Lab, forked, run_command_here
 from tiers import first_by_default
 
+from core.command import run_command
 from core.contracts import VERSION
 from core.contracts.errors import UserError
-from core.door import run_door
 from core.extension.loader import PluginWarning
 from core.recipe.schema import BlockSection
 
@@ -63,7 +63,7 @@ class Case:
     """A mistake.
 
     Args:
-        why: what is said of it, in full or its beginning.
+        why: the error message, or its beginning.
         plugin: the light module.
         part: the component's module; "" where none is needed.
     """
@@ -76,9 +76,11 @@ class Case:
 PLUGINS = {
     "raises": Case("RuntimeError: no GPU driver", "raise RuntimeError('no\\n GPU driver')"),
     "raises without a word": Case("NotImplementedError", "raise NotImplementedError"),
-    "leaves Python": Case("it leaves Python when it is imported (SystemExit: 3)", "import sys; sys.exit(3)"),
+    "leaves Python": Case(
+        "it exits Python when it is imported (SystemExit: 3)", "import sys; sys.exit(3)"
+    ),
     "a class for a target": Case(
-        'corpus \'probe\': name and target are texts, "name" and "module:Class", not the class Probe itself',
+        'corpus \'probe\': name and target must be strings, "name" and "module:Class", not the class Probe itself',
         f"""{HEAD}
     class Probe:
         pass
@@ -89,7 +91,7 @@ PLUGINS = {
     """,
     ),
     "a number for a name": Case(
-        'corpus 3: name and target are texts, "name" and "module:Class", not 3',
+        'corpus 3: name and target must be strings, "name" and "module:Class", not 3',
         OFFER.replace('"probe"', "3"),
     ),
     "no target": Case(
@@ -101,7 +103,7 @@ PLUGINS = {
         OFFER + '        registry.corpus("probe", "bad_parts:Other")\n',
     ),
     "misspelt hook": Case(
-        "it implements the hook 'registr', which there is not; did you mean register? known: register",
+        "unknown hook 'registr'; did you mean register? known: register",
         OFFER.replace("def register", "def registr"),
     ),
     "unmarked hook": Case(
@@ -113,11 +115,12 @@ PLUGINS = {
         OFFER.replace("@hookimpl", "").replace("def register", "def registr"),
     ),
     "another argument": Case(
-        "its hook register takes 'registrar', but must read `def register(registry)`, by these names",
+        "its hook register takes 'registrar', but must read `def register(registry)`, with these names",
         OFFER.replace("(registry)", "(registrar)"),
     ),
     "unknown slot": Case(
-        "there is no slot 'ruoter'; did you mean router? known: ", OFFER.replace(".corpus", ".ruoter")
+        "there is no slot 'ruoter'; did you mean router? known: ",
+        OFFER.replace(".corpus", ".ruoter"),
     ),
     "later major": Case(
         "bad_plugin was built for contracts 3.0, and this moeloom offers 2.0; install a moeloom that offers 3.0, "
@@ -150,13 +153,19 @@ FROM_HERE = "install its package, or run from the folder that holds it"
 PROBE = "corpus 'probe' of bad (bad_parts:Probe)"
 PARTS = {
     "raises": Case(
-        f"{PROBE} cannot be imported: OSError: libfast.so: cannot open", part="raise OSError('libfast.so: cannot open')"
+        f"{PROBE} cannot be imported: OSError: libfast.so: cannot open",
+        part="raise OSError('libfast.so: cannot open')",
     ),
-    "leaves Python": Case(f"{PROBE} cannot be imported: it leaves Python when", part="raise SystemExit(3)"),
+    "leaves Python": Case(
+        f"{PROBE} cannot be imported: it exits Python when", part="raise SystemExit(3)"
+    ),
     "no class": Case(f"{PROBE}: module bad_parts has no class Probe", part="Prob = 1"),
-    "no component": Case(f"{PROBE} is not a subclass of core.contracts.corpus.Corpus", part="class Probe: pass"),
+    "no component": Case(
+        f"{PROBE} is not a subclass of core.contracts.corpus.Corpus", part="class Probe: pass"
+    ),
     "abstract": Case(
-        f"{PROBE}: Probe does not implement documents", part=config("pass").replace("def documents", "def document")
+        f"{PROBE}: Probe does not implement documents",
+        part=config("pass").replace("def documents", "def document"),
     ),
     "no Config": Case(
         f"{PROBE}: Probe has no Config: nest the schema, `@dataclass(kw_only=True) class Config`",
@@ -167,7 +176,7 @@ PARTS = {
         part=config('size: int = setting(1, doc="documents")', decorator=""),
     ),
     "not keyword-only": Case(
-        f"{PROBE}: Probe.Config.size cannot be given by its name alone: write @dataclass(kw_only=True)",
+        f"{PROBE}: Probe.Config.size must be a keyword-only argument: write @dataclass(kw_only=True)",
         part=config('size: int = setting(1, doc="documents")', decorator="@dataclass"),
     ),
     "a set": Case(
@@ -195,7 +204,7 @@ PARTS = {
         part=config("size: int = 1"),
     ),
     "called name": Case(
-        f"{PROBE}: Probe.Config.name: a section's `name` says which component it is, so no key is called so",
+        f"{PROBE}: Probe.Config.name: a section's `name` says which component it is, so no key may have that name",
         part=config('name: str = setting(doc="of it")'),
     ),
     "a child of no slot": Case(
@@ -208,7 +217,9 @@ PARTS = {
     ),
     "capabilities no set": Case(
         f"{PROBE}: Probe.capabilities must be a frozenset of words, not 'causal'",
-        part=config("pass").replace("class Probe(Corpus):", 'class Probe(Corpus):\n        capabilities = "causal"\n'),
+        part=config("pass").replace(
+            "class Probe(Corpus):", 'class Probe(Corpus):\n        capabilities = "causal"\n'
+        ),
     ),
     "circular import": Case(
         f"{PROBE} cannot be imported: ImportError: cannot import name 'Probe' from partially initialized module "
@@ -223,7 +234,7 @@ OTHERS = {"bad_rest": "from bad_parts import Probe\n"}
 
 @pytest.fixture
 def install_case(module: Module, install: Install) -> Iterator[Callable[[Case], None]]:
-    """Make the distribution `bad` of a case."""
+    """A function that makes the distribution `bad` of a case."""
 
     def make(case: Case) -> None:
         install("bad", bad=module("bad_plugin", case.plugin))
@@ -233,7 +244,7 @@ def install_case(module: Module, install: Install) -> Iterator[Callable[[Case], 
     return make
 
 
-def broken_row(said: Said) -> str:
+def broken_row(said: CommandResult) -> str:
     """The status of the one row that is not ok, in a catalog that lists everything else."""
     assert said.code == 0, said.err
     rows = json.loads(said.out)
@@ -243,14 +254,14 @@ def broken_row(said: Said) -> str:
     return str(row["status"])
 
 
-def aloud(door: str, *arguments: str | Path) -> Said:
-    """Go through a door whose warnings end on stderr, as they do outside of pytest."""
+def with_warnings(name_of_command: str, *arguments: str | Path) -> CommandResult:
+    """Runs a command whose warnings end on stderr, as they do outside of pytest."""
 
     def work() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                through(door, *arguments)
+                run_command_here(name_of_command, *arguments)
             finally:
                 for warning in caught:
                     print(f"warned: {warning.message}", file=sys.stderr)
@@ -259,41 +270,50 @@ def aloud(door: str, *arguments: str | Path) -> Said:
 
 
 @pytest.mark.parametrize("name", first_by_default(PLUGINS, keep=4))
-def test_a_broken_plugin_is_one_warning_and_one_sentence_to_who_names_it(
+def test_a_broken_plugin_is_one_warning_and_one_error_where_it_is_named(
     name: str, install_case: Callable[[Case], None], lab: Lab
 ) -> None:
     case = PLUGINS[name]
     install_case(case)
-    listed = aloud("catalog", "--json")
+    listed = with_warnings("catalog", "--json")
     assert broken_row(listed).startswith(f"broken: {case.why}")
-    assert listed.err == "", "the list tells it, so it is not told twice"
-    unrelated = aloud("describe", lab.file, "--json")
+    assert listed.err == "", "the list names it, so no warning does"
+    unrelated = with_warnings("describe", lab.file, "--json")
     assert unrelated.code == 0, unrelated.err
     (warned,) = unrelated.err.splitlines()
     assert warned.startswith(f"warned: plugin 'bad' of bad 1.0 is broken: {case.why}")
-    named = lab.door("describe", lab.file, "plugins=[bad_plugin]")
+    named = lab.command("describe", lab.file, "plugins=[bad_plugin]")
     assert named.code == 2
-    assert f"plugins: plugin 'bad_plugin', which the recipe names, is broken: {case.why}" in named.sentence
+    assert (
+        f"plugins: plugin 'bad_plugin', which the recipe names, is broken: {case.why}"
+        in named.sentence
+    )
 
 
 @pytest.mark.parametrize("name", first_by_default(PARTS, keep=6))
-def test_a_broken_component_is_one_sentence_to_who_asks_for_it(
+def test_a_broken_component_is_one_error_where_its_name_is_used(
     name: str, install_case: Callable[[Case], None], lab: Lab
 ) -> None:
     case = PARTS[name]
     install_case(case)
-    asked = lab.door("describe", lab.file, "data.corpus.name=probe")
+    asked = lab.command("describe", lab.file, "data.corpus.name=probe")
     assert asked.code == 2
-    assert asked.sentence.startswith(f"command line (data.corpus.name=probe): data.corpus.name: {case.why}")
-    assert broken_row(lab.door("catalog", "--json")).startswith(f"broken: {case.why}")
+    assert asked.sentence.startswith(
+        f"command line (data.corpus.name=probe): data.corpus.name: {case.why}"
+    )
+    assert broken_row(lab.command("catalog", "--json")).startswith(f"broken: {case.why}")
 
 
-def test_a_broken_plugin_stops_no_run_that_does_not_need_it(install_case: Callable[[Case], None], lab: Lab) -> None:
+def test_a_broken_plugin_stops_no_run_that_does_not_need_it(
+    install_case: Callable[[Case], None], lab: Lab
+) -> None:
     install_case(PLUGINS["raises"])
-    unrelated = aloud("describe", lab.file, "--json")
+    unrelated = with_warnings("describe", lab.file, "--json")
     assert unrelated.code == 0
-    assert unrelated.err == "warned: plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver\n"
-    asked = lab.door("describe", lab.file, "data.corpus.name=probe")
+    assert (
+        unrelated.err == "warned: plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver\n"
+    )
+    asked = lab.command("describe", lab.file, "data.corpus.name=probe")
     assert asked.code == 2
     assert asked.sentence.endswith(
         "no corpus is named 'probe'; known: files, package_text; "
@@ -301,11 +321,13 @@ def test_a_broken_plugin_stops_no_run_that_does_not_need_it(install_case: Callab
     )
 
 
-def test_a_broken_component_stops_no_run_that_does_not_need_it(install_case: Callable[[Case], None], lab: Lab) -> None:
+def test_a_broken_component_stops_no_run_that_does_not_need_it(
+    install_case: Callable[[Case], None], lab: Lab
+) -> None:
     install_case(PARTS["raises"])
-    unrelated = aloud("describe", lab.file, "--json")
+    unrelated = with_warnings("describe", lab.file, "--json")
     assert (unrelated.code, unrelated.err) == (0, "")
-    shown = lab.door("catalog", "show", "corpus", "probe")
+    shown = lab.command("catalog", "show", "corpus", "probe")
     assert shown.code == 2
     assert shown.sentence == PARTS["raises"].why
 
@@ -313,10 +335,14 @@ def test_a_broken_component_stops_no_run_that_does_not_need_it(install_case: Cal
 def test_two_plugins_that_import_each_other_are_both_broken_and_the_rest_is_fine(
     module: Module, install: Install, lab: Lab
 ) -> None:
-    install("one", one=module("one_plugin", f"{OFFER}\n    from two_plugin import TWO\n    ONE = 1\n"))
-    install("two", two=module("two_plugin", f"{OFFER}\n    from one_plugin import ONE\n    TWO = 2\n"))
+    install(
+        "one", one=module("one_plugin", f"{OFFER}\n    from two_plugin import TWO\n    ONE = 1\n")
+    )
+    install(
+        "two", two=module("two_plugin", f"{OFFER}\n    from one_plugin import ONE\n    TWO = 2\n")
+    )
     install("good", good=module("good_plugin"))
-    said = lab.door("catalog", "--json")
+    said = lab.command("catalog", "--json")
     assert said.code == 0, said.err
     rows = {(row["distribution"], row["name"]): row["status"] for row in json.loads(said.out)}
     hint = "two modules import each other: move what both need into a third"
@@ -327,34 +353,45 @@ def test_two_plugins_that_import_each_other_are_both_broken_and_the_rest_is_fine
     assert rows["good", "probe"] == "ok"
 
 
-def test_a_component_may_import_its_own_light_module(module: Module, install: Install, lab: Lab) -> None:
+def test_a_component_may_import_its_own_light_module(
+    module: Module, install: Install, lab: Lab
+) -> None:
     install("good", good=module("good_plugin", OFFER))
-    module("bad_parts", config('size: int = setting(1, doc="documents")') + "\n    import good_plugin\n")
-    said = lab.door("describe", lab.file, "data.corpus.name=probe")
+    module(
+        "bad_parts",
+        config('size: int = setting(1, doc="documents")') + "\n    import good_plugin\n",
+    )
+    said = lab.command("describe", lab.file, "data.corpus.name=probe")
     assert said.code == 0, said.err
 
 
-def test_two_distributions_with_one_name_are_both_named(module: Module, install: Install, lab: Lab) -> None:
+def test_two_distributions_with_one_name_are_both_named(
+    module: Module, install: Install, lab: Lab
+) -> None:
     install("first", one=module("first_one"))
     install("second", two=module("second_one"))
-    said = lab.door("describe", lab.file, "data.corpus.name=probe")
+    said = lab.command("describe", lab.file, "data.corpus.name=probe")
     assert said.code == 2
     assert said.sentence.endswith(
         "data.corpus.name: corpus 'probe' is offered by first (first_one:Probe) and second (second_one:Probe); "
         "write distribution/probe to choose"
     )
-    chosen = lab.door("describe", lab.file, "data.corpus.name=second/probe", "--json")
+    chosen = lab.command("describe", lab.file, "data.corpus.name=second/probe", "--json")
     assert chosen.code == 0, chosen.err
     (row,) = [row for row in json.loads(chosen.out)["plugins"] if row["slot"] == "corpus"]
     assert (row["distribution"], row["module"]) == ("second", "second_one")
-    listed = lab.door("catalog")
-    assert "corpus probe has 2 owners: a recipe must write first/probe or second/probe" in listed.out
+    listed = lab.command("catalog")
+    assert (
+        "corpus probe has 2 owners: a recipe must write first/probe or second/probe" in listed.out
+    )
 
 
-def test_two_distributions_with_one_module_cannot_be_told_apart(module: Module, install: Install, lab: Lab) -> None:
+def test_two_distributions_with_one_module_cannot_be_distinguished(
+    module: Module, install: Install, lab: Lab
+) -> None:
     install("first", one=module("same_one"))
     install("second", two="same_one")
-    said = lab.door("describe", lab.file, "data.corpus.name=probe")
+    said = lab.command("describe", lab.file, "data.corpus.name=probe")
     assert said.code == 2
     assert said.sentence.endswith(
         "corpus 'probe' is offered by first (same_one:Probe) and second (same_one:Probe); Python finds only one "
@@ -362,24 +399,28 @@ def test_two_distributions_with_one_module_cannot_be_told_apart(module: Module, 
     )
 
 
-def test_a_recipes_own_plugin_and_an_installed_one_are_told_apart(module: Module, install: Install, lab: Lab) -> None:
+def test_a_recipes_own_plugin_and_an_installed_one_are_distinguished(
+    module: Module, install: Install, lab: Lab
+) -> None:
     install("first", one=module("first_one"))
     own = f"plugins=[{module('own_one')}]"
-    said = lab.door("describe", lab.file, own, "data.corpus.name=probe")
+    said = lab.command("describe", lab.file, own, "data.corpus.name=probe")
     assert "offered by first (first_one:Probe) and recipe (own_one:Probe)" in said.sentence
-    assert lab.door("describe", lab.file, own, "data.corpus.name=recipe/probe").code == 0
+    assert lab.command("describe", lab.file, own, "data.corpus.name=recipe/probe").code == 0
 
 
 @pytest.mark.parametrize("value", ["bad_plugin:register", "bad-plugin", "./bad_plugin.py"])
-def test_an_entry_point_that_names_no_module_says_so(value: str, module: Module, install: Install, lab: Lab) -> None:
+def test_an_entry_point_that_names_no_module_says_so(
+    value: str, module: Module, install: Install, lab: Lab
+) -> None:
     module("bad_plugin", OFFER)
     install("bad", bad=value)
     why = f"{value!r} is no module's name, such as my_package or my_package.plugin"
-    assert broken_row(lab.door("catalog", "--json")) == f"broken: {why}"
+    assert broken_row(lab.command("catalog", "--json")) == f"broken: {why}"
 
 
-def test_a_module_that_is_not_there_is_told_by_its_name(lab: Lab, site: Path) -> None:
-    said = lab.door("describe", lab.file, "plugins=[no_such_plugin]")
+def test_a_module_that_is_not_there_is_reported_by_its_name(lab: Lab, site: Path) -> None:
+    said = lab.command("describe", lab.file, "plugins=[no_such_plugin]")
     assert said.code == 2
     assert said.sentence.endswith(
         "plugin 'no_such_plugin', which the recipe names, is broken: "
@@ -388,24 +429,43 @@ def test_a_module_that_is_not_there_is_told_by_its_name(lab: Lab, site: Path) ->
     )
 
 
-def test_a_package_around_the_module_that_is_not_there_is_told_too(lab: Lab, site: Path) -> None:
-    said = lab.door("describe", lab.file, "plugins=[no_such.plugin]")
-    assert said.sentence.endswith(f"No module named 'no_such'; Python must find it from here: {FROM_HERE}")
+def test_a_package_around_the_module_that_is_not_there_is_reported_too(
+    lab: Lab, site: Path
+) -> None:
+    said = lab.command("describe", lab.file, "plugins=[no_such.plugin]")
+    assert said.sentence.endswith(
+        f"No module named 'no_such'; Python must find it from here: {FROM_HERE}"
+    )
 
 
-def test_a_module_that_lacks_what_it_imports_is_not_told_to_be_installed(lab: Lab, module: Module) -> None:
-    said = lab.door("describe", lab.file, f"plugins=[{module('lacking', 'import no_such_package')}]")
-    assert said.sentence.endswith("is broken: ModuleNotFoundError: No module named 'no_such_package'")
+def test_a_module_that_lacks_what_it_imports_gets_no_advice_to_install_itself(
+    lab: Lab, module: Module
+) -> None:
+    said = lab.command(
+        "describe", lab.file, f"plugins=[{module('lacking', 'import no_such_package')}]"
+    )
+    assert said.sentence.endswith(
+        "is broken: ModuleNotFoundError: No module named 'no_such_package'"
+    )
 
 
 ANSWERS = {
-    "check": ("return 1 / 0", "check raises ZeroDivisionError: division by zero ({file}, line {line})"),
+    "check": (
+        "return 1 / 0",
+        "check raises ZeroDivisionError: division by zero ({file}, line {line})",
+    ),
     "check of another layer": (
         "return parent.experts",
         "check raises AttributeError: 'DataSection' object has no attribute 'experts' ({file}, line {line})",
     ),
-    "check without a word": ("raise NotImplementedError", "check raises NotImplementedError ({file}, line {line})"),
-    "check with a key that is none": ("raise Wrong(3, 'must be 4')", "check raises AttributeError: "),
+    "check without a word": (
+        "raise NotImplementedError",
+        "check raises NotImplementedError ({file}, line {line})",
+    ),
+    "check with a key that is none": (
+        "raise ConfigError(3, 'must be 4')",
+        "check raises AttributeError: ",
+    ),
     "capabilities_of": (
         "raise KeyError('size')",
         "capabilities_of raises KeyError: 'size' ({file}, line {line})",
@@ -414,11 +474,17 @@ ANSWERS = {
         "return ['causal']",
         "capabilities_of raises TypeError: ['causal'] is no frozenset of words (",
     ),
-    "__post_init__": ("raise OSError('no\\n file')", "Config raises OSError: no file ({file}, line {line})"),
+    "__post_init__": (
+        "raise OSError('no\\n file')",
+        "Config raises OSError: no file ({file}, line {line})",
+    ),
 }
 METHODS = {
     "check": ("            def check(self, parent):\n                {line}\n", ""),
-    "capabilities_of": ("", "\n        @classmethod\n        def capabilities_of(cls, config):\n            {line}\n"),
+    "capabilities_of": (
+        "",
+        "\n        @classmethod\n        def capabilities_of(cls, config):\n            {line}\n",
+    ),
     "__post_init__": ("            def __post_init__(self):\n                {line}\n", ""),
 }
 
@@ -431,26 +497,32 @@ def test_what_a_component_raises_while_a_recipe_is_read_is_one_sentence(
     inside, beside = (text.replace("{line}", line) for text in METHODS[name.split()[0]])
     part = config('size: int = setting(1, doc="documents")') + beside
     part = part.replace('doc="documents")\n', f'doc="documents")\n\n{inside}', 1)
-    install_case(Case("", part=f"{part}\n    from core.contracts.errors import Wrong\n"))
-    said = lab.door("describe", lab.file, "data.corpus={name: probe}")
+    install_case(Case("", part=f"{part}\n    from core.contracts.errors import ConfigError\n"))
+    said = lab.command("describe", lab.file, "data.corpus={name: probe}")
     assert said.code == 2
     file = site / "bad_parts.py"
-    number = 1 + next(i for i, text in enumerate(file.read_text().splitlines()) if text.strip() == line)
+    number = 1 + next(
+        i for i, text in enumerate(file.read_text().splitlines()) if text.strip() == line
+    )
     expected = why.replace("{file}", str(file)).replace("{line}", str(number))
     assert said.sentence.startswith(
         f"command line (data.corpus={{name: probe}}): data.corpus: {PROBE} is broken: its {expected}"
     )
 
 
-def test_the_mistake_of_a_component_keeps_its_cause(install_case: Callable[[Case], None], lab: Lab) -> None:
+def test_the_mistake_of_a_component_keeps_its_cause(
+    install_case: Callable[[Case], None], lab: Lab
+) -> None:
     check = "\n\n            def check(self, parent):\n                return 1 / 0"
     install_case(Case("", part=config('size: int = setting(1, doc="documents")' + check)))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         lab.recipe("data.corpus={name: probe}")
-    assert isinstance(told.value.__cause__, ZeroDivisionError)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_a_bug_of_the_core_is_not_taken_for_a_plugins(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_of_the_core_is_not_taken_for_a_plugins(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def check(self: BlockSection, parent: object) -> None:
         raise ZeroDivisionError("ours")
 
@@ -460,30 +532,51 @@ def test_a_bug_of_the_core_is_not_taken_for_a_plugins(lab: Lab, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("filters", ["", "error", "ignore", "error::UserWarning"])
-def test_a_door_warns_in_one_line_whatever_pythons_filters_are(
+def test_a_command_warns_in_one_line_whatever_pythons_filters_are(
     filters: str, site: Path, tmp_path: Path, install_case: Callable[[Case], None]
 ) -> None:
     install_case(PLUGINS["raises"])
     paths = {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "PYTHONWARNINGS": filters}
-    command = [sys.executable, "-m", "core.catalog", "new", "router", "my_router", str(tmp_path / "mine")]
+    command = [
+        sys.executable,
+        "-m",
+        "core.catalog",
+        "new",
+        "router",
+        "my_router",
+        str(tmp_path / "mine"),
+    ]
     done = subprocess.run(
-        command, env={**os.environ, **paths}, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        command,
+        env={**os.environ, **paths},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     expected = "moeloom: warning: plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver\n"
     assert done.stderr == ("" if filters == "ignore" else expected)
 
 
-def test_other_warnings_of_a_door_stay_as_python_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["door"])
+def test_other_warnings_of_a_command_stay_as_python_writes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command"])
     before, written = warnings.formatwarning, []
 
     def main(arguments: argparse.Namespace) -> None:
         with pytest.warns(PluginWarning, match="tests see it"):
             warnings.warn("tests see it", PluginWarning, stacklevel=1)
         for category in (PluginWarning, UserWarning):
-            written.append(warnings.formatwarning(category("one\ntwo"), category, "file.py", 3, "the line"))
+            written.append(
+                warnings.formatwarning(category("one\ntwo"), category, "file.py", 3, "the line")
+            )
 
-    run_door(main, argparse.ArgumentParser())
-    assert written == ["moeloom: warning: one two\n", "file.py:3: UserWarning: one\ntwo\n  the line\n"]
+    run_command(main, argparse.ArgumentParser())
+    assert written == [
+        "moeloom: warning: one two\n",
+        "file.py:3: UserWarning: one\ntwo\n  the line\n",
+    ]
     assert warnings.formatwarning is before

@@ -34,8 +34,12 @@ class Unchecked(Resolver):
 def test_every_entry_point_of_pyproject_is_a_plugin(point: str, module: str) -> None:
     plugin = importlib.import_module(module)
     assert plugin.__doc__
-    assert hasattr(plugin.register, "moeloom_impl"), f"{module}.register is not marked with @hookimpl"
-    assert any(owner.module == module for owner in OWN_PLUGINS), f"{point} is in pyproject.toml but is not found"
+    assert hasattr(plugin.register, "moeloom_impl"), (
+        f"{module}.register is not marked with @hookimpl"
+    )
+    assert any(owner.module == module for owner in OWN_PLUGINS), (
+        f"{point} is in pyproject.toml but is not found"
+    )
 
 
 def test_every_plugin_folder_has_an_entry_point() -> None:
@@ -45,7 +49,9 @@ def test_every_plugin_folder_has_an_entry_point() -> None:
 
 def test_every_built_in_plugin_can_be_read_and_no_name_is_taken_twice() -> None:
     assert REGISTRY.broken == []
-    assert {key: len(entries) for key, entries in REGISTRY.entries.items() if len(entries) > 1} == {}
+    assert {
+        key: len(entries) for key, entries in REGISTRY.entries.items() if len(entries) > 1
+    } == {}
 
 
 @EVERY
@@ -62,7 +68,9 @@ def test_every_config_is_keyword_only_and_every_key_says_what_it_means(entry: En
     component, _ = entry.load()
     assert is_dataclass(component.Config)
     assert component.Config.__doc__
-    assert not component.Config.__doc__.startswith(f"{component.Config.__name__}("), "the docstring is generated"
+    assert not component.Config.__doc__.startswith(f"{component.Config.__name__}("), (
+        "the docstring is generated"
+    )
     for f in fields(component.Config):
         assert f.kw_only, f"{f.name} can be given by position"
         assert f.name != "name", "a section's `name` says which component it is"
@@ -74,7 +82,9 @@ def test_every_config_is_keyword_only_and_every_key_says_what_it_means(entry: En
 def test_every_example_is_a_section_that_the_config_accepts(entry: Entry) -> None:
     component, _ = entry.load()
     assert component.example["name"] == entry.name
-    section = Unchecked(REGISTRY, lambda path: "example", {}).component(entry.slot, component.example, "section", None)
+    section = Unchecked(REGISTRY, lambda path: "example", {}).component(
+        entry.slot, component.example, "section", None
+    )
     assert section is not None
     assert section.component is component
     assert isinstance(section.config, component.Config)

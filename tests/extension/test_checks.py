@@ -1,4 +1,4 @@
-"""What a plugin must be before it is let in: its version, and the types that a `Config` may have."""
+"""The checks of a plugin before it is used: its version, and the types that a `Config` may have."""
 
 import importlib
 import subprocess
@@ -17,7 +17,7 @@ from core import contracts
 from core.contracts.corpus import Corpus
 from core.contracts.schedule import Schedule, Scheduled
 from core.contracts.schema import child, children, setting
-from core.extension.checks import Mistake, check_component, check_version
+from core.extension.checks import PluginError, check_component, check_version
 from core.extension.loader import OWN, find_plugins
 from core.extension.registry import SLOTS, Registry
 from core.recipe.resolve import Resolver
@@ -32,7 +32,7 @@ class Inner:
 
 @dataclass(kw_only=True)
 class Undocumented:
-    """One that does not say what its key means."""
+    """A section that does not say what its key means."""
 
     width: int = 1
 
@@ -42,7 +42,15 @@ PLAIN = [
     int | Literal["auto"], list[int], list[int] | None, list[list[float]], list[Literal["a"]], list, dict,
     dict[str, int], dict[str, Any], dict[str, list[float]], int | list[int],
 ]  # fmt: skip
-SECTIONS = [Inner, Inner | None, list[Inner], dict[str, Inner], Scheduled, Schedule, float | Inner | None]
+SECTIONS = [
+    Inner,
+    Inner | None,
+    list[Inner],
+    dict[str, Inner],
+    Scheduled,
+    Schedule,
+    float | Inner | None,
+]
 REFUSED = [
     set[int], frozenset[str], tuple[int, int], tuple[int, ...], complex, bytes, object, Path, torch.Tensor,
     torch.dtype, type[int], Callable[[int], int], Callable, dict[int, int], list[Path], list[set[int]], int | Path,
@@ -54,7 +62,11 @@ def component(hint: Any, default: Any = None, **attributes: Any) -> Any:
     """A corpus whose `Config` has one key of this type."""
     config = make_dataclass("Config", [("key", hint, setting(default, doc="a key"))], kw_only=True)
     config.__qualname__ = "Probe.Config"
-    return type("Probe", (Corpus,), {"Config": config, "documents": iter, "__module__": __name__, **attributes})
+    return type(
+        "Probe",
+        (Corpus,),
+        {"Config": config, "documents": iter, "__module__": __name__, **attributes},
+    )
 
 
 @pytest.mark.parametrize("hint", [*PLAIN, *SECTIONS], ids=str)
@@ -64,13 +76,16 @@ def test_a_type_that_a_recipe_can_hold_is_let_in(hint: Any) -> None:
 
 @pytest.mark.parametrize("hint", PLAIN, ids=str)
 def test_what_is_let_in_is_what_omegaconf_knows(hint: Any) -> None:
-    OmegaConf.structured(make_dataclass("Section", [("key", hint, field(default="???"))], kw_only=True))
+    OmegaConf.structured(
+        make_dataclass("Section", [("key", hint, field(default="???"))], kw_only=True)
+    )
 
 
 @pytest.mark.parametrize("hint", REFUSED, ids=str)
 def test_a_type_that_no_recipe_can_hold_is_named(hint: Any) -> None:
     with pytest.raises(
-        Mistake, match=r"^Probe\.Config\.key is of type .+, which no recipe can hold; allowed: int, float"
+        PluginError,
+        match=r"^Probe\.Config\.key is of type .+, which no recipe can hold; allowed: int, float",
     ):
         check_component(component(hint), SLOTS)
 
@@ -93,7 +108,10 @@ def test_a_section_of_a_plugins_own_is_read(hint: Any, raw: Any, read: Any) -> N
 
 @pytest.mark.parametrize("hint", [Undocumented, list[Undocumented], Undocumented | None], ids=str)
 def test_a_section_of_a_plugins_own_is_documented_too(hint: Any) -> None:
-    with pytest.raises(Mistake, match=r"^Undocumented\.width does not say what it means: write `width: int = setting"):
+    with pytest.raises(
+        PluginError,
+        match=r"^Undocumented\.width does not say what it means: write `width: int = setting",
+    ):
         check_component(component(hint), SLOTS)
 
 
@@ -122,7 +140,9 @@ def test_a_config_that_extends_anothers_is_a_dataclass_itself() -> None:
     class Config(Inner):
         height: int = setting(1, doc="of it")
 
-    with pytest.raises(Mistake, match=r"Config is no dataclass: write @dataclass\(kw_only=True\) above it"):
+    with pytest.raises(
+        PluginError, match=r"Config is no dataclass: write @dataclass\(kw_only=True\) above it"
+    ):
         check_component(type("Probe", (Corpus,), {"Config": Config, "documents": iter}), SLOTS)
     config = dataclass(kw_only=True)(Config)
     check_component(type("Probe", (Corpus,), {"Config": config, "documents": iter}), SLOTS)
@@ -130,10 +150,18 @@ def test_a_config_that_extends_anothers_is_a_dataclass_itself() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("capabilities", ["causal"]), ("example", None), ("paper", None), ("notice", 3), ("refuses", ["top_k"])],
+    [
+        ("capabilities", ["causal"]),
+        ("example", None),
+        ("paper", None),
+        ("caveat", 3),
+        ("rejected_keys", ["top_k"]),
+    ],
 )
 def test_a_class_attribute_of_another_kind_is_named(name: str, value: Any) -> None:
-    with pytest.raises(Mistake, match=rf"^Probe\.{name} must be a .*, not {str(value)[:1]}".replace("[", r"\[")):
+    with pytest.raises(
+        PluginError, match=rf"^Probe\.{name} must be a .*, not {str(value)[:1]}".replace("[", r"\[")
+    ):
         check_component(component(int, **{name: value}), SLOTS)
 
 
@@ -168,27 +196,35 @@ def test_the_same_major_and_no_later_minor_works(
         older = stated.partition(".")[0] < offered.partition(".")[0]
         page = "its author finds what to change in docs/migration.md; " if older else ""
         start = f"probe_plugin was built for contracts {stated}, and this moeloom offers {offered}; {page}install a"
-        with pytest.raises(Mistake, match=f"^{start}"):
+        with pytest.raises(PluginError, match=f"^{start}"):
             check_version(module(CONTRACTS=stated))
 
 
-def test_a_range_of_versions_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_range_of_versions_is_reported_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(contracts, "VERSION", "1.3")
-    with pytest.raises(Mistake, match=r"that offers 2.0, or a release of the plugin for 1\.0 up to 1\.3$"):
+    with pytest.raises(
+        PluginError, match=r"that offers 2.0, or a release of the plugin for 1\.0 up to 1\.3$"
+    ):
         check_version(module(CONTRACTS="2.0"))
 
 
-@pytest.mark.parametrize("stated", [1.0, 1, None, "", "1", "1.0.0", "v1.0", "1.x", " 1.0", ("1", "0")], ids=repr)
-def test_what_is_no_version_is_told_with_the_line_to_write(stated: Any) -> None:
-    with pytest.raises(Mistake) as told:
+@pytest.mark.parametrize(
+    "stated", [1.0, 1, None, "", "1", "1.0.0", "v1.0", "1.x", " 1.0", ("1", "0")], ids=repr
+)
+def test_what_is_no_version_is_reported_with_the_line_to_write(stated: Any) -> None:
+    with pytest.raises(PluginError) as caught:
         check_version(module(CONTRACTS=stated))
-    assert str(told.value) == (
+    assert str(caught.value) == (
         f'probe_plugin states CONTRACTS = {stated!r}, which is no version; write CONTRACTS = "2.0" beside its register'
     )
 
 
-@pytest.mark.parametrize("owner", [o for o in find_plugins() if o.distribution == OWN], ids=lambda o: o.entry_point)
-def test_every_room_of_ours_is_built_for_what_is_offered(owner: Any) -> None:
+@pytest.mark.parametrize(
+    "owner", [o for o in find_plugins() if o.distribution == OWN], ids=lambda o: o.entry_point
+)
+def test_every_package_of_ours_is_built_for_what_is_offered(owner: Any) -> None:
     assert importlib.import_module(owner.module).CONTRACTS == contracts.VERSION
 
 
@@ -197,6 +233,11 @@ def test_asking_for_the_version_imports_nothing() -> None:
     code = f"import sys, core.contracts; print(core.contracts.VERSION, *{heavy})"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert done.stdout.split() == [contracts.VERSION]

@@ -50,15 +50,15 @@ def test_a_distribution_stands_for_all_of_its_plugins(
     assert installed_registry().find("corpus", "probe").owner.distribution == "another"
 
 
-def test_who_misses_a_name_is_told_what_is_disabled(
+def test_who_misses_a_name_is_reported_what_is_disabled(
     module: Module, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("loom-extra", "2.3", one=module("loom_one"), two=module("loom_two"))
     monkeypatch.setenv(DISABLE, "loom-extra")
     overrides = ["data.corpus={name: probe}"]
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         compose("dsv3_small", overrides)
-    assert str(told.value).endswith(
+    assert str(caught.value).endswith(
         "data.corpus.name: no corpus is named 'probe'; known: files, package_text; "
         "disabled by MOELOOM_DISABLE_PLUGINS, whatever they may offer: one, two of loom-extra 2.3"
     )
@@ -68,19 +68,20 @@ def test_who_misses_a_name_is_told_what_is_disabled(
 def test_our_own_plugins_can_be_disabled_too(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DISABLE, "mla")
     with pytest.raises(
-        UserError, match=r"no attention is named 'mla'; .*disabled by MOELOOM_DISABLE_PLUGINS.*: mla of"
+        UserError,
+        match=r"no attention is named 'mla'; .*disabled by MOELOOM_DISABLE_PLUGINS.*: mla of",
     ):
         compose("dsv3_small")
 
 
-def test_a_recipe_that_names_a_disabled_plugin_is_told(
+def test_a_recipe_that_names_a_disabled_plugin_is_reported(
     module: Module, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("loom-extra", "2.3", extra=module("loom_extra"))
     monkeypatch.setenv(DISABLE, "extra")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         compose("dsv3_small", ["plugins=[loom_extra]"])
-    assert str(told.value).endswith(
+    assert str(caught.value).endswith(
         "plugins: plugin 'extra' of loom-extra 2.3, which the recipe names, "
         "is disabled by MOELOOM_DISABLE_PLUGINS=extra"
     )
@@ -105,8 +106,8 @@ def test_an_unknown_name_is_one_warning_and_nothing_else(
         warnings.simplefilter("always")
         for _ in range(2):
             registry = installed_registry()
-    (told,) = [str(warning.message) for warning in caught]
-    assert told.startswith(
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.startswith(
         "MOELOOM_DISABLE_PLUGINS: no plugin or distribution is named 'loom-extras', 'nobody'; did you mean loom-extra"
     )
     assert [owner.entry_point for owner in registry.disabled] == ["extra"]
@@ -114,24 +115,34 @@ def test_an_unknown_name_is_one_warning_and_nothing_else(
 
 
 def test_what_is_loaded_is_traced_once(
-    module: Module, install: Install, site: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    module: Module,
+    install: Install,
+    site: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     install("loom-extra", "2.3", extra=module("loom_extra"), sad=module("loom_sad", BROKEN))
     monkeypatch.setenv(TRACE, "1")
-    monkeypatch.setattr(trace, "_told", set())
+    monkeypatch.setattr(trace, "_printed", set())
     with pytest.warns(UserWarning, match="no GPU driver"):
         registry = installed_registry()
     for _ in range(2):
         registry.find("corpus", "probe").load()
     out, err = capfd.readouterr()
     assert out == ""
-    lines = [re.sub(r"\d+\.\d ms", "N ms", line) for line in err.splitlines() if "loom-extra" in line]
+    lines = [
+        re.sub(r"\d+\.\d ms", "N ms", line) for line in err.splitlines() if "loom-extra" in line
+    ]
     assert lines == [
         f"trace: plugin 'extra' of loom-extra 2.3: loom_extra from {site}/loom_extra.py, N ms",
         "trace: plugin 'sad' of loom-extra 2.3: loom_sad from no file, N ms, failed",
         f"trace: corpus 'probe' of loom-extra 2.3: loom_extra:Probe from {site}/loom_extra.py, N ms",
     ]
-    assert re.search(r"^trace: plugin 'mla' of moeloom \S+: plugins.mla from .*__init__.py, \d+\.\d ms$", err, re.M)
+    assert re.search(
+        r"^trace: plugin 'mla' of moeloom \S+: plugins.mla from .*__init__.py, \d+\.\d ms$",
+        err,
+        re.M,
+    )
 
 
 def test_the_time_that_is_traced_is_that_of_the_import(
@@ -142,12 +153,16 @@ def test_the_time_that_is_traced_is_that_of_the_import(
     monkeypatch.setenv(TRACE, "1")
     registry_for([module("slow", CORPUS + "\n    import time\n    time.sleep(0.05)\n")])
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "'slow'" in line]
-    told = re.fullmatch(r"trace: plugin 'slow' of recipe: slow from .*slow.py, (\d+\.\d) ms", line)
-    assert told
-    assert 50 <= float(told[1]) < 5000
+    message = re.fullmatch(
+        r"trace: plugin 'slow' of recipe: slow from .*slow.py, (\d+\.\d) ms", line
+    )
+    assert message
+    assert 50 <= float(message[1]) < 5000
 
 
-def test_nothing_is_traced_unasked(module: Module, install: Install, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_traced_unasked(
+    module: Module, install: Install, capfd: pytest.CaptureFixture[str]
+) -> None:
     install("loom-extra", extra=module("loom_extra"))
     installed_registry().find("corpus", "probe").load()
     assert capfd.readouterr().err == ""
@@ -169,7 +184,9 @@ print(json.dumps([used, targets, light, sorted(sys.modules)]))
 @pytest.mark.full
 def test_only_what_a_recipe_uses_is_imported() -> None:
     command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
     used, targets, light, loaded = map(set, json.loads(done.stdout))
     assert light <= loaded
     assert used & targets == targets & loaded

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTRACTS = [f"core.contracts.{name}" for name in ("errors", "schema", "schedule", "component", "corpus")]
-ROOMS = [
+CONTRACTS = [
+    f"core.contracts.{name}" for name in ("errors", "schema", "schedule", "component", "corpus")
+]
+PACKAGES = [
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for room in ("recipe", "extension")
-    for file in sorted((ROOT / "core" / room).glob("*.py"))
+    for package in ("recipe", "extension")
+    for file in sorted((ROOT / "core" / package).glob("*.py"))
 ]
 SCRIPT = """
 import importlib, json, sys
@@ -27,10 +29,12 @@ print(json.dumps([loaded, broken]))
 """
 
 
-def test_P43_the_light_rooms_and_every_plugin_module_import_nothing_heavy() -> None:
-    modules = ["core", *CONTRACTS, *ROOMS]
+def test_P43_the_light_packages_and_every_plugin_module_import_nothing_heavy() -> None:
+    modules = ["core", *CONTRACTS, *PACKAGES]
     command = [sys.executable, "-c", SCRIPT, json.dumps(modules)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     loaded, broken = json.loads(done.stdout)
     assert broken == []

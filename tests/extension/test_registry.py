@@ -1,4 +1,4 @@
-"""From a name to a class: what is told where there is none, or one of the wrong kind."""
+"""The registry turns a name into a class, and its error messages say why it cannot."""
 
 from collections.abc import Callable
 
@@ -19,24 +19,27 @@ def offering(slot: str, *names: str, target: str = "somebody.parts:Part") -> Reg
     return registry
 
 
-def test_an_unknown_name_is_told_with_the_nearest_and_all_of_its_slot() -> None:
+def test_an_unknown_name_is_reported_with_the_nearest_and_all_of_its_slot() -> None:
     registry = offering("router", "switch", "gshard", "gshard_dropless", "hash")
     registry.owned_by(OWNER).corpus("switsh", "somebody.parts:Part")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         registry.find("router", "switsh")
-    assert str(told.value) == (
+    assert str(caught.value) == (
         "no router is named 'switsh'; did you mean switch? known: gshard, gshard_dropless, hash, switch"
     )
 
 
-def test_an_unknown_slot_is_told_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"there is no slot 'ruoter'; did you mean router\? known: attention, balancer"):
+def test_an_unknown_slot_is_reported_with_the_nearest() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"there is no slot 'ruoter'; did you mean router\? known: attention, balancer",
+    ):
         offering("router", "switch").find("ruoter", "switch")
 
 
 def test_the_nearest_names_are_at_most_two_closest_first() -> None:
-    told = nearest("gshad", ["switch", "gshard", "gshard2", "gshard3"])
-    assert told == "did you mean gshard or gshard3? known: gshard, gshard2, gshard3, switch"
+    message = nearest("gshad", ["switch", "gshard", "gshard2", "gshard3"])
+    assert message == "did you mean gshard or gshard3? known: gshard, gshard2, gshard3, switch"
     assert nearest("zzz", ["switch", "hash"]) == "known: hash, switch"
     assert nearest("zzz", []) == "nothing is allowed here"
 
@@ -76,8 +79,14 @@ PARTS = '''
 @pytest.mark.parametrize(
     ("target", "why"),
     [
-        ("parts:Missing", "corpus 'mine' of somebody (parts:Missing): module parts has no class Missing"),
-        ("parts:Bare", "corpus 'mine' of somebody (parts:Bare) is not a subclass of core.contracts.corpus.Corpus"),
+        (
+            "parts:Missing",
+            "corpus 'mine' of somebody (parts:Missing): module parts has no class Missing",
+        ),
+        (
+            "parts:Bare",
+            "corpus 'mine' of somebody (parts:Bare) is not a subclass of core.contracts.corpus.Corpus",
+        ),
         (
             "parts:function",
             "corpus 'mine' of somebody (parts:function) is not a subclass of core.contracts.corpus.Corpus",
@@ -102,12 +111,22 @@ PARTS = '''
             "corpus 'mine' of somebody (failing:Part) cannot be imported: OSError: libfast.so: cannot open",
         ),
     ],
-    ids=["missing", "other class", "function", "no Config", "Config no dataclass", "no module", "fails"],
+    ids=[
+        "missing",
+        "other class",
+        "function",
+        "no Config",
+        "Config no dataclass",
+        "no module",
+        "fails",
+    ],
 )
-def test_P19_a_target_that_is_no_component_is_told_when_it_is_used(target: str, why: str, module: Module) -> None:
+def test_P19_a_target_that_is_no_component_is_reported_when_it_is_used(
+    target: str, why: str, module: Module
+) -> None:
     module("parts", PARTS)
     module("failing", "raise OSError('libfast.so: cannot open')")
     entry = offering("corpus", "mine", target=target).find("corpus", "mine")  # known, not imported
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         entry.load()
-    assert str(told.value) == why
+    assert str(caught.value) == why

@@ -21,7 +21,11 @@ OWNER = Provenance("somebody", "1.0", "point", "somebody.plugin")
 
 
 def test_the_hooks_are_these_and_no_others() -> None:
-    hooks = {name: list(inspect.signature(hook).parameters) for name, hook in vars(Hooks).items() if callable(hook)}
+    hooks = {
+        name: list(inspect.signature(hook).parameters)
+        for name, hook in vars(Hooks).items()
+        if callable(hook)
+    }
     assert hooks == {"register": ["self", "registry"]}
 
 
@@ -37,7 +41,16 @@ def test_every_hook_is_a_hookspec_and_says_what_each_argument_is(name: str) -> N
 
 
 def test_the_slots_are_these_and_no_others() -> None:
-    inside = ["attention", "ffn", "residual", "router", "balancer", "loss_head", "precision", "dispatcher"]
+    inside = [
+        "attention",
+        "ffn",
+        "residual",
+        "router",
+        "balancer",
+        "loss_head",
+        "precision",
+        "dispatcher",
+    ]
     around = ["checkpoint_format", "optimizer", "corpus", "strategy", "callback", "logger"]
     assert list(SLOTS) == [*inside, *around]
 
@@ -69,16 +82,20 @@ def test_every_slot_has_a_contract_class_with_a_docstring(slot: str, target: str
         assert getattr(contract, method).__doc__, f"{contract.__name__}.{method} says nothing"
 
 
-def test_a_slot_that_does_not_exist_is_told_with_the_nearest() -> None:
+def test_a_slot_that_does_not_exist_is_reported_with_the_nearest() -> None:
     registrar = Registry().owned_by(OWNER)
-    with pytest.raises(AttributeError, match=r"there is no slot 'ruoter'; did you mean router\? known: attention"):
+    with pytest.raises(
+        AttributeError, match=r"there is no slot 'ruoter'; did you mean router\? known: attention"
+    ):
         registrar.ruoter("mine", "somebody.parts:Part")
     with pytest.raises(ValueError, match=r"there is no slot 'ruoter'; did you mean router\?"):
         registrar.add("ruoter", "mine", "somebody.parts:Part")
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [("", "a:B"), ("a/b", "a:B"), ("a", "a.B"), ("a", "a:B:C")], ids=["empty", "/", "no :", "two :"]
+    ("name", "target"),
+    [("", "a:B"), ("a/b", "a:B"), ("a", "a.B"), ("a", "a:B:C")],
+    ids=["empty", "/", "no :", "two :"],
 )
 def test_a_name_or_target_of_another_form_is_refused(name: str, target: str) -> None:
     registry = Registry()
@@ -87,11 +104,13 @@ def test_a_name_or_target_of_another_form_is_refused(name: str, target: str) -> 
     assert registry.entries == {}
 
 
-def test_the_attributes_of_parent_that_the_page_promises_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attributes_of_parent_that_the_page_promises_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: dict[str, set[str]] = {}
 
     def check(resolver: Resolver, instance: Any, path: str, parent: Any) -> None:
-        slot = resolver._whose.partition(" ")[0]
+        slot = resolver._component.partition(" ")[0]
         if slot and type(instance).__name__ == "Config":  # not a schedule inside one
             there = {key for key, value in vars(parent).items() if value is not None}
             seen[slot] = seen.get(slot, there) & there

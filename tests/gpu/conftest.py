@@ -1,4 +1,4 @@
-"""`benchmarks` is no package that is installed: it is found in the checkout."""
+"""Makes `benchmarks`, which is not installed, importable from the checkout."""
 
 import sys
 from pathlib import Path

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: Any) -> Any:
-    """The command, without `torch.compile`: compilers are slow, and not what is tried here."""
+    """Run the command without `torch.compile`, because compiling is slow and not tested here."""
     command = [sys.executable, "benchmarks/gpu.py", *map(str, arguments)]
     env = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
@@ -32,11 +32,15 @@ def lab(tmp_path: Path) -> measure.Lab:
     return measure.Lab("cpu", True, tmp_path, rates)
 
 
-def test_the_layers_floor_is_three_products_and_three_passes_over_the_weights(lab: measure.Lab) -> None:
+def test_the_layers_layer_is_three_products_and_three_passes_over_the_weights(
+    lab: measure.Lab,
+) -> None:
     made, _, _ = layer.make_layer(lab, "even", "{name: fp32}", None)
     tokens, dim, hidden = 64, 64, 32
     rows = tokens * layer.TOP_K
-    products = 3 * 2 * (rows * 3 * dim * hidden + tokens * 3 * dim * hidden + tokens * dim * layer.EXPERTS)
+    products = (
+        3 * 2 * (rows * 3 * dim * hidden + tokens * 3 * dim * hidden + tokens * dim * layer.EXPERTS)
+    )
     weights = 4 * (layer.EXPERTS * 3 * dim * hidden + 3 * dim * hidden + dim * layer.EXPERTS)
     found = layer.floors(made, lab)
     assert found["operations"] == products
@@ -47,10 +51,17 @@ def test_the_layers_floor_is_three_products_and_three_passes_over_the_weights(la
 
 
 def test_the_layer_has_the_published_shape_where_it_is_not_a_toy(tmp_path: Path) -> None:
-    """DeepSeek-V3: hidden 7168, experts of 2048, one shared; 32 of its experts."""
-    recipe = core.compose("dsv3_671b", [f"model.blocks.moe.ffn.experts={layer.EXPERTS}", "model.blocks.moe.count=1"])
+    """Reads the shape of DeepSeek-V3's layer: hidden 7168, experts of 2048, one shared; with 32 of its experts."""
+    recipe = core.compose(
+        "dsv3_671b", [f"model.blocks.moe.ffn.experts={layer.EXPERTS}", "model.blocks.moe.count=1"]
+    )
     ffn = recipe.model.blocks["moe"].ffn.config
-    assert (recipe.model.dim, ffn.expert_hidden, ffn.shared_experts, ffn.router.config.top_k) == (7168, 2048, 1, 8)
+    assert (recipe.model.dim, ffn.expert_hidden, ffn.shared_experts, ffn.router.config.top_k) == (
+        7168,
+        2048,
+        1,
+        8,
+    )
 
 
 def test_the_billion_has_a_billion_parameters_and_attention_that_transformers_has() -> None:
@@ -70,12 +81,14 @@ def test_shared_weights_are_the_same_tensors_and_step_as_one(lab: measure.Lab) -
     before = [tensor.detach().clone() for tensor in mine.values()]
     assert torch.equal(one.loss(), other.loss())
     other.step()
-    assert any(not torch.equal(tensor, kept) for tensor, kept in zip(mine.values(), before, strict=True))
+    assert any(
+        not torch.equal(tensor, kept) for tensor, kept in zip(mine.values(), before, strict=True)
+    )
     assert torch.equal(one.loss(), other.loss())
 
 
 def test_transformers_gets_the_same_weights(lab: measure.Lab) -> None:
-    """Both of weights that bf16 holds, in fp32: one loss and the same logits; with other weights they are not."""
+    """Compares loss and logits of both models in fp32 with weights that bf16 holds; other weights give others."""
     pytest.importorskip("transformers")
     recipe = shapes.SHAPES[speed.BESIDE].compose("{name: fp32}", quick=True)
     ours = shapes.Stepper.of(recipe, "cpu", compiled=False)
@@ -100,7 +113,7 @@ def test_transformers_gets_the_same_weights(lab: measure.Lab) -> None:
 
 
 def test_fp32_masters_keep_what_bf16_rounds_away() -> None:
-    """Steps too small for a bf16 weight add up in its master; gradients are clipped and dropped."""
+    """Takes steps too small for a bf16 weight, which add up in its master; gradients are clipped and dropped."""
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     masters = theirs.Masters([weight], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     own = torch.ones(4, requires_grad=True)
@@ -118,13 +131,15 @@ def test_fp32_masters_keep_what_bf16_rounds_away() -> None:
 
 def test_flops_by_torchs_counter_are_those_of_the_convention(lab: measure.Lab) -> None:
     """The profile's floors against `size_of`, which MFU uses; routers and norms are what they leave out."""
-    stepper = shapes.Stepper.of(shapes.SHAPES["1b_mla"].compose("{name: fp32}", quick=True), "cpu", compiled=False)
+    stepper = shapes.Stepper.of(
+        shapes.SHAPES["1b_mla"].compose("{name: fp32}", quick=True), "cpu", compiled=False
+    )
     counted = sum(profile._flops(stepper).values())
     assert counted == pytest.approx(stepper.flops, rel=0.15)
 
 
 def test_kinds_of_kernels() -> None:
-    """Names as a profiler gave them on an H100."""
+    """Sorts names that a profiler gave on an H100."""
     names = {
         "attention": "fmha_cutlassB_bf16_aligned_128x64_k65536_sm80(PyTorchMemEffAttention::AttentionBackwardKernel",
         "optimizer and norm": "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::FusedOpti",
@@ -137,7 +152,9 @@ def test_kinds_of_kernels() -> None:
 
 def test_versions_take_turns_and_are_compared_round_by_round() -> None:
     called: list[str] = []
-    found = measure.in_turns({name: (lambda name=name: called.append(name)) for name in "abc"}, "cpu", rounds=3, warm=1)
+    found = measure.in_turns(
+        {name: (lambda name=name: called.append(name)) for name in "abc"}, "cpu", rounds=3, warm=1
+    )
     orders = ["".join(called[at : at + 3]) for at in range(0, 12, 3)]
     assert all(sorted(order) == list("abc") for order in orders)
     assert len(set(orders)) > 1
@@ -146,32 +163,38 @@ def test_versions_take_turns_and_are_compared_round_by_round() -> None:
 
 
 def test_bits_differ_where_values_do_not() -> None:
-    """A zero of the other sign is another; one NaN is as good as another."""
+    """Compares zeros of both signs, which differ, and NaNs, which do not."""
     one, two = torch.tensor([0.0, math.nan, 1.0]), torch.tensor([-0.0, -math.nan, 1.0])
     assert compare.differing(one, two) == 1
     assert compare.differing(one.bfloat16(), two.bfloat16()) == 1
     assert compare.differing(one, one) == 0
 
 
-def test_rates_that_moved_are_told() -> None:
+def test_rates_that_moved_are_reported() -> None:
     before = {"bf16": 100.0, "fp8": 200.0, "bytes": 10.0}
     assert measure.moved(before, before | {"fp8": 205.0}) == {}
     assert measure.moved(before, before | {"bf16": 50.0}) == {"bf16": -0.5}
 
 
-def test_what_a_part_kept_before_it_failed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_part_kept_before_it_failed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def breaks(lab: measure.Lab) -> dict[str, Any]:
         lab.keep({"first": {"value": 1}})
         raise ValueError("out of memory")
 
     monkeypatch.setattr(layer, "run", breaks)
     document: dict[str, Any] = {}
-    arguments = gpu.parser().parse_args(["layer", "--quick", "--device", "cpu", "--out", str(tmp_path)])
-    told = gpu.measured("layer", arguments, document, tmp_path / "gpu.json", measure.ceilings("cpu", quick=True))
+    arguments = gpu.parser().parse_args(
+        ["layer", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    )
+    message = gpu.measured(
+        "layer", arguments, document, tmp_path / "gpu.json", measure.ceilings("cpu", quick=True)
+    )
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["layer"]["found"]
     assert found["first"] == {"value": 1}
     assert found["error"] == "ValueError: out of memory"
-    assert "ValueError" in str(told)
+    assert "ValueError" in str(message)
     assert gpu._errors(found) == ["ValueError: out of memory"]
 
 
@@ -181,7 +204,7 @@ def test_a_test_that_failed_is_a_failure() -> None:
     ]
 
 
-def test_a_failure_is_told_and_loses_nothing_else() -> None:
+def test_a_failure_is_reported_and_loses_nothing_else() -> None:
     def broken() -> None:
         raise ValueError("no such kernel\nand more")
 
@@ -192,22 +215,25 @@ def test_a_failure_is_told_and_loses_nothing_else() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_one_sentence_says_what_is_possible(tmp_path: Path) -> None:
-    told = run("layer", "--out", tmp_path / "out")
-    assert told.returncode == 2
-    assert "there is no GPU that torch can use; --device cpu --quick is a dry run" in told.stderr
+    message = run("layer", "--out", tmp_path / "out")
+    assert message.returncode == 2
+    assert "there is no GPU that torch can use; --device cpu --quick is a dry run" in message.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_part_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    told = run("speeed", "--quick", "--device", "cpu", "--out", tmp_path / "out")
-    assert told.returncode == 2
-    assert "speeed: is no part; allowed: tests, correctness, fp8, speed, layer, profile" in told.stderr
+    message = run("speeed", "--quick", "--device", "cpu", "--out", tmp_path / "out")
+    assert message.returncode == 2
+    assert (
+        "speeed: is no part; allowed: tests, correctness, fp8, speed, layer, profile"
+        in message.stderr
+    )
 
 
 def test_a_part_leaves_its_numbers_beside_those_of_others(tmp_path: Path) -> None:
     (tmp_path / "gpu-quick.json").write_text('{"speed": {"found": {}}}', encoding="utf-8")
-    told = run("layer", "--quick", "--device", "cpu", "--out", tmp_path)
-    assert told.returncode == 0, told.stderr
+    message = run("layer", "--quick", "--device", "cpu", "--out", tmp_path)
+    assert message.returncode == 0, message.stderr
     document = json.loads((tmp_path / "gpu-quick.json").read_text(encoding="utf-8"))
     assert document.keys() == {"speed", "layer"}
     about, found = document["layer"]["about"], document["layer"]["found"]
@@ -215,4 +241,4 @@ def test_a_part_leaves_its_numbers_beside_those_of_others(tmp_path: Path) -> Non
     assert about["packages"]["torch"] == torch.__version__
     assert found["even"]["max_vio"] == 0 < found["routed"]["max_vio"]
     assert found["even"]["forward_and_backward"].keys() == layer.VERSIONS.keys()
-    assert "| layer | even: bf16 compiled | forward" in told.stdout
+    assert "| layer | even: bf16 compiled | forward" in message.stdout

@@ -52,12 +52,17 @@ V2 = {
 }
 
 
-def block_shapes(config: Mapping[str, Any], layer: int, *, packed: bool = False) -> dict[str, tuple[int, ...]]:
+def block_shapes(
+    config: Mapping[str, Any], layer: int, *, packed: bool = False
+) -> dict[str, tuple[int, ...]]:
     """One layer, by hand."""
     dim, heads = config["hidden_size"], config["num_attention_heads"]
     key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     rank, q_rank = config["kv_lora_rank"], config["q_lora_rank"]
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (dim,), "post_attention_layernorm.weight": (dim,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (dim,),
+        "post_attention_layernorm.weight": (dim,),
+    }
     if q_rank is None:
         shapes["self_attn.q_proj.weight"] = (heads * key, dim)
     else:
@@ -66,7 +71,10 @@ def block_shapes(config: Mapping[str, Any], layer: int, *, packed: bool = False)
         shapes["self_attn.q_b_proj.weight"] = (heads * key, q_rank)
     shapes["self_attn.kv_a_proj_with_mqa.weight"] = (rank + config["qk_rope_head_dim"], dim)
     shapes["self_attn.kv_a_layernorm.weight"] = (rank,)
-    shapes["self_attn.kv_b_proj.weight"] = (heads * (config["qk_nope_head_dim"] + config["v_head_dim"]), rank)
+    shapes["self_attn.kv_b_proj.weight"] = (
+        heads * (config["qk_nope_head_dim"] + config["v_head_dim"]),
+        rank,
+    )
     shapes["self_attn.o_proj.weight"] = (dim, heads * config["v_head_dim"])
     if layer < config["first_k_dense_replace"]:
         return shapes | swiglu_shapes("mlp", dim, config["intermediate_size"])
@@ -93,24 +101,41 @@ def swiglu_shapes(prefix: str, dim: int, hidden: int) -> dict[str, tuple[int, ..
 
 
 def tensors_of(
-    config: Mapping[str, Any], *, packed: bool = False, depths: int = 0, dtype: torch.dtype = torch.float32
+    config: Mapping[str, Any],
+    *,
+    packed: bool = False,
+    depths: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, with the multi-token modules' copies; biases in fp32."""
-    dim, vocabulary, layers = config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, dim), "model.norm.weight": (dim,)}
+    dim, vocabulary, layers = (
+        config["hidden_size"],
+        config["vocab_size"],
+        config["num_hidden_layers"],
+    )
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, dim),
+        "model.norm.weight": (dim,),
+    }
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocabulary, dim)
     for layer in range(layers + depths):
         inner = block_shapes(config, layer, packed=packed)
         if layer >= layers:
-            inner |= {"enorm.weight": (dim,), "hnorm.weight": (dim,), "eh_proj.weight": (dim, 2 * dim)}
+            inner |= {
+                "enorm.weight": (dim,),
+                "hnorm.weight": (dim,),
+                "eh_proj.weight": (dim, 2 * dim),
+            }
             inner |= {"shared_head.norm.weight": (dim,)}
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in inner.items()}
     draw = torch.Generator().manual_seed(len(shapes))
     tensors = {name: torch.randn(shape, generator=draw) * 0.1 for name, shape in shapes.items()}
     tensors = {name: t if name.endswith("_bias") else t.to(dtype) for name, t in tensors.items()}
     for layer in range(layers, layers + depths):
-        tensors[f"model.layers.{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"model.layers.{layer}.embed_tokens.weight"] = tensors[
+            "model.embed_tokens.weight"
+        ].clone()
         head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
         tensors[f"model.layers.{layer}.shared_head.head.weight"] = head.clone()
     return tensors
@@ -128,7 +153,9 @@ def in_blocks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 for j in range(scales.shape[1]):
                     place = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
                     scales[i, j] = tensor[place].float().abs().max() / 448
-                    codes[place] = (tensor[place].float() / scales[i, j]).clamp(-448, 448).to(codes.dtype)
+                    codes[place] = (
+                        (tensor[place].float() / scales[i, j]).clamp(-448, 448).to(codes.dtype)
+                    )
             result[name], result[f"{name}_scale_inv"] = codes, scales
     return result
 
@@ -146,10 +173,17 @@ def out_of_blocks(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str
     return result
 
 
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 
 
-def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], files: int = 1) -> Path:
+def write(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], files: int = 1
+) -> Path:
     """A checkpoint, by the safetensors library."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(config)))
@@ -163,7 +197,9 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         own = names[number::files]
         save_file({name: tensors[name] for name in own}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(own, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -182,4 +218,6 @@ def same_bits(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> None:
     for name, tensor in two.items():
         assert one[name].dtype == tensor.dtype, name
         assert one[name].shape == tensor.shape, name
-        assert one[name].contiguous().view(torch.uint8).equal(tensor.contiguous().view(torch.uint8)), name
+        assert (
+            one[name].contiguous().view(torch.uint8).equal(tensor.contiguous().view(torch.uint8))
+        ), name

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 LARGEST = 448.0
-"""Of E4M3."""
+"""Largest number of E4M3."""
 
-KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "eh_proj", "shared_head", "e_score_correction_bias")
+KEPT = (
+    "embed_tokens",
+    "lm_head",
+    "norm",
+    "mlp.gate.",
+    "eh_proj",
+    "shared_head",
+    "e_score_correction_bias",
+)
 
 
 def quantisation(block: tuple[int, int]) -> dict[str, Any]:
@@ -28,17 +36,24 @@ def quantisation(block: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def blocks(shape: tuple[int, ...], block: tuple[int, int]) -> Iterator[tuple[tuple[int, int], tuple[slice, slice]]]:
+def blocks(
+    shape: tuple[int, ...], block: tuple[int, int]
+) -> Iterator[tuple[tuple[int, int], tuple[slice, slice]]]:
     """Each block's place among the scales, and its rows and columns; the last ones may be ragged."""
     for i in range(ceil(shape[0] / block[0])):
         for j in range(ceil(shape[1] / block[1])):
-            yield (i, j), (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+            yield (
+                (i, j),
+                (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])),
+            )
 
 
 def quantise(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Codes and scales; a block's largest value becomes the largest code, a block of zeros has scale 1."""
     codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(ceil(weight.shape[0] / block[0]), ceil(weight.shape[1] / block[1]), dtype=torch.float32)
+    scales = torch.empty(
+        ceil(weight.shape[0] / block[0]), ceil(weight.shape[1] / block[1]), dtype=torch.float32
+    )
     for place, part in blocks(tuple(weight.shape), block):
         values = weight[part].to(torch.float32)
         scale = values.abs().max() / LARGEST
@@ -66,7 +81,9 @@ def quantised(tensors: Mapping[str, Tensor], block: tuple[int, int]) -> dict[str
     return found
 
 
-def dequantised(tensors: Mapping[str, Tensor], block: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+def dequantised(
+    tensors: Mapping[str, Tensor], block: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """The same checkpoint without codes and scales, in one number format."""
     found = {}
     for name, tensor in tensors.items():

@@ -26,8 +26,14 @@ V3, V2 = "deepseek_v3", "deepseek_v2"
 
 ROUTING: dict[str, tuple[str, dict[str, Any]]] = {
     "v3": (V3, {"n_routed_experts": 6, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3}),
-    "v3_groups": (V3, {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}),
-    "v3_best_two": (V3, {"n_routed_experts": 12, "n_group": 4, "topk_group": 3, "num_experts_per_tok": 4}),
+    "v3_groups": (
+        V3,
+        {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4},
+    ),
+    "v3_best_two": (
+        V3,
+        {"n_routed_experts": 12, "n_group": 4, "topk_group": 3, "num_experts_per_tok": 4},
+    ),
     "v2": (V2, {"n_routed_experts": 6, "topk_method": "greedy", "num_experts_per_tok": 3}),
     "v2_groups": (
         V2,
@@ -40,7 +46,7 @@ ROUTING: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""In `v3_best_two` a group's two best affinities speak for it although top_k / limit is 1."""
+"""The cases; in `v3_best_two` a group's score is the sum of its two best affinities although top_k / limit is 1."""
 
 WIDTHS: dict[str, dict[str, int]] = {
     "values_narrow": {
@@ -69,7 +75,13 @@ WIDTHS: dict[str, dict[str, int]] = {
     },
 }
 
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 6, "beta_slow": 1}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 6,
+    "beta_slow": 1,
+}
 YARN: dict[str, dict[str, Any] | None] = {
     "none": None,
     "equal": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
@@ -175,7 +187,9 @@ def covering() -> list[Case]:
                 if _can_be({**point, axis: value})
             ]
             used = [case.point for case in cases]
-            axis, value = max(options, key=lambda option: (_gain(point, *option, missing), -_count(used, *option)))
+            axis, value = max(
+                options, key=lambda option: (_gain(point, *option, missing), -_count(used, *option))
+            )
             point[axis] = value
         missing -= set(_pairs_of(point))
         cases.append(Case(point))
@@ -253,7 +267,10 @@ def random_model(case: Case) -> Any:
 def fill(model: Any, seed: int) -> None:
     """Give every parameter and every selection bias random values."""
     draw = torch.Generator().manual_seed(seed)
-    named = [*model.named_parameters(), *(b for b in model.named_buffers() if "e_score_correction_bias" in b[0])]
+    named = [
+        *model.named_parameters(),
+        *(b for b in model.named_buffers() if "e_score_correction_bias" in b[0]),
+    ]
     for name, tensor in sorted(named):
         tensor.copy_(_random(name, tensor, draw))
 
@@ -271,12 +288,16 @@ def _random(name: str, like: Tensor, draw: torch.Generator) -> Tensor:
 
 def random_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     """Token ids B x L."""
-    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:
     """A copy of a model in another number format; selection biases stay at least fp32, as transformers keeps them."""
-    biases = {name: value for name, value in model.named_buffers() if "e_score_correction_bias" in name}
+    biases = {
+        name: value for name, value in model.named_buffers() if "e_score_correction_bias" in name
+    }
     copy = deepcopy(model).to(dtype)
     for name, value in biases.items():
         copy.get_submodule(name.rpartition(".")[0]).e_score_correction_bias.data = value.to(
@@ -289,7 +310,10 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Any:
 
 def save(case: Case, model: Any, folder: Path) -> Path:
     """Write a model as transformers does, in the case's layout and style."""
-    options: dict[str, Any] = {"packed": {"save_original_format": False}, "sharded": {"max_shard_size": "30KB"}}
+    options: dict[str, Any] = {
+        "packed": {"save_original_format": False},
+        "sharded": {"max_shard_size": "30KB"},
+    }
     model.save_pretrained(folder, **options.get(case.point["layout"], {}))
     if case.point["style"] == "released":
         config = read_config(folder)
@@ -299,11 +323,20 @@ def save(case: Case, model: Any, folder: Path) -> Path:
 
 def as_released(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same configuration in the words of the released checkpoints."""
-    taken = ("rope_parameters", "dtype", "head_dim", "qk_head_dim", "transformers_version", "output_router_logits")
+    taken = (
+        "rope_parameters",
+        "dtype",
+        "head_dim",
+        "qk_head_dim",
+        "transformers_version",
+        "output_router_logits",
+    )
     kept = {key: value for key, value in config.items() if key not in taken}
     rope = dict(config["rope_parameters"])
     kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
-    own = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"} if config["model_type"] == V3 else {}
+    own = (
+        {"scoring_func": "sigmoid", "topk_method": "noaux_tc"} if config["model_type"] == V3 else {}
+    )
     return {
         **kept,
         **own,
@@ -334,7 +367,10 @@ def meaning(folder: Path) -> dict[str, Any]:
     keys["rope_parameters"].pop("type", None)  # another word for rope_type, which stands there too
     for key in ("_name_or_path", "auto_map", "transformers_version"):
         keys.pop(key, None)
-    if not any(name.startswith(f"model.layers.{keys['num_hidden_layers']}.") for name in read_tensors(folder)):
+    if not any(
+        name.startswith(f"model.layers.{keys['num_hidden_layers']}.")
+        for name in read_tensors(folder)
+    ):
         keys.pop("num_nextn_predict_layers", None)  # transformers writes 1 without such a layer
     return dict(keys)
 
@@ -347,19 +383,23 @@ def change_config(folder: Path, **keys: Any) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint; an index must tell the truth about the files."""
+    """Returns every tensor of a checkpoint, and checks that an index agrees with the files."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            assert (opened.metadata() or {}).get("format") == "pt", f"{file}: transformers asks for format = pt"
+            assert (opened.metadata() or {}).get("format") == "pt", (
+                f"{file}: transformers asks for format = pt"
+            )
             for name in opened.keys():  # noqa: SIM118
                 assert name not in found, f"{name} stands in two files"
                 found[name] = (file.name, opened.get_tensor(name))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        told = json.loads(index.read_text(encoding="utf-8"))
-        assert told["weight_map"] == {name: file for name, (file, _) in found.items()}
-        assert told["metadata"]["total_size"] == sum(t.numel() * t.element_size() for _, t in found.values())
+        content = json.loads(index.read_text(encoding="utf-8"))
+        assert content["weight_map"] == {name: file for name, (file, _) in found.items()}
+        assert content["metadata"]["total_size"] == sum(
+            t.numel() * t.element_size() for _, t in found.values()
+        )
     else:
         assert {file for file, _ in found.values()} == {"model.safetensors"}
     return {name: tensor for name, (_, tensor) in found.items()}
@@ -373,7 +413,11 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, files: int = 1
     weight_map = {}
     for number in range(files):
         part = names[number::files]
-        name = "model.safetensors" if files == 1 else f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        name = (
+            "model.safetensors"
+            if files == 1
+            else f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        )
         own = {key: tensors[key].contiguous().clone() for key in part}
         save_file(own, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(part, name))
@@ -388,7 +432,9 @@ def mtp_tensors(case: Case, depths: int, scratch: Path) -> dict[str, Tensor]:
 
     The blocks are transformers' own layers with experts, one for each depth, saved by transformers.
     """
-    blocks = random_model(replace(case.but(dense=0), config={**case.config, "num_hidden_layers": depths}))
+    blocks = random_model(
+        replace(case.but(dense=0), config={**case.config, "num_hidden_layers": depths})
+    )
     save(case, in_dtype(blocks, case.point["dtype"]), scratch)
     draw, dim = torch.Generator().manual_seed(case.seed), case.settings()["hidden_size"]
     found = {}
@@ -397,7 +443,12 @@ def mtp_tensors(case: Case, depths: int, scratch: Path) -> dict[str, Tensor]:
             depth, rest = name.removeprefix("model.layers.").split(".", 1)
             found[f"model.layers.{LAYERS + int(depth)}.{rest}"] = tensor
     for layer in range(LAYERS, LAYERS + depths):
-        shapes = {"enorm": (dim,), "hnorm": (dim,), "eh_proj": (dim, 2 * dim), "shared_head.norm": (dim,)}
+        shapes = {
+            "enorm": (dim,),
+            "hnorm": (dim,),
+            "eh_proj": (dim, 2 * dim),
+            "shared_head.norm": (dim,),
+        }
         for part, shape in shapes.items():
             name = f"model.layers.{layer}.{part}.weight"
             found[name] = _random(name, torch.empty(shape), draw).to(case.point["dtype"])
@@ -410,5 +461,7 @@ def shared_copies(tensors: Mapping[str, Tensor], depths: int) -> dict[str, Tenso
     copies = {}
     for layer in range(LAYERS, LAYERS + depths):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = embedding
-        copies[f"model.layers.{layer}.shared_head.head.weight"] = tensors.get("lm_head.weight", embedding)
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = tensors.get(
+            "lm_head.weight", embedding
+        )
     return copies

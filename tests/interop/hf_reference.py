@@ -17,7 +17,7 @@ from reference import Yarn, causal, frequencies, mscale, rms_norm, swiglu
 from torch import Tensor
 
 LATENT_EPS = 1e-6
-"""Of the norms on the two latents, whatever `rms_norm_eps` says."""
+"""Epsilon of the norms on the two latents, whatever `rms_norm_eps` is."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,36 @@ class Rope:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Rope":
-        """From either way of writing it down."""
-        told = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        kind = told.get("rope_type", told.get("type", "default"))
-        theta, dim = told.get("rope_theta", config.get("rope_theta")), config["qk_rope_head_dim"]
+        """Reads a configuration with `rope_scaling` or with `rope_parameters`."""
+        settings = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        kind = settings.get("rope_type", settings.get("type", "default"))
+        theta, dim = (
+            settings.get("rope_theta", config.get("rope_theta")),
+            config["qk_rope_head_dim"],
+        )
         interleaved = config["model_type"] == "deepseek_v2" or config.get("rope_interleave", True)
         if kind == "default":
             return cls(frequencies(dim, theta, None), 1.0, interleaved, 1.0)
         assert kind == "yarn", kind
-        factor, one, all_dim = told["factor"], told.get("mscale"), told.get("mscale_all_dim")
-        yarn = Yarn(factor, told["original_max_position_embeddings"], told["beta_fast"], told["beta_slow"])
-        both = mscale(factor, one) / mscale(factor, all_dim) if one and all_dim else mscale(factor, 1.0)
-        told_factor = told.get("attention_factor")
+        factor, one, all_dim = (
+            settings["factor"],
+            settings.get("mscale"),
+            settings.get("mscale_all_dim"),
+        )
+        yarn = Yarn(
+            factor,
+            settings["original_max_position_embeddings"],
+            settings["beta_fast"],
+            settings["beta_slow"],
+        )
+        both = (
+            mscale(factor, one) / mscale(factor, all_dim)
+            if one and all_dim
+            else mscale(factor, 1.0)
+        )
+        given_factor = settings.get("attention_factor")
         temperature = mscale(factor, all_dim) ** 2 if all_dim else 1.0
-        on_rotated = both if told_factor is None else told_factor
+        on_rotated = both if given_factor is None else given_factor
         return cls(frequencies(dim, theta, yarn), on_rotated, interleaved, temperature)
 
     def turn(self, x: Tensor, position: int) -> Tensor:
@@ -83,11 +99,15 @@ def best(values: Mapping[int, float], count: int) -> tuple[list[int], float]:
 def choose(selection: list[float], config: Mapping[str, Any]) -> tuple[list[int], float]:
     """The experts of one token, from what they are chosen by, and the margin of that choice."""
     allowed, gap = dict(enumerate(selection)), math.inf
-    limited = config["model_type"] == "deepseek_v3" or config.get("topk_method") == "group_limited_greedy"
+    limited = (
+        config["model_type"] == "deepseek_v3" or config.get("topk_method") == "group_limited_greedy"
+    )
     if limited and config["n_group"] > 1:
         size = len(selection) // config["n_group"]
         groups = {g: selection[g * size : (g + 1) * size] for g in range(config["n_group"])}
-        near, gap = best({g: strength(group, config) for g, group in groups.items()}, config["topk_group"])
+        near, gap = best(
+            {g: strength(group, config) for g, group in groups.items()}, config["topk_group"]
+        )
         allowed = {e: value for e, value in allowed.items() if e // size in near}
     experts, last = best(allowed, config["num_experts_per_tok"])
     return experts, min(gap, last)
@@ -103,8 +123,14 @@ def route(logits: Tensor, bias: Tensor | None, config: Mapping[str, Any]) -> Cho
         scores = 1 / (1 + torch.exp(-logits))
         assert bias is not None
         experts, margin = choose((scores + bias).tolist(), config)
-        total = torch.stack([scores[e] for e in experts]).sum() if config["norm_topk_prob"] else torch.ones(())
-    return Choice(experts, [scores[e] / total * config["routed_scaling_factor"] for e in experts], margin)
+        total = (
+            torch.stack([scores[e] for e in experts]).sum()
+            if config["norm_topk_prob"]
+            else torch.ones(())
+        )
+    return Choice(
+        experts, [scores[e] / total * config["routed_scaling_factor"] for e in experts], margin
+    )
 
 
 class HFReference:
@@ -134,7 +160,9 @@ class HFReference:
             path = f"model.layers.{self.config['num_hidden_layers'] + k - 1}"
             joined = []
             for i in range(len(tokens) - k):
-                embedded = self.norm(f"{path}.enorm", self.tensors["model.embed_tokens.weight"][tokens[i + k]])
+                embedded = self.norm(
+                    f"{path}.enorm", self.tensors["model.embed_tokens.weight"][tokens[i + k]]
+                )
                 joined.append(torch.cat([embedded, self.norm(f"{path}.hnorm", states[i])]))
             xs = self.layer(path, [self.weight(f"{path}.eh_proj") @ x for x in joined])
             states = [self.norm(f"{path}.shared_head.norm", x) for x in xs]
@@ -155,7 +183,9 @@ class HFReference:
 
     def layer(self, path: str, xs: list[Tensor]) -> list[Tensor]:
         """Attention and feed-forward, each after a norm and beside a residual."""
-        mixed = self.attention(f"{path}.self_attn", [self.norm(f"{path}.input_layernorm", x) for x in xs])
+        mixed = self.attention(
+            f"{path}.self_attn", [self.norm(f"{path}.input_layernorm", x) for x in xs]
+        )
         xs = [x + y for x, y in zip(xs, mixed, strict=True)]
         normed = [self.norm(f"{path}.post_attention_layernorm", x) for x in xs]
         return [x + self.feed_forward(f"{path}.mlp", y) for x, y in zip(xs, normed, strict=True)]
@@ -163,7 +193,11 @@ class HFReference:
     def attention(self, path: str, xs: list[Tensor]) -> list[Tensor]:
         """Report, eq. 1-11."""
         config = self.config
-        nope, value, heads = config["qk_nope_head_dim"], config["v_head_dim"], config["num_attention_heads"]
+        nope, value, heads = (
+            config["qk_nope_head_dim"],
+            config["v_head_dim"],
+            config["num_attention_heads"],
+        )
         width, rank = nope + config["qk_rope_head_dim"], config["kv_lora_rank"]
         queries, keys, values = ([[] for _ in range(heads)] for _ in range(3))
         for position, x in enumerate(xs):
@@ -173,13 +207,21 @@ class HFReference:
             shared_key = self.rope.turn(down[rank:], position)
             kv = self.weight(f"{path}.kv_b_proj") @ latent
             for i in range(heads):
-                query, key_value = q[i * width : (i + 1) * width], kv[i * (nope + value) : (i + 1) * (nope + value)]
+                query, key_value = (
+                    q[i * width : (i + 1) * width],
+                    kv[i * (nope + value) : (i + 1) * (nope + value)],
+                )
                 queries[i].append(torch.cat([query[:nope], self.rope.turn(query[nope:], position)]))
                 keys[i].append(torch.cat([key_value[:nope], shared_key]))
                 values[i].append(key_value[nope:])
         scale, one_document = width**-0.5 * self.rope.temperature, [0] * len(xs)
-        outputs = [causal(queries[i], keys[i], values[i], scale, one_document) for i in range(heads)]
-        return [self.weight(f"{path}.o_proj") @ torch.cat([head[t] for head in outputs]) for t in range(len(xs))]
+        outputs = [
+            causal(queries[i], keys[i], values[i], scale, one_document) for i in range(heads)
+        ]
+        return [
+            self.weight(f"{path}.o_proj") @ torch.cat([head[t] for head in outputs])
+            for t in range(len(xs))
+        ]
 
     def queries(self, path: str, x: Tensor) -> Tensor:
         """All heads' queries of one token, through the query latent where there is one."""
@@ -193,7 +235,9 @@ class HFReference:
         if f"{path}.gate.weight" not in self.tensors:
             return self.swiglu(path, x)
         choice = route(
-            self.weight(f"{path}.gate") @ x, self.tensors.get(f"{path}.gate.e_score_correction_bias"), self.config
+            self.weight(f"{path}.gate") @ x,
+            self.tensors.get(f"{path}.gate.e_score_correction_bias"),
+            self.config,
         )
         y = self.swiglu(f"{path}.shared_experts", x)
         for expert, gate in zip(choice.experts, choice.gates, strict=True):

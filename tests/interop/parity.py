@@ -15,7 +15,7 @@ NEAR = 1e-5
 """Another expert or argmax is a matter of rounding where the gap between the two is smaller than this."""
 
 EXACT = 1e-10
-"""Between a model of ours in fp64 and the loops."""
+"""Largest difference between a model of ours in fp64 and the loops."""
 
 FEW = 2
 """So many positions at most may differ by such ties, of a whole case: more would be a pattern."""
@@ -57,7 +57,11 @@ def theirs(model: Any, tokens_BL: Tensor) -> tuple[Seen, list[tuple[Tensor, Tens
         layers.append(output[2])
         routers.append((output[0].double(), getattr(module, "e_score_correction_bias", None)))
 
-    hooks = [m.register_forward_hook(note) for m in model.modules() if type(m).__name__.endswith("TopkRouter")]
+    hooks = [
+        m.register_forward_hook(note)
+        for m in model.modules()
+        if type(m).__name__.endswith("TopkRouter")
+    ]
     seen = Seen(model(tokens_BL).logits, layers)
     for hook in hooks:
         hook.remove()
@@ -65,7 +69,7 @@ def theirs(model: Any, tokens_BL: Tensor) -> tuple[Seen, list[tuple[Tensor, Tens
 
 
 def assert_same_model(our_model: Any, hf_model: Any, tokens_BL: Tensor, tolerance: float) -> None:
-    """The same experts, argmax and logits; ties are counted, told, and few.
+    """Checks that experts, argmax and logits are the same; ties are counted, printed, and few.
 
     A token that went to another expert by a tie is left out of the comparison of logits, with what follows it.
     """
@@ -79,13 +83,19 @@ def assert_same_model(our_model: Any, hf_model: Any, tokens_BL: Tensor, toleranc
     error_BL = (found.logits.double() - expected.logits.double()).abs().amax(dim=-1)
     worst = float(error_BL[compared_BL].max()) / largest
     other = _other_argmax(found.logits, expected.logits, compared_BL)
-    print(f"largest difference {worst:.1e}; other experts {int(strays.sum())}, other argmax {other}: by ties")
+    print(
+        f"largest difference {worst:.1e}; other experts {int(strays.sum())}, other argmax {other}: by ties"
+    )
     assert int(strays.sum()) + other <= FEW
     assert worst < tolerance
 
 
 def _strays(
-    found: Seen, expected: Seen, routers: list[tuple[Tensor, Tensor | None]], config: Mapping[str, Any], shape: Any
+    found: Seen,
+    expected: Seen,
+    routers: list[tuple[Tensor, Tensor | None]],
+    config: Mapping[str, Any],
+    shape: Any,
 ) -> Tensor:
     """The positions B x L where some layer chose other experts; each such choice must have been a tie."""
     strays_T = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
@@ -94,7 +104,9 @@ def _strays(
         for t in torch.nonzero((one != two).any(dim=1) & ~strays_T).flatten().tolist():
             margin = route(logits_TE[t], bias_E, config).margin
             earlier = strays_T.view(shape)[t // shape[1], : t % shape[1]].any()
-            assert margin < NEAR or earlier, f"layer {layer}, token {t}: {one[t]} for {two[t]}, by a margin of {margin}"
+            assert margin < NEAR or earlier, (
+                f"layer {layer}, token {t}: {one[t]} for {two[t]}, by a margin of {margin}"
+            )
             strays_T[t] = True
     return strays_T.view(shape)
 
@@ -104,7 +116,9 @@ def _other_argmax(found: Tensor, expected: Tensor, compared_BL: Tensor) -> int:
     one, two = found.argmax(dim=-1), expected.argmax(dim=-1)
     other = (one != two) & compared_BL
     gaps = expected.amax(dim=-1) - expected.gather(-1, one[..., None])[..., 0]
-    assert bool((gaps[other] < NEAR).all()), f"another likeliest token, by {float(gaps[other].max())}"
+    assert bool((gaps[other] < NEAR).all()), (
+        f"another likeliest token, by {float(gaps[other].max())}"
+    )
     return int(other.sum())
 
 

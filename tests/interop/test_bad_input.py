@@ -55,7 +55,9 @@ def shift(folder: Path) -> None:
     data = (folder / FILE).read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
-    names = sorted((n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"])
+    names = sorted(
+        (n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"]
+    )
     same = [n for n in names if header[n]["shape"] == header[names[-1]]["shape"]]
     header[same[-1]]["data_offsets"] = header[same[0]]["data_offsets"]
     text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
@@ -84,22 +86,46 @@ def climb(weights: dict[str, str]) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ("holds no config.json",)),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{,"), ("config.json", "cannot be read as JSON")),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), ("config.json", "must hold a JSON object")),
+    "config is no JSON": (
+        lambda f: (f / "config.json").write_text("{,"),
+        ("config.json", "cannot be read as JSON"),
+    ),
+    "config is a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        ("config.json", "must hold a JSON object"),
+    ),
     "another architecture": (
         change_config(architectures=["LlamaForCausalLM"]),
         ("LlamaForCausalLM is not supported", "DeepseekV2ForCausalLM, DeepseekV3ForCausalLM"),
     ),
-    "another model_type": (change_config(architectures=..., model_type="llama"), ("llama is not supported",)),
-    "a key is missing": (change_config(hidden_size=...), ("config.json: hidden_size: this key is missing",)),
-    "a key is null": (change_config(kv_lora_rank=None), ("config.json: kv_lora_rank = None", "whole number")),
+    "another model_type": (
+        change_config(architectures=..., model_type="llama"),
+        ("llama is not supported",),
+    ),
+    "a key is missing": (
+        change_config(hidden_size=...),
+        ("config.json: hidden_size: this key is missing",),
+    ),
+    "a key is null": (
+        change_config(kv_lora_rank=None),
+        ("config.json: kv_lora_rank = None", "whole number"),
+    ),
     "truncated": (cut, (FILE, "is truncated: 10 bytes")),
     "truncated header": (cut_in_the_header, (FILE, "is truncated, or no safetensors file")),
     "too long": (lengthen, (FILE, "4 bytes after its last tensor")),
     "tensors overlap": (shift, (FILE, "does not begin where the one before it ends")),
-    "no JSON": (lambda f: (f / FILE).write_bytes(struct.pack("<Q", 4) + b"{{{{"), (FILE, "is not JSON")),
-    "an index that names a missing file": (change_index(name_missing_file), (INDEX, "model-00009", "no such file")),
-    "a file that the index lacks": (change_index(forget_file), (INDEX, f"{FILE} is not in this index")),
+    "no JSON": (
+        lambda f: (f / FILE).write_bytes(struct.pack("<Q", 4) + b"{{{{"),
+        (FILE, "is not JSON"),
+    ),
+    "an index that names a missing file": (
+        change_index(name_missing_file),
+        (INDEX, "model-00009", "no such file"),
+    ),
+    "a file that the index lacks": (
+        change_index(forget_file),
+        (INDEX, f"{FILE} is not in this index"),
+    ),
     "a tensor that the index lacks": (
         change_index(lambda w: w.pop("model.norm.weight")),
         ("tensor model.norm.weight of", "is not in this index"),
@@ -110,16 +136,31 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "an index that leaves the folder": (change_index(climb), (INDEX, "beside it")),
     "an index without a map": (lambda f: (f / INDEX).write_text("{}"), (INDEX, "weight_map")),
-    "files without an index": (lambda f: (f / INDEX).unlink(), ("3 safetensors files and no", INDEX)),
+    "files without an index": (
+        lambda f: (f / INDEX).unlink(),
+        ("3 safetensors files and no", INDEX),
+    ),
     "pickled weights": (pickled, ("pytorch_model.bin", "only safetensors are read")),
-    "no weights": (lambda f: [file.unlink() for file in f.glob("*.safetensors*")], ("no weights here",)),
-    "more layers than weights": (change_config(num_hidden_layers=4), ("tensor model.layers.3.", "is missing")),
-    "fewer layers than weights": (change_config(num_hidden_layers=2), ("tensor model.layers.2.", "is unexpected")),
+    "no weights": (
+        lambda f: [file.unlink() for file in f.glob("*.safetensors*")],
+        ("no weights here",),
+    ),
+    "more layers than weights": (
+        change_config(num_hidden_layers=4),
+        ("tensor model.layers.3.", "is missing"),
+    ),
+    "fewer layers than weights": (
+        change_config(num_hidden_layers=2),
+        ("tensor model.layers.2.", "is unexpected"),
+    ),
     "another width": (
         change_config(hidden_size=32),
         ("tensor model.embed_tokens.weight has the shape [300, 24]", "asks for [300, 32]"),
     ),
-    "another number of experts": (change_config(n_routed_experts=8), ("mlp.gate.weight has the shape [4, 24]",)),
+    "another number of experts": (
+        change_config(n_routed_experts=8),
+        ("mlp.gate.weight has the shape [4, 24]",),
+    ),
     "another vocabulary": (change_config(vocab_size=301), ("shape [300, 24]", "[301, 24]")),
     "tied, with an output of its own": (
         change_config(tie_word_embeddings=True),
@@ -129,7 +170,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         change_config(quantization_config={**FP8, "weight_block_size": [64, 64]}),
         ("quantization_config", "weight_block_size"),
     ),
-    "another quantisation": (change_config(quantization_config={"quant_method": "gptq"}), ("quant_method",)),
+    "another quantisation": (
+        change_config(quantization_config={"quant_method": "gptq"}),
+        ("quant_method",),
+    ),
     "generation's configuration is no JSON": (
         lambda f: (f / "generation_config.json").write_text("{"),
         ("source/generation_config.json: cannot be read as JSON",),
@@ -153,7 +197,7 @@ def test_it_is_one_sentence_and_nothing_is_left(
     spoil, words = BAD[what]
     source = write(tmp_path / "source", V3, tensors, 3)
     spoil(source)
-    said = lab.door("convert", "from-hf", source, tmp_path / "run")
+    said = lab.command("convert", "from-hf", source, tmp_path / "run")
     assert said.code == 2, said.err
     for word in words:
         assert word in said.sentence
@@ -162,32 +206,42 @@ def test_it_is_one_sentence_and_nothing_is_left(
 
 @pytest.mark.parametrize(
     ("vocabulary", "words"),
-    [(0, "cannot be read as a tokenizer"), (300, None), (301, "has a token 300, and the model knows 300, from 0")],
+    [
+        (0, "cannot be read as a tokenizer"),
+        (300, None),
+        (301, "has a token 300, and the model knows 300, from 0"),
+    ],
 )
-def test_a_tokenizer_that_fails_later_is_told_at_once(
-    lab: Lab, tmp_path: Path, tensors: Mapping[str, torch.Tensor], vocabulary: int, words: str | None
+def test_a_tokenizer_that_fails_later_is_reported_at_once(
+    lab: Lab,
+    tmp_path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    vocabulary: int,
+    words: str | None,
 ) -> None:
-    """And not refused: the weights are of use without it."""
+    """A tokenizer that is unusable is no error: the weights can be used without it."""
     source = write(tmp_path / "source", V3, tensors)
     engine = Tokenizer(models.BPE({f"t{i}": i for i in range(vocabulary)}, []))
     (source / "tokenizer.json").write_text(engine.to_str() if vocabulary else "{}")
-    said = lab.door("convert", "from-hf", source, tmp_path / "run")
+    said = lab.command("convert", "from-hf", source, tmp_path / "run")
     assert said.code == 0, said.err
     notes = [line for line in said.err.splitlines() if line.startswith("note: ")]
     assert len(notes) == (words is not None)
     assert words is None or words in notes[0]
 
 
-def test_a_folder_that_is_not_there_is_told(lab: Lab, tmp_path: Path) -> None:
-    said = lab.door("convert", "from-hf", tmp_path / "nowhere", tmp_path / "run")
+def test_a_folder_that_is_not_there_is_reported(lab: Lab, tmp_path: Path) -> None:
+    said = lab.command("convert", "from-hf", tmp_path / "nowhere", tmp_path / "run")
     assert (said.code, said.sentence) == (2, f"{tmp_path / 'nowhere'}: there is no such folder")
-    said = lab.door("convert", "to-hf", tmp_path / "nowhere", tmp_path / "out")
+    said = lab.command("convert", "to-hf", tmp_path / "nowhere", tmp_path / "out")
     assert said.code == 2
     assert "no checkpoint here" in said.sentence
 
 
 @pytest.mark.parametrize(("tensor", "change"), [("down_proj", "codes"), ("o_proj", "grid")])
-def test_codes_and_scales_need_each_other(lab: Lab, tmp_path: Path, tensor: str, change: str) -> None:
+def test_codes_and_scales_need_each_other(
+    lab: Lab, tmp_path: Path, tensor: str, change: str
+) -> None:
     config = {**V3, "quantization_config": FP8}
     theirs = in_blocks(tensors_of(config))
     name = next(n for n in theirs if n.endswith(f"{tensor}.weight"))
@@ -195,7 +249,9 @@ def test_codes_and_scales_need_each_other(lab: Lab, tmp_path: Path, tensor: str,
         theirs[name] = theirs[name].float()
     else:
         theirs[f"{name}_scale_inv"] = torch.ones(2, 1)
-    said = lab.door("convert", "from-hf", write(tmp_path / "source", config, theirs), tmp_path / "run")
+    said = lab.command(
+        "convert", "from-hf", write(tmp_path / "source", config, theirs), tmp_path / "run"
+    )
     assert said.code == 2
     assert f"{name}_scale_inv" in said.sentence
     assert [f.name for f in tmp_path.iterdir()] == ["source"]
@@ -207,7 +263,7 @@ def test_nothing_is_overwritten(lab: Lab, tmp_path: Path, command: str, what: st
     source = write(tmp_path / "source", V3, tensors_of(V3))
     target = tmp_path / "target"
     if command == "to-hf":
-        assert lab.door("convert", "from-hf", source, tmp_path / "run").code == 0
+        assert lab.command("convert", "from-hf", source, tmp_path / "run").code == 0
         source = tmp_path / "run"
     if what == "a run":
         target.mkdir()
@@ -220,7 +276,7 @@ def test_nothing_is_overwritten(lab: Lab, tmp_path: Path, command: str, what: st
         target.mkdir()
         (target / "notes.txt").write_text("mine")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    said = lab.door("convert", command, source, target)
+    said = lab.command("convert", command, source, target)
     assert said.code == 2
     assert "nothing is overwritten" in said.sentence
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
@@ -228,42 +284,55 @@ def test_nothing_is_overwritten(lab: Lab, tmp_path: Path, command: str, what: st
 
 def test_an_empty_folder_may_be_the_target(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert lab.door("convert", "from-hf", write(tmp_path / "source", V3, tensors_of(V3)), tmp_path / "run").code == 0
+    assert (
+        lab.command(
+            "convert", "from-hf", write(tmp_path / "source", V3, tensors_of(V3)), tmp_path / "run"
+        ).code
+        == 0
+    )
 
 
-def test_a_disk_that_is_too_small_says_so_before_anything_is_moved(lab: Lab, tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_says_so_before_anything_is_moved(
+    lab: Lab, tmp_path: Path
+) -> None:
     source = write(tmp_path / "source", V3, tensors_of(V3))
     with small_disk(tmp_path / "disk", kilobytes=64) as disk:
-        said = lab.door("convert", "from-hf", source, disk / "run")
+        said = lab.command("convert", "from-hf", source, disk / "run")
         assert said.code == 2
         assert "no space is left on the disk" in said.sentence
         assert "are needed" in said.sentence
         assert list(disk.iterdir()) == []
         fill(disk)
-        said = lab.door("convert", "from-hf", source, disk / "run")
+        said = lab.command("convert", "from-hf", source, disk / "run")
         assert "no space is left on the disk" in said.sentence
         assert [f.name for f in disk.iterdir()] == ["filler"]
 
 
-def test_a_folder_that_cannot_be_written_is_told(lab: Lab, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(lab: Lab, tmp_path: Path) -> None:
     source = write(tmp_path / "source", V3, tensors_of(V3))
     (tmp_path / "file").write_text("")
-    said = lab.door("convert", "from-hf", source, tmp_path / "file" / "run")
+    said = lab.command("convert", "from-hf", source, tmp_path / "file" / "run")
     assert said.code == 2
     assert said.sentence.startswith(f"{tmp_path / 'file' / 'run'}: cannot be written: ")
 
 
-@pytest.mark.parametrize("door", ["evaluate", "generate", "fit"])
-def test_other_doors_say_what_a_converted_run_lacks(lab: Lab, tmp_path: Path, door: str) -> None:
+@pytest.mark.parametrize("command", ["evaluate", "generate", "fit"])
+def test_other_commands_say_what_a_converted_run_lacks(
+    lab: Lab, tmp_path: Path, command: str
+) -> None:
     source = write(tmp_path / "source", V3, tensors_of(V3))
-    assert lab.door("convert", "from-hf", source, tmp_path / "run").code == 0
+    assert lab.command("convert", "from-hf", source, tmp_path / "run").code == 0
     arguments: dict[str, list[str | Path]] = {
         "evaluate": [tmp_path / "run", lab.texts.parent],
         "generate": [tmp_path / "run", "--prompt", "a"],
         "fit": [tmp_path / "run/recipe.yaml", "--resume", tmp_path / "run"],
     }
-    said = lab.door(door, *arguments[door][: 1 if door == "evaluate" else None])
+    said = lab.command(command, *arguments[command][: 1 if command == "evaluate" else None])
     assert said.code == 2, said.err
-    words = {"evaluate": "score it with --tasks", "generate": "tokenizer.json cannot be read", "fit": "initial_weights"}
-    assert words[door] in said.sentence
+    words = {
+        "evaluate": "score it with --tasks",
+        "generate": "tokenizer.json cannot be read",
+        "fit": "initial_weights",
+    }
+    assert words[command] in said.sentence
     assert os.listdir(tmp_path / "run") != []

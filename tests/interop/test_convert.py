@@ -17,26 +17,44 @@ from core.run.loading import load_weights
 
 from .checkpoints import FP8, V2, V3, in_blocks, out_of_blocks, read, same_bits, tensors_of, write
 
-YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "mscale": 0.7, "mscale_all_dim": 1.0}
+YARN = {
+    "type": "yarn",
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
+}
 SOURCES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "v3": (V3, {}, 1),
     "v3 in three files": (V3, {}, 3),
     "v3 bf16": ({**V3, "torch_dtype": "bfloat16"}, {"dtype": torch.bfloat16}, 2),
     "v3 fp64": ({**V3, "torch_dtype": "float64"}, {"dtype": torch.float64}, 1),
     "v3 packed": (V3, {"packed": True}, 1),
-    "v3 in halves": ({**V3, "rope_interleave": False, "num_nextn_predict_layers": 1}, {"depths": 1}, 1),
+    "v3 in halves": (
+        {**V3, "rope_interleave": False, "num_nextn_predict_layers": 1},
+        {"depths": 1},
+        1,
+    ),
     "v3 two depths": ({**V3, "num_nextn_predict_layers": 2}, {"depths": 2}, 2),
-    "v3 tied": ({**V3, "tie_word_embeddings": True, "num_nextn_predict_layers": 1}, {"depths": 1}, 1),
+    "v3 tied": (
+        {**V3, "tie_word_embeddings": True, "num_nextn_predict_layers": 1},
+        {"depths": 1},
+        1,
+    ),
     "v3 yarn": ({**V3, "rope_scaling": YARN}, {}, 1),
     "v3 all dense": ({**V3, "first_k_dense_replace": 5}, {}, 1),
-    "v3 straight queries": ({**V3, "q_lora_rank": None, "n_group": 1, "first_k_dense_replace": 0}, {}, 1),
+    "v3 straight queries": (
+        {**V3, "q_lora_rank": None, "n_group": 1, "first_k_dense_replace": 0},
+        {},
+        1,
+    ),
     "v2": (V2, {}, 1),
     "v2 greedy": ({**V2, "topk_method": "greedy", "q_lora_rank": None}, {"packed": True}, 1),
 }
 
 
 def convert(lab: Lab, *arguments: str | Path) -> str:
-    said = lab.door("convert", *arguments)
+    said = lab.command("convert", *arguments)
     assert said.code == 0, said.err
     return said.err
 
@@ -55,7 +73,7 @@ def test_what_goes_in_comes_out(lab: Lab, tmp_path: Path, name: str) -> None:
 
 
 def test_every_number_stands_where_the_model_reads_it(lab: Lab, tmp_path: Path) -> None:
-    """By name, and by row where ours are stacked; the slow map of the README's table."""
+    """Maps tensors by name, and by row where ours are stacked: the slow form of the README's table."""
     config = {**V3, "num_nextn_predict_layers": 1}
     theirs = tensors_of(config, depths=1)
     convert(lab, "from-hf", write(tmp_path / "source", config, theirs), tmp_path / "run")
@@ -103,7 +121,9 @@ def test_every_number_stands_where_the_model_reads_it(lab: Lab, tmp_path: Path) 
             each = f"{prefix}.mlp.experts.{expert}"
             both = torch.cat([theirs[f"{each}.gate_proj.weight"], theirs[f"{each}.up_proj.weight"]])
             assert torch.equal(ours[f"{block}.ffn.routed.gate_up.weight"][expert], both)
-            assert torch.equal(ours[f"{block}.ffn.routed.down.weight"][expert], theirs[f"{each}.down_proj.weight"])
+            assert torch.equal(
+                ours[f"{block}.ffn.routed.down.weight"][expert], theirs[f"{each}.down_proj.weight"]
+            )
     assert used == set(ours)
 
 
@@ -124,24 +144,34 @@ def test_halves_become_pairs_in_the_last_rows_of_every_head(lab: Lab, tmp_path: 
 
 
 def test_a_bias_in_a_narrow_format_is_held_in_fp32(lab: Lab, tmp_path: Path) -> None:
-    """And goes back in the format it came in; written anew it is fp32 whatever the weights are."""
+    """The bias is restored in its own format; in new files it is fp32 whatever the weights are."""
     theirs = tensors_of(V3, dtype=torch.bfloat16)
     theirs = {name: tensor.to(torch.bfloat16) for name, tensor in theirs.items()}
     convert(lab, "from-hf", write(tmp_path / "source", V3, theirs), tmp_path / "run")
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert read(tmp_path / "run/weights")["blocks.1.ffn.balance.0.bias"].dtype == torch.float32
-    assert core.load(tmp_path / "run").state_dict()["blocks.1.ffn.balance.0.bias"].dtype == torch.float32
+    assert (
+        core.load(tmp_path / "run").state_dict()["blocks.1.ffn.balance.0.bias"].dtype
+        == torch.float32
+    )
     convert(lab, "to-hf", tmp_path / "run", tmp_path / "back")
     assert read(tmp_path / "back")[name].dtype == torch.bfloat16
     convert(lab, "to-hf", tmp_path / "run", tmp_path / "half", "--dtype", "fp16")
     half = read(tmp_path / "half")
-    assert {t.dtype for n, t in half.items() if n != name and not n.endswith("_bias")} == {torch.float16}
+    assert {t.dtype for n, t in half.items() if n != name and not n.endswith("_bias")} == {
+        torch.float16
+    }
     assert half[name].dtype == torch.float32
 
 
 def test_the_recipe_of_a_converted_run_says_what_it_is(lab: Lab, tmp_path: Path) -> None:
-    convert(lab, "from-hf", write(tmp_path / "source", V2, tensors_of(V2, dtype=torch.bfloat16)), tmp_path / "run")
-    said = lab.door("describe", tmp_path / "run/recipe.yaml", "--json")
+    convert(
+        lab,
+        "from-hf",
+        write(tmp_path / "source", V2, tensors_of(V2, dtype=torch.bfloat16)),
+        tmp_path / "run",
+    )
+    said = lab.command("describe", tmp_path / "run/recipe.yaml", "--json")
     described = json.loads(said.out)
     assert described["params_total"] == sum(t.numel() for t in read(tmp_path / "source").values())
     assert described["kv_bytes_per_token"] == 2 * 3 * (16 + 6)
@@ -150,9 +180,13 @@ def test_the_recipe_of_a_converted_run_says_what_it_is(lab: Lab, tmp_path: Path)
     assert core.compose(tmp_path / "run/recipe.yaml").to_dict()["precision"] == {"name": "bf16"}
 
 
-def test_what_transformers_says_of_a_head_that_is_not_there_is_said_in_one_line(lab: Lab, tmp_path: Path) -> None:
+def test_what_transformers_says_of_a_head_that_is_not_there_is_said_in_one_line(
+    lab: Lab, tmp_path: Path
+) -> None:
     config = {**V3, "num_nextn_predict_layers": 1}
-    said = convert(lab, "from-hf", write(tmp_path / "source", config, tensors_of(config)), tmp_path / "run")
+    said = convert(
+        lab, "from-hf", write(tmp_path / "source", config, tensors_of(config)), tmp_path / "run"
+    )
     assert len([line for line in said.splitlines() if "no multi-token head is made" in line]) == 1
     assert list(core.compose(tmp_path / "run/recipe.yaml").model.heads) == ["next_token"]
 
@@ -162,7 +196,9 @@ def test_a_copy_that_differs_is_refused(lab: Lab, tmp_path: Path, copy: str) -> 
     config = {**V3, "num_nextn_predict_layers": 1}
     theirs = tensors_of(config, depths=1)
     theirs[f"model.layers.3.{copy}.weight"][299, 23] += 1e-3
-    said = lab.door("convert", "from-hf", write(tmp_path / "source", config, theirs), tmp_path / "run")
+    said = lab.command(
+        "convert", "from-hf", write(tmp_path / "source", config, theirs), tmp_path / "run"
+    )
     assert said.code == 2
     assert f"tensor model.layers.3.{copy}.weight must be a copy of" in said.sentence
     assert [f.name for f in tmp_path.iterdir()] == ["source"]
@@ -171,7 +207,10 @@ def test_a_copy_that_differs_is_refused(lab: Lab, tmp_path: Path, copy: str) -> 
 def test_copies_may_be_left_out_and_stay_left_out(lab: Lab, tmp_path: Path) -> None:
     config = {**V3, "num_nextn_predict_layers": 1}
     theirs = tensors_of(config, depths=1)
-    del theirs["model.layers.3.embed_tokens.weight"], theirs["model.layers.3.shared_head.head.weight"]
+    del (
+        theirs["model.layers.3.embed_tokens.weight"],
+        theirs["model.layers.3.shared_head.head.weight"],
+    )
     convert(lab, "from-hf", write(tmp_path / "source", config, theirs), tmp_path / "run")
     convert(lab, "to-hf", tmp_path / "run", tmp_path / "back")
     same_bits(read(tmp_path / "back"), theirs)
@@ -185,13 +224,24 @@ def test_tables_of_frequencies_are_passed_over(lab: Lab, tmp_path: Path) -> None
     same_bits(read(tmp_path / "back"), theirs)
 
 
-WIDE = {**V3, "hidden_size": 160, "intermediate_size": 300, "moe_intermediate_size": 140, "kv_lora_rank": 130}
+WIDE = {
+    **V3,
+    "hidden_size": 160,
+    "intermediate_size": 300,
+    "moe_intermediate_size": 140,
+    "kv_lora_rank": 130,
+}
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_fp8_blocks_are_read_kept_and_left(lab: Lab, tmp_path: Path, interleaved: bool) -> None:
     """Ragged blocks, stacked matrices of 140 rows, and rows in another order than the blocks'."""
-    config = {**WIDE, "rope_interleave": interleaved, "torch_dtype": "bfloat16", "quantization_config": FP8}
+    config = {
+        **WIDE,
+        "rope_interleave": interleaved,
+        "torch_dtype": "bfloat16",
+        "quantization_config": FP8,
+    }
     theirs = in_blocks(tensors_of(config, dtype=torch.bfloat16))
     convert(lab, "from-hf", write(tmp_path / "source", config, theirs, 2), tmp_path / "run")
     convert(lab, "to-hf", tmp_path / "run", tmp_path / "kept", "--keep-fp8")
@@ -204,7 +254,9 @@ def test_fp8_blocks_are_read_kept_and_left(lab: Lab, tmp_path: Path, interleaved
     load_weights(model, tmp_path / "run/weights/model.safetensors.index.json")
     wide = out_of_blocks(theirs, torch.float32)
     gate, up = (wide[f"model.layers.1.mlp.experts.3.{part}_proj.weight"] for part in ("gate", "up"))
-    assert torch.equal(model.state_dict()["blocks.1.ffn.routed.gate_up.weight"][3], torch.cat([gate, up]))
+    assert torch.equal(
+        model.state_dict()["blocks.1.ffn.routed.gate_up.weight"][3], torch.cat([gate, up])
+    )
 
 
 def test_fp8_blocks_beside_fp32_are_computed_and_written_in_fp32(lab: Lab, tmp_path: Path) -> None:
@@ -225,7 +277,9 @@ def test_fp8_blocks_are_made_on_request(lab: Lab, tmp_path: Path) -> None:
     convert(lab, "to-hf", tmp_path / "run", tmp_path / "fp8", "--fp8")
     found, expected = read(tmp_path / "fp8"), in_blocks(theirs)
     zero = "model.layers.0.mlp.up_proj.weight_scale_inv"
-    assert float(found[zero][1:, 0].min()) > 0  # a scale of 0 would make 0/0 of whoever divides by it
+    assert (
+        float(found[zero][1:, 0].min()) > 0
+    )  # a scale of 0 would make 0/0 of whoever divides by it
     found[zero][1:, 0] = expected[zero][1:, 0] = 1
     same_codes = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(found[same_codes][128:, :128].float(), torch.zeros(172, 128))
@@ -236,7 +290,7 @@ def test_fp8_blocks_are_made_on_request(lab: Lab, tmp_path: Path) -> None:
 
 def test_fp8_that_is_not_there_cannot_be_kept(lab: Lab, tmp_path: Path) -> None:
     convert(lab, "from-hf", write(tmp_path / "source", V3, tensors_of(V3)), tmp_path / "run")
-    said = lab.door("convert", "to-hf", tmp_path / "run", tmp_path / "back", "--keep-fp8")
+    said = lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "back", "--keep-fp8")
     assert (said.code, (tmp_path / "back").exists()) == (2, False)
     assert "--keep-fp8" in said.sentence
 
@@ -260,10 +314,13 @@ def spoil_recipe(key: str, value: Any) -> Callable[[Path], None]:
     [
         (spoil_length, "model.safetensors: is truncated: 1 bytes"),
         (spoil_recipe("tied_embedding", True), "tensor output.weight is not of this model"),
-        (spoil_recipe("dim", 32), r"tensor embedding.weight is \(300, 24\), the model's \(300, 32\)"),
+        (
+            spoil_recipe("dim", 32),
+            r"tensor embedding.weight is \(300, 24\), the model's \(300, 32\)",
+        ),
     ],
 )
-def test_a_converted_run_that_was_spoilt_is_told_by_tensor(
+def test_a_converted_run_that_was_spoilt_is_reported_by_tensor(
     lab: Lab, tmp_path: Path, spoil: Callable[[Path], None], words: str
 ) -> None:
     convert(lab, "from-hf", write(tmp_path / "source", V3, tensors_of(V3)), tmp_path / "run")
@@ -274,12 +331,16 @@ def test_a_converted_run_that_was_spoilt_is_told_by_tensor(
 
 def test_a_tensor_that_looks_like_a_scale_is_unexpected(lab: Lab, tmp_path: Path) -> None:
     theirs = tensors_of(V3) | {"lm_head.weight_scale": torch.ones(300)}
-    said = lab.door("convert", "from-hf", write(tmp_path / "source", V3, theirs), tmp_path / "run")
+    said = lab.command(
+        "convert", "from-hf", write(tmp_path / "source", V3, theirs), tmp_path / "run"
+    )
     assert said.code == 2
     assert "tensor lm_head.weight_scale is unexpected" in said.sentence
 
 
-def test_tensors_that_go_in_many_chunks_arrive_whole(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_go_in_many_chunks_arrive_whole(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows by the dozen, blocks of 128 rows one by one; everything as with one chunk each."""
     config = {**WIDE, "num_nextn_predict_layers": 1}
     source = write(tmp_path / "source", config, tensors_of(config, depths=1))
@@ -293,28 +354,42 @@ def test_tensors_that_go_in_many_chunks_arrive_whole(lab: Lab, tmp_path: Path, m
     convert(lab, "to-hf", tmp_path / "run again", tmp_path / "fp8 again", "--fp8")
     same_bits(read(tmp_path / "fp8 again"), read(tmp_path / "fp8"))
     convert(lab, "from-hf", tmp_path / "fp8", tmp_path / "coded")
-    one, two = core.load(tmp_path / "coded").state_dict(), out_of_blocks(read(tmp_path / "fp8"), torch.float32)
-    assert torch.equal(one["blocks.0.attention.output.weight"], two["model.layers.0.self_attn.o_proj.weight"])
+    one, two = (
+        core.load(tmp_path / "coded").state_dict(),
+        out_of_blocks(read(tmp_path / "fp8"), torch.float32),
+    )
     assert torch.equal(
-        one["blocks.2.ffn.shared.down.weight"], two["model.layers.2.mlp.shared_experts.down_proj.weight"]
+        one["blocks.0.attention.output.weight"], two["model.layers.0.self_attn.o_proj.weight"]
+    )
+    assert torch.equal(
+        one["blocks.2.ffn.shared.down.weight"],
+        two["model.layers.2.mlp.shared_experts.down_proj.weight"],
     )
     changed = tensors_of(config, depths=1)
     changed["model.layers.3.embed_tokens.weight"][297] += 1
-    said = lab.door("convert", "from-hf", write(tmp_path / "other", config, changed), tmp_path / "never")
+    said = lab.command(
+        "convert", "from-hf", write(tmp_path / "other", config, changed), tmp_path / "never"
+    )
     assert said.code == 2
 
 
-def test_a_converted_run_that_is_written_anew_keeps_its_markers_formats_and_files(lab: Lab, tmp_path: Path) -> None:
-    """Without its multi-token modules: only the layout is ours then."""
+def test_a_converted_run_that_is_written_anew_keeps_its_markers_formats_and_files(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """The modules of multi-token prediction are left out, so only the layout of the files is ours."""
     config = {**V3, "num_nextn_predict_layers": 1, "rope_interleave": False}
     source = write(tmp_path / "source", config, tensors_of(config, depths=1, dtype=torch.bfloat16))
     (source / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     convert(lab, "from-hf", source, tmp_path / "run")
     said = convert(lab, "to-hf", tmp_path / "run", tmp_path / "main", "--main-only")
     assert "bf16" not in said
-    told = json.loads((tmp_path / "main/config.json").read_text())
-    assert (told["bos_token_id"], told["eos_token_id"], told["torch_dtype"]) == (3, [5, 7], "bfloat16")
-    assert (told["rope_interleave"], told["num_nextn_predict_layers"]) == (True, 0)
+    written = json.loads((tmp_path / "main/config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"], written["torch_dtype"]) == (
+        3,
+        [5, 7],
+        "bfloat16",
+    )
+    assert (written["rope_interleave"], written["num_nextn_predict_layers"]) == (True, 0)
     assert (tmp_path / "main/tokenizer_config.json").read_text() == '{"bos_token": "<s>"}'
     found, before = read(tmp_path / "main"), read(source)
     assert set(found) == {name for name in before if not name.startswith("model.layers.3.")}

@@ -1,4 +1,4 @@
-"""The formats' side: configurations and recipes that mean the same, and what is refused in either direction."""
+"""Checkpoint formats: configurations and recipes of the same model, and what is refused in either direction."""
 
 import copy
 import math
@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from core.contracts.errors import UserError, Wrong
+from core.contracts.errors import ConfigError, UserError
 from core.interop.from_hf import composed
-from plugins.hf_deepseek.formats import DeepSeekV2, DeepSeekV3
+from plugins.hf_deepseek.v2 import DeepSeekV2
+from plugins.hf_deepseek.v3 import DeepSeekV3
 
 from .checkpoints import V2, V3
 
@@ -36,7 +37,7 @@ def put(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_released_v3_configuration_gives_the_shipped_recipe() -> None:
-    """As published with the weights; of ours only what belongs to the model."""
+    """The configuration is the one published with the weights; of ours only the model is compared."""
     from core.recipe.compose import compose
 
     released = {
@@ -121,13 +122,23 @@ def test_the_full_model_has_the_published_number_of_parameters() -> None:
 
 
 def test_formats_are_read_without_torch() -> None:
-    probe = "import sys, plugins.hf_deepseek.formats; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    probe = (
+        "import sys, plugins.hf_deepseek.v2, plugins.hf_deepseek.v3; "
+        "print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", probe], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", probe], cwd=root, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
-GIVEN = {"equal": (0.8, 0.8), "different": (0.6, 1.2), "no mscale": (None, 0.9), "no all_dim": (0.9, None)}
+GIVEN = {
+    "equal": (0.8, 0.8),
+    "different": (0.6, 1.2),
+    "no mscale": (None, 0.9),
+    "no all_dim": (0.9, None),
+}
 GIVEN |= {"neither": (None, None)}
 
 
@@ -163,7 +174,11 @@ def test_yarn_means_the_same_there_here_and_there_again(case: str, modern: bool)
         config |= {"rope_scaling": {"type": "yarn", **scaling}, "rope_theta": 5000.0}
     recipe = recipe_of(config)
     rope = recipe["model"]["rope"]
-    assert (rope["theta"], rope["yarn"]["beta_fast"], rope["yarn"]["beta_slow"]) == (5000.0, 20.0, 1.0)
+    assert (rope["theta"], rope["yarn"]["beta_fast"], rope["yarn"]["beta_slow"]) == (
+        5000.0,
+        20.0,
+        1.0,
+    )
     assert ours(rope["yarn"]) == pytest.approx(theirs(40.0, mscale, all_dim), rel=1e-14)
     again = DeepSeekV3(None).config_of(recipe)
     back = again["rope_scaling"]
@@ -174,8 +189,12 @@ def test_yarn_means_the_same_there_here_and_there_again(case: str, modern: bool)
     assert ours(reread) == pytest.approx(ours(rope["yarn"]), rel=1e-14)
 
 
-@pytest.mark.parametrize(("mscale", "all_dim"), [(1.0, 1.0), (0.7, None), (None, 0.7), (None, None), (1.0, None)])
-def test_our_own_yarn_is_written_so_that_it_means_the_same(mscale: float | None, all_dim: float | None) -> None:
+@pytest.mark.parametrize(
+    ("mscale", "all_dim"), [(1.0, 1.0), (0.7, None), (None, 0.7), (None, None), (1.0, None)]
+)
+def test_our_own_yarn_is_written_so_that_it_means_the_same(
+    mscale: float | None, all_dim: float | None
+) -> None:
     yarn = {"factor": 8.0, "original_length": 64, "beta_fast": 32.0, "beta_slow": 1.0}
     yarn |= {"mscale": mscale, "mscale_all_dim": all_dim}
     recipe = put(recipe_of(V3), "model.rope", {"theta": 1e4, "max_length": 128, "yarn": yarn})
@@ -185,16 +204,21 @@ def test_our_own_yarn_is_written_so_that_it_means_the_same(mscale: float | None,
 
 
 def test_an_attention_factor_of_theirs_is_followed() -> None:
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.5}
+    scaling = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "attention_factor": 1.5,
+    }
     rope = recipe_of({**V3, "rope_parameters": scaling})["model"]["rope"]
     assert ours(rope["yarn"])[0] == pytest.approx(1.5, rel=1e-14)
 
 
-def test_positions_beyond_yarns_reach_are_cut_and_told() -> None:
+def test_positions_beyond_yarns_reach_are_cut_and_reported() -> None:
     scaling = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
-    told = DeepSeekV3(None).recipe_of({**V3, "rope_scaling": scaling}, (), "fp32")
-    assert told.recipe["model"]["rope"]["max_length"] == 32
-    assert "further than YaRN reaches" in told.notices[0]
+    translation = DeepSeekV3(None).recipe_of({**V3, "rope_scaling": scaling}, (), "fp32")
+    assert translation.recipe["model"]["rope"]["max_length"] == 32
+    assert "more than YaRN's factor allows" in translation.notices[0]
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -215,11 +239,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"routed_scaling_factor": None}, "routed_scaling_factor"),
     ("deepseek_v3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
     ("deepseek_v3", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters"),
-    ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "rope_scaling"),
+    (
+        "deepseek_v3",
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
+        "rope_scaling",
+    ),
     ("deepseek_v3", {"partial_rotary_factor": 0.5}, "rope_parameters"),
     ("deepseek_v3", {"rope_parameters": 3}, "rope_parameters"),
     ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": "two"}}, "rope_scaling"),
-    ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": True}}, "rope_parameters"),
+    (
+        "deepseek_v3",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": True}},
+        "rope_parameters",
+    ),
     ("deepseek_v3", {"rope_theta": "10000"}, "rope_theta"),
     ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
     ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func"),
@@ -233,15 +265,20 @@ def test_a_setting_that_no_model_here_follows_is_refused_by_its_key(
     name: str, change: dict[str, Any], key: str
 ) -> None:
     made, config = FORMATS[name]
-    with pytest.raises(Wrong) as told:
+    with pytest.raises(ConfigError) as caught:
         made(None).recipe_of({**config, **change}, (), "fp32")
-    assert told.value.key == key
+    assert caught.value.key == key
 
 
 FFN = "model.blocks.moe.ffn"
 UNSPEAKABLE: list[tuple[str, str, Any, str]] = [
     ("deepseek_v3", "model.attention", {"name": "mha", "heads": 2}, "mla"),
-    ("deepseek_v3", "model.blocks.dense.attention", {"name": "mha", "heads": 2}, "same in all blocks"),
+    (
+        "deepseek_v3",
+        "model.blocks.dense.attention",
+        {"name": "mha", "heads": 2},
+        "same in all blocks",
+    ),
     ("deepseek_v3", "model.norm_eps", 1e-5, "1e-06"),
     ("deepseek_v3", f"{FFN}.router.affinity", "softmax", "sigmoid"),
     ("deepseek_v3", f"{FFN}.router.group_score", 1, "group_score must be 2"),
@@ -255,28 +292,38 @@ UNSPEAKABLE: list[tuple[str, str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "path", "value", "word"), UNSPEAKABLE, ids=lambda value: str(value)[:40])
-def test_a_model_that_the_architecture_has_no_words_for_is_refused(name: str, path: str, value: Any, word: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "path", "value", "word"), UNSPEAKABLE, ids=lambda value: str(value)[:40]
+)
+def test_a_model_that_the_architecture_has_no_words_for_is_refused(
+    name: str, path: str, value: Any, word: str
+) -> None:
     made, config = FORMATS[name]
     recipe = recipe_of(config, ("model.layers.3.enorm.weight",) if name == "deepseek_v3" else ())
     if "mtp" not in recipe["model"]["heads"] and "other" in path:
         recipe["model"]["heads"]["mtp"] = {"name": "mtp", "depth": 1}
-    with pytest.raises(Wrong, match=word):
+    with pytest.raises(ConfigError, match=word):
         made(None).config_of(put(recipe, path, value))
 
 
 def test_layers_that_differ_or_stand_otherwise_are_refused() -> None:
     blocks = recipe_of(V3)["model"]["blocks"]
     wider = put(blocks["moe"], "ffn.expert_hidden", 24)
-    with pytest.raises(Wrong, match="same in all blocks"):
+    with pytest.raises(ConfigError, match="same in all blocks"):
         DeepSeekV3(None).config_of(put(recipe_of(V3), "model.blocks", {**blocks, "wide": wider}))
-    with pytest.raises(Wrong, match="all dense blocks before"):
-        DeepSeekV3(None).config_of(put(recipe_of(V3), "model.blocks", {"moe": blocks["moe"], "dense": blocks["dense"]}))
+    with pytest.raises(ConfigError, match="all dense blocks before"):
+        DeepSeekV3(None).config_of(
+            put(recipe_of(V3), "model.blocks", {"moe": blocks["moe"], "dense": blocks["dense"]})
+        )
 
 
 def test_blocks_of_one_kind_under_two_names_are_one_kind() -> None:
     blocks = recipe_of(V3)["model"]["blocks"]
-    split = {"a": blocks["dense"], "b": blocks["moe"], "c": put(blocks["moe"], "ffn.balance.1.alpha", 0.5)}
+    split = {
+        "a": blocks["dense"],
+        "b": blocks["moe"],
+        "c": put(blocks["moe"], "ffn.balance.1.alpha", 0.5),
+    }
     config = DeepSeekV3(None).config_of(put(recipe_of(V3), "model.blocks", split))
     assert (config["num_hidden_layers"], config["first_k_dense_replace"]) == (5, 1)
 
@@ -288,6 +335,6 @@ def test_a_run_without_a_selection_bias_is_written_with_zeros() -> None:
     assert [p.ours for p in biases] == [None, None]
 
 
-def test_what_cannot_be_built_is_told_of_the_configuration() -> None:
+def test_what_cannot_be_built_is_reported_of_the_configuration() -> None:
     with pytest.raises(UserError, match=r"gives no model that can be built here: .*rope_dim = 7"):
         recipe_of({**V3, "qk_rope_head_dim": 7})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.interop.tensors import Kind
+from core.interop.tensors import TensorSpec
 from core.interop.writing import Writer, planned
 
 from .checkpoints import V3, block_shapes
@@ -19,13 +19,13 @@ MEGABYTE = 2**20
 MEASURED = """
 import json, resource, sys
 from core import convert
-from core.door import run_door
+from core.command import run_command
 from core.interop import from_hf, to_hf
 import core.run.loading
 held = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = held()
 sys.argv = ["core/convert.py", *sys.argv[1:]]
-run_door(convert.main, convert.parser())
+run_command(convert.main, convert.parser())
 print(json.dumps({"before": before, "after": held()}))
 """
 
@@ -34,7 +34,9 @@ def converted(*arguments: str | Path) -> dict[str, int]:
     """A conversion in a process of its own: the most it held before the work began, and at the end."""
     command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -42,19 +44,33 @@ def converted(*arguments: str | Path) -> dict[str, int]:
 def large(folder: Path, shard: int, **sizes: int) -> Path:
     """A checkpoint of zeros in bf16, in files of at most `shard` bytes."""
     config: dict[str, Any] = {**V3, **sizes}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], config["hidden_size"])}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], config["hidden_size"])
+    }
     for layer in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{layer}.{name}": s for name, s in block_shapes(config, layer).items()}
-    shapes |= {"model.norm.weight": (config["hidden_size"],), "lm_head.weight": shapes["model.embed_tokens.weight"]}
+        shapes |= {
+            f"model.layers.{layer}.{name}": s for name, s in block_shapes(config, layer).items()
+        }
+    shapes |= {
+        "model.norm.weight": (config["hidden_size"],),
+        "lm_head.weight": shapes["model.embed_tokens.weight"],
+    }
     folder.mkdir()
-    Writer(folder, planned({n: Kind(torch.bfloat16, s) for n, s in shapes.items()}, shard)).create()
+    Writer(
+        folder, planned({n: TensorSpec(torch.bfloat16, s) for n, s in shapes.items()}, shard)
+    ).create()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def test_a_few_chunks_are_held(tmp_path: Path) -> None:
     """300 MB in one file, with one tensor of 130 MB."""
-    sizes = {"hidden_size": 1024, "moe_intermediate_size": 512, "vocab_size": 65536, "n_routed_experts": 8}
+    sizes = {
+        "hidden_size": 1024,
+        "moe_intermediate_size": 512,
+        "vocab_size": 65536,
+        "n_routed_experts": 8,
+    }
     source = large(tmp_path / "source", 10**10, **sizes)
     assert sum(f.stat().st_size for f in source.glob("*.safetensors")) > 280 * MEGABYTE
     there = converted("from-hf", source, tmp_path / "run")
@@ -65,12 +81,22 @@ def test_a_few_chunks_are_held(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_checkpoint_of_several_files_needs_less_than_one_of_them_and_a_gigabyte(tmp_path: Path) -> None:
+def test_a_checkpoint_of_several_files_needs_less_than_one_of_them_and_a_gigabyte(
+    tmp_path: Path,
+) -> None:
     """1.8 GB in five files of 0.45 GB: the whole process, libraries included."""
-    sizes = {"hidden_size": 2048, "moe_intermediate_size": 1024, "vocab_size": 32768, "n_routed_experts": 64}
+    sizes = {
+        "hidden_size": 2048,
+        "moe_intermediate_size": 1024,
+        "vocab_size": 32768,
+        "n_routed_experts": 64,
+    }
     source = large(tmp_path / "source", 450 * 10**6, **sizes)
     files = [f.stat().st_size for f in source.glob("*.safetensors")]
     assert len(files) >= 4
     assert sum(files) > 1.5e9
-    for arguments in (("from-hf", source, tmp_path / "run"), ("to-hf", tmp_path / "run", tmp_path / "back")):
+    for arguments in (
+        ("from-hf", source, tmp_path / "run"),
+        ("to-hf", tmp_path / "run", tmp_path / "back"),
+    ):
         assert converted(*arguments)["after"] < max(files) + 10**9

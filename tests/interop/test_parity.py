@@ -42,10 +42,15 @@ from .parity import EXACT, FP32, FP64, assert_near, assert_same_bits, assert_sam
 CASES = [
     *covering(),
     replace(BASE, config={"topk_group": 4}),  # groups that limit nobody
-    replace(BASE.but(style="released"), config={"first_k_dense_replace": LAYERS}),  # no layer with experts
+    replace(
+        BASE.but(style="released"), config={"first_k_dense_replace": LAYERS}
+    ),  # no layer with experts
     replace(V2_BASE, config={"first_k_dense_replace": LAYERS}),
     replace(BASE, config={"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}),
-    replace(BASE, config={"n_routed_experts": 32, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8}),
+    replace(
+        BASE,
+        config={"n_routed_experts": 32, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8},
+    ),
 ]
 TOKENS = random_tokens(2, 20)
 
@@ -71,7 +76,7 @@ class Checkpoint:
     def run(self, dtype: torch.dtype) -> Path:
         path = self.root / f"run-{dtype}"
         if not path.exists():
-            said = self.lab.door("convert", "from-hf", self.folder(dtype), path)
+            said = self.lab.command("convert", "from-hf", self.folder(dtype), path)
             assert said.code == 0, said.err
         return path
 
@@ -84,17 +89,30 @@ class Checkpoint:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def checkpoint(request: pytest.FixtureRequest, hf: Any, lab: Lab, tmp_path_factory: Any) -> Checkpoint:
+def checkpoint(
+    request: pytest.FixtureRequest, hf: Any, lab: Lab, tmp_path_factory: Any
+) -> Checkpoint:
     case: Case = request.param
     return Checkpoint(case, random_model(case), lab, tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_every_two_settings_meet_in_some_case() -> None:
-    met = {(one, case.point[one], other, case.point[other]) for case in CASES for one, other in combinations(AXES, 2)}
+    met = {
+        (one, case.point[one], other, case.point[other])
+        for case in CASES
+        for one, other in combinations(AXES, 2)
+    }
     routings = {case.point["routing"]: case.family for case in CASES}
-    missing = {(one, a, other, b) for one, other in combinations(AXES, 2) for a in AXES[one] for b in AXES[other]} - met
+    missing = {
+        (one, a, other, b)
+        for one, other in combinations(AXES, 2)
+        for a in AXES[one]
+        for b in AXES[other]
+    } - met
     impossible = {
-        (one, a, other, b) for one, a, other, b in missing if routings.get(a) == V2 and FIXED_IN_V2.get(other, b) != b
+        (one, a, other, b)
+        for one, a, other, b in missing
+        if routings.get(a) == V2 and FIXED_IN_V2.get(other, b) != b
     }
     assert missing == impossible
     assert len(CASES) >= 24
@@ -110,7 +128,9 @@ def test_a_checkpoint_in_fp32_gives_transformers_logits(checkpoint: Checkpoint) 
     assert_same_model(model, in_dtype(checkpoint.model, torch.float32), TOKENS, FP32)
 
 
-def test_a_checkpoint_in_fp64_gives_transformers_logits_and_the_loops_own(checkpoint: Checkpoint) -> None:
+def test_a_checkpoint_in_fp64_gives_transformers_logits_and_the_loops_own(
+    checkpoint: Checkpoint,
+) -> None:
     model = core.load(checkpoint.run(torch.float64))
     assert_same_model(model, in_dtype(checkpoint.model, torch.float64), TOKENS, FP64)
     with torch.no_grad():
@@ -119,7 +139,7 @@ def test_a_checkpoint_in_fp64_gives_transformers_logits_and_the_loops_own(checkp
 
 def test_a_checkpoint_comes_back_bit_by_bit(checkpoint: Checkpoint) -> None:
     dtype, back = checkpoint.case.point["dtype"], checkpoint.root / "back"
-    said = checkpoint.lab.door("convert", "to-hf", checkpoint.run(dtype), back)
+    said = checkpoint.lab.command("convert", "to-hf", checkpoint.run(dtype), back)
     assert said.code == 0, said.err
     assert_same_bits(read_tensors(back), read_tensors(checkpoint.folder(dtype)))
     assert meaning(back) == meaning(checkpoint.folder(dtype))
@@ -129,7 +149,9 @@ def test_affinities_are_spread_out(checkpoint: Checkpoint) -> None:
     """Otherwise the comparison of experts would be one of rounding errors, or of one expert that takes all."""
     seen, routers = theirs(in_dtype(checkpoint.model, torch.float64), random_tokens(4, 40))
     config = checkpoint.model.config.to_dict()
-    margins = [route(logits, bias, config).margin for logits_TE, bias in routers for logits in logits_TE]
+    margins = [
+        route(logits, bias, config).margin for logits_TE, bias in routers for logits in logits_TE
+    ]
     assert sum(margin < 1e-5 for margin in margins) <= 1
     for experts_TK, (logits_TE, _) in zip(seen.experts, routers, strict=True):
         assert len(experts_TK.unique()) >= 0.6 * logits_TE.shape[1]
@@ -147,6 +169,8 @@ def test_every_tensor_of_a_checkpoint_moves_the_logits(hf: Any, case: Case) -> N
         for part in range(len(tensor)) if ".experts." in name else [slice(None)]:
             kept = tensor[part].clone()
             tensor[part] = other[name][part]
-            moved = (theirs(model, tokens)[0].logits - expected.logits).abs().max() / expected.logits.abs().max()
+            moved = (
+                theirs(model, tokens)[0].logits - expected.logits
+            ).abs().max() / expected.logits.abs().max()
             tensor[part] = kept
             assert float(moved) > 100 * FP32, f"{name}, part {part}"

@@ -31,8 +31,16 @@ RECIPES: dict[str, list[str]] = {
     "yarn equal, more depths": [TWO, YARN.format(0.7, 0.7), "model.heads.mtp.depth=2"],
     "yarn different, queries straight": [TWO, YARN.format(0.7, 1.3), "model.attention.q_rank=null"],
     "yarn mscale alone, tied": [TWO, YARN.format(0.7, "null"), "model.tied_embedding=true"],
-    "yarn all_dim alone, no shared expert": [TWO, YARN.format("null", 0.8), f"{FFN}.shared_experts=0"],
-    "yarn without either, no dense layer": [TWO, YARN.format("null", "null"), "model.blocks.dense.count=0"],
+    "yarn all_dim alone, no shared expert": [
+        TWO,
+        YARN.format("null", 0.8),
+        f"{FFN}.shared_experts=0",
+    ],
+    "yarn without either, no dense layer": [
+        TWO,
+        YARN.format("null", "null"),
+        "model.blocks.dense.count=0",
+    ],
     "no groups, gates as they are": [
         f"{ROUTER}={{name: deepseek_v3, groups: 1, group_limit: null, top_k: 3, scale: 1.5, normalise: false}}",
         f"{FFN}.shared_experts=2",
@@ -43,7 +51,10 @@ RECIPES: dict[str, list[str]] = {
     "theta": [TWO, "model.rope.theta=500"],
     "no experts": ["model.blocks.moe.count=0", "model.blocks.dense.count=2", PLAIN],
     "v2": [f"{ROUTER}={{name: deepseek_v2, groups: 1, group_limit: null, top_k: 3}}", *V2],
-    "v2 with groups": [f"{ROUTER}={{name: deepseek_v2, top_k: 2, groups: 4, group_limit: 2, scale: 16}}", *V2],
+    "v2 with groups": [
+        f"{ROUTER}={{name: deepseek_v2, top_k: 2, groups: 4, group_limit: 2, scale: 16}}",
+        *V2,
+    ],
 }
 TOKENS = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(4))
 
@@ -67,19 +78,27 @@ def draft_logits(model: Any) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers without a shared expert
+@pytest.mark.filterwarnings(
+    "ignore:Initializing zero-element tensors"
+)  # transformers without a shared expert
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_of_ours_gives_the_same_logits_under_transformers(
     hf: Any, lab: Lab, finished: Path, tmp_path: Path, name: str
 ) -> None:
     random_run(lab, finished, tmp_path / "run", *RECIPES[name])
-    said = lab.door("convert", "to-hf", tmp_path / "run", tmp_path / "exported", "--dtype", "fp32")
+    said = lab.command(
+        "convert", "to-hf", tmp_path / "run", tmp_path / "exported", "--dtype", "fp32"
+    )
     assert said.code == 0, said.err
-    loaded, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", output_loading_info=True)
+    loaded, info = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "exported", output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     layers = loaded.config.num_hidden_layers
-    assert all(int(key.split(".")[2]) >= layers for key in info["unexpected_keys"])  # multi-token layers alone
+    assert all(
+        int(key.split(".")[2]) >= layers for key in info["unexpected_keys"]
+    )  # multi-token layers alone
     ours = core.load(tmp_path / "run")
     assert_same_model(ours, loaded.eval(), TOKENS, FP32)
     found = draft_logits(ours)

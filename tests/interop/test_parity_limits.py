@@ -39,8 +39,16 @@ UNUSUAL: list[tuple[Case, Mapping[str, Any], str]] = [
     (BASE, {"rope_parameters": {**YARN, "attention_factor": 1.5}}, "attention_factor"),
     (BASE, {"rope_parameters": {**YARN, "truncate": False}}, "truncate"),
     (BASE, {"rope_parameters": {**YARN, "mscale": 0.0, "mscale_all_dim": 1.0}}, "mscale"),
-    (BASE, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}}, "linear"),
-    (BASE, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}}, "dynamic"),
+    (
+        BASE,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}},
+        "linear",
+    ),
+    (
+        BASE,
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}},
+        "dynamic",
+    ),
     (BASE, {"rope_parameters": {**YARN, "beta_fast": 32, "beta_slow": 2}}, "beta_"),
     (BASE, {"hidden_act": "gelu"}, "hidden_act"),
     (BASE, {"attention_bias": True}, "attention_bias"),
@@ -64,7 +72,7 @@ def test_an_unusual_setting_is_followed_or_refused_by_name(
     unusual = replace(case, config=config)
     model = random_model(unusual)
     folder = save(unusual, in_dtype(model, torch.float32), tmp_path / "checkpoint")
-    said = lab.door("convert", "from-hf", folder, tmp_path / "run")
+    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
     if said.code == 0:
         assert_same_model(core.load(tmp_path / "run"), in_dtype(model, torch.float32), TOKENS, FP32)
     else:
@@ -87,9 +95,11 @@ UNKNOWN_THERE = {
 
 
 @pytest.mark.parametrize("word", UNKNOWN_THERE)
-def test_what_transformers_cannot_compute_is_not_exported(lab: Lab, finished: Path, tmp_path: Path, word: str) -> None:
+def test_what_transformers_cannot_compute_is_not_exported(
+    lab: Lab, finished: Path, tmp_path: Path, word: str
+) -> None:
     random_run(lab, finished, tmp_path / "run", *UNKNOWN_THERE[word])
-    said = lab.door("convert", "to-hf", tmp_path / "run", tmp_path / "exported")
+    said = lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "exported")
     assert said.code == 2
     assert word in said.sentence
     assert not (tmp_path / "exported").exists()

@@ -1,7 +1,7 @@
 """Multi-token layers in released checkpoints: three witnesses for their logits, and the copies that they carry.
 
 The loops take report eq. 21-23 with the released order of the two halves; transformers' `MtpModel` is made for layer
-61 and told here where the layers are. Greedy text would prove nothing: drafts only change how fast it comes.
+61, so the test sets where the layers are. Greedy text would prove nothing: drafts only change how fast it comes.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,12 @@ TOKENS = random_tokens(2, 20, seed=3)
 CASES = [
     (BASE.but(dtype=torch.float64, style="released"), 1),
     (BASE.but(dtype=torch.float64, tied=True, yarn="different", q_rank=None, layout="packed"), 1),
-    (BASE.but(dtype=torch.float64, interleave=False, routing="v3", yarn="none", widths="values_wide"), 2),
+    (
+        BASE.but(
+            dtype=torch.float64, interleave=False, routing="v3", yarn="none", widths="values_wide"
+        ),
+        2,
+    ),
 ]
 
 
@@ -71,7 +76,7 @@ def with_depths(case: Case, depths: int, root: Path) -> Path:
 def opened(request: pytest.FixtureRequest, hf: Any, lab: Lab, tmp_path_factory: Any) -> WithDepths:
     (case, depths), root = request.param, tmp_path_factory.mktemp("mtp")
     folder = with_depths(case, depths, root)
-    said = lab.door("convert", "from-hf", folder, root / "run")
+    said = lab.command("convert", "from-hf", folder, root / "run")
     assert said.code == 0, said.err
     return WithDepths(folder, root / "run", depths)
 
@@ -120,7 +125,9 @@ def transformers_own(hf: Any, folder: Path, depths: int) -> list[Tensor]:
 
 
 def test_the_loops_agree_with_transformers(hf: Any, opened: WithDepths) -> None:
-    for expected, found in zip(transformers_own(hf, opened.folder, opened.depths), loops(opened), strict=True):
+    for expected, found in zip(
+        transformers_own(hf, opened.folder, opened.depths), loops(opened), strict=True
+    ):
         assert_near(found, expected, FP64)
 
 
@@ -130,12 +137,16 @@ def test_every_depth_gives_the_loops_logits(opened: WithDepths) -> None:
 
 
 def test_every_depth_gives_transformers_logits(hf: Any, opened: WithDepths) -> None:
-    for found, expected in zip(ours(opened.run), transformers_own(hf, opened.folder, opened.depths), strict=True):
+    for found, expected in zip(
+        ours(opened.run), transformers_own(hf, opened.folder, opened.depths), strict=True
+    ):
         assert_near(found, expected, FP64)
 
 
-def test_the_way_back_has_the_same_bits_and_the_copies_too(opened: WithDepths, lab: Lab, tmp_path: Path) -> None:
-    said = lab.door("convert", "to-hf", opened.run, tmp_path / "back")
+def test_the_way_back_has_the_same_bits_and_the_copies_too(
+    opened: WithDepths, lab: Lab, tmp_path: Path
+) -> None:
+    said = lab.command("convert", "to-hf", opened.run, tmp_path / "back")
     assert said.code == 0, said.err
     back = read_tensors(tmp_path / "back")
     assert_same_bits(back, read_tensors(opened.folder))
@@ -144,13 +155,15 @@ def test_the_way_back_has_the_same_bits_and_the_copies_too(opened: WithDepths, l
 
 
 @pytest.mark.parametrize("part", ["embed_tokens.weight", "shared_head.head.weight"])
-def test_a_copy_that_differs_is_refused_by_name(hf: Any, lab: Lab, tmp_path: Path, part: str) -> None:
+def test_a_copy_that_differs_is_refused_by_name(
+    hf: Any, lab: Lab, tmp_path: Path, part: str
+) -> None:
     folder = with_depths(BASE, 1, tmp_path)
     tensors, name = read_tensors(folder), f"model.layers.{LAYERS}.{part}"
     tensors[name] = tensors[name].clone()
     tensors[name][5, 2] += 1e-6
     write_tensors(folder, tensors)
-    said = lab.door("convert", "from-hf", folder, tmp_path / "run")
+    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
     assert said.code == 2
     assert name in said.sentence
     assert not (tmp_path / "run").exists()
@@ -159,14 +172,18 @@ def test_a_copy_that_differs_is_refused_by_name(hf: Any, lab: Lab, tmp_path: Pat
 def test_copies_may_be_left_out(hf: Any, lab: Lab, tmp_path: Path) -> None:
     folder = with_depths(BASE.but(dtype=torch.float64), 1, tmp_path)
     copies = shared_copies(read_tensors(folder), 1)
-    write_tensors(folder, {name: t for name, t in read_tensors(folder).items() if name not in copies})
-    said = lab.door("convert", "from-hf", folder, tmp_path / "run")
+    write_tensors(
+        folder, {name: t for name, t in read_tensors(folder).items() if name not in copies}
+    )
+    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
     assert said.code == 0, said.err
     (expected,), (found,) = loops(WithDepths(folder, tmp_path / "run", 1)), ours(tmp_path / "run")
     assert_near(found, expected, EXACT)
 
 
-@pytest.mark.parametrize("part", ["eh_proj.weight", "mlp.gate.weight", "mlp.experts.3.up_proj.weight"])
+@pytest.mark.parametrize(
+    "part", ["eh_proj.weight", "mlp.gate.weight", "mlp.experts.3.up_proj.weight"]
+)
 def test_a_multi_token_layer_without_one_of_its_tensors_is_refused_by_name(
     hf: Any, lab: Lab, tmp_path: Path, part: str
 ) -> None:
@@ -174,26 +191,34 @@ def test_a_multi_token_layer_without_one_of_its_tensors_is_refused_by_name(
     tensors, name = read_tensors(folder), f"model.layers.{LAYERS}.{part}"
     del tensors[name]
     write_tensors(folder, tensors)
-    said = lab.door("convert", "from-hf", folder, tmp_path / "run")
+    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
     assert said.code == 2
     assert name in said.sentence
     assert not (tmp_path / "run").exists()
 
 
-def test_a_multi_token_layer_that_the_configuration_does_not_tell_is_refused(hf: Any, lab: Lab, tmp_path: Path) -> None:
+def test_a_multi_token_layer_that_the_configuration_does_not_report_is_refused(
+    hf: Any, lab: Lab, tmp_path: Path
+) -> None:
     folder = with_depths(BASE, 1, tmp_path)
     change_config(folder, num_nextn_predict_layers=0)
-    said = lab.door("convert", "from-hf", folder, tmp_path / "run")
+    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
     assert said.code == 2
     assert f"model.layers.{LAYERS}." in said.sentence
 
 
-def test_a_promised_layer_without_weights_means_no_head_and_one_line(hf: Any, lab: Lab, tmp_path: Path) -> None:
+def test_a_promised_layer_without_weights_means_no_head_and_one_line(
+    hf: Any, lab: Lab, tmp_path: Path
+) -> None:
     """transformers itself writes num_nextn_predict_layers = 1 with no such weights."""
     folder = save(BASE, in_dtype(random_model(BASE), torch.float32), tmp_path / "checkpoint")
     assert read_config(folder)["num_nextn_predict_layers"] == 1
-    said = lab.door("convert", "from-hf", folder, tmp_path / "run")
+    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
     assert said.code == 0, said.err
-    lines = [line for line in (said.out + said.err).splitlines() if "num_nextn_predict_layers" in line]
+    lines = [
+        line for line in (said.out + said.err).splitlines() if "num_nextn_predict_layers" in line
+    ]
     assert len(lines) == 1
-    assert not any(name.startswith("heads.mtp") for name, _ in core.load(tmp_path / "run").named_parameters())
+    assert not any(
+        name.startswith("heads.mtp") for name, _ in core.load(tmp_path / "run").named_parameters()
+    )

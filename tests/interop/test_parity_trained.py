@@ -15,7 +15,15 @@ from torch.nn import functional as F
 import core
 from core.data.tokenizer import Tokenizer, train
 
-from .hf_models import BASE, in_dtype, random_model, read_config, read_tensors, save, transformers_or_skip
+from .hf_models import (
+    BASE,
+    in_dtype,
+    random_model,
+    read_config,
+    read_tensors,
+    save,
+    transformers_or_skip,
+)
 from .parity import assert_same_bits
 
 GROUP = "model.blocks.moe.ffn.router.group_score=2"
@@ -51,7 +59,7 @@ def run(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(hf: Any, lab: Lab, run: Path) -> Path:
     """The same as a checkpoint of Hugging Face."""
     folder = run.parent / "exported"
-    said = lab.door("convert", "to-hf", run, folder, "--dtype", "fp32")
+    said = lab.command("convert", "to-hf", run, folder, "--dtype", "fp32")
     assert said.code == 0, said.err
     return folder
 
@@ -74,7 +82,9 @@ def held_out(lab: Lab, tokenizer: Any) -> list[int]:
 def test_the_run_has_learned_and_its_biases_have_moved(run: Path, exported: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["val_loss"] < 0.9 * torch.tensor(300.0).log()
-    biases = [t for name, t in read_tensors(exported).items() if name.endswith("e_score_correction_bias")]
+    biases = [
+        t for name, t in read_tensors(exported).items() if name.endswith("e_score_correction_bias")
+    ]
     assert len(biases) == 2  # the layer with experts, and the multi-token layer's
     assert all(int((bias != 0).sum()) > 4 for bias in biases)
 
@@ -94,28 +104,43 @@ def test_the_loss_on_the_validation_text_is_transformers_own(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prompt", ["", "abc", "a longer prompt, of letters that the corpus lacks: xyz"])
-def test_greedy_text_is_the_same(hf: Any, lab: Lab, run: Path, exported: Path, model: Any, prompt: str) -> None:
+@pytest.mark.parametrize(
+    "prompt", ["", "abc", "a longer prompt, of letters that the corpus lacks: xyz"]
+)
+def test_greedy_text_is_the_same(
+    hf: Any, lab: Lab, run: Path, exported: Path, model: Any, prompt: str
+) -> None:
     tokenizer = hf.AutoTokenizer.from_pretrained(exported)
     opening = [END, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     tokens = torch.tensor([opening])
     written = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=0, max_new_tokens=32
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        min_new_tokens=0,
+        max_new_tokens=32,
     )[0, len(opening) :]
     gaps = model(torch.cat([tokens[0], written])[None]).logits[0].topk(2).values
-    assert float((gaps[:, 0] - gaps[:, 1])[len(opening) - 1 : -1].min()) > 1e-5  # no tie that could fall either way
-    said = lab.door("generate", run, "--prompt", prompt, "--tokens", "32", "--json")
+    assert (
+        float((gaps[:, 0] - gaps[:, 1])[len(opening) - 1 : -1].min()) > 1e-5
+    )  # no tie that could fall either way
+    said = lab.command("generate", run, "--prompt", prompt, "--tokens", "32", "--json")
     assert said.code == 0, said.err
-    text = tokenizer.decode([token for token in written.tolist() if token != END], clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(
+        [token for token in written.tolist() if token != END], clean_up_tokenization_spaces=False
+    )
     assert json.loads(said.out)["text"] == text
 
 
 def test_without_a_wish_weights_are_rounded_once_to_bf16_and_that_is_said(
     hf: Any, lab: Lab, run: Path, exported: Path, tmp_path: Path
 ) -> None:
-    said = lab.door("convert", "to-hf", run, tmp_path / "bf16")
+    said = lab.command("convert", "to-hf", run, tmp_path / "bf16")
     assert said.code == 0, said.err
-    assert len([line for line in said.err.splitlines() if "bf16" in line and "--dtype fp32" in line]) == 1
+    assert (
+        len([line for line in said.err.splitlines() if "bf16" in line and "--dtype fp32" in line])
+        == 1
+    )
     expected = {
         name: tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)
         for name, tensor in read_tensors(exported).items()
@@ -125,12 +150,19 @@ def test_without_a_wish_weights_are_rounded_once_to_bf16_and_that_is_said(
     assert hf.AutoConfig.from_pretrained(exported).dtype == torch.float32
 
 
-def test_the_files_for_text_go_out_and_back_unchanged(lab: Lab, exported: Path, tmp_path: Path) -> None:
-    for command, source, target in (("from-hf", exported, "run"), ("to-hf", tmp_path / "run", "again")):
-        said = lab.door("convert", command, source, tmp_path / target)
+def test_the_files_for_text_go_out_and_back_unchanged(
+    lab: Lab, exported: Path, tmp_path: Path
+) -> None:
+    for command, source, target in (
+        ("from-hf", exported, "run"),
+        ("to-hf", tmp_path / "run", "again"),
+    ):
+        said = lab.command("convert", command, source, tmp_path / target)
         assert said.code == 0, said.err
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        one, two = (json.loads((folder / name).read_text()) for folder in (exported, tmp_path / "again"))
+        one, two = (
+            json.loads((folder / name).read_text()) for folder in (exported, tmp_path / "again")
+        )
         assert one == two, name
 
 
@@ -150,11 +182,13 @@ def test_a_foreign_tokenizer_goes_through_unchanged(hf: Any, lab: Lab, tmp_path:
     source = save(case, in_dtype(random_model(case), torch.float32), tmp_path / "checkpoint")
     fast.save_pretrained(source)
     for command, here, there in (("from-hf", source, "run"), ("to-hf", tmp_path / "run", "back")):
-        said = lab.door("convert", command, here, tmp_path / there)
+        said = lab.command("convert", command, here, tmp_path / there)
         assert said.code == 0, said.err
     one, two = (hf.AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "back"))
     chat = [{"role": "user", "content": "naïve café"}]
-    assert one.apply_chat_template(chat, tokenize=False) == two.apply_chat_template(chat, tokenize=False)
+    assert one.apply_chat_template(chat, tokenize=False) == two.apply_chat_template(
+        chat, tokenize=False
+    )
     for text in [*TEXTS, "<|begin|>a<|end|> <|pad|>"]:
         assert one(text)["input_ids"] == two(text)["input_ids"]
     assert one.special_tokens_map == two.special_tokens_map
@@ -164,19 +198,28 @@ def test_a_foreign_tokenizer_goes_through_unchanged(hf: Any, lab: Lab, tmp_path:
 
 
 @torch.no_grad()
-def test_out_and_back_again_changes_no_bit(lab: Lab, run: Path, exported: Path, tmp_path: Path) -> None:
-    said = lab.door("convert", "from-hf", exported, tmp_path / "again")
+def test_out_and_back_again_changes_no_bit(
+    lab: Lab, run: Path, exported: Path, tmp_path: Path
+) -> None:
+    said = lab.command("convert", "from-hf", exported, tmp_path / "again")
     assert said.code == 0, said.err
     one, two = core.load(run), core.load(tmp_path / "again")
     tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     assert torch.equal(one.logits(tokens), two.logits(tokens))
-    weights = [sorted((p.shape, p.double().sum()) for p in model.parameters()) for model in (one, two)]
+    weights = [
+        sorted((p.shape, p.double().sum()) for p in model.parameters()) for model in (one, two)
+    ]
     assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_transformers_tokenizer_encodes_as_ours(hf: Any, run: Path, exported: Path, text: str) -> None:
-    theirs, ours = hf.AutoTokenizer.from_pretrained(exported), Tokenizer.load(run / "tokenizer.json")
+def test_transformers_tokenizer_encodes_as_ours(
+    hf: Any, run: Path, exported: Path, text: str
+) -> None:
+    theirs, ours = (
+        hf.AutoTokenizer.from_pretrained(exported),
+        Tokenizer.load(run / "tokenizer.json"),
+    )
     ids = theirs(text, add_special_tokens=False)["input_ids"]
     assert ids == ours.encode(text)
     assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
@@ -184,18 +227,21 @@ def test_transformers_tokenizer_encodes_as_ours(hf: Any, run: Path, exported: Pa
     assert len(theirs) == ours.size
 
 
-def test_special_tokens_are_told_in_every_file(hf: Any, exported: Path, model: Any) -> None:
+def test_special_tokens_are_reported_in_every_file(hf: Any, exported: Path, model: Any) -> None:
     tokenizer = hf.AutoTokenizer.from_pretrained(exported)
     generation = json.loads((exported / "generation_config.json").read_text())
-    told = json.loads((exported / "tokenizer_config.json").read_text())
+    settings = json.loads((exported / "tokenizer_config.json").read_text())
     config = read_config(exported)
     for kind in ("bos", "eos", "pad"):
-        assert told[f"{kind}_token"]
+        assert settings[f"{kind}_token"]
         expected = getattr(tokenizer, f"{kind}_token_id")
         assert isinstance(expected, int)
         assert generation[f"{kind}_token_id"] == expected
         assert getattr(model.generation_config, f"{kind}_token_id") == expected
-        assert config[f"{kind}_token_id"] == expected or (kind, config["pad_token_id"]) == ("pad", None)
+        assert config[f"{kind}_token_id"] == expected or (kind, config["pad_token_id"]) == (
+            "pad",
+            None,
+        )
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == END
     assert tokenizer.convert_ids_to_tokens(END) == tokenizer.eos_token
     batch = tokenizer(["a", "abc abc abc"], padding=True, return_tensors="pt")

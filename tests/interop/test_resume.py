@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab import Lab, Said, fill, forked, small_disk, through
+from lab import CommandResult, Lab, fill, forked, run_command_here, small_disk
 from torch import Tensor
 
 from core.interop import transfer
@@ -23,7 +23,9 @@ def source(tmp_path: Path) -> Path:
     return write(tmp_path / "source", V3, tensors_of(V3), 2)
 
 
-def stopped_after(reads: int, stop: Callable[[], object], *arguments: str | Path, every: int = 1) -> Said:
+def stopped_after(
+    reads: int, stop: Callable[[], object], *arguments: str | Path, every: int = 1
+) -> CommandResult:
     """A conversion that is stopped before so many reads of rows, with a journal entry for every so many bytes."""
 
     def work() -> None:
@@ -38,12 +40,12 @@ def stopped_after(reads: int, stop: Callable[[], object], *arguments: str | Path
 
         transfer.EVERY = every
         Shards.rows = counted  # type: ignore[method-assign]
-        through("convert", *arguments)
+        run_command_here("convert", *arguments)
 
     return forked(work)
 
 
-def reads_of(*arguments: str | Path) -> tuple[int, Said]:
+def reads_of(*arguments: str | Path) -> tuple[int, CommandResult]:
     """How often a conversion reads rows."""
     report, wrote = os.pipe()
 
@@ -57,7 +59,7 @@ def reads_of(*arguments: str | Path) -> tuple[int, Said]:
 
         Shards.rows = counted  # type: ignore[method-assign]
         try:
-            through("convert", *arguments)
+            run_command_here("convert", *arguments)
         finally:
             os.write(wrote, str(count).encode())
 
@@ -82,26 +84,31 @@ def test_a_second_run_goes_on(
 ) -> None:
     expected = tmp_path / "whole"
     if command == "to-hf":
-        lab.door("convert", "from-hf", source, tmp_path / "run")
+        lab.command("convert", "from-hf", source, tmp_path / "run")
         source = tmp_path / "run"
     total, said = reads_of(command, source, expected)
     assert said.code == 0
     first = stopped_after(30, stop, command, source, tmp_path / "out")
     assert first.code == code
-    assert ("the same command goes on" in first.err) == (code == 130)
+    assert ("the same command continues" in first.err) == (code == 130)
     assert not (tmp_path / "out").exists()
     again, said = reads_of(command, source, tmp_path / "out")
     assert said.code == 0, said.err
-    assert "going on with" in said.err
+    assert "continuing " in said.err
     assert again == total - 30
     weights = "weights" if command == "from-hf" else "."
     same_bits(read(tmp_path / "out" / weights), read(expected / weights))
-    names = [sorted(str(f.relative_to(place)) for f in place.rglob("*")) for place in (expected, tmp_path / "out")]
+    names = [
+        sorted(str(f.relative_to(place)) for f in place.rglob("*"))
+        for place in (expected, tmp_path / "out")
+    ]
     assert names[0] == names[1]
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_was_not_yet_in_the_journal_is_done_again(lab: Lab, source: Path, tmp_path: Path) -> None:
+def test_what_was_not_yet_in_the_journal_is_done_again(
+    lab: Lab, source: Path, tmp_path: Path
+) -> None:
     total, _ = reads_of("from-hf", source, tmp_path / "whole")
     stopped_after(30, killed, "from-hf", source, tmp_path / "out", every=10**9)
     again, said = reads_of("from-hf", source, tmp_path / "out")
@@ -138,7 +145,9 @@ def test_all_is_on_the_disk_before_the_folder_has_its_name(
 
 
 @pytest.mark.parametrize("what", ["the source", "the wish"])
-def test_what_was_begun_otherwise_is_begun_anew(lab: Lab, source: Path, tmp_path: Path, what: str) -> None:
+def test_what_was_begun_otherwise_is_begun_anew(
+    lab: Lab, source: Path, tmp_path: Path, what: str
+) -> None:
     stopped_after(30, killed, "from-hf", source, tmp_path / "out")
     wish: list[str] = ["--dtype", "bf16"] if what == "the wish" else []
     if what == "the source":
@@ -157,7 +166,7 @@ def test_two_conversions_to_one_folder_are_refused(lab: Lab, source: Path, tmp_p
     (tmp_path / ".out.partial").mkdir()
     with (tmp_path / ".out.partial/journal").open("w") as journal:
         fcntl.flock(journal, fcntl.LOCK_EX)
-        said = lab.door("convert", "from-hf", source, tmp_path / "out")
+        said = lab.command("convert", "from-hf", source, tmp_path / "out")
     assert said.code == 2
     assert "another process is converting to it" in said.sentence
     assert (tmp_path / ".out.partial/journal").exists()
@@ -166,18 +175,20 @@ def test_two_conversions_to_one_folder_are_refused(lab: Lab, source: Path, tmp_p
 def test_a_folder_of_somebody_else_is_left_alone(lab: Lab, source: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial/diary.txt").write_text("mine")
-    said = lab.door("convert", "from-hf", source, tmp_path / "out")
+    said = lab.command("convert", "from-hf", source, tmp_path / "out")
     assert said.code == 2
     assert "is in the way" in said.sentence
     assert (tmp_path / ".out.partial/diary.txt").read_text() == "mine"
 
 
-def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_is_done(lab: Lab, source: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_is_done(
+    lab: Lab, source: Path, tmp_path: Path
+) -> None:
     """The files have their places by then; what may still be lacking is a journal entry or a small file."""
     with small_disk(tmp_path / "disk", kilobytes=1000) as disk:
         said = stopped_after(30, lambda: fill(disk), "from-hf", source, disk / "out")
         assert said.code == 2
-        assert "make room and give the same command again" in said.sentence
+        assert "free some space and give the same command again" in said.sentence
         assert not (disk / "out").exists()
         (disk / "filler").unlink()
         again, said = reads_of("from-hf", source, disk / "out")
@@ -190,8 +201,8 @@ def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_is_done(lab: Lab, so
 def test_numbers_that_blocks_cannot_hold_leave_nothing(lab: Lab, tmp_path: Path) -> None:
     theirs = tensors_of(V3)
     theirs["model.layers.1.mlp.experts.2.up_proj.weight"][3, 3] = torch.inf
-    lab.door("convert", "from-hf", write(tmp_path / "infinite", V3, theirs), tmp_path / "run")
-    said = lab.door("convert", "to-hf", tmp_path / "run", tmp_path / "out", "--fp8")
+    lab.command("convert", "from-hf", write(tmp_path / "infinite", V3, theirs), tmp_path / "run")
+    said = lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "out", "--fp8")
     assert said.code == 2
     assert "blocks.1.ffn.routed.gate_up.weight holds numbers that are not finite" in said.sentence
     assert sorted(f.name for f in tmp_path.iterdir()) == ["infinite", "run"]

@@ -4,20 +4,20 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from core.contracts.checkpoint_format import Piece
-from core.contracts.errors import Wrong
-from plugins.hf_deepseek.formats import DeepSeekV3
+from core.contracts.checkpoint_format import TensorMapping
+from core.contracts.errors import ConfigError
+from plugins.hf_deepseek.v3 import DeepSeekV3
 
 
 class Anonymous(DeepSeekV3):
-    """Reads another architecture than its example has."""
+    """Does not read the architecture that its example has."""
 
     example = {"name": "anonymous"}
     architectures = ("SomebodyElsesForCausalLM",)
 
 
 class Scaleless(DeepSeekV3):
-    """Forgets the factor on the gates on the way back."""
+    """Leaves out the factor on the gates when it writes a configuration."""
 
     example = {"name": "scaleless"}
 
@@ -26,14 +26,14 @@ class Scaleless(DeepSeekV3):
 
 
 class Credulous(DeepSeekV3):
-    """Writes whatever attention as if it were its own."""
+    """Writes any attention as if it were its own."""
 
     example = {"name": "credulous"}
 
     def config_of(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         try:
             return super().config_of(recipe)
-        except Wrong:
+        except ConfigError:
             return {}
 
 
@@ -44,7 +44,7 @@ class Overlapping(DeepSeekV3):
 
     def pieces(
         self, config: Mapping[str, Any], recipe: Mapping[str, Any], names: Collection[str] | None
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TensorMapping]:
         for piece in super().pieces(config, recipe, names):
             yield replace(piece, first=0) if ".up_proj." in piece.theirs else piece
 

@@ -1,4 +1,4 @@
-"""Plugins, each with one mistake that others have really made."""
+"""Plugins with one error each, of kinds that occurred in real code."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.loss_head import HeadOutput
 from core.contracts.precision import StepState
 from core.contracts.record import StepTotals
-from core.contracts.router import Adjust, Routing
+from core.contracts.router import AdjustScores, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
 from core.contracts.training import StrategyFactory
@@ -61,7 +61,7 @@ BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in F
 
 @hookimpl
 def register(registry: Any) -> None:
-    """Offer them all."""
+    """Register all broken components."""
     for (slot, name), cls in zip(BROKEN, CLASSES, strict=True):
         registry.add(slot, name, f"broken_plugins:{cls.__name__}")
 
@@ -82,30 +82,36 @@ class SpareKey(KitAttention):
 
     @dataclass(kw_only=True)
     class Config:
-        """One key."""
+        """A key that nothing reads."""
 
-        temperature_of_the_room: float = setting(20.0, doc="degrees")
+        unread_temperature: float = setting(20.0, doc="degrees")
 
 
 class Narrow(KitRouter):
-    """Lets autocast take its product down to bf16."""
+    """Lets autocast compute its product in bf16."""
 
     example = {"name": "narrow"}
 
-    def forward(self, x_TD: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
+    def forward(
+        self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = torch.nn.functional.linear(x_TD.to(wide), self.centroids.weight.to(wide)).to(wide)  # type: ignore[operator,union-attr]
-        return self.route(logits_TE, adjust, context)
+        logits_TE = torch.nn.functional.linear(x_TD.to(wide), self.centroids.weight.to(wide)).to(
+            wide
+        )  # type: ignore[operator,union-attr]
+        return self.route(logits_TE, adjust_scores, context)
 
 
 class BiasedGates(KitRouter):
-    """Gathers gates from the scores that were meant for selection."""
+    """Takes gates from the adjusted scores, which are meant for selection only."""
 
     example = {"name": "biased_gates"}
 
-    def route(self, logits_TE: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
-        routing = super().route(logits_TE, adjust, context)
-        shift_TE = (adjust(routing.scores_TE) - routing.scores_TE).detach()
+    def route(
+        self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
+        routing = super().route(logits_TE, adjust_scores, context)
+        shift_TE = (adjust_scores(routing.scores_TE) - routing.scores_TE).detach()
         gate_A = routing.gate_A + shift_TE[routing.token_A, routing.expert_A]
         return replace(routing, gate_A=gate_A)
 
@@ -121,15 +127,22 @@ class ZeroMask(KitRouter):
 
         top_k: int = setting(2, doc="experts per token")
         groups: int = setting(4, doc="groups of experts")
-        reach: int = setting(1, doc="groups that a token reaches")
+        reachable_groups: int = setting(1, doc="groups that a token reaches")
 
-    def route(self, logits_TE: Tensor, adjust: Adjust, context: SequenceContext) -> Routing:
+    def route(
+        self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
         scores_TE = logits_TE.sigmoid()
-        biased_TE = adjust(scores_TE.detach())
+        biased_TE = adjust_scores(scores_TE.detach())
         grouped_TGX = biased_TE.unflatten(1, (self.config.groups, -1))
-        near_TM = grouped_TGX.amax(dim=2).topk(self.config.reach, dim=1).indices
+        near_TM = grouped_TGX.amax(dim=2).topk(self.config.reachable_groups, dim=1).indices
         far_TG = torch.ones_like(grouped_TGX[:, :, 0], dtype=torch.bool).scatter(1, near_TM, False)
-        expert_TK = grouped_TGX.masked_fill(far_TG[:, :, None], 0.0).flatten(1).topk(self.top_k, dim=1).indices
+        expert_TK = (
+            grouped_TGX.masked_fill(far_TG[:, :, None], 0.0)
+            .flatten(1)
+            .topk(self.top_k, dim=1)
+            .indices
+        )
         return Routing.top_k(expert_TK, scores_TE.gather(1, expert_TK), scores_TE, logits_TE)
 
 
@@ -152,7 +165,7 @@ class CountsPadding(ShareLoss):
 
 
 class Melting(ShareLoss):
-    """Keeps a count in a plain buffer, which a cast of the model takes along."""
+    """Keeps a count in a plain buffer, which a cast of the model converts."""
 
     Config = _Alpha
     example = {"name": "melting"}
@@ -170,7 +183,7 @@ class Melting(ShareLoss):
 
 
 class Diary(KitDense):
-    """Writes down that it was here."""
+    """Counts its forwards in a buffer."""
 
     example = {"name": "diary"}
 
@@ -223,7 +236,7 @@ class IdleRole(KitAttention):
 
 
 class IdleRope(KitAttention):
-    """Asks for rotary positions and does not use them."""
+    """Reads rotary positions and does not use them."""
 
     example = {"name": "idle_rope", "rope": "local"}
 
@@ -239,7 +252,7 @@ class IdleRope(KitAttention):
 
 
 class SecretRope(KitAttention):
-    """Asks for rotary positions by a name of its own, which no recipe can know."""
+    """Reads rotary positions by a name of its own, which no setting contains."""
 
     example = {"name": "secret_rope"}
 
@@ -249,7 +262,7 @@ class SecretRope(KitAttention):
 
 
 class Wrapper(StrategyFactory):
-    """Shards experts inside of a module of its own, so that their weights get other names."""
+    """Shards experts inside a wrapping module, so that their weights get other names."""
 
     example = {"name": "wrapper"}
 
@@ -280,7 +293,7 @@ class Redrawer(Wrapper):
 
 
 class Optimist(KitPrecision):
-    """Says that the router is computed in fp32, and computes it in bf16."""
+    """Declares that the router is computed in fp32, but computes it in bf16."""
 
     example = {"name": "optimist"}
 
@@ -299,7 +312,7 @@ class Optimist(KitPrecision):
 
 
 class _Plain(KitPrecision):
-    """fp32 that the kit can make."""
+    """An fp32 precision that the kit can build."""
 
     @dataclass(kw_only=True)
     class Config:
@@ -310,7 +323,7 @@ class _Plain(KitPrecision):
 
 
 class Saturating(_Plain):
-    """Takes the largest number for what is not finite, as a cast to a small format does."""
+    """Replaces what is not finite by the largest number, as a cast to a small format does."""
 
     example = {"name": "saturating"}
 
@@ -321,7 +334,7 @@ class Saturating(_Plain):
 
 
 class Boaster(_Plain):
-    """Announces another product than the one that runs."""
+    """Reports another kernel than the one that runs."""
 
     example = {"name": "boaster"}
 
@@ -330,7 +343,7 @@ class Boaster(_Plain):
 
 
 class Remembering(Linear, StepState):
-    """Cuts off what is more than twice as large as what earlier steps held."""
+    """Clips values to twice the largest of earlier steps."""
 
     def __init__(self, inputs: int, outputs: int, **formats: Any) -> None:
         super().__init__(inputs, outputs, **formats)
@@ -339,7 +352,9 @@ class Remembering(Linear, StepState):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
             self.now.append(float(x.detach().abs().max()))
-        return super().forward(x.where(~x.isfinite(), x.clamp(-2 * max(self.known), 2 * max(self.known))))
+        return super().forward(
+            x.where(~x.isfinite(), x.clamp(-2 * max(self.known), 2 * max(self.known)))
+        )
 
     def end_step(self, *, done: bool) -> None:
         self.known, self.now = [max(self.now)], [0.0]
@@ -352,7 +367,7 @@ class Remembering(Linear, StepState):
 
 
 class Grudge(_Plain):
-    """Remembers what a skipped step saw."""
+    """Keeps what a skipped step computed."""
 
     example = {"name": "grudge"}
 
@@ -380,7 +395,9 @@ class OwnPositions(KitAttention):
 
     example = {"name": "own_positions"}
 
-    def forward(self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
+    ) -> Tensor:
         place_BL = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None]
         if cache is not None:
             place_BL = place_BL + cache.lengths[:, None]
@@ -398,7 +415,7 @@ class Forgetful(Balancer):
         super().__init__(config, build, experts=experts, top_k=top_k)
         self.config, self.bias = config, None
 
-    def adjust(self, scores_TE: Tensor) -> Tensor:
+    def adjust_scores(self, scores_TE: Tensor) -> Tensor:
         return scores_TE if self.bias is None else scores_TE + self.bias
 
     def on_step_end(self, totals: StepTotals, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""The conformance kit lets our own plugins through, and stops broken ones, each at its own clause."""
+"""The conformance kit accepts the built-in plugins, and each broken plugin fails its own check."""
 
 import subprocess
 import sys
@@ -17,7 +17,12 @@ from core.testing.subject import Subject
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRY = load_plugins([owner for owner in find_plugins() if owner.distribution == "moeloom"])
 OWN = [entry for entries in REGISTRY.entries.values() for entry in entries]
-CASES = [Case(Subject(entry, REGISTRY), check) for entry in OWN for check in CHECKS if entry.slot in check.slots]
+CASES = [
+    Case(Subject(entry, REGISTRY), check)
+    for entry in OWN
+    for check in CHECKS
+    if entry.slot in check.slots
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -28,9 +33,13 @@ def test_our_own_plugins_keep_their_contracts(case: Case) -> None:
         pytest.skip(str(why))
 
 
-@pytest.mark.parametrize("case", first_by_default(cases("own_parts"), keep=0), ids=lambda case: case.name)
-def test_parts_with_losses_tallies_and_metrics_of_their_own_keep_their_contracts(case: Case) -> None:
-    """An attention and a dense layer that return records, and a balancer that reads its tallies."""
+@pytest.mark.parametrize(
+    "case", first_by_default(cases("own_parts"), keep=0), ids=lambda case: case.name
+)
+def test_parts_with_losses_tallies_and_metrics_of_their_own_keep_their_contracts(
+    case: Case,
+) -> None:
+    """Checks an attention and a dense layer that return records, and a balancer that reads its tallies."""
     try:
         case.run()
     except NotApplicable as why:
@@ -38,7 +47,7 @@ def test_parts_with_losses_tallies_and_metrics_of_their_own_keep_their_contracts
 
 
 def test_every_slot_with_a_contract_is_checked() -> None:
-    """Beyond the checks that all share."""
+    """Requires a check for each slot in addition to those that all slots share."""
     from core.extension.registry import SLOTS
 
     common = {"component_can_be_built", "config_is_honest", "example_is_complete"}
@@ -65,8 +74,8 @@ def test_a_broken_plugin_fails_exactly_its_check(slot: str, name: str) -> None:
                 case.run()
             except NotApplicable:
                 continue
-            except BrokenClauseError as told:
-                failed[case.check.name] = str(told)
+            except BrokenClauseError as error:
+                failed[case.check.name] = str(error)
     assert list(failed) == [BROKEN[slot, name]], failed
     (message,) = failed.values()
     assert f"{slot} {name!r} (broken_plugins:" in message
@@ -75,13 +84,25 @@ def test_a_broken_plugin_fails_exactly_its_check(slot: str, name: str) -> None:
 
 
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """pytest in a process of its own, in a folder without tests."""
-    installed = any(point.value == "core.testing.plugin" for point in entry_points(group="pytest11"))
+    """Run pytest in a process of its own, in a folder without tests."""
+    installed = any(
+        point.value == "core.testing.plugin" for point in entry_points(group="pytest11")
+    )
     named = [] if installed else ["-p", "core.testing.plugin"]
     command = [sys.executable, "-m", "pytest", *named, "-p", "no:cacheprovider", *arguments]
-    environment = {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -100,7 +121,7 @@ def test_the_option_runs_the_kit_and_says_what_is_broken(tmp_path: Path) -> None
 
 @pytest.fixture
 def own_folder(tmp_path: Path) -> Path:
-    """A plugin package that is not installed, beside tests of its own; it offers what z_loss offers."""
+    """A plugin package that is not installed, with tests in its project; it registers what z_loss registers."""
     package = tmp_path / "project" / "my_plugin"
     package.mkdir(parents=True)
     source = (ROOT / "plugins" / "z_loss" / "__init__.py").read_text(encoding="utf-8")
@@ -111,7 +132,9 @@ def own_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.full
-def test_the_option_runs_the_kit_alone_from_any_folder_and_named_paths_beside_it(own_folder: Path) -> None:
+def test_the_option_runs_the_kit_alone_from_any_folder_and_named_paths_beside_it(
+    own_folder: Path,
+) -> None:
     project = own_folder.parent
     for folder, paths, own in (
         (project, [], 0),
@@ -119,7 +142,9 @@ def test_the_option_runs_the_kit_alone_from_any_folder_and_named_paths_beside_it
         (project / "tests", [], 0),
         (project, ["tests"], 1),
     ):
-        said = run_pytest(folder, "--moeloom-plugin", "my_plugin", "-k", "own or needs", "-v", *paths)
+        said = run_pytest(
+            folder, "--moeloom-plugin", "my_plugin", "-k", "own or needs", "-v", *paths
+        )
         assert said.returncode == 0, said.stdout
         assert said.stdout.count("test_own PASSED") == own, said.stdout
         assert "needs_are_known" in said.stdout
@@ -136,7 +161,10 @@ def test_in_the_repositorys_root_the_option_does_not_run_the_repositorys_tests()
 
 @pytest.mark.full
 def test_a_package_that_is_no_plugin_is_one_sentence(tmp_path: Path) -> None:
-    for package, why in (("no_such_package", "No module named 'no_such_package'"), ("json", "implements no hook")):
+    for package, why in (
+        ("no_such_package", "No module named 'no_such_package'"),
+        ("json", "implements no hook"),
+    ):
         said = run_pytest(tmp_path, "--moeloom-plugin", package)
         assert said.returncode == 2
         assert why in said.stdout
@@ -146,7 +174,9 @@ def test_a_package_that_is_no_plugin_is_one_sentence(tmp_path: Path) -> None:
 def test_the_kit_costs_nothing_where_it_is_not_asked_for(tmp_path: Path) -> None:
     probe = "import sys, core.testing.plugin; print([m for m in ('torch', 'lightning') if m in sys.modules])"
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    said = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True
+    )
     assert said.stdout.strip() == "[]"
 
 

@@ -1,1 +1,1 @@
-"""Numerics of the model rooms: properties and exact values, each named after the assertion or pitfall it guards."""
+"""Numerics of the model's packages: properties and exact values, each named after the pitfall it guards."""

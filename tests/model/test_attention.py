@@ -37,14 +37,18 @@ def layer(name: str) -> Attention:
 
 
 def inputs(length: int = 6) -> Tensor:
-    return torch.randn(2, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        2, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def half_layout(y: Tensor, position: int, theta: float = 10000.0) -> Tensor:
     """Rotation of (x_j, x_{j + R/2}), as the Llama layout does it."""
     angles = position * torch.tensor(frequencies(len(y), theta, None), dtype=torch.float64)
     first, second = y.chunk(2)
-    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()])
+    return torch.cat(
+        [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()]
+    )
 
 
 def test_A2_interleaved_scores_equal_half_layout_scores_with_permuted_weights() -> None:
@@ -55,7 +59,8 @@ def test_A2_interleaved_scores_equal_half_layout_scores_with_permuted_weights() 
     half_q, half_k = (w.view(4, 2, DIM).transpose(0, 1).reshape(8, DIM) for w in (wq, wk))
     for p, q in ((0, 0), (5, 2), (1000, 37)):
         turned = [
-            rotate(v.view(1, 1, 1, 8), Rope(1e4, 4096), torch.tensor([[at]])) for v, at in ((wq @ x, p), (wk @ y, q))
+            rotate(v.view(1, 1, 1, 8), Rope(1e4, 4096), torch.tensor([[at]]))
+            for v, at in ((wq @ x, p), (wk @ y, q))
         ]
         halves = half_layout(half_q @ x, p) @ half_layout(half_k @ y, q)
         torch.testing.assert_close((turned[0] * turned[1]).sum(), halves, rtol=1e-12, atol=1e-12)
@@ -63,10 +68,13 @@ def test_A2_interleaved_scores_equal_half_layout_scores_with_permuted_weights() 
 
 
 def test_rotated_scores_depend_on_the_distance_only() -> None:
-    x, y = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, y = torch.randn(
+        2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     scores = [
         (
-            rotate(x, Rope(1e4, 4096), torch.tensor([[7 + s]])) * rotate(y, Rope(1e4, 4096), torch.tensor([[3 + s]]))
+            rotate(x, Rope(1e4, 4096), torch.tensor([[7 + s]]))
+            * rotate(y, Rope(1e4, 4096), torch.tensor([[3 + s]]))
         ).sum()
         for s in (0, 1, 500)
     ]
@@ -95,7 +103,9 @@ def test_A3_attention_of_deepseek_v3s_widths_uses_that_scale() -> None:
     recipe = [*(f"model.attention.{w}" for w in widths), *tiny.DENSE]
     yarn = "model.rope={max_length: 163840, yarn: {factor: 40}}"
     assert tiny.build(*recipe).get_submodule("blocks.0.attention").scale == 192**-0.5
-    assert tiny.build(*recipe, yarn).get_submodule("blocks.0.attention").scale == pytest.approx(0.135234, abs=5e-7)
+    assert tiny.build(*recipe, yarn).get_submodule("blocks.0.attention").scale == pytest.approx(
+        0.135234, abs=5e-7
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +113,9 @@ def test_A3_attention_of_deepseek_v3s_widths_uses_that_scale() -> None:
     [
         V3_YARN,
         Yarn(factor=40, original_length=4096, mscale=0.707, mscale_all_dim=1.0),
-        Yarn(factor=4, original_length=64, beta_fast=8, beta_slow=2, mscale=1.0, mscale_all_dim=0.5),
+        Yarn(
+            factor=4, original_length=64, beta_fast=8, beta_slow=2, mscale=1.0, mscale_all_dim=0.5
+        ),
         Yarn(factor=16, original_length=8, beta_fast=8, beta_slow=1),
     ],
 )
@@ -115,21 +127,29 @@ def test_A3_full_yarn_table(yarn: Yarn, dim: int) -> None:
     ratio = mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim)
     for row, position in enumerate(positions):
         for j, frequency in enumerate(frequencies(dim, 1e4, yarn)):
-            assert cos[row, j].item() == pytest.approx(ratio * math.cos(position * frequency), abs=1e-9)
-            assert sin[row, j].item() == pytest.approx(ratio * math.sin(position * frequency), abs=1e-9)
+            assert cos[row, j].item() == pytest.approx(
+                ratio * math.cos(position * frequency), abs=1e-9
+            )
+            assert sin[row, j].item() == pytest.approx(
+                ratio * math.sin(position * frequency), abs=1e-9
+            )
 
 
 def test_angles_are_taken_in_fp64_whatever_the_format() -> None:
-    """In fp32 an angle of 163,839 rad would be off by 0.008."""
+    """An angle of 163,839 rad would be off by 0.008 in fp32."""
     positions = torch.tensor([1, 4097, 163839])
-    wide, narrow = (rope_table(Rope(1e4, 163840), 64, positions, d) for d in (torch.float64, torch.float32))
+    wide, narrow = (
+        rope_table(Rope(1e4, 163840), 64, positions, d) for d in (torch.float64, torch.float32)
+    )
     for w, n in zip(wide, narrow, strict=True):
         assert torch.equal(w.to(torch.float32), n)
 
 
 @pytest.mark.parametrize(("name", "kv_heads"), [("mha", 4), ("gqa", 2), ("mqa", 1)])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
-def test_head_attention_equals_the_reference(name: str, kv_heads: int, documents: Tensor | None) -> None:
+def test_head_attention_equals_the_reference(
+    name: str, kv_heads: int, documents: Tensor | None
+) -> None:
     """Query head i reads key-value head i * kv_heads / heads."""
     model, x_BLD = dense(name), inputs()
     given = tiny.context(2, 6, documents_BM=documents)
@@ -145,9 +165,15 @@ def test_head_attention_equals_the_reference(name: str, kv_heads: int, documents
 
 @every_attention
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
-def test_attends_to_exactly_the_causal_rows_of_the_document(name: str, documents: Tensor | None) -> None:
+def test_attends_to_exactly_the_causal_rows_of_the_document(
+    name: str, documents: Tensor | None
+) -> None:
     """The pattern of non-zero derivatives d out_i / d x_j is the mask itself: exact zeros elsewhere."""
-    attention, x_BLD, given = layer(name), inputs().requires_grad_(), tiny.context(2, 6, documents_BM=documents)
+    attention, x_BLD, given = (
+        layer(name),
+        inputs().requires_grad_(),
+        tiny.context(2, 6, documents_BM=documents),
+    )
     y_BLD = attention(x_BLD, given)
     docs = torch.zeros(2, 6) if documents is None else documents[:, :6]
     expected = torch.ones(6, 6).tril().bool() & (docs[:, :, None] == docs[:, None, :])
@@ -159,7 +185,9 @@ def test_attends_to_exactly_the_causal_rows_of_the_document(name: str, documents
 def decoded(model: LanguageModel, tokens_BL: Tensor, chunks: list[int]) -> Tensor:
     """Logits of tokens that come in chunks of these sizes."""
     caches = model.new_caches(*tokens_BL.shape)
-    return torch.cat([model.decode(chunk, caches) for chunk in tokens_BL.split(chunks, dim=1)], dim=1)
+    return torch.cat(
+        [model.decode(chunk, caches) for chunk in tokens_BL.split(chunks, dim=1)], dim=1
+    )
 
 
 @every_attention
@@ -190,7 +218,9 @@ def test_A1_latent_cache_serves_absorbed_attention() -> None:
     attention, x_BLD, given = layer("mla"), inputs(), tiny.context(2, 6)
     cache = attention.new_cache(2, 6)
     expected = attention(x_BLD, given, cache)
-    latent_BSC, key_BSR = cache.append(*(torch.zeros(2, 0, width, dtype=torch.float64) for width in (16, 4)))
+    latent_BSC, key_BSR = cache.append(
+        *(torch.zeros(2, 0, width, dtype=torch.float64) for width in (16, 4))
+    )
     query = attention.q_up(attention.q_norm(attention.q_down(x_BLD))).unflatten(-1, (4, 12))
     q_nope, q_rope = query[..., :8], rotate(query[..., 8:], Rope(1e4, 4096), given.positions_BL)
     up_key, up_value = attention.kv_up.weight.view(4, 8 + 6, 16).split([8, 6], dim=1)
@@ -199,12 +229,19 @@ def test_A1_latent_cache_serves_absorbed_attention() -> None:
     causal = torch.ones(6, 6, dtype=torch.bool).tril()
     weights = scores.masked_fill(~causal, -torch.inf).softmax(dim=-1)
     o_BLHV = torch.einsum("bhls,bsc,hvc->blhv", weights, latent_BSC, up_value)
-    torch.testing.assert_close(attention.output(o_BLHV.flatten(-2)), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        attention.output(o_BLHV.flatten(-2)), expected, rtol=1e-11, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize(
     ("cuda", "new", "masked", "asked"),
-    [(True, 8, False, True), (True, 1, False, False), (True, 8, True, False), (False, 8, False, False)],
+    [
+        (True, 8, False, True),
+        (True, 1, False, False),
+        (True, 8, True, False),
+        (False, 8, False, False),
+    ],
 )
 def test_cudnn_is_asked_for_whole_sequences_and_not_for_every_length_of_a_cache(
     cuda: bool, new: int, masked: bool, asked: bool

@@ -40,7 +40,9 @@ def loss_of(balancer: Any, scores_TE: Tensor, context: SequenceContext | None = 
 
 
 def scores(count: int = 12, experts: int = 8) -> Tensor:
-    return torch.rand(count, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.rand(
+        count, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
 
 # ---- the bias
@@ -73,7 +75,9 @@ def test_P1_the_sign_is_right_where_fp32_sums_are_not() -> None:
     for _ in range(3):
         balancer.on_step_end(tiny.totals(load_E), tiny.START)
     step = torch.tensor(0.001)
-    assert torch.equal(balancer.bias, torch.stack([-step - step - step, step * 0, step * 0, step + step + step]))
+    assert torch.equal(
+        balancer.bias, torch.stack([-step - step - step, step * 0, step * 0, step + step + step])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16, torch.float64])
@@ -85,7 +89,9 @@ def test_P1_loads_must_be_int64(dtype: torch.dtype) -> None:
 def test_the_rate_follows_its_schedule() -> None:
     """DeepSeek-V3: 0.001, then 0 for the last part of the run."""
     segments = "[{shape: constant, until: 100}, {shape: constant, to: 0.0, until: 200}]"
-    balancer = bias_of(f"{tiny.BALANCE}.0.rate={{start: 0.001, unit: tokens, segments: {segments}}}")
+    balancer = bias_of(
+        f"{tiny.BALANCE}.0.rate={{start: 0.001, unit: tokens, segments: {segments}}}"
+    )
     spread = []
     for tokens in (50, 100, 101, 200):
         balancer.on_step_end(tiny.totals([3, 1, 0, 4]), Progress(1, tokens, 10, 200))
@@ -108,7 +114,7 @@ def test_the_bias_is_added_to_the_scores_for_selection() -> None:
     balancer = bias_of()
     balancer.bias.copy_(torch.tensor([0.5, -0.25, 0, 8]))
     expected = torch.tensor([[1.5, 0.75, 1.0, 9.0]], dtype=torch.float64)
-    assert torch.equal(balancer.adjust(torch.ones(1, 4, dtype=torch.float64)), expected)
+    assert torch.equal(balancer.adjust_scores(torch.ones(1, 4, dtype=torch.float64)), expected)
     assert balancer.selection_bias() is balancer.bias
     assert balancer.loss({}) is None
     assert balancer.count(tiny.context()) is None
@@ -117,7 +123,10 @@ def test_the_bias_is_added_to_the_scores_for_selection() -> None:
 def test_the_bias_brings_an_uneven_router_into_balance() -> None:
     """What the controller is for: hundreds of updates even out affinities that favour one expert."""
     model = tiny.build(
-        *FOUR, f"{tiny.ROUTER}.groups=1", f"{tiny.ROUTER}.group_limit=null", f"{tiny.BALANCE}.0.rate=0.01"
+        *FOUR,
+        f"{tiny.ROUTER}.groups=1",
+        f"{tiny.ROUTER}.group_limit=null",
+        f"{tiny.BALANCE}.0.rate=0.01",
     )
     ffn, context = tiny.moe(model), tiny.context(1, 200)
     ffn.balancers[0].reset_parameters()
@@ -184,19 +193,27 @@ def test_P10_scaling_all_scores_of_a_token_changes_nothing() -> None:
     balancer, scores_TE = sequence_of(), scores()
     factors_T1 = torch.logspace(-6, 0, 12, dtype=torch.float64)[:, None]
     expected = loss_of(balancer, scores_TE)
-    torch.testing.assert_close(loss_of(balancer, scores_TE * factors_T1), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        loss_of(balancer, scores_TE * factors_T1), expected, rtol=1e-12, atol=0
+    )
 
 
 def test_P10_selection_is_unbiased_and_ungrouped() -> None:
     """Equal to the reference, whatever the routing chose and whatever the bias says."""
     balancer, scores_TE = sequence_of(), scores()
-    assert loss_of(balancer, scores_TE).item() == pytest.approx(sequence_loss(list(scores_TE), 2).item(), rel=1e-12)
+    assert loss_of(balancer, scores_TE).item() == pytest.approx(
+        sequence_loss(list(scores_TE), 2).item(), rel=1e-12
+    )
 
 
 def test_P10_the_choice_of_a_biased_grouped_layer_leaves_the_loss_alone() -> None:
     """The layer's record holds the same sums under any bias."""
     model = tiny.build()
-    ffn, x_BLD, context = tiny.moe(model), torch.randn(2, 6, 32, dtype=torch.float64), tiny.context(2, 6)
+    ffn, x_BLD, context = (
+        tiny.moe(model),
+        torch.randn(2, 6, 32, dtype=torch.float64),
+        tiny.context(2, 6),
+    )
     first = ffn(x_BLD, context)[1]
     ffn.balancers[0].bias.copy_(10 * torch.arange(8.0).flip(0))
     second = ffn(x_BLD, context)[1]
@@ -235,7 +252,9 @@ def test_documents_are_sequences_where_they_are_kept_apart() -> None:
     assert int(balancer.count(context)) == 4
 
 
-@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 0, 0, 1], [2, 2, 3, 4, 4], [5, 5, 5, 5, 5]])])
+@pytest.mark.parametrize(
+    "documents", [None, torch.tensor([[0, 0, 0, 0, 1], [2, 2, 3, 4, 4], [5, 5, 5, 5, 5]])]
+)
 def test_P6_padding_counts_nowhere(documents: Tensor | None) -> None:
     """Its scores change nothing; a sequence of padding alone is not counted, and its gradient is 0."""
     valid_BL = torch.tensor([[True] * 4, [True, True, True, False], [False] * 4])
@@ -246,18 +265,26 @@ def test_P6_padding_counts_nowhere(documents: Tensor | None) -> None:
     assert not scores_TE.grad[~valid_BL.flatten()].any()
     lengths = (4, 3) if documents is None else (4, 2, 1)
     kept = scores_TE.detach()[valid_BL.flatten()].split(lengths)
-    assert loss.item() == pytest.approx(sum(sequence_loss(list(s), 2).item() for s in kept), rel=1e-12)
+    assert loss.item() == pytest.approx(
+        sum(sequence_loss(list(s), 2).item() for s in kept), rel=1e-12
+    )
     assert int(balancer.count(context)) == len(lengths)
 
 
-@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [2] * 8 + [3]])])
+@pytest.mark.parametrize(
+    "documents", [None, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [2] * 8 + [3]])]
+)
 @pytest.mark.parametrize("padded", [False, True])
 def test_counts_are_known_from_the_data(documents: Tensor | None, padded: bool) -> None:
     """`count(context)` is the reference's count of every layer's loss, the multi-token modules' included."""
     valid_BL = torch.tensor([[True] * 8, [True] + [False] * 7]) if padded else None
     context = tiny.context(2, 8, valid_BL=valid_BL, documents_BM=documents)
     model = tiny.build(*tiny.MTP)
-    expected = Reference(model.state_dict(), tiny.settings(tiny.compose())).run(tiny.lines(context)).balance
+    expected = (
+        Reference(model.state_dict(), tiny.settings(tiny.compose()))
+        .run(tiny.lines(context))
+        .balance
+    )
     terms, inner = tiny.see(model, context).terms, model.contexts(context)
     assert list(model.expert_layers()) == list(expected)
     for path, ffn in model.expert_layers().items():

@@ -79,7 +79,12 @@ LOSSES = {
     "expert": Loss("expert", "sequence", _expert, 1, EXPERTS / TOP_K),
     "device": Loss("device", "sequence", _device, 1, DEVICES, PLACES),
     "communication": Loss(
-        "communication", "sequence", _communication, 1, DEVICES / LIMIT, {**PLACES, "device_limit": LIMIT}
+        "communication",
+        "sequence",
+        _communication,
+        1,
+        DEVICES / LIMIT,
+        {**PLACES, "device_limit": LIMIT},
     ),
 }
 BY_SEQUENCE = [name for name, loss in LOSSES.items() if loss.over == "sequence"]
@@ -103,7 +108,9 @@ def of(name: str) -> Any:
 
 
 def scores(tokens: int = 12, seed: int = 0) -> Tensor:
-    return torch.rand(tokens, EXPERTS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(
+        tokens, EXPERTS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def choices(tokens: int = 12, seed: int = 0) -> Tensor:
@@ -114,7 +121,8 @@ def choices(tokens: int = 12, seed: int = 0) -> Tensor:
 
 def term(one: Any, scores_TE: Tensor, expert_TK: Tensor, context: SequenceContext) -> tiny.Term:
     return tiny.Term(
-        formed(one, one.observe(tiny.routing(expert_TK, scores_TE=scores_TE), context)), one.count(context)
+        formed(one, one.observe(tiny.routing(expert_TK, scores_TE=scores_TE), context)),
+        one.count(context),
     )
 
 
@@ -126,11 +134,17 @@ def formed(one: Any, sums: dict[str, Tensor]) -> Tensor:
     return result
 
 
-def expected(name: str, scores_TE: Tensor, expert_TK: Tensor, context: SequenceContext) -> tuple[Tensor, int]:
+def expected(
+    name: str, scores_TE: Tensor, expert_TK: Tensor, context: SequenceContext
+) -> tuple[Tensor, int]:
     """The reference's sum over pieces and their number."""
     loss = LOSSES[name]
-    pieces = reference.groups_of(context.valid().tolist(), "sequence" if loss.over == "sequence" else "batch")
-    values = [loss.piece([scores_TE[t] for t in piece], expert_TK[piece].tolist()) for piece in pieces]
+    pieces = reference.groups_of(
+        context.valid().tolist(), "sequence" if loss.over == "sequence" else "batch"
+    )
+    values = [
+        loss.piece([scores_TE[t] for t in piece], expert_TK[piece].tolist()) for piece in pieces
+    ]
     return torch.stack(values).sum() if values else (scores_TE * 0).sum(), len(values)
 
 
@@ -164,7 +178,10 @@ def test_value_and_gradient_are_the_references(name: str, shape: tuple[int, int]
     """The gradient with respect to every score; f is a plain number in the reference, so it has none here."""
     own, other = scores().requires_grad_(), scores().requires_grad_()
     context, expert_TK = tiny.context(*shape), choices()
-    actual, (value, count) = term(of(name), own, expert_TK, context), expected(name, other, expert_TK, context)
+    actual, (value, count) = (
+        term(of(name), own, expert_TK, context),
+        expected(name, other, expert_TK, context),
+    )
     assert actual.sum.item() == pytest.approx(value.item(), rel=1e-12)
     assert int(actual.count) == count
     actual.sum.backward()
@@ -174,7 +191,7 @@ def test_value_and_gradient_are_the_references(name: str, shape: tuple[int, int]
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_P10_at_uniform_load_there_is_no_gradient(name: str) -> None:
-    """With f equal for all, shares that sum to 1 cannot lower the loss: a gradient there would come through f."""
+    """Shares that sum to 1 cannot lower the loss where f is equal for all: a gradient would come through f."""
     scores_TE, expert_TK = turned()
     scores_TE.requires_grad_()
     term(of(name), scores_TE, expert_TK, tiny.context(1, 16)).sum.backward()
@@ -185,7 +202,9 @@ def test_P10_at_uniform_load_there_is_no_gradient(name: str) -> None:
 def test_P10_scaling_all_scores_of_a_token_changes_nothing(name: str) -> None:
     factors_T1 = torch.logspace(-6, 0, 12, dtype=torch.float64)[:, None]
     context, one = tiny.context(2, 6), of(name)
-    plain, scaled = (term(one, s, choices(), context).sum for s in (scores(), scores() * factors_T1))
+    plain, scaled = (
+        term(one, s, choices(), context).sum for s in (scores(), scores() * factors_T1)
+    )
     torch.testing.assert_close(scaled, plain, rtol=1e-12, atol=0)
 
 
@@ -213,7 +232,9 @@ def test_P6_nothing_valid_is_a_loss_of_zero(name: str, batch: tuple[int, int]) -
     """Its gradient too, without NaN."""
     valid_BL = torch.zeros(batch, dtype=torch.bool)
     own = scores(valid_BL.numel()).requires_grad_()
-    value = term(of(name), own, choices(valid_BL.numel()), tiny.context(*batch, valid_BL=valid_BL)).mean()
+    value = term(
+        of(name), own, choices(valid_BL.numel()), tiny.context(*batch, valid_BL=valid_BL)
+    ).mean()
     value.backward()
     assert value.item() == 0
     assert not own.grad.any()
@@ -224,7 +245,9 @@ def opposite() -> tuple[Tensor, Tensor, SequenceContext]:
     scores_TE = torch.full((16, EXPERTS), 1e-12, dtype=torch.float64)
     for t in range(16):
         start = 4 * (t // 8)
-        scores_TE[t, [start + t % 4, start + (t + 1) % 4]] = torch.tensor([0.6, 0.4], dtype=torch.float64)
+        scores_TE[t, [start + t % 4, start + (t + 1) % 4]] = torch.tensor(
+            [0.6, 0.4], dtype=torch.float64
+        )
     return scores_TE, scores_TE.topk(TOP_K).indices, tiny.context(2, 8)
 
 
@@ -262,10 +285,17 @@ def test_P9_sums_over_micro_batches_make_the_batchs_loss(name: str) -> None:
 @pytest.mark.parametrize("name", BY_SEQUENCE)
 def test_documents_are_sequences_where_they_are_kept_apart(name: str) -> None:
     documents_BM = torch.tensor([[0] * 5 + [1] * 8])
-    context, scores_TE, expert_TK = tiny.context(1, 12, documents_BM=documents_BM), scores(), choices()
+    context, scores_TE, expert_TK = (
+        tiny.context(1, 12, documents_BM=documents_BM),
+        scores(),
+        choices(),
+    )
     loss = LOSSES[name]
     pieces = [range(5), range(5, 12)]
-    value = sum(loss.piece([scores_TE[t] for t in p], [expert_TK[t].tolist() for t in p]).item() for p in pieces)
+    value = sum(
+        loss.piece([scores_TE[t] for t in p], [expert_TK[t].tolist() for t in p]).item()
+        for p in pieces
+    )
     actual = term(of(name), scores_TE, expert_TK, context)
     assert actual.sum.item() == pytest.approx(value, rel=1e-12)
     assert int(actual.count) == 2
@@ -287,9 +317,13 @@ def test_communication_counts_a_token_once_for_each_device() -> None:
     """Both experts of every token on device 0 of 4, at most 2 devices: f is 4 / 2 there, and P is one quarter."""
     scores_TE = torch.full((6, EXPERTS), 0.125, dtype=torch.float64)
     expert_TK = torch.tensor([[0, 1], [1, 0]] * 3)
-    assert term(of("communication"), scores_TE, expert_TK, tiny.context(1, 6)).sum.item() == pytest.approx(0.5)
+    assert term(
+        of("communication"), scores_TE, expert_TK, tiny.context(1, 6)
+    ).sum.item() == pytest.approx(0.5)
     apart_TK = torch.tensor([[0, 2], [0, 3]] * 3)
-    assert term(of("communication"), scores_TE, apart_TK, tiny.context(1, 6)).sum.item() == pytest.approx(1.0)
+    assert term(
+        of("communication"), scores_TE, apart_TK, tiny.context(1, 6)
+    ).sum.item() == pytest.approx(1.0)
 
 
 # ---- the z-loss
@@ -297,17 +331,22 @@ def test_communication_counts_a_token_once_for_each_device() -> None:
 
 def z_term(logits_TE: Tensor, context: SequenceContext) -> tiny.Term:
     one = balancer("z_loss")
-    routing = replace(tiny.routing(choices(len(logits_TE)), scores_TE=scores(len(logits_TE))), logits_TE=logits_TE)
+    routing = replace(
+        tiny.routing(choices(len(logits_TE)), scores_TE=scores(len(logits_TE))), logits_TE=logits_TE
+    )
     return tiny.Term(formed(one, one.observe(routing, context)), one.count(context))
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_the_z_loss_is_the_references(scale: float) -> None:
-    """Per valid token, with its gradient; also where exp alone would overflow."""
+    """The loss of each valid token and its gradient are right, also where exp alone would overflow."""
     valid_BL = torch.tensor([[True] * 4, [False, True, True, False], [False] * 4])
     logits_TE, context = scale * (scores() - 0.3), tiny.context(3, 4, valid_BL=valid_BL)
     own, other = logits_TE.clone().requires_grad_(), logits_TE.clone().requires_grad_()
-    actual, value = z_term(own, context), reference.z_loss([other[t] for t in range(12) if valid_BL.flatten()[t]])
+    actual, value = (
+        z_term(own, context),
+        reference.z_loss([other[t] for t in range(12) if valid_BL.flatten()[t]]),
+    )
     assert actual.sum.item() == pytest.approx(value.item(), rel=1e-12)
     assert int(actual.count) == 6
     actual.sum.backward()
@@ -319,8 +358,12 @@ def test_the_z_loss_at_equal_logits() -> None:
     """(log E)^2 at 0; logits of -log E cost nothing."""
     logits_TE = torch.zeros(6, EXPERTS, dtype=torch.float64)
     log = torch.tensor(float(EXPERTS), dtype=torch.float64).log()
-    torch.testing.assert_close(z_term(logits_TE, tiny.context(2, 3)).mean(), log**2, rtol=1e-12, atol=0)
-    assert z_term(logits_TE - log, tiny.context(2, 3)).mean().item() == pytest.approx(0.0, abs=1e-28)
+    torch.testing.assert_close(
+        z_term(logits_TE, tiny.context(2, 3)).mean(), log**2, rtol=1e-12, atol=0
+    )
+    assert z_term(logits_TE - log, tiny.context(2, 3)).mean().item() == pytest.approx(
+        0.0, abs=1e-28
+    )
 
 
 # ---- coefficients and scopes
@@ -343,7 +386,9 @@ def test_the_z_loss_at_equal_logits() -> None:
         ("z_loss", 0.001, "token", {}),
     ],
 )
-def test_P11_each_loss_has_its_papers_coefficient(name: str, alpha: float, scope: str, keys: dict[str, Any]) -> None:
+def test_P11_each_loss_has_its_papers_coefficient(
+    name: str, alpha: float, scope: str, keys: dict[str, Any]
+) -> None:
     """No coefficient is taken over from another formula; all of them can follow a schedule."""
     one = balancer(name, **keys)
     assert one.coefficient(tiny.START) == alpha
@@ -362,7 +407,7 @@ def test_P11_gshards_coefficient_has_no_default() -> None:
 @pytest.mark.parametrize("name", [*LOSSES, "z_loss"])
 def test_no_loss_adjusts_the_selection_or_keeps_state(name: str) -> None:
     one = of(name) if name in LOSSES else balancer(name)
-    assert torch.equal(one.adjust(scores()), scores())
+    assert torch.equal(one.adjust_scores(scores()), scores())
     one.on_step_end(tiny.totals(torch.arange(8)), tiny.START)
     assert not one.state_dict()
     assert one.selection_bias() is None
@@ -370,8 +415,9 @@ def test_no_loss_adjusts_the_selection_or_keeps_state(name: str) -> None:
 
 def test_P8_every_loss_of_a_layer_is_a_term_of_its_own() -> None:
     """All of them at once in a model: the record's sums line up with the layer's balancers."""
-    balance = "[{name: expert}, {name: device, devices: 4}, {name: communication, devices: 4, device_limit: 2}, " + (
-        "{name: z_loss}, {name: switch}, {name: gshard, alpha: 0.1}, {name: batch}]"
+    balance = (
+        "[{name: expert}, {name: device, devices: 4}, {name: communication, devices: 4, device_limit: 2}, "
+        + ("{name: z_loss}, {name: switch}, {name: gshard, alpha: 0.1}, {name: batch}]")
     )
     model, context = tiny.build(ROUTER, f"{tiny.BALANCE}={balance}"), tiny.context(2, 8)
     losses = model(context)
@@ -381,7 +427,8 @@ def test_P8_every_loss_of_a_layer_is_a_term_of_its_own() -> None:
         assert len(values) == 7
         assert all(torch.isfinite(value) and value > 0 for value in values)
         slopes = [
-            torch.autograd.grad(v, tiny.moe(model, path).router.centroids.weight, retain_graph=True) for v in values
+            torch.autograd.grad(v, tiny.moe(model, path).router.centroids.weight, retain_graph=True)
+            for v in values
         ]
         assert all(slope[0].any() for slope in slopes)
 
@@ -396,7 +443,9 @@ def test_a_routing_made_by_hand_agrees_with_the_layers() -> None:
     torch.testing.assert_close(formed(ffn.balancers[0], record.sums[0]), value, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("groups", "reach", "limit", "allowed"), [(4, 2, 2, True), (4, 2, 3, False), (1, 1, 3, True)])
+@pytest.mark.parametrize(
+    ("groups", "reach", "limit", "allowed"), [(4, 2, 2, True), (4, 2, 3, False), (1, 1, 3, True)]
+)
 def test_the_device_limit_is_the_routers_where_it_has_devices(
     groups: int, reach: int, limit: int, allowed: bool
 ) -> None:
@@ -411,11 +460,14 @@ def test_the_device_limit_is_the_routers_where_it_has_devices(
 
 
 @pytest.mark.parametrize(
-    "balancer", ["sequence", "batch", "switch", "expert", "communication, devices: 4, device_limit: 1"]
+    "balancer",
+    ["sequence", "batch", "switch", "expert", "communication, devices: 4, device_limit: 1"],
 )
 def test_P1_what_is_counted_is_counted_in_whole_numbers(balancer: str) -> None:
-    """Over a batch of 63 million tokens fp32 would lose some."""
-    model = tiny.build(*tiny.FP32, f"{tiny.FFN}.balance=[{{name: {balancer}}}]", f"{tiny.ROUTER}.groups=4")
+    """fp32 would lose some counts over a batch of 63 million tokens."""
+    model = tiny.build(
+        *tiny.FP32, f"{tiny.FFN}.balance=[{{name: {balancer}}}]", f"{tiny.ROUTER}.groups=4"
+    )
     ffn, given = tiny.moe(model), tiny.context()
     (sums,) = ffn(torch.randn(2, 8, 32), given)[1].sums
     counted = {name: value.dtype for name, value in sums.items() if name != "share_NE"}

@@ -30,7 +30,9 @@ UPDATES = [("sign", "relative"), ("proportional", "relative"), ("proportional", 
 
 
 def recipe(**keys: Any) -> tuple[str, ...]:
-    written = ", ".join(f"{key}: {value}" for key, value in {"name": "bias", "rate": RATE, **keys}.items())
+    written = ", ".join(
+        f"{key}: {value}" for key, value in {"name": "bias", "rate": RATE, **keys}.items()
+    )
     return (f"{tiny.FFN}.experts=4", f"{tiny.BALANCE}=[{{{written}}}]")
 
 
@@ -49,12 +51,16 @@ def flag(value: bool) -> str:
 @pytest.mark.parametrize("form", ["additive", "multiplicative"])
 @pytest.mark.parametrize(("update", "unit"), UPDATES)
 @pytest.mark.parametrize("load", LOADS)
-def test_A8_exact_values_of_every_variant(load: str, update: str, unit: str, form: str, centre: bool) -> None:
-    """From int64 loads; the difference to the mean is formed before anything is rounded (P1)."""
+def test_A8_exact_values_of_every_variant(
+    load: str, update: str, unit: str, form: str, centre: bool
+) -> None:
+    """Biases follow from int64 loads; the difference to the mean is formed before anything is rounded (P1)."""
     one = bias_of(update=update, unit=unit, form=form, centre=flag(centre))
     start = 1.0 if form == "multiplicative" else 0.0
     one.on_step_end(tiny.totals(LOADS[load]), tiny.START)
-    expected = bias_step([start] * 4, list(LOADS[load]), RATE, update=update, unit=unit, centre=centre)
+    expected = bias_step(
+        [start] * 4, list(LOADS[load]), RATE, update=update, unit=unit, centre=centre
+    )
     torch.testing.assert_close(one.bias, torch.tensor(expected), rtol=2e-7, atol=1e-18)
     assert torch.isfinite(one.bias).all()
 
@@ -94,16 +100,19 @@ def test_sign_moves_centred_keep_the_mean() -> None:
     for one in (plain, centred):
         one.on_step_end(tiny.totals([0, 0, 0, 8]), tiny.START)
     torch.testing.assert_close(plain.bias.mean(), torch.tensor(RATE / 2), rtol=1e-6, atol=0)
-    torch.testing.assert_close(centred.bias, RATE * torch.tensor([0.5, 0.5, 0.5, -1.5]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        centred.bias, RATE * torch.tensor([0.5, 0.5, 0.5, -1.5]), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize(
-    ("form", "expected"), [("additive", [2.5, 1.75, 3.0, 10.0]), ("multiplicative", [1.0, -0.5, 2.0, 16.0])]
+    ("form", "expected"),
+    [("additive", [2.5, 1.75, 3.0, 10.0]), ("multiplicative", [1.0, -0.5, 2.0, 16.0])],
 )
 def test_the_form_decides_how_it_enters_the_selection(form: str, expected: list[float]) -> None:
     one = bias_of(form=form)
     one.bias.copy_(torch.tensor([0.5, -0.25, 1.0, 8.0]))
-    assert one.adjust(torch.full((1, 4), 2.0, dtype=torch.float64)).tolist() == [expected]
+    assert one.adjust_scores(torch.full((1, 4), 2.0, dtype=torch.float64)).tolist() == [expected]
 
 
 @pytest.mark.parametrize(("form", "start"), [("additive", 0.0), ("multiplicative", 1.0)])
@@ -112,7 +121,7 @@ def test_it_starts_without_a_say(form: str, start: float) -> None:
     one = bias_of(form=form)
     assert one.bias.tolist() == [start] * 4
     scores_TE = torch.rand(3, 4, dtype=torch.float64)
-    assert torch.equal(one.adjust(scores_TE), scores_TE)
+    assert torch.equal(one.adjust_scores(scores_TE), scores_TE)
 
 
 def test_gates_stay_unbiased_under_a_multiplicative_bias() -> None:
@@ -121,7 +130,7 @@ def test_gates_stay_unbiased_under_a_multiplicative_bias() -> None:
     ffn = tiny.moe(tiny.build(*recipe(form="multiplicative"), *free))
     x_TD, context = torch.randn(12, 32, dtype=torch.float64), tiny.context(1, 12)
     ffn.balancers[0].bias.copy_(torch.tensor([1.0, 3.0, 0.1, 0.5]))
-    routing: Routing = ffn.router(x_TD, ffn.balancers[0].adjust, context)
+    routing: Routing = ffn.router(x_TD, ffn.balancers[0].adjust_scores, context)
     scores_TE = torch.sigmoid(x_TD @ ffn.router.centroids.weight.T)
     chosen_TK = (scores_TE * torch.tensor([1.0, 3.0, 0.1, 0.5])).topk(2).indices
     assert torch.equal(routing.expert_A.view(-1, 2), chosen_TK)
@@ -133,17 +142,27 @@ def test_gates_stay_unbiased_under_a_multiplicative_bias() -> None:
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
 @pytest.mark.parametrize("shift", [-1.0, 0.0, 5.0])
-def test_P14_a_softmax_router_selects_through_any_bias_and_gates_without_it(name: str, shift: float) -> None:
+def test_P14_a_softmax_router_selects_through_any_bias_and_gates_without_it(
+    name: str, shift: float
+) -> None:
     """Biased experts within biased groups, masked by -inf: where all are negative, 0 would bring far groups back."""
     bias_E = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) + shift
-    own = {"affinity": "softmax", "normalise": False, "group_score": 1} if name == "deepseek_v3" else {}
+    own = (
+        {"affinity": "softmax", "normalise": False, "group_score": 1}
+        if name == "deepseek_v3"
+        else {}
+    )
     keys = {"top_k": 3, "groups": 4, "group_limit": 2, "scale": 2.0}
     logits_TE, context = logits_of("random", 18), tiny.context(2, 9)
-    routing = router(name, **keys, **own)(inputs(logits_TE), lambda scores_TE: scores_TE + bias_E, context)
+    routing = router(name, **keys, **own)(
+        inputs(logits_TE), lambda scores_TE: scores_TE + bias_E, context
+    )
     chosen = {"affinity": "softmax", "normalise": False, "group_score": 1}
     wanted = deepseek_v3(list(logits_TE), bias_E.tolist(), **keys, **chosen)
     actual = {place: gate for place, (_, gate) in found(routing, [True] * 18).items()}
-    assert actual == pytest.approx({(a.token, a.expert): a.gate.item() for a in wanted}, rel=1e-10, abs=0)
+    assert actual == pytest.approx(
+        {(a.token, a.expert): a.gate.item() for a in wanted}, rel=1e-10, abs=0
+    )
 
 
 VARIANTS = [{}, {"update": "proportional"}, {"form": "multiplicative"}, {"centre": "true"}]
@@ -160,7 +179,7 @@ def test_A10_no_gradient_reaches_it(keys: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("keys", VARIANTS)
 def test_P1_state_round_trips_and_stays_fp32(keys: dict[str, str]) -> None:
-    """Through the state dict and through the model's casts; the values too."""
+    """State dict and casts of the model keep the format and the values."""
     one = bias_of(**keys)
     for load in ((3, 1, 0, 4), (5, 1, 1, 1)):
         one.on_step_end(tiny.totals(load), tiny.START)
@@ -197,7 +216,9 @@ def test_a_rate_of_zero_stays(keys: dict[str, str]) -> None:
     assert torch.equal(one.bias, before)
 
 
-@pytest.mark.parametrize(("key", "value"), [("update", "square"), ("unit", "tokens"), ("form", "power")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("update", "square"), ("unit", "tokens"), ("form", "power")]
+)
 def test_unknown_variants_are_refused(key: str, value: str) -> None:
     with pytest.raises(UserError, match=f"balance.0.{key}"):
         tiny.compose(*recipe(**{key: value}))
@@ -208,7 +229,9 @@ def test_every_variant_brings_an_uneven_router_into_balance(keys: dict[str, str]
     """Scores that favour one expert: after many updates the four loads differ little."""
     one = bias_of(**{**keys, "rate": 0.02})
     generator = torch.Generator().manual_seed(0)
-    scores_TE = torch.rand(400, 4, dtype=torch.float64, generator=generator) * 0.6 + torch.tensor([0.3, 0, 0, 0.05])
+    scores_TE = torch.rand(400, 4, dtype=torch.float64, generator=generator) * 0.6 + torch.tensor(
+        [0.3, 0, 0, 0.05]
+    )
     loads = [load_of(one, scores_TE)]
     for _ in range(200):
         one.on_step_end(tiny.totals(loads[-1]), tiny.START)
@@ -220,4 +243,4 @@ def test_every_variant_brings_an_uneven_router_into_balance(keys: dict[str, str]
 
 def load_of(one: Any, scores_TE: Tensor) -> Tensor:
     """How many tokens choose each expert."""
-    return one.adjust(scores_TE).topk(2).indices.flatten().bincount(minlength=4)
+    return one.adjust_scores(scores_TE).topk(2).indices.flatten().bincount(minlength=4)

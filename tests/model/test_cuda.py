@@ -30,7 +30,10 @@ from . import tiny
 from .test_reference import PADDED_DOCUMENTS, VALID
 
 CUDA = torch.cuda.is_available()
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="torch finds no CUDA GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="torch finds no CUDA GPU")),
+]
 ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-9}
 LOSS, SCORES, ALL_GRADIENTS, ONE_GRADIENT = 16, 16, 64, 192
 """Limits in units of roundoff: of a loss, of a layer's affinities, of all gradients as one vector, of one tensor's."""
@@ -47,7 +50,10 @@ EIGHTS = (
 )
 """Every width a multiple of 8: in bf16 16 bytes, which `F.grouped_mm` and fused attention ask for."""
 LENGTH = 7
-BATCHES = {"plain": {}, "documents and padding": {"valid_BL": VALID, "documents_BM": PADDED_DOCUMENTS}}
+BATCHES = {
+    "plain": {},
+    "documents and padding": {"valid_BL": VALID, "documents_BM": PADDED_DOCUMENTS},
+}
 
 each_batch = pytest.mark.parametrize("batch", BATCHES)
 each_format = pytest.mark.parametrize("precision", ROUNDOFF)
@@ -63,7 +69,9 @@ class Following(Reference):
         chosen: of every layer with experts, by its block's path, one list for each token in the order of the batch.
     """
 
-    def __init__(self, state: dict[str, Tensor], settings: Settings, chosen: dict[str, list[list[int]]]) -> None:
+    def __init__(
+        self, state: dict[str, Tensor], settings: Settings, chosen: dict[str, list[list[int]]]
+    ) -> None:
         super().__init__(state, settings)
         self.ahead = {path: iter(tokens) for path, tokens in chosen.items()}
         self.scores: dict[str, list[Tensor]] = {path: [] for path in chosen}
@@ -72,7 +80,9 @@ class Following(Reference):
         """Gates, affinities and outputs are the reference's."""
         block = path.removesuffix(".ffn")
         taken, name = next(self.ahead[block]), f"{path}.balance.0.bias"
-        self.weights[name] = torch.full_like(self.weights[name], -10.0).index_fill(0, torch.tensor(taken), 0.0)
+        self.weights[name] = torch.full_like(self.weights[name], -10.0).index_fill(
+            0, torch.tensor(taken), 0.0
+        )
         y, choice = super().experts(path, x)
         assert set(choice.experts) == set(taken)
         self.scores[block].append(choice.scores.detach())
@@ -109,21 +119,29 @@ def both(batch: str, precision: str, device: str) -> Pair:
     routed, stop = watch_routers(model)
     seen = tiny.see(model, on(given, device))
     stop()
-    own = tiny.backward(model, tiny.weighted({n: t.mean() for n, t in seen.terms.items() if wanted(n, precision)}))
+    own = tiny.backward(
+        model, tiny.weighted({n: t.mean() for n, t in seen.terms.items() if wanted(n, precision)})
+    )
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     settings = tiny.settings(tiny.compose(*EIGHTS))
-    chosen = {path: routing.expert_A.view(-1, settings.top_k).tolist() for path, routing in routed.items()}
+    chosen = {
+        path: routing.expert_A.view(-1, settings.top_k).tolist() for path, routing in routed.items()
+    }
     reference = Following(state, settings, chosen)
     expected = reference.run(tiny.lines(given))
     means = {name: total / max(count, 1) for name, (total, count) in all_terms(expected).items()}
-    tiny.weighted({name: mean for name, mean in means.items() if wanted(name, precision)}).backward()
+    tiny.weighted(
+        {name: mean for name, mean in means.items() if wanted(name, precision)}
+    ).backward()
     leaves = {name: leaf for name, leaf in reference.weights.items() if leaf.requires_grad}
     return Pair(
         seen=seen,
         gradients={name: gradient.cpu().double() for name, gradient in own.items()},
         routed=routed,
         expected=expected,
-        expected_gradients={n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in leaves.items()},
+        expected_gradients={
+            n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in leaves.items()
+        },
         scores={path: torch.stack(rows) for path, rows in reference.scores.items()},
         settings=settings,
         biases={path: state[f"{path}.ffn.balance.0.bias"].tolist() for path in routed},
@@ -141,7 +159,9 @@ def all_terms(outcome: Outcome) -> dict[str, tuple[Tensor, int]]:
 
 def on(given: SequenceContext, device: str) -> SequenceContext:
     """The same batch on a device."""
-    tensors = {name: value.to(device) for name, value in vars(given).items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value.to(device) for name, value in vars(given).items() if isinstance(value, Tensor)
+    }
     return replace(given, **tensors)
 
 
@@ -157,8 +177,13 @@ def watch_routers(model: LanguageModel) -> tuple[dict[str, Routing], Callable[[]
 
         return hook
 
-    routers = [(path, module) for path, module in model.named_modules() if isinstance(module, Router)]
-    handles = [module.register_forward_hook(keep(path.removesuffix(".ffn.router"))) for path, module in routers]
+    routers = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, Router)
+    ]
+    handles = [
+        module.register_forward_hook(keep(path.removesuffix(".ffn.router")))
+        for path, module in routers
+    ]
     return found, lambda: [handle.remove() for handle in handles] and None
 
 
@@ -206,7 +231,9 @@ def test_every_choice_is_that_of_the_scores_it_was_made_from(
 def test_loads_are_the_counts_of_the_choices(batch: str, precision: str, device: str) -> None:
     """int64, of valid tokens, in the multi-token modules too."""
     pair = both(batch, precision, device)
-    assert {path: load_E.tolist() for path, load_E in pair.seen.loads.items()} == pair.expected.loads
+    assert {
+        path: load_E.tolist() for path, load_E in pair.seen.loads.items()
+    } == pair.expected.loads
     assert {load_E.dtype for load_E in pair.seen.loads.values()} == {torch.int64}
     assert {load_E.device.type for load_E in pair.seen.loads.values()} == {device}
 

@@ -1,4 +1,4 @@
-"""Who is left out and who sees whom: places at experts, budgets of devices, causality, and what is refused."""
+"""Dropped tokens and dependence between tokens: expert capacity, device budgets, causality, and rejected recipes."""
 
 from typing import Any
 
@@ -29,7 +29,9 @@ from .test_routers import (
     section,
 )
 
-DROPPING = [name for name in CASES if name.startswith(("gshard", "switch")) and "dropless" not in name]
+DROPPING = [
+    name for name in CASES if name.startswith(("gshard", "switch")) and "dropless" not in name
+]
 
 
 # ---- places at experts
@@ -55,13 +57,20 @@ def test_no_expert_exceeds_its_capacity(name: str, batch: str, kind: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("factor", "tokens", "places"), [(1.0, 8, 1), (1.0, 9, 2), (0.28, 200, 7), (1.25, 32, 5), (0.1, 1, 1), (0.0, 8, 0)]
+    ("factor", "tokens", "places"),
+    [(1.0, 8, 1), (1.0, 9, 2), (0.28, 200, 7), (1.25, 32, 5), (0.1, 1, 1), (0.0, 8, 0)],
 )
-def test_capacity_is_rounded_up_from_the_factor_as_it_is_written(factor: float, tokens: int, places: int) -> None:
+def test_capacity_is_rounded_up_from_the_factor_as_it_is_written(
+    factor: float, tokens: int, places: int
+) -> None:
     """0.28 x 200 / 8 is 7 places, although 0.28 x 200 is more than 56 in floating point."""
     logits_TE = logits_of("one takes all", tokens)
-    routing = routed(router("switch", capacity_factor=factor), inputs(logits_TE), tiny.context(1, tokens))
-    assert [kept for kept, _ in found(routing, [True] * tokens).values()] == [t < places for t in range(tokens)]
+    routing = routed(
+        router("switch", capacity_factor=factor), inputs(logits_TE), tiny.context(1, tokens)
+    )
+    assert [kept for kept, _ in found(routing, [True] * tokens).values()] == [
+        t < places for t in range(tokens)
+    ]
 
 
 def by_hand(*wishes: tuple[int, int]) -> Tensor:
@@ -74,7 +83,9 @@ def by_hand(*wishes: tuple[int, int]) -> Tensor:
 
 def test_A13_gshards_first_choices_go_before_all_second_ones() -> None:
     """One place at expert 5: token 1 wants it first, token 0 second, and token 0 comes earlier in vain."""
-    routing = routed(router("gshard", second="always"), inputs(by_hand((1, 5), (5, 7))), tiny.context(1, 2))
+    routing = routed(
+        router("gshard", second="always"), inputs(by_hand((1, 5), (5, 7))), tiny.context(1, 2)
+    )
     kept = {place: kept for place, (kept, _) in found(routing, [True] * 2).items()}
     assert kept == {(0, 1): True, (0, 5): False, (1, 5): True, (1, 7): True}
 
@@ -84,7 +95,9 @@ def test_A13_gshards_counter_grows_where_chance_says_no(factor: float, kept: boo
     """Algorithm 1 counts outside the `if`: token 0's unlucky second choice takes the only place of expert 7."""
     logits_TE = by_hand((0, 7), (1, 7))
     logits_TE[0, 7] = -39.0  # a gate of 1e-17: no draw is below it
-    routing = routed(router("gshard", capacity_factor=factor), inputs(logits_TE), tiny.context(1, 2))
+    routing = routed(
+        router("gshard", capacity_factor=factor), inputs(logits_TE), tiny.context(1, 2)
+    )
     result = found(routing, [True] * 2)
     assert not result[0, 7][0]
     assert result[1, 7][0] == kept
@@ -92,17 +105,26 @@ def test_A13_gshards_counter_grows_where_chance_says_no(factor: float, kept: boo
     assert result[1, 1][0]
 
 
-@pytest.mark.parametrize(("first", "second"), [(0.5, 0.1), (0.3, 0.2), (0.6, 0.3), (0.35, 0.3), (0.4, 0.4)])
-def test_A13_gshard_keeps_the_second_choice_with_twice_its_gate(first: float, second: float) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"), [(0.5, 0.1), (0.3, 0.2), (0.6, 0.3), (0.35, 0.3), (0.4, 0.4)]
+)
+def test_A13_gshard_keeps_the_second_choice_with_twice_its_gate(
+    first: float, second: float
+) -> None:
     """Its gate after normalising, g2 / (g1 + g2); 100,000 draws with more places than tokens, within 3 sigma."""
     rest = (1 - first - second) / 6
-    logits_TE = torch.tensor([first, second, *[rest] * 6], dtype=torch.float64).log().repeat(100_000, 1)
+    logits_TE = (
+        torch.tensor([first, second, *[rest] * 6], dtype=torch.float64).log().repeat(100_000, 1)
+    )
     context = tiny.context(100, 1000)
     routing = routed(router("gshard", capacity_factor=8.0), inputs(logits_TE), context)
     wanted = min(1.0, 2 * second / (first + second))
     kept_TK = routing.kept_A.view(-1, 2)
     assert kept_TK[:, 0].all()
-    assert abs(int(kept_TK[:, 1].sum()) - 100_000 * wanted) <= 3 * (100_000 * wanted * (1 - wanted)) ** 0.5
+    assert (
+        abs(int(kept_TK[:, 1].sum()) - 100_000 * wanted)
+        <= 3 * (100_000 * wanted * (1 - wanted)) ** 0.5
+    )
     sequences_B = kept_TK[:, 1].view(100, 1000).sum(dim=1)
     assert wanted == 1 or len(sequences_B.unique()) > 10
 
@@ -113,31 +135,43 @@ def test_P9_chance_depends_on_the_step_and_on_no_splitting_of_the_batch() -> Non
     one = router("gshard", capacity_factor=8.0)
     whole = routed(one, inputs(logits_TE), tiny.context(4, 16)).kept_A
     parts = [
-        routed(one, inputs(logits_TE[32 * i : 32 * (i + 1)]), tiny.context(2, 16, first_sequence=2 * i)).kept_A
+        routed(
+            one, inputs(logits_TE[32 * i : 32 * (i + 1)]), tiny.context(2, 16, first_sequence=2 * i)
+        ).kept_A
         for i in range(2)
     ]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(parts[0], parts[1])
-    assert not torch.equal(routed(one, inputs(logits_TE), tiny.context(4, 16, step=1)).kept_A, whole)
+    assert not torch.equal(
+        routed(one, inputs(logits_TE), tiny.context(4, 16, step=1)).kept_A, whole
+    )
     model = tiny.build(section("gshard", capacity_factor=8.0), f"{tiny.BALANCE}=[]")
     other = tiny.moe(model, "blocks.2").router
     other.centroids.weight.data.copy_(one.centroids.weight)
     assert not torch.equal(routed(other, inputs(logits_TE), tiny.context(4, 16)).kept_A, whole)
 
 
-@pytest.mark.parametrize(("name", "keys"), [("gshard", {"second": "always"}), ("switch", {"group": "sequence"})])
-def test_a_token_that_every_expert_turns_away_is_left_as_it_is(name: str, keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "keys"), [("gshard", {"second": "always"}), ("switch", {"group": "sequence"})]
+)
+def test_a_token_that_every_expert_turns_away_is_left_as_it_is(
+    name: str, keys: dict[str, Any]
+) -> None:
     """The routed output of a fully overflowed token is exactly 0, so the block passes its residual on."""
     ffn, context = layer(name, capacity_factor=1.0, **keys), tiny.context(2, 8)
     ffn.router.centroids.weight.data.copy_(torch.eye(EXPERTS, 32))
     x_BLD = inputs(by_hand(*[(2, 4)] * 16)).view(2, 8, 32)
-    x_BLD[:, :, 8:] = torch.randn(2, 8, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_BLD[:, :, 8:] = torch.randn(
+        2, 8, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     y_BLD, record = ffn(x_BLD.requires_grad_(), context)
     places, choices = (2, 2) if name == "gshard" else (1, 1)
     assert not y_BLD[:, places:].any()
     assert y_BLD[:, :places].any(dim=-1).all()
     assert int(record.dropped) == 2 * choices * (8 - places)
-    assert record.load_E.tolist() == ([0, 0, 16, 0, 16, 0, 0, 0] if choices == 2 else [0, 0, 16, 0, 0, 0, 0, 0])
+    assert record.load_E.tolist() == (
+        [0, 0, 16, 0, 16, 0, 0, 0] if choices == 2 else [0, 0, 16, 0, 0, 0, 0, 0]
+    )
     y_BLD.sum().backward()
     assert not x_BLD.grad[:, places:].any()
 
@@ -154,7 +188,11 @@ def test_switch_has_a_capacity_of_its_own_in_evaluation(training: bool, places: 
 
 
 def dropping(
-    devices: int = 4, factor: float = 1.0, keep: float = 0.1, shared: int = 0, name: str = "deepseek_v2"
+    devices: int = 4,
+    factor: float = 1.0,
+    keep: float = 0.1,
+    shared: int = 0,
+    name: str = "deepseek_v2",
 ) -> Any:
     """A layer whose router drops nothing itself, and which has a budget for each device."""
     more = (
@@ -165,15 +203,19 @@ def dropping(
 
 
 def protected(ffn: Any, context: SequenceContext, keep: float) -> list[bool]:
-    """For every token, whether its sequence is one of those that are never dropped."""
+    """Whether each token's sequence is one of those that are never dropped."""
     drawn = ffn.sequence_chance.of_sequences(context, "never dropped").tolist()
     return [number < keep for number in drawn for _ in range(context.tokens_BL.shape[1])]
 
 
-def expected(ffn: Any, x_BLD: Tensor, context: SequenceContext, routing: Routing, kept: list[bool]) -> Tensor:
+def expected(
+    ffn: Any, x_BLD: Tensor, context: SequenceContext, routing: Routing, kept: list[bool]
+) -> Tensor:
     """The layer's output from the kept assignments, one at a time."""
     x_TD, y_TD = x_BLD.flatten(0, 1), torch.zeros_like(x_BLD.flatten(0, 1))
-    for a, (token, expert) in enumerate(zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True)):
+    for a, (token, expert) in enumerate(
+        zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True)
+    ):
         if kept[a]:
             gate, up = (ffn.routed.gate_up.weight[expert] @ x_TD[token]).chunk(2)
             y_D = ffn.routed.down.weight[expert] @ (gate * gate.sigmoid() * up)
@@ -184,12 +226,18 @@ def expected(ffn: Any, x_BLD: Tensor, context: SequenceContext, routing: Routing
 BUDGETS = [(4, 1.0), (2, 0.5), (8, 0.0), (1, 1.0), (4, 8.0)]
 BUDGET_CASES = [
     *(("padding between", *budget, 0.4, kind) for budget in BUDGETS for kind in LOGITS),
-    *((batch, 4, 1.0, keep, "random") for batch in ("three sequences", "all masked") for keep in (0.0, 0.4, 1.0)),
+    *(
+        (batch, 4, 1.0, keep, "random")
+        for batch in ("three sequences", "all masked")
+        for keep in (0.0, 0.4, 1.0)
+    ),
 ]
 """Every budget under every kind of scores; every share of protected sequences on other batches."""
 
 
-@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])  # the second's gates are in another order
+@pytest.mark.parametrize(
+    "name", ["deepseek_v2", "deepseek_v3"]
+)  # the second's gates are in another order
 @pytest.mark.parametrize(("batch", "devices", "factor", "keep", "kind"), BUDGET_CASES)
 def test_device_budgets_are_the_references(
     batch: str, devices: int, factor: float, keep: float, kind: str, name: str
@@ -198,8 +246,12 @@ def test_device_budgets_are_the_references(
     ffn, given = dropping(devices, factor, keep, name=name), BATCHES[batch]
     context, valid = given.context(step=2, first_sequence=3), given.flat
     ffn.router.centroids.weight.data.copy_(torch.eye(EXPERTS, 32))
-    rest_TD = torch.randn(len(valid), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    x_TD = inputs(logits_of(kind, len(valid))) + rest_TD * (torch.arange(32) >= EXPERTS)  # the router reads the logits
+    rest_TD = torch.randn(
+        len(valid), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    x_TD = inputs(logits_of(kind, len(valid))) + rest_TD * (
+        torch.arange(32) >= EXPERTS
+    )  # the router reads the logits
     x_BLD = x_TD.view(*context.tokens_BL.shape, 32)
     with torch.no_grad():
         y_BLD, record = ffn(x_BLD, context)
@@ -227,20 +279,36 @@ def test_the_lowest_affinity_is_dropped_first() -> None:
     y_BLD, record = ffn(inputs(logits_TE)[None], context)
     assert int(record.dropped) == 4
     nothing = (y_BLD[0] == 0).all(dim=-1)
-    assert nothing.tolist() == [True, False, False, False]  # token 2 keeps both of its experts, 1 and 3 the first
+    assert nothing.tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]  # token 2 keeps both of its experts, 1 and 3 the first
 
 
 def test_about_a_tenth_of_the_sequences_is_never_dropped() -> None:
-    """Of 10,000 within 3 sigma; without any budget they alone pass. The same in all layers, others in the next step."""
-    more = (f"{tiny.FFN}.token_dropping={{devices: 2, capacity_factor: 0.0}}", f"{tiny.FFN}.shared_experts=0")
+    """The share of 10,000 is within 3 sigma; they alone pass without a budget, in all layers, and change by step."""
+    more = (
+        f"{tiny.FFN}.token_dropping={{devices: 2, capacity_factor: 0.0}}",
+        f"{tiny.FFN}.shared_experts=0",
+    )
     model = tiny.build(section("deepseek_v2", top_k=2, groups=1), f"{tiny.BALANCE}=[]", *more)
-    x_BLD = torch.randn(10_000, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_BLD = torch.randn(
+        10_000, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         passed = [
-            tiny.moe(model, path)(x_BLD, tiny.context(10_000, 1, step=step))[0].any(dim=-1).flatten()
+            tiny.moe(model, path)(x_BLD, tiny.context(10_000, 1, step=step))[0]
+            .any(dim=-1)
+            .flatten()
             for path, step in (("blocks.1", 0), ("blocks.2", 0), ("blocks.1", 1))
         ]
-        second = tiny.moe(model)(x_BLD[5000:], tiny.context(5000, 1, first_sequence=5000))[0].any(dim=-1).flatten()
+        second = (
+            tiny.moe(model)(x_BLD[5000:], tiny.context(5000, 1, first_sequence=5000))[0]
+            .any(dim=-1)
+            .flatten()
+        )
     assert abs(int(passed[0].sum()) - 1000) <= 90
     assert torch.equal(passed[0], passed[1])
     assert torch.equal(passed[0][5000:], second)
@@ -307,8 +375,13 @@ def changed(ffn: Any, seed: int) -> tuple[Tensor, int]:
     tokens_BL[0, -1] = (tokens_BL[0, -1] + 1) % tiny.VOCABULARY
     other_BLD[0, -1] = other_BLD[0, -1].roll(1)
     with torch.no_grad():
-        (first, record), (second, _) = ffn(x_BLD, before), ffn(other_BLD, SequenceContext.of(tokens_BL))
-    return ((first - second).abs() > 1e-9).any(dim=-1), int(record.dropped)  # the order of a sum moves the last bits
+        (first, record), (second, _) = (
+            ffn(x_BLD, before),
+            ffn(other_BLD, SequenceContext.of(tokens_BL)),
+        )
+    return ((first - second).abs() > 1e-9).any(dim=-1), int(
+        record.dropped
+    )  # the order of a sum moves the last bits
 
 
 @pytest.mark.parametrize("name", first_by_default(SEEN, keep=6))
@@ -320,14 +393,18 @@ def test_the_declared_causality_is_what_happens(name: str) -> None:
         ffn.router.centroids.weight.data.copy_(torch.eye(8, 32))
     seen = [changed(ffn, seed) for seed in range(60)]
     seen_BL = torch.stack([moved_BL for moved_BL, _ in seen]).any(dim=0)
-    traits = ffn.traits
+    routing_properties = ffn.routing_properties
     assert bool(seen_BL[0, -1])
-    assert bool(seen_BL[0, :-1].any()) == (not traits.causal)
-    assert bool(seen_BL[1].any()) == traits.batch_dependent
-    assert any(dropped for _, dropped in seen) == traits.drops
+    assert bool(seen_BL[0, :-1].any()) == (not routing_properties.causal)
+    assert bool(seen_BL[1].any()) == routing_properties.batch_dependent
+    assert any(dropped for _, dropped in seen) == routing_properties.drops
     if not budget:
         able = ffn.router.capabilities_of(ffn.router.config)
-        words = {"causal": traits.causal, "batch_dependent": traits.batch_dependent, "drops": traits.drops}
+        words = {
+            "causal": routing_properties.causal,
+            "batch_dependent": routing_properties.batch_dependent,
+            "drops": routing_properties.drops,
+        }
         assert able & words.keys() == {word for word, holds in words.items() if holds}
 
 
@@ -349,8 +426,10 @@ def test_expert_choice_leaks_the_future() -> None:
 
 
 BUDGET = f"{tiny.FFN}.token_dropping={{devices: 2}}"
-BIAS, SEQUENCE, EXPERT = (f"{tiny.BALANCE}=[{{name: {name}}}]" for name in ("bias", "sequence", "expert"))
-NOBODY = f"{tiny.BALANCE}=[]"
+BIAS, SEQUENCE, EXPERT = (
+    f"{tiny.BALANCE}=[{{name: {name}}}]" for name in ("bias", "sequence", "expert")
+)
+UNBALANCED = f"{tiny.BALANCE}=[]"
 CHOSEN, EVEN, UNLEARNED = (
     "selects through the balancers' bias",
     "gives every token the same number of experts",
@@ -369,7 +448,11 @@ REFUSED = {
         )
     },
     "a loss with hash": ((section("hash"), SEQUENCE), "balance.0", UNLEARNED),
-    "z_loss with hash": ((section("hash"), f"{tiny.BALANCE}=[{{name: z_loss}}]"), "balance.0", UNLEARNED),
+    "z_loss with hash": (
+        (section("hash"), f"{tiny.BALANCE}=[{{name: z_loss}}]"),
+        "balance.0",
+        UNLEARNED,
+    ),
     "expert with hash": ((section("hash"), EXPERT), "balance.0", UNLEARNED),
     "sequence with expert choice": (
         (section("expert_choice", top_k=2), SEQUENCE),
@@ -382,26 +465,42 @@ REFUSED = {
         EVEN,
     ),
     "a budget with expert choice": (
-        (section("expert_choice", top_k=2), NOBODY, BUDGET),
+        (section("expert_choice", top_k=2), UNBALANCED, BUDGET),
         "token_dropping",
         EVEN,
     ),
-    "a budget with gshard": ((section("gshard"), NOBODY, BUDGET), "token_dropping", "limits how many tokens"),
-    "a budget with switch": ((section("switch"), NOBODY, BUDGET), "token_dropping", "limits how many tokens"),
+    "a budget with gshard": (
+        (section("gshard"), UNBALANCED, BUDGET),
+        "token_dropping",
+        "limits how many tokens",
+    ),
+    "a budget with switch": (
+        (section("switch"), UNBALANCED, BUDGET),
+        "token_dropping",
+        "limits how many tokens",
+    ),
     "a budget on devices that do not divide": (
         (f"{tiny.FFN}.token_dropping={{devices: 3}}",),
         "token_dropping.devices",
         "must divide experts = 8",
     ),
     "a capacity with expert choice": (
-        (section("expert_choice", top_k=2, capacity_factor=1.0), NOBODY),
+        (section("expert_choice", top_k=2, capacity_factor=1.0), UNBALANCED),
         "router.capacity_factor",
         "nothing to cap",
     ),
-    "groups with switch": ((section("switch", groups=2), NOBODY), "router.groups", "one expert"),
-    "chunks of a batch": ((section("expert_choice", top_k=2, chunk=4), NOBODY), "router.chunk", "group is sequence"),
+    "groups with switch": (
+        (section("switch", groups=2), UNBALANCED),
+        "router.groups",
+        "one expert",
+    ),
+    "chunks of a batch": (
+        (section("expert_choice", top_k=2, chunk=4), UNBALANCED),
+        "router.chunk",
+        "group is sequence",
+    ),
     "one gate, normalised": (
-        (section("gshard_dropless", top_k=1, normalise=True), NOBODY),
+        (section("gshard_dropless", top_k=1, normalise=True), UNBALANCED),
         "router.normalise",
         "constant",
     ),

@@ -14,14 +14,16 @@ ENDS = {
     "empty experts": [0, 5, 5, 12],
     "one expert has all": [0, 0, 12, 12],
     "rows past the last end": [2, 2, 7, 9],
-    "nobody owns a row": [0, 0, 0, 0],
+    "no expert owns a row": [0, 0, 0, 0],
 }
 WIDTHS = [(8, 16), (7, 5), (1, 3)]
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
 every_case = pytest.mark.parametrize("name", ENDS)
 
 
-def operands(inputs: int = 7, outputs: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def operands(
+    inputs: int = 7, outputs: int = 5, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x_AI = torch.randn(12, inputs, dtype=torch.float64, generator=generator).to(dtype)
     weight_EOI = torch.randn(4, outputs, inputs, dtype=torch.float64, generator=generator).to(dtype)
@@ -33,9 +35,11 @@ def spans(ends: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def looped(x_AI: Tensor, weight_EOI: Tensor, ends: list[int]) -> Tensor:
-    """One row at a time; rows of nobody are 0."""
+    """The products one row at a time; rows of no expert are 0."""
     rows = [
-        weight_EOI[expert] @ x_AI[row] for expert, (begin, end) in enumerate(spans(ends)) for row in range(begin, end)
+        weight_EOI[expert] @ x_AI[row]
+        for expert, (begin, end) in enumerate(spans(ends))
+        for row in range(begin, end)
     ]
     rest = x_AI.new_zeros(len(x_AI) - len(rows), weight_EOI.shape[1])
     return torch.cat([torch.stack(rows), rest]) if rows else rest
@@ -101,7 +105,10 @@ def test_garbage_in_rows_of_nobody_stays_there() -> None:
 
 
 def test_no_rows_at_all() -> None:
-    x_AI, weight_EOI = torch.zeros(0, 7, requires_grad=True), torch.ones(4, 5, 7, requires_grad=True)
+    x_AI, weight_EOI = (
+        torch.zeros(0, 7, requires_grad=True),
+        torch.ones(4, 5, 7, requires_grad=True),
+    )
     y_AO = grouped_product(x_AI, weight_EOI, torch.zeros(4, dtype=torch.int32))
     assert y_AO.shape == (0, 5)
     y_AO.sum().backward()
@@ -115,12 +122,17 @@ def test_expanded_and_strided_operands() -> None:
     (expanded,) = torch.autograd.grad(grouped_product(x_AI, weight_EOI, ends).sum(), x_AI)
     (dense,) = torch.autograd.grad(looped(x_AI, weight_EOI, ENDS["empty experts"]).sum(), x_AI)
     torch.testing.assert_close(expanded, dense, rtol=0, atol=1e-13)
-    views = (x_AI.detach().t().contiguous().t(), weight_EOI.detach().transpose(1, 2).contiguous().transpose(1, 2))
+    views = (
+        x_AI.detach().t().contiguous().t(),
+        weight_EOI.detach().transpose(1, 2).contiguous().transpose(1, 2),
+    )
     torch.testing.assert_close(
         grouped_product(*views, ends), grouped_product(x_AI, weight_EOI, ends), rtol=0, atol=1e-13
     )
     wide = x_AI.detach().repeat(1, 2)[:, :7]
-    torch.testing.assert_close(grouped_product(wide, weight_EOI, ends), grouped_product(x_AI, weight_EOI, ends))
+    torch.testing.assert_close(
+        grouped_product(wide, weight_EOI, ends), grouped_product(x_AI, weight_EOI, ends)
+    )
 
 
 @every_case
@@ -137,17 +149,21 @@ def test_opcheck(op: str, clean: bool) -> None:
     x_AI, weight_EOI = operands()
     ends = torch.tensor(ENDS["rows past the last end"], dtype=torch.int32)
     if op == "grouped_product":
-        torch.library.opcheck(torch.ops.moeloom.grouped_product.default, (x_AI, weight_EOI, ends, clean))
+        torch.library.opcheck(
+            torch.ops.moeloom.grouped_product.default, (x_AI, weight_EOI, ends, clean)
+        )
     else:
         dy_AO = torch.randn(12, 5, dtype=torch.float64)
-        torch.library.opcheck(torch.ops.moeloom.grouped_outer.default, (dy_AO, x_AI.detach(), ends, clean))
+        torch.library.opcheck(
+            torch.ops.moeloom.grouped_outer.default, (dy_AO, x_AI.detach(), ends, clean)
+        )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_compiles_as_one_graph(dtype: torch.dtype) -> None:
     """Forward and backward, with other loads than those it was compiled with."""
     compiled = torch.compile(grouped_product, fullgraph=True, backend="aot_eager")
-    for name in ("every expert busy", "rows past the last end", "nobody owns a row"):
+    for name in ("every expert busy", "rows past the last end", "no expert owns a row"):
         ends = torch.tensor(ENDS[name], dtype=torch.int32)
         results = []
         for function in (compiled, grouped_product):

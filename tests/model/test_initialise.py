@@ -12,7 +12,9 @@ from . import tiny
 
 SWAPS = {
     "no balancer": (f"{tiny.BALANCE}=[]",),
-    "balancers in the other order": (f"{tiny.BALANCE}=[{{name: sequence, alpha: 0.1}}, {{name: bias, rate: 0.1}}]",),
+    "balancers in the other order": (
+        f"{tiny.BALANCE}=[{{name: sequence, alpha: 0.1}}, {{name: bias, rate: 0.1}}]",
+    ),
     "another attention": ("model.attention={name: mha, heads: 4}",),
     "no query latent": ("model.attention.q_rank=null",),
     "multi-token prediction": tiny.MTP,
@@ -25,7 +27,7 @@ SWAPS = {
 
 
 def weights(*overrides: str) -> dict[str, Tensor]:
-    """The initial state, in fp32 unless told otherwise."""
+    """The initial state, in fp32 by default."""
     return core.build(tiny.compose("precision.name=fp32", *overrides)).state_dict()
 
 
@@ -35,7 +37,9 @@ def test_swapping_one_part_leaves_every_other_weight(swap: str) -> None:
     before, after = weights(), weights(*SWAPS[swap])
     common = [name for name in before if name in after and before[name].shape == after[name].shape]
     assert len(common) >= len(before) - 3 * 7
-    tiny.assert_equal({name: after[name] for name in common}, {name: before[name] for name in common})
+    tiny.assert_equal(
+        {name: after[name] for name in common}, {name: before[name] for name in common}
+    )
 
 
 def test_more_experts_leave_expert_e_as_it_was() -> None:
@@ -49,7 +53,9 @@ def test_more_experts_leave_expert_e_as_it_was() -> None:
 
 def test_experts_blocks_and_matrices_differ_from_each_other() -> None:
     state = weights(f"{tiny.FFN}.experts=12", f"{tiny.FFN}.expert_hidden=16")
-    assert not torch.equal(state["blocks.1.ffn.router.centroids.weight"], state["blocks.2.ffn.router.centroids.weight"])
+    assert not torch.equal(
+        state["blocks.1.ffn.router.centroids.weight"], state["blocks.2.ffn.router.centroids.weight"]
+    )
     for name, weight in state.items():
         if "routed" in name:
             assert len({tuple(expert.flatten().tolist()) for expert in weight}) == 12
@@ -63,7 +69,9 @@ def test_another_seed_changes_every_matrix() -> None:
         assert torch.equal(weight, after[name]) == (weight.dim() == 1), name
     for name, weight in before.items():
         if "routed" in name:
-            assert all(not torch.equal(one, two) for one, two in zip(weight, after[name], strict=True))
+            assert all(
+                not torch.equal(one, two) for one, two in zip(weight, after[name], strict=True)
+            )
 
 
 def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before() -> None:
@@ -108,15 +116,24 @@ def test_addresses_are_63_bits_of_seed_and_name() -> None:
 
 def test_measured_deviations() -> None:
     """`std` everywhere, `output_std` for what writes into the residual stream, `embedding_std`; norms 1, biases 0."""
-    state = weights("model.init={std: 0.02, output_std: 0.005, embedding_std: 0.5}", *tiny.MTP, "model.dim=64")
-    residual = ("attention.output.weight", "ffn.down.weight", "routed.down.weight", "shared.down.weight")
+    state = weights(
+        "model.init={std: 0.02, output_std: 0.005, embedding_std: 0.5}", *tiny.MTP, "model.dim=64"
+    )
+    residual = (
+        "attention.output.weight",
+        "ffn.down.weight",
+        "routed.down.weight",
+        "shared.down.weight",
+    )
     for name, tensor in state.items():
         if name.endswith(".bias"):
             assert not tensor.any()
         elif tensor.dim() == 1:
             assert (tensor == 1).all()
         else:
-            expected = 0.5 if name == "embedding.weight" else 0.005 if name.endswith(residual) else 0.02
+            expected = (
+                0.5 if name == "embedding.weight" else 0.005 if name.endswith(residual) else 0.02
+            )
             error = 5 / (2 * tensor.numel()) ** 0.5
             assert tensor.std().item() == pytest.approx(expected, rel=error), name
             assert abs(tensor.mean().item()) < 5 * expected / tensor.numel() ** 0.5, name

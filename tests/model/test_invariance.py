@@ -62,13 +62,17 @@ def padded(context: SequenceContext, positions: int, rows: int) -> SequenceConte
     generator = torch.Generator().manual_seed(9)
     columns = [torch.randint(tiny.VOCABULARY, shape, generator=generator) for _ in range(2)]
     valid_BL = torch.zeros(shape, dtype=torch.bool)
-    for column, own in zip((*columns, valid_BL), (context.tokens_BL, context.targets_BL, True), strict=True):
+    for column, own in zip(
+        (*columns, valid_BL), (context.tokens_BL, context.targets_BL, True), strict=True
+    ):
         column[:batch, :length] = own
     documents_BM = None
     if context.documents_BM is not None:
         documents_BM = torch.full((shape[0], shape[1] + 1), 99)
         documents_BM[:batch, : length + 1] = context.documents_BM
-    return SequenceContext.of(columns[0], targets_BL=columns[1], valid_BL=valid_BL, documents_BM=documents_BM)
+    return SequenceContext.of(
+        columns[0], targets_BL=columns[1], valid_BL=valid_BL, documents_BM=documents_BM
+    )
 
 
 @pytest.mark.parametrize(("positions", "rows"), [(3, 0), (0, 2), (2, 1)])
@@ -93,18 +97,25 @@ def test_P9_gradients_of_sums_do_not_depend_on_the_split(sizes: list[int], kind:
     if kind == "padding":
         given["valid_BL"] = torch.arange(LENGTH)[None] < torch.tensor([[7], [3], [5], [1]])
     if kind == "documents":
-        given["documents_BM"] = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2], [3] * 8, [4] + [5] * 7, [6] * 7 + [7]])
+        given["documents_BM"] = torch.tensor(
+            [[0, 0, 0, 1, 1, 1, 2, 2], [3] * 8, [4] + [5] * 7, [6] * 7 + [7]]
+        )
     model, whole = tiny.build(*tiny.MTP), tiny.context(4, LENGTH, **given)
     one = tiny.see(model, whole)
     expected = tiny.backward(model, one.summed())
     begins = [sum(sizes[:i]) for i in range(len(sizes))]
-    parts = [tiny.see(model, tiny.part(whole, slice(b, b + s))) for b, s in zip(begins, sizes, strict=True)]
+    parts = [
+        tiny.see(model, tiny.part(whole, slice(b, b + s)))
+        for b, s in zip(begins, sizes, strict=True)
+    ]
     model.zero_grad()
     for seen in parts:
         seen.summed().backward()
     tiny.assert_close(tiny.gradients(model), expected, 1e-9)
     for name, term in one.terms.items():
-        assert sum(p.terms[name].sum.item() for p in parts) == pytest.approx(term.sum.item(), rel=1e-11), name
+        assert sum(p.terms[name].sum.item() for p in parts) == pytest.approx(
+            term.sum.item(), rel=1e-11
+        ), name
         assert sum(int(p.terms[name].count) for p in parts) == int(term.count), name
     tiny.assert_equal({path: sum(p.loads[path] for p in parts) for path in one.loads}, one.loads)
 

@@ -37,7 +37,9 @@ def changed(context: SequenceContext, position: int) -> SequenceContext:
 def test_A11_depth_k_at_position_i_sees_the_tokens_up_to_i_plus_k(position: int) -> None:
     """Depth 1 at i is unchanged by t_{i+2}, t_{i+3}, ... and changed by t_{i+1}; every depth alike."""
     model, context = tiny.build(*tiny.MTP), tiny.context(length=LENGTH)
-    pairs = zip(depth_logits(model, context), depth_logits(model, changed(context, position)), strict=True)
+    pairs = zip(
+        depth_logits(model, context), depth_logits(model, changed(context, position)), strict=True
+    )
     for depth, (before, after) in enumerate(pairs):
         moved_L = (before - after).abs().amax(dim=(0, 2)) > 1e-9
         first = max(position - depth, 0)
@@ -61,11 +63,21 @@ def test_A12_the_divisor_is_the_main_losss() -> None:
     valid_BL = torch.tensor([[True] * LENGTH, [True] * 3 + [False] * 5])
     model = tiny.build(*tiny.MTP)
     documents_BM = torch.tensor([[0] * 3 + [1] * 6, [2] * 8 + [3]])
-    for given, predicted in (({}, 16), ({"valid_BL": valid_BL}, 11), ({"documents_BM": documents_BM}, 14)):
+    for given, predicted in (
+        ({}, 16),
+        ({"valid_BL": valid_BL}, 11),
+        ({"documents_BM": documents_BM}, 14),
+    ):
         context = tiny.context(length=LENGTH, **given)
         terms = tiny.see(model, context).terms
-        counts = {name: int(term.count) for name, term in terms.items() if not name.startswith("balance/")}
-        assert counts == {"next_token": predicted, "mtp/depth_1": predicted, "mtp/depth_2": predicted}
+        counts = {
+            name: int(term.count) for name, term in terms.items() if not name.startswith("balance/")
+        }
+        assert counts == {
+            "next_token": predicted,
+            "mtp/depth_1": predicted,
+            "mtp/depth_2": predicted,
+        }
         assert {name: int(count) for name, count in model.heads["mtp"].counts(context).items()} == {
             "depth_1": predicted,
             "depth_2": predicted,
@@ -89,16 +101,27 @@ def test_A12_the_coefficient_is_lambda_over_depths_and_follows_its_schedule() ->
     ],
     ids=["all padding", "one-token documents"],
 )
-def test_P17_a_batch_with_nothing_to_predict_gives_zero(given: dict[str, Tensor], precision: str) -> None:
+def test_P17_a_batch_with_nothing_to_predict_gives_zero(
+    given: dict[str, Tensor], precision: str
+) -> None:
     """Means are 0, not NaN, and every gradient is 0."""
-    model, context = tiny.build(*tiny.MTP, f"precision.name={precision}"), tiny.context(length=LENGTH, **given)
+    model, context = (
+        tiny.build(*tiny.MTP, f"precision.name={precision}"),
+        tiny.context(length=LENGTH, **given),
+    )
     terms = tiny.see(model, context).terms
-    predicted = {name: term for name, term in terms.items() if not name.startswith("balance/blocks")}
+    predicted = {
+        name: term for name, term in terms.items() if not name.startswith("balance/blocks")
+    }
     assert {term.mean().item() for term in predicted.values()} == {0.0}
     assert {int(term.count) for term in predicted.values()} == {0}
-    grads = tiny.backward(model, tiny.weighted({name: term.mean() for name, term in predicted.items()}))
+    grads = tiny.backward(
+        model, tiny.weighted({name: term.mean() for name, term in predicted.items()})
+    )
     assert not any(g.any() for g in grads.values())
-    assert all(g.isfinite().all() for g in tiny.backward(model, tiny.see(model, context).total()).values())
+    assert all(
+        g.isfinite().all() for g in tiny.backward(model, tiny.see(model, context).total()).values()
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -114,7 +137,9 @@ def test_P17_sequences_shorter_than_the_depths(length: int) -> None:
 def test_P17_embedding_and_output_are_the_models_own() -> None:
     """Saved once, and trained by both: the head owns neither."""
     model = tiny.build(*tiny.MTP)
-    vocabulary = [name for name, tensor in model.state_dict().items() if tiny.VOCABULARY in tensor.shape]
+    vocabulary = [
+        name for name, tensor in model.state_dict().items() if tiny.VOCABULARY in tensor.shape
+    ]
     assert vocabulary == ["embedding.weight", "output.weight"]
     grads = tiny.backward(model, tiny.see(model, tiny.context()).terms["mtp/depth_2"].sum)
     assert grads["embedding.weight"].any()
@@ -133,21 +158,32 @@ def test_P17_the_order_is_embedding_then_hidden() -> None:
 
 
 def test_P4_every_layer_with_experts_is_found_and_has_a_record() -> None:
-    """By search: the multi-token modules' too, under the same paths."""
+    """The search finds those of multi-token modules too, under the same paths as their records."""
     model = tiny.build(*tiny.MTP)
     records = model(tiny.context()).expert_records()
     assert list(model.expert_layers()) == list(records)
-    assert list(records) == ["blocks.1", "blocks.2", "heads.mtp.depths.0.block", "heads.mtp.depths.1.block"]
+    assert list(records) == [
+        "blocks.1",
+        "blocks.2",
+        "heads.mtp.depths.0.block",
+        "heads.mtp.depths.1.block",
+    ]
     loads = [int(record.load_E.sum()) for record in records.values()]
     assert loads == [2 * 8 * 2, 2 * 8 * 2, 2 * 7 * 2, 2 * 6 * 2]
 
 
 def test_documents_end_a_depths_predictions() -> None:
-    """Depth k masks the last k positions of every document; those rows load nobody."""
+    """Depth k masks the last k positions of every document; those rows are in no expert's load."""
     documents_BM = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 2], [3] * 9])
     context = tiny.context(length=LENGTH, documents_BM=documents_BM)
-    assert context.predicted(0).tolist() == [[True] * 3 + [False] + [True] * 3 + [False], [True] * 8]
-    assert context.predicted(1).tolist() == [[True, True, False, False, True, True, False], [True] * 7]
+    assert context.predicted(0).tolist() == [
+        [True] * 3 + [False] + [True] * 3 + [False],
+        [True] * 8,
+    ]
+    assert context.predicted(1).tolist() == [
+        [True, True, False, False, True, True, False],
+        [True] * 7,
+    ]
     assert context.predicted(2).tolist() == [[True, False, False, False, True, False], [True] * 6]
     loads = tiny.see(tiny.build(*tiny.MTP), context).loads
     assert int(loads["heads.mtp.depths.0.block"].sum()) == 2 * (4 + 7)
@@ -161,21 +197,27 @@ def test_a_document_does_not_reach_another_ones_predictions() -> None:
     before = depth_logits(model, context)
     for position in (0, 3):
         other = SequenceContext.of(
-            changed(context, position).tokens_BL, targets_BL=context.targets_BL, documents_BM=documents_BM
+            changed(context, position).tokens_BL,
+            targets_BL=context.targets_BL,
+            documents_BM=documents_BM,
         )
         for after, earlier in zip(depth_logits(model, other), before, strict=True):
             torch.testing.assert_close(after[:, 4:], earlier[:, 4:], rtol=1e-12, atol=1e-12)
     for position in (4, 7):
         other = SequenceContext.of(
-            changed(context, position).tokens_BL, targets_BL=context.targets_BL, documents_BM=documents_BM
+            changed(context, position).tokens_BL,
+            targets_BL=context.targets_BL,
+            documents_BM=documents_BM,
         )
-        for depth, (after, earlier) in enumerate(zip(depth_logits(model, other), before, strict=True)):
+        for depth, (after, earlier) in enumerate(
+            zip(depth_logits(model, other), before, strict=True)
+        ):
             rows = context.predicted(depth)[0, : 4 - depth].nonzero().flatten()
             torch.testing.assert_close(after[:, rows], earlier[:, rows], rtol=1e-12, atol=1e-12)
 
 
 def test_acceptance_is_how_often_a_depth_agrees_with_the_main_model() -> None:
-    """In evaluation only: depth k's best at i against the main model's best at i + k, both for t_{i+k+1}."""
+    """Depth k's best token at i is compared with the main model's at i + k, both for t_{i+k+1}; in evaluation only."""
     valid_BL = torch.tensor([[True] * 20, [True] * 15 + [False] * 5])
     model, context = tiny.build(*tiny.MTP), tiny.context(length=20, valid_BL=valid_BL)
     with torch.no_grad():

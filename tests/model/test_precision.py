@@ -89,7 +89,9 @@ def test_P1_the_bias_survives_the_meta_device(precision: str) -> None:
     assert {bias.dtype for bias in tiny.biases(model).values()} == {torch.float32}
     model = core.build(recipe, device="meta").to_empty(device="cpu")
     initialise(model, recipe.seed)
-    assert all(bias.dtype == torch.float32 and not bias.any() for bias in tiny.biases(model).values())
+    assert all(
+        bias.dtype == torch.float32 and not bias.any() for bias in tiny.biases(model).values()
+    )
     assert all(bias.device.type == "cpu" for bias in tiny.biases(model).values())
 
 
@@ -97,7 +99,9 @@ def test_formats_of_weights_and_products() -> None:
     """bf16 keeps fp32 master weights; fp64 is fp64 throughout."""
     kept = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
     for precision, dtype in kept.items():
-        assert {parameter.dtype for parameter in build(precision, *tiny.MTP).parameters()} == {dtype}
+        assert {parameter.dtype for parameter in build(precision, *tiny.MTP).parameters()} == {
+            dtype
+        }
 
 
 def test_the_process_default_format_changes_nothing() -> None:
@@ -126,8 +130,12 @@ def test_P14_under_bf16_the_router_and_the_losses_stay_in_fp32() -> None:
     assert found["blocks.1.attention"].dtype == torch.bfloat16
     assert found["blocks.1.ffn.routed"].dtype == torch.bfloat16
     routing = found["blocks.1.ffn.router"]
-    assert {t.dtype for t in (routing.logits_TE, routing.scores_TE, routing.gate_A)} == {torch.float32}
-    assert {value.dtype for head in found["losses"].heads.values() for value in head.terms.values()} == {torch.float32}
+    assert {t.dtype for t in (routing.logits_TE, routing.scores_TE, routing.gate_A)} == {
+        torch.float32
+    }
+    assert {
+        value.dtype for head in found["losses"].heads.values() for value in head.terms.values()
+    } == {torch.float32}
     records = found["losses"].expert_records()
     assert len(records) == 4
     for record in records.values():
@@ -151,7 +159,9 @@ def test_P14_autocast_reaches_everything_but_router_norms_and_losses() -> None:
     assert found["blocks.1.attention.kv_down"].dtype == torch.bfloat16
     assert found["blocks.1.ffn.router"].logits_TE.dtype == torch.float32
     assert found["losses"].heads["next_token"].terms["next_token"].dtype == torch.float32
-    assert {record.load_E.dtype for record in found["losses"].expert_records().values()} == {torch.int64}
+    assert {record.load_E.dtype for record in found["losses"].expert_records().values()} == {
+        torch.int64
+    }
 
 
 def test_bf16_losses_are_near_those_of_fp32() -> None:
@@ -164,7 +174,9 @@ def test_bf16_losses_are_near_those_of_fp32() -> None:
 def test_P45_norms_compute_in_fp32_or_wider(dtype: torch.dtype) -> None:
     """fp64 to the last bits; bf16 is one rounding away from the fp32 result."""
     norm = build("fp64").norm
-    x_TD = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x_TD = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
+        dtype
+    )
     y_TD = norm(x_TD)
     assert y_TD.dtype == dtype
     exact = torch.stack([rms_norm(x_D.double(), norm.weight, 1e-6) for x_D in x_TD]).detach()
@@ -173,10 +185,12 @@ def test_P45_norms_compute_in_fp32_or_wider(dtype: torch.dtype) -> None:
 
 
 def test_P45_the_epsilon_is_inside_the_root() -> None:
-    """For tiny inputs x / sqrt(mean x^2 + eps) goes to x / sqrt(eps)."""
+    """x / sqrt(mean x^2 + eps) goes to x / sqrt(eps) for tiny inputs."""
     norm = build("fp64", "model.norm_eps=1e-4").norm
     x_D = torch.full((32,), 1e-6, dtype=torch.float64)
-    torch.testing.assert_close(norm(x_D), x_D / (1e-12 + 1e-4) ** 0.5 * norm.weight, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        norm(x_D), x_D / (1e-12 + 1e-4) ** 0.5 * norm.weight, rtol=1e-12, atol=0
+    )
 
 
 def test_P45_rotations_keep_fp64_and_return_the_format_they_got() -> None:
@@ -192,7 +206,9 @@ def test_P45_rotations_keep_fp64_and_return_the_format_they_got() -> None:
 
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 6), (3, 400), (1, 512), (1, 513)])
-def test_P45_the_loss_keeps_fp64_however_many_pieces_it_is_taken_in(batch: int, length: int) -> None:
+def test_P45_the_loss_keeps_fp64_however_many_pieces_it_is_taken_in(
+    batch: int, length: int
+) -> None:
     """The sum of -log p over the counted positions, and its gradient."""
     generator = torch.Generator().manual_seed(0)
     x_BLV = 5 * torch.randn(batch, length, 11, dtype=torch.float64, generator=generator)
@@ -208,6 +224,8 @@ def test_P45_the_loss_keeps_fp64_however_many_pieces_it_is_taken_in(batch: int, 
         torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-14)
 
 
-def _summed(logits: Callable[[Tensor], Tensor], x_BLV: Tensor, targets_BL: Tensor, counted_BL: Tensor) -> Tensor:
+def _summed(
+    logits: Callable[[Tensor], Tensor], x_BLV: Tensor, targets_BL: Tensor, counted_BL: Tensor
+) -> Tensor:
     log_p = logits(x_BLV).log_softmax(dim=-1).gather(2, targets_BL[..., None])[..., 0]
     return -(log_p * counted_BL).sum()

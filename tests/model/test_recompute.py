@@ -118,7 +118,11 @@ def test_P3_ties_broken_at_random_are_broken_once(monkeypatch: pytest.MonkeyPatc
         torch.nn.init.zeros_(router.centroids.weight)
         select = router.select
         monkeypatch.setattr(
-            router, "select", lambda biased_TE, select=select: select(biased_TE + 9e-9 * _noise(biased_TE, next(rolls)))
+            router,
+            "select",
+            lambda biased_TE, select=select: select(
+                biased_TE + 9e-9 * _noise(biased_TE, next(rolls))
+            ),
         )
         tiny.moe(model, path).balancers[0].reset_parameters()
     seen = tiny.see(model, tiny.context(4, 8))
@@ -151,17 +155,23 @@ class Spy(FP64):
 
 
 @pytest.mark.parametrize(("overrides", "times"), [((), 1), ((RECOMPUTE,), 2)])
-def test_P40_the_precisions_context_is_open_inside_recomputation(overrides: tuple[str, ...], times: int) -> None:
+def test_P40_the_precisions_context_is_open_inside_recomputation(
+    overrides: tuple[str, ...], times: int
+) -> None:
     """Every block enters it in the forward, and again where it is recomputed; attention and experts run inside."""
     model, spy, inside = tiny.build(*overrides), Spy(), []
     for block in model.blocks:
         block.precision = spy
         for module in block.modules():
-            module.register_forward_hook(lambda *_: inside.append(spy.open) if _[0] is not None else None)
+            module.register_forward_hook(
+                lambda *_: inside.append(spy.open) if _[0] is not None else None
+            )
     blocks = set(model.blocks)
     tiny.see(model, tiny.context()).total().backward()
     assert spy.entered == times * len(blocks)
-    assert inside.count(False) == len(blocks)  # a block's own hook runs after its context; recomputation stops before
+    assert inside.count(False) == len(
+        blocks
+    )  # a block's own hook runs after its context; recomputation stops before
     assert inside.count(True) > times * 10 * len(blocks)
 
 
@@ -181,7 +191,13 @@ def tensors(value: Any) -> list[Tensor]:
         return [value]
     if is_dataclass(value) and not isinstance(value, type | Section):
         value = [getattr(value, f.name) for f in fields(value)]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    items = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else []
+    )
     return [tensor for item in items for tensor in tensors(item)]
 
 
@@ -211,7 +227,13 @@ def test_P36_what_modules_return_is_a_pytree(name: str) -> None:
 def test_P36_types_survive_a_round_trip() -> None:
     found = outputs()
     found["maximum"] = MaxMetric(torch.ones(()))
-    kinds = {"routing": Routing, "record": Record, "metric": MeanMetric, "maximum": MaxMetric, "head": HeadOutput}
+    kinds = {
+        "routing": Routing,
+        "record": Record,
+        "metric": MeanMetric,
+        "maximum": MaxMetric,
+        "head": HeadOutput,
+    }
     for name, kind in {**kinds, "losses": Losses}.items():
         leaves, spec = tree_flatten(found[name])
         assert type(torch.utils._pytree.tree_unflatten(leaves, spec)) is kind
@@ -240,19 +262,25 @@ def test_P42_compiling_in_place_keeps_names_and_values() -> None:
 
 @pytest.mark.full
 def test_P42_a_block_with_experts_compiles_as_one_graph() -> None:
-    """By default, the conformance kit compiles the layer of experts and each router, as one graph too."""
+    """The conformance kit compiles the layer of experts and each router as one graph too, by default."""
     model: LanguageModel = tiny.build()
     given, x_BLD = tiny.context(), torch.randn(2, 8, 32, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(model.blocks[1], backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x_BLD, given)[0], model.blocks[1](x_BLD, given)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        compiled(x_BLD, given)[0], model.blocks[1](x_BLD, given)[0], rtol=1e-12, atol=1e-12
+    )
 
 
 def test_the_block_of_a_head_is_recomputed_too() -> None:
     """The multi-token block is of the recipe's last kind, and does as that kind does."""
     plain, recomputed = tiny.build(*tiny.MTP), tiny.build(*tiny.MTP, "recompute.blocks=[moe]")
     flags = [
-        {name: module.recompute for name, module in model.named_modules() if isinstance(module, Block)}
+        {
+            name: module.recompute
+            for name, module in model.named_modules()
+            if isinstance(module, Block)
+        }
         for model in (plain, recomputed)
     ]
     assert not any(flags[0].values())

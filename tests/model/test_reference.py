@@ -45,9 +45,12 @@ CASES = {
     "documents": Case(documents=DOCUMENTS),
     "documents and padding": Case(valid=VALID, documents=PADDED_DOCUMENTS),
     "no query latent, three groups of four": Case(
-        overrides=("model.attention.q_rank=null", "model.attention.value_dim=14", *WIDE), valid=VALID
+        overrides=("model.attention.q_rank=null", "model.attention.value_dim=14", *WIDE),
+        valid=VALID,
     ),
-    "yarn, one group": Case(overrides=(*ROPE, YARN, f"{tiny.ROUTER}.groups=1", f"{tiny.ROUTER}.group_limit=null")),
+    "yarn, one group": Case(
+        overrides=(*ROPE, YARN, f"{tiny.ROUTER}.groups=1", f"{tiny.ROUTER}.group_limit=null")
+    ),
 }
 
 
@@ -72,7 +75,9 @@ def both(name: str) -> Pair:
     own = tiny.backward(model, seen.total())
     reference = Reference(model.state_dict(), tiny.settings(tiny.compose(*case.overrides)))
     expected = reference.run(tiny.lines(given))
-    tiny.weighted({term: total / max(count, 1) for term, (total, count) in _all(expected).items()}).backward()
+    tiny.weighted(
+        {term: total / max(count, 1) for term, (total, count) in _all(expected).items()}
+    ).backward()
     leaves = {n: w for n, w in reference.weights.items() if w.requires_grad}
     theirs = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in leaves.items()}
     return Pair(logits, seen, own, expected, theirs)
@@ -105,7 +110,9 @@ def test_loss_terms_and_their_counts(case: str) -> None:
 def test_loads(case: str) -> None:
     """P1, P6: int64 counts of valid tokens, in the multi-token modules too."""
     pair = both(case)
-    assert {path: load_E.tolist() for path, load_E in pair.seen.loads.items()} == pair.expected.loads
+    assert {
+        path: load_E.tolist() for path, load_E in pair.seen.loads.items()
+    } == pair.expected.loads
     assert all(load_E.dtype == torch.int64 for load_E in pair.seen.loads.values())
 
 
@@ -121,7 +128,9 @@ def test_model_logits_are_those_of_the_hidden_states() -> None:
     """`logits(tokens)` is the case without documents, in training and in evaluation."""
     model, given = tiny.build(*tiny.MTP), CASES["plain"].context()
     torch.testing.assert_close(model.logits(given.tokens_BL), both("plain").logits, rtol=0, atol=0)
-    torch.testing.assert_close(model.eval().logits(given.tokens_BL), both("plain").logits, rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.eval().logits(given.tokens_BL), both("plain").logits, rtol=0, atol=0
+    )
 
 
 def test_cases_exercise_what_they_name() -> None:
@@ -129,8 +138,12 @@ def test_cases_exercise_what_they_name() -> None:
     given = CASES["plain"].context()
     settings = tiny.settings(tiny.compose())
     state = tiny.build(*tiny.MTP).state_dict()
-    unbiased = {name: torch.zeros_like(w) if name.endswith(".bias") else w for name, w in state.items()}
-    ungrouped = Reference(state, settings.__class__(**{**vars(settings), "groups": 1, "group_limit": 1}))
+    unbiased = {
+        name: torch.zeros_like(w) if name.endswith(".bias") else w for name, w in state.items()
+    }
+    ungrouped = Reference(
+        state, settings.__class__(**{**vars(settings), "groups": 1, "group_limit": 1})
+    )
     loads = Reference(state, settings).run(tiny.lines(given)).loads
     assert Reference(unbiased, settings).run(tiny.lines(given)).loads != loads
     assert ungrouped.run(tiny.lines(given)).loads != loads

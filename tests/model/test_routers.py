@@ -26,11 +26,15 @@ NO_BIAS = [0.0] * EXPERTS
 def section(name: str, **keys: Any) -> str:
     """The override that makes this router the layer's, and nothing else."""
     written = ", ".join(f"{key}: {value}" for key, value in {"name": name, **keys}.items())
-    return f"{tiny.ROUTER}={{{written}}}".replace("None", "null").replace("True", "true").replace("False", "false")
+    return (
+        f"{tiny.ROUTER}={{{written}}}".replace("None", "null")
+        .replace("True", "true")
+        .replace("False", "false")
+    )
 
 
 def overrides(name: str, *, experts: int = EXPERTS, **keys: Any) -> tuple[str, ...]:
-    """Of a recipe with this router, routed experts only, and nobody who balances them."""
+    """The overrides for a recipe with this router, routed experts only, and no balancer."""
     free = {"groups": 1, "group_limit": None} if name.startswith("deepseek") else {}
     given = {"top_k": 2, "scale": 1.0, **free} if free or name == "forced_balance" else {}
     layer = (f"{tiny.FFN}.experts={experts}", f"{tiny.FFN}.shared_experts=0", f"{tiny.BALANCE}=[]")
@@ -86,7 +90,9 @@ def lengths(*valid: int, length: int = 9) -> Batch:
 BATCHES = {
     "three sequences": lengths(9, 9, 9),
     "padded": lengths(9, 4, 0, 1),
-    "padding between": Batch([[True, False, False, True, True, False, True], [False] * 3 + [True] * 4]),
+    "padding between": Batch(
+        [[True, False, False, True, True, False, True], [False] * 3 + [True] * 4]
+    ),
     "all masked": lengths(0, 0),
     "one token": lengths(1, length=1),
     "one valid token": lengths(0, 1),
@@ -131,11 +137,17 @@ def _groups(keys: dict[str, Any], batch: Batch, default: str) -> list[list[int]]
 
 
 def v3(**keys: Any) -> Case:
-    return Case("deepseek_v3", keys, lambda rows, *_: reference.deepseek_v3(rows, NO_BIAS, **{"top_k": 2, **keys}))
+    return Case(
+        "deepseek_v3",
+        keys,
+        lambda rows, *_: reference.deepseek_v3(rows, NO_BIAS, **{"top_k": 2, **keys}),
+    )
 
 
 def v2(**keys: Any) -> Case:
-    return Case("deepseek_v2", keys, lambda rows, *_: reference.deepseek_v2(rows, **{"top_k": 2, **keys}))
+    return Case(
+        "deepseek_v2", keys, lambda rows, *_: reference.deepseek_v2(rows, **{"top_k": 2, **keys})
+    )
 
 
 def draws(one: Any, context: SequenceContext) -> list[float]:
@@ -148,7 +160,9 @@ def gshard(**keys: Any) -> Case:
     def expected(rows: Rows, batch: Batch, one: Any, context: SequenceContext) -> list[Assigned]:
         chance = None if keys.get("second") == "always" else draws(one, context)
         factor = keys.get("capacity_factor", 1.0)
-        return reference.gshard(rows, _groups(keys, batch, "sequence"), capacity_factor=factor, chance=chance)
+        return reference.gshard(
+            rows, _groups(keys, batch, "sequence"), capacity_factor=factor, chance=chance
+        )
 
     return Case("gshard", keys, expected, ties=True)
 
@@ -193,7 +207,9 @@ CASES = {
     "gshard, no capacity": gshard(capacity_factor=0.0),
     "gshard, small capacity": gshard(capacity_factor=0.3, second="always", group="batch"),
     "gshard, more capacity than tokens": gshard(capacity_factor=20.0),
-    "gshard_dropless": Case("gshard_dropless", {}, lambda rows, *_: reference.gshard_dropless(rows)),
+    "gshard_dropless": Case(
+        "gshard_dropless", {}, lambda rows, *_: reference.gshard_dropless(rows)
+    ),
     "gshard_dropless, normalised": Case(
         "gshard_dropless",
         {"top_k": 3, "normalise": True},
@@ -234,7 +250,11 @@ def both(name: str, logits_TE: Tensor, batch: Batch, **rest: Any) -> Both:
 
 
 def kept_of(routing: Routing) -> Tensor:
-    return torch.ones_like(routing.token_A, dtype=torch.bool) if routing.kept_A is None else routing.kept_A
+    return (
+        torch.ones_like(routing.token_A, dtype=torch.bool)
+        if routing.kept_A is None
+        else routing.kept_A
+    )
 
 
 def found(routing: Routing, valid: list[bool]) -> dict[tuple[int, int], tuple[bool, float]]:
@@ -246,7 +266,10 @@ def found(routing: Routing, valid: list[bool]) -> dict[tuple[int, int], tuple[bo
     return dict(listed)
 
 
-SCORES_AND_BATCHES = [*(("random", batch) for batch in BATCHES), *((kind, "padded") for kind in LOGITS[1:])]
+SCORES_AND_BATCHES = [
+    *(("random", batch) for batch in BATCHES),
+    *((kind, "padded") for kind in LOGITS[1:]),
+]
 """Random scores on every batch; adversarial ones where rows are full, partly padded, empty and of one token."""
 
 
@@ -259,23 +282,32 @@ def test_the_routing_is_the_references(name: str, batch: str, kind: str) -> None
     actual = found(pair.routing, valid)
     wanted = {(a.token, a.expert): (a.kept, a.gate.item()) for a in pair.expected}
     if kind == "ties" and not CASES[name].ties:
-        side = 1 if CASES[name].name == "expert_choice" else 0  # how many tokens an expert has, or experts a token
+        side = (
+            1 if CASES[name].name == "expert_choice" else 0
+        )  # how many tokens an expert has, or experts a token
         assert sorted(place[side] for place in actual) == sorted(place[side] for place in wanted)
         assert all(kept for kept, _ in actual.values())
-        gates, expected = sorted(g for _, g in actual.values()), sorted(g for _, g in wanted.values())
+        gates, expected = (
+            sorted(g for _, g in actual.values()),
+            sorted(g for _, g in wanted.values()),
+        )
     else:
-        assert {at: kept for at, (kept, _) in actual.items()} == {at: kept for at, (kept, _) in wanted.items()}
+        assert {at: kept for at, (kept, _) in actual.items()} == {
+            at: kept for at, (kept, _) in wanted.items()
+        }
         gates, expected = [actual[at][1] for at in wanted], [g for _, g in wanted.values()]
         loads = [sum(a.expert == e for a in pair.expected) for e in range(EXPERTS)]
         assert pair.routing.load(torch.tensor(valid, dtype=torch.bool)).tolist() == loads
-    assert int(pair.routing.dropped(torch.tensor(valid, dtype=torch.bool))) == sum(not a.kept for a in pair.expected)
+    assert int(pair.routing.dropped(torch.tensor(valid, dtype=torch.bool))) == sum(
+        not a.kept for a in pair.expected
+    )
     assert gates == pytest.approx(expected, rel=1e-10, abs=0)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", CASES)
 def test_gates_carry_the_references_gradient_to_the_centroids(name: str, batch: str) -> None:
-    """Of every kept assignment of a valid token, each with a weight of its own."""
+    """Every kept assignment of a valid token has a weight of its own in the objective."""
     valid_T = torch.tensor(BATCHES[batch].flat, dtype=torch.bool)
     weight_TE = torch.linspace(1, 2, len(valid_T) * EXPERTS, dtype=torch.float64).view(-1, EXPERTS)
     pair = both(name, logits_of("random", len(valid_T)), BATCHES[batch])
@@ -299,7 +331,9 @@ def test_scores_and_logits_are_unbiased_affinities(name: str) -> None:
     sigmoid = CASES[name].name in ("deepseek_v3", "forced_balance") and "softmax" not in name
     of = reference.sigmoid if sigmoid else reference.softmax
     torch.testing.assert_close(routing.logits_TE, logits_TE, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(routing.scores_TE, torch.stack([of(row) for row in logits_TE]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        routing.scores_TE, torch.stack([of(row) for row in logits_TE]), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -327,14 +361,25 @@ def test_hash_takes_the_tables_expert_and_learns_nothing(kind: str) -> None:
     assert not list(one.parameters())
     assert (one.table.dtype, one.table.shape) == (torch.int64, (tiny.VOCABULARY,))
     assert "table" in one.state_dict()
-    assert (routing.choices, one.top_k, int(routing.dropped(context.valid().flatten()))) == (1, 1, 0)
+    assert (routing.choices, one.top_k, int(routing.dropped(context.valid().flatten()))) == (
+        1,
+        1,
+        0,
+    )
 
 
-def hashed(kind: str, counts: list[int] | None = None, *, experts: int = EXPERTS, **place: int) -> Any:
+def hashed(
+    kind: str, counts: list[int] | None = None, *, experts: int = EXPERTS, **place: int
+) -> Any:
     """A hash router over training data with these counts, in the layer and under the seed of `place`."""
-    one, around = layer("hash", map=kind).router, bench.build_context(bench.KitPrecision(torch.float64))
+    one, around = (
+        layer("hash", map=kind).router,
+        bench.build_context(bench.KitPrecision(torch.float64)),
+    )
     counted = [3] * tiny.VOCABULARY if counts is None else counts
-    build = replace(around, vocabulary=len(counted), token_counts=lambda: torch.tensor(counted), **place)
+    build = replace(
+        around, vocabulary=len(counted), token_counts=lambda: torch.tensor(counted), **place
+    )
     made = type(one)(one.config, build, experts=experts)
     made.reset_parameters()
     return made
@@ -342,14 +387,18 @@ def hashed(kind: str, counts: list[int] | None = None, *, experts: int = EXPERTS
 
 def test_the_random_map_is_uniform_and_differs_by_layer_and_seed() -> None:
     """Every expert has an eighth of 30,000 ids within 4 standard deviations; two maps agree in an eighth of them."""
-    tables = [hashed("random", [1] * 30_000, seed=s, layer=n).table for s, n in ((0, 1), (0, 2), (1, 1))]
+    tables = [
+        hashed("random", [1] * 30_000, seed=s, layer=n).table for s, n in ((0, 1), (0, 2), (1, 1))
+    ]
     spread = 4 * (30_000 * 7 / 64) ** 0.5
     for table in tables:
         assert (table.bincount(minlength=8) - 3750).abs().max() < spread
     for other in tables[1:]:
         assert abs(int((tables[0] == other).sum()) - 3750) < spread
     assert torch.equal(tables[0], hashed("random", [1] * 30_000, seed=0, layer=1).table)
-    assert torch.equal(tables[0][:100], hashed("random", [5] * 100, seed=0, layer=1).table)  # no other id has a say
+    assert torch.equal(
+        tables[0][:100], hashed("random", [5] * 100, seed=0, layer=1).table
+    )  # no other id has a say
 
 
 def test_the_model_builds_each_layers_own_table() -> None:
@@ -360,14 +409,17 @@ def test_the_model_builds_each_layers_own_table() -> None:
 
 
 def test_a_balanced_map_needs_data_or_a_checkpoint() -> None:
-    """Without either it refuses to route, instead of sending every token to expert 0."""
+    """The router refuses to route without either, instead of sending every token to expert 0."""
     one, context = layer("hash", map="balanced").router, tiny.context(1, 4)
     x_TD = torch.zeros(4, 32, dtype=torch.float64)
     with pytest.raises(UserError, match=r"balanced.*token counts"):
         routed(one, x_TD, context)
     saved = hashed("balanced", [i * i % 37 for i in range(tiny.VOCABULARY)]).state_dict()
     one.load_state_dict(saved)
-    assert routed(one, x_TD, context).expert_A.tolist() == saved["table"][context.tokens_BL.flatten()].tolist()
+    assert (
+        routed(one, x_TD, context).expert_A.tolist()
+        == saved["table"][context.tokens_BL.flatten()].tolist()
+    )
 
 
 @pytest.mark.parametrize(

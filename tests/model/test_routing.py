@@ -28,7 +28,9 @@ CONTEXT = SequenceContext.of(torch.zeros(1, 1, dtype=torch.int64))
 
 
 def tokens(count: int = 40, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(count, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.randn(
+        count, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).to(dtype)
 
 
 def router(*overrides: str) -> Router:
@@ -70,7 +72,9 @@ def test_choices_equal_the_references(name: str) -> None:
     """Best groups by the sum of their best K / M biased affinities; then the best K in them."""
     settings = tiny.settings(tiny.compose(*GROUPED))
     routing = router(*GROUPED)(tokens(), plus(biases()[name]), CONTEXT)
-    for chosen, scores in zip(routing.expert_A.view(-1, 4).tolist(), routing.scores_TE.tolist(), strict=True):
+    for chosen, scores in zip(
+        routing.expert_A.view(-1, 4).tolist(), routing.scores_TE.tolist(), strict=True
+    ):
         assert set(chosen) == set(choose(scores, biases()[name].tolist(), settings))
 
 
@@ -91,11 +95,16 @@ def test_A6_gates_of_a_token_sum_to_the_scale(scale: float) -> None:
 
 @pytest.mark.parametrize("constant", [-16.0, -1.0, 0.5, 64.0])
 @pytest.mark.parametrize("overrides", [(), GROUPED])
-def test_A7_a_constant_on_all_biases_changes_nothing(constant: float, overrides: tuple[str, ...]) -> None:
+def test_A7_a_constant_on_all_biases_changes_nothing(
+    constant: float, overrides: tuple[str, ...]
+) -> None:
     one = router(*overrides)
     bias_E = biases(one.experts)["mixed"]
     first, shifted = (one(tokens(), plus(b), CONTEXT) for b in (bias_E, bias_E + constant))
-    assert torch.equal(first.expert_A.view(40, -1).sort(dim=1).values, shifted.expert_A.view(40, -1).sort(dim=1).values)
+    assert torch.equal(
+        first.expert_A.view(40, -1).sort(dim=1).values,
+        shifted.expert_A.view(40, -1).sort(dim=1).values,
+    )
     assert torch.equal(first.gate_A, shifted.gate_A)
 
 
@@ -107,7 +116,9 @@ def test_P14_gates_are_gathered_from_the_unbiased_affinities() -> None:
     expected_TK = 2.5 * picked_TK / picked_TK.sum(dim=1, keepdim=True)
     torch.testing.assert_close(routing.gate_A.view(-1, 4), expected_TK, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(routing.scores_TE, scores_TE, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(routing.logits_TE, tokens() @ one.centroids.weight.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        routing.logits_TE, tokens() @ one.centroids.weight.T, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_A10_no_gradient_reaches_the_bias() -> None:
@@ -155,7 +166,7 @@ def test_P14_autocast_leaves_the_router_alone() -> None:
 
 
 def test_P15_one_normalised_gate_is_refused() -> None:
-    """With top_k = 1 the normalised gate is the constant `scale`: the router would get no gradient at all."""
+    """The normalised gate of top_k = 1 is the constant `scale`: the router would get no gradient at all."""
     with pytest.raises(UserError, match="top_k"):
         tiny.compose(f"{tiny.ROUTER}.top_k=1")
 
@@ -169,7 +180,9 @@ def experts_of(model: LanguageModel, x_TD: Tensor, recipe: Any) -> tuple[Tensor,
     y_TD = torch.stack([reference.experts("blocks.1.ffn", x_D)[0] for x_D in x_TD])
     _score(y_TD).backward()
     prefix = "blocks.1.ffn."
-    grads = {n.removeprefix(prefix): w.grad for n, w in reference.weights.items() if n.startswith(prefix)}
+    grads = {
+        n.removeprefix(prefix): w.grad for n, w in reference.weights.items() if n.startswith(prefix)
+    }
     return y_TD.detach(), {n: g for n, g in grads.items() if g is not None}
 
 
@@ -281,7 +294,9 @@ ROUTINGS: dict[str, Callable[[], Routing]] = {
     "top-k with drops": lambda: top_two(SOME),
     "top-k with everything dropped": lambda: top_two([False] * 10),
     "expert choice": lambda: assigned([4, 0, 2, 2, 4, 1, 4, 0], [0, 0, 3, 5, 5, 5, 7, 7]),
-    "expert choice out of order, with drops": lambda: assigned([4, 0, 2, 4, 0], [5, 0, 7, 2, 0], SOME[:5]),
+    "expert choice out of order, with drops": lambda: assigned(
+        [4, 0, 2, 4, 0], [5, 0, 7, 2, 0], SOME[:5]
+    ),
     "no assignment": lambda: assigned([], []),
 }
 
@@ -296,7 +311,9 @@ def dispatched(ffn: Any, x_TD: Tensor, routing: Routing) -> Tensor:
 def looped(ffn: Any, x_TD: Tensor, routing: Routing) -> Tensor:
     """One assignment at a time."""
     y_TD = torch.zeros_like(x_TD)
-    for a, (token, expert) in enumerate(zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True)):
+    for a, (token, expert) in enumerate(
+        zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True)
+    ):
         if routing.kept_A is None or routing.kept_A[a]:
             gate, up = (ffn.routed.gate_up.weight[expert] @ x_TD[token]).chunk(2)
             y_D = ffn.routed.down.weight[expert] @ (gate * gate.sigmoid() * up)
@@ -312,7 +329,9 @@ def test_local_dispatch_equals_a_loop_over_assignments(name: str) -> None:
     results = [of(ffn, x_TD, routing) for of in (dispatched, looped)]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
     slopes = [
-        torch.autograd.grad(_score(y), sources, allow_unused=True, retain_graph=True) for y in results if y.grad_fn
+        torch.autograd.grad(_score(y), sources, allow_unused=True, retain_graph=True)
+        for y in results
+        if y.grad_fn
     ]
     for own, expected in zip(slopes[0], slopes[-1], strict=True):
         torch.testing.assert_close(_or_zero(own), _or_zero(expected), rtol=1e-11, atol=1e-11)
@@ -334,7 +353,7 @@ def test_rows_are_sorted_by_expert_and_keep_their_order() -> None:
 
 @pytest.mark.parametrize("choices", [2, 0])
 def test_dropped_rows_go_past_the_last_experts_end(choices: int) -> None:
-    """Nobody multiplies them: the experts' ends hold kept rows only."""
+    """No expert multiplies them: the experts' ends hold kept rows only."""
     ffn, routing = tiny.moe(tiny.build()), replace(top_two(SOME), choices=choices)
     _, ends_E, _ = ffn.dispatcher.start(tokens(5), routing).wait()
     kept = [int(e) for e, keep in zip(routing.expert_A, SOME, strict=True) if keep]
@@ -344,7 +363,9 @@ def test_dropped_rows_go_past_the_last_experts_end(choices: int) -> None:
 def test_top_k_and_the_same_assignments_as_a_list_agree() -> None:
     ffn, x_TD, routing = tiny.moe(tiny.build()), tokens(5), top_two(SOME)
     as_list = replace(routing, choices=0)
-    torch.testing.assert_close(dispatched(ffn, x_TD, as_list), dispatched(ffn, x_TD, routing), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        dispatched(ffn, x_TD, as_list), dispatched(ffn, x_TD, routing), rtol=1e-13, atol=1e-13
+    )
 
 
 def test_costs_count_the_chosen_experts_only() -> None:

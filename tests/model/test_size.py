@@ -88,7 +88,9 @@ def test_A4_deepseek_v3_parameters() -> None:
     """58 x 256 selection biases included; the multi-token module apart, its own biases included."""
     assert deepseek_v3().params_total == 671_026_419_200
     assert deepseek_v3().params_heads == 11_610_068_224
-    idle = 129_280 * 7168 + 58 * 256 + 58 * (256 - 8) * 3 * 2048 * 7168  # embedding, biases, experts not chosen
+    idle = (
+        129_280 * 7168 + 58 * 256 + 58 * (256 - 8) * 3 * 2048 * 7168
+    )  # embedding, biases, experts not chosen
     assert deepseek_v3().params_active == 671_026_419_200 - idle == 36_625_603_584
 
 
@@ -106,8 +108,13 @@ def test_A17_deepseek_v3_flops() -> None:
 
 def test_attention_parameters_of_a_deepseek_v3_layer() -> None:
     dense = "model.blocks={dense: {count: 1, ffn: {name: swiglu, hidden: 8}}, moe: {count: 0}}"
-    model = core.build(tiny.compose("model.dim=7168", f"model.attention={MLA}", dense), device="meta")
-    assert sum(p.numel() for p in model.get_submodule("blocks.0.attention").parameters()) == 187_107_328
+    model = core.build(
+        tiny.compose("model.dim=7168", f"model.attention={MLA}", dense), device="meta"
+    )
+    assert (
+        sum(p.numel() for p in model.get_submodule("blocks.0.attention").parameters())
+        == 187_107_328
+    )
 
 
 def counted(model: LanguageModel, length: int) -> int:
@@ -118,7 +125,9 @@ def counted(model: LanguageModel, length: int) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("overrides", [("model.attention.value_dim=12",), *list(tiny.ATTENTIONS.values())[2:]])
+@pytest.mark.parametrize(
+    "overrides", [("model.attention.value_dim=12",), *list(tiny.ATTENTIONS.values())[2:]]
+)
 def test_P39_costs_agree_with_torchs_own_count(overrides: tuple[str, ...]) -> None:
     """Every matrix product and the full square of attention, of which costs count the causal half."""
     length = 16
@@ -126,4 +135,6 @@ def test_P39_costs_agree_with_torchs_own_count(overrides: tuple[str, ...]) -> No
     costs = model.costs()
     vectors = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 1)
     gates = 2 * 2 * K * D  # the gated sum of the chosen experts' outputs, in two layers
-    assert counted(model, length) == length * (2 * (costs.active - vectors) + 2 * costs.mixing + gates)
+    assert counted(model, length) == length * (
+        2 * (costs.active - vectors) + 2 * costs.attention_flops + gates
+    )

@@ -59,7 +59,9 @@ def test_P42_compiled_blocks_give_the_same(name: str) -> None:
         given = tiny.context(2, 8, step=step)
         expected, seen = tiny.see(plain, given), tiny.see(compiled, given)
         tiny.assert_equal(seen.loads, expected.loads)
-        tiny.assert_close(tiny.backward(compiled, seen.total()), tiny.backward(plain, expected.total()), 1e-11)
+        tiny.assert_close(
+            tiny.backward(compiled, seen.total()), tiny.backward(plain, expected.total()), 1e-11
+        )
 
 
 @EVERY
@@ -81,7 +83,9 @@ def test_bf16_models_route_in_fp32(name: str) -> None:
     found = []
     tiny.moe(model).router.register_forward_hook(lambda _, __, routing: found.append(routing))
     tiny.see(model, tiny.context()).total().backward()
-    assert {tensor.dtype for tensor in (found[0].scores_TE, found[0].logits_TE, found[0].gate_A)} == {torch.float32}
+    assert {
+        tensor.dtype for tensor in (found[0].scores_TE, found[0].logits_TE, found[0].gate_A)
+    } == {torch.float32}
 
 
 # ---- hash tables
@@ -120,7 +124,9 @@ def test_numbers_are_uniform_and_independent_of_their_neighbours() -> None:
     sigma = (1 / 12 / len(drawn)) ** 0.5
     assert abs(float(drawn.mean()) - 0.5) < 3 * sigma
     counts = drawn.mul(10).long().bincount(minlength=10)
-    assert float(((counts - 1e4) ** 2 / 1e4).sum()) < 27.9  # chi squared, 9 degrees of freedom, p = 0.001
+    assert (
+        float(((counts - 1e4) ** 2 / 1e4).sum()) < 27.9
+    )  # chi squared, 9 degrees of freedom, p = 0.001
     centred = drawn - 0.5
     assert abs(float((centred[1:] * centred[:-1]).mean()) * 12) < 3 / len(drawn) ** 0.5
 
@@ -130,7 +136,11 @@ def test_an_address_has_every_part_of_a_place() -> None:
     given = tiny.context(4, 6, step=3, first_sequence=10)
     drawn = Chance(0, 1).of_tokens(given, "a")
     assert len(set(drawn.tolist())) == 24
-    other = [Chance(1, 1).of_tokens(given, "a"), Chance(0, 2).of_tokens(given, "a"), Chance(0, 1).of_tokens(given, "b")]
+    other = [
+        Chance(1, 1).of_tokens(given, "a"),
+        Chance(0, 2).of_tokens(given, "a"),
+        Chance(0, 1).of_tokens(given, "b"),
+    ]
     other.append(Chance(0, 1).of_tokens(tiny.context(4, 6, step=4, first_sequence=10), "a"))
     assert all(not (drawn == numbers).any() for numbers in other)
     last = tiny.context(2, 6, step=3, first_sequence=12)
@@ -139,7 +149,7 @@ def test_an_address_has_every_part_of_a_place() -> None:
 
 
 def test_the_numbers_are_those_of_splitmix64() -> None:
-    """In whole numbers modulo 2^64, so the same on every machine; a change would change what trained models did."""
+    """Integers modulo 2^64 are the same on every machine; another formula would change how trained models route."""
     words = int.from_bytes(hashlib.sha256(b"0:test").digest()[:8], "little") >> 1
     expected = []
     for place in (0, 1, 12345):
@@ -162,16 +172,31 @@ def finalised(z: int) -> int:
 
 V3 = "{name: deepseek_v3, top_k: 2, groups: 2, group_limit: null}"
 REFUSED = {
-    "two biases": ((f"{tiny.FFN}.balance=[{{name: bias}}, {{name: bias}}]",), "balance.1.*two would add up"),
-    "a unit of a sign": ((f"{tiny.FFN}.balance=[{{name: bias, unit: fraction}}]",), "a sign has no unit"),
-    "a score that nobody asks for": ((f"{tiny.ROUTER}={V3}", f"{tiny.ROUTER}.group_score=1"), "nobody asks for it"),
+    "two biases": (
+        (f"{tiny.FFN}.balance=[{{name: bias}}, {{name: bias}}]",),
+        "balance.1.*two would add up",
+    ),
+    "a unit of a sign": (
+        (f"{tiny.FFN}.balance=[{{name: bias, unit: fraction}}]",),
+        "a sign has no unit",
+    ),
+    "a score of groups that are not limited": (
+        (f"{tiny.ROUTER}={V3}", f"{tiny.ROUTER}.group_score=1"),
+        "groups have no score otherwise",
+    ),
     "dropping by affinity without affinities": (
         (f"{tiny.ROUTER}={{name: hash}}", PLAIN, f"{tiny.FFN}.token_dropping={{devices: 2}}"),
         "learns which experts to choose, and hash does not",
     ),
-    "dropping on other devices": ((f"{tiny.FFN}.token_dropping={{devices: 4}}",), "must be the router's groups, 2"),
+    "dropping on other devices": (
+        (f"{tiny.FFN}.token_dropping={{devices: 4}}",),
+        "must be the router's groups, 2",
+    ),
     "a loss over another local group": (
-        (f"{tiny.ROUTER}={{name: gshard, group: batch}}", f"{tiny.FFN}.balance=[{{name: gshard, alpha: 1.0}}]"),
+        (
+            f"{tiny.ROUTER}={{name: gshard, group: batch}}",
+            f"{tiny.FFN}.balance=[{{name: gshard, alpha: 1.0}}]",
+        ),
         "must be micro_batch or batch, the local group",
     ),
 }

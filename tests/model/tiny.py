@@ -27,7 +27,7 @@ FFN, ROUTER, BALANCE = (f"model.blocks.moe.ffn{key}" for key in ("", ".router", 
 DENSE = ("model.blocks.moe.count=0",)
 MTP = ("model.heads.mtp={name: mtp, depth: 2, weight: 0.3}",)
 FP32 = ("precision.name=fp32",)
-FLOOR = 1e-6  # a gradient whose largest element is below this is held to the absolute error of one of this size
+SMALLEST = 1e-6  # a gradient whose largest element is below this is held to the absolute error of one of this size
 START = Progress(step=1, tokens=32, total_steps=100, total_tokens=3200)
 
 ATTENTIONS: dict[str, tuple[str, ...]] = {
@@ -80,27 +80,33 @@ def moe(model: LanguageModel, path: str = "blocks.1") -> Any:
 
 def context(batch: int = 2, length: int = 8, seed: int = 0, **rest: Any) -> SequenceContext:
     """Random tokens with their targets."""
-    tokens_BM = torch.randint(VOCABULARY, (batch, length + 1), generator=torch.Generator().manual_seed(seed))
+    tokens_BM = torch.randint(
+        VOCABULARY, (batch, length + 1), generator=torch.Generator().manual_seed(seed)
+    )
     return SequenceContext.of(tokens_BM[:, :-1], targets_BL=tokens_BM[:, 1:], **rest)
 
 
 def part(whole: SequenceContext, rows: slice) -> SequenceContext:
     """Some sequences of a batch."""
     names = ("tokens_BL", "targets_BL", "valid_BL", "documents_BM")
-    return replace(whole, **{n: None if getattr(whole, n) is None else getattr(whole, n)[rows] for n in names})
+    return replace(
+        whole, **{n: None if getattr(whole, n) is None else getattr(whole, n)[rows] for n in names}
+    )
 
 
 def lines(given: SequenceContext) -> list[Line]:
     """The same batch for the reference."""
     assert given.targets_BL is not None
     batch, length = given.tokens_BL.shape
-    documents_BM = torch.zeros(batch, length + 1) if given.documents_BM is None else given.documents_BM
+    documents_BM = (
+        torch.zeros(batch, length + 1) if given.documents_BM is None else given.documents_BM
+    )
     columns = (given.tokens_BL, given.targets_BL, given.valid(), documents_BM)
     return [Line(*(column[row].tolist() for column in columns)) for row in range(batch)]
 
 
 def settings(recipe: Recipe) -> Settings:
-    """What the reference must be told of a recipe."""
+    """The settings of the reference that a recipe implies."""
     attention, ffn = recipe.model.attention.config, recipe.model.blocks["moe"].ffn.config
     router, yarn = ffn.router.config, recipe.model.rope.yarn
     return Settings(
@@ -154,7 +160,9 @@ class Seen:
 
 def weighted(values: dict[str, Tensor]) -> Tensor:
     """The sum of named values, each times a number of its own between 1 and 2."""
-    return torch.stack([value * (1 + i / len(values)) for i, (_, value) in enumerate(sorted(values.items()))]).sum()
+    return torch.stack(
+        [value * (1 + i / len(values)) for i, (_, value) in enumerate(sorted(values.items()))]
+    ).sum()
 
 
 def see(model: LanguageModel, given: SequenceContext) -> Seen:
@@ -188,11 +196,13 @@ def backward(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
     return gradients(model)
 
 
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-9) -> None:
+def assert_close(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-9
+) -> None:
     """Every tensor agrees relative to the largest element of its counterpart."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        allowed = relative * max(float(value.abs().max()), FLOOR) if value.numel() else 0.0
+        allowed = relative * max(float(value.abs().max()), SMALLEST) if value.numel() else 0.0
         difference = float((actual[name] - value).abs().max()) if value.numel() else 0.0
         assert difference <= allowed, f"{name}: {difference:.3e} > {allowed:.3e}"
 
@@ -205,10 +215,15 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 
 def routing(
-    expert_TK: Tensor, gate_TK: Tensor | None = None, scores_TE: Tensor | None = None, experts: int = 8
+    expert_TK: Tensor,
+    gate_TK: Tensor | None = None,
+    scores_TE: Tensor | None = None,
+    experts: int = 8,
 ) -> Routing:
     """A top-k routing by hand."""
-    scores_TE = torch.rand(len(expert_TK), experts, dtype=torch.float64) if scores_TE is None else scores_TE
+    scores_TE = (
+        torch.rand(len(expert_TK), experts, dtype=torch.float64) if scores_TE is None else scores_TE
+    )
     gate_TK = scores_TE.gather(1, expert_TK) if gate_TK is None else gate_TK
     return Routing.top_k(expert_TK, gate_TK, scores_TE, scores_TE.logit())
 

@@ -34,7 +34,9 @@ def with_weight(layer: Any, seed: int = 1) -> Any:
     return layer
 
 
-def through(layer: nn.Module, x: Tensor, dy: Tensor, *more: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def through(
+    layer: nn.Module, x: Tensor, dy: Tensor, *more: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Y, dX and dW."""
     x = x.detach().clone().requires_grad_()
     layer.zero_grad()

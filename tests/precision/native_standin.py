@@ -23,7 +23,9 @@ def dense_scales(scales: Tensor, kind: Any, rows: int, width: int) -> Tensor:
     length = 4 * math.ceil(across / 4)
     assert tuple(scales.shape) == (length, math.ceil(rows / 128))
     assert scales.stride() == (1, length)
-    return scales.t()[:, :across].repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :width]
+    return (
+        scales.t()[:, :across].repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :width]
+    )
 
 
 def hopper_scaled_mm(
@@ -43,7 +45,9 @@ def hopper_scaled_mm(
     assert mat_a.dtype == mat_b.dtype == torch.float8_e4m3fn
     assert 0 not in (m, n, k)
     assert k % 16 == n % 16 == 0
-    assert m % 16 == k % 128 == 0, "cuBLAS takes fewer, but these are the sizes that its documentation promises"
+    assert m % 16 == k % 128 == 0, (
+        "cuBLAS takes fewer, but these are the sizes that its documentation promises"
+    )
     assert mat_a.stride() == (k, 1)
     assert mat_b.stride() == (1, k)
     assert mat_a.data_ptr() % 16 == mat_b.data_ptr() % 16 == 0

@@ -22,7 +22,11 @@ def numbers(form: str) -> list[float]:
     for exponent in range(2**exponents):
         for mantissa in range(2**mantissas):
             fraction = mantissa / 2**mantissas
-            value = fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias)
+            value = (
+                fraction * 2.0 ** (1 - bias)
+                if exponent == 0
+                else (1 + fraction) * 2.0 ** (exponent - bias)
+            )
             if value <= LARGEST[form]:
                 found.append(value)
     return found
@@ -50,7 +54,11 @@ def scale_of(tile: np.ndarray, form: str, power_of_two: bool) -> np.float32:
         return np.float32(np.nan)
     scale = np.float32(np.abs(tile).max(initial=0)) / np.float32(LARGEST[form])
     scale = max(scale, np.finfo(np.float32).tiny)
-    return np.float32(2.0 ** int(np.ceil(np.log2(np.float64(scale))))) if power_of_two else np.float32(scale)
+    return (
+        np.float32(2.0 ** int(np.ceil(np.log2(np.float64(scale)))))
+        if power_of_two
+        else np.float32(scale)
+    )
 
 
 def quantised(
@@ -77,9 +85,14 @@ def quantised(
         for top in range(begin, end, rows or max(end - begin, 1)):
             line = []
             for left in range(0, width, columns or max(width, 1)):
-                part = (slice(top, min(top + (rows or height), end)), slice(left, left + (columns or width)))
+                part = (
+                    slice(top, min(top + (rows or height), end)),
+                    slice(left, left + (columns or width)),
+                )
                 tile = values[part]
-                scale = scale_of(tile if amax is None else np.array([amax], np.float32), form, power_of_two)
+                scale = scale_of(
+                    tile if amax is None else np.array([amax], np.float32), form, power_of_two
+                )
                 line.append(float(scale))
                 with np.errstate(all="ignore"):
                     shifted = tile / scale

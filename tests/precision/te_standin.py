@@ -56,9 +56,16 @@ class DelayedScaling:
     tile = 16
 
     def __init__(
-        self, fp8_format: Format = Format.HYBRID, amax_history_len: int = 1024, amax_compute_algo: str = "max"
+        self,
+        fp8_format: Format = Format.HYBRID,
+        amax_history_len: int = 1024,
+        amax_compute_algo: str = "max",
     ) -> None:
-        self.fp8_format, self.amax_history_len, self.amax_compute_algo = fp8_format, amax_history_len, amax_compute_algo
+        self.fp8_format, self.amax_history_len, self.amax_compute_algo = (
+            fp8_format,
+            amax_history_len,
+            amax_compute_algo,
+        )
 
 
 class State:
@@ -98,7 +105,9 @@ def quantised(x: Tensor, scale: Tensor | None = None) -> Tensor:
     if scale is None:
         largest = x.detach().float().nan_to_num(0, 0, 0).abs().amax()
         scale = torch.exp2(torch.floor(torch.log2(448 / largest.clamp(min=1e-30))))
-    return ((x.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() / scale).to(x.dtype)
+    return ((x.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() / scale).to(
+        x.dtype
+    )
 
 
 class _Product(torch.autograd.Function):
@@ -118,7 +127,12 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         State.products.append(("backward", ctx.recipe))
         dy = dy if ctx.recipe is None else quantised(dy)
-        return dy @ weight.to(dy.dtype), dy.T @ x, None, None  # both in the format of the activations
+        return (
+            dy @ weight.to(dy.dtype),
+            dy.T @ x,
+            None,
+            None,
+        )  # both in the format of the activations
 
 
 class _Module(nn.Module):
@@ -150,7 +164,9 @@ class _Module(nn.Module):
         if self.fp8_meta:
             half = self.fp8_meta["scaling_fwd"]
             scale = half.scale[3 * index].clone()
-            half.amax_history[0, 3 * index] = torch.maximum(half.amax_history[0, 3 * index], x.detach().abs().max())
+            half.amax_history[0, 3 * index] = torch.maximum(
+                half.amax_history[0, 3 * index], x.detach().abs().max()
+            )
         return _Product.apply(x, weight, State.recipe, scale)
 
     def get_extra_state(self) -> Tensor:
@@ -163,7 +179,9 @@ class _Module(nn.Module):
 class Linear(_Module):
     """One weight."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, params_dtype: Any, device: str) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, params_dtype: Any, device: str
+    ) -> None:
         super().__init__()
         assert not bias
         self._own("weight", (out_features, in_features), params_dtype, device)
@@ -180,7 +198,14 @@ class GroupedLinear(_Module):
     splits: list[list[int]] = []
 
     def __init__(
-        self, num_gemms: int, in_features: int, out_features: int, *, bias: bool, params_dtype: Any, device: str
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        params_dtype: Any,
+        device: str,
     ) -> None:
         super().__init__()
         assert not bias
@@ -202,9 +227,16 @@ class GroupedLinear(_Module):
 
 
 def install(patch: pytest.MonkeyPatch) -> type[State]:
-    """Put it where Transformer Engine would be, and tell the layers that tensors are on a GPU."""
+    """Installs the stand-in as Transformer Engine, and makes layers take tensors as if they were on a GPU."""
     recipe = ModuleType("transformer_engine.common.recipe")
-    for thing in (Format, QParams, Float8BlockScaling, Float8CurrentScaling, MXFP8BlockScaling, DelayedScaling):
+    for thing in (
+        Format,
+        QParams,
+        Float8BlockScaling,
+        Float8CurrentScaling,
+        MXFP8BlockScaling,
+        DelayedScaling,
+    ):
         setattr(recipe, thing.__name__, thing)
     pytorch = ModuleType("transformer_engine.pytorch")
     for thing in (autocast, Linear, GroupedLinear):
@@ -214,7 +246,7 @@ def install(patch: pytest.MonkeyPatch) -> type[State]:
         patch.setitem(sys.modules, name, ModuleType(name))
     patch.setitem(sys.modules, "transformer_engine.common.recipe", recipe)
     patch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
-    patch.setattr("plugins.te_fp8.layers._Lent.takes", lambda self, x: True)
+    patch.setattr("plugins.te_fp8.layers._LentWeights.takes", lambda self, x: True)
     patch.setattr(State, "products", [])
     patch.setattr(State, "remembering", [])
     patch.setattr(GroupedLinear, "splits", [])

@@ -14,7 +14,7 @@ from torch import Tensor
 from core.testing.products import skipped_steps_are_forgotten
 from core.training.callbacks import KeepLatest
 from core.training.module import TrainingModule
-from core.training.ranks import share_largest
+from core.training.ranks import all_reduce_max_
 
 from .layers import drawn, precision, through, with_weight
 from .slow import quantised
@@ -46,10 +46,15 @@ def test_the_scales_are_those_of_the_step_before() -> None:
     step(own, first, dy)
     y, dx, dw = through(own, second, later)
     amax = [float(t.detach().abs().max()) for t in (first, own.weight, dy)]
-    x, w, slope = (quantised(t, 0, 0, amax=a)[0] for t, a in zip((second, own.weight, later), amax, strict=True))
+    x, w, slope = (
+        quantised(t, 0, 0, amax=a)[0]
+        for t, a in zip((second, own.weight, later), amax, strict=True)
+    )
     assert x.abs().max() < second.abs().max()
     for found, exact in ((y, x @ w.T), (dx, slope @ w), (dw, slope.T @ x)):
-        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+        torch.testing.assert_close(
+            found.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max())
+        )
 
 
 def test_within_a_step_nothing_changes_however_often_a_product_runs() -> None:
@@ -113,19 +118,29 @@ def test_evaluation_is_not_a_step() -> None:
 
 
 def test_every_expert_has_a_scale_of_its_own() -> None:
-    grouped = with_weight(precision(scaling="delayed").grouped_linear(3, 40, 24, "experts.down", std=0.1))
+    grouped = with_weight(
+        precision(scaling="delayed").grouped_linear(3, 40, 24, "experts.down", std=0.1)
+    )
     with torch.no_grad():
         grouped.weight.mul_(torch.tensor([1.0, 100.0, 0.01])[:, None, None])
     grouped(drawn(30, 40), torch.tensor([10, 20, 25], dtype=torch.int32)).sum().backward()
     grouped.amax.end_step(done=True)
-    assert torch.equal(grouped.amax.known("weight").flatten(), grouped.weight.detach().abs().amax(dim=(1, 2)))
+    assert torch.equal(
+        grouped.amax.known("weight").flatten(), grouped.weight.detach().abs().amax(dim=(1, 2))
+    )
 
 
 @pytest.mark.parametrize("rest", [1e6, float("inf")])
 def test_rows_that_belong_to_nobody_enter_no_history(rest: float) -> None:
     """Those of dropped assignments: neither as an activation nor as a gradient."""
-    grouped = with_weight(precision(scaling="delayed").grouped_linear(3, 40, 24, "experts.down", std=0.1))
-    x, dy, ends = drawn(30, 40, seed=2), drawn(30, 24, seed=3), torch.tensor([10, 10, 25], dtype=torch.int32)
+    grouped = with_weight(
+        precision(scaling="delayed").grouped_linear(3, 40, 24, "experts.down", std=0.1)
+    )
+    x, dy, ends = (
+        drawn(30, 40, seed=2),
+        drawn(30, 24, seed=3),
+        torch.tensor([10, 10, 25], dtype=torch.int32),
+    )
     x[25:], dy[25:] = rest, rest
     through(grouped, x, dy, ends)
     grouped.amax.end_step(done=True)
@@ -147,7 +162,9 @@ def test_history_is_no_part_of_the_state_dict_and_keeps_its_format() -> None:
 
 def test_the_kits_clause_of_what_is_kept_holds() -> None:
     """The example that the kit makes of fp8_emulated keeps nothing, so here it is asked under delayed scaling."""
-    asked: Any = SimpleNamespace(precision=lambda: precision(scaling="delayed", history=2), capabilities=frozenset())
+    asked: Any = SimpleNamespace(
+        precision=lambda: precision(scaling="delayed", history=2), capabilities=frozenset()
+    )
     skipped_steps_are_forgotten(asked)
 
 
@@ -155,12 +172,16 @@ def test_the_kits_clause_of_what_is_kept_holds() -> None:
 
 
 def test_recomputation_changes_no_bit_of_a_run(lab: Lab) -> None:
-    plain, again = (lab.train(DELAYED, "budget.steps=4", *more).model for more in ((), (RECOMPUTED,)))
+    plain, again = (
+        lab.train(DELAYED, "budget.steps=4", *more).model for more in ((), (RECOMPUTED,))
+    )
     for name, value in plain.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     for path, state in plain.step_states().items():
         other = again.step_states()[path].step_state()
-        assert all(torch.equal(other[name], value) for name, value in state.step_state().items()), path
+        assert all(torch.equal(other[name], value) for name, value in state.step_state().items()), (
+            path
+        )
 
 
 def test_every_low_layer_has_a_history_and_it_moves_once_a_step(lab: Lab) -> None:
@@ -182,7 +203,9 @@ def test_a_run_forgets_what_a_skipped_step_saw(lab: Lab, monkeypatch: pytest.Mon
     windows: list[Any] = []
 
     class Windows(L.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
             windows.append(batch)
 
     with monkeypatch.context() as patch:
@@ -192,7 +215,9 @@ def test_a_run_forgets_what_a_skipped_step_saw(lab: Lab, monkeypatch: pytest.Mon
     without = lab.train(DELAYED, windows=[windows[0], *windows[2:]])
     for path, state in skipped.model.step_states().items():
         other = without.model.step_states()[path].step_state()
-        assert all(torch.equal(other[name], value) for name, value in state.step_state().items()), path
+        assert all(torch.equal(other[name], value) for name, value in state.step_state().items()), (
+            path
+        )
 
 
 @pytest.mark.full
@@ -221,9 +246,11 @@ def test_a_run_that_is_interrupted_resumes_to_the_same_bits(lab: Lab, tmp_path: 
 
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     tensors = [torch.tensor([[1.0 + rank, 4.0 - rank]]), torch.tensor([float(rank), 0.5])]
-    share_largest(tensors)
+    all_reduce_max_(tensors)
     torch.save(tensors, f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 

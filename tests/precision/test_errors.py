@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from core.contracts.errors import UserError
-from core.numerics.quantise import BLOCK, E4M3, E5M2, ROW, WHOLE, Format, Tile, rounded
+from core.numerics.formats import E4M3, E5M2, Format
+from core.numerics.quantise import BLOCK, ROW, WHOLE, Tile, rounded
 
 from .layers import drawn, precision, through, with_weight
 from .slow import calc_diff
@@ -33,7 +34,7 @@ def test_A16_tiles_of_e4m3_are_within_a_thousandth_and_e5m2_is_not() -> None:
     assert error(ROW, BLOCK, E5M2) == pytest.approx(2.65e-3, rel=0.05)
 
 
-def test_P21_normal_numbers_do_not_tell_tiles_from_tensors() -> None:
+def test_P21_normal_numbers_do_not_report_tiles_from_tensors() -> None:
     assert error(WHOLE, WHOLE) < 1e-3
 
 
@@ -61,7 +62,9 @@ def test_A16_P21_an_outlier_does() -> None:
     ],
     ids=str,
 )
-def test_all_three_products_of_a_layer(keys: dict[str, Any], limits: tuple[float, ...], grouped: bool) -> None:
+def test_all_three_products_of_a_layer(
+    keys: dict[str, Any], limits: tuple[float, ...], grouped: bool
+) -> None:
     """Normal numbers; with fp32 scales the report's saved codes are rounded a third time for dW."""
     made, ends = precision(**keys), torch.tensor([100, 100, 300, 512], dtype=torch.int32)
     if grouped:
@@ -69,7 +72,9 @@ def test_all_three_products_of_a_layer(keys: dict[str, Any], limits: tuple[float
     else:
         layer, more = made.linear(256, 192, "ffn.down", std=0.1), ()
     x, dy = normal(512, 256, seed=2), normal(512, 192, seed=3)
-    for own, exact, limit in zip(through(layer, x, dy, *more), _exact(layer.weight, x, dy, more), limits, strict=True):
+    for own, exact, limit in zip(
+        through(layer, x, dy, *more), _exact(layer.weight, x, dy, more), limits, strict=True
+    ):
         assert 1e-4 < calc_diff(own, exact) < limit
 
 
@@ -81,7 +86,9 @@ def test_gradients_in_e5m2_are_not_within_it(part: int) -> None:
     assert calc_diff(own[0], exact[0]) < 1e-3 < calc_diff(own[part], exact[part]) < 3e-3
 
 
-def _exact(weight: Tensor, x: Tensor, dy: Tensor, more: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(
+    weight: Tensor, x: Tensor, dy: Tensor, more: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     weight, x, dy = weight.detach().double(), x.double(), dy.double()
     if not more:
         return x @ weight.T, dy @ weight, dy.T @ x
@@ -132,9 +139,14 @@ def test_a_narrow_sum_by_hand() -> None:
     assert summed(160, 5, 32) == 0.25 * 160
     seven = torch.cat([torch.tensor([7.0]), torch.zeros(31), torch.ones(32)])[None]
     both = accumulated(
-        Scaled(seven, torch.ones(1, 64)), Scaled(torch.ones(1, 64), torch.ones(1, 64)), bits=5, every=None
+        Scaled(seven, torch.ones(1, 64)),
+        Scaled(torch.ones(1, 64), torch.ones(1, 64)),
+        bits=5,
+        every=None,
     )
-    assert float(both) == 38  # 7 and 32 ones fit beside each other, and their sum, 39, is cut once more
+    assert (
+        float(both) == 38
+    )  # 7 and 32 ones fit beside each other, and their sum, 39, is cut once more
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -143,7 +155,11 @@ def test_a_narrow_sum_by_hand() -> None:
 )
 def test_sums_of_many_bits_are_the_plain_ones(keys: dict[str, Any], grouped: bool) -> None:
     """18 bits against fp32: the same operands in the same places, in all three products."""
-    x, dy, ends = drawn(150, 140), drawn(150, 33), torch.tensor([10, 10, 141, 150], dtype=torch.int32)
+    x, dy, ends = (
+        drawn(150, 140),
+        drawn(150, 33),
+        torch.tensor([10, 10, 141, 150], dtype=torch.int32),
+    )
     found = []
     for more in ({}, {"accumulator_bits": 18}):
         made = precision(**keys, **more)
@@ -156,18 +172,30 @@ def test_sums_of_many_bits_are_the_plain_ones(keys: dict[str, Any], grouped: boo
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message_of"),
     [
         ({"accumulator_bits": 24}, "accumulator_bits = 24: must be from 4 to 18"),
-        ({"accumulator_bits": 14, "promote_every": None}, "promote_every = null: must be a number with tile scaling"),
-        ({"accumulator_bits": 14, "promote_every": 48}, "promote_every = 48: must be 32, 64 or 128"),
+        (
+            {"accumulator_bits": 14, "promote_every": None},
+            "promote_every = null: must be a number with tile scaling",
+        ),
+        (
+            {"accumulator_bits": 14, "promote_every": 48},
+            "promote_every = 48: must be 32, 64 or 128",
+        ),
         ({"promote_every": 256}, "promote_every = 256: must be 32, 64 or 128"),
-        ({"accumulator_bits": 14, "scaling": "mxfp8"}, "accumulator_bits = 14: must be null with mxfp8"),
+        (
+            {"accumulator_bits": 14, "scaling": "mxfp8"},
+            "accumulator_bits = 14: must be null with mxfp8",
+        ),
         ({"history": 0}, "history = 0: must be at least 1"),
-        ({"e5m6": ["attention.out"]}, "e5m6.0 = 'attention.out': is no role; did you mean attention.output"),
+        (
+            {"e5m6": ["attention.out"]},
+            "e5m6.0 = 'attention.out': is no role; did you mean attention.output",
+        ),
     ],
 )
-def test_what_no_tensor_core_does_is_refused(keys: dict[str, Any], told: str) -> None:
+def test_what_no_tensor_core_does_is_refused(keys: dict[str, Any], message_of: str) -> None:
     with pytest.raises(UserError) as refused:
         precision(**keys)
-    assert told in str(refused.value)
+    assert message_of in str(refused.value)

@@ -20,7 +20,11 @@ from core.model.ledger import Ledger
 from .layers import REGISTRY
 
 RECOMPUTED = "recompute.blocks=[dense, moe]"
-MEASURED = {"fp32": "{name: fp32}", "te": "{name: fp8_emulated, weight_gradient: te}", "paper": "{name: fp8_emulated}"}
+MEASURED = {
+    "fp32": "{name: fp32}",
+    "te": "{name: fp8_emulated, weight_gradient: te}",
+    "paper": "{name: fp8_emulated}",
+}
 
 
 def names() -> Iterator[str]:
@@ -65,9 +69,15 @@ def test_the_precisions_that_are_compared_are_there() -> None:
 @pytest.mark.parametrize("name", HERE)
 def test_names_layout_and_initial_weights_are_those_of_fp32(lab: Lab, name: str) -> None:
     """Keys, order and shapes; masters bit by bit, in fp64 those of fp32."""
-    own, plain = model(lab, f"{{name: {name}}}").state_dict(), model(lab, "{name: fp32}").state_dict()
+    own, plain = (
+        model(lab, f"{{name: {name}}}").state_dict(),
+        model(lab, "{name: fp32}").state_dict(),
+    )
     assert list(own) == list(plain)
-    assert_same({k: v.float() if name == "fp64" and v.is_floating_point() else v for k, v in own.items()}, dict(plain))
+    assert_same(
+        {k: v.float() if name == "fp64" and v.is_floating_point() else v for k, v in own.items()},
+        dict(plain),
+    )
     if name != "fp64":
         assert {k: v.dtype for k, v in own.items()} == {k: v.dtype for k, v in plain.items()}
 
@@ -90,12 +100,21 @@ def test_masters_go_from_precision_to_precision_bit_by_bit(lab: Lab, name: str) 
 
 
 @pytest.mark.full
-def test_a_run_can_begin_with_the_weights_of_one_in_another_precision(lab: Lab, finished: Path, tmp_path: Path) -> None:
+def test_a_run_can_begin_with_the_weights_of_one_in_another_precision(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    lab.fit(run, "precision={name: fp8_emulated}", f"initial_weights={finished}", "budget.steps=1", "optimizer.lr=0.0")
+    lab.fit(
+        run,
+        "precision={name: fp8_emulated}",
+        f"initial_weights={finished}",
+        "budget.steps=1",
+        "optimizer.lr=0.0",
+    )
     before, after = core.load(finished).state_dict(), core.load(run).state_dict()
     assert_same(
-        {n: v for n, v in before.items() if ".bias" not in n}, {n: v for n, v in after.items() if ".bias" not in n}
+        {n: v for n, v in before.items() if ".bias" not in n},
+        {n: v for n, v in after.items() if ".bias" not in n},
     )
 
 
@@ -115,11 +134,15 @@ def test_a_run_can_begin_with_the_weights_of_one_in_another_precision(lab: Lab, 
     ),
 )
 def test_P2_recomputation_changes_no_bit(lab: Lab, precision: str) -> None:
-    assert_same(*(backward(model(lab, precision, *more), context()) for more in ((), (RECOMPUTED,))))
+    assert_same(
+        *(backward(model(lab, precision, *more), context()) for more in ((), (RECOMPUTED,)))
+    )
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("precision", ["{name: fp8_emulated}", "{name: fp8_emulated, scaling: delayed}"])
+@pytest.mark.parametrize(
+    "precision", ["{name: fp8_emulated}", "{name: fp8_emulated, scaling: delayed}"]
+)
 def test_a_block_compiles_as_one_graph_to_the_same_bits(lab: Lab, precision: str) -> None:
     """Maxima of delayed scaling, and what ran, included."""
     results = []
@@ -128,7 +151,9 @@ def test_a_block_compiles_as_one_graph_to_the_same_bits(lab: Lab, precision: str
         torch._dynamo.reset()
         if compiled:
             whole.blocks[1].compile(backend="aot_eager", fullgraph=True)
-        results.append((backward(whole, context()), dict(whole.named_buffers()), whole.paths().table()))
+        results.append(
+            (backward(whole, context()), dict(whole.named_buffers()), whole.kernels_used().table())
+        )
     assert_same(results[0][0], results[1][0])
     assert_same(results[0][1], results[1][1])
     assert results[0][2] == results[1][2]
@@ -173,12 +198,20 @@ def test_fp8_saves_a_quarter_of_every_input_and_e5m6_three_eighths() -> None:
     from .layers import drawn, precision
 
     x, sizes = drawn(256, 256), {}
-    for role, keys in (("ffn.down", {}), ("attention.output", {}), ("ffn.down", {"weight_gradient": "te"})):
+    for role, keys in (
+        ("ffn.down", {}),
+        ("attention.output", {}),
+        ("ffn.down", {"weight_gradient": "te"}),
+    ):
         layer = precision(**keys).linear(256, 8, role, std=0.1)
         kept: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t) or t, lambda t: t
+        ):
             layer(x.requires_grad_())
-        sizes[role, len(keys)] = sum(t.numel() * t.element_size() for t in kept) - (8 * 256 + 4 * 2)  # the weight's
+        sizes[role, len(keys)] = sum(t.numel() * t.element_size() for t in kept) - (
+            8 * 256 + 4 * 2
+        )  # the weight's
     assert sizes == {
         ("ffn.down", 0): 256 * 256 + 256 * 2 * 4,
         ("attention.output", 0): 256 * 256 * 3 // 2 + 256 * 2 * 4,
@@ -188,5 +221,7 @@ def test_fp8_saves_a_quarter_of_every_input_and_e5m6_three_eighths() -> None:
 
 def test_a_model_saves_less_under_the_papers_scheme(lab: Lab) -> None:
     """Attention, SwiGLU and norms keep what they keep in fp32; docs/precision.md has the main recipe's figure."""
-    sizes = {name: saved(model(lab, precision), context(8, 16)) for name, precision in MEASURED.items()}
+    sizes = {
+        name: saved(model(lab, precision), context(8, 16)) for name, precision in MEASURED.items()
+    }
     assert sizes["paper"] < sizes["fp32"] < sizes["te"]

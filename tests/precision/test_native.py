@@ -26,13 +26,18 @@ from .layers import through
 from .native_standin import hopper_scaled_mm
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-DEVICES = ["standin", pytest.param("cuda", marks=pytest.mark.skipif(not HOPPER, reason="no Hopper GPU"))]
+DEVICES = [
+    "standin",
+    pytest.param("cuda", marks=pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")),
+]
 CPU_LACKS = precision.missing("row", "cpu") or precision.missing("tensor", "cpu")
 on_a_cpu = pytest.mark.skipif(CPU_LACKS is not None, reason=str(CPU_LACKS))
 """torch 2.11 has no `scaled_mm` for CPUs."""
 PLAIN = [pytest.param("cpu", marks=on_a_cpu), DEVICES[1]]
-"""Where the scales run that CPUs have too."""
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU is told")
+"""Devices of the scales that CPUs have too."""
+without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the messages of a machine without a GPU"
+)
 
 SIZES: dict[str, tuple[int, int, int]] = {
     "ragged": (37, 200, 150),
@@ -46,7 +51,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where products run: on a GPU, or on a CPU with Hopper's `scaled_mm` stood in for."""
+    """The device of the products: a GPU, or a CPU with a stand-in for Hopper's `scaled_mm`."""
     if request.param == "standin":
         monkeypatch.setattr(operand.F, "scaled_mm", hopper_scaled_mm)
         monkeypatch.setattr(precision, "takes", lambda rounding, x: True)
@@ -62,7 +67,9 @@ def quantised(x: Tensor, rows: int, columns: int, *, ue8m0: bool = False) -> Ten
             tile = x[i : i + rows, j : j + columns].float()
             scale = tile.abs().max() / 448
             if ue8m0:
-                scale = torch.tensor(2.0 ** math.ceil(math.log2(float(scale)))) if scale > 0 else scale
+                scale = (
+                    torch.tensor(2.0 ** math.ceil(math.log2(float(scale)))) if scale > 0 else scale
+                )
             if scale > 0:
                 codes = (tile / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
                 result[i : i + rows, j : j + columns] = codes.double() * scale.double()
@@ -75,7 +82,13 @@ TENSOR = {"rows": (0, 0), "weight": (0, 0), "back": (0, 0), "columns": (0, 0)}
 
 
 def by_hand(
-    x: Tensor, weight: Tensor, dy: Tensor, how: dict[str, tuple[int, int]], *, paper: bool, ue8m0: bool = False
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    how: dict[str, tuple[int, int]],
+    *,
+    paper: bool,
+    ue8m0: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y, dX and dW of one matrix in fp64."""
 
@@ -98,14 +111,25 @@ def worst(actual: Tensor, right: Tensor, size: Tensor) -> float:
     return float(error.max()) if right.numel() else 0.0
 
 
-def close(found: Sequence[Tensor], right: list[Tensor], sizes: list[Tensor], limits: list[float]) -> None:
+def close(
+    found: Sequence[Tensor], right: list[Tensor], sizes: list[Tensor], limits: list[float]
+) -> None:
     """Each within its limit."""
     errors = [worst(*each) for each in zip(found, right, sizes, strict=True)]
-    assert all(error <= limit for error, limit in zip(errors, limits, strict=True)), (errors, limits)
+    assert all(error <= limit for error, limit in zip(errors, limits, strict=True)), (
+        errors,
+        limits,
+    )
 
 
 def limits(
-    lab: Lab, device: str, keys: list[str], layer: Any, right: list[Tensor], sizes: list[Tensor], *given: Tensor
+    lab: Lab,
+    device: str,
+    keys: list[str],
+    layer: Any,
+    right: list[Tensor],
+    sizes: list[Tensor],
+    *given: Tensor,
 ) -> list[float]:
     """The rounding of fp32 sums; on a GPU, half as much again as sums of 14 bits are off in the same products.
 
@@ -119,14 +143,22 @@ def limits(
     """
     if device == "cpu":
         return [ROUNDING] * 3
-    tensor = ["precision.scaling=tensor"] if {"precision.scaling=row", "precision.scaling=tensor"} & set(keys) else []
+    tensor = (
+        ["precision.scaling=tensor"]
+        if {"precision.scaling=row", "precision.scaling=tensor"} & set(keys)
+        else []
+    )
     options = [key for key in keys if "scaling" not in key]
     narrow = ["precision.accumulator_bits=14", "precision.promote_every=128"]
-    made: Any = make(lab.recipe("precision.name=fp8_emulated", *narrow, *tensor, *options).precision)
+    made: Any = make(
+        lab.recipe("precision.name=fp8_emulated", *narrow, *tensor, *options).precision
+    )
     if layer.weight.ndim == 2:
         like = made.linear(layer.inputs, layer.outputs, "ffn.down", std=0.1)
     else:
-        like = made.grouped_linear(layer.groups, layer.inputs, layer.outputs, "experts.down", std=0.1)
+        like = made.grouped_linear(
+            layer.groups, layer.inputs, layer.outputs, "experts.down", std=0.1
+        )
     like.load_state_dict(layer.state_dict())
     found = through(like, *given)
     return [1.5 * worst(*each) + ROUNDING for each in zip(found, right, sizes, strict=True)]
@@ -149,12 +181,18 @@ def data(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
 
 
 def native(lab: Lab, *overrides: str) -> Precision:
-    made: Precision = make(lab.recipe("precision={name: fp8_native, stream: fp32}", *overrides).precision)
+    made: Precision = make(
+        lab.recipe("precision={name: fp8_native, stream: fp32}", *overrides).precision
+    )
     return made
 
 
 def check_linear(
-    lab: Lab, sizes: tuple[int, int, int], how: dict[str, tuple[int, int]], device: str, *overrides: str
+    lab: Lab,
+    sizes: tuple[int, int, int],
+    how: dict[str, tuple[int, int]],
+    device: str,
+    *overrides: str,
 ) -> None:
     _, inputs, outputs = sizes
     torch.manual_seed(1)
@@ -162,8 +200,14 @@ def check_linear(
     x, dy = data(*sizes)
     found = through(layer, x.to(device), dy.to(device))
     weight = layer.weight.detach().cpu()
-    paper, ue8m0 = "precision.weight_gradient=te" not in overrides, "precision.scales=ue8m0" in overrides
-    right, size = list(by_hand(x, weight, dy, how, paper=paper, ue8m0=ue8m0)), sizes_of(x, weight, dy)
+    paper, ue8m0 = (
+        "precision.weight_gradient=te" not in overrides,
+        "precision.scales=ue8m0" in overrides,
+    )
+    right, size = (
+        list(by_hand(x, weight, dy, how, paper=paper, ue8m0=ue8m0)),
+        sizes_of(x, weight, dy),
+    )
     close(found, right, size, limits(lab, device, [*overrides], layer, right, size, x, dy))
 
 
@@ -183,18 +227,33 @@ def test_the_options_of_tiles(lab: Lab, device: str, override: str) -> None:
 @pytest.mark.parametrize(("scaling", "how"), [("row", ROW), ("tensor", TENSOR)])
 @pytest.mark.parametrize("device", PLAIN, indirect=True)
 def test_the_three_products_by_rows_and_by_tensors(
-    lab: Lab, device: str, scaling: str, how: dict[str, tuple[int, int]], sizes: tuple[int, int, int]
+    lab: Lab,
+    device: str,
+    scaling: str,
+    how: dict[str, tuple[int, int]],
+    sizes: tuple[int, int, int],
 ) -> None:
     check_linear(lab, sizes, how, device, f"precision.scaling={scaling}")
 
 
-ENDS = {"ragged": ([5, 5, 150, 170], 170), "empty": ([0, 0, 0, 0], 0), "one owner": ([0, 33, 33, 33], 40)}
+ENDS = {
+    "ragged": ([5, 5, 150, 170], 170),
+    "empty": ([0, 0, 0, 0], 0),
+    "one owner": ([0, 33, 33, 33], 40),
+}
 
 
 def check_grouped(
-    lab: Lab, ends: list[int], rows: int, how: dict[str, tuple[int, int]], device: str, *overrides: str
+    lab: Lab,
+    ends: list[int],
+    rows: int,
+    how: dict[str, tuple[int, int]],
+    device: str,
+    *overrides: str,
 ) -> None:
-    layer: Any = native(lab, *overrides).grouped_linear(4, 70, 40, "experts.down", std=0.1).to(device)
+    layer: Any = (
+        native(lab, *overrides).grouped_linear(4, 70, 40, "experts.down", std=0.1).to(device)
+    )
     x, dy = data(max(rows, 1), 70, 40)
     x, dy = x[:rows], dy[:rows]
     own, ends_E = x.clone(), torch.tensor(ends, dtype=torch.int32)
@@ -213,10 +272,15 @@ def check_grouped(
             own_right = by_hand(x[b:e], weight[expert], dy[b:e], how, paper=True)
         else:
             continue
-        for all_of, parts in ((right, own_right), (sizes, sizes_of(x[b:e], weight[expert], dy[b:e]))):
+        for all_of, parts in (
+            (right, own_right),
+            (sizes, sizes_of(x[b:e], weight[expert], dy[b:e])),
+        ):
             all_of[0][b:e], all_of[1][b:e], all_of[2][expert] = parts
     assert all(bool(torch.isfinite(t).all()) for t in found)
-    close(found, right, sizes, limits(lab, device, [*overrides], layer, right, sizes, x, dy, ends_E))
+    close(
+        found, right, sizes, limits(lab, device, [*overrides], layer, right, sizes, x, dy, ends_E)
+    )
 
 
 @pytest.mark.parametrize(("ends", "rows"), ENDS.values(), ids=ENDS)
@@ -236,17 +300,33 @@ def test_experts_by_rows_and_by_tensors(
 
 @on_a_cpu
 @pytest.mark.parametrize("scaling", ["row", "tensor"])
-def test_every_experts_operands_are_aligned(lab: Lab, scaling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_experts_operands_are_aligned(
+    lab: Lab, scaling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """cuBLAS has no algorithm for a scale that stands between others (seen on an H100); a CPU does not mind."""
     places: list[int] = []
 
-    def spied(a: Tensor, b: Tensor, scale_a: Tensor, kind_a: Any, scale_b: Tensor, kind_b: Any, **more: Any) -> Tensor:
+    def spied(
+        a: Tensor,
+        b: Tensor,
+        scale_a: Tensor,
+        kind_a: Any,
+        scale_b: Tensor,
+        kind_b: Any,
+        **more: Any,
+    ) -> Tensor:
         places.extend(t.data_ptr() for t in (a, b, scale_a, scale_b))
         return real(a, b, scale_a, kind_a, scale_b, kind_b, **more)
 
     real = operand.F.scaled_mm
     monkeypatch.setattr(operand.F, "scaled_mm", spied)
-    check_grouped(lab, *ENDS["ragged"], ROW if scaling == "row" else TENSOR, "cpu", f"precision.scaling={scaling}")
+    check_grouped(
+        lab,
+        *ENDS["ragged"],
+        ROW if scaling == "row" else TENSOR,
+        "cpu",
+        f"precision.scaling={scaling}",
+    )
     assert len(places) == 4 * 9
     assert all(place % 16 == 0 for place in places)
 
@@ -255,10 +335,15 @@ def test_every_experts_operands_are_aligned(lab: Lab, scaling: str, monkeypatch:
 def test_it_is_what_the_emulation_emulates(lab: Lab, device: str) -> None:
     """The same three products as `fp8_emulated` with its defaults, up to the order of sums."""
     here: Any = native(lab).linear(200, 150, "ffn.down", std=0.1).to(device)
-    there: Any = make(lab.recipe("precision.name=fp8_emulated").precision).linear(200, 150, "ffn.down", std=0.1)
+    there: Any = make(lab.recipe("precision.name=fp8_emulated").precision).linear(
+        200, 150, "ffn.down", std=0.1
+    )
     there.load_state_dict(here.state_dict())
     x, dy = data(37, 200, 150)
-    found, right = through(here, x.to(device), dy.to(device)), [t.double() for t in through(there, x, dy)]
+    found, right = (
+        through(here, x.to(device), dy.to(device)),
+        [t.double() for t in through(there, x, dy)],
+    )
     sizes = sizes_of(x, there.weight.detach(), dy)
     close(found, right, sizes, limits(lab, device, [], here, right, sizes, x, dy))
 
@@ -282,7 +367,11 @@ def test_outputs_are_in_the_streams_format_and_gradients_of_masters_fp32(lab: La
     x = torch.ones(4, 32, dtype=torch.bfloat16, requires_grad=True)
     y = layer(x)
     y.sum().backward()
-    assert (y.dtype, x.grad.dtype, layer.weight.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert (y.dtype, x.grad.dtype, layer.weight.grad.dtype) == (
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    )
 
 
 # The precision
@@ -295,21 +384,39 @@ def needs(scaling: str, *environment: Any) -> str | None:
 @pytest.mark.parametrize(
     ("scaling", "environment", "sentence"),
     [
-        ("tile", ("cpu",), "has 1x128 and 128x128 scales on Hopper GPUs, and none on CPUs; scaling row and tensor run"),
-        ("tile", ("cuda", (10, 0), "13.0"), "on compute capability 9.0 alone (Hopper), and this GPU has 10.0"),
+        (
+            "tile",
+            ("cpu",),
+            "has 1x128 and 128x128 scales on Hopper GPUs, and none on CPUs; scaling row and tensor run",
+        ),
+        (
+            "tile",
+            ("cuda", (10, 0), "13.0"),
+            "on compute capability 9.0 alone (Hopper), and this GPU has 10.0",
+        ),
         ("tile", ("cuda", (8, 9), "12.9"), "this GPU has 8.9; precision fp8_emulated"),
-        ("row", ("cuda", (8, 9), "12.9"), "has what scaling row needs on compute capability 9.0 alone"),
+        (
+            "row",
+            ("cuda", (8, 9), "12.9"),
+            "has what scaling row needs on compute capability 9.0 alone",
+        ),
         pytest.param("row", ("cpu",), None, marks=on_a_cpu),
         pytest.param("tensor", ("cpu",), None, marks=on_a_cpu),
     ],
 )
-def test_what_a_device_must_have(scaling: str, environment: tuple[Any, ...], sentence: str | None) -> None:
+def test_what_a_device_must_have(
+    scaling: str, environment: tuple[Any, ...], sentence: str | None
+) -> None:
     said = needs(scaling, *environment)
     assert (said is None) if sentence is None else (said is not None and sentence in said), said
 
 
-@pytest.mark.parametrize("error", [ValueError("Invalid scaling\nconfiguration"), RuntimeError("cublasLt >= 12.9")])
-def test_a_torch_that_cannot_is_found_by_one_small_product(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [ValueError("Invalid scaling\nconfiguration"), RuntimeError("cublasLt >= 12.9")]
+)
+def test_a_torch_that_cannot_is_found_by_one_small_product(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def failing(*_: Any, **__: Any) -> Tensor:
         raise error
 
@@ -343,18 +450,21 @@ def test_scales_in_another_order_are_found_too(monkeypatch: pytest.MonkeyPatch, 
 
 @without_gpu
 def test_tiles_on_a_cpu_are_refused_by_fit_and_described(lab: Lab, tmp_path: Path) -> None:
-    said = lab.door("fit", lab.file, "precision.name=fp8_native", "--out", tmp_path / "run")
+    said = lab.command("fit", lab.file, "precision.name=fp8_native", "--out", tmp_path / "run")
     assert said.code == 2
-    assert "precision fp8_native: torch's scaled_mm has 1x128 and 128x128 scales on Hopper GPUs" in said.sentence
+    assert (
+        "precision fp8_native: torch's scaled_mm has 1x128 and 128x128 scales on Hopper GPUs"
+        in said.sentence
+    )
     assert not (tmp_path / "run").exists()
-    assert lab.door("describe", lab.file, "precision.name=fp8_native").code == 0
+    assert lab.command("describe", lab.file, "precision.name=fp8_native").code == 0
 
 
 @on_a_cpu
 def test_a_run_trains_and_says_which_code_ran(lab: Lab) -> None:
     overrides = ("precision={name: fp8_native, scaling: row, stream: fp32}", "budget.steps=2")
     module = lab.train(*overrides)
-    table = module.model.paths().table()
+    table = module.model.kernels_used().table()
     assert table["experts.gate_up"] == table["ffn.down"] == "torch scaled_mm, e4m3 rows"
     assert table["head"] == "float32 product"
     again = lab.train(*overrides, "recompute.blocks=[dense, moe]")
@@ -365,7 +475,10 @@ def test_a_run_trains_and_says_which_code_ran(lab: Lab) -> None:
 @pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
 def test_a_run_in_tiles(lab: Lab, tmp_path: Path) -> None:
     summary = lab.fit(
-        tmp_path / "run", "precision={name: fp8_native}", "recompute.blocks=[dense, moe]", "budget.steps=6"
+        tmp_path / "run",
+        "precision={name: fp8_native}",
+        "recompute.blocks=[dense, moe]",
+        "budget.steps=6",
     )
     by = "Triton" if find_spec("triton") else "torch"
     said = f"torch scaled_mm, e4m3 1x128 / 128x128, operands by {by}"
@@ -379,7 +492,10 @@ def test_in_tiles_a_cpu_takes_plain_products_and_says_so(lab: Lab) -> None:
     x = torch.ones(3, 32)
     assert torch.equal(layer(x), F.linear(x, layer.weight))
     made.grouped_linear(2, 32, 16, "experts.down", std=0.1)(x, torch.tensor([1, 3]))
-    assert made.paths.table() == {"ffn.down": "float32 product", "experts.down": "float32 product"}
+    assert made.kernels_used.table() == {
+        "ffn.down": "float32 product",
+        "experts.down": "float32 product",
+    }
 
 
 @pytest.mark.parametrize("device", ["standin"], indirect=True)
@@ -389,7 +505,9 @@ def test_in_tiles_a_run_says_who_made_the_operands(lab: Lab, device: str) -> Non
     made.grouped_linear(2, 32, 16, "experts.down", std=0.1)(torch.ones(3, 32), torch.tensor([1, 3]))
     said = "torch scaled_mm, e4m3 1x128 / 128x128"
     assert made.path("ffn.down") == made.path("experts.down") == said
-    assert made.paths.table() == dict.fromkeys(("ffn.down", "experts.down"), f"{said}, operands by torch")
+    assert made.kernels_used.table() == dict.fromkeys(
+        ("ffn.down", "experts.down"), f"{said}, operands by torch"
+    )
 
 
 def test_names_and_initial_values_are_those_of_fp32(lab: Lab) -> None:

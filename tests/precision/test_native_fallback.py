@@ -16,7 +16,9 @@ from plugins.fp8_native.rounding import TILES
 from .layers import drawn
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler.\nSpecify"), ImportError("libcuda.so")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Failed to find C compiler.\nSpecify"), ImportError("libcuda.so")]
+)
 def test_kernels_that_cannot_be_built_or_launched_are_not_used(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -25,15 +27,17 @@ def test_kernels_that_cannot_be_built_or_launched_are_not_used(
 
     monkeypatch.setattr(fused, "kernels", lambda: SimpleNamespace(rows=failing))
     why = f"cannot run ({type(error).__name__}: {str(error).splitlines()[0]}) on this device"
-    with pytest.warns(UserWarning, match=re.escape(why)) as told:
+    with pytest.warns(UserWarning, match=re.escape(why)) as caught:
         assert not fused.faithful.__wrapped__("cpu", False)
-    assert len(told) == 1
+    assert len(caught) == 1
     monkeypatch.setattr(fused, "kernels", failing)
     with pytest.warns(UserWarning, match=re.escape(why)):
         assert not fused.faithful.__wrapped__("cpu", False)
 
 
-def test_without_triton_nothing_is_said(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+def test_without_triton_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
     monkeypatch.setattr(fused, "kernels", lambda: None)
     assert not fused.faithful.__wrapped__("cpu", False)
     assert not recwarn
@@ -60,7 +64,9 @@ def test_kernels_are_launched_on_the_device_of_their_rows(monkeypatch: pytest.Mo
 
     x = torch.ones(2, 3)
     names = ("rows", "turned", "blocks", "flipped")
-    monkeypatch.setattr(fused, "kernels", lambda: SimpleNamespace(**{name: stub(name, x, x) for name in names}))
+    monkeypatch.setattr(
+        fused, "kernels", lambda: SimpleNamespace(**{name: stub(name, x, x) for name in names})
+    )
     monkeypatch.setattr(torch.cuda, "device_of", entered)
     rounding = fused.FusedRounding(3, TILES["tile"], torch.float32)
     rounding._rows(x, None)
@@ -77,6 +83,13 @@ def test_without_a_gpu_torch_quantises(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, kept = rounding.activation(x, None)
     matrix, kept_w = rounding.weight(x)
     again = (rounding.activation_again(kept, None), rounding.weight_again(kept_w))
-    made = (rows, matrix, rounding.gradient(x, None), again[1], rounding.gradient_again(x, None), again[0])
+    made = (
+        rows,
+        matrix,
+        rounding.gradient(x, None),
+        again[1],
+        rounding.gradient_again(x, None),
+        again[0],
+    )
     assert [type(part) for part in made] == [operand.Operand, list] * 2 + [list] * 2
     assert rounding.path(x) == "torch scaled_mm, e4m3 1x128 / 128x128, operands by torch"

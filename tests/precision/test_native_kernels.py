@@ -18,7 +18,8 @@ from lab import Lab
 from torch import Tensor
 
 from core.assemble import make
-from core.numerics.quantise import BLOCK, E4M3, ROW, Quantised, dequantise, quantise
+from core.numerics.formats import E4M3
+from core.numerics.quantise import BLOCK, ROW, Quantised, dequantise, quantise
 from plugins.fp8_native import fused, operand, precision
 from plugins.fp8_native.ends import spans
 from plugins.fp8_native.rounding import TILES, NativeRounding
@@ -30,14 +31,18 @@ TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and TRITON
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and TRITON
 DEVICE = "cpu" if INTERPRETED else "cuda"
-compared = pytest.mark.skipif(not (INTERPRETED or HOPPER), reason="no Hopper GPU, nor Triton's interpreter")
-own_process = pytest.mark.skipif(INTERPRETED or not TRITON, reason="Triton is not installed, or interprets already")
+compared = pytest.mark.skipif(
+    not (INTERPRETED or HOPPER), reason="no Hopper GPU, nor Triton's interpreter"
+)
+own_process = pytest.mark.skipif(
+    INTERPRETED or not TRITON, reason="Triton is not installed, or interprets already"
+)
 
 ENDS: dict[str, list[int] | None] = {
     "no experts": None,
     "0, 1, 127, 128, 129": [0, 1, 128, 256, 385, 385],
     "sixteens": [16, 48, 48, 176],
-    "one owner, others nobody's": [0, 33, 33],
+    "one owner, others no expert's": [0, 33, 33],
     "none": [0, 0, 0],
 }
 ROWS_A, RAGGED, WHOLE = 400, 200, 256
@@ -50,9 +55,26 @@ grouped = pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 def test_interpreted() -> None:
     """All of this file with Triton's interpreter on CPUs."""
     hidden = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "full", "-p", "no:cacheprovider", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-m",
+        "full",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+    ]
     done = subprocess.run(
-        command, env=hidden, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+        command,
+        env=hidden,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     summary = done.stdout.strip().splitlines()[-1]
@@ -77,11 +99,15 @@ def awkward(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 def near_ties(count: int, seed: int) -> Tensor:
     """Numbers a few units of the last place around (code + 1/2) times a scale."""
     draw = torch.Generator().manual_seed(seed)
-    amax = (1 + torch.rand((), generator=draw)) * 2.0 ** float(torch.randint(-30, 30, (), generator=draw))
+    amax = (1 + torch.rand((), generator=draw)) * 2.0 ** float(
+        torch.randint(-30, 30, (), generator=draw)
+    )
     scale = amax / 448
     half_way = torch.randint(8, 16, (count,), generator=draw) + 0.5
     codes = torch.ldexp(half_way, torch.randint(-9, 5, (count,), generator=draw))
-    bits = (codes * scale).view(torch.int32) + torch.randint(-2, 3, (count,), generator=draw, dtype=torch.int32)
+    bits = (codes * scale).view(torch.int32) + torch.randint(
+        -2, 3, (count,), generator=draw, dtype=torch.int32
+    )
     x = bits.view(torch.float32) * (1 - 2 * torch.randint(0, 2, (count,), generator=draw))
     x[::128] = amax
     return x
@@ -97,7 +123,12 @@ def same(found: Tensor, right: Tensor) -> None:
         assert found.dtype == right.dtype == torch.float32
         found, right = found.contiguous().view(torch.int32), right.contiguous().view(torch.int32)
     wrong = found.ne(right)
-    assert not wrong.any(), (int(wrong.sum()), wrong.nonzero()[:5].tolist(), found[wrong][:5], right[wrong][:5])
+    assert not wrong.any(), (
+        int(wrong.sum()),
+        wrong.nonzero()[:5].tolist(),
+        found[wrong][:5],
+        right[wrong][:5],
+    )
 
 
 def on_device(ends: list[int] | None) -> Tensor | None:
@@ -155,18 +186,25 @@ def test_rows(width: int, ends: list[int] | None, dtype: torch.dtype, power_of_t
     ids=str,
 )
 def test_along_tokens(width: int, ends: list[int] | None, given: str, power_of_two: bool) -> None:
-    x, ends_E = awkward(ROWS_A, width, torch.bfloat16 if given == "bf16" else torch.float32), on_device(ends)
-    told: dict[str, Any] = {"count": len(x), "columns": width, "power_of_two": power_of_two}
+    x, ends_E = (
+        awkward(ROWS_A, width, torch.bfloat16 if given == "bf16" else torch.float32),
+        on_device(ends),
+    )
+    options: dict[str, Any] = {"count": len(x), "columns": width, "power_of_two": power_of_two}
     if given == "codes":
         codes, scales = fused._kernels().rows(x, ends_E, power_of_two=power_of_two)
         kept = quantise(x, ROW, E4M3, power_of_two=power_of_two)
-        found, values = fused._kernels().turned(codes, scales, ends_E, **told), dequantise(kept)
+        found, values = fused._kernels().turned(codes, scales, ends_E, **options), dequantise(kept)
     else:
-        found, values = fused._kernels().turned(x, None, ends_E, **told), x
+        found, values = fused._kernels().turned(x, None, ends_E, **options), x
     where = spans(len(x), ends_E)
-    for (begin, end), laid in zip(where, fused.Turned(*found, width, len(x)).parts(where), strict=True):
+    for (begin, end), laid in zip(
+        where, fused.Turned(*found, width, len(x)).parts(where), strict=True
+    ):
         if end > begin:
-            same_as_laid(laid, quantise(values[begin:end].t(), ROW, E4M3, power_of_two=power_of_two))
+            same_as_laid(
+                laid, quantise(values[begin:end].t(), ROW, E4M3, power_of_two=power_of_two)
+            )
             assert not laid.codes[width:].contiguous().view(torch.uint8).any()
 
 
@@ -179,7 +217,11 @@ def test_weights(shape: tuple[int, int, int], power_of_two: bool) -> None:
     found = fused._kernels().blocks(weight, power_of_two=power_of_two)
     codes_t, scales_t = fused._kernels().flipped(*found, columns=shape[2])
     right = quantise(weight, BLOCK, E4M3, power_of_two=power_of_two)
-    each = zip(fused.Blocks(*found, shape[1]).parts(), fused.Blocks(codes_t, scales_t, shape[2]).parts(), strict=True)
+    each = zip(
+        fused.Blocks(*found, shape[1]).parts(),
+        fused.Blocks(codes_t, scales_t, shape[2]).parts(),
+        strict=True,
+    )
     for index, (plain, turned) in enumerate(each):
         for laid, codes, scales in (
             (plain, right.codes[index], right.scales[index]),
@@ -203,9 +245,11 @@ def test_a_tile_that_is_not_finite_becomes_nan_as_a_whole(bad: float) -> None:
     where = spans(len(x), None)
     right = quantise(x, ROW, E4M3)
     same_as_laid(next(found.parts(where)), right)
-    told: dict[str, Any] = {"count": 200, "columns": 300, "power_of_two": False}
+    options: dict[str, Any] = {"count": 200, "columns": 300, "power_of_two": False}
     for given, values in (((x, None), x), ((found.codes, found.scales), dequantise(right))):
-        laid = next(fused.Turned(*fused._kernels().turned(*given, None, **told), 300, 200).parts(where))
+        laid = next(
+            fused.Turned(*fused._kernels().turned(*given, None, **options), 300, 200).parts(where)
+        )
         same_as_laid(laid, quantise(values.t(), ROW, E4M3))
     codes, scales = fused._kernels().blocks(x[None], power_of_two=False)
     right = quantise(x, BLOCK, E4M3)
@@ -216,7 +260,9 @@ def test_a_tile_that_is_not_finite_becomes_nan_as_a_whole(bad: float) -> None:
 def stood_in(y_MN: Tensor, a: operand.Laid, b: operand.Laid) -> None:
     options = {"output_dtype": y_MN.dtype, "use_fast_accum": False}
     kinds = [operand.ScalingType(laid.recipe[0]) for laid in (a, b)]
-    y_MN.copy_(hopper_scaled_mm(a.codes, b.codes.t(), a.scales, kinds[0], b.scales, kinds[1], **options))
+    y_MN.copy_(
+        hopper_scaled_mm(a.codes, b.codes.t(), a.scales, kinds[0], b.scales, kinds[1], **options)
+    )
 
 
 @pytest.fixture
@@ -241,28 +287,38 @@ def test_kernels_are_used_where_they_give_the_bits(power_of_two: bool) -> None:
 
 
 @compared
-@pytest.mark.parametrize("spoilt", ["rows", "turned", "blocks", "flipped", "rows without experts", "turned of fp32"])
+@pytest.mark.parametrize(
+    "spoilt", ["rows", "turned", "blocks", "flipped", "rows without experts", "turned of fp32"]
+)
 @pytest.mark.usefixtures("products")
-def test_a_kernel_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
+def test_a_kernel_that_gives_other_bits_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
     """One code in thousands is enough to be found out, also in one kind of call alone."""
     kernels, (name, _, only) = fused._kernels(), spoilt.partition(" ")
     real = getattr(kernels, name)
 
     def spoiling(x: Tensor, *others: Any, **named: Any) -> Any:
         codes, scales = real(x, *others, **named)
-        if {"": True, "without experts": others[-1:] == (None,), "of fp32": x.dtype == torch.float32}[only]:
+        if {
+            "": True,
+            "without experts": others[-1:] == (None,),
+            "of fp32": x.dtype == torch.float32,
+        }[only]:
             codes.view(torch.uint8).view(-1)[3::4096] ^= 1
         return codes, scales
 
     monkeypatch.setattr(kernels, name, spoiling)
-    with pytest.warns(UserWarning, match="do not give the bits") as told:
+    with pytest.warns(UserWarning, match="do not give the bits") as caught:
         assert not shown()
-    assert len(told) == 1
+    assert len(caught) == 1
 
 
 @compared
 @pytest.mark.usefixtures("products")
-def test_products_that_are_not_those_of_torch_are_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_are_not_those_of_torch_are_found_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real = operand.multiply_into
 
     def spoiling(y_MN: Tensor, a: operand.Laid, b: operand.Laid) -> None:
@@ -276,12 +332,17 @@ def test_products_that_are_not_those_of_torch_are_found_too(monkeypatch: pytest.
 
 @compared
 @pytest.mark.usefixtures("products")
-def test_a_torch_without_the_private_product_uses_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_the_private_product_uses_no_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def lacking(*_: Any) -> None:
         raise AttributeError("module 'torch' has no attribute '_scaled_mm_v2'")
 
     monkeypatch.setattr(operand, "multiply_into", lacking)
-    with pytest.warns(UserWarning, match="cannot run .AttributeError: module 'torch' has no attribute '_scaled_mm_v2'"):
+    with pytest.warns(
+        UserWarning,
+        match="cannot run .AttributeError: module 'torch' has no attribute '_scaled_mm_v2'",
+    ):
         assert not shown()
 
 
@@ -289,7 +350,10 @@ def test_a_torch_without_the_private_product_uses_no_kernels(monkeypatch: pytest
 def test_gradients_of_a_sum_need_no_memory() -> None:
     """Rows that are one row in memory, and columns that are not next to each other."""
     right = quantise(torch.ones(40, 130, device=DEVICE), ROW, E4M3)
-    for x in (torch.ones((), device=DEVICE).expand(40, 130), torch.ones(1, 130, device=DEVICE).expand(40, 130)):
+    for x in (
+        torch.ones((), device=DEVICE).expand(40, 130),
+        torch.ones(1, 130, device=DEVICE).expand(40, 130),
+    ):
         found = fused.Rows(*fused._kernels().rows(x, None, power_of_two=False), 40)
         same_as_laid(next(found.parts([(0, 40)])), right)
 
@@ -300,7 +364,11 @@ def test_gradients_of_a_sum_need_no_memory() -> None:
 @pytest.mark.parametrize("codes_again", [True, False], ids=["paper", "te"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(256, 128), (70, 37)])
 def test_products_are_those_of_the_reference(
-    monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, codes_again: bool, ends: list[int] | None
+    monkeypatch: pytest.MonkeyPatch,
+    inputs: int,
+    outputs: int,
+    codes_again: bool,
+    ends: list[int] | None,
 ) -> None:
     """The same operands in the same products give the same bits: interpreted up to the order of fp64 sums."""
     monkeypatch.setattr(fused, "takes", lambda x, power_of_two: True)
@@ -314,10 +382,18 @@ def test_products_are_those_of_the_reference(
         rows, kept_x = rounding.activation(x, ends_E)
         matrix, kept_w = rounding.weight(weight)
         dy_rows, matrix_back = rounding.gradient(dy, ends_E), rounding.weight_again(kept_w)
-        dy_tokens, tokens = rounding.gradient_again(dy, ends_E), rounding.activation_again(kept_x, ends_E)
+        dy_tokens, tokens = (
+            rounding.gradient_again(dy, ends_E),
+            rounding.activation_again(kept_x, ends_E),
+        )
         made = [type(part) for part in (rows, matrix, dy_rows, matrix_back, dy_tokens, tokens)]
-        assert made == (FUSED if kind is fused.FusedRounding else [operand.Operand, list] * 2 + [list] * 2)
-        y, dx = rounding.product(rows, matrix, ends_E), rounding.product_back(dy_rows, matrix_back, ends_E)
+        assert made == (
+            FUSED if kind is fused.FusedRounding else [operand.Operand, list] * 2 + [list] * 2
+        )
+        y, dx = (
+            rounding.product(rows, matrix, ends_E),
+            rounding.product_back(dy_rows, matrix_back, ends_E),
+        )
         results.append((y, dx, rounding.outer(dy_tokens, tokens, ends_E)))
     for found, right in zip(*results, strict=True):
         assert found.shape == right.shape
@@ -342,7 +418,9 @@ def test_ends_are_read_once_and_again_when_they_change(monkeypatch: pytest.Monke
 
 @compared
 @pytest.mark.usefixtures("products")
-def test_layers_note_that_kernels_made_their_operands(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_note_that_kernels_made_their_operands(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fused, "takes", lambda x, power_of_two: True)
     monkeypatch.setattr(precision, "takes", lambda rounding, x: True)
     made: Any = make(lab.recipe("precision={name: fp8_native, scales: ue8m0}").precision)
@@ -351,4 +429,6 @@ def test_layers_note_that_kernels_made_their_operands(lab: Lab, monkeypatch: pyt
     made.grouped_linear(2, 32, 16, "experts.down", std=0.1).to(DEVICE)(x, on_device([3, 20]))
     said = "torch scaled_mm, e4m3 1x128 / 128x128, ue8m0 scales"
     assert made.path("ffn.down") == said
-    assert made.paths.table() == dict.fromkeys(("ffn.down", "experts.down"), f"{said}, operands by Triton")
+    assert made.kernels_used.table() == dict.fromkeys(
+        ("ffn.down", "experts.down"), f"{said}, operands by Triton"
+    )

@@ -14,7 +14,7 @@ from .slow import Groups, quantised, spans
 PLAIN = [(5, 7, 3), (130, 128, 40), (129, 192, 130), (1, 300, 17), (256, 64, 128)]
 """Rows, inputs, outputs."""
 ENDS = [[10, 10, 141, 150], [0, 0, 0, 150], [0, 128, 129, 150], [20, 20, 40, 77]]
-"""Where four experts' rows end, of 150; in the last nobody owns the rest."""
+"""The ends of four experts' rows, of 150; in the last case no expert owns the rest."""
 
 TILE = {"row": (1, 128), "column": (128, 1), "weight": (128, 128), "weight_back": (128, 128)}
 MX = {"row": (1, 32), "column": (32, 1), "weight": (1, 32), "weight_back": (32, 1)}
@@ -26,15 +26,23 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "e5m2": ({"gradients": "e5m2"}, {**TILE, "gradients": "e5m2"}),
     "e5m6": ({"e5m6": ["ffn.*", "experts.*"]}, {**TILE, "saved": "e5m6"}),
     "mxfp8": ({"scaling": "mxfp8"}, {**MX, "power_of_two": True}),
-    "mxfp8 te": ({"scaling": "mxfp8", "weight_gradient": "te"}, {**MX, "power_of_two": True, "saved": None}),
+    "mxfp8 te": (
+        {"scaling": "mxfp8", "weight_gradient": "te"},
+        {**MX, "power_of_two": True, "saved": None},
+    ),
     "tensor": ({"scaling": "tensor"}, TENSOR),
     "tensor te": ({"scaling": "tensor", "weight_gradient": "te"}, {**TENSOR, "saved": None}),
-    "tensor e5m6": ({"scaling": "tensor", "e5m6": ["ffn.down", "experts.down"]}, {**TENSOR, "saved": "e5m6"}),
+    "tensor e5m6": (
+        {"scaling": "tensor", "e5m6": ["ffn.down", "experts.down"]},
+        {**TENSOR, "saved": "e5m6"},
+    ),
     "delayed, first step": ({"scaling": "delayed"}, TENSOR),
 }
 
 
-def operands(x: Tensor, weight: Tensor, dy: Tensor, how: Mapping[str, Any], groups: Groups | None) -> dict[str, Tensor]:
+def operands(
+    x: Tensor, weight: Tensor, dy: Tensor, how: Mapping[str, Any], groups: Groups | None
+) -> dict[str, Tensor]:
     """What each product is taken of, in fp64, by the definitions.
 
     Args:
@@ -42,7 +50,11 @@ def operands(x: Tensor, weight: Tensor, dy: Tensor, how: Mapping[str, Any], grou
         how: tiles, format of gradients, of scales, and of what is saved.
         groups: the rows of every expert; None for a plain layer.
     """
-    two, saved, gradients = how.get("power_of_two", False), how.get("saved", "e4m3"), how.get("gradients", "e4m3")
+    two, saved, gradients = (
+        how.get("power_of_two", False),
+        how.get("saved", "e4m3"),
+        how.get("gradients", "e4m3"),
+    )
     whole = None if groups is None else [(0, groups[-1][1])]
     rows = whole if how["row"] == (0, 0) else None
     columns = whole if how["column"] == (0, 0) else groups
@@ -59,7 +71,9 @@ def operands(x: Tensor, weight: Tensor, dy: Tensor, how: Mapping[str, Any], grou
         stored = quantised(x, *how["row"], saved, power_of_two=two or finer, groups=rows)[0]
     if saved == "e4m3" and how["row"] == how["column"]:
         return {**found, "x_again": stored}
-    again = quantised(stored, *how["column"], power_of_two=two or saved == "e5m6", groups=columns)[0]
+    again = quantised(stored, *how["column"], power_of_two=two or saved == "e5m6", groups=columns)[
+        0
+    ]
     return {**found, "x_again": again}
 
 
@@ -86,7 +100,7 @@ def test_the_products_of_a_plain_layer(setting: str, sizes: tuple[int, int, int]
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("ends", first_by_default(ENDS), ids=str)
 def test_the_products_of_a_grouped_layer(setting: str, ends: Sequence[int]) -> None:
-    """Empty experts, ragged ones, and rows that belong to nobody: they come out as 0 and set no scale."""
+    """Empty experts, ragged ones, and rows of no expert, which come out as 0 and set no scale."""
     keys, how = SETTINGS[setting]
     layer = with_weight(precision(**keys).grouped_linear(4, 140, 33, "experts.down", std=0.1))
     x, dy = drawn(150, 140, seed=2), drawn(150, 33, seed=3)
@@ -124,7 +138,10 @@ def test_a_bf16_stream_rounds_results_but_no_gradient_of_a_master(grouped: bool)
         made, more = precision(stream=stream), ()
         layer = made.linear(40, 24, "ffn.down", std=0.1)
         if grouped:
-            layer, more = made.grouped_linear(2, 40, 24, "experts.down", std=0.1), (torch.tensor([11, 30]),)
+            layer, more = (
+                made.grouped_linear(2, 40, 24, "experts.down", std=0.1),
+                (torch.tensor([11, 30]),),
+            )
         found.append(through(with_weight(layer), x.to(dtype), dy.to(dtype), *more))
     wide, short = found
     for one, two in zip(short[:2], wide[:2], strict=True):
@@ -144,7 +161,9 @@ def test_leading_axes_are_rows(name: str) -> None:
 
 @pytest.mark.parametrize("role", ["router", "norm", "embedding", "head", "mtp.projection"])
 def test_roles_that_stay_high_are_plain_fp32_products(role: str) -> None:
-    layer, plain = (with_weight(precision(n).linear(40, 24, role, std=0.1)) for n in ("fp8_emulated", "fp32"))
+    layer, plain = (
+        with_weight(precision(n).linear(40, 24, role, std=0.1)) for n in ("fp8_emulated", "fp32")
+    )
     x, dy = drawn(30, 40), drawn(30, 24)
     for one, two in zip(through(layer, x, dy), through(plain, x, dy), strict=True):
         assert torch.equal(one, two)
@@ -178,7 +197,11 @@ def test_autocast_changes_no_bit() -> None:
 @pytest.mark.parametrize("name", ["fp8_emulated", "bf16_emulated"])
 def test_a_product_is_deterministic(name: str) -> None:
     layer = with_weight(precision(name).grouped_linear(4, 140, 33, "experts.down", std=0.1))
-    x, dy, ends = drawn(150, 140), drawn(150, 33), torch.tensor([10, 10, 141, 150], dtype=torch.int32)
+    x, dy, ends = (
+        drawn(150, 140),
+        drawn(150, 33),
+        torch.tensor([10, 10, 141, 150], dtype=torch.int32),
+    )
     first = through(layer, x, dy, ends)
     for _ in range(3):
         for one, two in zip(through(layer, x, dy, ends), first, strict=True):

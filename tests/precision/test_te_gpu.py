@@ -13,18 +13,22 @@ from core.assemble import build, make
 from core.contracts.component import Environment
 from core.model.parameters import named_parameters
 from core.training.callbacks import KeepLatest
-from plugins.te_fp8.engine import SCALINGS, obstacle
+from plugins.te_fp8.engine import SCALINGS, unmet_requirement
 
 from .test_te_wiring import SIXTEENS
 
 CUDA = torch.cuda.is_available()
-HERE = Environment("cuda" if CUDA else "cpu", torch.cuda.get_device_capability() if CUDA else None, torch.version.cuda)
+HERE = Environment(
+    "cuda" if CUDA else "cpu",
+    torch.cuda.get_device_capability() if CUDA else None,
+    torch.version.cuda,
+)
 
 
 @pytest.fixture(params=SCALINGS)
 def scaling(request: pytest.FixtureRequest) -> str:
     """Every one that this machine can run; why it cannot is the reason of the skip."""
-    if why := obstacle(request.param, HERE):
+    if why := unmet_requirement(request.param, HERE):
         pytest.skip(why)
     return str(request.param)
 
@@ -36,12 +40,16 @@ def calc_diff(x: Tensor, y: Tensor) -> float:
 
 
 def precision(lab: Lab, scaling: str, stream: str = "bf16") -> Any:
-    return make(lab.recipe(f"precision={{name: te_fp8, scaling: {scaling}, stream: {stream}}}").precision)
+    return make(
+        lab.recipe(f"precision={{name: te_fp8, scaling: {scaling}, stream: {stream}}}").precision
+    )
 
 
 @pytest.mark.parametrize("stream", ["bf16", "fp32"])
 @pytest.mark.parametrize("rows", [256, 37])
-def test_the_three_products_are_fp8_and_no_worse(lab: Lab, scaling: str, stream: str, rows: int) -> None:
+def test_the_three_products_are_fp8_and_no_worse(
+    lab: Lab, scaling: str, stream: str, rows: int
+) -> None:
     """Each calc_diff lies under the limit for E4M3, and well above what a bf16 product would show."""
     made = precision(lab, scaling, stream)
     layer = made.linear(256, 512, "ffn.down", std=0.1).cuda()
@@ -54,12 +62,18 @@ def test_the_three_products_are_fp8_and_no_worse(lab: Lab, scaling: str, stream:
     right = (x.double() @ weight.T, dy.double() @ weight, dy.double().T @ x.double())
     for actual, expected in zip((y, x.grad, layer.weight.grad), right, strict=True):
         assert 1e-5 < calc_diff(actual, expected) < 1.5e-3
-    assert made.paths.table() == {"ffn.down": f"Transformer Engine, {SCALINGS[scaling].recipe}"}
+    assert made.kernels_used.table() == {
+        "ffn.down": f"Transformer Engine, {SCALINGS[scaling].recipe}"
+    }
 
 
-@pytest.mark.parametrize("ends", [[100, 100, 133, 200], [0, 0, 0, 200], [50, 100, 150, 180], [0, 0, 0, 0]])
+@pytest.mark.parametrize(
+    "ends", [[100, 100, 133, 200], [0, 0, 0, 200], [50, 100, 150, 180], [0, 0, 0, 0]]
+)
 def test_experts(lab: Lab, scaling: str, ends: list[int]) -> None:
-    layer = precision(lab, scaling, "fp32").grouped_linear(4, 128, 192, "experts.down", std=0.1).cuda()
+    layer = (
+        precision(lab, scaling, "fp32").grouped_linear(4, 128, 192, "experts.down", std=0.1).cuda()
+    )
     x = torch.randn(200, 128, device="cuda")
     x[ends[-1] :] = torch.nan
     x.requires_grad_()
@@ -85,7 +99,9 @@ def test_options(lab: Lab, scaling: str, keys: dict[str, str]) -> None:
     """E5M2 gradients cost bits in the two products that have them, and in no other; fp32 scales cost none."""
     if "scales" in keys and scaling != "block":
         pytest.skip("fp32 scales are of scaling block")
-    text = ", ".join(f"{key}: {value}" for key, value in {"scaling": scaling, "stream": "fp32", **keys}.items())
+    text = ", ".join(
+        f"{key}: {value}" for key, value in {"scaling": scaling, "stream": "fp32", **keys}.items()
+    )
     made: Any = make(lab.recipe(f"precision={{name: te_fp8, {text}}}").precision)
     layer = made.linear(256, 512, "ffn.down", std=0.1).cuda()
     x = torch.randn(256, 256, device="cuda", requires_grad=True)
@@ -97,12 +113,14 @@ def test_options(lab: Lab, scaling: str, keys: dict[str, str]) -> None:
     low, high = (1.5e-3, 4e-3) if "gradients" in keys else (1e-5, 1.5e-3)
     assert low < calc_diff(x.grad, dy.double() @ weight) < high
     assert low < calc_diff(layer.weight.grad, dy.double().T @ x.double()) < high
-    assert made.paths.table()["ffn.down"].endswith("E5M2 gradients" if "gradients" in keys else "fp32 scales")
+    assert made.kernels_used.table()["ffn.down"].endswith(
+        "E5M2 gradients" if "gradients" in keys else "fp32 scales"
+    )
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_goes_through(lab: Lab, scaling: str, bad: float) -> None:
-    """In the activation and in the gradient: what they reach is not finite."""
+    """Non-finite activations and gradients make everything that depends on them non-finite."""
     layer = precision(lab, scaling).linear(256, 128, "ffn.down", std=0.1).cuda()
     x = torch.ones(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     with torch.no_grad():
@@ -117,14 +135,19 @@ def test_what_is_not_finite_goes_through(lab: Lab, scaling: str, bad: float) -> 
     assert not layer.weight.grad[9].isfinite().any()
 
 
-def test_a_run_trains_recomputes_and_reaches_other_precisions(lab: Lab, scaling: str, tmp_path: Path) -> None:
+def test_a_run_trains_recomputes_and_reaches_other_precisions(
+    lab: Lab, scaling: str, tmp_path: Path
+) -> None:
     if scaling == "mxfp8":
         pytest.skip("the small recipe has widths of 16")
     te = (*SIXTEENS, f"precision={{name: te_fp8, scaling: {scaling}}}")
     again = () if scaling == "delayed" else ("recompute.blocks=[dense, moe]",)
     summary = lab.fit(tmp_path / "run", *te, *again, "budget.steps=6")
     assert "Transformer Engine" in summary["precision_paths"]["experts.gate_up"]
-    state = {n.removeprefix("model."): t for n, t in last_checkpoint(tmp_path / "run")["state_dict"].items()}
+    state = {
+        n.removeprefix("model."): t
+        for n, t in last_checkpoint(tmp_path / "run")["state_dict"].items()
+    }
     there = build(lab.recipe(*SIXTEENS))
     assert list(there.state_dict()) == list(state)
     there.load_state_dict(state)
@@ -149,7 +172,11 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(
     """Resumed from its third step of six; and fp32's optimizer takes the moments that it left."""
     if scaling == "mxfp8":
         pytest.skip("the small recipe has widths of 16")
-    te = (*SIXTEENS, f"precision={{name: te_fp8, scaling: {scaling}}}", "trainer.deterministic=true")
+    te = (
+        *SIXTEENS,
+        f"precision={{name: te_fp8, scaling: {scaling}}}",
+        "trainer.deterministic=true",
+    )
     te += ("budget.steps=6", "checkpoint.every_steps=3")
     lab.fit(tmp_path / "whole", *te)
     saves = KeepLatest.on_train_batch_end

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import Lab, Said
+from lab import CommandResult, Lab
 
 from core.contracts.component import Environment
 from core.contracts.errors import UserError
@@ -68,18 +68,35 @@ def test_a_cpu_is_refused_before_transformer_engine_is_looked_for(
 
 NO_LIBRARY = "Could not find shared object file for Transformer Engine core lib"
 BROKEN: dict[str, tuple[Callable[[], Exception], str]] = {
-    "absent": (lambda: ModuleNotFoundError("No module", name="transformer_engine"), "is not installed: install it"),
-    "RuntimeError": (lambda: RuntimeError("Found empty `transformer-engine` meta package\nand more"), "no compiled"),
+    "absent": (
+        lambda: ModuleNotFoundError("No module", name="transformer_engine"),
+        "is not installed: install it",
+    ),
+    "RuntimeError": (
+        lambda: RuntimeError("Found empty `transformer-engine` meta package\nand more"),
+        "no compiled",
+    ),
     "FileNotFoundError": (lambda: FileNotFoundError(NO_LIBRARY), NO_LIBRARY),
-    "OSError": (lambda: OSError("libcublasLt.so.13: cannot open shared object file"), "(libcublasLt.so.13: cannot"),
-    "ImportError": (lambda: ImportError("undefined symbol: _ZN3c10"), "(undefined symbol: _ZN3c10)"),
+    "OSError": (
+        lambda: OSError("libcublasLt.so.13: cannot open shared object file"),
+        "(libcublasLt.so.13: cannot",
+    ),
+    "ImportError": (
+        lambda: ImportError("undefined symbol: _ZN3c10"),
+        "(undefined symbol: _ZN3c10)",
+    ),
     "AssertionError": (lambda: AssertionError(), "(AssertionError)"),
-    "its own needs": (lambda: ModuleNotFoundError("No module", name="pydantic"), "lacks the package pydantic"),
+    "its own needs": (
+        lambda: ModuleNotFoundError("No module", name="pydantic"),
+        "lacks the package pydantic",
+    ),
 }
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_an_absent_or_broken_transformer_engine_is_one_sentence(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_an_absent_or_broken_transformer_engine_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     make, sentence = BROKEN[broken]
 
     def failing(name: str) -> Any:
@@ -96,8 +113,10 @@ def test_an_absent_or_broken_transformer_engine_is_one_sentence(monkeypatch: pyt
         engine.recipes()
 
 
-def test_nothing_else_asks_for_transformer_engine(lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With every import of it raising, te_fp8 is described, and other precisions train."""
+def test_nothing_else_asks_for_transformer_engine(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """te_fp8 is described and other precisions train while every import of it raises."""
     real = builtins.__import__
 
     def importing(name: str, *rest: Any, **more: Any) -> Any:
@@ -106,18 +125,18 @@ def test_nothing_else_asks_for_transformer_engine(lab: Lab, monkeypatch: pytest.
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", importing)
-    said = lab.door("describe", lab.file, *TE, "--json")
+    said = lab.command("describe", lab.file, *TE, "--json")
     assert said.code == 0, said.err
     assert '"path": "Transformer Engine, Float8BlockScaling"' in said.out
     assert "needs an NVIDIA GPU" in said.out  # under runnable_here
     lab.fit(tmp_path / "run", "budget.steps=1")
 
 
-# Through the doors
+# Through the commands
 
 
-def refused(lab: Lab, door: str, *overrides: str, out: Path | None = None) -> Said:
-    said = lab.door(door, lab.file, *overrides, *(["--out", str(out)] if out else []))
+def refused(lab: Lab, command: str, *overrides: str, out: Path | None = None) -> CommandResult:
+    said = lab.command(command, lab.file, *overrides, *(["--out", str(out)] if out else []))
     assert said.code == 2, said.err
     assert out is None or not out.exists()
     return said
@@ -125,14 +144,18 @@ def refused(lab: Lab, door: str, *overrides: str, out: Path | None = None) -> Sa
 
 def test_fit_on_a_cpu_is_refused_before_any_work(lab: Lab, tmp_path: Path) -> None:
     said = refused(lab, "fit", *TE, out=tmp_path / "run")
-    assert "cannot run here: precision te_fp8: Transformer Engine needs an NVIDIA GPU" in said.sentence
+    assert (
+        "cannot run here: precision te_fp8: Transformer Engine needs an NVIDIA GPU" in said.sentence
+    )
 
 
-@pytest.mark.parametrize("door", ["fit", "describe"])
-def test_widths_that_transformer_engine_cannot_take_are_refused(lab: Lab, door: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["fit", "describe"])
+def test_widths_that_transformer_engine_cannot_take_are_refused(
+    lab: Lab, command: str, tmp_path: Path
+) -> None:
     """The small recipe's rotated key makes 20 outputs of 16 + 4."""
-    out = tmp_path / "run" if door == "fit" else None
-    said = refused(lab, door, "precision.name=te_fp8", out=out)
+    out = tmp_path / "run" if command == "fit" else None
+    said = refused(lab, command, "precision.name=te_fp8", out=out)
     expected = "attention.q_up has 24 outputs, and Transformer Engine takes multiples of 16 under scaling block"
     assert expected in said.sentence
     assert "name attention.q_up in precision.high" in said.sentence
@@ -140,12 +163,15 @@ def test_widths_that_transformer_engine_cannot_take_are_refused(lab: Lab, door: 
 
 def test_the_advice_helps(lab: Lab) -> None:
     high = "precision.high=[head, attention.q_up, attention.kv_down]"
-    assert lab.door("describe", lab.file, "precision.name=te_fp8", high).code == 0
+    assert lab.command("describe", lab.file, "precision.name=te_fp8", high).code == 0
 
 
 def test_mxfp8_takes_multiples_of_thirty_two(lab: Lab) -> None:
     said = refused(lab, "describe", *SIXTEENS, "precision={name: te_fp8, scaling: mxfp8}")
-    assert "attention.q_down has 16 outputs, and Transformer Engine takes multiples of 32" in said.sentence
+    assert (
+        "attention.q_down has 16 outputs, and Transformer Engine takes multiples of 32"
+        in said.sentence
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,16 +183,24 @@ def test_mxfp8_takes_multiples_of_thirty_two(lab: Lab) -> None:
             "recompute.blocks",
             "must be empty under precision te_fp8",
         ),
-        (("precision.scaling=current", "precision.scales=fp32"), "precision.scales", "is of scaling block"),
+        (
+            ("precision.scaling=current", "precision.scales=fp32"),
+            "precision.scales",
+            "must be ue8m0 unless scaling is block",
+        ),
         (("precision.history=0",), "precision.history", "must be at least 1"),
-        (("strategy={name: single, accelerator: cpu}",), "strategy.accelerator = 'cpu'", "must not be cpu"),
+        (
+            ("strategy={name: single, accelerator: cpu}",),
+            "strategy.accelerator = 'cpu'",
+            "must not be cpu",
+        ),
         (("precision.scaling=tile",), "precision.scaling", "block"),
     ],
 )
 def test_what_the_recipe_alone_shows_is_refused_at_validation(
     lab: Lab, overrides: tuple[str, ...], key: str, sentence: str
 ) -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         lab.recipe(*TE, *overrides)
-    assert key in str(told.value)
-    assert sentence in str(told.value)
+    assert key in str(caught.value)
+    assert sentence in str(caught.value)

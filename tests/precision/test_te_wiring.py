@@ -1,4 +1,4 @@
-"""te_fp8's layers around a stand-in of Transformer Engine: what it is given, and what of it reaches nobody else."""
+"""te_fp8's layers around a stand-in of Transformer Engine: what it is given, and what stays inside."""
 
 import importlib.util
 import sys
@@ -18,7 +18,7 @@ from core.contracts.precision import Precision
 from core.model.parameters import named_parameters
 from core.numerics.padded import PaddedGroups
 from plugins.te_fp8.engine import SCALINGS
-from plugins.te_fp8.layers import Recipe
+from plugins.te_fp8.layers import ScalingRecipe
 
 from . import te_standin
 from .te_standin import State, quantised
@@ -60,10 +60,14 @@ def test_a_product_is_taken_in_fp8_whatever_the_number_of_rows(
     dy = random(*shape[:-1], 48, seed=1)
     y.backward(dy)
     rows, dy_rows = (t.detach().reshape(-1, t.shape[-1]) for t in (x, dy))
-    torch.testing.assert_close(y.reshape(-1, 48), quantised(rows) @ quantised(layer.weight).T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        y.reshape(-1, 48), quantised(rows) @ quantised(layer.weight).T, rtol=1e-6, atol=1e-6
+    )
     expected = (quantised(dy_rows) @ quantised(layer.weight)).view(shape)
     torch.testing.assert_close(x.grad, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(layer.weight.grad, quantised(dy_rows).T @ quantised(rows), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        layer.weight.grad, quantised(dy_rows).T @ quantised(rows), rtol=1e-6, atol=1e-6
+    )
     assert [which for which, _ in state.products] == ["forward", "backward"]
     assert {type(recipe) for _, recipe in state.products} == {te_standin.Float8BlockScaling}
 
@@ -108,32 +112,51 @@ def test_what_is_not_finite_is_never_hidden(lab: Lab, bad: float, grouped: bool)
 
 
 @pytest.mark.parametrize("stream", ["fp32", "bf16"])
-def test_the_stream_has_one_format_and_masters_fp32(lab: Lab, state: type[State], stream: str) -> None:
+def test_the_stream_has_one_format_and_masters_fp32(
+    lab: Lab, state: type[State], stream: str
+) -> None:
     made = precision(lab, f"precision.stream={stream}")
-    plain, grouped = made.linear(32, 48, "ffn.down", std=0.1), made.grouped_linear(2, 32, 48, "experts.down", std=0.1)
+    plain, grouped = (
+        made.linear(32, 48, "ffn.down", std=0.1),
+        made.grouped_linear(2, 32, 48, "experts.down", std=0.1),
+    )
     x = random(16, 32).requires_grad_()
     outputs = (plain(x), grouped(x, torch.tensor([4, 16])))
     assert {y.dtype for y in outputs} == {{"fp32": torch.float32, "bf16": torch.bfloat16}[stream]}
     sum(y.sum() for y in outputs).backward()
-    assert {t.dtype for t in (plain.weight, plain.weight.grad, grouped.weight.grad, x.grad)} == {torch.float32}
+    assert {t.dtype for t in (plain.weight, plain.weight.grad, grouped.weight.grad, x.grad)} == {
+        torch.float32
+    }
 
 
 # A weight for every expert
 
 
-def experts_by_loop(weight: Tensor, x: Tensor, dy: Tensor, ends: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def experts_by_loop(
+    weight: Tensor, x: Tensor, dy: Tensor, ends: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output and both gradients, an expert after the other."""
     y, dx, dw = torch.zeros(len(x), weight.shape[1]), torch.zeros_like(x), torch.zeros_like(weight)
     for expert, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if end > begin:
-            rows, w, g = quantised(x[begin:end]), quantised(weight[expert]), quantised(dy[begin:end])
+            rows, w, g = (
+                quantised(x[begin:end]),
+                quantised(weight[expert]),
+                quantised(dy[begin:end]),
+            )
             y[begin:end], dx[begin:end], dw[expert] = rows @ w.T, g @ w, g.T @ rows
     return y, dx, dw
 
 
 @pytest.mark.parametrize(
     ("ends", "rows"),
-    [([4, 4, 20, 37], 37), ([16, 32, 48, 64], 64), ([0, 0, 0, 0], 0), ([0, 0, 0, 3], 9), ([40, 40, 40, 40], 40)],
+    [
+        ([4, 4, 20, 37], 37),
+        ([16, 32, 48, 64], 64),
+        ([0, 0, 0, 0], 0),
+        ([0, 0, 0, 3], 9),
+        ([40, 40, 40, 40], 40),
+    ],
 )
 def test_experts_are_padded_to_tiles_and_no_expert_is_empty(
     lab: Lab, state: type[State], ends: list[int], rows: int
@@ -155,7 +178,9 @@ def test_experts_are_padded_to_tiles_and_no_expert_is_empty(
 
 def test_mxfp8_pads_to_thirty_two(lab: Lab, state: type[State]) -> None:
     made = precision(lab, "precision.scaling=mxfp8")
-    made.grouped_linear(2, 32, 64, "experts.gate_up", std=0.1)(random(40, 32), torch.tensor([3, 40]))
+    made.grouped_linear(2, 32, 64, "experts.gate_up", std=0.1)(
+        random(40, 32), torch.tensor([3, 40])
+    )
     made.linear(32, 64, "ffn.gate_up", std=0.1)(random(5, 32))
     assert te_standin.GroupedLinear.splits == [[32, 64]]
     assert {type(recipe) for _, recipe in state.products} == {te_standin.MXFP8BlockScaling}
@@ -165,7 +190,9 @@ def test_mxfp8_pads_to_thirty_two(lab: Lab, state: type[State]) -> None:
 def test_padding_and_cutting_is_the_identity(tile: int) -> None:
     draw = torch.Generator().manual_seed(0)
     for _ in range(30):
-        counts = torch.randint(0, 40, (5,), generator=draw) * torch.randint(0, 2, (5,), generator=draw)
+        counts = torch.randint(0, 40, (5,), generator=draw) * torch.randint(
+            0, 2, (5,), generator=draw
+        )
         ends = counts.cumsum(0)
         x = random(int(ends[-1]) + 3, 2, seed=7)
         groups = PaddedGroups.of(ends, len(x), tile)
@@ -185,13 +212,18 @@ def test_padding_and_cutting_is_the_identity(tile: int) -> None:
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("gradients", ["e4m3", "e5m2"])
-def test_the_recipe_is_always_said(lab: Lab, state: type[State], scaling: str, gradients: str) -> None:
+def test_the_recipe_is_always_said(
+    lab: Lab, state: type[State], scaling: str, gradients: str
+) -> None:
     made: Any = precision(lab, f"precision.scaling={scaling}", f"precision.gradients={gradients}")
     made.linear(32, 64, "ffn.gate_up", std=0.1)(random(32, 32))
     ((_, recipe),) = state.products
     assert type(recipe).__name__ == SCALINGS[scaling].recipe
     assert recipe.fp8_format.name == {"e4m3": "E4M3", "e5m2": "HYBRID"}[gradients]
-    assert made.gradient_dtype("ffn.down") == {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[gradients]
+    assert (
+        made.gradient_dtype("ffn.down")
+        == {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[gradients]
+    )
     assert made.gradient_dtype("head") == torch.float32
     assert made.recipe.make() is recipe  # one object for all layers: histories are found by it
 
@@ -201,14 +233,24 @@ def test_the_kind_of_scales_is_said_outright(lab: Lab, state: type[State], scale
     made: Any = precision(lab, f"precision.scales={scales}")
     recipe = made.recipe.make()
     operands = (recipe.fp8_quant_fwd_inp, recipe.fp8_quant_fwd_weight, recipe.fp8_quant_bwd_grad)
-    assert {(said.power_2_scale, said.amax_epsilon) for said in operands} == {(scales == "ue8m0", 0.0)}
-    assert te_standin.Float8BlockScaling.fp8_quant_fwd_inp.power_2_scale  # the class is left as it is
+    assert {(said.power_2_scale, said.amax_epsilon) for said in operands} == {
+        (scales == "ue8m0", 0.0)
+    }
+    assert (
+        te_standin.Float8BlockScaling.fp8_quant_fwd_inp.power_2_scale
+    )  # the class is left as it is
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_transformer_engines_own_recipe_classes_take_what_we_say(scaling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_engines_own_recipe_classes_take_what_we_say(
+    scaling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real ones, read from the package's file: importing the package itself needs its compiled part."""
-    found = importlib.util.find_spec("transformer_engine") if "transformer_engine" not in sys.modules else None
+    found = (
+        importlib.util.find_spec("transformer_engine")
+        if "transformer_engine" not in sys.modules
+        else None
+    )
     if found is None or not found.submodule_search_locations:
         pytest.skip("transformer_engine is not installed")
     file = Path(found.submodule_search_locations[0]) / "common" / "recipe" / "__init__.py"
@@ -220,15 +262,19 @@ def test_transformer_engines_own_recipe_classes_take_what_we_say(scaling: str, m
     spec.loader.exec_module(library)
     monkeypatch.setattr("plugins.te_fp8.layers.recipes", lambda: library)
     for gradients, scales in (("e4m3", "ue8m0"), ("e5m2", "fp32")):
-        made = Recipe(scaling, gradients=gradients, scales=scales, history=7).make()
+        made = ScalingRecipe(scaling, gradients=gradients, scales=scales, history=7).make()
         assert type(made).__name__ == SCALINGS[scaling].recipe
         assert made.fp8_format.name == {"e4m3": "E4M3", "e5m2": "HYBRID"}[gradients]
         assert isinstance(made, library.Recipe)
         assert getattr(made, "amax_history_len", 7) == 7
         if scaling == "block":
             assert made.fp8_quant_fwd_inp.power_2_scale == (scales == "ue8m0")
-            assert (made.x_block_scaling_dim, made.w_block_scaling_dim, made.grad_block_scaling_dim) == (1, 2, 1)
-        repr(made)  # Transformer Engine tells contexts apart by it
+            assert (
+                made.x_block_scaling_dim,
+                made.w_block_scaling_dim,
+                made.grad_block_scaling_dim,
+            ) == (1, 2, 1)
+        repr(made)  # Transformer Engine distinguishes contexts by it
 
 
 # Recomputation
@@ -249,7 +295,12 @@ def test_a_model_with_recomputation_takes_the_same_steps(lab: Lab, state: type[S
         state.products.clear()
         module = lab.train(*TE, f"recompute.blocks={blocks}", "budget.steps=2")
         assert None not in [recipe for _, recipe in state.products]
-        weights.append({name: parameter.detach().clone() for name, parameter in module.model.named_parameters()})
+        weights.append(
+            {
+                name: parameter.detach().clone()
+                for name, parameter in module.model.named_parameters()
+            }
+        )
         counts.append([which for which, _ in state.products].count("forward"))
     assert counts[1] > counts[0]
     for name, value in weights[0].items():
@@ -265,7 +316,9 @@ def test_names_weights_and_initial_values_are_those_of_fp32(lab: Lab, state: typ
     assert not [name for name in here.state_dict() if name.endswith("_extra_state")]
     for name, value in there.state_dict().items():
         assert torch.equal(here.state_dict()[name], value), name
-    assert [name for name, _ in here.named_parameters()] == [name for name, _ in there.named_parameters()]
+    assert [name for name, _ in here.named_parameters()] == [
+        name for name, _ in there.named_parameters()
+    ]
 
 
 def test_a_used_model_is_still_the_same_module_tree(lab: Lab, state: type[State]) -> None:
@@ -300,7 +353,10 @@ def test_checkpoints_go_both_ways_with_optimizer_state(
     model.load_state_dict(saved)
     optimizer = make(recipe.optimizer).make(named_parameters(model))
     optimizer.load_state_dict(written["optimizer_states"][0])
-    held, right = flat(optimizer.state_dict()["state"]), flat(written["optimizer_states"][0]["state"])
+    held, right = (
+        flat(optimizer.state_dict()["state"]),
+        flat(written["optimizer_states"][0]["state"]),
+    )
     assert held.keys() == right.keys()
     assert any("exp_avg" in path for path in held)
     for path, value in right.items():
@@ -311,7 +367,7 @@ def test_checkpoints_go_both_ways_with_optimizer_state(
 
 def test_a_run_says_which_code_took_its_products(lab: Lab, state: type[State]) -> None:
     module = lab.train(*TE, "budget.steps=1")
-    table = module.model.paths().table()
+    table = module.model.kernels_used().table()
     assert table["experts.gate_up"] == "Transformer Engine, Float8BlockScaling"
     assert table["ffn.down"] == "Transformer Engine, Float8BlockScaling"
     assert table["head"] == "float32 product"
@@ -320,18 +376,28 @@ def test_a_run_says_which_code_took_its_products(lab: Lab, state: type[State]) -
 def test_on_a_cpu_products_are_plain_and_say_so(lab: Lab) -> None:
     """A sample after the run, or a checkpoint on a laptop: neither a GPU nor Transformer Engine is needed."""
     made = precision(lab)
-    layer, experts = made.linear(32, 48, "ffn.down", std=0.1), made.grouped_linear(2, 32, 48, "experts.down", std=0.1)
+    layer, experts = (
+        made.linear(32, 48, "ffn.down", std=0.1),
+        made.grouped_linear(2, 32, 48, "experts.down", std=0.1),
+    )
     x = random(6, 32)
     assert torch.equal(layer(x), F.linear(x, layer.weight))
-    torch.testing.assert_close(experts(x, torch.tensor([2, 6]))[:2], F.linear(x[:2], experts.weight[0]))
-    assert made.paths.table() == {"ffn.down": "float32 product", "experts.down": "float32 product"}
+    torch.testing.assert_close(
+        experts(x, torch.tensor([2, 6]))[:2], F.linear(x[:2], experts.weight[0])
+    )
+    assert made.kernels_used.table() == {
+        "ffn.down": "float32 product",
+        "experts.down": "float32 product",
+    }
     assert made.path("ffn.down") == "Transformer Engine, Float8BlockScaling"
 
 
 # Delayed scaling remembers
 
 
-def test_the_memory_of_delayed_scaling_reaches_the_checkpoint_and_comes_back(lab: Lab, state: type[State]) -> None:
+def test_the_memory_of_delayed_scaling_reaches_the_checkpoint_and_comes_back(
+    lab: Lab, state: type[State]
+) -> None:
     made = precision(lab, "precision.scaling=delayed", "precision.history=4")
 
     def layers() -> list[Any]:
@@ -346,7 +412,9 @@ def test_the_memory_of_delayed_scaling_reaches_the_checkpoint_and_comes_back(lab
 
     def run(layer: Any, step: int) -> Tensor:
         x = random(32, 32, seed=step) * 3.0**step
-        y: Tensor = layer(x) if type(layer).__name__ == "TELinear" else layer(x, torch.tensor([16, 32]))
+        y: Tensor = (
+            layer(x) if type(layer).__name__ == "TELinear" else layer(x, torch.tensor([16, 32]))
+        )
         return y
 
     for whole, resumed in zip(layers(), layers(), strict=True):
@@ -355,7 +423,9 @@ def test_the_memory_of_delayed_scaling_reaches_the_checkpoint_and_comes_back(lab
             run(whole, step)
         kept = whole.step_state()
         assert {name.partition(".")[2] for name in kept} == {"scale", "amax_history"}
-        assert {value.shape[0] for name, value in kept.items() if name.endswith("amax_history")} == {4}
+        assert {
+            value.shape[0] for name, value in kept.items() if name.endswith("amax_history")
+        } == {4}
         fresh = run(deepcopy(resumed), 3)
         resumed.load_step_state(kept)
         assert resumed.step_state().keys() == kept.keys()  # also before its first product
@@ -400,7 +470,9 @@ def test_other_scalings_remember_nothing(lab: Lab, state: type[State]) -> None:
     layer(random(16, 32))
 
 
-def test_a_block_rolls_the_history_once(lab: Lab, state: type[State], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_rolls_the_history_once(
+    lab: Lab, state: type[State], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     made = precision(lab, "precision.scaling=delayed", "precision.history=4")
     rolled: list[int] = []

@@ -75,7 +75,7 @@ OFFERS = """
 """
 
 Write = Callable[..., Path]
-Told = Callable[..., str]
+MessageOf = Callable[..., str]
 
 
 @pytest.fixture
@@ -97,15 +97,22 @@ def base(write: Write) -> Path:
 
 
 @pytest.fixture
-def told() -> Told:
-    """`told(file, *overrides)` is the sentence that composing it gives; it must be one, in the user's words."""
+def message_of() -> MessageOf:
+    """`message_of(file, *overrides)` is the error message of composing it; it must be one sentence, in plain words."""
 
     def sentence(file: Path | str, *overrides: str, smoke: bool = False) -> str:
         with pytest.raises(UserError) as caught:
             compose(file, overrides, smoke=smoke)
         text = str(caught.value)
         assert "\n" not in text
-        for word in ("Traceback", "DictConfig", "ListConfig", "object_type", "NoneType", "dataclass"):
+        for word in (
+            "Traceback",
+            "DictConfig",
+            "ListConfig",
+            "object_type",
+            "NoneType",
+            "dataclass",
+        ):
             assert word not in text
         return text
 

@@ -1,4 +1,4 @@
-"""Layers over each other: `extends`, the file, `smoke`, the command line; and what a changed `name` leaves behind."""
+"""Merged layers: `extends`, the file, `smoke`, the command line; and which keys a changed `name` drops."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from core.contracts.schema import Section
 from core.recipe.compose import Recipe, compose
 
 Write = Callable[..., Path]
-Told = Callable[..., str]
+MessageOf = Callable[..., str]
 
 FFN = "model.blocks.moe.ffn"
 ROUTER = f"{FFN}.router"
@@ -31,10 +31,16 @@ def router(recipe: Recipe) -> Section:
 
 
 def test_extends_merges_deeply_and_keeps_what_it_does_not_name(base: Path, write: Write) -> None:
-    file = write("extends: base.yaml\nmodel: {dim: 64, blocks: {moe: {ffn: {router: {scale: 1.0}}}}}\n")
+    file = write(
+        "extends: base.yaml\nmodel: {dim: 64, blocks: {moe: {ffn: {router: {scale: 1.0}}}}}\n"
+    )
     recipe, before = compose(file), compose(base)
     assert recipe.model.dim == 64
-    assert (router(recipe).config.scale, router(recipe).config.top_k, router(recipe).config.groups) == (1.0, 2, 4)
+    assert (
+        router(recipe).config.scale,
+        router(recipe).config.top_k,
+        router(recipe).config.groups,
+    ) == (1.0, 2, 4)
     changed = before.to_dict()
     changed["model"]["dim"] = 64
     changed["model"]["blocks"]["moe"]["ffn"]["router"]["scale"] = 1.0
@@ -43,23 +49,32 @@ def test_extends_merges_deeply_and_keeps_what_it_does_not_name(base: Path, write
 
 
 def test_extends_keeps_the_order_of_blocks_and_adds_after_them(base: Path, write: Write) -> None:
-    last = (
-        "extends: base.yaml\nmodel: {blocks: {last: {count: 1, ffn: {name: swiglu, hidden: 8}}, dense: {count: 3}}}\n"
-    )
-    blocks = compose(write(last)).model.blocks
-    assert {name: block.count for name, block in blocks.items()} == {"dense": 3, "moe": 2, "last": 1}
-    assert list(blocks) == ["dense", "moe", "last"]
+    blocks = "{last: {count: 1, ffn: {name: swiglu, hidden: 8}}, dense: {count: 3}}"
+    last = f"extends: base.yaml\nmodel: {{blocks: {blocks}}}\n"
+    composed = compose(write(last)).model.blocks
+    assert {name: block.count for name, block in composed.items()} == {
+        "dense": 3,
+        "moe": 2,
+        "last": 1,
+    }
+    assert list(composed) == ["dense", "moe", "last"]
 
 
 def test_extends_replaces_a_list_whole(base: Path, write: Write) -> None:
-    file = write("extends: base.yaml\nmodel: {blocks: {moe: {ffn: {balance: [{name: sequence}]}}}}\n")
+    file = write(
+        "extends: base.yaml\nmodel: {blocks: {moe: {ffn: {balance: [{name: sequence}]}}}}\n"
+    )
     (only,) = moe(compose(file)).config.balance
-    assert (only.name, only.config.alpha) == ("sequence", 0.0001), "the default, not an item of the base"
+    assert (only.name, only.config.alpha) == ("sequence", 0.0001), (
+        "the default, not an item of the base"
+    )
     empty = write("extends: base.yaml\nmodel: {blocks: {moe: {ffn: {balance: []}}}}\n")
     assert moe(compose(empty)).config.balance == []
 
 
-def test_extends_finds_a_file_beside_it_or_a_shipped_name(base: Path, write: Write, tmp_path: Path) -> None:
+def test_extends_finds_a_file_beside_it_or_a_shipped_name(
+    base: Path, write: Write, tmp_path: Path
+) -> None:
     (tmp_path / "inner").mkdir()
     assert compose(write("extends: ../base.yaml\n", "inner/mine.yaml")).model.dim == 32
     shipped = compose(write("extends: dsv3_small\nseed: 7\nloggers: []\n"))
@@ -67,18 +82,25 @@ def test_extends_finds_a_file_beside_it_or_a_shipped_name(base: Path, write: Wri
 
 
 def test_extends_may_replace_a_section_by_a_value_and_a_value_by_a_section(
-    base: Path, write: Write, told: Told
+    base: Path, write: Write, message_of: MessageOf
 ) -> None:
     wrong = write("extends: base.yaml\nbatch: [1]\n")
-    assert told(wrong) == f"{wrong}: batch = [1]: must be a section of keys: sequences, accumulate"
+    assert (
+        message_of(wrong)
+        == f"{wrong}: batch = [1]: must be a section of keys: sequences, accumulate"
+    )
     right = write("extends: base.yaml\noptimizer: {lr: {start: 0.5}}\n")
     assert compose(right).optimizer.config.lr == Schedule(start=0.5)
 
 
 def test_a_null_in_a_mapping_of_sections_takes_one_away(base: Path, write: Write) -> None:
     assert list(compose(base, ["model.blocks.dense=null"]).model.blocks) == ["moe"]
-    assert list(compose("dsv3_small", ["model.heads.mtp=null", "loggers=[]"]).model.heads) == ["next_token"]
-    assert list(compose(write("extends: base.yaml\nmodel: {blocks: {moe: null}}\n")).model.blocks) == ["dense"]
+    assert list(compose("dsv3_small", ["model.heads.mtp=null", "loggers=[]"]).model.heads) == [
+        "next_token"
+    ]
+    assert list(
+        compose(write("extends: base.yaml\nmodel: {blocks: {moe: null}}\n")).model.blocks
+    ) == ["dense"]
 
 
 # --- overrides -----------------------------------------------------------------------------------------------------
@@ -111,7 +133,9 @@ def test_a_null_in_a_mapping_of_sections_takes_one_away(base: Path, write: Write
 )
 def test_an_override_sets_one_key(override: str, value: object, base: Path) -> None:
     base.write_text(base.read_text().replace("loggers: []\n", ""))
-    found = compose(base, [override, "budget.steps=null"] if "14.8e12" in override else [override]).to_dict()
+    found = compose(
+        base, [override, "budget.steps=null"] if "14.8e12" in override else [override]
+    ).to_dict()
     before = compose(base).to_dict()
     path = override.partition("=")[0].strip()
     path = {"budget": "budget.tokens", "trainer": "trainer.profiler"}.get(path, path)
@@ -132,7 +156,10 @@ def test_an_override_of_a_mapping_is_laid_over_it(base: Path) -> None:
 def test_an_override_of_a_list_item_leaves_the_others(base: Path) -> None:
     recipe = compose(base, [f"{FFN}.balance.0.rate=0.5", f"{FFN}.balance.1={{alpha: 3}}"])
     assert [s.name for s in moe(recipe).config.balance] == ["bias", "sequence"]
-    assert (moe(recipe).config.balance[0].config.rate, moe(recipe).config.balance[1].config.alpha) == (0.5, 3.0)
+    assert (
+        moe(recipe).config.balance[0].config.rate,
+        moe(recipe).config.balance[1].config.alpha,
+    ) == (0.5, 3.0)
 
 
 def test_the_last_of_two_overrides_wins(base: Path) -> None:
@@ -164,13 +191,18 @@ def test_keys_may_be_unicode_or_numbers(base: Path) -> None:
     text = base.read_text()
     base.write_text(text.replace("dense:", "schön:").replace("    moe:", "    2:"))
     recipe = compose(base, ["model.blocks.schön.count=2", "model.blocks.2.count=1"])
-    assert {name: block.count for name, block in recipe.model.blocks.items()} == {"schön": 2, "2": 1}
+    assert {name: block.count for name, block in recipe.model.blocks.items()} == {
+        "schön": 2,
+        "2": 1,
+    }
 
 
 # --- smoke ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_smoke_section_is_laid_over_only_where_asked_for_and_overrides_win_over_it(base: Path) -> None:
+def test_the_smoke_section_is_laid_over_only_where_asked_for_and_overrides_win_over_it(
+    base: Path,
+) -> None:
     plain, smoke = compose(base), compose(base, smoke=True)
     assert (plain.budget.steps, plain.model.dim) == (10, 32)
     assert (smoke.budget.steps, smoke.model.dim) == (2, 16)
@@ -187,37 +219,48 @@ def test_the_smoke_section_of_a_base_is_inherited(base: Path, write: Write) -> N
 # --- where a key was set -------------------------------------------------------------------------------------------
 
 
-def test_a_mistake_is_told_with_the_layer_that_made_it(base: Path, write: Write, told: Told) -> None:
+def test_a_mistake_is_reported_with_the_layer_that_made_it(
+    base: Path, write: Write, message_of: MessageOf
+) -> None:
     file = write("extends: base.yaml\nseed: 2\n")
-    assert told(base, "seed=x").startswith("command line (seed=x): seed = 'x'")
+    assert message_of(base, "seed=x").startswith("command line (seed=x): seed = 'x'")
     base.write_text(base.read_text().replace("vocab: 300", "vocab: 30"))
-    assert told(file).startswith(f"{base}: data.tokenizer.vocab = 30: ")
+    assert message_of(file).startswith(f"{base}: data.tokenizer.vocab = 30: ")
     file.write_text("extends: base.yaml\ndata: {tokenizer: {vocab: 31}}\n")
-    assert told(file).startswith(f"{file}: data.tokenizer.vocab = 31: ")
-    assert told(file, "data.tokenizer={vocab: 32}").startswith(
+    assert message_of(file).startswith(f"{file}: data.tokenizer.vocab = 31: ")
+    assert message_of(file, "data.tokenizer={vocab: 32}").startswith(
         "command line (data.tokenizer={vocab: 32}): data.tokenizer.vocab = 32: "
     )
-    file.write_text("extends: base.yaml\ndata: {tokenizer: {vocab: 400}}\nsmoke: {data: {tokenizer: {vocab: 33}}}\n")
+    file.write_text(
+        "extends: base.yaml\ndata: {tokenizer: {vocab: 400}}\nsmoke: {data: {tokenizer: {vocab: 33}}}\n"
+    )
     assert compose(file).data.tokenizer.vocab == 400
-    assert told(file, smoke=True).startswith(f"{file} (smoke): data.tokenizer.vocab = 33: ")
+    assert message_of(file, smoke=True).startswith(f"{file} (smoke): data.tokenizer.vocab = 33: ")
 
 
-def test_a_key_that_nobody_set_is_told_with_the_section_around_it(base: Path, write: Write, told: Told) -> None:
+def test_a_key_that_nobody_set_is_reported_with_the_section_around_it(
+    base: Path, write: Write, message_of: MessageOf
+) -> None:
     file = write("extends: base.yaml\nmodel: {rope: {max_length: 9000, yarn: {factor: 2}}}\n")
-    assert told(file) == f"{file}: model.rope.max_length = 9000: must be at most 8192, as far as yarn reaches"
+    assert (
+        message_of(file)
+        == f"{file}: model.rope.max_length = 9000: must be at most 8192, as far as yarn reaches"
+    )
     # the router's keys are the base's, but what asks for a key that they lack is the new name
-    assert told(base, "model.attention.name=mla").startswith(
+    assert message_of(base, "model.attention.name=mla").startswith(
         "command line (model.attention.name=mla): model.attention."
     )
 
 
-def test_the_items_of_a_replaced_list_are_told_with_the_file_that_replaced_them(
-    base: Path, write: Write, told: Told
+def test_the_items_of_a_replaced_list_are_reported_with_the_file_that_replaced_them(
+    base: Path, write: Write, message_of: MessageOf
 ) -> None:
-    file = write("extends: base.yaml\nmodel: {blocks: {moe: {ffn: {balance: [{name: bias, rate: -1}]}}}}\n")
-    assert told(file) == f"{file}: {FFN}.balance.0.rate = -1: must be at least 0"
+    file = write(
+        "extends: base.yaml\nmodel: {blocks: {moe: {ffn: {balance: [{name: bias, rate: -1}]}}}}\n"
+    )
+    assert message_of(file) == f"{file}: {FFN}.balance.0.rate = -1: must be at least 0"
     base.write_text(base.read_text().replace("rate: 0.001", "rate: -2"))
-    assert told(base) == f"{base}: {FFN}.balance.0.rate = -2: must be at least 0"
+    assert message_of(base) == f"{base}: {FFN}.balance.0.rate = -2: must be at least 0"
 
 
 # --- a changed name (P41) ------------------------------------------------------------------------------------------
@@ -228,8 +271,14 @@ DROPPED = tuple(f"{ROUTER}.{key}" for key in ("groups", "group_limit", "scale"))
 def test_P41_a_name_changed_by_an_override_keeps_what_the_new_schema_has_and_lists_the_rest(
     base: Path, fake_plugin: str
 ) -> None:
-    recipe = compose(base, [f"plugins=[{fake_plugin}]", f"{ROUTER}.name=plain", f"{FFN}.balance=[]"])
-    assert (router(recipe).name, router(recipe).config.top_k, router(recipe).config.temperature) == ("plain", 2, 1.0)
+    recipe = compose(
+        base, [f"plugins=[{fake_plugin}]", f"{ROUTER}.name=plain", f"{FFN}.balance=[]"]
+    )
+    assert (
+        router(recipe).name,
+        router(recipe).config.top_k,
+        router(recipe).config.temperature,
+    ) == ("plain", 2, 1.0)
     assert recipe.dropped == DROPPED
     assert compose(base).dropped == ()
 
@@ -244,7 +293,9 @@ def test_P41_a_name_changed_by_extends(base: Path, write: Write, fake_plugin: st
     assert recipe.dropped == DROPPED
 
 
-def test_P41_a_name_changed_by_the_smoke_section(base: Path, write: Write, fake_plugin: str) -> None:
+def test_P41_a_name_changed_by_the_smoke_section(
+    base: Path, write: Write, fake_plugin: str
+) -> None:
     file = write(
         f"extends: base.yaml\nplugins: [{fake_plugin}]\n"
         "smoke: {model: {blocks: {moe: {ffn: {router: {name: plain}, balance: []}}}}}\n"
@@ -255,14 +306,23 @@ def test_P41_a_name_changed_by_the_smoke_section(base: Path, write: Write, fake_
 
 def test_P41_a_name_changed_in_a_list_item(base: Path) -> None:
     recipe = compose(base, [f"{FFN}.balance.0.name=z_loss"])
-    assert [(s.name, s.config.alpha) for s in moe(recipe).config.balance] == [("z_loss", 0.001), ("sequence", 0.0002)]
+    assert [(s.name, s.config.alpha) for s in moe(recipe).config.balance] == [
+        ("z_loss", 0.001),
+        ("sequence", 0.0002),
+    ]
     assert recipe.dropped == (f"{FFN}.balance.0.rate",)
 
 
 def test_P41_a_changed_composite_drops_its_children_whole(base: Path, fake_plugin: str) -> None:
     recipe = compose(base, [f"plugins=[{fake_plugin}]", f"{FFN}.name=wide", f"{FFN}.branches=3"])
-    assert (moe(recipe).name, moe(recipe).config.hidden, moe(recipe).config.branches) == ("wide", 64, 3)
-    assert recipe.dropped == tuple(f"{FFN}.{key}" for key in ("experts", "expert_hidden", "router", "balance"))
+    assert (moe(recipe).name, moe(recipe).config.hidden, moe(recipe).config.branches) == (
+        "wide",
+        64,
+        3,
+    )
+    assert recipe.dropped == tuple(
+        f"{FFN}.{key}" for key in ("experts", "expert_hidden", "router", "balance")
+    )
 
 
 def test_P41_the_shared_keys_of_two_attentions_are_kept(base: Path) -> None:
@@ -281,25 +341,29 @@ def test_P41_the_shared_keys_of_two_attentions_are_kept(base: Path) -> None:
     ids=["together", "after", "before"],
 )
 def test_P41_a_key_given_beside_the_new_name_must_be_known(
-    overrides: list[str], base: Path, told: Told, fake_plugin: str
+    overrides: list[str], base: Path, message_of: MessageOf, fake_plugin: str
 ) -> None:
     by = next(override for override in overrides if "groups" in override)
-    assert told(base, f"plugins=[{fake_plugin}]", *overrides) == (
+    assert message_of(base, f"plugins=[{fake_plugin}]", *overrides) == (
         f"command line ({by}): {ROUTER}.groups: unknown key; known: name, temperature, top_k"
     )
 
 
 def test_P41_a_key_given_beside_the_new_name_in_a_file_must_be_known(
-    base: Path, write: Write, told: Told, fake_plugin: str
+    base: Path, write: Write, message_of: MessageOf, fake_plugin: str
 ) -> None:
     file = write(
         f"extends: base.yaml\nplugins: [{fake_plugin}]\n"
         "model: {blocks: {moe: {ffn: {router: {name: plain, groups: 2}, balance: []}}}}\n"
     )
-    assert told(file) == f"{file}: {ROUTER}.groups: unknown key; known: name, temperature, top_k"
+    assert (
+        message_of(file) == f"{file}: {ROUTER}.groups: unknown key; known: name, temperature, top_k"
+    )
 
 
-def test_P41_a_name_changed_and_changed_back_is_the_old_section(base: Path, write: Write, fake_plugin: str) -> None:
+def test_P41_a_name_changed_and_changed_back_is_the_old_section(
+    base: Path, write: Write, fake_plugin: str
+) -> None:
     file = write(
         f"extends: base.yaml\nplugins: [{fake_plugin}]\n"
         "model: {blocks: {moe: {ffn: {router: {name: plain}}}}}\n"

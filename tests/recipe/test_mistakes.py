@@ -12,7 +12,7 @@ from core.recipe.compose import compose
 from core.recipe.schema import RecipeSchema
 
 Write = Callable[..., Path]
-Told = Callable[..., str]
+MessageOf = Callable[..., str]
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_KEYS = ", ".join(sorted([*RecipeSchema.__dataclass_fields__, "extends"]))
@@ -21,7 +21,7 @@ FREE_KEYS = (
     "log_every_n_steps, profiler, sync_batchnorm"
 )
 
-# What the core can tell by itself. {o} stands for where an override was set, {f} for the file, and … for names that
+# What the core reports by itself. {o} stands for where an override was set, {f} for the file, and … for names that
 # grow with the repository.
 CORE = {
     "modl.dim=3": f"{{o}}: modl: unknown key; did you mean model? known: {ALL_KEYS}",
@@ -118,7 +118,7 @@ CORE = {
 BALANCE = "model.blocks.moe.ffn.balance"
 ROUTER = "model.blocks.moe.ffn.router"
 
-# What only a component's own `Config` can tell.
+# What only a component's own `Config` can report.
 COMPONENTS = {
     "optimizer.learning_rate=1": "{o}: optimizer.learning_rate: unknown key; "
     "known: betas, eps, lr, moments, name, weight_decay",
@@ -161,18 +161,24 @@ COMPONENTS = {
 
 
 def hold(sentence: str, pattern: str, file: Path, override: str) -> None:
-    expected, opened, _ = pattern.replace("{o}", f"command line ({override})").replace("{f}", str(file)).partition("…")
+    expected, opened, _ = (
+        pattern.replace("{o}", f"command line ({override})")
+        .replace("{f}", str(file))
+        .partition("…")
+    )
     assert (sentence[: len(expected)] if opened else sentence) == expected
 
 
 @pytest.mark.parametrize("override", CORE)
-def test_a_mistake_in_a_key_of_the_core(override: str, base: Path, told: Told) -> None:
-    hold(told(base, override), CORE[override], base, override)
+def test_a_mistake_in_a_key_of_the_core(override: str, base: Path, message_of: MessageOf) -> None:
+    hold(message_of(base, override), CORE[override], base, override)
 
 
 @pytest.mark.parametrize("override", COMPONENTS)
-def test_P29_a_mistake_in_a_key_of_a_component(override: str, base: Path, told: Told) -> None:
-    hold(told(base, override), COMPONENTS[override], base, override)
+def test_P29_a_mistake_in_a_key_of_a_component(
+    override: str, base: Path, message_of: MessageOf
+) -> None:
+    hold(message_of(base, override), COMPONENTS[override], base, override)
 
 
 SCRIPT = """
@@ -192,41 +198,47 @@ print(json.dumps(found))
 """
 
 
-def test_P28_P43_the_mistakes_of_the_core_are_told_before_any_component_or_torch_is_imported(base: Path) -> None:
+def test_P28_P43_the_mistakes_of_the_core_are_reported_before_any_component_or_torch_is_imported(
+    base: Path,
+) -> None:
     command = [sys.executable, "-c", SCRIPT, str(base), json.dumps(list(CORE))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert list(found) == list(CORE)
     for override, (sentence, components, heavy) in found.items():
-        assert not components, f"{override} was told after importing {components}"
-        assert not heavy, f"{override} was told after importing {heavy}"
+        assert not components, f"{override} was reported after importing {components}"
+        assert not heavy, f"{override} was reported after importing {heavy}"
         hold(sentence, CORE[override], base, override)
 
 
 def test_a_plugin_that_the_recipe_names_is_not_imported_before_the_core_keys_are_right(
-    base: Path, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, message_of: MessageOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "loom_never.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "model.dims: unknown key" in told(base, "plugins=[loom_never]", "model.dims=1")
+    assert "model.dims: unknown key" in message_of(base, "plugins=[loom_never]", "model.dims=1")
     assert "loom_never" not in sys.modules
-    assert told(base, "plugins=[loom_never]") == (
+    assert message_of(base, "plugins=[loom_never]") == (
         "command line (plugins=[loom_never]): plugins: plugin 'loom_never', which the recipe names, is broken: "
         "AssertionError: imported"
     )
 
 
-def test_a_plugin_module_that_does_not_exist(base: Path, told: Told) -> None:
-    assert told(base, "plugins=[loom_nowhere]") == (
+def test_a_plugin_module_that_does_not_exist(base: Path, message_of: MessageOf) -> None:
+    assert message_of(base, "plugins=[loom_nowhere]") == (
         "command line (plugins=[loom_nowhere]): plugins: plugin 'loom_nowhere', which the recipe names, is broken: "
         "ModuleNotFoundError: No module named 'loom_nowhere'; Python must find it from here: "
         "install its package, or run from the folder that holds it"
     )
 
 
-def test_a_balancer_needs_what_the_router_has(base: Path, told: Told, fake_plugin: str) -> None:
-    assert told(base, f"plugins=[{fake_plugin}]", f"{ROUTER}.name=plain") == (
+def test_a_balancer_needs_what_the_router_has(
+    base: Path, message_of: MessageOf, fake_plugin: str
+) -> None:
+    assert message_of(base, f"plugins=[{fake_plugin}]", f"{ROUTER}.name=plain") == (
         f"{base}: {BALANCE}.0: bias needs a router that selects through the balancers' bias, and plain does not"
     )
 
@@ -241,16 +253,21 @@ def test_a_balancer_needs_what_the_router_has(base: Path, told: Told, fake_plugi
             "batch.sequences: required key is missing (sequences in a micro-batch, over all data ranks together)",
         ),
         (", hidden: 48", "model.blocks.dense.ffn.hidden: required key is missing (inner width)"),
-        ("top_k: 2, ", "model.blocks.moe.ffn.router.top_k: required key is missing (experts per token (K_r))"),
+        (
+            "top_k: 2, ",
+            "model.blocks.moe.ffn.router.top_k: required key is missing (experts per token (K_r))",
+        ),
         (", lr: 0.001", "optimizer.lr: required key is missing (learning rate)"),
         ("name: adamw, ", "optimizer: must be a section with a `name` (optimizer: "),
     ],
 )
-def test_a_required_key_that_is_missing(left_out: str, why: str, base: Path, told: Told) -> None:
+def test_a_required_key_that_is_missing(
+    left_out: str, why: str, base: Path, message_of: MessageOf
+) -> None:
     text = base.read_text()
     assert text.count(left_out) == 1
     base.write_text(text.replace(left_out, ""))
-    assert told(base).startswith(f"{base}: {why}")
+    assert message_of(base).startswith(f"{base}: {why}")
 
 
 @pytest.mark.parametrize(
@@ -273,63 +290,77 @@ def test_a_required_key_that_is_missing(left_out: str, why: str, base: Path, tol
     ids=["open list", "tab", "key twice", "inner key twice", "alias", "tag", "list", "empty", "scalar", "null key",
          "interpolation", "unicode key", "extend"],
 )  # fmt: skip
-def test_a_file_that_is_no_recipe(text: str, why: str, write: Write, told: Told) -> None:
+def test_a_file_that_is_no_recipe(text: str, why: str, write: Write, message_of: MessageOf) -> None:
     file = write(text)
     expected = f"{file}{why}"
-    assert told(file)[: len(expected)] == expected
+    assert message_of(file)[: len(expected)] == expected
 
 
-def test_a_file_that_is_not_utf_8(write: Write, told: Told) -> None:
+def test_a_file_that_is_not_utf_8(write: Write, message_of: MessageOf) -> None:
     file = write("")
     file.write_bytes(b"seed: 1 # \xff\xfe\n")
-    assert told(file).startswith(f"{file}: cannot be read: 'utf-8' codec can't decode byte 0xff")
+    assert message_of(file).startswith(
+        f"{file}: cannot be read: 'utf-8' codec can't decode byte 0xff"
+    )
 
 
-def test_a_missing_file_is_told_with_the_nearest_shipped_names(told: Told, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_the_nearest_shipped_names(
+    message_of: MessageOf, tmp_path: Path
+) -> None:
     for path in ("dsv3_smal", "recipes/dsv3_smal.yaml", "dsv3_smal.yaml"):
-        assert told(path).startswith(f"{path}: no such recipe; did you mean dsv3_small")
-    assert "known: " in told(tmp_path / "dsv3_small.yaml")
+        assert message_of(path).startswith(f"{path}: no such recipe; did you mean dsv3_small")
+    assert "known: " in message_of(tmp_path / "dsv3_small.yaml")
 
 
-def test_a_folder_is_no_recipe(told: Told, tmp_path: Path) -> None:
-    assert told(tmp_path).startswith(f"{tmp_path}: a folder, not a recipe; known: ")
-    assert told("").startswith("'': no such recipe; known: ")
+def test_a_folder_is_no_recipe(message_of: MessageOf, tmp_path: Path) -> None:
+    assert message_of(tmp_path).startswith(f"{tmp_path}: a folder, not a recipe; known: ")
+    assert message_of("").startswith("'': no such recipe; known: ")
 
 
-def test_a_shipped_name_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_name_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for path in ("dsv3_small", "dsv3_small.yaml", "recipes/dsv3_small.yaml"):
         assert compose(path, ["loggers=[]"]).name == "dsv3_small"
 
 
-def test_extends_of_a_missing_file_names_both(write: Write, told: Told) -> None:
+def test_extends_of_a_missing_file_names_both(write: Write, message_of: MessageOf) -> None:
     file = write("extends: dsv3_smal\n")
-    assert told(file).startswith(f"{file}: extends = 'dsv3_smal': no such recipe; did you mean dsv3_small")
+    assert message_of(file).startswith(
+        f"{file}: extends = 'dsv3_smal': no such recipe; did you mean dsv3_small"
+    )
 
 
-def test_extends_goes_one_level(base: Path, write: Write, told: Told) -> None:
+def test_extends_goes_one_level(base: Path, write: Write, message_of: MessageOf) -> None:
     write("extends: base.yaml\n", "middle.yaml")
     file = write("extends: middle.yaml\n")
-    assert told(file) == (
+    assert message_of(file) == (
         f"{file}: extends = 'middle.yaml': that file extends another one, and only one level is allowed"
     )
     loop = write("extends: loop.yaml\n", "loop.yaml")
-    assert "only one level is allowed" in told(loop)
+    assert "only one level is allowed" in message_of(loop)
 
 
-@pytest.mark.parametrize(("value", "shown"), [("", "null"), ("[a, b]", "['a', 'b']"), ("3", "3"), ("''", "''")])
-def test_extends_names_one_file(value: str, shown: str, write: Write, told: Told) -> None:
+@pytest.mark.parametrize(
+    ("value", "shown"), [("", "null"), ("[a, b]", "['a', 'b']"), ("3", "3"), ("''", "''")]
+)
+def test_extends_names_one_file(
+    value: str, shown: str, write: Write, message_of: MessageOf
+) -> None:
     file = write(f"extends: {value}\n")
-    assert told(file) == f"{file}: extends = {shown}: must be the name of one file"
+    assert message_of(file) == f"{file}: extends = {shown}: must be the name of one file"
 
 
-def test_a_value_left_open_by_the_base_must_be_given(base: Path, write: Write, told: Told) -> None:
+def test_a_value_left_open_by_the_base_must_be_given(
+    base: Path, write: Write, message_of: MessageOf
+) -> None:
     base.write_text(base.read_text().replace("dim: 32", "dim: ???"))
-    assert told(base) == f"{base}: model.dim: a value must be given here, where ??? stands"
+    assert message_of(base) == f"{base}: model.dim: a value must be given here, where ??? stands"
     file = write("extends: base.yaml\nmodel: {dim: 48}\n")
     assert compose(file).model.dim == 48
 
 
-def test_a_long_value_is_shown_in_part(base: Path, told: Told) -> None:
-    found = told(base, f"compile={'x' * 500}")
+def test_a_long_value_is_shown_in_part(base: Path, message_of: MessageOf) -> None:
+    found = message_of(base, f"compile={'x' * 500}")
     assert "compile = '" + "x" * 76 + "...: must be true or false" in found

@@ -17,15 +17,25 @@ LENGTH = 4096
 @pytest.mark.parametrize(("sequences", "size", "steps"), [(1, 1, 1), (4, 1, 7), (8, 3, 5)])
 def test_a_constant_plan_by_steps(sequences: int, size: int, steps: int) -> None:
     plan = Plan(sequences=sequences, length=16, micro_batches=size, steps=steps)
-    assert (plan.steps, plan.micro_batches, plan.tokens) == (steps, size * steps, size * steps * sequences * 16)
-    assert [plan.window(step) for step in range(steps)] == [Window(size * step, size) for step in range(steps)]
+    assert (plan.steps, plan.micro_batches, plan.tokens) == (
+        steps,
+        size * steps,
+        size * steps * sequences * 16,
+    )
+    assert [plan.window(step) for step in range(steps)] == [
+        Window(size * step, size) for step in range(steps)
+    ]
     assert plan.progress(0).step == 1
     assert plan.progress(steps - 1).tokens == plan.tokens
 
 
-@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (383, 1), (384, 1), (385, 2), (768, 2), (769, 3), (38_400, 100)])
+@pytest.mark.parametrize(
+    ("tokens", "steps"), [(1, 1), (383, 1), (384, 1), (385, 2), (768, 2), (769, 3), (38_400, 100)]
+)
 @pytest.mark.parametrize("size", [3, 3.0, Schedule(start=3)], ids=["int", "float", "schedule"])
-def test_a_budget_in_tokens_is_rounded_up_to_whole_steps(tokens: int, steps: int, size: float | Schedule) -> None:
+def test_a_budget_in_tokens_is_rounded_up_to_whole_steps(
+    tokens: int, steps: int, size: float | Schedule
+) -> None:
     plan = Plan(sequences=8, length=16, micro_batches=size, tokens=tokens)  # 384 tokens a step
     assert (plan.steps, plan.tokens) == (steps, steps * 384)
 

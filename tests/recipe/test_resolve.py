@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from core.contracts.errors import UserError, Wrong
+from core.contracts.errors import ConfigError, UserError
 from core.contracts.schedule import Schedule, Scheduled, Segment
 from core.contracts.schema import setting
 from core.extension.registry import Registry
@@ -34,7 +34,7 @@ class Outer:
 
     def check(self, parent: Any) -> None:
         if self.mode == "hard" and parent != "around":
-            raise Wrong("inners.0.size", "must be soft here")
+            raise ConfigError("inners.0.size", "must be soft here")
 
 
 def resolver() -> Resolver:
@@ -46,7 +46,7 @@ def read(parent: Any = None, /, **raw: Any) -> Outer:
     return section
 
 
-def told(**raw: Any) -> str:
+def message_of(**raw: Any) -> str:
     with pytest.raises(UserError) as caught:
         read(**raw)
     return str(caught.value)
@@ -58,7 +58,9 @@ RAMP = {"start": 1, "unit": "steps", "segments": [{"until": 1e3, "shape": "linea
 def test_a_scheduled_field_takes_a_number_or_a_mapping() -> None:
     assert read(scheduled=3).scheduled == 3.0
     assert type(read(scheduled=3).scheduled) is float
-    expected = Schedule(start=1.0, unit="steps", segments=[Segment(until=1000.0, shape="linear", to=2.0)])
+    expected = Schedule(
+        start=1.0, unit="steps", segments=[Segment(until=1000.0, shape="linear", to=2.0)]
+    )
     assert read(scheduled=RAMP).scheduled == expected
     assert read(maybe=RAMP).maybe == expected
     assert read(maybe=0.25).maybe == 0.25
@@ -66,21 +68,25 @@ def test_a_scheduled_field_takes_a_number_or_a_mapping() -> None:
     assert read(maybe=None).maybe is None
 
 
-def test_a_mistake_inside_a_schedule_is_told_with_its_path() -> None:
-    assert told(scheduled={}) == "file.yaml: outer.scheduled.start: required key is missing"
-    assert told(scheduled={"start": 0, "segment": []}) == (
+def test_a_mistake_inside_a_schedule_is_reported_with_its_path() -> None:
+    assert message_of(scheduled={}) == "file.yaml: outer.scheduled.start: required key is missing"
+    assert message_of(scheduled={"start": 0, "segment": []}) == (
         "file.yaml: outer.scheduled.segment: unknown key; did you mean segments? known: segments, start, unit"
     )
-    assert told(maybe={"start": 0, "segments": [{"until": 1, "shape": "lin"}]}) == (
+    assert message_of(maybe={"start": 0, "segments": [{"until": 1, "shape": "lin"}]}) == (
         "file.yaml: outer.maybe.segments.0.shape = 'lin': must be one of constant, linear, cosine"
     )
-    assert told(scheduled=[1]) == (
+    assert message_of(scheduled=[1]) == (
         "file.yaml: outer.scheduled = [1]: must be a number or a schedule (keys: start, unit, segments)"
     )
-    assert told(maybe="x").endswith("must be a number or a schedule (keys: start, unit, segments) or null")
+    assert message_of(maybe="x").endswith(
+        "must be a number or a schedule (keys: start, unit, segments) or null"
+    )
 
 
-@pytest.mark.parametrize(("given", "kept"), [(None, None), (["a", "b"], ["a", "b"]), ([], []), ([1], ["1"])])
+@pytest.mark.parametrize(
+    ("given", "kept"), [(None, None), (["a", "b"], ["a", "b"]), ([], []), ([1], ["1"])]
+)
 def test_an_optional_list_takes_null_and_lists(given: Any, kept: Any) -> None:
     assert read(words=given).words == kept
 
@@ -88,8 +94,8 @@ def test_an_optional_list_takes_null_and_lists(given: Any, kept: Any) -> None:
 def test_a_list_of_whole_numbers_takes_1e6_and_refuses_the_rest() -> None:
     assert read(counts=[1e6, 2]).counts == [1_000_000, 2]
     for wrong in ([1.5], [True], [None], ["a"], 3, {"a": 1}, None):
-        assert "outer.counts" in told(counts=wrong)
-        assert told(counts=wrong).endswith("must be a list, each item a whole number")
+        assert "outer.counts" in message_of(counts=wrong)
+        assert message_of(counts=wrong).endswith("must be a list, each item a whole number")
 
 
 @pytest.mark.parametrize("given", [True, False, None])
@@ -99,18 +105,21 @@ def test_an_optional_bool_takes_its_three_values(given: bool | None) -> None:
 
 @pytest.mark.parametrize("given", [0, 1, 1.0, "perhaps", []])
 def test_a_bool_is_no_number(given: Any) -> None:
-    assert told(flag=given).endswith("must be true or false or null")
+    assert message_of(flag=given).endswith("must be true or false or null")
 
 
 def test_a_union_keeps_the_type_that_it_was_given() -> None:
     assert read(either=3).either == 3
     assert read(either="three").either == "three"
-    assert told(either=True) == "file.yaml: outer.either = true: must be a whole number or a string"
+    assert (
+        message_of(either=True)
+        == "file.yaml: outer.either = true: must be a whole number or a string"
+    )
 
 
 def test_a_literal_takes_its_words_only() -> None:
-    assert told(mode="loud") == "file.yaml: outer.mode = 'loud': must be one of soft, hard"
-    assert told(mode=True) == "file.yaml: outer.mode = true: must be one of soft, hard"
+    assert message_of(mode="loud") == "file.yaml: outer.mode = 'loud': must be one of soft, hard"
+    assert message_of(mode=True) == "file.yaml: outer.mode = true: must be one of soft, hard"
 
 
 def test_a_free_mapping_keeps_whatever_it_holds() -> None:
@@ -123,7 +132,11 @@ def test_a_free_mapping_keeps_whatever_it_holds() -> None:
 
 
 def test_sections_nest_in_every_form() -> None:
-    found = read(inner={"size": 1}, inners=[{"size": 2}, {"size": 3, "words": ["a"]}], by_name={"x": {"size": 4}})
+    found = read(
+        inner={"size": 1},
+        inners=[{"size": 2}, {"size": 3, "words": ["a"]}],
+        by_name={"x": {"size": 4}},
+    )
     assert found.inner == Inner(size=1)
     assert found.inners == [Inner(size=2), Inner(size=3, words=["a"])]
     assert found.by_name == {"x": Inner(size=4)}
@@ -136,17 +149,31 @@ def test_sections_nest_in_every_form() -> None:
     [
         ({"inner": 3}, "outer.inner = 3: must be a section of keys: size, words"),
         ({"inner": {}}, "outer.inner.size: required key is missing (how large)"),
-        ({"inner": {"size": 1, "wrods": []}}, "outer.inner.wrods: unknown key; did you mean words? known: size, words"),
+        (
+            {"inner": {"size": 1, "wrods": []}},
+            "outer.inner.wrods: unknown key; did you mean words? known: size, words",
+        ),
         ({"inners": {"size": 1}}, "outer.inners: must be a list of sections"),
-        ({"inners": [{"size": 1}, 2]}, "outer.inners.1 = 2: must be a section of keys: size, words"),
-        ({"inners": [{"size": 1}, {"size": "x"}]}, "outer.inners.1.size = 'x': must be a whole number"),
+        (
+            {"inners": [{"size": 1}, 2]},
+            "outer.inners.1 = 2: must be a section of keys: size, words",
+        ),
+        (
+            {"inners": [{"size": 1}, {"size": "x"}]},
+            "outer.inners.1.size = 'x': must be a whole number",
+        ),
         ({"by_name": [1]}, "outer.by_name = [1]: must map names to sections"),
         ({"by_name": {"x": {}}}, "outer.by_name.x.size: required key is missing (how large)"),
-        ({"by_name": {"": {"size": 1}}}, "outer.by_name: a name must not be empty or hold a dot, as '' does"),
+        (
+            {"by_name": {"": {"size": 1}}},
+            "outer.by_name: a name must not be empty or hold a dot, as '' does",
+        ),
     ],
 )
-def test_a_mistake_inside_a_nested_section_is_told_with_its_path(raw: dict[str, Any], sentence: str) -> None:
-    assert told(**raw) == f"file.yaml: {sentence}"
+def test_a_mistake_inside_a_nested_section_is_reported_with_its_path(
+    raw: dict[str, Any], sentence: str
+) -> None:
+    assert message_of(**raw) == f"file.yaml: {sentence}"
 
 
 def test_check_sees_the_section_around_and_its_key_is_shown_with_its_value() -> None:
@@ -165,7 +192,7 @@ def test_two_sections_of_one_schema_share_nothing() -> None:
     assert (read().counts, read().free, first.counts) == ([1, 2], {}, [5])
 
 
-def test_two_schemas_of_one_name_are_told_apart() -> None:
+def test_two_schemas_of_one_name_are_reported_apart() -> None:
     def schema(kind: type) -> type:
         @dataclass(kw_only=True)
         class Config:

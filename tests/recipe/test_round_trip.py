@@ -17,7 +17,9 @@ FILES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if "sweeps" n
 BY_DEFAULT = ("dsv3_small", "dsv3_671b", "gshard", "deepseek_v2")
 IN_ORDER = sorted(FILES, key=lambda file: file.stem not in BY_DEFAULT)
 EVERY = pytest.mark.parametrize(
-    "file", first_by_default(IN_ORDER, keep=len(BY_DEFAULT)), ids=lambda file: str(file.relative_to(ROOT / "recipes"))
+    "file",
+    first_by_default(IN_ORDER, keep=len(BY_DEFAULT)),
+    ids=lambda file: str(file.relative_to(ROOT / "recipes")),
 )
 
 Write = Callable[..., Path]
@@ -46,7 +48,9 @@ RICH = [
 
 
 def again(recipe: Recipe, write: Write) -> Recipe:
-    return compose(write(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), "again.yaml"))
+    return compose(
+        write(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), "again.yaml")
+    )
 
 
 def plain(value: Any) -> bool:
@@ -83,7 +87,9 @@ def test_every_shipped_recipe_is_known_by_its_name(file: Path) -> None:
 @pytest.mark.parametrize(
     "overrides", [[], *([s] for s in SCHEDULES), RICH], ids=lambda o: f"{len(o)}-{''.join(o)[:20]}"
 )
-def test_a_recipe_with_every_kind_of_value_comes_back(overrides: list[str], base: Path, write: Write) -> None:
+def test_a_recipe_with_every_kind_of_value_comes_back(
+    overrides: list[str], base: Path, write: Write
+) -> None:
     if overrides is RICH:
         base.write_text(base.read_text().replace("loggers: []\n", ""))
         overrides = [o for o in overrides if "budget" not in o and "unit: steps" not in o]
@@ -107,7 +113,9 @@ def test_a_recipe_with_plugins_comes_back(base: Path, write: Write, fake_plugin:
 
 def test_P23_a_resolved_recipe_is_plain_containers_all_the_way_down(base: Path) -> None:
     assert plain(compose(base, SCHEDULES).to_dict())
-    assert list(compose(base).to_dict())[:3] == ["seed", "plugins", "model"], "in the schema's order, readable"
+    assert list(compose(base).to_dict())[:3] == ["seed", "plugins", "model"], (
+        "in the schema's order, readable"
+    )
 
 
 def test_sections_are_every_component_with_its_children_in_order(base: Path) -> None:

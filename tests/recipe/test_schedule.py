@@ -1,4 +1,4 @@
-"""A value over a run: whose each knot is, each shape's exact values, and DeepSeek-V3's own schedules (A19)."""
+"""A value over a run: to which segment a knot belongs, the shapes' exact values, and DeepSeek-V3's schedules (A19)."""
 
 import math
 import re
@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from core.contracts import schedule as schedule_module
-from core.contracts.errors import Wrong
+from core.contracts.errors import ConfigError
 from core.contracts.schedule import Progress, Schedule, Segment, check_scheduled, value_at
 from core.recipe.compose import compose
 
-Told = Callable[..., str]
+MessageOf = Callable[..., str]
 
 TOTAL = 14_800_000_000_000
 WARM = 28_000_000_000
@@ -29,8 +29,12 @@ LEARNING_RATE = Schedule(
         Segment(until=14.8e12, to=7.3e-6),
     ],
 )
-GAMMA = Schedule(start=0.001, unit="tokens", segments=[Segment(until=14.3e12), Segment(until=14.8e12, to=0.0)])
-WEIGHT = Schedule(start=0.3, unit="tokens", segments=[Segment(until=10e12), Segment(until=14.8e12, to=0.1)])
+GAMMA = Schedule(
+    start=0.001, unit="tokens", segments=[Segment(until=14.3e12), Segment(until=14.8e12, to=0.0)]
+)
+WEIGHT = Schedule(
+    start=0.3, unit="tokens", segments=[Segment(until=10e12), Segment(until=14.8e12, to=0.1)]
+)
 
 
 def at(tokens: float, total: int = TOTAL) -> Progress:
@@ -58,16 +62,22 @@ def at(tokens: float, total: int = TOTAL) -> Progress:
         (15e12, 7.3e-6),
     ],
 )
-def test_A19_the_learning_rate_of_DeepSeek_V3_at_every_knot_and_between(tokens: float, value: float) -> None:
+def test_A19_the_learning_rate_of_DeepSeek_V3_at_every_knot_and_between(
+    tokens: float, value: float
+) -> None:
     assert LEARNING_RATE.at(at(tokens)) == pytest.approx(value, rel=1e-9, abs=1e-18)
 
 
-@pytest.mark.parametrize(("tokens", "value"), [(0, 0.001), (14.3e12, 0.001), (14.3e12 + 1, 0.0), (14.8e12, 0.0)])
+@pytest.mark.parametrize(
+    ("tokens", "value"), [(0, 0.001), (14.3e12, 0.001), (14.3e12 + 1, 0.0), (14.8e12, 0.0)]
+)
 def test_A19_gamma_is_0_after_14_3T_tokens(tokens: float, value: float) -> None:
     assert GAMMA.at(at(tokens)) == value
 
 
-@pytest.mark.parametrize(("tokens", "value"), [(0, 0.3), (10e12, 0.3), (10e12 + 1, 0.1), (14.8e12, 0.1)])
+@pytest.mark.parametrize(
+    ("tokens", "value"), [(0, 0.3), (10e12, 0.3), (10e12 + 1, 0.1), (14.8e12, 0.1)]
+)
 def test_A19_lambda_is_0_1_after_10T_tokens(tokens: float, value: float) -> None:
     assert WEIGHT.at(at(tokens)) == value
 
@@ -76,9 +86,14 @@ def test_the_example_of_the_docstring_is_that_learning_rate() -> None:
     block = re.search(r"^    lr:\n(      .*\n)+", schedule_module.__doc__ or "", flags=re.MULTILINE)
     assert block is not None
     written = yaml.safe_load(
-        re.sub(r"(\d)e(\d)", r"\1e+\2", block.group()).replace("10e+", "10.0e+").replace("28e+", "28.0e+")
+        re.sub(r"(\d)e(\d)", r"\1e+\2", block.group())
+        .replace("10e+", "10.0e+")
+        .replace("28e+", "28.0e+")
     )["lr"]
-    segments = [Segment(**{k: v if k == "shape" else float(v) for k, v in s.items()}) for s in written.pop("segments")]
+    segments = [
+        Segment(**{k: v if k == "shape" else float(v) for k, v in s.items()})
+        for s in written.pop("segments")
+    ]
     example = Schedule(**written, segments=segments)
     for tokens in (0, WARM / 2, WARM, 5e12, 12e12, 14.3e12, 14.5e12, 14.7e12, 14.8e12):
         assert example.at(at(tokens)) == LEARNING_RATE.at(at(tokens))
@@ -86,29 +101,57 @@ def test_the_example_of_the_docstring_is_that_learning_rate() -> None:
 
 def test_a_cosine_has_its_exact_midpoint_and_ends() -> None:
     cosine = Schedule(start=3.0, segments=[Segment(until=0.5, shape="cosine", to=1.0)])
-    assert [cosine.at(at(tokens, 1000)) for tokens in (0, 250, 500, 501, 1000)] == [3.0, 2.0, 1.0, 1.0, 1.0]
+    assert [cosine.at(at(tokens, 1000)) for tokens in (0, 250, 500, 501, 1000)] == [
+        3.0,
+        2.0,
+        1.0,
+        1.0,
+        1.0,
+    ]
 
 
 def test_a_line_rises_by_equal_steps_and_the_first_step_already_moves() -> None:
     warm_up = Schedule(start=0.0, unit="steps", segments=[Segment(until=4, shape="linear", to=1.0)])
-    values = [warm_up.at(Progress(step, 0, 10, 0)) for step in range(1, 11)]  # `step` counts the step itself
+    values = [
+        warm_up.at(Progress(step, 0, 10, 0)) for step in range(1, 11)
+    ]  # `step` counts the step itself
     assert values == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_a_knot_belongs_to_the_segment_that_ends_there() -> None:
     stairs = Schedule(
-        start=1.0, unit="steps", segments=[Segment(until=2), Segment(until=4, to=5.0), Segment(until=6, to=7.0)]
+        start=1.0,
+        unit="steps",
+        segments=[Segment(until=2), Segment(until=4, to=5.0), Segment(until=6, to=7.0)],
     )
-    assert [stairs.at(Progress(step, 0, 9, 0)) for step in range(9)] == [1.0, 1.0, 1.0, 5.0, 5.0, 7.0, 7.0, 7.0, 7.0]
+    assert [stairs.at(Progress(step, 0, 9, 0)) for step in range(9)] == [
+        1.0,
+        1.0,
+        1.0,
+        5.0,
+        5.0,
+        7.0,
+        7.0,
+        7.0,
+        7.0,
+    ]
 
 
 def test_each_unit_reads_its_own_position() -> None:
     progress = Progress(step=3, tokens=600, total_steps=10, total_tokens=1000)
-    assert [progress.position(unit) for unit in ("fraction", "tokens", "steps")] == [0.6, 600.0, 3.0]
+    assert [progress.position(unit) for unit in ("fraction", "tokens", "steps")] == [
+        0.6,
+        600.0,
+        3.0,
+    ]
     for unit, until in (("fraction", 1), ("tokens", 1000), ("steps", 5)):
-        line = Schedule(start=0.0, unit=unit, segments=[Segment(until=until, shape="linear", to=1.0)])  # type: ignore[arg-type]
+        line = Schedule(
+            start=0.0, unit=unit, segments=[Segment(until=until, shape="linear", to=1.0)]
+        )  # type: ignore[arg-type]
         assert line.at(progress) == 0.6
-    assert Progress(0, 0, 0, 0).position("fraction") == 0.0, "a run without tokens stands at its start"
+    assert Progress(0, 0, 0, 0).position("fraction") == 0.0, (
+        "a run without tokens stands at its start"
+    )
 
 
 def test_without_segments_the_value_is_the_start_and_a_number_is_itself() -> None:
@@ -135,7 +178,10 @@ BAD = {
         [Segment(until=0.5), Segment(until=0.5)],
         "segments.1.until = 0.5: must be more than 0.5, where the segment begins",
     ),
-    "knot at 0": ([Segment(until=0)], "segments.0.until = 0: must be more than 0, where the segment begins"),
+    "knot at 0": (
+        [Segment(until=0)],
+        "segments.0.until = 0: must be more than 0, where the segment begins",
+    ),
     "line to nowhere": (
         [Segment(until=1, shape="linear")],
         "segments.0.to = null: must be given where the shape is linear",
@@ -148,37 +194,47 @@ BAD = {
         [Segment(until=0.5), Segment(until=1.5)],
         "segments.1.until = 1.5: must be at most 1, the end of the run (unit: fraction)",
     ),
-    "endless": ([Segment(until=math.inf)], "segments.0.until = inf: must be more than 0, where the segment begins"),
+    "endless": (
+        [Segment(until=math.inf)],
+        "segments.0.until = inf: must be more than 0, where the segment begins",
+    ),
     "negative target": ([Segment(until=1, to=-1)], "segments.0.to = -1: must be at least 0"),
 }
 
 
 @pytest.mark.parametrize(("segments", "sentence"), BAD.values(), ids=BAD)
 def test_a_bad_schedule_is_refused_with_its_path(
-    segments: list[Segment], sentence: str, base: Path, told: Told
+    segments: list[Segment], sentence: str, base: Path, message_of: MessageOf
 ) -> None:
     key, _, why = sentence.partition(": ")
-    with pytest.raises(Wrong) as wrong:
+    with pytest.raises(ConfigError) as wrong:
         check_scheduled(Schedule(start=0.0, segments=segments), "lr", low=0)
     assert (wrong.value.key, wrong.value.why) == (f"lr.{key.partition(' ')[0]}", why)
-    text = yaml.safe_dump({"start": 0, "segments": [vars(s) for s in segments]}, default_flow_style=True).replace(
-        "\n", " "
-    )
-    assert told(base, f"optimizer.lr={text}").endswith(f": optimizer.lr.{sentence}")
+    text = yaml.safe_dump(
+        {"start": 0, "segments": [vars(s) for s in segments]}, default_flow_style=True
+    ).replace("\n", " ")
+    assert message_of(base, f"optimizer.lr={text}").endswith(f": optimizer.lr.{sentence}")
 
 
 def test_every_value_of_a_schedule_is_held_against_the_range() -> None:
     good = Schedule(start=0.5, segments=[Segment(until=1, shape="linear", to=1.0)])
     check_scheduled(good, "weight", low=0, high=1)
     check_scheduled(0.5, "weight", low=0, high=1)
-    for setting, key in ((good, "weight.segments.0.to"), (Schedule(start=0.95), "weight.start"), (0.95, "weight")):
-        with pytest.raises(Wrong) as wrong:
+    for setting, key in (
+        (good, "weight.segments.0.to"),
+        (Schedule(start=0.95), "weight.start"),
+        (0.95, "weight"),
+    ):
+        with pytest.raises(ConfigError) as wrong:
             check_scheduled(setting, "weight", low=0, high=0.9)
         assert (wrong.value.key, wrong.value.why) == (key, "must be between 0 and 0.9")
-    with pytest.raises(Wrong, match="weight: must be at least 0"):
+    with pytest.raises(ConfigError, match="weight: must be at least 0"):
         check_scheduled(math.nan, "weight", low=0)
 
 
 def test_tokens_and_steps_may_lie_past_the_run(base: Path) -> None:
-    recipe = compose(base, ["optimizer.lr={start: 1, unit: steps, segments: [{until: 1e9, shape: linear, to: 0}]}"])
+    recipe = compose(
+        base,
+        ["optimizer.lr={start: 1, unit: steps, segments: [{until: 1e9, shape: linear, to: 0}]}"],
+    )
     assert recipe.optimizer.config.lr.segments[0].until == 1e9

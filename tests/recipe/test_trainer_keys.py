@@ -1,4 +1,4 @@
-"""`trainer:` against the real `lightning.Trainer`: every key of it is either free or owned, and says by whom."""
+"""`trainer:` against the real `lightning.Trainer`: every key is free, or owned by another key of the recipe."""
 
 import inspect
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""Made-up folders that several tests read, and the page of each."""
+"""Folders of synthetic runs and sweeps that several tests read."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ REASON = f"exit code 1{EVIL}: the gradient norm was nan for 20 steps in a row"
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6 variants x 5 seeds x 5,000 steps, all done."""
+    """A sweep of 6 variants x 5 seeds x 5,000 steps, all done."""
     folder = tmp_path_factory.mktemp("large") / "routing"
     usual = {"steps": 5000, "snapshots": 256}
     made = {
@@ -34,11 +34,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def under_way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A sweep with runs in every state, names that are markup, and all that wants a warning; a runner is at it."""
+    """A sweep with runs in every state, names that are markup, and every cause of a warning; its lock is held."""
     folder = tmp_path_factory.mktemp("under_way") / "odd"
     forced = Made(300, 4.6, 0.0, biased=False, notices=["Forced balance is a bound, not a method."])
     ahead = Made(300, 4.1, 0.01, biased=False, notices=["Experts choose tokens: it is not causal."])
-    made = {"deepseek_v3": Made(300), HOSTILE: Made(300, 4.3, 0.6, biased=False), LONG: ahead, "forced": forced}
+    made = {
+        "deepseek_v3": Made(300),
+        HOSTILE: Made(300, 4.3, 0.6, biased=False),
+        LONG: ahead,
+        "forced": forced,
+    }
     but = {
         ("deepseek_v3", 2): Made(120, state="running"),
         (HOSTILE, 1): Made(150, state="failed", reason=REASON, diverges=True),
@@ -46,7 +51,14 @@ def under_way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ("forced", 2): Made(state="waiting"),
     }
     unequal = ["forced: another steps than deepseek_v3 (it is a bound)"]
-    write_sweep(folder, made, [0, 1, 2], but=but, title=f"Which one, & is it <real>? {EVIL}", not_equal=unequal)
+    write_sweep(
+        folder,
+        made,
+        [0, 1, 2],
+        but=but,
+        title=f"Which one, & is it <real>? {EVIL}",
+        not_equal=unequal,
+    )
     with SweepFolder(folder).locked():
         yield folder
 

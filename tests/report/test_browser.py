@@ -1,4 +1,4 @@
-"""Reports in a real Chromium: they draw, sort, print and fit, and ask nobody for anything."""
+"""Reports in a real Chromium: drawing, sorting, printing, small screens, and no request to any other machine."""
 
 import base64
 import json
@@ -17,13 +17,27 @@ from .conftest import EVIL, HOSTILE
 
 pytest.importorskip("pandas", reason="the extra `report` is not installed")
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
-pytest.importorskip("selenium", reason="selenium is not installed: no report was opened in a browser")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytest.importorskip(
+    "selenium", reason="selenium is not installed: no report was opened in a browser"
+)
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 DRIVER = shutil.which("chromedriver")
 if not CHROMIUM or not DRIVER:
-    pytest.skip("chromium or chromedriver is missing: no report was opened in a browser", allow_module_level=True)
+    pytest.skip(
+        "chromium or chromedriver is missing: no report was opened in a browser",
+        allow_module_level=True,
+    )
 
-FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars", "no-first-run")
+FLAGS = (
+    "headless=new",
+    "no-sandbox",
+    "disable-gpu",
+    "disable-dev-shm-usage",
+    "hide-scrollbars",
+    "no-first-run",
+)
 ENTER, SPACE, HOME = "\ue007", "\ue00d", "\ue011"
 """Keys as WebDriver numbers them."""
 DESKTOP, PHONE, PAPER = (1280, 900), (390, 844), (1040, 720)
@@ -38,10 +52,11 @@ class Page:
     """
 
     def __init__(self, driver: Any, shots: Path) -> None:
-        self.driver, self.shots = driver, shots
+        self.driver = driver
+        self.shots = shots
 
     def open(self, file: Path, size: tuple[int, int] = DESKTOP) -> float:
-        """Open a file and wait until it is drawn; how many milliseconds after the start of loading it was."""
+        """Opens a file and waits until it is drawn; returns the milliseconds since the start of loading."""
         for log in ("browser", "performance"):
             self.driver.get_log(log)
         self.command("Emulation.setEmulatedMedia", media="")
@@ -54,28 +69,35 @@ class Page:
         return self.driver.execute_script(script)
 
     def wait(self, script: str) -> Any:
-        """The value of a script, once it has a true one."""
+        """The value of a script, as soon as it is a true one."""
         from selenium.webdriver.support.ui import WebDriverWait
 
         return WebDriverWait(self.driver, 60).until(lambda _: self.run(script))
 
     def command(self, name: str, **arguments: Any) -> Any:
-        """Chromium's own protocol."""
+        """Sends a command of the Chrome DevTools protocol."""
         return self.driver.execute_cdp_cmd(name, arguments)
 
     def resize(self, size: tuple[int, int]) -> None:
-        """Another window."""
+        """Gives the window another size."""
         width, height = size
-        measures = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
+        measures = {
+            "width": width,
+            "height": height,
+            "deviceScaleFactor": 1,
+            "mobile": size == PHONE,
+        }
         self.command("Emulation.setDeviceMetricsOverride", **measures)
 
     def shot(self, name: str) -> None:
-        """Keep a picture of the whole page."""
-        taken = self.command("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=self.whole())
+        """Saves a screenshot of the whole page."""
+        taken = self.command(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=self.whole()
+        )
         (self.shots / f"{name}.png").write_bytes(base64.b64decode(taken["data"]))
 
     def whole(self) -> dict[str, float]:
-        """The page from its first to its last line."""
+        """The rectangle of the whole page."""
         size = self.command("Page.getLayoutMetrics")["cssContentSize"]
         return {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
 
@@ -114,12 +136,14 @@ def driver() -> Iterator[Any]:
 
 @pytest.fixture
 def page(driver: Any, tmp_path: Path) -> Page:
-    """For screenshots of its own."""
+    """A page whose screenshots go into the folder of the test."""
     return Page(driver, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def reports(large: Path, under_way: Path, single: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def reports(
+    large: Path, under_way: Path, single: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """The three reports by name."""
     folder = tmp_path_factory.mktemp("reports")
     files = {name: folder / f"{name}.html" for name in ("large", "under_way", "single")}
@@ -141,22 +165,38 @@ def test_every_figure_draws_and_nothing_leaves_the_file(
     name: str, figures: int, page: Page, reports: dict[str, Path]
 ) -> None:
     took = page.open(reports[name])
-    print(f"{name}: drawn {took:.0f} ms after loading began, {reports[name].stat().st_size / 1e6:.2f} MB")
+    print(
+        f"{name}: drawn {took:.0f} ms after loading began, {reports[name].stat().st_size / 1e6:.2f} MB"
+    )
     drawn = page.run(DRAWN)
     assert len(drawn) == figures
     assert [plot for plot, traces, marks in drawn if not traces or not marks] == []
     assert page.driver.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert reports[name].as_uri() in asked
-    assert [url for url in asked if not url.startswith((reports[name].as_uri(), "data:", "blob:"))] == []
-    assert page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
+    messages = [
+        json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")
+    ]
+    requested = [
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    ]
+    assert reports[name].as_uri() in requested
+    assert [
+        url for url in requested if not url.startswith((reports[name].as_uri(), "data:", "blob:"))
+    ] == []
+    assert (
+        page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
+    )
     page.shot(f"{name}-desktop")
 
 
 def test_no_button_sends_anything_away(page: Page, reports: dict[str, Path]) -> None:
     page.open(reports["single"])
-    titles = set(page.run("return [...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title)"))
+    titles = set(
+        page.run(
+            "return [...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title)"
+        )
+    )
     assert titles <= {
         "Download plot as a PNG",
         "Download plot as a png",
@@ -166,7 +206,12 @@ def test_no_button_sends_anything_away(page: Page, reports: dict[str, Path]) -> 
         "Zoom out",
         "Reset axes",
     }
-    assert page.run("return document.querySelectorAll('a[href], form, iframe, link, script[src]').length") == 0
+    assert (
+        page.run(
+            "return document.querySelectorAll('a[href], form, iframe, link, script[src]').length"
+        )
+        == 0
+    )
 
 
 def test_the_table_sorts_by_click_and_by_key(page: Page, reports: dict[str, Path]) -> None:
@@ -202,7 +247,9 @@ def test_the_slider_the_run_and_the_layer_change_what_is_shown(
     page: Page, reports: dict[str, Path], large: Path
 ) -> None:
     page.open(reports["large"])
-    shown = "return JSON.stringify(document.getElementById('plot-{}').data.map((trace) => trace.{}))"
+    shown = (
+        "return JSON.stringify(document.getElementById('plot-{}').data.map((trace) => trace.{}))"
+    )
     load, bias = page.run(shown.format("load", "z")), page.run(shown.format("bias", "y"))
     slider = page.driver.find_element("id", "step-choice")
     slider.send_keys(HOME)
@@ -215,7 +262,9 @@ def test_the_slider_the_run_and_the_layer_change_what_is_shown(
     assert "No selection bias is recorded" in page.driver.find_element("id", "bias-missing").text
     assert page.driver.find_element("id", "step-shown").text == "step 5,000"
     tensors = load_file(large / "runs/no_balancing/seed-1/loads.safetensors")
-    idle = sum(int((counts[-1] == 0).sum()) for name, counts in tensors.items() if name.startswith("load."))
+    idle = sum(
+        int((counts[-1] == 0).sum()) for name, counts in tensors.items() if name.startswith("load.")
+    )
     marks = "return document.getElementById('plot-load').data[0].text.flat().filter((mark) => mark !== '').length"
     assert page.run(marks) == idle >= 8
     assert page.driver.get_log("browser") == []
@@ -224,33 +273,46 @@ def test_the_slider_the_run_and_the_layer_change_what_is_shown(
 def test_names_are_drawn_as_they_are(page: Page, reports: dict[str, Path]) -> None:
     page.open(reports["under_way"])
     assert page.run("return document.title") == f"Which one, & is it <real>? {EVIL}"
-    legend = page.run("return [...document.querySelectorAll('#plot-loss .legendtext')].map((e) => e.textContent)")
+    legend = page.run(
+        "return [...document.querySelectorAll('#plot-loss .legendtext')].map((e) => e.textContent)"
+    )
     assert HOSTILE in legend
     assert HOSTILE in page.column("variant")
-    options = page.run("return [...document.querySelectorAll('#run-choice option')].map((o) => o.text)")
+    options = page.run(
+        "return [...document.querySelectorAll('#run-choice option')].map((o) => o.text)"
+    )
     assert f"{HOSTILE}, seed 0" in options
 
 
 @pytest.mark.parametrize("name", ["under_way", "single"])
-def test_a_phone_scrolls_the_table_not_the_page(name: str, page: Page, reports: dict[str, Path]) -> None:
+def test_a_phone_scrolls_the_table_not_the_page(
+    name: str, page: Page, reports: dict[str, Path]
+) -> None:
     page.open(reports[name], PHONE)
     assert page.run("return document.documentElement.scrollWidth") <= PHONE[0]
     wide = (
-        "return [...document.querySelectorAll('.plot .main-svg')].filter((e) => e.getBoundingClientRect().right > 390)"
+        "return [...document.querySelectorAll('.plot .main-svg')]"
+        ".filter((e) => e.getBoundingClientRect().right > 390)"
     )
     assert page.run(wide) == []
     if name == "under_way":
-        assert page.run("const box = document.querySelector('.scroll'); return box.scrollWidth > box.clientWidth")
+        assert page.run(
+            "const box = document.querySelector('.scroll'); return box.scrollWidth > box.clientWidth"
+        )
         assert page.driver.find_element("id", "results-hint").is_displayed()
         head = "document.querySelector('#results thead tr:last-child').cells[{}].getBoundingClientRect().right"
         assert page.column("verdict")[0] == "baseline"
-        assert page.run(f"return {head.format(1)}") <= PHONE[0] < page.run(f"return {head.format(4)}")
+        assert (
+            page.run(f"return {head.format(1)}") <= PHONE[0] < page.run(f"return {head.format(4)}")
+        )
         panels = "document.getElementById('plot-paired')._fullLayout"
         assert page.run(f"return [{panels}.grid.rows, {panels}.grid.columns]") == [3, 1]
     page.shot(f"{name}-phone")
 
 
-def test_paper_has_the_whole_table_all_figures_and_no_controls(page: Page, reports: dict[str, Path]) -> None:
+def test_paper_has_the_whole_table_all_figures_and_no_controls(
+    page: Page, reports: dict[str, Path]
+) -> None:
     page.open(reports["under_way"])
     page.resize(PAPER)
     page.command("Emulation.setEmulatedMedia", media="print")
@@ -260,18 +322,23 @@ def test_paper_has_the_whole_table_all_figures_and_no_controls(page: Page, repor
     halves = "return [...document.querySelectorAll('.half')].map((table) => {}).flat()"
     shown = "[...table.tHead.rows[1].cells].map((head) => head.innerText.trim()).join()"
     columns = [column.title for column in COLUMNS]
-    assert page.run(halves.format(shown)) == [",".join(columns[:7]), ",".join(["variant", *columns[7:]])]
+    assert page.run(halves.format(shown)) == [
+        ",".join(columns[:7]),
+        ",".join(["variant", *columns[7:]]),
+    ]
     widths = "table.tBodies[0].rows[1].cells.length, table.getBoundingClientRect().right"
     assert page.run(halves.format(f"[{widths}]"))[::2] == [7, 11]
     assert max(page.run(halves.format(f"[{widths}]"))) <= PAPER[0]
     sizes = "return getComputedStyle(document.querySelector('.half td')).fontSize"
     assert page.run(sizes) == "12px"  # 9 points
     lines = (
-        "return [...document.querySelectorAll('.half td small')].filter((e) => e.getClientRects().length > 1).length"
+        "return [...document.querySelectorAll('.half td small')]"
+        ".filter((e) => e.getClientRects().length > 1).length"
     )
     assert page.run(lines) == 0
     right = (
-        "return Math.max(...[...document.querySelectorAll('.main-svg')].map((e) => e.getBoundingClientRect().right))"
+        "return Math.max(...[...document.querySelectorAll('.main-svg')]"
+        ".map((e) => e.getBoundingClientRect().right))"
     )
     assert page.run(right) <= PAPER[0]
     page.shot("under_way-print")

@@ -1,4 +1,4 @@
-"""`python -m core.report`: what it writes, says and refuses."""
+"""`python -m core.report`: what it writes and prints, and its errors."""
 
 import json
 import subprocess
@@ -8,70 +8,89 @@ from pathlib import Path
 import pytest
 
 from core import report
-from core.door import run_door
+from core.command import run_command
 
 pytest.importorskip("pandas", reason="the extra `report` is not installed")
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
 
 
-def door(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """Go through the door here; its exit code."""
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Runs the command in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["core/report.py", *map(str, arguments)])
     try:
-        run_door(report.main, report.parser())
+        run_command(report.main, report.parser())
     except SystemExit as leaving:
         return int(leaving.code or 0)
     return 0
 
 
-def test_the_report_lies_in_the_folder_unless_told(
-    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_report_is_written_into_the_folder_unless_out_names_another_place(
+    single: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert door(monkeypatch, single) == 0
+    assert command(monkeypatch, single) == 0
     assert capsys.readouterr().out.startswith(f"{single / 'report.html'} (")
-    assert door(monkeypatch, single, "--out", tmp_path / "it.html") == 0
+    assert command(monkeypatch, single, "--out", tmp_path / "it.html") == 0
     assert (tmp_path / "it.html").read_text().startswith("<!DOCTYPE html>")
     assert [file.name for file in tmp_path.iterdir()] == ["it.html"]
 
 
 def test_json_is_one_document(
-    under_way: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    under_way: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "it.html"
-    assert door(monkeypatch, under_way, "--out", file, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    assert command(monkeypatch, under_way, "--out", file, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
     states = {"runs": 12, "done": 8, "failed": 1, "running": 1, "interrupted": 0, "waiting": 2}
-    assert told == {"file": str(file), "kind": "sweep", "bytes": file.stat().st_size, **states}
+    assert document == {"file": str(file), "kind": "sweep", "bytes": file.stat().st_size, **states}
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda folder: folder / "none", "there is no such folder; name a run folder or a sweep folder"),
-        (lambda folder: folder, "neither a run (no recipe.yaml) nor a sweep (no sweep.json) is in this folder"),
+        (
+            lambda folder: folder / "none",
+            "there is no such folder; name a run folder or a sweep folder",
+        ),
+        (
+            lambda folder: folder,
+            "neither a run (no recipe.yaml) nor a sweep (no sweep.json) is in this folder",
+        ),
     ],
     ids=["missing", "empty"],
 )
 def test_what_is_no_run_and_no_sweep_is_refused(
-    make: object, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make: object,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = make(tmp_path)  # type: ignore[operator]
-    assert door(monkeypatch, folder) == 2
+    assert command(monkeypatch, folder) == 2
     assert capsys.readouterr().err == f"moeloom: {folder}: {sentence}\n"
 
 
 def test_a_place_that_cannot_be_written_is_refused(
-    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    single: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert door(monkeypatch, single, "--out", tmp_path / "none" / "it.html") == 2
+    assert command(monkeypatch, single, "--out", tmp_path / "none" / "it.html") == 2
     assert "cannot be written: No such file or directory" in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_told(
+def test_a_missing_extra_is_reported(
     single: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "plotly", None)
-    assert door(monkeypatch, single) == 2
+    assert command(monkeypatch, single) == 2
     assert capsys.readouterr().err == (
         "moeloom: a report needs plotly, not installed here: pip install 'moeloom[report]'\n"
     )
@@ -81,9 +100,9 @@ PROBE = """
 import sys
 sys.argv = ["core/report.py", {arguments}]
 from core import report
-from core.door import run_door
+from core.command import run_command
 try:
-    run_door(report.main, report.parser())
+    run_command(report.main, report.parser())
 except SystemExit:
     pass
 print(sorted({{"torch", "lightning", "plotly", "pandas", "numpy", "jinja2"}} & set(sys.modules)), file=sys.stderr)
@@ -91,8 +110,12 @@ print(sorted({{"torch", "lightning", "plotly", "pandas", "numpy", "jinja2"}} & s
 
 
 @pytest.mark.parametrize("what", ["help", "report"])
-def test_help_imports_nothing_heavy_and_a_report_no_torch(what: str, single: Path, tmp_path: Path) -> None:
-    arguments = "'--help'" if what == "help" else f"{str(single)!r}, '--out', {str(tmp_path / 'it.html')!r}"
+def test_help_imports_nothing_heavy_and_a_report_no_torch(
+    what: str, single: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        "'--help'" if what == "help" else f"{str(single)!r}, '--out', {str(tmp_path / 'it.html')!r}"
+    )
     command = [sys.executable, "-c", PROBE.format(arguments=arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     imported = [] if what == "help" else ["jinja2", "numpy", "pandas", "plotly"]

@@ -1,4 +1,4 @@
-"""What curves and packed loads keep of what was logged."""
+"""Curves and packed loads: what they keep of the logged values."""
 
 import base64
 from pathlib import Path
@@ -35,17 +35,24 @@ def test_a_long_curve_is_means_of_equal_parts_and_ends_where_the_run_does() -> N
     assert len(found.x) == POINTS
     assert (found.x[-1], found.every) == (5000, 13)
     assert np.mean(found.mean) == pytest.approx(values.mean(), abs=0.01)
-    assert found.mean[0] == pytest.approx(values[:12].mean(), rel=1e-3)  # of tokens 1 to 12: 12.5 are a part
+    assert found.mean[0] == pytest.approx(
+        values[:12].mean(), rel=1e-3
+    )  # of tokens 1 to 12: 12.5 are a part
 
 
 def test_a_band_is_mean_lowest_and_highest_over_seeds() -> None:
-    found = curve([run_of([1.0, 4.0]), run_of([2.0, 5.0], 1), run_of([6.0, 6.0], 2)], "y", axis="tokens", end=2)
+    found = curve(
+        [run_of([1.0, 4.0]), run_of([2.0, 5.0], 1), run_of([6.0, 6.0], 2)],
+        "y",
+        axis="tokens",
+        end=2,
+    )
     assert found is not None
     assert (found.mean, found.low, found.high, found.seeds) == ([3, 5], [1, 4], [6, 6], [3, 3])
 
 
 def test_a_paired_difference_is_of_equal_parts_seed_by_seed() -> None:
-    """What the batches of a seed hold cancels; parts are means of 5 of 200 steps."""
+    """The noise of the batches of a seed cancels; each part is the mean of 5 of 200 steps."""
     draws = np.random.default_rng(0)
     batches, trend = draws.normal(0, 1, (3, 200)), np.linspace(0, -0.4, 200)
     pairs = [
@@ -85,7 +92,7 @@ def test_a_validation_stands_at_the_tokens_of_its_step(tmp_path: Path) -> None:
 
 
 def unpacked(packed: dict[str, object]) -> np.ndarray:
-    """As the page's script unfolds them."""
+    """The values as the page's script unpacks them."""
     integers = np.frombuffer(base64.b64decode(str(packed["data"])), "<u2")
     return float(packed["low"]) + float(packed["step"]) * integers  # type: ignore[arg-type]
 
@@ -98,10 +105,13 @@ def test_packed_values_are_those_within_a_65535th_of_their_range() -> None:
 
 
 def test_one_token_of_many_is_not_nothing() -> None:
-    assert unpacked(packing.pack(np.array([0.0, 1e-7, 16.0])))[:2].astype(bool).tolist() == [False, True]
+    assert unpacked(packing.pack(np.array([0.0, 1e-7, 16.0])))[:2].astype(bool).tolist() == [
+        False,
+        True,
+    ]
 
 
-def test_a_load_is_told_over_its_layers_mean(tmp_path: Path) -> None:
+def test_a_load_is_reported_over_its_layers_mean(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", {"a": Made(300, snapshots=200)}, [0])
     (run,) = packing.experts(read(tmp_path / "s")).runs
     assert [layer["name"] for layer in run["layers"]] == [
@@ -116,7 +126,9 @@ def test_a_load_is_told_over_its_layers_mean(tmp_path: Path) -> None:
     assert loads.mean(axis=1) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_loads_without_room_leave_out_later_seeds_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loads_above_the_limit_leave_out_later_seeds_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_sweep(tmp_path / "s", {"a": Made(40), "b": Made(40)}, [0, 1, 2])
     monkeypatch.setattr(packing, "VALUES", 2 * 128 * 10)  # a snapshot of a run has 128 values
     found = packing.experts(read(tmp_path / "s"))
@@ -140,11 +152,17 @@ def lightness(colour: str) -> float:
 
 
 def test_two_of_one_dash_differ_in_lightness_too() -> None:
-    """On grey paper the dash is nearly all that is left of a line; two rounds of dashes are told apart by how dark."""
+    """On grey paper little more than the dash of a line is left; lines of the same dash differ in lightness."""
     looks = list(styles([f"v{i}" for i in range(2 * len(DASHES) + 1)], "v0").values())
     pairs = [(a, b) for i, a in enumerate(looks) for b in looks[i + 1 :] if a.dash == b.dash]
-    assert [(a.colour, b.colour) for a, b in pairs if abs(lightness(a.colour) - lightness(b.colour)) < 20] == []
-    assert [look.colour for look in looks if lightness(look.colour) > 65] == []  # white paper swallows what is lighter
+    assert [
+        (a.colour, b.colour)
+        for a, b in pairs
+        if abs(lightness(a.colour) - lightness(b.colour)) < 20
+    ] == []
+    assert [
+        look.colour for look in looks if lightness(look.colour) > 65
+    ] == []  # white paper swallows what is lighter
 
 
 def test_a_long_name_is_broken_and_loses_nothing() -> None:

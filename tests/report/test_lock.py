@@ -1,4 +1,4 @@
-"""Whether a runner is at work, without getting into its way."""
+"""Finding out whether a runner works in a folder, without disturbing it."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ pytest.importorskip("pandas", reason="the extra `report` is not installed")
 
 
 def line(file: Path, kind: str = "FLOCK", device: str | None = None) -> str:
-    """As Linux lists a lock (proc_locks(5))."""
+    """The line with which Linux lists a lock (proc_locks(5))."""
     known = file.stat()
     where = device or f"{os.major(known.st_dev):02x}:{os.minor(known.st_dev):02x}"
     return f"1: {kind}  ADVISORY  WRITE 4711 {where}:{known.st_ino} 0 EOF\n"
@@ -23,7 +23,7 @@ def line(file: Path, kind: str = "FLOCK", device: str | None = None) -> str:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A lock file that nobody holds."""
+    """A lock file that no process holds."""
     (tmp_path / ".lock").write_text("")
     return tmp_path / ".lock"
 
@@ -37,7 +37,9 @@ def test_a_lock_is_seen_while_it_is_held(file: Path) -> None:
     assert not lock.is_locked(file)
 
 
-def test_a_listed_lock_is_never_touched(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listed_lock_is_never_touched(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     listed = tmp_path / "locks"
     listed.write_text(f"7: POSIX  ADVISORY  READ 1 00:01:1 0 0\n{line(file)}")
     monkeypatch.setattr(lock, "HELD", listed)
@@ -45,12 +47,12 @@ def test_a_listed_lock_is_never_touched(file: Path, tmp_path: Path, monkeypatch:
     assert lock.is_locked(file)
 
 
-@pytest.mark.parametrize("told", ["POSIX", "-> FLOCK", "no line of that kind"])
+@pytest.mark.parametrize("kind", ["POSIX", "-> FLOCK", "no line of that kind"])
 def test_a_list_that_names_no_holder_leaves_it_to_the_lock(
-    told: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = tmp_path / "locks"
-    listed.write_text(line(file, told))
+    listed.write_text(line(file, kind))
     monkeypatch.setattr(lock, "HELD", listed)
     assert not lock.is_locked(file)
     monkeypatch.setattr(lock, "HELD", tmp_path / "none")

@@ -1,4 +1,4 @@
-"""What a report says, and of what: sweeps and runs, finished or not."""
+"""The content of reports on sweeps and on single runs, finished or not."""
 
 import html
 import json
@@ -22,6 +22,9 @@ from .synthetic import Made, write_json, write_run, write_sweep
 pd = pytest.importorskip("pandas", reason="the extra `report` is not installed")
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
 
+QUESTION = "Which of the "
+"""The beginning of the question that a sweep answers; it comes after the warnings."""
+
 
 def page(folder: Path) -> str:
     """The report on a folder, without plotly's script."""
@@ -33,13 +36,13 @@ def page(folder: Path) -> str:
 
 
 def words(text: str) -> str:
-    """What a reader reads: no markup, one space between words."""
+    """The text that a reader sees: no markup, one space between words."""
     body = re.sub(r"<(script|style)\b.*?</\1>", " ", text, flags=re.DOTALL)
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", body.replace("<wbr>", ""))))
 
 
 def cells(folder: Path, variant: str) -> dict[str, Any]:
-    """A row of the results table by heading."""
+    """The cells of a variant in the results table, by heading."""
     table = context(read(folder))["results"]
     row = next(row for row in table.rows if row[0].value == variant)
     return {column.title: cell for column, cell in zip(table.columns, row, strict=True)}
@@ -59,43 +62,52 @@ def test_a_large_sweep_stays_below_15_megabytes(large: Path) -> None:
 
 def test_the_order_is_progress_warnings_question_results(under_way: Path) -> None:
     text = words(page(under_way))
-    order = ["In progress: 8 of 12 runs done (1 running, 1 failed, 2 waiting)", "Read this first", "Asked", "Results"]
+    order = [
+        "In progress: 8 of 12 runs done (1 running, 1 failed, 2 waiting)",
+        "Read this first",
+        QUESTION,
+        "Results",
+    ]
     assert sorted(order, key=text.index) == order
 
 
 def test_runs_whose_runner_was_killed_are_not_in_progress(under_way: Path, tmp_path: Path) -> None:
-    """Their files still say that they run; nobody holds the folder's lock."""
+    """Their files still say that they run, but no process holds the folder's lock."""
     copy = shutil.copytree(under_way, tmp_path / "odd")
     text = words(page(copy))
     assert "Not finished: 8 of 12 runs done (1 interrupted, 1 failed, 2 waiting)" in text
 
 
-def test_every_warning_stands_once_with_whom_it_concerns(under_way: Path) -> None:
-    text = words(page(under_way)).partition("Asked")[0]
-    told = [
+def test_every_warning_stands_once_with_the_run_or_variant_that_it_concerns(
+    under_way: Path,
+) -> None:
+    text = words(page(under_way)).partition(QUESTION)[0]
+    sentences = [
         f"{HOSTILE}, seed 1: exit code 1",
         f"{HOSTILE}, seed 1: 75 steps, because the gradient was not finite",
         "forced: another steps than deepseek_v3 (it is a bound)",
         "forced: Forced balance is a bound, not a method.",
         f"{LONG}: Experts choose tokens: it is not causal.",
     ]
-    assert [text.count(sentence) for sentence in told] == [1] * len(told)
+    assert [text.count(sentence) for sentence in sentences] == [1] * len(sentences)
 
 
-def test_a_variant_that_is_not_causal_is_told_so_even_where_no_note_does(tmp_path: Path) -> None:
+def test_a_variant_that_is_not_causal_has_a_note_even_where_none_is_recorded(
+    tmp_path: Path,
+) -> None:
     write_sweep(tmp_path / "s", {"a": Made(20), "b": Made(20)}, [0, 1])
     document = json.loads((tmp_path / "s/sweep.json").read_text())
     document["variants"][1]["causal"] = False
     write_json(tmp_path / "s/sweep.json", document)
-    assert "b: not causal" in words(page(tmp_path / "s")).partition("Asked")[0]
+    assert "b: not causal" in words(page(tmp_path / "s")).partition(QUESTION)[0]
     assert cells(tmp_path / "s", "b")["verdict"].under == "not causal"
 
 
-def test_a_finished_run_whose_metric_is_no_number_is_told(tmp_path: Path) -> None:
+def test_a_finished_run_whose_metric_is_no_number_is_reported(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", {"a": Made(20)}, [0, 1])
     file = tmp_path / "s/runs/a/seed-1/summary.json"
     write_json(file, json.loads(file.read_text()) | {"val_bits_per_byte": None})
-    text = words(page(tmp_path / "s")).partition("Asked")[0]
+    text = words(page(tmp_path / "s")).partition(QUESTION)[0]
     assert "Runs without a result a, seed 1: finished without a finite val_bits_per_byte" in text
 
 
@@ -112,13 +124,21 @@ def test_what_comes_from_files_is_text(under_way: Path) -> None:
 
 
 def test_the_table_has_the_numbers_of_the_results(large: Path) -> None:
-    row = next(r for r in json.loads((large / "results.json").read_text())["rows"] if r["variant"] == "switch")
+    row = next(
+        r
+        for r in json.loads((large / "results.json").read_text())["rows"]
+        if r["variant"] == "switch"
+    )
     found = cells(large, "switch")
     assert found["mean"].value == row["mean"]
     assert found["mean"].under == f"{row['low']:.4f} to {row['high']:.4f}"
     assert found["difference"].text == f"+{row['difference']['mean']:.4f}"
     assert (found["verdict"].text, found["seeds"].text) == ("worse", "5 of 5")
-    assert (found["params"].text, found["KV bytes"].text, found["capacity"].text) == ("5.105M", "512", "none")
+    assert (found["params"].text, found["KV bytes"].text, found["capacity"].text) == (
+        "5.105M",
+        "512",
+        "none",
+    )
     assert re.fullmatch(r"[\d,]+ to [\d,]+", found["tokens/s"].under)
     assert cells(large, "deepseek_v3")["verdict"].text == "baseline"
     assert cells(large, "no_balancing")["verdict"].text == "no difference shown"
@@ -136,7 +156,7 @@ def test_in_short_gives_every_verdict_with_its_caveat(large: Path, under_way: Pa
 
 
 def judged(folder: Path, verdicts: dict[str, str]) -> None:
-    """Another verdict in `results.json`."""
+    """Replaces verdicts in `results.json`."""
     document = json.loads((folder / "results.json").read_text())
     for row in document["rows"]:
         if row["variant"] in verdicts:
@@ -150,30 +170,49 @@ def test_what_holms_correction_takes_away_has_words_and_a_mark_of_its_own(tmp_pa
     judged(folder, {"b": NOT_AFTER_HOLM, "c": "no difference shown", "d": "worse"})
     figure = figures_of(read(folder), "bits")[0]
     symbols = {str(trace["name"]): str(trace["marker"]["symbol"]) for trace in figure.traces}
-    assert [symbols[name].partition("-")[2] for name in "bc"] == ["open-dot", "up-open"]  # a square, a triangle-up
+    assert [symbols[name].partition("-")[2] for name in "bc"] == [
+        "open-dot",
+        "up-open",
+    ]  # a square, a triangle-up
     assert symbols["d"] == "diamond"
-    assert "Hollow marks with a dot: the interval leaves out 0, but not after that correction." in figure.note
+    assert (
+        "Hollow marks with a dot: the interval leaves out 0, but not after that correction."
+        in figure.note
+    )
     assert cells(folder, "b")["verdict"].text == "not shown after Holm's correction"
     text = words(page(folder))
-    told = "No difference to a shown after Holm's correction, though the interval leaves out 0: b."
-    assert text.index("Worse than a: d.") < text.index(told) < text.index("No difference to a shown: c.")
+    sentence = (
+        "No difference to a shown after Holm's correction, though the interval leaves out 0: b."
+    )
+    assert (
+        text.index("Worse than a: d.")
+        < text.index(sentence)
+        < text.index("No difference to a shown: c.")
+    )
     judged(folder, {"b": "no difference shown"})
     assert "with a dot" not in words(page(folder))
 
 
 def test_failed_seeds_stand_with_the_verdict(tmp_path: Path) -> None:
     but = {(name, 2): Made(20, state="failed", reason="killed") for name in ("a", "b")}
-    write_sweep(tmp_path / "s", {"a": Made(20), "b": Made(20, level=5.0), "c": Made(20)}, [0, 1, 2], but=but)
+    write_sweep(
+        tmp_path / "s", {"a": Made(20), "b": Made(20, level=5.0), "c": Made(20)}, [0, 1, 2], but=but
+    )
     file = tmp_path / "s/runs/c/seed-1/summary.json"
     write_json(file, json.loads(file.read_text()) | {"val_bits_per_byte": None})
-    told = in_short(read(tmp_path / "s"))
-    assert any(line.startswith("Worse than a: b (1 of 3 failed)") for line in told)
-    assert any("c (1 of 3 without a value)" in line for line in told)
-    assert told[-1] == "All of this rests on fewer seeds of a than were asked for (1 of 3 failed)."
+    sentences = in_short(read(tmp_path / "s"))
+    assert any(line.startswith("Worse than a: b (1 of 3 failed)") for line in sentences)
+    assert any("c (1 of 3 without a value)" in line for line in sentences)
+    assert (
+        sentences[-1]
+        == "All of this rests on fewer seeds of a than were asked for (1 of 3 failed)."
+    )
     assert cells(tmp_path / "s", "b")["verdict"].under == "1 of 3 failed"
 
 
-def test_a_loss_that_rises_above_its_first_is_told_though_it_stayed_finite(tmp_path: Path) -> None:
+def test_a_loss_that_rises_above_its_first_is_reported_though_it_stayed_finite(
+    tmp_path: Path,
+) -> None:
     write_sweep(tmp_path / "s", {"a": Made(40), "b": Made(40)}, [0, 1])
     assert "Losses that rose" not in words(page(tmp_path / "s"))
     file = tmp_path / "s/runs/b/seed-1/metrics.csv"
@@ -181,9 +220,9 @@ def test_a_loss_that_rises_above_its_first_is_told_though_it_stayed_finite(tmp_p
     first = frame["loss/next_token"].iloc[0]
     frame.loc[frame["step"] == 14, "loss/next_token"] = first + 0.25
     frame.to_csv(file, index=False)
-    text = words(page(tmp_path / "s")).partition("Asked")[0]
-    told = f"b, seed 1: {first + 0.25:.2f} nats at step 14, from {first:.2f} at first"
-    assert f"Losses that rose above where they began {told}" in text
+    text = words(page(tmp_path / "s")).partition(QUESTION)[0]
+    sentence = f"b, seed 1: {first + 0.25:.2f} nats at step 14, from {first:.2f} at first"
+    assert f"Losses that rose above where they began {sentence}" in text
 
 
 @pytest.mark.parametrize("name", ["large", "under_way", "single"])
@@ -193,18 +232,30 @@ def test_plotly_knows_every_key_of_every_figure(name: str, request: pytest.Fixtu
     study = read(request.getfixturevalue(name))
     for figure in figures_of(study, metric_words(study.metric)):
         assert figure.missing is None
-        go.Figure(data=figure.traces, layout=figure.layout)  # raises where a key or a value is none of plotly's
+        go.Figure(
+            data=figure.traces, layout=figure.layout
+        )  # raises where a key or a value is none of plotly's
 
 
-def test_the_paired_loss_has_a_panel_for_each_variant_around_zero(large: Path, under_way: Path) -> None:
+def test_the_paired_loss_has_a_panel_for_each_variant_around_zero(
+    large: Path, under_way: Path
+) -> None:
     study = read(large)
     figures = {figure.key: figure for figure in figures_of(study, "bits")}
     figure = figures["paired"]
     assert figure.title == "Training loss minus that of deepseek_v3"
-    assert [note["text"] for note in figure.layout["annotations"]] == [f"<b>{n}</b>" for n in study.variants[1:]]
+    assert [note["text"] for note in figure.layout["annotations"]] == [
+        f"<b>{n}</b>" for n in study.variants[1:]
+    ]
     assert figure.panels == 5
     lines = {t["name"]: t for t in figure.traces if t["line"]["width"] > 1}
-    assert [lines[name].get("xaxis") for name in study.variants[1:]] == [None, "x2", "x3", "x4", "x5"]
+    assert [lines[name].get("xaxis") for name in study.variants[1:]] == [
+        None,
+        "x2",
+        "x3",
+        "x4",
+        "x5",
+    ]
     assert lines["switch"]["y"][-1] == pytest.approx(0.1, abs=0.02)  # made so: 4.3 and 4.2
     low, high = figure.layout["yaxis"]["range"]
     assert low < 0 < high
@@ -214,7 +265,7 @@ def test_the_paired_loss_has_a_panel_for_each_variant_around_zero(large: Path, u
     assert "single seeds of which a run has not finished, or failed" in thin.note
 
 
-def test_runs_of_unequal_length_are_told_beside_their_difference(tmp_path: Path) -> None:
+def test_runs_of_unequal_length_are_reported_beside_their_difference(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", {"a": Made(60), "b": Made(40)}, [0, 1])
     figure = {figure.key: figure for figure in figures_of(read(tmp_path / "s"), "bits")}["paired"]
     assert "The runs are of unequal length" in figure.note
@@ -239,20 +290,32 @@ def test_runs_that_were_validated_once_are_marks_not_lines(tmp_path: Path, singl
         file.write_text("\n".join([first, *trained, rest[-1], ""]))
     figures = {figure.key: figure for figure in figures_of(read(tmp_path / "s"), "bits")}
     assert figures["validation"].note.startswith("No run was validated more than once.")
-    assert figures["mtp"].layout["yaxis"]["categoryarray"] == ["a, depth 1", "b, depth 1", "b, depth 2"]
-    assert "The run was validated only once: fraction 0.75 (depth 1), 0.55 (depth 2)." in words(page(tmp_path / "run"))
+    assert figures["mtp"].layout["yaxis"]["categoryarray"] == [
+        "a, depth 1",
+        "b, depth 1",
+        "b, depth 2",
+    ]
+    assert "The run was validated only once: fraction 0.75 (depth 1), 0.55 (depth 2)." in words(
+        page(tmp_path / "run")
+    )
 
 
 def test_one_seed_gives_means_without_intervals(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", {"a": Made(20), "b": Made(20)}, [7])
     found = cells(tmp_path / "s", "b")
-    assert (found["mean"].under, found["difference"].under, found["verdict"].text) == ("", "", "too few seeds")
-    assert "There are too few seeds to tell any variant from a." in words(page(tmp_path / "s"))
+    assert (found["mean"].under, found["difference"].under, found["verdict"].text) == (
+        "",
+        "",
+        "too few seeds",
+    )
+    assert "There are too few seeds to distinguish any variant from a." in words(
+        page(tmp_path / "s")
+    )
 
 
 def test_a_difference_has_a_sign_unless_it_is_shown_as_nothing() -> None:
-    told = [signed(value, 3) for value in (0.01, -0.01, -0.0001, 0.0)]
-    assert told == ["+0.010", "\N{MINUS SIGN}0.010", "0.000", "0.000"]
+    shown = [signed(value, 3) for value in (0.01, -0.01, -0.0001, 0.0)]
+    assert shown == ["+0.010", "\N{MINUS SIGN}0.010", "0.000", "0.000"]
 
 
 def test_a_sweep_that_has_only_begun(tmp_path: Path) -> None:
@@ -261,7 +324,9 @@ def test_a_sweep_that_has_only_begun(tmp_path: Path) -> None:
         text = words(page(tmp_path / "s"))
         assert "In progress: 0 of 4 runs done (4 waiting)" in text
         (tmp_path / "s" / name).unlink()
-    (tmp_path / "s/sweep.yaml").write_text("{name: s, seeds: [0, 1], baseline: a, recipes: {a: {}, b: {}}}")
+    (tmp_path / "s/sweep.yaml").write_text(
+        "{name: s, seeds: [0, 1], baseline: a, recipes: {a: {}, b: {}}}"
+    )
     assert "In progress: 0 of 4 runs done (4 waiting)" in words(page(tmp_path / "s"))
 
 
@@ -271,23 +336,31 @@ def test_provenance_differences_and_commands(under_way: Path, single: Path) -> N
     assert "loom-twist 2.0, moeloom 0.1.0" in text
     assert "torch 2.13.0+cpu" in text
     assert f"model.blocks.moe.ffn.router.name deepseek_v3 {HOSTILE}" in text
-    assert "python -m core.fit 'recipes/with space.yaml' budget.steps=60 --out runs/it" in words(page(single))
+    assert "python -m core.fit 'recipes/with space.yaml' budget.steps=60 --out runs/it" in words(
+        page(single)
+    )
 
 
-def test_the_commit_and_the_machine_are_told(tmp_path: Path) -> None:
+def test_the_commit_and_the_machine_are_reported(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", {"a": Made(20)}, [0, 1])
-    known = {"cpu": "A fast one", "cores": 8, "gpus": ["GPU A", "GPU A", "GPU B"], "commit": "c0ffee", "dirty": False}
+    known = {
+        "cpu": "A fast one",
+        "cores": 8,
+        "gpus": ["GPU A", "GPU A", "GPU B"],
+        "commit": "c0ffee",
+        "dirty": False,
+    }
     for seed, dirty in ((0, False), (1, True)):
         file = tmp_path / f"s/runs/a/seed-{seed}/provenance.json"
         write_json(file, json.loads(file.read_text()) | known | {"dirty": dirty})
-    told = dict(facts(read(tmp_path / "s")))
-    assert told["commit"] == ["c0ffee (1 of 2 runs)", "c0ffee, with changes (1 of 2 runs)"]
-    assert (told["cpu"], told["cores"]) == (["A fast one"], ["8"])
-    assert told["GPU"] == ["2 \N{MULTIPLICATION SIGN} GPU A, GPU B"]
-    assert not {"dirty", "gpus"} & set(told)
+    recorded = dict(facts(read(tmp_path / "s")))
+    assert recorded["commit"] == ["c0ffee (1 of 2 runs)", "c0ffee, with changes (1 of 2 runs)"]
+    assert (recorded["cpu"], recorded["cores"]) == (["A fast one"], ["8"])
+    assert recorded["GPU"] == ["2 \N{MULTIPLICATION SIGN} GPU A, GPU B"]
+    assert not {"dirty", "gpus"} & set(recorded)
 
 
-def test_runs_on_unlike_machines_are_told_apart(tmp_path: Path) -> None:
+def test_different_values_of_provenance_are_reported_with_their_runs(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", {"a": Made(20)}, [0, 1, 2])
     file = tmp_path / "s/runs/a/seed-1/provenance.json"
     write_json(file, json.loads(file.read_text()) | {"python": "3.13.1"})
@@ -315,12 +388,21 @@ def test_a_run_alone_sets_its_loss_against_what_it_cost(single: Path) -> None:
     assert 60 * seconds["x"][-1] == pytest.approx(
         run.summary["train_seconds"], rel=0.1
     )  # noise in its making: 3% twice
-    assert [trace["name"] for trace in figures["time"].traces] == [trace["name"] for trace in figures["loss"].traces]
+    assert [trace["name"] for trace in figures["time"].traces] == [
+        trace["name"] for trace in figures["loss"].traces
+    ]
 
 
 def test_the_time_of_steps_is_their_tokens_over_their_speed() -> None:
-    frame = pd.DataFrame({"tokens": [10.0, 20, 20, 40], "tokens_per_second": [float("nan"), 5, float("nan"), 10]})
-    assert list(seconds_of(Run("a", 0, Path(), "done", metrics=frame))) == [2, 4, 4, 6]  # the third row is a validation
+    frame = pd.DataFrame(
+        {"tokens": [10.0, 20, 20, 40], "tokens_per_second": [float("nan"), 5, float("nan"), 10]}
+    )
+    assert list(seconds_of(Run("a", 0, Path(), "done", metrics=frame))) == [
+        2,
+        4,
+        4,
+        6,
+    ]  # the third row is a validation
     assert seconds_of(Run("a", 0, Path(), "done", metrics=frame[["tokens"]])) is None
 
 
@@ -339,7 +421,9 @@ def test_a_run_under_way_says_how_far_it_is(tmp_path: Path) -> None:
     assert "no step has been logged yet" in words(page(tmp_path / "run"))
 
 
-def test_files_that_are_half_written_are_told_and_gone_without(tmp_path: Path, single: Path) -> None:
+def test_files_that_are_half_written_are_reported_and_left_out(
+    tmp_path: Path, single: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(single, folder)
     for name in ("summary.json", "provenance.json", "loads.safetensors"):
@@ -348,14 +432,18 @@ def test_files_that_are_half_written_are_told_and_gone_without(tmp_path: Path, s
     with (folder / "metrics.csv").open("a") as file:
         file.write('801,"16')
     text = words(page(folder))
-    assert [f"{name} could not be read" in text for name in ("summary.json", "provenance.json", "loads.safetensors")]
+    for name in ("summary.json", "provenance.json", "loads.safetensors"):
+        assert f"{name} could not be read" in text
     assert text.count("could not be read") == 3
     assert "step 80" in text
 
 
 def test_a_folder_that_the_code_itself_wrote(finished: Path) -> None:
     filled = context(read(finished))
-    assert [figure.key for figure in filled["figures"] if figure.missing] in ([], ["throughput"])  # a short run
+    assert [figure.key for figure in filled["figures"] if figure.missing] in (
+        [],
+        ["throughput"],
+    )  # a short run
     assert [layer["experts"] for layer in filled["experts"].runs[0]["layers"]] == [8, 8]
     assert all(layer["bias"] for layer in filled["experts"].runs[0]["layers"])
     assert ("val_bits_per_byte", filled["numbers"][0][1]) != ("", "")

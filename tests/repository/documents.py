@@ -1,4 +1,4 @@
-"""Reading our own Markdown."""
+"""Reads the Markdown documents of the repository."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("core/*/README.md"), *ROOT.glob("plugins/*/README.md")]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("core/*/README.md"),
+        *ROOT.glob("plugins/*/README.md"),
+    ]
 )
 
 
@@ -49,13 +54,17 @@ def section(document: Path, heading: str) -> str:
     return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def doors() -> set[str]:
-    """The names of the command lines, `core.NAME`."""
+def commands() -> set[str]:
+    """The names of the commands, NAME of `python -m core.NAME`."""
     files = (ROOT / "core").glob("*.py")
-    return {file.stem for file in files if "run_door(main, parser())" in file.read_text(encoding="utf-8")}
+    return {
+        file.stem
+        for file in files
+        if "run_command(main, parser())" in file.read_text(encoding="utf-8")
+    }
 
 
 def first_cells(text: str) -> set[str]:
-    """What stands in backticks in the first cell of every table row."""
+    """The words in backticks in the first cell of every table row."""
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
     return {word for cell in rows for word in re.findall(r"`([^`]+)`", cell)}

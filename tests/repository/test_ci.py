@@ -1,4 +1,4 @@
-"""One script is CI, here and on GitHub, and it does what the README says."""
+"""The script of the continuous integration runs the commands of the README, locally and on GitHub."""
 
 import os
 import shutil
@@ -27,22 +27,34 @@ if [[ "$*" == *--out* ]]; then mkdir -p "${!#}" && echo {} > "${!#}/summary.json
 
 
 class Ci:
-    """The script beside a README of the test's own, with stubs for every tool.
+    """Runs the script beside a README of the test, with stubs in place of all tools.
 
     Args:
-        folder: to be filled.
+        folder: receives all files.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.root, self.calls, tools = folder / "root", folder / "calls", folder / "tools"
+        self.root = folder / "root"
+        self.calls = folder / "calls"
+        tools = folder / "tools"
         (self.root / ".ci").mkdir(parents=True)
         (self.root / ".ci" / "run").write_bytes(SCRIPT.read_bytes())
         (self.root / ".ci" / "run").chmod(0o755)
         example = self.root / "examples" / "moeloom-cosine-router"
         (example / "tests").mkdir(parents=True)
-        (example / "README.md").write_text("# Example\n\n```sh\npytest --kit\npython train.py example\n```\n")
+        (example / "README.md").write_text(
+            "# Example\n\n```sh\npytest --kit\npython train.py example\n```\n"
+        )
         (example / "one.yaml").write_text("seed: 0\n")
-        for name in ("pyproject.toml", "setup.py", "LICENSE", "core", "plugins", "recipes"):
+        for name in (
+            "pyproject.toml",
+            "setup.py",
+            "LICENSE",
+            "core",
+            "moeloom",
+            "plugins",
+            "recipes",
+        ):
             (self.root / name).write_text("")
         tools.mkdir()
         for name in ("python3", "apt-get", "chromium", "chromedriver"):
@@ -50,17 +62,24 @@ class Ci:
             (tools / name).chmod(0o755)
         (folder / "tmp").mkdir()
         path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-        self.environment = {"PATH": path, "CALLS": str(self.calls), "TMPDIR": str(folder / "tmp"), "HOME": str(folder)}
+        self.environment = {
+            "PATH": path,
+            "CALLS": str(self.calls),
+            "TMPDIR": str(folder / "tmp"),
+            "HOME": str(folder),
+        }
         self.left = folder / "tmp"
 
     def __call__(self, readme: str, **environment: str) -> subprocess.CompletedProcess[str]:
         (self.root / "README.md").write_text(readme, encoding="utf-8")
         command = [str(self.root / ".ci" / "run")]
         env = {**self.environment, **environment}
-        return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(
+            command, cwd="/", env=env, capture_output=True, text=True, timeout=30, check=False
+        )
 
     def calls_made(self) -> list[str]:
-        """What was called, in order."""
+        """The calls of tools, in order."""
         return self.calls.read_text().splitlines()
 
 
@@ -85,7 +104,13 @@ def test_every_command_comes_from_a_readme_and_both_tiers_run(ci: Ci) -> None:
     done = ci(readme("python train.py recipe", "pip install some && pytest -k this"))
     assert done.returncode == 0, done.stdout + done.stderr
     calls = ci.calls_made()
-    for command in ("make lint", "pip install some", "pytest -k this", "pytest -m full", "pytest --kit"):
+    for command in (
+        "make lint",
+        "pip install some",
+        "pytest -k this",
+        "pytest -m full",
+        "pytest --kit",
+    ):
         assert command in calls
     fits = [call.split() for call in calls if call.startswith("python train.py ")]
     assert [fit[1:3] for fit in fits] == [["train.py", "recipe"], ["train.py", "example"]]
@@ -109,7 +134,9 @@ def test_the_lowest_torch_that_is_allowed_has_a_constraint_and_an_entry_in_the_w
 def test_each_stage_says_its_name_and_seconds_and_nothing_is_left(ci: Ci) -> None:
     done = ci(readme("python train", "pytest"))
     lines = done.stdout.splitlines()
-    stages = [line.removeprefix("ci: ").removesuffix(" ...") for line in lines if line.endswith(" ...")]
+    stages = [
+        line.removeprefix("ci: ").removesuffix(" ...") for line in lines if line.endswith(" ...")
+    ]
     assert {"linters", "fit", "tests", "full tests", "example"} <= set(stages)
     for stage in stages:
         assert any(line.startswith(f"ci: {stage} took ") and line.endswith(" s") for line in lines)
@@ -165,4 +192,6 @@ def test_the_hooks_download_nothing() -> None:
 
 def test_the_extras_are_those_that_the_documents_promise() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert {"fp8", "hf", "eval", "report", "ray", "test", "dev"} <= set(project["optional-dependencies"])
+    assert {"fp8", "hf", "eval", "report", "ray", "test", "dev"} <= set(
+        project["optional-dependencies"]
+    )

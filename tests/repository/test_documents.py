@@ -19,7 +19,9 @@ from core.recipe import schema
 
 from .documents import DOCUMENTS, ROOT, blocks, first_cells, section
 
-RECIPES, TRAINING, PLUGINS = (ROOT / "docs" / f"{name}.md" for name in ("recipes", "training", "plugins"))
+RECIPES, TRAINING, PLUGINS = (
+    ROOT / "docs" / f"{name}.md" for name in ("recipes", "training", "plugins")
+)
 SECTIONS = {
     schema.RecipeSchema: "## The recipe",
     schema.ModelSection: "## model",
@@ -35,28 +37,37 @@ SECTIONS = {
     schema.RecomputeSection: "## checkpoint, validation, recompute",
     Schedule: "## Schedules",
 }
-ROOMS = [file.parent for file in sorted((ROOT / "plugins").glob("*/__init__.py"))]
+PACKAGES = [file.parent for file in sorted((ROOT / "plugins").glob("*/__init__.py"))]
 REGISTRY = load_plugins([owner for owner in find_plugins() if owner.distribution == "moeloom"])
 
 
-def offers(room: Path) -> list[Entry]:
-    """What a plugin room registers."""
+def offers(package: Path) -> list[Entry]:
+    """The slots and names that a plugin package registers."""
     entries = (entry for found in REGISTRY.entries.values() for entry in found)
-    return [entry for entry in entries if entry.target.startswith(f"plugins.{room.name}.")]
+    return [entry for entry in entries if entry.target.startswith(f"plugins.{package.name}.")]
 
 
 @pytest.mark.parametrize("section_of", SECTIONS, ids=lambda cls: cls.__name__)
 def test_every_key_of_a_recipe_is_documented(section_of: type) -> None:
-    told = first_cells(section(RECIPES, SECTIONS[section_of]))
-    assert {field.name for field in fields(section_of)} <= told  # type: ignore[arg-type]
+    message = first_cells(section(RECIPES, SECTIONS[section_of]))
+    assert {field.name for field in fields(section_of)} <= message  # type: ignore[arg-type]
 
 
 def test_no_section_of_the_schema_is_left_out() -> None:
     named = {schema.TokenizerSection}  # its one key stands in the row of `tokenizer`
-    own = {value for value in vars(schema).values() if is_dataclass(value) and value.__module__ == schema.__name__}
+    own = {
+        value
+        for value in vars(schema).values()
+        if is_dataclass(value) and value.__module__ == schema.__name__
+    }
     assert own - named <= set(SECTIONS)
-    assert all(f"`{field.name}`" in section(RECIPES, "## data") for field in fields(schema.TokenizerSection))
-    assert {f"segments.N.{field.name}" for field in fields(Segment)} <= first_cells(section(RECIPES, "## Schedules"))
+    assert all(
+        f"`{field.name}`" in section(RECIPES, "## data")
+        for field in fields(schema.TokenizerSection)
+    )
+    assert {f"segments.N.{field.name}" for field in fields(Segment)} <= first_cells(
+        section(RECIPES, "## Schedules")
+    )
 
 
 def test_no_key_is_documented_that_there_is_not() -> None:
@@ -67,8 +78,10 @@ def test_no_key_is_documented_that_there_is_not() -> None:
 
 
 def test_the_trainer_keys_are_those_that_are_allowed() -> None:
-    told = set(re.findall("`([a-z_]+)`", section(RECIPES, "## The trainer").partition("With")[0]))
-    assert told - {"trainer"} == schema.FREE_TRAINER_KEYS
+    message = set(
+        re.findall("`([a-z_]+)`", section(RECIPES, "## The trainer").partition("With")[0])
+    )
+    assert message - {"trainer"} == schema.FREE_TRAINER_KEYS
 
 
 def test_the_printed_learning_rate_is_the_shipped_one() -> None:
@@ -81,52 +94,64 @@ def test_the_printed_learning_rate_is_the_shipped_one() -> None:
 def test_every_column_and_every_key_of_a_run_has_a_unit(finished: Path) -> None:
     with (finished / "metrics.csv").open(newline="") as file:
         columns = next(csv.reader(file))
-    told = first_cells(section(TRAINING, "## metrics.csv"))
+    message = first_cells(section(TRAINING, "## metrics.csv"))
     plain = {re.sub(r"loss/balance/\w+", "loss/balance/<name>", column) for column in columns}
-    assert plain - told == set()
-    assert set(json.loads((finished / "summary.json").read_text())) == first_cells(section(TRAINING, "## summary.json"))
+    assert plain - message == set()
+    assert set(json.loads((finished / "summary.json").read_text())) == first_cells(
+        section(TRAINING, "## summary.json")
+    )
 
 
 def test_the_run_folder_of_the_readme_is_complete(finished: Path) -> None:
     table = section(ROOT / "README.md", "## What you get").partition("Measured")[0]
-    told = {name.rstrip("/") for name in first_cells(table)}
-    assert {file.name for file in finished.iterdir()} - {"tokenizer.json"} == told
+    message = {name.rstrip("/") for name in first_cells(table)}
+    assert {file.name for file in finished.iterdir()} - {"tokenizer.json"} == message
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
-def test_every_plugin_room_documents_its_names_and_keys(room: Path) -> None:
-    text = (room / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_every_plugin_package_documents_its_names_and_keys(package: Path) -> None:
+    text = (package / "README.md").read_text(encoding="utf-8")
     assert 5 <= len(text.splitlines()) <= 45
-    assert offers(room)
-    for entry in offers(room):
+    assert offers(package)
+    for entry in offers(package):
         component, _ = entry.load()
-        assert re.search(rf"\b{entry.name}\b", text.splitlines()[0]), f"the title does not name {entry.name}"
-        missing = [field.name for field in fields(component.Config) if f"`{field.name}`" not in text]
+        assert re.search(rf"\b{entry.name}\b", text.splitlines()[0]), (
+            f"the title does not name {entry.name}"
+        )
+        missing = [
+            field.name for field in fields(component.Config) if f"`{field.name}`" not in text
+        ]
         assert missing == []
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
-def test_the_sections_that_a_plugin_room_prints_are_right(room: Path) -> None:
-    names = {(entry.slot, entry.name) for entry in offers(room)}
-    printed = [yaml.safe_load(block.text) for block in blocks(room / "README.md", "yaml")]
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_the_sections_that_a_plugin_package_prints_are_right(package: Path) -> None:
+    names = {(entry.slot, entry.name) for entry in offers(package)}
+    printed = [yaml.safe_load(block.text) for block in blocks(package / "README.md", "yaml")]
     assert printed
     found = {name for document in printed for name in _names(document)}
     assert found & {name for _, name in names}
     for document in printed:
         for section_ in _sections(document):
-            named = [entry.load()[0].Config for entry in offers(room) if entry.name == section_["name"]]
+            named = [
+                entry.load()[0].Config
+                for entry in offers(package)
+                if entry.name == section_["name"]
+            ]
             known = [{field.name for field in fields(config)} for config in named]
             assert not named or any(set(section_) - {"name"} <= keys for keys in known), section_
 
 
-def test_every_room_of_the_core_has_a_readme() -> None:
-    rooms = {file.parent for file in (ROOT / "core").glob("*/__init__.py")}
-    assert {room.name for room in rooms if not (room / "README.md").exists()} == set()
+def test_every_package_of_the_core_has_a_readme() -> None:
+    packages = {file.parent for file in (ROOT / "core").glob("*/__init__.py")}
+    assert {package.name for package in packages if not (package / "README.md").exists()} == set()
 
 
 def test_every_test_that_the_architecture_names_is_there() -> None:
     table = section(ROOT / "docs/architecture.md", "## Where the equations live")
-    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests" / "model").glob("test_*.py"))
+    sources = "".join(
+        file.read_text(encoding="utf-8") for file in (ROOT / "tests" / "model").glob("test_*.py")
+    )
     named = re.findall(r"`(test_\w+)\.\.\.`", table)
     assert named
     assert [name for name in named if f"def {name}" not in sources] == []
@@ -137,19 +162,27 @@ def test_every_test_that_the_architecture_names_is_there() -> None:
 def test_every_name_in_the_code_that_the_architecture_gives_is_there() -> None:
     table = section(ROOT / "docs/architecture.md", "## Where the equations live")
     gone = []
-    for row in (line.split("|")[2] for line in table.splitlines() if line.startswith("| report") or "| LF" in line):
+    for row in (
+        line.split("|")[2]
+        for line in table.splitlines()
+        if line.startswith("| report") or "| LF" in line
+    ):
         source = ""
         for word in re.findall("`([^`]+)`", row):
             if (ROOT / word).is_file():
                 source = (ROOT / word).read_text(encoding="utf-8")
-            elif ":" not in word and not re.search(rf"(def|class) {word.rpartition('.')[2]}\b", source):
+            elif ":" not in word and not re.search(
+                rf"(def|class) {word.rpartition('.')[2]}\b", source
+            ):
                 gone.append(word)
     assert gone == []
 
 
 def test_the_tutorials_slots_are_those_that_there_are() -> None:
     table = section(PLUGINS, "## The slots")
-    rows = [re.findall("`([^`]+)`", line)[:2] for line in table.splitlines() if line.startswith("| `")]
+    rows = [
+        re.findall("`([^`]+)`", line)[:2] for line in table.splitlines() if line.startswith("| `")
+    ]
     assert dict(rows) == {slot: target.replace(":", ".") for slot, target in SLOTS.items()}
     for _, target in rows:
         module, _, name = target.rpartition(".")

@@ -1,4 +1,4 @@
-"""The import contracts hold, cover everything, and would notice."""
+"""The import contracts are kept, cover all packages, and detect violations."""
 
 import shutil
 import subprocess
@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from .documents import ROOT, doors
+from .documents import ROOT, commands
 
-CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+    "importlinter"
+]["contracts"]
 BY_NAME = {contract["name"]: contract for contract in CONTRACTS}
 ALLOWED = {"core.contracts", "core.model", "core.routing", "core.numerics", "core.extension"}
-"""What a plugin may import; of the extension room, `hookspec` alone."""
+"""Packages that a plugin may import; of `core.extension` only `hookspec`."""
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -23,16 +25,26 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
         pytest.skip("import-linter is not installed beside this Python")
     environment = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"}
     options = [command, "--no-logo", "--no-cache"]
-    return subprocess.run(options, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        options,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The packages and the contracts, to be broken."""
+    """A copy of the packages and the contracts, in which tests break the contracts."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for package in ("core", "plugins"):
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
+    for package in ("core", "moeloom", "plugins"):
+        shutil.copytree(
+            ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.md")
+        )
     return folder
 
 
@@ -54,15 +66,31 @@ def test_every_contract_is_kept(copy: Path) -> None:
         ("core/contracts/late.py", "import core.model.norm", "Layers: imports only point down"),
         ("core/recipe/late.py", "import core.model.norm", "Layers: imports only point down"),
         ("core/new_package.py", "", "Layers: imports only point down"),
-        ("core/training/late.py", "import core.analysis.describe", "Layers: imports only point down"),
+        (
+            "core/training/late.py",
+            "import core.analysis.describe",
+            "Layers: imports only point down",
+        ),
         ("core/evaluate.py", "import core.describe", "Layers: imports only point down"),
         ("plugins/mtp/late.py", "import plugins.mla.attention", "Plugins do not know each other"),
-        ("plugins/mtp/late.py", "import core.run", "Plugins stand on contracts, model code and the hookspec"),
-        ("plugins/mtp/late.py", "import core.data.batch", "Plugins stand on contracts, model code and the hookspec"),
-        ("core/recipe/late.py", "import torch", "Reading a recipe and finding plugins cost no torch"),
+        (
+            "plugins/mtp/late.py",
+            "import core.run",
+            "Plugins stand on contracts, model code and the hookspec",
+        ),
+        (
+            "plugins/mtp/late.py",
+            "import core.data.batch",
+            "Plugins stand on contracts, model code and the hookspec",
+        ),
+        (
+            "core/recipe/late.py",
+            "import torch",
+            "Reading a recipe and finding plugins cost no torch",
+        ),
     ],
 )
-def test_a_contract_notices(copy: Path, where: str, line: str, contract: str) -> None:
+def test_a_contract_detects_a_violation(copy: Path, where: str, line: str, contract: str) -> None:
     changed = copy / where
     before = changed.read_bytes() if changed.exists() else None
     changed.write_text(f"def later():\n    {line or 'pass'}\n", encoding="utf-8")
@@ -74,7 +102,7 @@ def test_a_contract_notices(copy: Path, where: str, line: str, contract: str) ->
     assert f"{contract} BROKEN" in " ".join(done.stdout.split())
 
 
-def test_a_corpus_may_read_the_data_room(copy: Path) -> None:
+def test_a_corpus_may_read_the_data_package(copy: Path) -> None:
     late = copy / "plugins/text_files/late.py"
     late.write_text("import core.data.cache\n", encoding="utf-8")
     try:
@@ -83,16 +111,18 @@ def test_a_corpus_may_read_the_data_room(copy: Path) -> None:
         late.unlink()
 
 
-def test_no_room_of_the_core_is_open_to_plugins_by_oversight() -> None:
-    forbidden = set(BY_NAME["Plugins stand on contracts, model code and the hookspec"]["forbidden_modules"])
+def test_no_package_of_the_core_is_open_to_plugins_by_oversight() -> None:
+    forbidden = set(
+        BY_NAME["Plugins stand on contracts, model code and the hookspec"]["forbidden_modules"]
+    )
     files = {file.stem for file in (ROOT / "core").glob("*.py")} - {"__init__"}
     folders = {file.parent.name for file in (ROOT / "core").glob("*/__init__.py")}
-    rooms = {f"core.{name}" for name in files | folders} - ALLOWED
+    packages = {f"core.{name}" for name in files | folders} - ALLOWED
     inner = {f"core.extension.{file.stem}" for file in (ROOT / "core/extension").glob("*.py")}
-    assert rooms | inner - {"core.extension.__init__", "core.extension.hookspec"} == forbidden
+    assert packages | inner - {"core.extension.__init__", "core.extension.hookspec"} == forbidden
 
 
-def test_every_door_leaves_torch_to_the_rooms() -> None:
+def test_every_command_leaves_torch_to_the_packages() -> None:
     assert set(BY_NAME["Commands leave torch to the packages below"]["source_modules"]) == {
-        f"core.{name}" for name in doors()
+        f"core.{name}" for name in commands()
     }

@@ -1,4 +1,4 @@
-"""What a wheel holds, and that it works far from the checkout."""
+"""The content of a wheel, and that it works outside of the checkout."""
 
 import json
 import os
@@ -33,33 +33,45 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by setuptools from a copy, so that nothing is left in the checkout."""
+    """A wheel that setuptools builds from a copy, so that nothing is left in the checkout."""
     folder = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("core", "plugins", "recipes"):
+    for name in ("core", "moeloom", "plugins", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-W", "ignore", "-c", BUILD]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     (built,) = (folder / "dist").glob("*.whl")
     return built
 
 
 def relative(folder: Path, pattern: str) -> set[str]:
-    """The files of a folder of the checkout, by their paths in it."""
-    return {str(file.relative_to(folder)) for file in folder.rglob(pattern) if "__pycache__" not in file.parts}
+    """The paths of the files that match in a folder of the checkout, relative to it."""
+    return {
+        str(file.relative_to(folder))
+        for file in folder.rglob(pattern)
+        if "__pycache__" not in file.parts
+    }
 
 
 def test_a_wheel_holds_the_code_the_recipes_and_the_licence(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert wheel.name == f"moeloom-{core.__version__}-py3-none-any.whl"
-    for package in ("core", "plugins"):
+    for package in ("core", "moeloom", "plugins"):
         code = {f"{package}/{name}" for name in relative(ROOT / package, "*.py")}
-        assert {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")} == code
+        assert {
+            name for name in names if name.startswith(f"{package}/") and name.endswith(".py")
+        } == code
     recipes = {f"core/recipes/{name}" for name in relative(ROOT / "recipes", "*.yaml")}
     assert {name for name in names if name.endswith(".yaml")} == recipes
-    assert {"core/py.typed", "plugins/mla/README.md", "core/authoring/skeletons/router.py.txt"} <= names
+    assert {
+        "core/py.typed",
+        "plugins/mla/README.md",
+        "core/authoring/skeletons/router.py.txt",
+    } <= names
     assert any(re.fullmatch(r"moeloom-[\d.]+\.dist-info/licenses/LICENSE", name) for name in names)
     assert not any(name.startswith(("tests/", "docs/", "recipes/")) for name in names)
 
@@ -69,11 +81,19 @@ def test_it_works_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-c", FROM_ELSEWHERE]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
-    told = json.loads(done.stdout)
-    assert told["core"] == str(tmp_path / "site/core/__init__.py")
-    assert told["recipes"] == sorted(name.removesuffix(".yaml") for name in relative(ROOT / "recipes", "*.yaml"))
-    assert told["owners"] == [["moeloom", core.__version__]]
-    rooms = {file.parent.name for file in (ROOT / "plugins").glob("*/__init__.py")}
-    assert set(told["points"]) == rooms
+    found = json.loads(done.stdout)
+    assert found["core"] == str(tmp_path / "site/core/__init__.py")
+    assert found["recipes"] == sorted(
+        name.removesuffix(".yaml") for name in relative(ROOT / "recipes", "*.yaml")
+    )
+    assert found["owners"] == [["moeloom", core.__version__]]
+    packages = {file.parent.name for file in (ROOT / "plugins").glob("*/__init__.py")}
+    assert set(found["points"]) == packages

@@ -1,4 +1,4 @@
-"""The shipped recipes against published numbers, and what their headers claim."""
+"""The shipped recipes have the published numbers, and those that their headers state."""
 
 import json
 import math
@@ -25,7 +25,9 @@ from .documents import ROOT
 if TYPE_CHECKING:
     from lab import Lab
 
-RECIPES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if file.parent.name != "sweeps")
+RECIPES = sorted(
+    file for file in (ROOT / "recipes").rglob("*.yaml") if file.parent.name != "sweeps"
+)
 QUICK = ("dsv3_small", "switch")
 EVERY = pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 SEQUENCE = 4096
@@ -33,27 +35,29 @@ SEQUENCE = 4096
 
 @cache
 def published() -> Recipe:
-    """DeepSeek-V3."""
+    """The recipe of DeepSeek-V3."""
     return core.compose("dsv3_671b")
 
 
 @cache
 def plan() -> Plan:
-    """Its steps."""
+    """The plan of steps of DeepSeek-V3."""
     return plan_of(published())
 
 
 @cache
 def described(name: str) -> dict[str, Any]:
-    """What `describe --json` prints."""
+    """The document that `describe --json` prints."""
     document = document_of(core.compose(name))
     json.dumps(document, allow_nan=False)
     return document
 
 
 def at(tokens: float) -> Progress:
-    """The position after so many tokens of the published run."""
-    return Progress(step=1, tokens=int(tokens), total_steps=plan().steps, total_tokens=plan().tokens)
+    """The position after the given tokens of the published run."""
+    return Progress(
+        step=1, tokens=int(tokens), total_steps=plan().steps, total_tokens=plan().tokens
+    )
 
 
 def test_A4_the_sizes_of_deepseek_v3() -> None:
@@ -74,17 +78,25 @@ def test_P13_the_coefficients_of_deepseek_v3_are_in_force() -> None:
     found = described("dsv3_671b")["loss_coefficients"]
     assert found["next_token"] == {"first": 1.0, "last": 1.0}
     assert found["mtp"] == {"first": 0.3, "last": 0.1}
-    layers = [f"blocks.{index} sequence" for index in range(3, 61)] + ["heads.mtp.depths.0.block sequence"]
-    assert {name: found[name] for name in layers} == {name: {"first": 1e-4, "last": 1e-4} for name in layers}
+    layers = [f"blocks.{index} sequence" for index in range(3, 61)] + [
+        "heads.mtp.depths.0.block sequence"
+    ]
+    assert {name: found[name] for name in layers} == {
+        name: {"first": 1e-4, "last": 1e-4} for name in layers
+    }
     assert len(found) == 2 + len(layers)
 
 
 def test_the_batch_grows_from_3072_to_15360_sequences_over_469_billion_tokens() -> None:
-    sizes = [plan().window(step).count * published().batch.sequences for step in range(plan().steps)]
+    sizes = [
+        plan().window(step).count * published().batch.sequences for step in range(plan().steps)
+    ]
     assert (sizes[0], sizes[-1]) == (3072, 15360)
     assert sizes == sorted(sizes)
     last = max(step for step, size in enumerate(sizes) if size < 15360)
-    assert plan().progress(last).tokens == pytest.approx(469e9 * 7 / 8, rel=1e-3)  # the nearest whole number from there
+    assert plan().progress(last).tokens == pytest.approx(
+        469e9 * 7 / 8, rel=1e-3
+    )  # the nearest whole number from there
     assert plan().tokens - 14.8e12 < 15360 * SEQUENCE
     assert published().data.sequence_length == SEQUENCE
 
@@ -95,7 +107,13 @@ def test_the_learning_rate_of_deepseek_v3() -> None:
     assert value_at(rate, plan().progress(0)) == pytest.approx(2.2e-4 / 2000)
     assert value_at(rate, plan().progress(1999)) == 2.2e-4
     assert value_at(rate, plan().progress(2000)) == 2.2e-4
-    expected = {10e12: 2.2e-4, 12.15e12: (2.2e-4 + 2.2e-5) / 2, 14.3e12: 2.2e-5, 14.633e12: 2.2e-5, 14.7e12: 7.3e-6}
+    expected = {
+        10e12: 2.2e-4,
+        12.15e12: (2.2e-4 + 2.2e-5) / 2,
+        14.3e12: 2.2e-5,
+        14.633e12: 2.2e-5,
+        14.7e12: 7.3e-6,
+    }
     for tokens, value in expected.items():
         assert value_at(rate, at(tokens)) == pytest.approx(value, rel=1e-12)
     assert published().optimizer.config.betas == [0.9, 0.95]
@@ -106,19 +124,33 @@ def test_the_learning_rate_of_deepseek_v3() -> None:
 def test_gamma_is_0_for_the_last_500_billion_tokens_and_lambda_a_tenth_after_10_trillion() -> None:
     bias, sequence = published().model.blocks["moe"].ffn.config.balance
     gamma, lambda_ = bias.config.rate, published().model.heads["mtp"].config.weight
-    assert [value_at(gamma, at(tokens)) for tokens in (1, 14.3e12, 14.31e12, 14.8e12)] == [0.001, 0.001, 0, 0]
-    assert [value_at(lambda_, at(tokens)) for tokens in (1, 10e12, 10.1e12, 14.8e12)] == [0.3, 0.3, 0.1, 0.1]
+    assert [value_at(gamma, at(tokens)) for tokens in (1, 14.3e12, 14.31e12, 14.8e12)] == [
+        0.001,
+        0.001,
+        0,
+        0,
+    ]
+    assert [value_at(lambda_, at(tokens)) for tokens in (1, 10e12, 10.1e12, 14.8e12)] == [
+        0.3,
+        0.3,
+        0.1,
+        0.1,
+    ]
     assert sequence.config.alpha == 0.0001
 
 
 def parts(recipe: Recipe) -> list[tuple[str, str]]:
     """Slots and names of all components that a smoke run must not change."""
     sections = recipe.sections()
-    return [(section.slot, section.name) for section in sections if section.slot not in ("corpus", "precision")]
+    return [
+        (section.slot, section.name)
+        for section in sections
+        if section.slot not in ("corpus", "precision")
+    ]
 
 
 def balancers(recipe: Recipe) -> list[Section]:
-    """Those of the blocks with experts."""
+    """The balancers of the blocks with experts."""
     found: list[Section] = recipe.model.blocks["moe"].ffn.config.balance
     return found
 
@@ -127,12 +159,14 @@ def balancers(recipe: Recipe) -> list[Section]:
 def test_every_recipe_is_shipped_and_its_header_says_how_to_run_it(file: Path) -> None:
     name = str(file.relative_to(ROOT / "recipes").with_suffix(""))
     assert shipped_recipes()[name] == file
-    header = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    header = [
+        line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")
+    ]
     assert any("python -m core." in line for line in header), f"{file}: no command in the header"
 
 
 PAPERS = ["dsv2_lite", "dsv2", "dsv3_1b", "dsv3_16b", "dsv3_671b"]
-"""Models of papers."""
+"""Recipes of published models."""
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -147,7 +181,9 @@ PAPERS = ["dsv2_lite", "dsv2", "dsv3_1b", "dsv3_16b", "dsv3_671b"]
     ],
 )
 def test_what_a_header_claims_is_the_recipes(name: str, key: str, words: str) -> None:
-    text = " ".join(line.strip("# ") for line in (ROOT / f"recipes/{name}.yaml").read_text().splitlines())
+    text = " ".join(
+        line.strip("# ") for line in (ROOT / f"recipes/{name}.yaml").read_text().splitlines()
+    )
     claim = re.search(rf"([\d.,]*\d)( million| billion|) {words}", text)
     if claim is None:
         assert key == "params_mtp", f"no {words} in the header"
@@ -156,7 +192,9 @@ def test_what_a_header_claims_is_the_recipes(name: str, key: str, words: str) ->
     number = claim[1].replace(",", "")
     unit = {" million": 1e6, " billion": 1e9}.get(claim[2], 1e9 if key == "flops_per_token" else 1)
     document = described(name)
-    actual = document["flops_per_token_main" if (name, key) == ("dsv3_671b", "flops_per_token") else key]
+    actual = document[
+        "flops_per_token_main" if (name, key) == ("dsv3_671b", "flops_per_token") else key
+    ]
     assert f"{actual / unit:.{len(number.partition('.')[2])}f}" == number
 
 
@@ -167,7 +205,12 @@ def test_what_a_header_claims_is_the_recipes(name: str, key: str, words: str) ->
 )
 def test_every_recipe_trains_two_steps_in_small(file: Path, lab: "Lab", tmp_path: Path) -> None:
     corpus = f"data.corpus={{name: files, paths: ['{lab.texts}/*.txt']}}"
-    overrides = [corpus, "data.tokenizer.vocab=300", "data.sequence_length=64", "trainer.enable_progress_bar=false"]
+    overrides = [
+        corpus,
+        "data.tokenizer.vocab=300",
+        "data.sequence_length=64",
+        "trainer.enable_progress_bar=false",
+    ]
     recipe = core.compose(file, overrides, smoke=True)
     summary = fit(recipe, RunFolder(tmp_path / "run"), say=lambda _: None)
     assert (summary["steps"], summary["skipped_steps"]) == (2, 0)
@@ -184,5 +227,9 @@ def test_smoke_shrinks_the_widths_and_keeps_every_part_and_schedule(name: str) -
     }
     for mine, theirs in zip(balancers(small), balancers(whole), strict=True):
         assert mine.config == theirs.config
-    assert (plan_of(small).steps, small.precision.name, small.data.corpus.name) == (2, "fp32", "package_text")
+    assert (plan_of(small).steps, small.precision.name, small.data.corpus.name) == (
+        2,
+        "fp32",
+        "package_text",
+    )
     assert plan_of(small).tokens < 5000

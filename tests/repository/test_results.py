@@ -1,4 +1,4 @@
-"""Results stand where a reader looks for them: no placeholder is left, and each has its run under `records/`."""
+"""The published results: no placeholder is left, and each figure is that of a run under `records/`."""
 
 import json
 import re
@@ -17,11 +17,17 @@ def test_no_placeholder_is_left() -> None:
 
 def test_the_readmes_figures_are_those_of_the_record() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RECORD.glob("run-*.json"))]
+    runs = [
+        json.loads(file.read_text(encoding="utf-8")) for file in sorted(RECORD.glob("run-*.json"))
+    ]
     assert len(runs) == 3
-    assert {run["val_bits_per_byte"] for run in runs} == {runs[0]["val_bits_per_byte"]}, "one seed, one result"
+    assert {run["val_bits_per_byte"] for run in runs} == {runs[0]["val_bits_per_byte"]}, (
+        "one seed, one result"
+    )
     seconds = sorted(run["wall_seconds"] for run in runs)[1]
-    balanced, unbalanced = (json.loads((RECORD / f"{name}.json").read_text()) for name in ("h100", "h100-no-balance"))
+    balanced, unbalanced = (
+        json.loads((RECORD / f"{name}.json").read_text()) for name in ("h100", "h100-no-balance")
+    )
     for shown in (
         f"**{runs[0]['val_bits_per_byte']:.3f}**",
         f"{runs[0]['max_vio_global']:.2f}",

@@ -1,4 +1,4 @@
-"""The tutorial builds the example package: the same files, and they work."""
+"""The tutorial builds the example package: it has the same files, and they work."""
 
 import json
 import os
@@ -17,11 +17,15 @@ from .documents import ROOT, blocks
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 EXAMPLE = ROOT / "examples" / "moeloom-cosine-router"
 INSTALLED = any(point.value == "core.testing.plugin" for point in entry_points(group="pytest11"))
-KIT = (*(() if INSTALLED else ("-p", "core.testing.plugin")), "--moeloom-plugin", "moeloom_cosine_router")
+KIT = (
+    *(() if INSTALLED else ("-p", "core.testing.plugin")),
+    "--moeloom-plugin",
+    "moeloom_cosine_router",
+)
 
 
 def written(folder: Path) -> list[str]:
-    """Put every block that begins with a file's name into a folder; the files' names."""
+    """Writes every block that begins with the name of a file into a folder; returns the names."""
     names = []
     for block in blocks(TUTORIAL):
         if named := re.match(r"# ([\w/.]+\.\w+)$", block.lines[0]):
@@ -34,7 +38,7 @@ def written(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as the tutorial's reader has it, installed by hand: metadata beside the module."""
+    """The package of the tutorial, installed by writing its metadata beside the module."""
     folder = tmp_path_factory.mktemp("tutorial")
     written(folder)
     project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -48,20 +52,35 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(package: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Python in the package's folder, where moeloom and the package can be imported."""
-    environment = {**os.environ, "PYTHONPATH": f"{package}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    """Runs Python in the folder of the package, where moeloom and the package can be imported."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{package}{os.pathsep}{ROOT}",
+        "OMP_NUM_THREADS": "1",
+    }
     environment |= variables
     command = [sys.executable, *arguments]
     return subprocess.run(
-        command, cwd=package, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command,
+        cwd=package,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 
 def test_the_tutorials_files_are_the_examples(tmp_path: Path) -> None:
     names = written(tmp_path)
     beside = {"README.md"}
-    files = {file for file in EXAMPLE.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
-    assert {str(file.relative_to(EXAMPLE)) for file in files if ".egg-info" not in str(file)} == {*names, *beside}
+    files = {
+        file for file in EXAMPLE.rglob("*") if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert {str(file.relative_to(EXAMPLE)) for file in files if ".egg-info" not in str(file)} == {
+        *names,
+        *beside,
+    }
     for name in names:
         assert (tmp_path / name).read_text() == (EXAMPLE / name).read_text(), name
 
@@ -72,12 +91,16 @@ def test_it_passes_the_kit_and_its_own_tests(package: Path) -> None:
     assert re.search(r"\d\d passed", done.stdout)
 
 
-def test_the_kit_notices_what_the_tutorial_proposes_to_try(package: Path, tmp_path: Path) -> None:
-    """Without the autocast line a clause is broken."""
+def test_the_kit_detects_the_error_that_the_tutorial_suggests(
+    package: Path, tmp_path: Path
+) -> None:
+    """A package that lacks the autocast line breaks a clause."""
     broken = tmp_path / "moeloom_cosine_router"
     broken.mkdir()
     for file in (package / "moeloom_cosine_router").glob("*.py"):
-        text = file.read_text().replace("with torch.autocast(x_TD.device.type, enabled=False):", "if True:")
+        text = file.read_text().replace(
+            "with torch.autocast(x_TD.device.type, enabled=False):", "if True:"
+        )
         (broken / file.name).write_text(text)
     done = python(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", *KIT)
     assert done.returncode == 1, done.stdout
@@ -89,11 +112,16 @@ def test_its_commands_work(package: Path) -> None:
     shown = python(package, "-m", "core.catalog", "show", "router", "cosine")
     assert shown.returncode == 0, shown.stderr
     assert "temperature" in shown.stdout
-    compared = python(package, "-m", "core.describe", "--compare", "dsv3_small", "cosine_small.yaml")
+    compared = python(
+        package, "-m", "core.describe", "--compare", "dsv3_small", "cosine_small.yaml"
+    )
     assert compared.returncode == 0, compared.stderr
     assert "cosine_small" in compared.stdout
     printed = {line for block in blocks(TUTORIAL, "sh") for line in block.lines}
-    assert {"python -m core.catalog show router cosine", "python -m core.fit cosine_small.yaml"} <= printed
+    assert {
+        "python -m core.catalog show router cosine",
+        "python -m core.fit cosine_small.yaml",
+    } <= printed
 
 
 def test_its_recipe_trains_when_the_package_is_installed(package: Path, tmp_path: Path) -> None:
@@ -108,7 +136,15 @@ def test_its_recipe_trains_when_the_package_is_installed(package: Path, tmp_path
         "budget.steps=2",
         "trainer.enable_progress_bar=false",
     ]
-    command = ["-m", "core.fit", "cosine_small.yaml", *small, "--out", str(tmp_path / "run"), "--json"]
+    command = [
+        "-m",
+        "core.fit",
+        "cosine_small.yaml",
+        *small,
+        "--out",
+        str(tmp_path / "run"),
+        "--json",
+    ]
     done = python(package, *command, MOELOOM_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["val_loss"] > 0

@@ -5,10 +5,10 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from lab import Lab, forked, through
+from lab import Lab, forked, run_command_here
 
 import core.study.sweep
-from core.study.child import full_disk_told
+from core.study.child import exit_on_full_disk
 from core.study.folder import Job
 
 Write = Callable[[str], Path]
@@ -48,14 +48,14 @@ class ForkPool:
 
 
 def _fit(arguments: list[str]) -> None:
-    """As `core.study.child` does."""
-    with full_disk_told():
-        through("fit", *arguments)
+    """Runs `core.fit` like `core.study.child`, with its exit code for a full disk."""
+    with exit_on_full_disk():
+        run_command_here("fit", *arguments)
 
 
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> ForkPool:
-    """In the place of the real one."""
+    """A pool of forked processes that replaces the real one."""
     fork_pool = ForkPool()
     monkeypatch.setattr(core.study.sweep, "_pool", lambda *_: fork_pool)
     return fork_pool

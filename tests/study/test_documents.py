@@ -28,13 +28,17 @@ def test_every_key_is_documented_and_no_other() -> None:
 def test_what_can_be_allowed_is_listed() -> None:
     sweep = read_sweep("routing")
     compared = {line for line in match(sweep).held_equal if " within " not in line}
-    (row,) = [line for line in section(PAGE, "## What is held equal").splitlines() if line.startswith("| `allow`")]
+    (row,) = [
+        line
+        for line in section(PAGE, "## What is held equal").splitlines()
+        if line.startswith("| `allow`")
+    ]
     assert set(row.split("`")[3::2]) == compared
 
 
 def test_the_shipped_sweeps_are_named() -> None:
-    told = PAGE.read_text(encoding="utf-8").partition("## The file")[0]
-    assert all(f"`{name}`" in told for name in shipped_sweeps())
+    message = PAGE.read_text(encoding="utf-8").partition("## The file")[0]
+    assert all(f"`{name}`" in message for name in shipped_sweeps())
 
 
 def test_the_printed_sweep_can_be_run(tmp_path: Path) -> None:
@@ -42,5 +46,7 @@ def test_the_printed_sweep_can_be_run(tmp_path: Path) -> None:
     file = tmp_path / "printed.yaml"
     file.write_text(block.text, encoding="utf-8")
     sweep = read_sweep(file)
-    assert list(yaml.safe_load(block.text)["variants"]) == [variant.name for variant in sweep.variants]
+    assert list(yaml.safe_load(block.text)["variants"]) == [
+        variant.name for variant in sweep.variants
+    ]
     assert len(match(sweep).documents) == 3

@@ -19,7 +19,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_nothing_is_said_before_a_run_has_told_the_speed(clock: Clock) -> None:
+def test_nothing_is_said_before_a_run_has_reported_the_speed(clock: Clock) -> None:
     pace = Pace({"a": 1.0, "b": 1.0}, 1, clock)
     pace.begin("a", fresh=True)
     assert pace.left() is None
@@ -57,7 +57,7 @@ def test_time_goes_with_the_work_and_places_are_filled_in_order(clock: Clock) ->
     assert pace.left() == 5
 
 
-def test_what_an_earlier_runner_began_tells_no_speed(clock: Clock) -> None:
+def test_what_an_earlier_runner_began_reports_no_speed(clock: Clock) -> None:
     pace = Pace({"a": 10.0, "b": 10.0, "c": 10.0}, 1, clock)
     pace.begin("a", fresh=False)
     clock.now += 1

@@ -25,7 +25,10 @@ from core.study.sweep_file import Variant, read_sweep
 from .conftest import TWO, ForkPool, Write
 from .test_runner import kept, read, states
 
-LONG = TWO.replace("[3, 4]", "[3]").replace("steps: 2", "steps: 60") + "overrides: {{checkpoint.every_steps: 20}}\n"
+LONG = (
+    TWO.replace("[3, 4]", "[3]").replace("steps: 2", "steps: 60")
+    + "overrides: {{checkpoint.every_steps: 20}}\n"
+)
 
 
 def until(what: Callable[[], object], seconds: float = 60.0) -> None:
@@ -82,11 +85,15 @@ def no_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cpu.max"
 
 
-@pytest.mark.parametrize(("cores", "slots", "told"), [(8, 1, "8"), (8, 2, "4"), (8, 3, "2"), (2, 4, "1")])
-def test_runs_share_the_cores(job: Job, monkeypatch: pytest.MonkeyPatch, cores: int, slots: int, told: str) -> None:
+@pytest.mark.parametrize(
+    ("cores", "slots", "message_of"), [(8, 1, "8"), (8, 2, "4"), (8, 3, "2"), (2, 4, "1")]
+)
+def test_runs_share_the_cores(
+    job: Job, monkeypatch: pytest.MonkeyPatch, cores: int, slots: int, message_of: str
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert said(job, slots, THREADS) == told
+    assert said(job, slots, THREADS) == message_of
 
 
 def test_the_threads_that_the_user_says(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,38 +104,56 @@ def test_the_threads_that_the_user_says(job: Job, monkeypatch: pytest.MonkeyPatc
     assert said(job, 4, THREADS).splitlines()[-1] == "2"
 
 
-def test_the_tokenizer_has_no_more_threads_than_the_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tokenizer_has_no_more_threads_than_the_run(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert said(job, 1, "import os; print(os.environ['RAYON_NUM_THREADS'])") == "1"
 
 
 @pytest.mark.parametrize(
-    ("quota", "told"),
-    [("300000 100000", 3), ("350000 100000", 3), ("50000 100000", 1), ("max 100000", 8), ("900000 100000", 8), ("", 8)],
+    ("quota", "message_of"),
+    [
+        ("300000 100000", 3),
+        ("350000 100000", 3),
+        ("50000 100000", 1),
+        ("max 100000", 8),
+        ("900000 100000", 8),
+        ("", 8),
+    ],
 )
 def test_a_containers_quota_is_all_there_is(
-    no_quota: Path, monkeypatch: pytest.MonkeyPatch, quota: str, told: int
+    no_quota: Path, monkeypatch: pytest.MonkeyPatch, quota: str, message_of: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     no_quota.write_text(quota + "\n", encoding="utf-8")
-    assert cores() == told
+    assert cores() == message_of
 
 
-def test_the_ranks_of_a_run_share_its_part(lab: Lab, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranks_of_a_run_share_its_part(
+    lab: Lab, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert said(of_two_ranks(lab, job), 2, THREADS) == "2"
 
 
 def test_a_run_that_is_begun_keeps_its_threads(job: Job) -> None:
-    """Under others it would refuse to be resumed: `--resume --workers 1` after `--workers 2`."""
+    """A run with another number of threads would refuse to be resumed: `--resume --workers 1` after `--workers 2`."""
     (job.path / "provenance.json").write_text('{"threads": 5}', encoding="utf-8")
     assert said(job, 1, THREADS) == "5"
 
 
 def alone(job: Job, folder: SweepFolder) -> None:
-    """Work on one run and tell nobody."""
-    run_jobs([job], folder, LocalPool(1, lambda *_: None), "val_loss", began=lambda _: None, ended=lambda *_: None)
+    """Work on one run and report nothing."""
+    run_jobs(
+        [job],
+        folder,
+        LocalPool(1, lambda *_: None),
+        "val_loss",
+        began=lambda _: None,
+        ended=lambda *_: None,
+    )
 
 
 def test_a_run_is_alone_in_its_session(job: Job) -> None:
@@ -142,7 +167,10 @@ def test_a_run_is_alone_in_its_session(job: Job) -> None:
         ("import os; print('step 7'); os.kill(os.getpid(), 9)", "killed by SIGKILL: step 7"),
         ("import os; os.kill(os.getpid(), 15)", "killed by SIGTERM: it printed nothing"),
         ("raise ValueError('no such thing')", "exit code 1: ValueError: no such thing"),
-        ("print('moeloom: lr = x: no'); print('bye'); raise SystemExit(2)", "exit code 2: lr = x: no"),
+        (
+            "print('moeloom: lr = x: no'); print('bye'); raise SystemExit(2)",
+            "exit code 2: lr = x: no",
+        ),
         ("raise SystemExit(0)", "exit code 0: it printed nothing"),
     ],
 )
@@ -151,7 +179,7 @@ def test_how_a_run_ended(job: Job, monkeypatch: pytest.MonkeyPatch, code: str, r
     monkeypatch.setattr("core.study.runner.command_of", lambda *_: [sys.executable, "-uc", code])
     job.log.write_text("moeloom: stopped by SIGTERM after step 3\n", encoding="utf-8")
     folder = SweepFolder(job.path.parents[2])
-    folder.tell(job, Status("failed", "something else", 100.0))
+    folder.write_status(job, Status("failed", "something else", 100.0))
     alone(job, folder)
     status = folder.status(job)
     assert (status.state, status.reason) == ("failed", reason)
@@ -168,17 +196,28 @@ def test_what_does_not_end_is_killed(job: Job, monkeypatch: pytest.MonkeyPatch) 
     assert future.result(1)[0] == -signal.SIGKILL
 
 
-def test_a_process_that_was_left_behind_is_ended_first(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_was_left_behind_is_ended_first(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only one that works on this run: numbers are used again."""
     monkeypatch.setattr("core.study.runner.command_of", lambda *_: [sys.executable, "-c", ""])
     folder = SweepFolder(job.path.parents[2])
     sleep = [sys.executable, "-c", "import time; time.sleep(60)", "core.fit"]
     with subprocess.Popen([*sleep, str(job.path)]) as left, subprocess.Popen(sleep) as other:
         for process in (left, other):
-            until(lambda process=process: b"time.sleep" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
-            folder.tell(job, Status("running", process=process.pid))
+            until(
+                lambda process=process: (
+                    b"time.sleep" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+                )
+            )
+            folder.write_status(job, Status("running", process=process.pid))
             run_jobs(
-                [job], folder, LocalPool(1, lambda *_: None), "val_loss", began=lambda _: None, ended=lambda *_: None
+                [job],
+                folder,
+                LocalPool(1, lambda *_: None),
+                "val_loss",
+                began=lambda _: None,
+                ended=lambda *_: None,
             )
         assert left.wait(5) == -signal.SIGTERM
         assert other.poll() is None
@@ -194,37 +233,47 @@ def test_the_command_of_a_run(job: Job) -> None:
     assert command_of(job, folder)[-2:] == ["--resume", str(job.path)]
 
 
-def test_a_run_whose_runner_dies_is_told_once(tmp_path: Path) -> None:
+def test_a_run_whose_runner_dies_is_reported_once(tmp_path: Path) -> None:
     """However often the kernel says so: a second SIGTERM would end a run before it is saved."""
     (tmp_path / "core").mkdir()
     for name in ("core/__init__.py", "core/study/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "core/study/child.py").write_text((ROOT / "core/study/child.py").read_text(), encoding="utf-8")
+    (tmp_path / "core/study/child.py").write_text(
+        (ROOT / "core/study/child.py").read_text(), encoding="utf-8"
+    )
     (tmp_path / "core/fit.py").write_text(
         "import os, signal, sys\n"
-        "signal.signal(signal.SIGTERM, lambda *_: print('told'))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('stopped'))\n"
         "for _ in range(3):\n    os.kill(os.getpid(), signal.SIGUSR1)\n"
         "print(__name__, *sys.argv[1:])\n",
         encoding="utf-8",
     )
     command = [sys.executable, "-m", "core.study.child", "recipe"]
-    done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout.splitlines() == ["told", "__main__ recipe"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={}, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.splitlines() == ["stopped", "__main__ recipe"]
 
 
-@pytest.mark.parametrize(("number", "code"), [("ENOSPC", "NO_SPACE"), ("EDQUOT", "NO_SPACE"), ("EACCES", "2")])
-def test_a_run_that_finds_no_space_has_an_exit_code_of_its_own(tmp_path: Path, number: str, code: str) -> None:
-    """As the door leaves: SystemExit(2) while the sentence's own cause is an OSError."""
+@pytest.mark.parametrize(
+    ("number", "code"), [("ENOSPC", "NO_SPACE"), ("EDQUOT", "NO_SPACE"), ("EACCES", "2")]
+)
+def test_a_run_that_finds_no_space_has_an_exit_code_of_its_own(
+    tmp_path: Path, number: str, code: str
+) -> None:
+    """A command leaves with SystemExit(2) while the cause of its error message is an OSError."""
     program = (
-        "import errno\nfrom core.study.child import NO_SPACE, full_disk_told\n"
-        "from core.contracts.errors import UserError\nfrom core.door import leave\n"
-        "with full_disk_told():\n    try:\n        try:\n"
+        "import errno\nfrom core.study.child import NO_SPACE, exit_on_full_disk\n"
+        "from core.contracts.errors import UserError\nfrom core.command import leave\n"
+        "with exit_on_full_disk():\n    try:\n        try:\n"
         f"            raise OSError(errno.{number}, 'no')\n"
         "        except OSError as cause:\n            raise UserError('it says so') from cause\n"
         "    except UserError as error:\n        leave(2, str(error))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.stderr == "moeloom: it says so\n"
     assert done.returncode == (NO_SPACE if code == "NO_SPACE" else int(code))
 
@@ -247,9 +296,13 @@ class Runner:
         command = [sys.executable, "-m", "core.sweep", str(file), "--out", str(out), *more]
         self.out = out
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
+        before = signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a job in a shell's background ignores it
         try:
-            self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+            self.process = subprocess.Popen(
+                command, env=environment, start_new_session=True, **pipes
+            )
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -274,7 +327,9 @@ def test_a_killed_runner_takes_its_runs_along_and_the_next_goes_on(
             run_sweep(read_sweep(file), out)
     first = Runner(file, out, "--resume")
     until(lambda: first.step("none/seed-3") > 3)
-    with pytest.raises(UserError, match=rf"another runner \(process {first.process.pid}\) works in this folder"):
+    with pytest.raises(
+        UserError, match=rf"another runner \(process {first.process.pid}\) works in this folder"
+    ):
         run_sweep(read_sweep(file), out, resume=True)
     process = read(out / "runs/none/seed-3/status.json")["process"]
     assert process in processes_of(out)
@@ -286,14 +341,16 @@ def test_a_killed_runner_takes_its_runs_along_and_the_next_goes_on(
     before = {path: content for path, content in kept(out).items() if "bias" in path.parts}
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    said = lab.door("sweep", file, "--out", out, "--resume", "--json", "--workers", "2")
+    said = lab.command("sweep", file, "--out", out, "--resume", "--json", "--workers", "2")
     assert said.code == 0, said.err
     results: Any = json.loads(said.out)
     assert results == read(out / "results.json")
     assert [row["n"] for row in results["rows"]] == [1, 1]
     assert {path: content for path, content in kept(out).items() if "bias" in path.parts} == before
     log = (out / "runs/none/seed-3/log.txt").read_text(encoding="utf-8")
-    assert log.count("moeloom: stopped by SIGTERM after step ") == 1, "it was ended before it could save itself"
+    assert log.count("moeloom: stopped by SIGTERM after step ") == 1, (
+        "it was ended before it could save itself"
+    )
     assert log.count("(resumed after step ") == 1
     summary = read(out / "runs/none/seed-3/summary.json")
     assert (summary["steps"], summary["threads"]) == (60, 1)
@@ -301,7 +358,7 @@ def test_a_killed_runner_takes_its_runs_along_and_the_next_goes_on(
 
 
 def test_an_interrupt_saves_what_is_under_way(write: Write, tmp_path: Path) -> None:
-    """As Ctrl-C at a terminal: the signal goes to the runner's whole process group."""
+    """Ctrl-C at a terminal sends the signal to the runner's whole process group."""
     text = LONG.replace("every_steps: 20", "every_steps: 1000").replace("steps: 60", "steps: 2000")
     file, out = write(text), tmp_path / "out"
     runner = Runner(file, out)

@@ -31,7 +31,7 @@ def short() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message_of"),
     [
         ([], (1, 0)),
         (["strategy.accelerator=cuda"], (1, 1)),
@@ -39,16 +39,18 @@ def short() -> Iterator[Path]:
         (["strategy={name: ddp, ranks: 4, accelerator: cuda}"], (4, 4)),
     ],
 )
-def test_resources_come_from_the_recipe(lab: Lab, overrides: list[str], told: tuple[int, int]) -> None:
+def test_resources_come_from_the_recipe(
+    lab: Lab, overrides: list[str], message_of: tuple[int, int]
+) -> None:
     job = Job(Variant("a", lab.recipe(*overrides), "", ()), 0, Path("run"))
-    assert resources(job) == told
+    assert resources(job) == message_of
 
 
-def test_without_ray_its_absence_is_told(
+def test_without_ray_its_absence_is_reported(
     lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    said = lab.door("sweep", write(TWO), "--out", tmp_path / "out", "--ray", "local")
+    said = lab.command("sweep", write(TWO), "--out", tmp_path / "out", "--ray", "local")
     assert said.code == 2
     assert said.sentence == "--ray: Ray is not installed here: pip install 'moeloom[ray]'"
 
@@ -57,11 +59,25 @@ def test_a_sweep_through_a_real_local_ray(write: Write, tmp_path: Path, short: P
     """One run that ends and one that fails; nothing is left running."""
     pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
     text = TWO.replace("[3, 4]", "[3]").replace("steps: 2", "steps: 4")
-    text = text.replace("{{model.blocks.moe.ffn.balance: []}}", "{{optimizer.lr: 1.0e+30, max_skipped_steps: 1}}")
+    text = text.replace(
+        "{{model.blocks.moe.ffn.balance: []}}", "{{optimizer.lr: 1.0e+30, max_skipped_steps: 1}}"
+    )
     file, out = write(text + "match: {{exempt: {{none: it diverges}}}}\n"), tmp_path / "out"
-    command = [sys.executable, "-m", "core.sweep", str(file), "--out", str(out), "--ray", "local", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "core.sweep",
+        str(file),
+        "--out",
+        str(out),
+        "--ray",
+        "local",
+        "--json",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(short)}
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    said = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert said.returncode == 0, said.stderr
     assert [row["n"] for row in json.loads(said.stdout)["rows"]] == [1, 0]
     assert states(out) == {"bias/seed-3": "done", "none/seed-3": "failed"}
@@ -71,10 +87,16 @@ def test_a_sweep_through_a_real_local_ray(write: Write, tmp_path: Path, short: P
 
 
 @pytest.mark.parametrize(
-    ("signum", "left"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)]
+    ("signum", "left"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)],
 )
 def test_an_interrupt_saves_what_the_cluster_works_on(
-    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short: Path, signum: int, left: int
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    short: Path,
+    signum: int,
+    left: int,
 ) -> None:
     """Ctrl-C goes to the runner's whole process group, SIGTERM to the runner; Ray must not answer for either."""
     pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lab import Lab, fill, forked, small_disk, through
+from lab import Lab, fill, forked, run_command_here, small_disk
 
 import core.run.training
 import core.study.matching
@@ -63,7 +63,7 @@ def crashed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "out"
 
 
-def test_a_failed_run_is_told_with_its_reason_and_stops_nobody(crashed: Path) -> None:
+def test_a_failed_run_is_reported_with_its_reason_and_stops_nobody(crashed: Path) -> None:
     assert states(crashed) == {
         **{f"{name}/seed-{seed}": "done" for name in ("bias", "none") for seed in (3, 4)},
         **{f"crash/seed-{seed}": "failed" for seed in (3, 4)},
@@ -83,20 +83,31 @@ def test_results_are_what_the_runs_measured(crashed: Path) -> None:
     assert list(rows) == ["bias", "none", "crash"]
     for name in ("bias", "none"):
         row = rows[name]
-        values = [read(crashed / f"runs/{name}/seed-{s}/summary.json")["val_bits_per_byte"] for s in (3, 4)]
+        values = [
+            read(crashed / f"runs/{name}/seed-{s}/summary.json")["val_bits_per_byte"]
+            for s in (3, 4)
+        ]
         assert [run["value"] for run in row["runs"]] == values
         assert row["n"] == 2
         assert row["mean"] == pytest.approx(sum(values) / 2)
         assert row["low"] < row["mean"] < row["high"]
     assert rows["bias"]["difference"] is None
-    assert rows["none"]["difference"]["mean"] == pytest.approx(rows["none"]["mean"] - rows["bias"]["mean"])
+    assert rows["none"]["difference"]["mean"] == pytest.approx(
+        rows["none"]["mean"] - rows["bias"]["mean"]
+    )
     assert rows["none"]["difference"]["verdict"] in (
         *("better", "worse", "no difference shown", "not shown after Holm's correction"),
     )
-    assert (rows["crash"]["n"], rows["crash"]["mean"], rows["crash"]["difference"]) == (0, None, None)
+    assert (rows["crash"]["n"], rows["crash"]["mean"], rows["crash"]["difference"]) == (
+        0,
+        None,
+        None,
+    )
     assert [run["state"] for run in rows["crash"]["runs"]] == ["failed", "failed"]
     assert results["warnings"][0] == f"crash, seed 3: {rows['crash']['runs'][0]['reason']}"
-    assert "crash: another optimizer and its schedule than bias (it diverges)" in results["warnings"]
+    assert (
+        "crash: another optimizer and its schedule than bias (it diverges)" in results["warnings"]
+    )
 
 
 def test_the_sweep_says_what_it_is(crashed: Path) -> None:
@@ -109,8 +120,24 @@ def test_the_sweep_says_what_it_is(crashed: Path) -> None:
     assert document["command"] == "python -m core.sweep question.yaml"
     bias, none, _ = document["variants"]
     assert set(bias) == {
-        *("name", "recipe", "overrides", "params_total", "params_experts", "params_active", "flops_per_token"),
-        *("kv_bytes_per_token", "top_k", "capacity_factor", "drops", "causal", "batch_dependent", "notices"),
+        *(
+            "name",
+            "recipe",
+            "overrides",
+            "params_total",
+            "params_experts",
+            "params_active",
+            "flops_per_token",
+        ),
+        *(
+            "kv_bytes_per_token",
+            "top_k",
+            "capacity_factor",
+            "drops",
+            "causal",
+            "batch_dependent",
+            "notices",
+        ),
         "differences",
     }
     assert bias["differences"] == {}
@@ -149,7 +176,9 @@ def test_equal_seeds_read_equal_data_whatever_the_variant(lab: Lab, write: Write
 
 
 def test_the_runs_of_a_sweep_have_the_same_data(crashed: Path) -> None:
-    fingerprints = {json.dumps(read(run / "provenance.json")["data"]) for run in crashed.glob("runs/*/seed-3")}
+    fingerprints = {
+        json.dumps(read(run / "provenance.json")["data"]) for run in crashed.glob("runs/*/seed-3")
+    }
     assert len(fingerprints) == 1
 
 
@@ -160,7 +189,12 @@ def test_resuming_redoes_nothing_that_is_done_and_tries_again_what_failed(
     out = tmp_path / "out"
     shutil.copytree(crashed, out)
     before, identity = kept(out), read(out / "sweep.json")
-    run_sweep(read_sweep(write(CRASHING)), out, resume=True, command="python -m core.sweep question.yaml --resume")
+    run_sweep(
+        read_sweep(write(CRASHING)),
+        out,
+        resume=True,
+        command="python -m core.sweep question.yaml --resume",
+    )
     assert [command[-2:] for command in pool.commands] == [
         ["--resume", str(out / f"runs/crash/seed-{seed}")] for seed in (3, 4)
     ]
@@ -173,29 +207,35 @@ def test_resuming_redoes_nothing_that_is_done_and_tries_again_what_failed(
 
 
 @pytest.mark.parametrize(
-    ("text", "resume", "told"),
+    ("text", "resume", "message_of"),
     [
         (CRASHING, False, "holds this sweep already; go on with --resume, or name another"),
         (CRASHING.replace("steps: 4", "steps: 5"), True, "(budget: {'steps': 4} there, {'steps': 5} here)"),
         (CRASHING.replace("[3, 4]", "[3]"), False, "holds another sweep (seeds: [3, 4] there, [3] here)"),
     ],
 )  # fmt: skip
-def test_a_folder_that_holds_a_sweep(write: Write, crashed: Path, text: str, resume: bool, told: str) -> None:
+def test_a_folder_that_holds_a_sweep(
+    write: Write, crashed: Path, text: str, resume: bool, message_of: str
+) -> None:
     before = kept(crashed)
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(message_of)):
         run_sweep(read_sweep(write(text)), crashed, resume=resume)
     assert kept(crashed) == before
 
 
 @pytest.mark.full
-def test_the_same_sweep_by_another_path_is_the_same(lab: Lab, crashed: Path, tmp_path: Path) -> None:
+def test_the_same_sweep_by_another_path_is_the_same(
+    lab: Lab, crashed: Path, tmp_path: Path
+) -> None:
     """A moved checkout, or the same recipe named from elsewhere: its resolved recipes say what it is."""
     moved, file = tmp_path / "moved.yaml", tmp_path / "question.yaml"
     shutil.copy2(lab.file, moved)
     file.write_text(CRASHING.format(base=moved), encoding="utf-8")
     before = kept(crashed)
     SweepFolder(crashed).open(read_sweep(file), resume=True)
-    moved.write_text(lab.file.read_text(encoding="utf-8").replace("lr: 0.003", "lr: 0.004"), encoding="utf-8")
+    moved.write_text(
+        lab.file.read_text(encoding="utf-8").replace("lr: 0.003", "lr: 0.004"), encoding="utf-8"
+    )
     with pytest.raises(UserError, match=r"bias's recipe has changed since \(optimizer\)"):
         SweepFolder(crashed).open(read_sweep(file), resume=True)
     assert kept(crashed) == before
@@ -203,7 +243,7 @@ def test_the_same_sweep_by_another_path_is_the_same(lab: Lab, crashed: Path, tmp
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message_of"),
     [
         ("sweep.yaml", "seeds: [", "sweep.yaml cannot be read: it is damaged"),
         ("sweep.yaml", "lost", "sweep.yaml cannot be read: it is damaged"),
@@ -212,8 +252,13 @@ def test_the_same_sweep_by_another_path_is_the_same(lab: Lab, crashed: Path, tmp
         ("recipes/none.yaml", "", "recipes/none.yaml cannot be read: it is damaged"),
     ],
 )
-def test_a_damaged_sweep_folder_is_told(
-    write: Write, crashed: Path, tmp_path: Path, name: str, content: str | bytes | None, told: str
+def test_a_damaged_sweep_folder_is_reported(
+    write: Write,
+    crashed: Path,
+    tmp_path: Path,
+    name: str,
+    content: str | bytes | None,
+    message_of: str,
 ) -> None:
     out = tmp_path / "out"
     for part in ("sweep.yaml", "recipes"):
@@ -223,7 +268,7 @@ def test_a_damaged_sweep_folder_is_told(
     (out / name).unlink()
     if content is not None:
         (out / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=re.escape(f"--out {out}: {told}")):
+    with pytest.raises(UserError, match=re.escape(f"--out {out}: {message_of}")):
         run_sweep(read_sweep(write(CRASHING)), out, resume=True)
 
 
@@ -241,11 +286,13 @@ def test_a_folder_of_something_else_is_left_alone(write: Write, tmp_path: Path) 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("", encoding="utf-8")
     for resume in (True, False):
-        with pytest.raises(UserError, match=r"holds something that is no sweep \(thesis.tex\)"):
+        with pytest.raises(
+            UserError, match=r"is not a sweep's folder: it holds thesis.tex; name another"
+        ):
             run_sweep(read_sweep(write(TWO)), tmp_path / "out", resume=resume)
 
 
-def test_a_folder_that_cannot_be_made_is_told(write: Write, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(write: Write, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="cannot be written"):
         run_sweep(read_sweep(write(TWO)), tmp_path / "file")
@@ -275,7 +322,12 @@ def test_a_report_that_looks_at_the_lock_keeps_no_runner_out(tmp_path: Path) -> 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["sweep.yaml", "status.json", "results.json"])
 def test_a_full_disk_is_one_sentence_and_can_be_resumed(
-    lab: Lab, write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+    lab: Lab,
+    write: Write,
+    pool: ForkPool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
 ) -> None:
     file, out, replace = write(TWO.replace("[3, 4]", "[3]")), tmp_path / "out", os.replace
 
@@ -286,10 +338,13 @@ def test_a_full_disk_is_one_sentence_and_can_be_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        said = forked(lambda: through("sweep", file, "--out", out))
+        said = forked(lambda: run_command_here("sweep", file, "--out", out))
     assert said.code == 2
-    assert said.sentence == f"{out}: no space is left on the disk; make room and go on with --resume"
-    again = forked(lambda: through("sweep", file, "--out", out, "--resume", "--json"))
+    assert (
+        said.sentence
+        == f"{out}: no space is left on the disk; free some space and go on with --resume"
+    )
+    again = forked(lambda: run_command_here("sweep", file, "--out", out, "--resume", "--json"))
     assert again.code == 0, again.err
     assert [row["n"] for row in json.loads(again.out)["rows"]] == [1, 1]
 
@@ -298,7 +353,7 @@ def test_a_full_disk_is_one_sentence_and_can_be_resumed(
 def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_was_done(
     lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A real file system: the third of four runs finds no room, neither does the runner, and --resume does the rest."""
+    """A real file system is full at the third of four runs and for the runner; --resume does the rest."""
 
     class FillingPool(ForkPool):
         def submit(self, job: Job, command: list[str]) -> Any:
@@ -310,20 +365,24 @@ def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_was_done(
         file, out = write(TWO), disk / "out"
         with monkeypatch.context() as patch:
             patch.setattr(core.study.sweep, "_pool", lambda *_: FillingPool())
-            said = forked(lambda: through("sweep", file, "--out", out))
+            said = forked(lambda: run_command_here("sweep", file, "--out", out))
         assert (said.code, said.sentence) == (
             2,
-            f"{out}: no space is left on the disk; make room and go on with --resume",
+            f"{out}: no space is left on the disk; free some space and go on with --resume",
         )
         before = {path: value for path, value in kept(out).items() if "seed-3" in path.parts}
         assert sum(path.name == "summary.json" for path in before) == 2
         (disk / "filler").unlink()
         with monkeypatch.context() as patch:
             patch.setattr(core.study.sweep, "_pool", lambda *_: ForkPool())
-            again = forked(lambda: through("sweep", file, "--out", out, "--resume", "--json"))
+            again = forked(
+                lambda: run_command_here("sweep", file, "--out", out, "--resume", "--json")
+            )
         assert again.code == 0, again.err
         assert [row["n"] for row in json.loads(again.out)["rows"]] == [2, 2]
-        assert {path: value for path, value in kept(out).items() if "seed-3" in path.parts} == before
+        assert {
+            path: value for path, value in kept(out).items() if "seed-3" in path.parts
+        } == before
 
 
 @pytest.mark.full
@@ -345,20 +404,29 @@ def test_a_run_that_finds_no_space_ends_the_sweep_and_is_not_failed(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    file, out = write(TWO.replace("[3, 4]", "[3]").replace("steps: 2", "steps: 6")), tmp_path / "out"
+    file, out = (
+        write(TWO.replace("[3, 4]", "[3]").replace("steps: 2", "steps: 6")),
+        tmp_path / "out",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(core.study.sweep, "_pool", lambda *_: FullPool())
-        said = forked(lambda: through("sweep", file, "--out", out))
-    assert (said.code, said.sentence) == (2, f"{out}: no space is left on the disk; make room and go on with --resume")
+        said = forked(lambda: run_command_here("sweep", file, "--out", out))
+    assert (said.code, said.sentence) == (
+        2,
+        f"{out}: no space is left on the disk; free some space and go on with --resume",
+    )
     assert states(out) == {"bias/seed-3": "waiting"}
     with monkeypatch.context() as patch:
         patch.setattr(core.study.sweep, "_pool", lambda *_: ForkPool())
-        again = forked(lambda: through("sweep", file, "--out", out, "--resume", "--json"))
+        again = forked(lambda: run_command_here("sweep", file, "--out", out, "--resume", "--json"))
     assert [row["n"] for row in json.loads(again.out)["rows"]] == [1, 1]
 
 
 def test_a_metric_that_a_variant_cannot_have_is_refused(write: Write, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"metric = 'mtp_acceptance': none cannot have it without a multi-token head$"):
+    with pytest.raises(
+        UserError,
+        match=r"metric = 'mtp_acceptance': none cannot have it without a multi-token head$",
+    ):
         run_sweep(read_sweep(write(WITHOUT_HEAD)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -367,7 +435,7 @@ def test_a_metric_that_a_variant_cannot_have_is_refused(write: Write, tmp_path: 
 def test_a_run_without_the_metric_failed(
     write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where it could not be known beforehand."""
+    """Whether a metric exists cannot always be known beforehand."""
     monkeypatch.setattr(core.study.matching, "NEEDS", {})
     text = WITHOUT_HEAD.replace("[3, 4]", "[3]")
     rows = run_sweep(read_sweep(write(text)), tmp_path / "out")["rows"]
@@ -380,7 +448,8 @@ def test_a_metric_of_text_that_nobody_holds_out_is_refused_before_a_run(
 ) -> None:
     few = f"overrides: {{{{data.corpus.paths: ['{lab.texts}/doc-0*.txt'], data.tokenizer.vocab: 270}}}}\n"
     with pytest.raises(
-        UserError, match=r"metric = 'val_bits_per_byte': bias cannot have it: the corpus has no validation"
+        UserError,
+        match=r"metric = 'val_bits_per_byte': bias cannot have it: the corpus has no validation",
     ):
         run_sweep(read_sweep(write(TWO + few)), tmp_path / "out")
     assert pool.commands == []
@@ -392,7 +461,8 @@ def test_a_metric_that_the_machine_does_not_measure_ends_the_sweep_with_the_firs
 ) -> None:
     monkeypatch.setattr(core.run.training, "measured_peak_flops", lambda device: None)
     with pytest.raises(
-        UserError, match=r"metric = 'mfu': bias/seed-3 has ended without it: this machine does not meas"
+        UserError,
+        match=r"metric = 'mfu': bias/seed-3 has ended without it: this machine does not meas",
     ):
         run_sweep(read_sweep(write(TWO + "metric: mfu\n")), tmp_path / "out")
     assert len(pool.commands) == 1
@@ -432,12 +502,12 @@ def test_what_the_clock_measured_stands_beside_the_spread_of_throughput(
 
 
 @pytest.mark.full
-def test_the_door_prints_a_table_that_is_not_cut(
+def test_the_command_prints_a_table_that_is_not_cut(
     lab: Lab, write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     long = "a_variant_with_quite_a_long_name_that_says_what_it_is"
-    said = lab.door("sweep", write(TWO.replace("none:", f"{long}:")), "--out", tmp_path / "out")
+    said = lab.command("sweep", write(TWO.replace("none:", f"{long}:")), "--out", tmp_path / "out")
     assert said.code == 0, said.err
     lines = said.out.splitlines()
     assert lines[0] == "val_bits_per_byte over the seeds"
@@ -448,7 +518,12 @@ def test_the_door_prints_a_table_that_is_not_cut(
     assert lines[-1] == f"sweep folder: {tmp_path}/out  (python -m core.report {tmp_path}/out)"
     progress = [line for line in said.err.splitlines() if re.match(r"\d/4 ", line)]
     assert [line.partition(" in ")[0] for line in progress] == [
-        *("1/4 bias/seed-3 done", f"2/4 {long}/seed-3 done", "3/4 bias/seed-4 done", f"4/4 {long}/seed-4 done")
+        *(
+            "1/4 bias/seed-3 done",
+            f"2/4 {long}/seed-3 done",
+            "3/4 bias/seed-4 done",
+            f"4/4 {long}/seed-4 done",
+        )
     ]
     assert all(re.search(r"; about \d+ s left$", line) for line in progress[:-1])
 
@@ -462,11 +537,18 @@ def test_rows_are_printed_with_what_there_is() -> None:
         "warnings": ["c: lost"],
         "rows": [
             {"variant": "a", "n": 5, "mean": 2.334, "low": 2.27, "high": 2.398, "difference": None},
-            {"variant": "bb", "n": 5, "mean": 2.294, "low": 2.25, "high": 2.338, "difference": difference},
+            {
+                "variant": "bb",
+                "n": 5,
+                "mean": 2.294,
+                "low": 2.25,
+                "high": 2.338,
+                "difference": difference,
+            },
             {"variant": "c", "n": 0, "mean": None, "low": None, "high": None, "difference": None},
         ],
     }
-    assert core.sweep._lines(found) == [
+    assert core.sweep._result_lines(found) == [
         "val_loss over the seeds",
         "variant  n   mean  95% interval",
         "-" * 32,
@@ -483,7 +565,8 @@ def test_rows_are_printed_with_what_there_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(4.4, "4 s"), (89, "89 s"), (150, "2 min"), (5900, "98 min"), (7500, "2 h 05 min")]
+    ("seconds", "message_of"),
+    [(4.4, "4 s"), (89, "89 s"), (150, "2 min"), (5900, "98 min"), (7500, "2 h 05 min")],
 )
-def test_the_time_left_is_told(seconds: float, told: str) -> None:
-    assert core.sweep._duration(seconds) == told
+def test_the_time_left_is_reported(seconds: float, message_of: str) -> None:
+    assert core.sweep._duration(seconds) == message_of

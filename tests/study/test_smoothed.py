@@ -13,7 +13,9 @@ def test_the_average_is_the_sum_that_it_stands_for() -> None:
     """m_t = 0.9^t x_0 + 0.1 sum over s of 0.9^(t - s) x_s, written out."""
     losses = [3.0, 5.0, 1.0, 4.0, 1.5]
     for t, value in enumerate(smoothed(losses)):
-        expected = 0.9**t * losses[0] + sum(0.1 * 0.9 ** (t - s) * losses[s] for s in range(1, t + 1))
+        expected = 0.9**t * losses[0] + sum(
+            0.1 * 0.9 ** (t - s) * losses[s] for s in range(1, t + 1)
+        )
         assert value == pytest.approx(expected, abs=1e-14)
 
 
@@ -37,19 +39,26 @@ def write(folder: Path, losses: list[float]) -> Path:
     """A run's log: validation rows between, a row that is half written at the end."""
     rows = [f"{step},{loss},\n,,2.5\n" for step, loss in enumerate(losses, start=1)]
     folder.mkdir()
-    (folder / "metrics.csv").write_text("step,loss/next_token,val_loss\n" + "".join(rows) + "7", encoding="utf-8")
+    (folder / "metrics.csv").write_text(
+        "step,loss/next_token,val_loss\n" + "".join(rows) + "7", encoding="utf-8"
+    )
     return folder
 
 
 def test_curves_of_runs_are_paired_by_seed(tmp_path: Path) -> None:
     base = {seed: write(tmp_path / f"base-{seed}", [4.0 + seed] * 20) for seed in (0, 1, 2)}
-    mine = {seed: write(tmp_path / f"mine-{seed}", [(4.0 + seed) * (1 + seed / 1000)] * 20) for seed in (1, 2, 3)}
+    mine = {
+        seed: write(tmp_path / f"mine-{seed}", [(4.0 + seed) * (1 + seed / 1000)] * 20)
+        for seed in (1, 2, 3)
+    }
     found = against(base, mine)
     assert found is not None
     assert found["n"] == 2
     assert found["mean"]["value"] == pytest.approx(0.0015)
     assert found["last"] == pytest.approx(found["mean"])
-    assert found["mean"]["high"] - 0.0015 == pytest.approx(12.7062 * 0.0005 * math.sqrt(2) / math.sqrt(2), rel=1e-4)
+    assert found["mean"]["high"] - 0.0015 == pytest.approx(
+        12.7062 * 0.0005 * math.sqrt(2) / math.sqrt(2), rel=1e-4
+    )
     assert found["largest"] == pytest.approx(0.002)
 
 

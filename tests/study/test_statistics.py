@@ -56,7 +56,9 @@ def test_a_difference_is_that_of_a_paired_t_test() -> None:
 
 
 def test_only_common_seeds_are_paired() -> None:
-    assert paired({0: 1.0, 1: 2.0, 7: 99.0}, {1: 2.5, 0: 1.25, 8: -99.0}) == paired({0: 1.0, 1: 2.0}, {0: 1.25, 1: 2.5})
+    assert paired({0: 1.0, 1: 2.0, 7: 99.0}, {1: 2.5, 0: 1.25, 8: -99.0}) == paired(
+        {0: 1.0, 1: 2.0}, {0: 1.25, 1: 2.5}
+    )
     assert paired({0: 1.0}, {1: 2.0}) is None
 
 
@@ -67,17 +69,24 @@ def test_one_common_seed_has_a_difference_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "p", "told"),
-    [(0.0, 1.0, NOTHING_SHOWN), (1e-15, 1.0, NOTHING_SHOWN), (0.5, 0.0, "worse"), (0.1, 0.0, "worse")],
+    ("step", "p", "message_of"),
+    [
+        (0.0, 1.0, NOTHING_SHOWN),
+        (1e-15, 1.0, NOTHING_SHOWN),
+        (0.5, 0.0, "worse"),
+        (0.1, 0.0, "worse"),
+    ],
 )  # 0.1 differs from itself by rounding
-def test_equal_differences_have_no_spread_to_divide_by(step: float, p: float, told: str) -> None:
+def test_equal_differences_have_no_spread_to_divide_by(
+    step: float, p: float, message_of: str
+) -> None:
     """A variant that is 0.5 worse with every seed is worse: p is what it tends to as the spread does to 0."""
     base = {seed: 1.3 * seed + 0.7 for seed in range(4)}
     found = paired(base, {seed: value + step for seed, value in base.items()})
     assert found is not None
     assert (found.effect_size, found.p) == (None, p)
     assert found.interval.mean == pytest.approx(step, abs=1e-14)
-    assert verdict(found, found.p, "lower") == told
+    assert verdict(found, found.p, "lower") == message_of
 
 
 def test_holm_by_hand() -> None:
@@ -92,7 +101,7 @@ def test_holm_counts_only_what_has_a_p_and_stays_at_most_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "p", "better", "told"),
+    ("low", "high", "p", "better", "message_of"),
     [
         (-0.2, -0.1, 0.04, "lower", "better"),
         (-0.2, -0.1, 0.04, "higher", "worse"),
@@ -106,8 +115,11 @@ def test_holm_counts_only_what_has_a_p_and_stays_at_most_one() -> None:
         (0.1, 0.2, 0.0499, "lower", "worse"),
     ],
 )
-def test_the_words(low: float, high: float, p: float, better: str, told: str) -> None:
-    assert verdict(Difference(Interval(5, (low + high) / 2, low, high), 1.0, p), p, better) == told
+def test_the_words(low: float, high: float, p: float, better: str, message_of: str) -> None:
+    assert (
+        verdict(Difference(Interval(5, (low + high) / 2, low, high), 1.0, p), p, better)
+        == message_of
+    )
 
 
 def test_the_words_themselves() -> None:
@@ -119,10 +131,16 @@ def test_a_correction_can_take_a_difference_away() -> None:
     """Alone the variant differs; among four, of which the others show nothing, it does not."""
 
     def moved(*shifts: float) -> dict[int, float]:
-        return {seed: value + shift for (seed, value), shift in zip(BASE.items(), shifts, strict=True)}
+        return {
+            seed: value + shift for (seed, value), shift in zip(BASE.items(), shifts, strict=True)
+        }
 
     mine = moved(0.01, 0.03, 0.00, 0.04, 0.03)
-    others = {"a": moved(0.02, -0.01, 0.01, -0.02, 0.0), "b": moved(-0.02, 0.02, 0.01, 0, 0), "c": moved(0, 0, 0, 0, 0)}
+    others = {
+        "a": moved(0.02, -0.01, 0.01, -0.02, 0.0),
+        "b": moved(-0.02, 0.02, 0.01, 0, 0),
+        "c": moved(0, 0, 0, 0, 0),
+    }
     alone = compare({"base": BASE, "mine": mine}, "base", "lower")["mine"]
     among = compare({"base": BASE, "mine": mine, **others}, "base", "lower")["mine"]
     assert alone is not None
@@ -138,7 +156,16 @@ def test_every_key_of_a_comparison() -> None:
     assert found["base"] is None
     assert found["lost"] is None
     assert found["mine"] is not None
-    assert set(found["mine"]) == {"n", "mean", "low", "high", "effect_size", "p", "p_holm", "verdict"}
+    assert set(found["mine"]) == {
+        "n",
+        "mean",
+        "low",
+        "high",
+        "effect_size",
+        "p",
+        "p_holm",
+        "verdict",
+    }
     assert found["one"] is not None
     assert (found["one"]["n"], found["one"]["verdict"], found["one"]["p_holm"]) == (1, None, None)
 
@@ -163,12 +190,14 @@ def test_intervals_hold_the_truth_as_often_as_they_say(n: int) -> None:
     assert within(held, trials, 0.95)
 
 
-def test_five_variants_that_are_all_the_same_are_rarely_told_apart() -> None:
+def test_five_variants_that_are_all_the_same_are_rarely_reported_apart() -> None:
     """Holm keeps the chance of any wrong word at 5% at most; with a baseline in common it is a little less."""
     draw, trials, wrong = random.Random(1), 400, 0
     names = ["base", *"abcde"]
     for _ in range(trials):
         values = {name: {seed: draw.gauss(2.3, 0.1) for seed in range(5)} for name in names}
-        told: Sequence[object] = [row["verdict"] for row in compare(values, "base", "lower").values() if row]
-        wrong += any(word in ("better", "worse") for word in told)
+        message: Sequence[object] = [
+            row["verdict"] for row in compare(values, "base", "lower").values() if row
+        ]
+        wrong += any(word in ("better", "worse") for word in message)
     assert wrong <= 0.05 * trials + 3 * math.sqrt(trials * 0.05 * 0.95)

@@ -21,14 +21,22 @@ SHIPPED = sorted(shipped_sweeps())
 
 def refused(file: Path, *, smoke: bool = False) -> str:
     """What is said of a file that cannot be right."""
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         read_sweep(file, smoke=smoke)
-    return str(told.value)
+    return str(caught.value)
 
 
 @pytest.mark.full
 def test_the_shipped_sweeps_are_those_that_were_asked_for() -> None:
-    assert SHIPPED == ["attention", "bias_rate", "mtp", "mtp_flops", "precision", "routing", "shared_experts"]
+    assert SHIPPED == [
+        "attention",
+        "bias_rate",
+        "mtp",
+        "mtp_flops",
+        "precision",
+        "routing",
+        "shared_experts",
+    ]
     routing = read_sweep("routing")
     assert len(routing.variants) == 10
     assert len(routing.schema.seeds) == 5
@@ -52,24 +60,31 @@ def test_a_shipped_sweep_is_valid_and_its_variants_match(name: str, smoke: bool)
 def test_equal_flops_are_those_of_whole_runs_within_a_step() -> None:
     found = match(read_sweep("mtp_flops"))
     spent = {name: d["flops_per_token"] * d["tokens"] for name, d in found.documents.items()}
-    steps = {name: d["flops_per_token"] * d["tokens"] / d["steps"] for name, d in found.documents.items()}
+    steps = {
+        name: d["flops_per_token"] * d["tokens"] / d["steps"] for name, d in found.documents.items()
+    }
     assert all(0 <= flops - 9.16e12 < steps[name] for name, flops in spent.items())
     assert "training FLOPs of a run within 2% of depth_0's" in found.held_equal
     assert not [line for line in [*found.held_equal, *found.not_equal] if "flops_per_token" in line]
 
 
 @pytest.mark.full
-def test_the_bias_rate_sweep_is_the_papers_table_and_long_enough_to_tell() -> None:
+def test_the_bias_rate_sweep_is_the_papers_table_and_long_enough_to_report() -> None:
     """arXiv 2408.15664: three rates of three rules, the loss, and softmax; the slowest bias can move by 0.2."""
     sweep = read_sweep("bias_rate")
-    rules = {f"{rule}_1e-{n}" for rule in ("sign", "proportional", "multiplicative") for n in (2, 3, 4)}
+    rules = {
+        f"{rule}_1e-{n}" for rule in ("sign", "proportional", "multiplicative") for n in (2, 3, 4)
+    }
     other = {"centred_1e-3", "loss_1e-3", "softmax_loss_3e-4", "softmax_proportional_1e-3"}
     assert {variant.name for variant in sweep.variants} == rules | other
     for variant in sweep.variants:
         if variant.name in rules:
             bias = variant.recipe.model.blocks["moe"].ffn.config.balance[0].config
             rule, _, rate = variant.name.partition("_")
-            assert (bias.rate, bias.update == "proportional") == (float(rate), rule == "proportional")
+            assert (bias.rate, bias.update == "proportional") == (
+                float(rate),
+                rule == "proportional",
+            )
             assert (bias.form == "multiplicative") == (rule == "multiplicative")
     assert 1e-4 * match(sweep).documents["sign_1e-4"]["steps"] >= 0.2
     assert sweep.schema.metric == "max_vio_global"
@@ -82,9 +97,13 @@ def test_what_the_attention_sweep_compares_is_the_cache() -> None:
 
 
 def test_a_variant_says_why_it_does_not_match() -> None:
-    (told,) = [line for line in match(read_sweep("routing")).not_equal if line.startswith("switch")]
-    assert told.startswith("switch: flops_per_token ")
-    assert told.endswith("% of deepseek_v3's 22,894,560 (one coarse expert for a token instead of two)")
+    (message,) = [
+        line for line in match(read_sweep("routing")).not_equal if line.startswith("switch")
+    ]
+    assert message.startswith("switch: flops_per_token ")
+    assert message.endswith(
+        "% of deepseek_v3's 22,894,560 (one coarse expert for a token instead of two)"
+    )
 
 
 def test_the_metrics_are_the_numbers_of_a_summary(finished: Path) -> None:
@@ -93,7 +112,7 @@ def test_the_metrics_are_the_numbers_of_a_summary(finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "message_of"),
     [
         ("seeds: [3, 4]", "seeds: []", "seeds = []: must hold at least one seed"),
         ("seeds: [3, 4]", "seeds: [3, 3]", "seeds = [3, 3]: must be different whole numbers"),
@@ -121,36 +140,42 @@ def test_the_metrics_are_the_numbers_of_a_summary(finished: Path) -> None:
         ("title:", "- title:", "cannot be read"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_right_is_refused(write: Write, before: str, after: str, told: str) -> None:
+def test_what_cannot_be_right_is_refused(
+    write: Write, before: str, after: str, message_of: str
+) -> None:
     assert before in TWO
     said = refused(write(TWO.replace(before, after)))
-    assert told in said
+    assert message_of in said
     assert "question.yaml" in said
 
 
-def test_all_variants_that_fail_are_told_at_once(lab: Lab, write: Write, tmp_path: Path) -> None:
+def test_all_variants_that_fail_are_reported_at_once(
+    lab: Lab, write: Write, tmp_path: Path
+) -> None:
     more = (
         "wide: {{overrides: {{model.dmi: 64}}}}",
         "lost: {{recipe: nowhere}}",
         "deep: {{overrides: {{model.dim: x}}}}",
     )
     file = write(TWO.replace("budget:", "".join(f"  {line}\n" for line in more) + "budget:"))
-    said = lab.door("sweep", file, "--out", tmp_path / "out")
+    said = lab.command("sweep", file, "--out", tmp_path / "out")
     assert said.code == 2
-    told = said.err.splitlines()
-    assert told[0].endswith("3 of 5 variants cannot run:")
-    assert [line.strip().partition(":")[0] for line in told[1:]] == ["wide", "lost", "deep"]
-    assert "model.dmi: unknown key; did you mean dim" in told[1]
+    message = said.err.splitlines()
+    assert message[0].endswith("3 of 5 variants cannot run:")
+    assert [line.strip().partition(":")[0] for line in message[1:]] == ["wide", "lost", "deep"]
+    assert "model.dmi: unknown key; did you mean dim" in message[1]
     assert not (tmp_path / "out").exists()
 
 
 def test_no_mistake_hides_another(write: Write) -> None:
     text = TWO.replace("[3, 4]", "[]").replace("baseline: bias", "baseline: bais")
-    text = text.replace("budget:", "  wide: {{overrides: {{model.dmi: 64}}}}\n  lost: {{recipee: x}}\nbudget:")
+    text = text.replace(
+        "budget:", "  wide: {{overrides: {{model.dmi: 64}}}}\n  lost: {{recipee: x}}\nbudget:"
+    )
     text += "metric: val_los\nmatsh: {{}}\nsmoke: {{budget: {{stesp: 1}}, sedes: [0]}}\n"
     first, *lines = refused(write(text)).splitlines()
-    assert first.endswith("question.yaml: 9 mistakes:")
-    told = [line.strip() for line in lines]
+    assert first.endswith("question.yaml: 9 errors:")
+    message = [line.strip() for line in lines]
     for line in (
         "variants.lost.recipee: unknown key; did you mean recipe?",
         "matsh: unknown key; did you mean match?",
@@ -162,31 +187,34 @@ def test_no_mistake_hides_another(write: Write) -> None:
         "with --smoke: bias: ",
         "with --smoke: none: ",
     ):
-        assert [each for each in told if each.startswith(line)], line
+        assert [each for each in message if each.startswith(line)], line
 
 
-def test_what_only_the_small_sizes_have_wrong_is_told_without_them(write: Write) -> None:
+def test_what_only_the_small_sizes_have_wrong_is_reported_without_them(write: Write) -> None:
     file = write(TWO + "smoke: {{seeds: []}}\n")
-    assert refused(file).endswith("question.yaml: with --smoke: seeds = []: must hold at least one seed")
+    assert refused(file).endswith(
+        "question.yaml: with --smoke: seeds = []: must hold at least one seed"
+    )
     assert refused(file, smoke=True) == refused(file)
 
 
 def test_a_name_that_no_folder_can_have_is_refused(write: Write) -> None:
-    told = refused(write(TWO.replace("none:", f"{'n' * 260}:")))
-    assert told.endswith(f"{'n' * 40}...: a name of 260 bytes cannot name a folder: at most 200")
+    message = refused(write(TWO.replace("none:", f"{'n' * 260}:")))
+    assert message.endswith(f"{'n' * 40}...: a name of 260 bytes cannot name a folder: at most 200")
     assert len(read_sweep(write(TWO.replace("none:", f"{'n' * 200}:"))).variants) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what this machine has")
-def test_variants_that_cannot_run_here_are_refused_unless_they_run_elsewhere(lab: Lab, write: Write) -> None:
-    fast = (
-        "  fast: {{overrides: {{strategy.accelerator: cuda}}}}\n  odd: {{overrides: {{model.attention.rope_dim: 3}}}}\n"
-    )
-    file = write(TWO.replace("budget:", fast + "budget:"))
-    told = refused(file).splitlines()
-    assert told[0].endswith("2 of 4 variants cannot run:")
-    assert told[1].startswith("  fast: cannot run here: strategy single: ")
-    assert told[2].startswith("  odd: ")
+def test_variants_that_cannot_run_here_are_refused_unless_they_run_elsewhere(
+    lab: Lab, write: Write
+) -> None:
+    fast = "  fast: {{overrides: {{strategy.accelerator: cuda}}}}\n"
+    odd = "  odd: {{overrides: {{model.attention.rope_dim: 3}}}}\n"
+    file = write(TWO.replace("budget:", f"{fast}{odd}budget:"))
+    message = refused(file).splitlines()
+    assert message[0].endswith("2 of 4 variants cannot run:")
+    assert message[1].startswith("  fast: cannot run here: strategy single: ")
+    assert message[2].startswith("  odd: ")
     with pytest.raises(UserError) as elsewhere:
         read_sweep(file, here=False)
     assert "1 of 4 variants" in str(elsewhere.value)
@@ -200,7 +228,11 @@ def test_a_sweep_that_is_not_there() -> None:
 def test_keys_are_read_as_they_stand(write: Write) -> None:
     """YAML would make false of `no` and text of 1e-3."""
     sweep = read_sweep(
-        write(TWO.replace("none:", "no:").replace("  bias:", "  1e-3: {{overrides: {{optimizer.lr: 1e-3}}}}\n  bias:"))
+        write(
+            TWO.replace("none:", "no:").replace(
+                "  bias:", "  1e-3: {{overrides: {{optimizer.lr: 1e-3}}}}\n  bias:"
+            )
+        )
     )
     assert [variant.name for variant in sweep.variants] == ["1e-3", "bias", "no"]
     assert sweep.variants[0].overrides[0] == "optimizer.lr=0.001"
@@ -217,8 +249,10 @@ def test_a_grid_is_every_combination_and_names_say_it(write: Write) -> None:
     ]
     assert len(sweep.variants) == 8
     assert "model.heads.mtp.depth=2" in sweep.variants[1].overrides
-    told = refused(write(TWO.replace("baseline: bias", grid.replace("lr=0.001+depth=1", "lr=0.1+depth=1"))))
-    assert "did you mean bias+lr=0.01" in told
+    message = refused(
+        write(TWO.replace("baseline: bias", grid.replace("lr=0.001+depth=1", "lr=0.1+depth=1")))
+    )
+    assert "did you mean bias+lr=0.01" in message
 
 
 def test_smoke_lays_its_keys_over_the_file(write: Write) -> None:
@@ -231,24 +265,30 @@ def test_smoke_lays_its_keys_over_the_file(write: Write) -> None:
 def mismatched(write: Write, variant: str, rules: str = "") -> Sweep:
     """The two variants and a third."""
     match_ = f"match: {rules}\n" if rules else ""
-    return read_sweep(write(TWO.replace("budget:", f"  third: {{{{overrides: {variant}}}}}\n{match_}budget:")))
+    return read_sweep(
+        write(TWO.replace("budget:", f"  third: {{{{overrides: {variant}}}}}\n{match_}budget:"))
+    )
 
 
 WIDE = "{{model.blocks.moe.ffn.expert_hidden: 24, optimizer.lr: 0.01}}"
 
 
 def test_variants_that_do_not_match_are_refused_with_the_way_out(write: Write) -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         match(mismatched(write, WIDE))
-    first, *lines = str(told.value).splitlines()
+    first, *lines = str(caught.value).splitlines()
     assert "match.allow names what may differ, match.exempt a variant with the reason" in first
-    assert [line.strip().split()[1] for line in lines] == ["params_total", "flops_per_token", "another"]
+    assert [line.strip().split()[1] for line in lines] == [
+        "params_total",
+        "flops_per_token",
+        "another",
+    ]
     assert all(line.startswith("  third: ") for line in lines)
     assert "%" in lines[0]
     assert lines[2].strip() == "third: another optimizer and its schedule than bias"
 
 
-def test_what_is_allowed_is_told_as_not_equal(write: Write) -> None:
+def test_what_is_allowed_is_reported_as_not_equal(write: Write) -> None:
     rules = "{{params: 0.5, flops: null, allow: [optimizer and its schedule]}}"
     found = match(mismatched(write, WIDE, rules))
     assert found.not_equal == ["third: another optimizer and its schedule than bias"]
@@ -256,7 +296,7 @@ def test_what_is_allowed_is_told_as_not_equal(write: Write) -> None:
     assert not [line for line in found.held_equal if line.startswith("flops")]
 
 
-def test_an_exempt_variant_is_told_with_its_reason(write: Write) -> None:
+def test_an_exempt_variant_is_reported_with_its_reason(write: Write) -> None:
     found = match(mismatched(write, WIDE, "{{exempt: {{third: it is wider}}}}"))
     assert len(found.not_equal) == 3
     assert all(line.endswith("(it is wider)") for line in found.not_equal)
@@ -270,7 +310,10 @@ def test_another_masking_of_documents_is_another_task(write: Write) -> None:
 
 def test_nothing_unknown_can_be_allowed(write: Write) -> None:
     sweep = mismatched(write, WIDE, "{{allow: [atention]}}")
-    with pytest.raises(UserError, match=r"match.allow: 'atention' is nothing that is compared; did you mean attention"):
+    with pytest.raises(
+        UserError,
+        match=r"match.allow: unknown name 'atention'; did you mean attention",
+    ):
         match(sweep)
 
 
@@ -294,14 +337,19 @@ def test_a_budget_of_flops_that_whole_steps_miss_is_refused(write: Write) -> Non
     third = "  third: {{overrides: {{model.heads.mtp: null}}}}\nbudget:"
     text = TWO.replace("steps: 2", "flops: 1.5e7").replace("budget:", third)
     sweep = read_sweep(write(text + "match: {{allow: [loss heads]}}\n"))
-    with pytest.raises(UserError, match=r"third: training FLOPs of a run [0-9,]+ is [+-][0-9.]+% of bias's [0-9,]+$"):
+    with pytest.raises(
+        UserError,
+        match=r"third: training FLOPs of a run [0-9,]+ is [+-][0-9.]+% of bias's [0-9,]+$",
+    ):
         match(sweep)
     found = match(read_sweep(write(text + "match: {{flops: null, allow: [loss heads]}}\n")))
     assert not [line for line in found.held_equal if "FLOPs" in line]
 
 
-def test_a_dry_run_lists_the_runs_and_starts_nothing(lab: Lab, write: Write, tmp_path: Path) -> None:
-    said = lab.door("sweep", write(TWO), "--out", tmp_path / "out", "--dry-run")
+def test_a_dry_run_lists_the_runs_and_starts_nothing(
+    lab: Lab, write: Write, tmp_path: Path
+) -> None:
+    said = lab.command("sweep", write(TWO), "--out", tmp_path / "out", "--dry-run")
     assert said.code == 0, said.err
     assert said.out.splitlines()[0] == "4 runs: 2 variants x 2 seeds"
     assert [line for line in said.out.splitlines() if line.startswith("run: ")] == [
@@ -312,21 +360,28 @@ def test_a_dry_run_lists_the_runs_and_starts_nothing(lab: Lab, write: Write, tmp
 
 
 def test_no_worker_is_refused(lab: Lab, write: Write) -> None:
-    assert lab.door("sweep", write(TWO), "--workers", "0").sentence == "--workers = 0: must be at least 1"
+    assert (
+        lab.command("sweep", write(TWO), "--workers", "0").sentence
+        == "--workers = 0: must be at least 1"
+    )
 
 
 def test_more_workers_than_cores_are_as_many_as_cores(
     lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("core.study.cores.cores", lambda: 3)
-    monkeypatch.setattr("core.study.sweep.run_sweep", lambda *_, workers, **__: print(workers) or {"rows": []})
-    said = lab.door("sweep", write(TWO), "--workers", "9", "--json", "--out", tmp_path / "out")
+    monkeypatch.setattr(
+        "core.study.sweep.run_sweep", lambda *_, workers, **__: print(workers) or {"rows": []}
+    )
+    said = lab.command("sweep", write(TWO), "--workers", "9", "--json", "--out", tmp_path / "out")
     assert said.out.splitlines()[0] == "3"
     assert "note: --workers = 9: 3 runs at a time, as this machine has 3 cores" in said.err
 
 
 def test_every_shipped_sweep_says_its_command() -> None:
     for name, file in shipped_sweeps().items():
-        assert f"python -m core.sweep recipes/sweeps/{name}.yaml" in file.read_text(encoding="utf-8")
+        assert f"python -m core.sweep recipes/sweeps/{name}.yaml" in file.read_text(
+            encoding="utf-8"
+        )
         assert file.relative_to(ROOT) == Path("recipes/sweeps") / f"{name}.yaml"
         assert yaml.safe_load(file.read_text(encoding="utf-8"))["smoke"]["seeds"] == [0]

@@ -1,4 +1,4 @@
-"""Two run folders are the same, or the comparison names what differs: one bit of a weight, one digit of a metric."""
+"""The comparison of run folders: it finds one bit of a weight and one digit of a metric."""
 
 import csv
 import json
@@ -82,7 +82,10 @@ CHANGES: dict[str, tuple[Any, str]] = {
         lambda f: change_checkpoint(f, "state_dict", "model.blocks.1.ffn.balance.0.bias"),
         "blocks.1.ffn.balance.0.bias differs",
     ),
-    "a bit of a moment": (lambda f: change_checkpoint(f, "optimizer_states", "exp_avg"), "optimizer_states: 0.state.0"),
+    "a bit of a moment": (
+        lambda f: change_checkpoint(f, "optimizer_states", "exp_avg"),
+        "optimizer_states: 0.state.0",
+    ),
     "the last digit of a loss": (change_cell, "loss/total is"),
     "one assignment": (change_load, "loads: load.blocks.1 differs in 1 of"),
     "a rounding in the summary": (change_summary, "summary.json: val_loss"),
@@ -90,7 +93,10 @@ CHANGES: dict[str, tuple[Any, str]] = {
         lambda f: change_text(f / "recipe.yaml", "seed: 3", "seed: 4"),
         "recipe.yaml: seed is 3 and 4",
     ),
-    "a letter of the sample": (lambda f: (f / "sample.txt").write_text("other"), "sample.txt differs"),
+    "a letter of the sample": (
+        lambda f: (f / "sample.txt").write_text("other"),
+        "sample.txt differs",
+    ),
 }
 
 
@@ -107,13 +113,17 @@ def test_what_differs_is_named(name: str, finished: Path, twin: Path) -> None:
     assert sentence in found[0]
 
 
-def test_columns_of_the_clock_and_new_keys_with_defaults_are_no_difference(finished: Path, twin: Path) -> None:
+def test_columns_of_the_clock_and_new_keys_with_defaults_are_no_difference(
+    finished: Path, twin: Path
+) -> None:
     change_column(twin, "tokens_per_second")
     recipe = yaml.safe_load((twin / "recipe.yaml").read_text())
     recipe["model"]["new_part"] = {"name": "as_before"}
     (twin / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert differences(finished, twin) == []
-    assert differences(twin, finished) == ["recipe.yaml: model.new_part.name is 'as_before' and 'missing'"]
+    assert differences(twin, finished) == [
+        "recipe.yaml: model.new_part.name is 'as_before' and 'missing'"
+    ]
 
 
 def test_a_missing_row_a_column_and_a_dtype_are_differences(finished: Path, twin: Path) -> None:
@@ -121,7 +131,14 @@ def test_a_missing_row_a_column_and_a_dtype_are_differences(finished: Path, twin
     (twin / "metrics.csv").write_text("\n".join(text[:-1]) + "\n")
     assert any("rows" in line for line in differences(finished, twin))
     one, two = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
-    assert nested_differences({"a": one}, {"a": two}, "x") == ["x: a is torch.float32 (2,) and torch.float64 (2,)"]
+    assert nested_differences({"a": one}, {"a": two}, "x") == [
+        "x: a is torch.float32 (2,) and torch.float64 (2,)"
+    ]
     assert nested_differences({"a": one}, {"a": -one}, "x"), "the sign of zero is a bit"
-    assert nested_differences({"a": one, "b": 1}, {"a": one}, "x") == ["x: b is only in one of them"]
-    assert nested_differences({"a": torch.tensor(torch.nan)}, {"a": torch.tensor(torch.nan)}, "x") == []
+    assert nested_differences({"a": one, "b": 1}, {"a": one}, "x") == [
+        "x: b is only in one of them"
+    ]
+    assert (
+        nested_differences({"a": torch.tensor(torch.nan)}, {"a": torch.tensor(torch.nan)}, "x")
+        == []
+    )

@@ -11,18 +11,20 @@ from tiers import TESTS
 
 ROOT = TESTS.parent
 NORM = "F.rms_norm(wide, (self.dim,), self.weight.to(wide.dtype), self.eps)"
-OTHER_ROUNDING = "(wide / (wide.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight.to(wide.dtype))"
+OTHER_ROUNDING = (
+    "(wide / (wide.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight.to(wide.dtype))"
+)
 
 
 def git(folder: Path, *arguments: str) -> None:
-    """Run git in a folder; identity given, so that a machine without one can commit."""
+    """Run git in a folder, with an identity for machines that have none."""
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The working tree's files as a repository of one commit."""
+    """A repository of one commit that holds the working tree's files."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
     folder = tmp_path / "clone"
@@ -37,8 +39,17 @@ def clone(tmp_path: Path) -> Path:
 
 
 def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(folder / "tools" / "same_bits.py"), "HEAD", "--steps", "4", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    command = [
+        sys.executable,
+        str(folder / "tools" / "same_bits.py"),
+        "HEAD",
+        "--steps",
+        "4",
+        *arguments,
+    ]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 @pytest.mark.full
@@ -60,9 +71,14 @@ def test_a_commit_equals_itself_and_a_changed_rounding_is_found(clone: Path) -> 
 
 
 def test_misuse_is_one_sentence_and_exit_code_2() -> None:
-    for arguments, word in ((["no-such-commit"], "no such commit"), (["HEAD", "--steps", "3"], "even number")):
+    for arguments, word in (
+        (["no-such-commit"], "no such commit"),
+        (["HEAD", "--steps", "3"], "even number"),
+    ):
         command = [sys.executable, str(ROOT / "tools" / "same_bits.py"), *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == 2
         assert word in done.stderr
         assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Who promises that splitting a batch changes nothing, and who does not: each is held to its own word (P9)."""
+"""Which methods declare that splitting a batch changes nothing; each must keep what it declares (P9)."""
 
 from functools import cache
 from typing import Any
@@ -49,12 +49,19 @@ BALANCERS = {
     "communication": "{name: communication, alpha: 0.1, devices: 4, device_limit: 2}",
     "z_loss": "{name: z_loss, alpha: 0.1}",
 }
-NO_PROMISE = {"gshard over a batch", "switch", "expert_choice", "micro_batch", "switch loss", "token dropping"}
+NO_PROMISE = {
+    "gshard over a batch",
+    "switch",
+    "expert_choice",
+    "micro_batch",
+    "switch loss",
+    "token dropping",
+}
 """The methods whose result depends on how a batch is split; everything else must not."""
 
 
 def overrides(name: str) -> tuple[str, ...]:
-    """The small recipe with one method, and nothing else that balances."""
+    """Overrides that give the small recipe one method, and nothing else that balances."""
     if name in ROUTERS:
         return (f"{FFN}.router={ROUTERS[name]}", f"{FFN}.balance=[]")
     if name in BALANCERS:
@@ -67,7 +74,7 @@ METHODS = [*ROUTERS, *BALANCERS, "token dropping"]
 
 @cache
 def model_of(lab: Lab, name: str) -> LanguageModel:
-    """The small recipe's model with one method, in fp64; a forward changes nothing of it."""
+    """The small recipe's model with one method, in fp64; a forward does not change it."""
     return build(lab.recipe("precision.name=fp64", *overrides(name))).train()
 
 
@@ -78,10 +85,15 @@ def gradients(lab: Lab, name: str, sizes: list[int]) -> dict[str, Tensor]:
     batches = cut(padded([16, 3, 9, 0, 1, 12, 16, 7]), sizes)
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     contexts = [
-        SequenceContext.of(b.tokens_BL, targets_BL=b.targets_BL, valid_BL=b.valid_BL, step=3, first_sequence=start)
+        SequenceContext.of(
+            b.tokens_BL, targets_BL=b.targets_BL, valid_BL=b.valid_BL, step=3, first_sequence=start
+        )
         for b, start in zip(batches, starts, strict=True)
     ]
-    ledger, progress = Ledger.of(model), Progress(step=1, tokens=64, total_steps=10, total_tokens=640)
+    ledger, progress = (
+        Ledger.of(model),
+        Progress(step=1, tokens=64, total_steps=10, total_tokens=640),
+    )
     window, totals = Window.of(model, ledger, contexts), WindowTotals()
     for context in contexts:
         objective(model, ledger, model(context), window, progress, totals).backward()
@@ -89,7 +101,9 @@ def gradients(lab: Lab, name: str, sizes: list[int]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", first_by_default(METHODS, keep=9))
-def test_P9_splitting_a_batch_changes_what_was_not_promised_and_nothing_else(lab: Lab, name: str) -> None:
+def test_P9_splitting_a_batch_changes_what_was_not_promised_and_nothing_else(
+    lab: Lab, name: str
+) -> None:
     whole, *parts = (gradients(lab, name, sizes) for sizes in ([8], [2, 2, 2, 2], [1] * 8))
     for part in parts:
         assert part.keys() == whole.keys()
@@ -109,7 +123,7 @@ def trained(lab: Lab, name: str, sequences: int, accumulate: int) -> dict[str, A
 
 @pytest.mark.parametrize("name", ["gshard", "batch"])
 def test_P9_a_whole_training_step_is_split_without_a_change(lab: Lab, name: str) -> None:
-    """A method that draws by address, and one whose loss is formed over the whole batch."""
+    """Tries a method that draws by address, and one whose loss is formed over the whole batch."""
     assert_close(trained(lab, name, 2, 4), trained(lab, name, 8, 1))
 
 
@@ -120,6 +134,8 @@ def close(one: Tensor, two: Tensor) -> bool:
 @pytest.mark.parametrize("name", METHODS)
 def test_P9_the_methods_that_do_not_promise_it_say_so(lab: Lab, name: str) -> None:
     for layer in model_of(lab, name).expert_layers().values():
-        assert layer.traits is not None
-        dependent = layer.traits.batch_dependent or any(b.scope == "micro_batch" for b in layer.balancers)
+        assert layer.routing_properties is not None
+        dependent = layer.routing_properties.batch_dependent or any(
+            b.scope == "micro_batch" for b in layer.balancers
+        )
         assert dependent == (name in NO_PROMISE)

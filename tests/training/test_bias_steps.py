@@ -16,7 +16,7 @@ EXPERTS, RATE = 8, 0.01
 
 
 def replay(load_SE: Tensor, rate: float = RATE) -> Tensor:
-    """Algorithm 1, expert by expert, in fp32: the bias after every step from nothing but its loads."""
+    """Algorithm 1, expert by expert, in fp32: the bias after every step, computed from the loads alone."""
     bias, history = [np.float32(0)] * EXPERTS, []
     for load in load_SE.tolist():
         for expert in range(EXPERTS):
@@ -29,20 +29,26 @@ def replay(load_SE: Tensor, rate: float = RATE) -> Tensor:
 
 
 class History(L.Callback):
-    """Every step's load and the bias after it."""
+    """Records every step's load and the bias after it."""
 
     def __init__(self) -> None:
         self.loads: dict[str, list[Tensor]] = {path: [] for path in MOE}
         self.biases: dict[str, list[Tensor]] = {path: [] for path in MOE}
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         for path in MOE:
             self.loads[path].append(pl_module.step_load[path].clone())
-            self.biases[path].append(pl_module.model.get_submodule(f"{path}.ffn").balancers[0].bias.clone())
+            self.biases[path].append(
+                pl_module.model.get_submodule(f"{path}.ffn").balancers[0].bias.clone()
+            )
 
 
 @pytest.mark.parametrize("path", MOE)
-def test_P5_the_logged_bias_follows_from_the_logged_loads_exactly(finished: Path, path: str) -> None:
+def test_P5_the_logged_bias_follows_from_the_logged_loads_exactly(
+    finished: Path, path: str
+) -> None:
     logged = loads(finished)
     assert logged["steps"].tolist() == list(range(1, 13))
     assert torch.equal(logged[f"bias.{path}"], replay(logged[f"load.{path}"]))
@@ -52,12 +58,15 @@ def test_P5_the_logged_bias_follows_from_the_logged_loads_exactly(finished: Path
 @pytest.mark.parametrize("path", MOE)
 def test_the_checkpoint_holds_the_last_logged_bias(finished: Path, path: str) -> None:
     state = last_checkpoint(finished)["state_dict"]
-    assert torch.equal(state[f"model.{path}.ffn.balance.0.bias"], loads(finished)[f"bias.{path}"][-1])
+    assert torch.equal(
+        state[f"model.{path}.ffn.balance.0.bias"], loads(finished)[f"bias.{path}"][-1]
+    )
 
 
 def test_P2_load_is_tokens_times_top_k_in_int64(finished: Path) -> None:
     logged = loads(finished)
-    expected = {MOE[0]: 2 * 4 * 16 * 2, MOE[1]: 2 * 4 * 15 * 2}  # micro-batches x sequences x tokens x top_k
+    # micro-batches x sequences x tokens x top_k
+    expected = {MOE[0]: 2 * 4 * 16 * 2, MOE[1]: 2 * 4 * 15 * 2}
     for path, total in expected.items():
         assert logged[f"load.{path}"].dtype == torch.int64
         assert logged[f"load.{path}"].sum(dim=1).tolist() == [total] * 12
@@ -94,8 +103,10 @@ def test_the_rate_follows_its_schedule(lab: Lab) -> None:
 
 
 def test_P4_evaluation_changes_nothing(lab: Lab) -> None:
-    """Validating after every step leaves the run as one that never validates."""
-    one, two = (lab.train(f"validation.every_steps={every}", "budget.steps=4") for every in (1, 100))
+    """A run that validates after every step has the bits of one that never does."""
+    one, two = (
+        lab.train(f"validation.every_steps={every}", "budget.steps=4") for every in (1, 100)
+    )
     assert one.validated
     assert_same(one.state_dict(), two.state_dict())
     assert_same(one.step_values, two.step_values)
@@ -113,14 +124,18 @@ def test_P2_recomputation_changes_no_bit(lab: Lab, blocks: str) -> None:
     assert_same(again.biases, plain.biases)
 
 
-def test_a_long_log_is_thinned_evenly(lab: Lab, finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_long_log_is_thinned_evenly(
+    lab: Lab, finished: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(callbacks, "SNAPSHOTS", 5)
     lab.fit(tmp_path / "run")
     thin, whole = loads(tmp_path / "run"), loads(finished)
     assert thin["steps"].tolist() == [4, 8, 12]
     for name in whole:
         assert torch.equal(thin[name], whole[name][[3, 7, 11]]), name
-    assert_same(last_checkpoint(tmp_path / "run")["state_dict"], last_checkpoint(finished)["state_dict"])
+    assert_same(
+        last_checkpoint(tmp_path / "run")["state_dict"], last_checkpoint(finished)["state_dict"]
+    )
 
 
 def test_without_balancers_there_is_load_and_no_bias(lab: Lab, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint files: plain content, written whole, read without unpickling, and what is said of a bad one."""
+"""Checkpoint files: plain content, written whole, read without unpickling, and error messages about bad ones."""
 
 import ast
 import errno
@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, small_disk, through
+from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, run_command_here, small_disk
 from torch import Tensor
 
 from core.contracts.errors import UserError
 from core.training import callbacks
-from core.training.checkpoints import WholeFiles, checkpoints_in, read_checkpoint
+from core.training.checkpoints import AtomicCheckpointIO, checkpoints_in, read_checkpoint
 
 SCALARS = (Tensor, int, float, str, bool, type(None))
 UNPICKLERS = ("pickle", "shelve", "marshal", "joblib", "dill", "cloudpickle")
@@ -26,7 +26,7 @@ CONTAINERS = (dict, OrderedDict, list, tuple)
 
 
 def kinds(value: Any) -> Iterator[type]:
-    """The type of everything in nested containers."""
+    """The types of all values in nested containers."""
     yield type(value)
     if isinstance(value, dict):
         for key, item in value.items():
@@ -44,7 +44,7 @@ def test_P23_a_checkpoint_holds_tensors_and_plain_containers_only(finished: Path
 
 
 def test_P23_nothing_in_the_code_unpickles_what_it_was_given() -> None:
-    """Every `torch.load` says `weights_only=True`, and nobody asks pickle or its relatives."""
+    """Every `torch.load` passes `weights_only=True`, and no code uses pickle or a library built on it."""
     found = []
     for file in [*ROOT.glob("core/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -53,8 +53,13 @@ def test_P23_nothing_in_the_code_unpickles_what_it_was_given() -> None:
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
                 found += [where for name in names if name.partition(".")[0] in UNPICKLERS]
             elif isinstance(node, ast.Call):
-                settings = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
-                if ast.unparse(node.func) == "torch.load" and settings.get("weights_only") is not True:
+                settings = {
+                    k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)
+                }
+                if (
+                    ast.unparse(node.func) == "torch.load"
+                    and settings.get("weights_only") is not True
+                ):
                     found.append(where)
                 if settings.get("allow_pickle") or settings.get("weights_only", True) is None:
                     found.append(where)
@@ -93,7 +98,7 @@ DAMAGE = {
 
 @pytest.fixture
 def damaged(finished: Path, tmp_path: Path) -> Path:
-    """A run whose newest checkpoint a test may spoil."""
+    """A copy of a run, whose newest checkpoint a test may damage."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "summary.json").unlink()
@@ -111,36 +116,50 @@ def test_a_damaged_checkpoint_is_one_sentence_that_names_it_and_the_others(
     assert str(refused.value).startswith(f"{file}: not a whole checkpoint")
     assert str(refused.value).endswith("others here: best.ckpt, step-00000010.ckpt")
     for name in ("best.ckpt", "step-00000010.ckpt"):
-        assert (damaged / "checkpoints" / name).read_bytes() == (finished / "checkpoints" / name).read_bytes()
+        assert (damaged / "checkpoints" / name).read_bytes() == (
+            finished / "checkpoints" / name
+        ).read_bytes()
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {}}, {"weight": torch.zeros(2)}, torch.zeros(2), [1, 2]])
-def test_a_file_of_another_program_is_told_apart(tmp_path: Path, content: Any) -> None:
+@pytest.mark.parametrize(
+    "content", [{"state_dict": {}}, {"weight": torch.zeros(2)}, torch.zeros(2), [1, 2]]
+)
+def test_a_file_of_another_program_is_reported_apart(tmp_path: Path, content: Any) -> None:
     file = tmp_path / "other.ckpt"
     torch.save(content, file)
     with pytest.raises(UserError, match=f"{file}: a file of another program"):
         read_checkpoint(file)
 
 
-@pytest.mark.parametrize("door", [("fit", "--resume"), ("evaluate",), ("generate", "--prompt", "a")])
-def test_every_door_leaves_a_damaged_run_with_2_and_a_sentence(lab: Lab, damaged: Path, door: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "command", [("fit", "--resume"), ("evaluate",), ("generate", "--prompt", "a")]
+)
+def test_every_command_leaves_a_damaged_run_with_2_and_a_sentence(
+    lab: Lab, damaged: Path, command: tuple[str, ...]
+) -> None:
     file = checkpoints_in(damaged)[-1]
     file.write_bytes(file.read_bytes()[:1000])
-    said = lab.door(door[0], *([lab.file] if door[0] == "fit" else []), *door[1:], damaged)
+    said = lab.command(
+        command[0], *([lab.file] if command[0] == "fit" else []), *command[1:], damaged
+    )
     assert said.code == 2
     assert said.sentence.startswith(f"{file}: not a whole checkpoint")
     assert said.out == ""
 
 
-def test_without_the_damaged_file_the_run_goes_on_from_the_one_before(lab: Lab, damaged: Path, finished: Path) -> None:
+def test_without_the_damaged_file_the_run_goes_on_from_the_one_before(
+    lab: Lab, damaged: Path, finished: Path
+) -> None:
     checkpoints_in(damaged)[-1].unlink()
     lab.fit(damaged, resume=True)
     assert_same_run(damaged, finished)
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "checkpoints" / "step-00000001.ckpt"
-    WholeFiles().save_checkpoint({"a": torch.ones(3)}, file)
+    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, file)
     old = file.read_bytes()
 
     def full(content: Any, stream: Any) -> None:
@@ -148,8 +167,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=f"{file}: this checkpoint cannot be written .No space left on device"):
-        WholeFiles().save_checkpoint({"a": torch.zeros(3)}, file)
+    with pytest.raises(
+        UserError, match=f"{file}: this checkpoint cannot be written .No space left on device"
+    ):
+        AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(3)}, file)
     assert [found.name for found in file.parent.iterdir()] == [file.name]
     assert file.read_bytes() == old
 
@@ -164,14 +185,18 @@ def test_half_a_checkpoint_left_by_a_kill_is_swept_away(lab: Lab, damaged: Path)
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2,200 kB: room for two checkpoints of the small run and their logs."""
+    """A file system of 2,200 kB, which holds two checkpoints of the small run and their logs."""
     with small_disk(tmp_path / "disk", kilobytes=2200) as folder:
         yield folder
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("suddenly", [False, True], ids=["no room for a checkpoint", "no room for anything"])
-def test_a_full_disk_is_one_sentence_and_loses_nothing(lab: Lab, finished: Path, disk: Path, suddenly: bool) -> None:
+@pytest.mark.parametrize(
+    "suddenly", [False, True], ids=["no space for a checkpoint", "no space for anything"]
+)
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+    lab: Lab, finished: Path, disk: Path, suddenly: bool
+) -> None:
     run = disk / "run"
 
     def fill(self: Any, trainer: Any, module: Any, *rest: Any) -> None:
@@ -183,11 +208,11 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(lab: Lab, finished: Path,
     def work() -> None:
         if suddenly:
             callbacks.KeepLatest.on_train_batch_start = fill
-        through("fit", lab.file, "--out", run)
+        run_command_here("fit", lab.file, "--out", run)
 
     said = forked(work)
     assert said.code == 2, said.err
-    assert "make room and continue with --resume" in said.sentence
+    assert "free some space and continue with --resume" in said.sentence
     assert [file.name for file in checkpoints_in(run)] == ["step-00000005.ckpt"]
     assert last_checkpoint(run)["moeloom"]["windows_done"] == 5
     assert not [file for file in run.rglob("*.tmp") if "ckpt" in file.name]

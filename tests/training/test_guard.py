@@ -16,13 +16,15 @@ from core.training.module import TrainingModule
 
 
 class Poison(L.Callback):
-    """Multiplies one weight's gradient by a factor in some steps, and remembers what each step left."""
+    """Multiplies one weight's gradient by a factor in some steps, and records the state after each step."""
 
     def __init__(self, steps: Iterable[int], factor: float, only_first: bool = False) -> None:
         self.steps, self.factor, self.only_first = set(steps), factor, only_first
         self.left: list[dict[str, Any]] = []
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.hook, done = None, []
 
         def spoil(gradient: torch.Tensor) -> torch.Tensor | None:
@@ -32,10 +34,15 @@ class Poison(L.Callback):
         if batch_idx in self.steps:
             self.hook = pl_module.model.blocks[0].ffn.down.weight.register_hook(spoil)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self.hook is not None:
             self.hook.remove()
-        state = {"model": pl_module.model.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}
+        state = {
+            "model": pl_module.model.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+        }
         self.left.append(copy.deepcopy(state))
 
 
@@ -59,7 +66,9 @@ def test_a_skipped_step_leaves_the_run_as_if_its_window_had_not_been(lab: Lab) -
     keep: list[list[Batch]] = []
 
     class Windows(L.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
             keep.append(batch)
 
     poisoned = lab.train("budget.steps=4", callbacks=[Windows(), Poison({1}, float("inf"))])
@@ -69,26 +78,35 @@ def test_a_skipped_step_leaves_the_run_as_if_its_window_had_not_been(lab: Lab) -
 
 def test_enough_skipped_steps_in_a_row_fail_the_run(lab: Lab) -> None:
     poison = Poison({1, 3, 4, 5}, float("nan"))
-    with pytest.raises(RunFailed, match=r"nan for 3 steps in a row, the last one step 6; .* optimizer\.lr"):
+    with pytest.raises(
+        RunFailed, match=r"nan for 3 steps in a row, the last one step 6; .* optimizer\.lr"
+    ):
         lab.train("max_skipped_steps=3", "budget.steps=9", callbacks=[poison])
 
 
 def test_steps_that_are_not_in_a_row_do_not(lab: Lab) -> None:
-    module = lab.train("max_skipped_steps=2", "budget.steps=6", callbacks=[Poison({0, 2, 4}, float("inf"))])
+    module = lab.train(
+        "max_skipped_steps=2", "budget.steps=6", callbacks=[Poison({0, 2, 4}, float("inf"))]
+    )
     assert (module.skipped_steps, module.windows_done) == (3, 6)
 
 
-def test_a_run_that_diverges_leaves_by_its_door_with_1_and_a_sentence(lab: Lab, tmp_path: Path) -> None:
-    said = lab.door("fit", lab.file, "optimizer.lr=1e38", "--out", tmp_path / "run")
+def test_a_run_that_diverges_leaves_by_its_command_with_1_and_a_sentence(
+    lab: Lab, tmp_path: Path
+) -> None:
+    said = lab.command("fit", lab.file, "optimizer.lr=1e38", "--out", tmp_path / "run")
     assert said.code == 1
     assert "the gradient norm was" in said.sentence
     assert not (tmp_path / "run" / "summary.json").exists()
     steps = [row["skipped_steps"] for row in rows(tmp_path / "run") if "lr" in row]
-    assert steps == ["0.0", "1.0", "2.0", "3.0", "4.0"]  # the fifth skipped step in a row ended the run
+    # The fifth skipped step in a row ended the run.
+    assert steps == ["0.0", "1.0", "2.0", "3.0", "4.0"]
 
 
-def test_the_count_survives_a_checkpoint(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips in a row are counted across a resume: a run cannot limp on by being restarted."""
+def test_the_count_survives_a_checkpoint(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipped steps in a row are counted across a resume, so restarting does not keep a failed run alive."""
     finite = TrainingModule._agreed_finite
 
     def refused(self: TrainingModule, norm: torch.Tensor) -> bool:
@@ -99,4 +117,8 @@ def test_the_count_survives_a_checkpoint(lab: Lab, tmp_path: Path, monkeypatch: 
     for resume in (False, True):
         with pytest.raises(RunFailed, match="3 steps in a row, the last one step 7"):
             lab.fit(tmp_path / "run", *rest, resume=resume)
-    assert [row["skipped_steps"] for row in rows(tmp_path / "run") if "lr" in row][3:] == ["0.0", "1.0", "2.0"]
+    assert [row["skipped_steps"] for row in rows(tmp_path / "run") if "lr" in row][3:] == [
+        "0.0",
+        "1.0",
+        "2.0",
+    ]

@@ -1,4 +1,4 @@
-"""The ledger of loss terms, denominators of a window, and what layers and balancers have of their own (P2, P4, P9)."""
+"""The ledger of loss terms, a window's denominators, and layers' and balancers' own losses and counts (P2, P4, P9)."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -42,7 +42,12 @@ OWN = (
     f"{BALANCE}=[{{name: bias, rate: 0.01}}, {{name: histogram}}, {{name: sequence, alpha: 0.01}}]",
 )
 WITHOUT = ("model.attention.alpha=0.0", "model.blocks.dense.ffn.alpha=0.0")
-WATCHED = [("blocks.0", "attention"), ("blocks.0", "ffn"), ("blocks.1", "attention"), (MOE[1], "attention")]
+WATCHED = [
+    ("blocks.0", "attention"),
+    ("blocks.0", "ffn"),
+    ("blocks.1", "attention"),
+    (MOE[1], "attention"),
+]
 """The small model's layers with something of their own; the last is of the first depth of multi-token prediction."""
 
 LENGTHS = [16, 3, 9, 0, 1, 12, 5, 16]
@@ -76,7 +81,7 @@ def test_the_ledger_lists_heads_then_balancers_by_layer(lab: Lab) -> None:
 
 
 def test_what_layers_have_of_their_own_comes_last(lab: Lab) -> None:
-    """Attentions' and a dense layer's, the head's own block included; `describe` tells their coefficients as well."""
+    """Tries attentions and a dense layer, the head's own block included; `describe` reports their coefficients too."""
     model = build(lab.recipe(*OWN))
     expected: list[tuple[type, str, str | None, float, str]] = [
         (HeadTerm, "next_token", None, 1.0, "token"),
@@ -97,7 +102,8 @@ def test_what_layers_have_of_their_own_comes_last(lab: Lab) -> None:
     assert listed(model) == expected
     reported = coefficients(model, plan_of(lab.recipe(*OWN)))
     assert {name: ends for name, ends in reported.items() if "energy" in name} == {
-        f"{path} {part}/energy": {"first": COEFFICIENTS[part], "last": COEFFICIENTS[part]} for path, part in WATCHED
+        f"{path} {part}/energy": {"first": COEFFICIENTS[part], "last": COEFFICIENTS[part]}
+        for path, part in WATCHED
     }
 
 
@@ -110,7 +116,7 @@ def test_the_ledger_is_the_same_on_the_meta_device(lab: Lab) -> None:
 
 
 def context_of(batch: Batch, *, documents: bool = False) -> SequenceContext:
-    """What the training step tells the model of a batch."""
+    """The context that the training step makes from a batch."""
     return SequenceContext.of(
         batch.tokens_BL,
         targets_BL=batch.targets_BL,
@@ -126,7 +132,11 @@ def by_hand(contexts: Sequence[SequenceContext]) -> dict[tuple[str, str | None],
         reached = set()
         for row, valid in enumerate(context.valid().tolist()):
             length = len(valid)
-            documents = [0] * (length + 1) if context.documents_BM is None else context.documents_BM[row].tolist()
+            documents = (
+                [0] * (length + 1)
+                if context.documents_BM is None
+                else context.documents_BM[row].tolist()
+            )
             predicted = sum(valid[i] and documents[i] == documents[i + 1] for i in range(length))
             for name in ("next_token", "mtp/depth_1", "mtp/depth_2"):
                 found[name, None] += predicted
@@ -135,7 +145,11 @@ def by_hand(contexts: Sequence[SequenceContext]) -> dict[tuple[str, str | None],
                 if k == 0:
                     seen = [i for i in rows if valid[i]]
                 else:
-                    seen = [i for i in rows if valid[i] and valid[i + k] and documents[i] == documents[i + k + 1]]
+                    seen = [
+                        i
+                        for i in rows
+                        if valid[i] and valid[i + k] and documents[i] == documents[i + k + 1]
+                    ]
                 found["balance/sequence", path] += len({documents[i] for i in seen})
                 found["balance/z_loss", path] += len(seen)
                 reached |= {path} if seen else set()
@@ -156,7 +170,7 @@ def documents_within(batch: Batch) -> Batch:
 def test_P9_the_counts_of_a_window_are_those_of_a_slow_loop(
     lab: Lab, lengths: tuple[list[int], list[int]], documents: bool
 ) -> None:
-    """Two micro-batches with unequal padding; balancers of every scope, in the main model and at both depths."""
+    """Tries two micro-batches with unequal padding and balancers of every scope, in the model and both depths."""
     balance = "[{name: bias}, {name: sequence}, {name: z_loss}, {name: batch}, {name: micro_batch}]"
     model = build(lab.recipe(*DEEP, f"{BALANCE}={balance}"))
     batches = [documents_within(padded(rows, seed)) for seed, rows in enumerate(lengths)]
@@ -177,7 +191,7 @@ def test_P9_the_counts_of_a_window_are_those_of_a_slow_loop(
 
 @dataclass(frozen=True)
 class Stepped:
-    """What one step gave: the objective, gradients, and what each component was handed at its end."""
+    """The result of one step: the objective, gradients, and the totals that each component was handed."""
 
     objective: float
     gradients: dict[str, Tensor]
@@ -216,12 +230,12 @@ def step(model: LanguageModel, sizes: Sequence[int] = (8,), *, recompute: bool =
 
 
 def watched(model: LanguageModel) -> dict[tuple[str, str], Any]:
-    """The layers that have something of their own, by the path of their block and their name in it."""
+    """The layers with a loss and tallies of their own, by the path of their block and their name in it."""
     return {(path, part): model.get_submodule(f"{path}.{part}") for path, part in WATCHED}
 
 
 def histogram(model: LanguageModel, path: str) -> Any:
-    """The balancer that tallies."""
+    """The balancer that has a tally."""
     return model.get_submodule(f"{path}.ffn").balancers[1]  # type: ignore[union-attr,index]
 
 
@@ -236,10 +250,12 @@ def seen_tokens(batch: Batch, path: str) -> list[list[int | None]]:
 
 
 def given_by(model: LanguageModel) -> dict[tuple[str, str], list[Tensor]]:
-    """What each watched layer gives for every valid token of the eight sequences, in one forward, with its graph."""
+    """Every watched layer's output for each valid token of the eight sequences, in one forward, with its graph."""
     outputs: dict[tuple[str, str], Tensor] = {}
     hooks = [
-        module.register_forward_hook(lambda _, __, output, place=place: outputs.update({place: output[0]}))
+        module.register_forward_hook(
+            lambda _, __, output, place=place: outputs.update({place: output[0]})
+        )
         for place, module in watched(model).items()
     ]
     batch = padded(LENGTHS)
@@ -249,12 +265,14 @@ def given_by(model: LanguageModel) -> dict[tuple[str, str], list[Tensor]]:
     found: dict[tuple[str, str], list[Tensor]] = {}
     for place, y_BLD in outputs.items():
         for row, tokens in enumerate(seen_tokens(batch, place[0])):
-            found.setdefault(place, []).extend(y_BLD[row, i] for i, token in enumerate(tokens) if token is not None)
+            found.setdefault(place, []).extend(
+                y_BLD[row, i] for i, token in enumerate(tokens) if token is not None
+            )
     return found
 
 
 def energies(model: LanguageModel) -> dict[tuple[str, str], Tensor]:
-    """The layers' losses as the recipe asks for them, from their outputs: alpha x mean over the tokens of each."""
+    """The layers' losses, computed from their outputs: alpha x mean over the tokens of each."""
     return {
         (path, part): COEFFICIENTS[part] * torch.stack([(y_D * y_D).mean() for y_D in rows]).mean()
         for (path, part), rows in given_by(model).items()
@@ -262,7 +280,9 @@ def energies(model: LanguageModel) -> dict[tuple[str, str], Tensor]:
 
 
 @pytest.mark.parametrize("sizes", SPLITS)
-def test_P9_a_layers_own_loss_is_in_the_objective_over_the_windows_count(lab: Lab, sizes: tuple[int, ...]) -> None:
+def test_P9_a_layers_own_loss_is_in_the_objective_over_the_windows_count(
+    lab: Lab, sizes: tuple[int, ...]
+) -> None:
     """The objective and every gradient differ from those with a coefficient of 0 by exactly that loss."""
     with_loss = step(build(lab.recipe(*OWN)), sizes)
     without = step(build(lab.recipe(*OWN, *WITHOUT)), sizes)
@@ -272,10 +292,14 @@ def test_P9_a_layers_own_loss_is_in_the_objective_over_the_windows_count(lab: La
     assert with_loss.objective - without.objective == pytest.approx(expected.item(), rel=1e-9)
     own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for path, part in WATCHED:
-        assert any(g.abs().max() > 1e-4 for name, g in own.items() if name.startswith(f"{path}.{part}."))
+        assert any(
+            g.abs().max() > 1e-4 for name, g in own.items() if name.startswith(f"{path}.{part}.")
+        )
     for name, gradient in with_loss.gradients.items():
         difference = gradient - without.gradients[name]
-        torch.testing.assert_close(difference, own.get(name, torch.zeros_like(gradient)), rtol=1e-8, atol=1e-11)
+        torch.testing.assert_close(
+            difference, own.get(name, torch.zeros_like(gradient)), rtol=1e-8, atol=1e-11
+        )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -283,12 +307,18 @@ def test_P9_a_layers_own_loss_is_in_the_objective_over_the_windows_count(lab: La
 def test_P9_its_gradient_does_not_depend_on_splits_or_recomputation(
     lab: Lab, sizes: tuple[int, ...], recompute: bool
 ) -> None:
-    expected, found = step(build(lab.recipe(*OWN))), step(build(lab.recipe(*OWN)), sizes, recompute=recompute)
+    expected, found = (
+        step(build(lab.recipe(*OWN))),
+        step(build(lab.recipe(*OWN)), sizes, recompute=recompute),
+    )
     assert found.objective == pytest.approx(expected.objective, rel=1e-12)
     assert_close(found.gradients, expected.gradients)
     if recompute:
         plain = step(build(lab.recipe(*OWN)), sizes)
-        assert all(torch.equal(gradient, plain.gradients[name]) for name, gradient in found.gradients.items())
+        assert all(
+            torch.equal(gradient, plain.gradients[name])
+            for name, gradient in found.gradients.items()
+        )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -296,12 +326,14 @@ def test_P9_its_gradient_does_not_depend_on_splits_or_recomputation(
 def test_P2_its_tally_and_metrics_arrive_as_totals_of_the_window_once(
     lab: Lab, sizes: tuple[int, ...], recompute: bool
 ) -> None:
-    """Against a loop over tokens, and over what the attentions give: a recomputed forward counts nothing twice."""
+    """Compares with loops over tokens and over the attentions' outputs; a recomputed forward counts nothing twice."""
     found = step(build(lab.recipe(*OWN)), sizes, recompute=recompute)
     outputs, batch = given_by(build(lab.recipe(*OWN))), padded(LENGTHS)
     for (path, part), totals in found.layers.items():
         residues = [0] * RESIDUES
-        for token in (token for row in seen_tokens(batch, path) for token in row if token is not None):
+        for token in (
+            token for row in seen_tokens(batch, path) for token in row if token is not None
+        ):
             residues[token % RESIDUES] += 1
         assert totals.load_E is None
         assert set(totals.tallies) == {"residues"}
@@ -319,8 +351,10 @@ def test_P2_its_tally_and_metrics_arrive_as_totals_of_the_window_once(
 
 
 @pytest.mark.parametrize("sizes", [(8,), (6, 2)])
-def test_validation_reports_the_metrics_of_layers_over_the_whole_split(lab: Lab, sizes: tuple[int, ...]) -> None:
-    """Against a loop over what the layers give for every token, whatever the batches."""
+def test_validation_reports_the_metrics_of_layers_over_the_whole_split(
+    lab: Lab, sizes: tuple[int, ...]
+) -> None:
+    """Compares with a loop over the layers' outputs for every token, for several sizes of batches."""
     model = build(lab.recipe(*OWN))
     validation = ValidationTotals(model, Ledger.of(model), 100)
     with torch.no_grad():
@@ -329,20 +363,26 @@ def test_validation_reports_the_metrics_of_layers_over_the_whole_split(lab: Lab,
         outputs = given_by(model)
     values = validation.compute()
     for kind in ("attention", "ffn"):
-        largest = [float(y_D.abs().max()) for (_, part), rows in outputs.items() if part == kind for y_D in rows]
+        largest = [
+            float(y_D.abs().max())
+            for (_, part), rows in outputs.items()
+            if part == kind
+            for y_D in rows
+        ]
         assert values[f"val/{kind}/size"] == pytest.approx(sum(largest) / len(largest), rel=1e-12)
         assert values[f"val/{kind}/largest"] == pytest.approx(max(largest), rel=1e-12)
 
 
 def test_a_training_step_hands_it_over_and_logs_it(lab: Lab) -> None:
-    """Two steps of two micro-batches, then validation, which ends no step: the log has what was handed over."""
+    """Trains two steps of two micro-batches and validates, which ends no step; the log has what was handed over."""
     module = lab.train(*OWN, "budget.steps=2")
     assert module.validated
     values = {name: float(value) for name, value in module.step_values.items()}
     ended = {place: layer.ended for place, layer in watched(module.model).items()}
     positions = [module.plan.progress(step) for step in range(2)]
     assert all([progress for _, progress in steps] == positions for steps in ended.values())
-    tokens = {path: 2 * 4 * 16 for path, _ in WATCHED} | {MOE[1]: 2 * 4 * 15}  # micro-batches x sequences x tokens
+    # micro-batches x sequences x tokens
+    tokens = {path: 2 * 4 * 16 for path, _ in WATCHED} | {MOE[1]: 2 * 4 * 15}
     for (path, part), steps in ended.items():
         assert [int(totals.tallies["residues"].sum()) for totals, _ in steps] == [tokens[path]] * 2
         counted = steps[0][0].tallies["residues"] + steps[1][0].tallies["residues"]
@@ -350,7 +390,10 @@ def test_a_training_step_hands_it_over_and_logs_it(lab: Lab) -> None:
     for kind, layers in (("attention", 3), ("ffn", 1)):
         last = [steps[-1][0].metrics for (_, part), steps in ended.items() if part == kind]
         assert len(last) == layers
-        total, count = sum(float(m["size"].sum) for m in last), sum(int(m["size"].count) for m in last)
+        total, count = (
+            sum(float(m["size"].sum) for m in last),
+            sum(int(m["size"].count) for m in last),
+        )
         assert count == sum(tokens[path] for path, part in WATCHED if part == kind)
         assert values[f"{kind}/size"] == pytest.approx(total / count, rel=1e-12)
         assert values[f"{kind}/largest"] == max(float(m["largest"].maximum) for m in last)
@@ -369,20 +412,27 @@ def test_a_training_step_hands_it_over_and_logs_it(lab: Lab) -> None:
 
 
 def test_the_logged_loss_of_layers_is_the_mean_over_layers_with_its_coefficient(lab: Lab) -> None:
-    """The log of the first step against the losses by hand over the same window."""
+    """Compares the log of the first step with the losses computed by hand over the same window."""
     module = lab.train(*OWN, windows=[cut(padded(LENGTHS), (2, 6))])
     expected = energies(build(lab.recipe(*OWN)))
     for kind in ("attention", "ffn"):
         values = [float(value.detach()) for (_, part), value in expected.items() if part == kind]
-        assert float(module.step_values[f"loss/{kind}/energy"]) == pytest.approx(sum(values) / len(values), rel=1e-9)
+        assert float(module.step_values[f"loss/{kind}/energy"]) == pytest.approx(
+            sum(values) / len(values), rel=1e-9
+        )
 
 
 def test_P4_a_skipped_step_hands_nothing_over(lab: Lab) -> None:
     kept: list[int] = []
 
     class Ended(L.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            owners = [*watched(pl_module.model).values(), *(histogram(pl_module.model, path) for path in MOE)]
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            owners = [
+                *watched(pl_module.model).values(),
+                *(histogram(pl_module.model, path) for path in MOE),
+            ]
             (times,) = {len(owner.ended) for owner in owners}
             kept.append(times)
 
@@ -399,7 +449,9 @@ def affinities(lab: Lab) -> dict[str, list[list[int]]]:
     model, batch, found = build(lab.recipe(*OWN)), padded(LENGTHS), {}
     for path in MOE:
         router = model.get_submodule(f"{path}.ffn.router")
-        router.register_forward_hook(lambda _, __, routing, path=path: found.update({path: routing.scores_TE}))
+        router.register_forward_hook(
+            lambda _, __, routing, path=path: found.update({path: routing.scores_TE})
+        )
     with torch.no_grad():
         model(context_of(batch))
     counted = {}
@@ -431,7 +483,9 @@ def test_P2_a_balancers_tally_is_the_same_integers_however_a_window_is_read(
 @pytest.mark.parametrize("dtype", ["int32", "float64"])
 def test_P1_tallies_must_be_int64(lab: Lab, dtype: str) -> None:
     model = build(lab.recipe(*OWN, f"{BALANCE}.1.dtype={dtype}"))
-    with pytest.raises(TypeError, match=f"the tally 'affinities_EN' is torch.{dtype}; tallies are int64"):
+    with pytest.raises(
+        TypeError, match=f"the tally 'affinities_EN' is torch.{dtype}; tallies are int64"
+    ):
         step(model)
 
 
@@ -441,5 +495,7 @@ def test_P1_a_layers_tallies_must_be_int64(lab: Lab) -> None:
     record = losses.records["blocks.0"]["attention"]
     wrong = replace(record, tallies={"residues": record.tallies["residues"].double()})
     losses.records["blocks.0"]["attention"] = wrong
-    with pytest.raises(TypeError, match=r"the tally 'residues' is torch.float64; tallies are int64"):
+    with pytest.raises(
+        TypeError, match=r"the tally 'residues' is torch.float64; tallies are int64"
+    ):
         WindowTotals().add_records(losses)

@@ -19,7 +19,9 @@ def test_A20_max_vio_of_uniform_load_is_zero(experts: int, each: int) -> None:
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 1), (8, 2), (16, 4), (6, 3)])
-def test_A20_max_vio_of_one_expert_with_every_token_is_experts_over_top_k_minus_1(experts: int, top_k: int) -> None:
+def test_A20_max_vio_of_one_expert_with_every_token_is_experts_over_top_k_minus_1(
+    experts: int, top_k: int
+) -> None:
     others = 10 * (experts - 1)
     tokens = others // (top_k - 1) if top_k > 1 else 70
     rest = [tokens * (top_k - 1) // (experts - 1)] * (experts - 1)

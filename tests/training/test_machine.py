@@ -1,4 +1,4 @@
-"""What a run records of its code and its machine, and what it records where nobody can tell."""
+"""The record of a run's code and machine, and what is recorded where they cannot be determined."""
 
 import subprocess
 from pathlib import Path
@@ -10,7 +10,7 @@ from core.training import machine
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """What git says."""
+    """Run git in a folder; returns its output."""
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     return subprocess.run(
         ["git", "-C", str(folder), *who, *arguments], capture_output=True, text=True, check=True
@@ -19,7 +19,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository of one file with one commit and a tag, in which the code is said to lie."""
+    """A repository of one file, one commit and a tag, used as the folder of the code."""
     git(tmp_path, "init", "-q")
     (tmp_path / "file").write_text("1")
     git(tmp_path, "add", "file")
@@ -29,7 +29,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_commit_is_told_and_whether_something_has_changed(checkout: Path) -> None:
+def test_the_commit_is_reported_and_whether_something_has_changed(checkout: Path) -> None:
     commit = git(checkout, "rev-parse", "HEAD")
     assert machine.code() == {"commit": commit, "dirty": False}
     (checkout / "unknown").write_text("to git")
@@ -47,7 +47,9 @@ def test_another_repository_in_the_environment_is_not_taken_for_ours(
     assert machine.code()["commit"] is not None
 
 
-def test_without_git_or_a_checkout_nothing_is_told(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_or_a_checkout_nothing_is_reported(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unknown = {"commit": None, "dirty": None}
     monkeypatch.setenv("PATH", str(checkout / "nowhere"))
     assert machine.code() == unknown
@@ -56,15 +58,21 @@ def test_without_git_or_a_checkout_nothing_is_told(checkout: Path, monkeypatch: 
     assert machine.code() == unknown
 
 
-def test_a_repository_without_a_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_without_a_commit_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     git(tmp_path, "init", "-q")
     monkeypatch.setattr(machine, "CHECKOUT", tmp_path)
     assert machine.code() == {"commit": None, "dirty": None}
 
 
-def test_the_processor_has_its_name_or_at_least_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processor_has_its_name_or_at_least_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "cpuinfo"
-    file.write_text("processor\t: 0\nmodel name\t: A: fast one\n\nprocessor\t: 1\nmodel name\t: A: fast one\n")
+    file.write_text(
+        "processor\t: 0\nmodel name\t: A: fast one\n\nprocessor\t: 1\nmodel name\t: A: fast one\n"
+    )
     monkeypatch.setattr(machine, "CPU_INFO", file)
     assert machine.machine()["cpu"] == "A: fast one"
     file.write_text("processor\t: 0\nBogoMIPS\t: 50\n")
@@ -75,7 +83,9 @@ def test_the_processor_has_its_name_or_at_least_its_kind(tmp_path: Path, monkeyp
     assert machine.machine()["cpu"] == "aarch64"
 
 
-def test_gpus_are_named_and_one_that_cannot_be_asked_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_named_and_one_that_cannot_be_asked_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")

@@ -1,4 +1,4 @@
-"""AdamW with bf16 moments: the update by hand, what a checkpoint keeps, which decays bf16 can follow, and the bytes."""
+"""AdamW with bf16 moments: the update by hand, checkpoints, the decays that bf16 can follow, and bytes."""
 
 import json
 import math
@@ -28,11 +28,14 @@ def nearest_bf16(value: float) -> float:
     if value == 0:
         return 0.0
     fraction, exponent = math.frexp(value)  # 0.5 <= |fraction| < 1
-    return math.ldexp(round(math.ldexp(fraction, 8)), exponent - 8)  # Python's round goes to even at ties
+    significand = round(math.ldexp(fraction, 8))  # Python's round goes to even at ties
+    return math.ldexp(significand, exponent - 8)
 
 
-def step_by_hand(w: list[float], g: list[float], m: list[float], v: list[float], t: int, decay: float) -> None:
-    """One step of every element in Python's floats, in place."""
+def step_by_hand(
+    w: list[float], g: list[float], m: list[float], v: list[float], t: int, decay: float
+) -> None:
+    """Take one step of every element in Python's floats, in place."""
     for i in range(len(w)):
         wide_m = BETA1 * m[i] + (1 - BETA1) * g[i]
         wide_v = BETA2 * v[i] + (1 - BETA2) * g[i] ** 2
@@ -50,8 +53,10 @@ def test_the_reference_rounds_as_bf16_does() -> None:
             assert nearest_bf16(between) == float(torch.tensor(between).bfloat16())
 
 
-def optimizer_of(lab: Lab, parameters: dict[str, nn.Parameter], *overrides: str) -> torch.optim.Optimizer:
-    """The small recipe's, with one rate for all steps."""
+def optimizer_of(
+    lab: Lab, parameters: dict[str, nn.Parameter], *overrides: str
+) -> torch.optim.Optimizer:
+    """The small recipe's optimizer with one learning rate for all steps."""
     optimizer = make(lab.recipe(*overrides).optimizer).make(
         [NamedParameter(n, p, "", kind_of(p.ndim, "")) for n, p in parameters.items()]
     )
@@ -64,19 +69,24 @@ def some(dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """A matrix, which is decayed, and a vector, which is not."""
     draw = torch.Generator().manual_seed(0)
     shapes = {"matrix": (7, 5), "vector": (6,)}
-    return {n: nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64).to(dtype)) for n, s in shapes.items()}
+    return {
+        n: nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64).to(dtype))
+        for n, s in shapes.items()
+    }
 
 
 def gradients(step: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Of very different sizes, some of them 0."""
+    """Random gradients of very different sizes, some of them 0."""
     draw = torch.Generator().manual_seed(step)
-    g = torch.randn(shape, generator=draw, dtype=torch.float64) * torch.logspace(-4, 1, shape.numel()).view(shape)
+    g = torch.randn(shape, generator=draw, dtype=torch.float64) * torch.logspace(
+        -4, 1, shape.numel()
+    ).view(shape)
     return torch.where(torch.rand(shape, generator=draw) < 0.1, 0.0, g).to(dtype)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-14), (torch.float32, 3e-6)])
 def test_every_step_is_the_one_by_hand(lab: Lab, dtype: torch.dtype, error: float) -> None:
-    """In fp64 the moments have the same bits; in fp32 one that lies near a tie may go to the other side."""
+    """Compares moments with a step by hand: equal bits in fp64; in fp32 one near a tie may be rounded the other way."""
     parameters = some(dtype)
     optimizer = optimizer_of(lab, parameters, BF16)
     for name, parameter in parameters.items():
@@ -90,20 +100,29 @@ def test_every_step_is_the_one_by_hand(lab: Lab, dtype: torch.dtype, error: floa
             optimizer.step()
             step_by_hand(w, g.double().flatten().tolist(), m, v, step, decay)
             state = optimizer.state[parameter]
-            assert (state["exp_avg"].dtype, state["exp_avg_sq"].dtype) == (torch.bfloat16, torch.bfloat16)
+            assert (state["exp_avg"].dtype, state["exp_avg_sq"].dtype) == (
+                torch.bfloat16,
+                torch.bfloat16,
+            )
             torch.testing.assert_close(
-                parameter.double().flatten(), torch.tensor(w, dtype=torch.float64), rtol=0, atol=error
+                parameter.double().flatten(),
+                torch.tensor(w, dtype=torch.float64),
+                rtol=0,
+                atol=error,
             )
             for key, expected in (("exp_avg", m), ("exp_avg_sq", v)):
-                expected_bf16 = torch.tensor(expected, dtype=torch.float64).bfloat16().view(parameter.shape)
-                gap = (state[key].view(torch.int16).int() - expected_bf16.view(torch.int16).int()).abs()
+                exact = torch.tensor(expected, dtype=torch.float64)
+                expected_bf16 = exact.bfloat16().view(parameter.shape)
+                bits = state[key].view(torch.int16).int()
+                gap = (bits - expected_bf16.view(torch.int16).int()).abs()
                 assert int(gap.max()) <= (0 if dtype == torch.float64 else 1)
-                if dtype == torch.float32:  # go on from the same moments: one tie must not hide a second error
+                if dtype == torch.float32:
+                    # Continue with the same moments, so that one tie does not hide a second error.
                     state[key].copy_(expected_bf16)
 
 
 def test_only_what_is_stored_is_rounded(lab: Lab) -> None:
-    """torch's own AdamW, its fp32 moments rounded after each step, takes the same steps to the bit."""
+    """Compares with torch's AdamW, whose fp32 moments are rounded after each step, bit by bit."""
     ours, torchs = some(torch.float32), some(torch.float32)
     short, wide = optimizer_of(lab, ours, BF16), optimizer_of(lab, torchs)
     for step in range(1, 31):
@@ -134,7 +153,7 @@ def test_a_parameter_without_gradient_is_left_alone(lab: Lab) -> None:
 
 
 def falls(lab: Lab, beta2: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Of all 128 significands, whether a second moment falls in a step whose gradient is 0."""
+    """Whether a second moment falls in a step whose gradient is 0, for each of the 128 significands."""
     parameter = nn.Parameter(torch.ones(1, 128))
     monkeypatch.setattr("plugins.adamw.optimizer.LARGEST_BETA", 1.0)
     optimizer = optimizer_of(lab, {"w": parameter}, BF16, f"optimizer.betas=[0.9,{beta2}]")
@@ -146,7 +165,9 @@ def falls(lab: Lab, beta2: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     return optimizer.state[parameter]["exp_avg_sq"] < every
 
 
-@pytest.mark.parametrize(("beta2", "least", "most"), [(0.99609375, 128, 128), (0.9965, 1, 127), (0.999, 0, 0)])
+@pytest.mark.parametrize(
+    ("beta2", "least", "most"), [(0.99609375, 128, 128), (0.9965, 1, 127), (0.999, 0, 0)]
+)
 def test_bf16_follows_a_decay_up_to_its_significand(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, beta2: float, least: int, most: int
 ) -> None:
@@ -177,7 +198,7 @@ def moments(content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def test_loading_keeps_the_moments_bit_for_bit(lab: Lab) -> None:
-    """torch would make them fp32."""
+    """Loads them as bf16, where torch would convert them to fp32."""
     first, second = some(torch.float32), some(torch.float32)
     one, two = optimizer_of(lab, first, BF16), optimizer_of(lab, second, BF16)
     for parameter in first.values():
@@ -208,7 +229,9 @@ def test_a_resumed_run_has_the_same_bits(lab: Lab, tmp_path: Path, precision: st
 
 
 def test_the_option_belongs_to_the_run(lab: Lab, finished: Path) -> None:
-    with pytest.raises(UserError, match=r"optimizer\.moments = bf16 here, but the run was started with weights"):
+    with pytest.raises(
+        UserError, match=r"optimizer\.moments = bf16 here, but the run was started with weights"
+    ):
         lab.fit(finished, BF16, resume=True)
 
 
@@ -216,18 +239,23 @@ def test_the_option_belongs_to_the_run(lab: Lab, finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "each"), [((), 8), ((BF16,), 4), (("precision.name=fp64",), 16), ((BF16, "precision.name=fp64"), 4)]
+    ("overrides", "each"),
+    [((), 8), ((BF16,), 4), (("precision.name=fp64",), 16), ((BF16, "precision.name=fp64"), 4)],
 )
-def test_describe_counts_the_bytes_that_the_moments_take(lab: Lab, overrides: tuple[str, ...], each: int) -> None:
+def test_describe_counts_the_bytes_that_the_moments_take(
+    lab: Lab, overrides: tuple[str, ...], each: int
+) -> None:
     recipe = lab.recipe(*overrides)
     model = build(recipe)
     optimizer = make(recipe.optimizer).make(named_parameters(model))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    taken = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    taken = [
+        value for state in optimizer.state.values() for key, value in state.items() if key != "step"
+    ]
     measured = sum(value.untyped_storage().nbytes() for value in taken)
     assert measured == each * sum(parameter.numel() for parameter in model.parameters())
-    said = lab.door("describe", lab.file, *overrides, "--json")
+    said = lab.command("describe", lab.file, *overrides, "--json")
     assert said.code == 0, said.err
     assert json.loads(said.out)["memory_bytes"]["optimizer"] == measured

@@ -1,4 +1,4 @@
-"""Formats through a bf16 run: counts stay int64 and biases fp32, wherever they are looked at."""
+"""Number formats in a bf16 run: counts stay int64 and biases fp32 in every place."""
 
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,23 @@ import core
 
 
 class Formats(L.Callback):
-    """What the step works with."""
+    """Records the formats that a step computes with."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, torch.dtype]] = set()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.seen.add((trainer.precision, torch.float32))
         self.seen |= {("load", load_E.dtype) for load_E in pl_module.step_load.values()}
         self.seen |= {("buffer", buffer.dtype) for buffer in pl_module.buffers()}
         self.seen |= {("weight", weight.dtype) for weight in pl_module.parameters()}
-        self.seen |= {("gradient", weight.grad.dtype) for weight in pl_module.parameters() if weight.grad is not None}
+        self.seen |= {
+            ("gradient", weight.grad.dtype)
+            for weight in pl_module.parameters()
+            if weight.grad is not None
+        }
 
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -60,10 +66,14 @@ def test_P1_a_bf16_run_keeps_them_through_save_and_load(lab: Lab, tmp_path: Path
         assert torch.equal(loaded.get_buffer(name), state[f"model.{name}"])
         assert torch.equal(loaded.to(torch.bfloat16).get_buffer(name), state[f"model.{name}"])
     assert {t.dtype for name, t in loads(run).items() if name.startswith("load.")} == {torch.int64}
-    assert {t.dtype for name, t in loads(run).items() if name.startswith("bias.")} == {torch.float32}
+    assert {t.dtype for name, t in loads(run).items() if name.startswith("bias.")} == {
+        torch.float32
+    }
 
 
-def test_P1_a_bias_at_which_bf16_would_round_reaches_the_checkpoint_whole(lab: Lab, tmp_path: Path) -> None:
+def test_P1_a_bias_at_which_bf16_would_round_reaches_the_checkpoint_whole(
+    lab: Lab, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     rate = "model.blocks.moe.ffn.balance.0.rate=0.1001"
     lab.fit(run, "precision.name=bf16", rate, "budget.steps=1")

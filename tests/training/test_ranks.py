@@ -30,7 +30,11 @@ EVERY_SCOPE = (
 def started(lab: Lab, run: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """The first of two ranks, which starts the second; none of them is left behind."""
     command = [sys.executable, "-m", "core.fit", str(lab.file), *EVERY_SCOPE, TWO, *arguments]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(
         command, env=environment, cwd=run.parent, text=True, start_new_session=True, **pipes
@@ -91,13 +95,15 @@ def test_P22_two_ranks_measure_and_say_what_one_does(pair: tuple[Path, Path, str
     assert one["precision_paths"] == two["precision_paths"]
     for key in one.keys() - clock - {"precision_paths"}:
         assert two[key] == pytest.approx(one[key], rel=1e-9), key
-    names = [sorted(file.name for file in (folder / "checkpoints").iterdir()) for folder in pair[:2]]
+    names = [
+        sorted(file.name for file in (folder / "checkpoints").iterdir()) for folder in pair[:2]
+    ]
     assert names[0] == names[1]
     assert (pair[0] / "sample.txt").read_text() == (pair[1] / "sample.txt").read_text()
 
 
 def test_P22_two_ranks_draw_and_drop_as_one_does(lab: Lab, tmp_path: Path) -> None:
-    """GShard's chance and places, and losses over a batch of one micro-batch."""
+    """Tries GShard's random choices and capacity, and losses over a batch of one micro-batch."""
     gshard = (
         "model.blocks.moe.ffn.router={name: gshard, capacity_factor: 0.8}",
         "model.blocks.moe.ffn.balance=[{name: gshard, alpha: 1.0}, {name: batch, alpha: 0.01}]",
@@ -119,17 +125,20 @@ def test_P22_two_ranks_draw_and_drop_as_one_does(lab: Lab, tmp_path: Path) -> No
 
 @pytest.mark.full
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_two_ranks_stop_together_when_one_is_told_and_resume_to_the_same_bits(
+def test_two_ranks_stop_together_when_one_gets_a_signal_and_resume_to_the_same_bits(
     lab: Lab, pair: tuple[Path, Path, str], tmp_path: Path, signum: signal.Signals
 ) -> None:
     """Only the first rank's process gets the signal; the second ends with it."""
     run = tmp_path / "run"
     with started(lab, run, "--out", str(run)) as process:
         until = time.monotonic() + 120
-        while time.monotonic() < until and not ((run / "metrics.csv").exists() and len(rows(run)) >= 6):
+        while time.monotonic() < until and not (
+            (run / "metrics.csv").exists() and len(rows(run)) >= 6
+        ):
             time.sleep(0.005)
         process.send_signal(signum)
-        _, err = process.communicate(timeout=60)  # the pipes are open for as long as the second rank lives
+        # The pipes are open for as long as the second rank lives.
+        _, err = process.communicate(timeout=60)
     if signum == signal.SIGTERM:
         assert process.returncode == 143
         assert err.count("moeloom: stopped by SIGTERM") == 1

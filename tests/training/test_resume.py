@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, loads, rows, through
+from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, loads, rows, run_command_here
 from tiers import first_by_default
 
 import core.run.training
@@ -31,12 +31,12 @@ from core.training.module import TrainingModule
 
 
 def die() -> None:
-    """What `kill -9` does."""
+    """End this process as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def before(owner: Any, name: str, when: Callable[..., bool]) -> None:
-    """Die at a call of a function, if `when` its arguments say so."""
+    """End the process before a call of a function if `when` is true for its arguments."""
     function = getattr(owner, name)
 
     def dying(*args: Any, **kwargs: Any) -> Any:
@@ -48,7 +48,7 @@ def before(owner: Any, name: str, when: Callable[..., bool]) -> None:
 
 
 def half_written(step: int) -> None:
-    """Die when half a checkpoint's bytes are on disk."""
+    """End the process when half of a checkpoint's bytes are on disk."""
 
     def half(content: Any, file: Any) -> None:
         torch_save(content, file)
@@ -62,23 +62,35 @@ def half_written(step: int) -> None:
 
 
 def at_step(step: int) -> Callable[..., bool]:
-    """Whether a callback's hook is called after this step."""
+    """A condition for `before`: whether a callback's hook is called after this step."""
     return lambda self, trainer, module, *rest: bool(module.windows_done == step)
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
-    "before it has written down what it is": lambda: before(RunFolder, "write_recipe", lambda *_: True),
-    "before the first checkpoint": lambda: before(callbacks.LoadLog, "on_train_batch_end", at_step(3)),
+    "before it has written down what it is": lambda: before(
+        RunFolder, "write_recipe", lambda *_: True
+    ),
+    "before the first checkpoint": lambda: before(
+        callbacks.LoadLog, "on_train_batch_end", at_step(3)
+    ),
     "between checkpoints": lambda: before(callbacks.StepLog, "on_train_batch_end", at_step(8)),
-    "in the middle of a step": lambda: before(TrainingModule, "_agreed_finite", lambda m, _: m.windows_done == 6),
-    "in a validation": lambda: before(TrainingModule, "validation_step", lambda m, *_: m.windows_done == 6),
-    "in the last validation": lambda: before(TrainingModule, "validation_step", lambda m, *_: m.windows_done == 12),
+    "in the middle of a step": lambda: before(
+        TrainingModule, "_agreed_finite", lambda m, _: m.windows_done == 6
+    ),
+    "in a validation": lambda: before(
+        TrainingModule, "validation_step", lambda m, *_: m.windows_done == 6
+    ),
+    "in the last validation": lambda: before(
+        TrainingModule, "validation_step", lambda m, *_: m.windows_done == 12
+    ),
     "after a validation, before its checkpoint": lambda: before(
         callbacks, "save_step", lambda _, module, folder: module.windows_done == 12
     ),
     "when a checkpoint is half written": lambda: half_written(10),
     "after a checkpoint, before anything else": lambda: before(
-        callbacks, "checkpoints_in", lambda folder: checkpoints_in(folder)[-1].name == "step-00000010.ckpt"
+        callbacks,
+        "checkpoints_in",
+        lambda folder: checkpoints_in(folder)[-1].name == "step-00000010.ckpt",
     ),
     "before the oldest checkpoint is taken away": lambda: before(
         callbacks, "checkpoints_in", lambda folder: len(checkpoints_in(folder)) == 3
@@ -89,7 +101,9 @@ BY_DEFAULT = "when a checkpoint is half written"
 
 
 @pytest.mark.parametrize("moment", first_by_default(sorted(MOMENTS, key=BY_DEFAULT.__ne__)))
-def test_a_killed_run_resumes_to_the_same_bits(lab: Lab, finished: Path, tmp_path: Path, moment: str) -> None:
+def test_a_killed_run_resumes_to_the_same_bits(
+    lab: Lab, finished: Path, tmp_path: Path, moment: str
+) -> None:
     run = tmp_path / "run"
 
     def killed() -> None:
@@ -101,22 +115,36 @@ def test_a_killed_run_resumes_to_the_same_bits(lab: Lab, finished: Path, tmp_pat
     summary = lab.fit(run, resume=True)
     assert_same_run(run, finished)
     whole = json.loads((finished / "summary.json").read_text())
-    clock = ("wall_seconds", "train_seconds", "tokens_per_second", "mfu", "peak_flops", "peak_memory_bytes")
-    assert {k: v for k, v in summary.items() if k not in clock} == {k: v for k, v in whole.items() if k not in clock}
+    clock = (
+        "wall_seconds",
+        "train_seconds",
+        "tokens_per_second",
+        "mfu",
+        "peak_flops",
+        "peak_memory_bytes",
+    )
+    assert {k: v for k, v in summary.items() if k not in clock} == {
+        k: v for k, v in whole.items() if k not in clock
+    }
 
 
 def test_the_small_run_is_a_hard_one(lab: Lab, finished: Path) -> None:
-    """More than one epoch, accumulation, and a length that is no multiple of the checkpoints'."""
+    """Requires more than one epoch, accumulation, and a length that no multiple of the checkpoints reaches."""
     data = text_data(lab.recipe(), plan_of(lab.recipe()))
     data.prepare()
     assert (data.train_tokens - 1) // 16 < 12 * 2 * 4
     assert [int(row["step"]) for row in rows(finished) if "lr" in row] == list(range(1, 13))
     assert [int(row["step"]) for row in rows(finished) if "val_loss" in row] == [6, 12]
-    assert [file.name for file in checkpoints_in(finished)] == ["step-00000010.ckpt", "step-00000012.ckpt"]
+    assert [file.name for file in checkpoints_in(finished)] == [
+        "step-00000010.ckpt",
+        "step-00000012.ckpt",
+    ]
 
 
 @pytest.mark.full
-def test_tensorboard_has_the_rows_of_the_csv_once_also_after_a_kill(lab: Lab, tmp_path: Path) -> None:
+def test_tensorboard_has_the_rows_of_the_csv_once_also_after_a_kill(
+    lab: Lab, tmp_path: Path
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def killed() -> None:
@@ -137,12 +165,16 @@ def test_tensorboard_has_the_rows_of_the_csv_once_also_after_a_kill(lab: Lab, tm
     for tag, expected in written.items():
         found = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in found] == [step for step, _ in expected], tag
-        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6), tag
+        assert [value for _, value in found] == pytest.approx(
+            [value for _, value in expected], rel=1e-6
+        ), tag
 
 
 @pytest.mark.full
-def test_a_row_that_was_cut_short_is_written_again(lab: Lab, finished: Path, tmp_path: Path) -> None:
-    """A full disk can end `metrics.csv` anywhere; the rest of the row must not become a row of its own."""
+def test_a_row_that_was_cut_short_is_written_again(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
+    """Cuts `metrics.csv` within a row, as a full disk can; the rest of the row must not become a row of its own."""
     run = tmp_path / "run"
 
     def killed() -> None:
@@ -158,7 +190,7 @@ def test_a_row_that_was_cut_short_is_written_again(lab: Lab, finished: Path, tmp
 
 @pytest.mark.full
 def test_a_run_that_was_moved_remembers_its_best(lab: Lab, tmp_path: Path) -> None:
-    """From step 7 on the learning rate ruins the weights."""
+    """Trains with a learning rate that ruins the weights from step 7 on."""
     jump = "optimizer.lr={unit: steps, start: 0.003, segments: [{until: 6}, {to: 30.0, until: 99}]}"
 
     def killed() -> None:
@@ -175,19 +207,33 @@ def test_a_run_that_was_moved_remembers_its_best(lab: Lab, tmp_path: Path) -> No
 def test_a_finished_run_is_left_as_it_is(lab: Lab, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.rglob("*") if file.is_file()}
+    before = {
+        file: (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in run.rglob("*")
+        if file.is_file()
+    }
     assert lab.fit(run, resume=True) == json.loads((finished / "summary.json").read_text())
-    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.rglob("*") if file.is_file()} == before
+    assert {
+        file: (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in run.rglob("*")
+        if file.is_file()
+    } == before
 
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("model.dim=48", "model.dim = 48 here, but the run was started with 32"),
-        ("model.blocks.moe.ffn.experts=16", "model.blocks.moe.ffn.experts = 16 here, but the run was started with 8"),
+        (
+            "model.blocks.moe.ffn.experts=16",
+            "model.blocks.moe.ffn.experts = 16 here, but the run was started with 8",
+        ),
         ("budget.steps=20", "budget.steps = 20 here, but the run was started with 12"),
         ("seed=4", "seed = 4 here, but the run was started with 3"),
-        ("model.blocks.moe.ffn.balance.0.rate=0.02", "model.blocks.moe.ffn.balance.0.rate = 0.02 here, but"),
+        (
+            "model.blocks.moe.ffn.balance.0.rate=0.02",
+            "model.blocks.moe.ffn.balance.0.rate = 0.02 here, but",
+        ),
         ("precision.name=bf16", "precision.name = bf16 here, but the run was started with fp32"),
     ],
 )
@@ -201,7 +247,7 @@ def test_another_recipe_is_refused_by_its_first_difference(
 
 @pytest.fixture
 def stopped(finished: Path, tmp_path: Path) -> Path:
-    """A run with everything but its last checkpoint."""
+    """A copy of a run without its last checkpoint."""
     run = tmp_path / "stopped"
     shutil.copytree(finished, run)
     checkpoints_in(run)[-1].unlink()
@@ -212,7 +258,7 @@ def stopped(finished: Path, tmp_path: Path) -> Path:
 def test_another_thread_count_is_refused(lab: Lab, stopped: Path) -> None:
     def with_two_threads() -> None:
         torch.set_num_threads(2)
-        through("fit", lab.file, "--resume", stopped)
+        run_command_here("fit", lab.file, "--resume", stopped)
 
     said = forked(with_two_threads)
     assert said.code == 2
@@ -232,7 +278,7 @@ def test_another_corpus_is_refused(lab: Lab, stopped: Path) -> None:
 
 
 def test_another_layout_goes_on_and_says_so(lab: Lab, stopped: Path, finished: Path) -> None:
-    said = lab.door("fit", lab.file, "--resume", stopped, "trainer.log_every_n_steps=2")
+    said = lab.command("fit", lab.file, "--resume", stopped, "trainer.log_every_n_steps=2")
     assert said.code == 0
     assert "trainer.log_every_n_steps = 2 here" in said.err
     assert "resumed after step 10" in said.err
@@ -241,15 +287,17 @@ def test_another_layout_goes_on_and_says_so(lab: Lab, stopped: Path, finished: P
 
 
 @pytest.mark.full
-def test_resume_auto_takes_the_newest_unfinished_run_or_starts_one(lab: Lab, tmp_path: Path) -> None:
-    """The same command, given again and again, finishes a run and then starts the next."""
+def test_resume_auto_takes_the_newest_unfinished_run_or_starts_one(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """Repeats one command, which finishes a run and then starts the next."""
 
     def again(steps: int | None) -> str:
         def work() -> None:
             os.chdir(tmp_path)
             if steps:
                 before(callbacks.StepLog, "on_train_batch_end", at_step(steps))
-            through("fit", lab.file, "budget.steps=6", "--resume", "auto")
+            run_command_here("fit", lab.file, "budget.steps=6", "--resume", "auto")
 
         said = forked(work)
         assert said.code == (128 + signal.SIGKILL if steps else 0), said.err
@@ -267,22 +315,41 @@ def test_resume_auto_takes_the_newest_unfinished_run_or_starts_one(lab: Lab, tmp
     ("arguments", "sentence"),
     [
         (["--resume", "nowhere"], "--resume nowhere: there is no run in this folder"),
-        (["--resume", "one", "--out", "two"], "--out two: a resumed run stays in its own folder, one"),
+        (
+            ["--resume", "one", "--out", "two"],
+            "--out two: a resumed run stays in its own folder, one",
+        ),
     ],
 )
-def test_a_run_that_is_not_there_is_not_resumed(lab: Lab, arguments: list[str], sentence: str) -> None:
-    said = lab.door("fit", lab.file, *arguments)
+def test_a_run_that_is_not_there_is_not_resumed(
+    lab: Lab, arguments: list[str], sentence: str
+) -> None:
+    said = lab.command("fit", lab.file, *arguments)
     assert said.code == 2
     assert said.sentence.startswith(sentence)
 
 
 @pytest.mark.full
-def test_a_real_process_that_is_killed_from_outside_resumes(lab: Lab, finished: Path, tmp_path: Path) -> None:
-    """As a user would: `python -m core.fit`, `kill -9` at no chosen moment, `--resume`."""
+def test_a_real_process_that_is_killed_from_outside_resumes(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
+    """Runs `python -m core.fit`, kills it with `kill -9` at an arbitrary moment, and resumes it with `--resume`."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "core.fit", str(lab.file), "--resume", "auto", "--out", str(run), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "core.fit",
+        str(lab.file),
+        "--resume",
+        "auto",
+        "--out",
+        str(run),
+        "--json",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
         until = time.monotonic() + 120
         while time.monotonic() < until and process.poll() is None:
             if (run / "metrics.csv").exists() and len(rows(run)) >= 7:
@@ -290,7 +357,9 @@ def test_a_real_process_that_is_killed_from_outside_resumes(lab: Lab, finished: 
             time.sleep(0.005)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    resumed = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
     assert json.loads(resumed.stdout)["steps"] == 12
     assert_same_run(run, finished)
     assert last_checkpoint(run)["moeloom"]["threads"] == 1

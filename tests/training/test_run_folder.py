@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and that its numbers are right."""
+"""The files that a run leaves in its folder, and the values in them."""
 
 import json
 import math
@@ -25,15 +25,31 @@ from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.throughput import measured_peak_flops
 
 PROMISED = (
-    *("steps", "tokens", "wall_seconds", "tokens_per_second", "mfu", "peak_flops", "val_loss", "val_bits_per_byte"),
-    *("max_vio_global", "max_vio_batch", "dropped_fraction", "mtp_acceptance", "params_total", "params_active"),
+    *(
+        "steps",
+        "tokens",
+        "wall_seconds",
+        "tokens_per_second",
+        "mfu",
+        "peak_flops",
+        "val_loss",
+        "val_bits_per_byte",
+    ),
+    *(
+        "max_vio_global",
+        "max_vio_batch",
+        "dropped_fraction",
+        "mtp_acceptance",
+        "params_total",
+        "params_active",
+    ),
     *("flops_per_token", "peak_memory_bytes"),
 )
 
 
 @pytest.fixture(scope="module")
 def summary(finished: Path) -> dict[str, Any]:
-    """The finished run's."""
+    """The summary of the finished run."""
     return dict(json.loads((finished / "summary.json").read_text()))
 
 
@@ -50,15 +66,25 @@ def test_a_run_folder_holds_what_is_promised(finished: Path) -> None:
 
 def test_the_resolved_recipe_composes_to_the_same_recipe(lab: Lab, finished: Path) -> None:
     assert compose(finished / "recipe.yaml").to_dict() == lab.recipe().to_dict()
-    assert yaml.safe_load((finished / "recipe.yaml").read_text())["model"]["norm_eps"] == 1e-6  # defaults are written
+    # Defaults are written.
+    resolved = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert resolved["model"]["norm_eps"] == 1e-6
 
 
 def test_the_summary_has_every_promised_number(summary: dict[str, Any]) -> None:
     assert set(PROMISED) <= summary.keys()
-    assert all(isinstance(summary[key], int | float) and math.isfinite(summary[key]) for key in PROMISED)
+    assert all(
+        isinstance(summary[key], int | float) and math.isfinite(summary[key]) for key in PROMISED
+    )
     assert (summary["steps"], summary["tokens"]) == (12, 12 * 2 * 4 * 16)
-    assert (summary["dropped_fraction"], summary["skipped_steps"], summary["threads"]) == (0.0, 0, 1)
-    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"])
+    assert (summary["dropped_fraction"], summary["skipped_steps"], summary["threads"]) == (
+        0.0,
+        0,
+        1,
+    )
+    assert summary["tokens_per_second"] == pytest.approx(
+        summary["tokens"] / summary["train_seconds"]
+    )
     work = summary["tokens_per_second"] * summary["flops_per_token"]
     assert summary["mfu"] == pytest.approx(work / summary["peak_flops"])
     assert 0 < summary["mtp_acceptance"] < 1
@@ -78,13 +104,27 @@ def test_what_is_no_number_is_null_in_json() -> None:
 
 def test_a_run_without_validation_documents_has_null_there(lab: Lab, tmp_path: Path) -> None:
     few = f"data.corpus.paths=[{lab.texts}/doc-0*.txt]"
-    summary = lab.fit(tmp_path / "run", few, "data.tokenizer.vocab=270", "budget.steps=3", "checkpoint.every_steps=2")
-    assert [summary[key] for key in ("val_loss", "val_bits_per_byte", "max_vio_global", "mtp_acceptance")] == [None] * 4
-    assert [file.name for file in checkpoints_in(tmp_path / "run")] == ["step-00000002.ckpt", "step-00000003.ckpt"]
+    summary = lab.fit(
+        tmp_path / "run",
+        few,
+        "data.tokenizer.vocab=270",
+        "budget.steps=3",
+        "checkpoint.every_steps=2",
+    )
+    assert [
+        summary[key]
+        for key in ("val_loss", "val_bits_per_byte", "max_vio_global", "mtp_acceptance")
+    ] == [None] * 4
+    assert [file.name for file in checkpoints_in(tmp_path / "run")] == [
+        "step-00000002.ckpt",
+        "step-00000003.ckpt",
+    ]
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
 
-def test_bits_per_byte_by_hand_from_logits(lab: Lab, finished: Path, summary: dict[str, Any]) -> None:
+def test_bits_per_byte_by_hand_from_logits(
+    lab: Lab, finished: Path, summary: dict[str, Any]
+) -> None:
     """Every token of the held-out documents but the first marker is predicted once, in windows of 16."""
     model = core.load(finished)
     tokenizer = Tokenizer.load(finished / "tokenizer.json")
@@ -104,7 +144,7 @@ def test_bits_per_byte_by_hand_from_logits(lab: Lab, finished: Path, summary: di
 
 
 def test_mtp_acceptance_by_hand(lab: Lab, finished: Path, summary: dict[str, Any]) -> None:
-    """How often the first depth says what the main model says, one token later."""
+    """Counts how often the first depth predicts what the main model predicts one token later."""
     model = core.load(finished)
     data = text_data(lab.recipe(), plan_of(lab.recipe()))
     data.prepare()
@@ -141,7 +181,9 @@ def test_max_vio_global_is_that_of_the_whole_validation_split(
     data.prepare()
     (batch,) = data.val_dataloader()
     with torch.no_grad():
-        context = SequenceContext.of(batch.tokens_BL, targets_BL=batch.targets_BL, valid_BL=batch.valid_BL)
+        context = SequenceContext.of(
+            batch.tokens_BL, targets_BL=batch.targets_BL, valid_BL=batch.valid_BL
+        )
         records = model(context).expert_records()
     of_layers = []
     for path in MOE:
@@ -155,8 +197,20 @@ def test_metrics_have_every_promised_column(finished: Path) -> None:
     assert {
         *("step", "tokens", "lr", "grad_norm", "skipped_steps", "tokens_per_second", "mfu"),
         *("loss/total", "loss/next_token", "loss/mtp/depth_1", "loss/balance/sequence"),
-        *("load/max_vio_batch", "load/cv", "load/dead_fraction", "load/entropy", "load/dropped_fraction"),
-        *("val_loss", "val_bits_per_byte", "val_max_vio_global", "val/next_token", "val/mtp/depth_1"),
+        *(
+            "load/max_vio_batch",
+            "load/cv",
+            "load/dead_fraction",
+            "load/entropy",
+            "load/dropped_fraction",
+        ),
+        *(
+            "val_loss",
+            "val_bits_per_byte",
+            "val_max_vio_global",
+            "val/next_token",
+            "val/mtp/depth_1",
+        ),
         *("val/mtp/acceptance_1", "balance/bias_spread"),
     } <= set(header)
     assert len(set(header)) == len(header)
@@ -173,11 +227,17 @@ def test_the_log_and_the_summary_agree(finished: Path, summary: dict[str, Any]) 
     assert float(steps[-1]["loss/next_token"]) < float(steps[0]["loss/next_token"])
 
 
-def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(lab: Lab, tmp_path: Path) -> None:
-    """A learning rate that jumps makes the last steps the worst ones."""
+def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """Trains with a learning rate that jumps, so that the last steps are the worst ones."""
     jump = "optimizer.lr={unit: steps, start: 0.003, segments: [{until: 6}, {to: 30.0, until: 99}]}"
     lab.fit(tmp_path / "run", jump)
-    losses = {int(row["step"]): float(row["val_loss"]) for row in rows(tmp_path / "run") if "val_loss" in row}
+    losses = {
+        int(row["step"]): float(row["val_loss"])
+        for row in rows(tmp_path / "run")
+        if "val_loss" in row
+    }
     lowest = min(losses, key=lambda step: losses[step])
     assert lowest == 6
     best = read_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
@@ -188,7 +248,9 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(lab: Lab
 def test_P27_provenance_names_everything_that_shaped_the_run(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    point = metadata.EntryPoint("spy", "somebody.elses:callbacks", "lightning.pytorch.callbacks_factory")
+    point = metadata.EntryPoint(
+        "spy", "somebody.elses:callbacks", "lightning.pytorch.callbacks_factory"
+    )
 
     def points(*, group: str) -> list[metadata.EntryPoint]:
         return [point] if group == point.group else list(real(group=group))
@@ -201,8 +263,18 @@ def test_P27_provenance_names_everything_that_shaped_the_run(
     assert {
         ("residual", "add"),
         *(("attention", "mla"), ("ffn", "swiglu"), ("ffn", "moe"), ("router", "deepseek_v3")),
-        *(("balancer", "bias"), ("balancer", "sequence"), ("loss_head", "next_token"), ("loss_head", "mtp")),
-        *(("dispatcher", "local"), ("precision", "fp32"), ("corpus", "files"), ("optimizer", "adamw")),
+        *(
+            ("balancer", "bias"),
+            ("balancer", "sequence"),
+            ("loss_head", "next_token"),
+            ("loss_head", "mtp"),
+        ),
+        *(
+            ("dispatcher", "local"),
+            ("precision", "fp32"),
+            ("corpus", "files"),
+            ("optimizer", "adamw"),
+        ),
         *(("strategy", "single"), ("logger", "csv"), ("logger", "tensorboard")),
     } == named
     for component in found["components"]:
@@ -222,7 +294,7 @@ def test_the_runs_provenance_holds_its_datas_fingerprint(lab: Lab, finished: Pat
 
 
 def test_load_gives_the_trained_model(lab: Lab, finished: Path) -> None:
-    """The same recipe trained without a folder reaches the model that the folder gives back, logit by logit."""
+    """Compares its logits with those of the same recipe trained without a folder."""
     trained = lab.train().model.eval()
     tokens_BL = torch.arange(24).view(2, 12) * 7 % 300
     for source in (finished, str(finished), checkpoints_in(finished)[-1]):
@@ -239,7 +311,10 @@ def test_initial_weights_are_taken_from_a_run(lab: Lab, finished: Path, tmp_path
     lab.fit(tmp_path / "run", f"initial_weights={finished}", "optimizer.lr=0.0", "budget.steps=1")
     one, two = (last_checkpoint(run)["state_dict"] for run in (tmp_path / "run", finished))
     biases = {name for name in two if name.endswith(".bias")}
-    assert_same({n: t for n, t in one.items() if n not in biases}, {n: t for n, t in two.items() if n not in biases})
+    assert_same(
+        {n: t for n, t in one.items() if n not in biases},
+        {n: t for n, t in two.items() if n not in biases},
+    )
     assert int(loads(tmp_path / "run")["steps"]) == 1
 
 

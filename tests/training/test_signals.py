@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM save and leave; a second one leaves at once."""
+"""SIGINT and SIGTERM save a checkpoint and end the run; a second one ends it at once."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import Lab, Said, assert_same_run, forked, through
+from lab import CommandResult, Lab, assert_same_run, forked, run_command_here
 from tiers import first_by_default
 
 from core.training import callbacks
@@ -14,8 +14,10 @@ from core.training.checkpoints import checkpoints_in
 from core.training.module import TrainingModule
 
 
-def told(lab: Lab, run: Path, step: int, *signals: int, hook: Any = callbacks.LoadLog, name: str = "") -> Said:
-    """A run that is sent signals when a hook is called for a step."""
+def message_of(
+    lab: Lab, run: Path, step: int, *signals: int, hook: Any = callbacks.LoadLog, name: str = ""
+) -> CommandResult:
+    """Train in a forked process that sends itself signals when a hook is called for a step."""
 
     def work() -> None:
         function = getattr(hook, name or "on_train_batch_end")
@@ -28,7 +30,7 @@ def told(lab: Lab, run: Path, step: int, *signals: int, hook: Any = callbacks.Lo
             return function(self, *args)
 
         setattr(hook, name or "on_train_batch_end", telling)
-        through("fit", lab.file, "--out", run)
+        run_command_here("fit", lab.file, "--out", run)
 
     return forked(work)
 
@@ -38,9 +40,12 @@ def test_a_signal_saves_the_step_under_way_and_leaves(
     lab: Lab, finished: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    said = told(lab, run, 7, signum)
+    said = message_of(lab, run, 7, signum)
     assert said.code == 128 + signum
-    assert said.sentence == f"stopped by {signum.name} after step 7, which is saved; continue with --resume {run}"
+    assert (
+        said.sentence
+        == f"stopped by {signum.name} after step 7, which is saved; continue with --resume {run}"
+    )
     assert checkpoints_in(run)[-1].name == "step-00000007.ckpt"
     assert not (run / "summary.json").exists()
     lab.fit(run, resume=True)
@@ -49,9 +54,11 @@ def test_a_signal_saves_the_step_under_way_and_leaves(
 
 @pytest.mark.full
 @pytest.mark.parametrize("step", [6, 12])
-def test_a_signal_in_a_validation_waits_for_its_end(lab: Lab, finished: Path, tmp_path: Path, step: int) -> None:
+def test_a_signal_in_a_validation_waits_for_its_end(
+    lab: Lab, finished: Path, tmp_path: Path, step: int
+) -> None:
     run = tmp_path / "run"
-    said = told(lab, run, step, signal.SIGINT, hook=TrainingModule, name="validation_step")
+    said = message_of(lab, run, step, signal.SIGINT, hook=TrainingModule, name="validation_step")
     assert said.code == 130
     assert checkpoints_in(run)[-1].name == f"step-{step:08d}.ckpt"
     lab.fit(run, resume=True)
@@ -60,9 +67,11 @@ def test_a_signal_in_a_validation_waits_for_its_end(lab: Lab, finished: Path, tm
 
 @pytest.mark.full
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_run_at_once(lab: Lab, finished: Path, tmp_path: Path, first: int) -> None:
+def test_a_second_signal_ends_the_run_at_once(
+    lab: Lab, finished: Path, tmp_path: Path, first: int
+) -> None:
     run = tmp_path / "run"
-    said = told(lab, run, 7, first, signal.SIGINT)
+    said = message_of(lab, run, 7, first, signal.SIGINT)
     assert said.code == 130
     assert checkpoints_in(run)[-1].name == "step-00000005.ckpt"
     lab.fit(run, resume=True)
@@ -77,7 +86,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_blocks_a_second_try(
         import core.run.training
 
         core.run.training.build = lambda recipe, **_: os.kill(os.getpid(), signum)  # type: ignore[assignment]
-        through("fit", lab.file, "--out", tmp_path / "run")
+        run_command_here("fit", lab.file, "--out", tmp_path / "run")
 
     said = forked(work)
     assert said.code == 128 + signum

@@ -1,4 +1,4 @@
-"""One window, one step: nothing depends on how a window is cut into micro-batches."""
+"""A window is one step: nothing depends on how it is cut into micro-batches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,12 +24,16 @@ class Gradients(L.Callback):
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        self.steps.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        self.steps.append(
+            {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
+        )
 
 
 def padded(lengths: Sequence[int], seed: int = 0) -> Batch:
-    """Random sequences of which only the first so many tokens are real; 0 is a sequence of nothing but padding."""
+    """Random sequences of which only the first tokens, as many as given, are not padding; 0 gives only padding."""
     draw = torch.Generator().manual_seed(seed)
     tokens_BM = torch.randint(300, (len(lengths), LENGTH + 1), generator=draw)
     valid_BL = torch.arange(LENGTH)[None, :] < torch.tensor(lengths)[:, None]
@@ -58,7 +62,7 @@ def assert_close(actual: Any, expected: Any) -> None:
 
 
 def after(module: TrainingModule, gradients: Gradients) -> dict[str, Any]:
-    """Everything that training has to show."""
+    """Everything that training changes: weights, buffers, optimizer state and logged values."""
     return {
         "weights": module.model.state_dict(),
         "gradients": gradients.steps,
@@ -73,7 +77,9 @@ def test_P9_accumulation_changes_no_gradient_weight_bias_or_log(lab: Lab, mask: 
     for sequences, accumulate in ((8, 1), (2, 4), (1, 8)):
         watch = Gradients()
         batch = f"batch={{sequences: {sequences}, accumulate: {accumulate}}}"
-        module = lab.train(*FP64, batch, f"data.mask_documents={mask}", "budget.steps=2", callbacks=[watch])
+        module = lab.train(
+            *FP64, batch, f"data.mask_documents={mask}", "budget.steps=2", callbacks=[watch]
+        )
         found.append(after(module, watch))
     assert len(found[0]["gradients"]) == 2
     for other in found[1:]:
@@ -81,11 +87,13 @@ def test_P9_accumulation_changes_no_gradient_weight_bias_or_log(lab: Lab, mask: 
 
 
 def test_the_sequences_of_a_step_have_the_same_numbers_however_it_is_split(lab: Lab) -> None:
-    """The address of a random choice: neither micro-batches nor steps move it."""
+    """Compares the addresses of random choices; neither micro-batches nor steps change them."""
     seen: dict[tuple[int, int], list[list[int]]] = {}
 
     class Numbers(L.Callback):
-        def on_train_batch_start(self, trainer: Any, module: Any, window: list[Batch], index: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, module: Any, window: list[Batch], index: int
+        ) -> None:
             contexts = [module.context(batch, number) for number, batch in enumerate(window)]
             split = (len(window[0].tokens_BL), len(window))
             rows = [c.first_sequence + row for c in contexts for row in range(len(c.tokens_BL))]
@@ -98,7 +106,9 @@ def test_the_sequences_of_a_step_have_the_same_numbers_however_it_is_split(lab: 
 
 
 @pytest.mark.parametrize("sizes", [(1, 5), (2, 2, 2), (1, 1, 1, 1, 1, 1)])
-def test_P9_micro_batches_with_unequal_padding_give_the_gradient_of_the_whole(lab: Lab, sizes: tuple[int, ...]) -> None:
+def test_P9_micro_batches_with_unequal_padding_give_the_gradient_of_the_whole(
+    lab: Lab, sizes: tuple[int, ...]
+) -> None:
     batch = padded([16, 3, 9, 0, 1, 12])
     found = []
     for cuts in ((6,), sizes):
@@ -150,11 +160,15 @@ def test_P8_the_logged_total_is_the_sum_of_the_terms_with_their_coefficients(lab
 def test_the_whole_gradient_is_clipped_once_by_its_global_norm(lab: Lab) -> None:
     free, clipped = Gradients(), Gradients()
     lab.train("precision.name=fp64", "gradient_clip=null", "budget.steps=1", callbacks=[free])
-    module = lab.train("precision.name=fp64", "gradient_clip=0.1", "budget.steps=1", callbacks=[clipped])
+    module = lab.train(
+        "precision.name=fp64", "gradient_clip=0.1", "budget.steps=1", callbacks=[clipped]
+    )
     norm = torch.stack([gradient.norm() for gradient in free.steps[0].values()]).norm()
     assert float(module.step_values["grad_norm"]) == pytest.approx(float(norm), rel=1e-12)
     for name, gradient in free.steps[0].items():
-        torch.testing.assert_close(clipped.steps[0][name], gradient * (0.1 / norm), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(
+            clipped.steps[0][name], gradient * (0.1 / norm), rtol=1e-5, atol=1e-12
+        )
 
 
 def test_a_batch_ramp_reads_its_windows_and_counts_their_tokens(lab: Lab) -> None:
@@ -162,7 +176,9 @@ def test_a_batch_ramp_reads_its_windows_and_counts_their_tokens(lab: Lab) -> Non
     seen: list[tuple[int, float]] = []
 
     class Windows(L.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             seen.append((int(pl_module.step_load[MOE[0]].sum()), pl_module.step_values["tokens"]))
             assert pl_module.flops_per_batch == len(batch) * 64
 

@@ -7,5 +7,5 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the router."""
+    """Offers the router."""
     registry.router("cosine", "moeloom_cosine_router.router:CosineRouter")

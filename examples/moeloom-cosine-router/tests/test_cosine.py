@@ -1,4 +1,4 @@
-"""What is special about cosine routing; the contracts are held by `pytest --moeloom-plugin moeloom_cosine_router`."""
+"""Tests of cosine routing itself; `pytest --moeloom-plugin moeloom_cosine_router` checks its contract."""
 
 import math
 
@@ -17,7 +17,9 @@ ROUTER = "model.blocks.moe.ffn.router"
 
 def router(*overrides: str) -> Router:
     """The router of a small model in fp64."""
-    recipe = core.compose("dsv3_small", [*SMALL, f"{ROUTER}={{name: cosine, top_k: 4, scale: 1.0}}", *overrides])
+    recipe = core.compose(
+        "dsv3_small", [*SMALL, f"{ROUTER}={{name: cosine, top_k: 4, scale: 1.0}}", *overrides]
+    )
     (layer,) = core.build(recipe).expert_layers().values()
     found = layer.router
     assert isinstance(found, Router)
@@ -25,7 +27,7 @@ def router(*overrides: str) -> Router:
 
 
 def route(of: Router, x_TD: Tensor) -> Routing:
-    """Without a balancer."""
+    """Routes tokens without a balancer."""
     context = SequenceContext.of(torch.zeros(1, len(x_TD), dtype=torch.int64))
     routing = of(x_TD, lambda scores_TE: scores_TE, context)
     assert isinstance(routing, Routing)
@@ -42,8 +44,12 @@ def test_affinities_are_those_of_a_loop() -> None:
     for t, x in enumerate(x_TD):
         for e, w in enumerate(weights):
             cosine = float(x @ w) / (float(x.norm()) * float(w.norm()))
-            assert float(routing.scores_TE[t, e]) == pytest.approx(1 / (1 + math.exp(-3 * cosine)), abs=1e-12)
-    torch.testing.assert_close(routing.gate_A.view(20, 4).sum(dim=1), torch.ones(20, dtype=torch.float64))
+            assert float(routing.scores_TE[t, e]) == pytest.approx(
+                1 / (1 + math.exp(-3 * cosine)), abs=1e-12
+            )
+    torch.testing.assert_close(
+        routing.gate_A.view(20, 4).sum(dim=1), torch.ones(20, dtype=torch.float64)
+    )
 
 
 def test_lengths_do_not_matter() -> None:
@@ -64,10 +70,13 @@ def test_the_temperature_is_learned() -> None:
     ("override", "why"),
     [
         (f"{ROUTER}={{name: cosine, top_k: 1}}", "must be between 2 and experts = 16"),
-        (f"{ROUTER}={{name: cosine, top_k: 4, groups: 4}}", "cosine lets a token reach every expert"),
+        (
+            f"{ROUTER}={{name: cosine, top_k: 4, groups: 4}}",
+            "cosine lets a token reach every expert",
+        ),
         (f"{ROUTER}.temperature=0", "must be positive and finite"),
     ],
 )
-def test_mistakes_are_told(override: str, why: str) -> None:
+def test_mistakes_are_reported(override: str, why: str) -> None:
     with pytest.raises(UserError, match=why):
         router(override)

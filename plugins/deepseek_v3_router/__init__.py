@@ -7,5 +7,5 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the components of this package."""
-    registry.router("deepseek_v3", "plugins.deepseek_routing.router:DeepSeekV3Router")
+    """Offers the components of this package."""
+    registry.router("deepseek_v3", "plugins.deepseek_v3_router.router:DeepSeekV3Router")

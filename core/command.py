@@ -1,6 +1,6 @@
-"""What all doors share: one sentence and exit code 2 for a user's mistake, 130 after an interrupt.
+"""What all commands share: one sentence and exit code 2 for a user's mistake, 130 after an interrupt.
 
-This module and every door import nothing heavy before their arguments are read, so that `--help` is quick.
+This module and every command import nothing heavy before the arguments are read, so that `--help` is quick.
 """
 
 import argparse
@@ -12,18 +12,21 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from core.contracts.errors import Interrupted, RunFailed, UserError
 
 
-def run_door(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse, run, and leave with the exit code that the public surface promises."""
+def run_command(
+    main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser
+) -> None:
+    """Parses the arguments, runs the command, and exits with the documented exit code."""
     arguments = _parsed(parser)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        with _told_warnings():
+        with _one_line_warnings(), _current_folder_last():
             main(arguments)
     except UserError as error:
         leave(2, str(error))
@@ -44,7 +47,7 @@ def run_door(main: Callable[[argparse.Namespace], None], parser: argparse.Argume
 
 
 def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments; options may stand among the overrides, where the parser has no commands of its own."""
+    """The arguments; options may stand among the overrides, unless the parser has subcommands."""
     try:
         return parser.parse_intermixed_args()
     except TypeError:
@@ -52,8 +55,8 @@ def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 @contextmanager
-def _told_warnings() -> Iterator[None]:
-    """Our own warnings are one line, and never an error: they are about what nobody asked for."""
+def _one_line_warnings() -> Iterator[None]:
+    """Prints our own warnings in one line, and keeps those about plugins from becoming errors."""
     theirs = warnings.formatwarning
 
     def ours(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
@@ -64,7 +67,8 @@ def _told_warnings() -> Iterator[None]:
     warnings.formatwarning = ours
     try:
         with warnings.catch_warnings():
-            if any(action == "error" for action, *_ in warnings.filters):
+            actions = [action for action, *_ in warnings.filters]
+            if "error" in actions:
                 warnings.filterwarnings("default", module=r"core\.extension\.")
             yield
     finally:
@@ -72,13 +76,30 @@ def _told_warnings() -> Iterator[None]:
             warnings.formatwarning = theirs
 
 
+@contextmanager
+def _current_folder_last() -> Iterator[None]:
+    """Lets a recipe name modules of the current folder, which are searched after all others.
+
+    `python -m` puts that folder first. The command `moeloom` and PYTHONSAFEPATH leave it out, so
+    that a user's own package `core` or `plugins` cannot hide ours; to keep it so, the folder that
+    holds ours is added before it.
+    """
+    before = list(sys.path)
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path += [str(Path(__file__).resolve().parents[1]), os.getcwd()]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def _terminated(signum: int, frame: FrameType | None) -> None:
-    """Before a run has begun there is nothing to save."""
+    """Exits at SIGTERM: nothing has to be saved before a run has begun."""
     raise SystemExit(128 + signum)
 
 
 def leave(code: int, sentence: str) -> None:
-    """Print one sentence on stderr and exit."""
+    """Prints one sentence on stderr and exits."""
     if sentence:
         print(f"moeloom: {sentence}", file=sys.stderr)
     sys.stdout.flush()
@@ -86,11 +107,15 @@ def leave(code: int, sentence: str) -> None:
 
 
 def print_json(document: Any) -> None:
-    """The one JSON document of a `--json` run."""
+    """Prints the one JSON document of a `--json` run."""
     print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """RECIPE and its overrides."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, e.g. optimizer.lr=0.002")
+    """Adds the arguments RECIPE and KEY=VALUE."""
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides, e.g. optimizer.lr=0.002"
+    )

@@ -1,4 +1,4 @@
-"""What a description is asked to work out beside the recipe; no torch, so that a mistake is told at once."""
+"""Options of a description beyond the recipe; no torch is imported, so that an invalid option is reported at once."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ from core.analysis.layout import Layout, Schedule
 
 
 @dataclass(frozen=True)
-class Asked:
+class DescribeOptions:
     """What a description should go into beyond the recipe.
 
     Args:
         layout: GPUs to lay the model out over; None: none.
-        sequences: that one of them takes at once; None: as `core.analysis.layout.traffic` says.
+        sequences: how many a GPU takes at once; None: as `core.analysis.layout.traffic` says.
         schedule: of the pipeline.
         mfu: the part of the peak that training gets; None: the published one, where it fits.
         tflops: a GPU's dense peak in TFLOPS; None: an H800's, where it fits.

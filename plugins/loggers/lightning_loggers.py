@@ -14,8 +14,10 @@ from core.contracts.training import LoggerFactory
 
 
 class _Writer(ExperimentWriter):
-    """Lightning's writer, but rows of an earlier part of the run are kept, and the file is replaced in one move
-    where its header grows, so that a kill loses nothing."""
+    """Lightning's CSV writer, which here keeps the rows of an earlier part of the run.
+
+    Where the header grows, the file is replaced in one move, so that a kill loses nothing.
+    """
 
     def __init__(self, log_dir: str, resumed_at: int | None) -> None:
         self._resumed_at = resumed_at
@@ -26,9 +28,13 @@ class _Writer(ExperimentWriter):
         if not file.is_file():
             return
         with file.open(newline="") as text:
-            whole = [line for line in text if line.endswith("\n")]  # a full disk cuts the last row short
+            # A full disk cuts the last row short.
+            whole = [line for line in text if line.endswith("\n")]
         reader = csv.DictReader(whole)
-        kept = [row for row in reader if self._resumed_at is not None and int(row["step"]) <= self._resumed_at]
+        kept = []
+        for row in reader:
+            if self._resumed_at is not None and int(row["step"]) <= self._resumed_at:
+                kept.append(row)
         self.metrics_keys = list(reader.fieldnames or [])
         self._replace(self.metrics_keys, kept)
 
@@ -47,7 +53,7 @@ class _Writer(ExperimentWriter):
 
 
 class _CSVLogger(CSVLogger):
-    """Writes `metrics.csv` straight into the run folder."""
+    """A logger that writes `metrics.csv` straight into the run folder."""
 
     _experiment: _Writer | None
 
@@ -64,20 +70,20 @@ class _CSVLogger(CSVLogger):
         return self._experiment
 
     def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: the run folder holds the whole recipe."""
+        """Logs nothing: the run folder holds the whole recipe."""
 
 
 class _TensorBoardLogger(TensorBoardLogger):
-    """Lightning's, which keeps events in memory for up to two minutes; `save()` writes them out."""
+    """Lightning's TensorBoard logger, which keeps events in memory for up to two minutes; `save()` writes them out."""
 
     def save(self) -> None:
-        """Put everything on disk."""
+        """Writes everything to disk."""
         super().save()
         self.experiment.flush()
 
 
 class CSV(LoggerFactory):
-    """`metrics.csv` in the run folder."""
+    """Logs metrics to `metrics.csv` in the run folder."""
 
     example = {"name": "csv"}
 
@@ -86,12 +92,12 @@ class CSV(LoggerFactory):
         """There is nothing to set."""
 
     def make(self, folder: Path, *, resumed_at: int | None) -> Logger:
-        """The logger; rows after `resumed_at` are forgotten."""
+        """The logger; rows after step `resumed_at` are dropped."""
         return _CSVLogger(folder, resumed_at)
 
 
 class TensorBoard(LoggerFactory):
-    """TensorBoard events in the run folder's `tensorboard/`."""
+    """Logs TensorBoard events to the run folder's `tensorboard/`."""
 
     example = {"name": "tensorboard"}
 
@@ -100,6 +106,6 @@ class TensorBoard(LoggerFactory):
         """There is nothing to set."""
 
     def make(self, folder: Path, *, resumed_at: int | None) -> Logger:
-        """The logger; events after `resumed_at` are purged."""
+        """The logger; events after step `resumed_at` are purged."""
         first = (resumed_at or 0) + 1
         return _TensorBoardLogger(save_dir=folder, name="", version="tensorboard", purge_step=first)

@@ -1,0 +1,78 @@
+"""Strategies with one device, or with several that each hold the whole model."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from core.contracts.component import Environment
+from core.contracts.errors import ConfigError
+from core.contracts.schema import setting
+from core.contracts.training import StrategyFactory
+
+
+def _missing_gpu(config: Any, environment: Environment) -> str | None:
+    """Why a run cannot start, as a sentence: `accelerator` is cuda, and there is no GPU; else None."""
+    if config.accelerator == "cuda" and environment.device != "cuda":
+        return "accelerator is cuda, and torch finds no GPU"
+    return None
+
+
+class Single(StrategyFactory):
+    """Trains on one device: the GPU where there is one, else the CPU."""
+
+    example = {"name": "single"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The kind of device."""
+
+        accelerator: Literal["auto", "cpu", "cuda"] = setting(
+            "auto", doc="auto: a GPU if there is one"
+        )
+
+    @classmethod
+    def requires(cls, config: Any, environment: Environment) -> str | None:
+        """The sentence that a GPU is missing, where `accelerator` is cuda."""
+        return _missing_gpu(config, environment)
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The Trainer's arguments for one device and no process group."""
+        return {"accelerator": self.config.accelerator, "devices": 1, "strategy": "auto"}
+
+
+class DataParallel(StrategyFactory):
+    """Trains with torch's DistributedDataParallel: every rank reads its rows of the same global micro-batch."""
+
+    example = {"name": "ddp", "ranks": 2}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The number of ranks and the kind of device."""
+
+        ranks: int = setting(doc="processes on this machine, one device each")
+        accelerator: Literal["auto", "cpu", "cuda"] = setting(
+            "auto", doc="auto: GPUs if there are any"
+        )
+
+        def check(self, parent: Any) -> None:
+            """Raises `ConfigError` where the ranks cannot share a micro-batch, or one of validation, evenly."""
+            for key in ("batch", "validation"):
+                section = getattr(parent, key, None)
+                sequences = self.ranks if section is None else section.sequences
+                if self.ranks < 1 or sequences % self.ranks:
+                    raise ConfigError("ranks", f"must divide {key}.sequences = {sequences}")
+
+    @classmethod
+    def requires(cls, config: Any, environment: Environment) -> str | None:
+        """The sentence that GPUs are missing, where `accelerator` is cuda."""
+        return _missing_gpu(config, environment)
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The Trainer's arguments; buffers are not broadcast: every rank updates its bias from the same counts."""
+        from lightning.pytorch.strategies import DDPStrategy
+
+        strategy = DDPStrategy(broadcast_buffers=False)
+        return {
+            "accelerator": self.config.accelerator,
+            "devices": self.config.ranks,
+            "strategy": strategy,
+        }

@@ -1,0 +1,54 @@
+"""The code stays readable: figures within their limits, no retired word, and a measure that would notice."""
+
+import sys
+from pathlib import Path
+
+from .documents import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import readable
+
+
+def test_density_and_vocabulary_are_within_their_limits() -> None:
+    found = readable.measure(ROOT)
+    assert found.retired == []
+    assert found.prepositions == []
+    dense = {
+        name: round(value, 1)
+        for name, value in found.per_thousand().items()
+        if value > readable.LIMITS[name]
+    }
+    assert dense == {}
+    assert found.within_limits()
+
+
+def test_the_measure_counts_what_it_names(tmp_path: Path) -> None:
+    core = tmp_path / "core"
+    core.mkdir()
+    (core / "dense.py").write_text(
+        'def f(a):\n    """Of a thing."""\n    b, c = a, 1\n    b, c = c\n'
+        "    return [x if x else c for x in b]\n" + f"# {'long ' * 25}\n",
+        encoding="utf-8",
+    )
+    found = readable.measure(tmp_path)
+    assert found.counts == dict.fromkeys(readable.LIMITS, 1)
+    assert found.prepositions == ["core/dense.py:1 f"]
+    assert found.lines == 6
+    assert not found.within_limits()
+
+
+def test_retired_words_are_found_alone_and_inside_of_identifiers() -> None:
+    word, name = readable.WORDS[0], readable.NAMES[0]
+    assert readable.retired_in("docs/a.md", f"The {word.upper()}s\nin{word} {word}way") == [
+        f"docs/a.md:1 {word.upper()}s"
+    ]
+    assert readable.retired_in("core/a.py", f"is_{word} = {name}()") == [
+        f"core/a.py:1 {word}",
+        f"core/a.py:1 {name}",
+    ]
+    assert readable.retired_in("docs/a.md", f"`{name}`") == []
+
+
+def test_what_may_name_retired_words_exists() -> None:
+    assert all((ROOT / name).is_file() for name in readable.ALLOWED)

@@ -1,0 +1,170 @@
+"""Measure how dense the code is and whether its words are the field's.
+
+    python tools/readable.py                 figures per 1,000 lines of core, plugins and moeloom, beside their limits
+    python tools/readable.py --list          and where each docstring and word stands that is over a limit
+    python tools/readable.py --root FOLDER   the same for another checkout
+
+The figures: assignments that pack several values (`self.a, self.b = x, y`), comprehensions, conditional expressions,
+lines over 105 characters, docstrings that begin with a preposition, and retired words in code and documentation. Python
+alone is needed. Exit code 0: every figure is within its limit; 1: one is not.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CODE = ("core", "plugins", "moeloom")
+TEXT = ("core", "plugins", "moeloom", "docs", "tests", "benchmarks", "examples", "README.md")
+LONG = 105
+LIMITS = {
+    "packed assignments": 5,
+    "comprehensions": 24,
+    "conditional expressions": 12,
+    "long lines": 40,
+}
+"""Per 1,000 lines. Docstrings that begin with a preposition, and retired words, may not occur at all."""
+
+PREPOSITION = re.compile(
+    r"(Of|By|In|With|Without|As|For|Off|From|To|At|Under|Over|Beside|Between|Twice)\b"
+)
+WORDS = ("door", "doors", "room", "rooms", "told", "house", "spokesman", "spokesmen")
+"""Words of this project's former dialect; as a part of an identifier (`is_told`) they count too."""
+
+NAMES = (
+    *("Wrong", "Mistake", "NoSlot", "Asked", "Wish", "Pieces", "Traits", "Watchers", "WholeFiles"),
+    *("RoleSpy", "told_where", "run_door", "has_place", "is_stillborn", "check_same", "obstacles"),
+    *("share_largest", "one_group", "full_disk_told"),
+)
+"""Identifiers that have a plain name now; they are looked for in Python files only."""
+
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "tools/readable.py": (*WORDS, *NAMES),
+    "docs/migration.md": ("spokesmen",),
+}
+"""Files that have to name what was retired, with what they may name."""
+
+_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(WORDS)})(?![A-Za-z])", re.IGNORECASE)
+_NAME = re.compile(rf"\b({'|'.join(NAMES)})\b")
+
+
+@dataclass
+class Measure:
+    """What was counted in a checkout.
+
+    Args:
+        lines: lines of Python in `CODE`.
+        counts: how often each thing of `LIMITS` occurs there.
+        prepositions: places of docstrings that begin with a preposition.
+        retired: places of retired words and names in `TEXT`.
+    """
+
+    lines: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0))
+    prepositions: list[str] = field(default_factory=list)
+    retired: list[str] = field(default_factory=list)
+
+    def per_thousand(self) -> dict[str, float]:
+        """The counts per 1,000 lines."""
+        return {name: 1000 * count / max(self.lines, 1) for name, count in self.counts.items()}
+
+    def within_limits(self) -> bool:
+        """Whether every figure is within its limit."""
+        dense = [name for name, value in self.per_thousand().items() if value > LIMITS[name]]
+        return not dense and not self.prepositions and not self.retired
+
+
+def measure(root: Path) -> Measure:
+    """Count everything in a checkout."""
+    found = Measure()
+    for file in _files(root, CODE, {".py"}):
+        source = file.read_text(encoding="utf-8")
+        found.lines += source.count("\n")
+        found.counts["long lines"] += sum(len(line) > LONG for line in source.splitlines())
+        for node in ast.walk(ast.parse(source)):
+            kind = _kind(node)
+            if kind is not None:
+                found.counts[kind] += 1
+            if _begins_with_preposition(node):
+                found.prepositions.append(f"{file.relative_to(root)}:{node.lineno} {node.name}")
+    for file in _files(root, TEXT, {".py", ".md", ".yaml", ".j2", ".js", ".txt"}):
+        found.retired += retired_in(file.relative_to(root).as_posix(), file.read_text("utf-8"))
+    return found
+
+
+def retired_in(name: str, text: str) -> list[str]:
+    """The places of retired words and names in a file.
+
+    Args:
+        name: the file's path in the checkout.
+        text: its content.
+    """
+    allowed = {word.lower() for word in ALLOWED.get(name, ())}
+    places = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = _WORD.findall(line)
+        if name.endswith(".py"):
+            words += _NAME.findall(line)
+        places += [f"{name}:{number} {word}" for word in words if word.lower() not in allowed]
+    return places
+
+
+def _files(root: Path, places: tuple[str, ...], endings: set[str]) -> Iterator[Path]:
+    for place in places:
+        path = root / place
+        if path.is_file():
+            yield path
+        for file in sorted(path.rglob("*")):
+            if file.suffix in endings and "__pycache__" not in file.parts:
+                yield file
+
+
+def _kind(node: ast.AST) -> str | None:
+    """The figure that a piece of syntax counts for."""
+    if isinstance(node, ast.Assign):
+        packed = isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+        return "packed assignments" if packed else None
+    if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        return "comprehensions"
+    if isinstance(node, ast.IfExp):
+        return "conditional expressions"
+    return None
+
+
+def _begins_with_preposition(node: ast.AST) -> bool:
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return False
+    return PREPOSITION.match(ast.get_docstring(node) or "") is not None
+
+
+def main() -> int:
+    """Print the figures; the exit code says whether they are within their limits."""
+    parser = argparse.ArgumentParser(
+        description="how dense the code is, and whether its words are the field's"
+    )
+    parser.add_argument(
+        "--root", type=Path, default=Path(__file__).resolve().parents[1], help="a checkout"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="say where each docstring and word stands"
+    )
+    arguments = parser.parse_args()
+    found = measure(arguments.root)
+    print(f"{found.lines} lines of Python in {', '.join(CODE)}; per 1,000 lines:")
+    for name, value in found.per_thousand().items():
+        print(f"  {name:<24} {value:6.1f}   at most {LIMITS[name]}")
+    for name, places in (
+        ("docstrings that begin with a preposition", found.prepositions),
+        ("retired words and names", found.retired),
+    ):
+        print(f"{name}: {len(places)}")
+        for place in places if arguments.list else ():
+            print(f"  {place}")
+    return 0 if found.within_limits() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
