@@ -1,0 +1,53 @@
+"""moeloom from Python: compose a recipe, build its model, train it, describe it, load what was trained.
+
+    recipe = moeloom.compose("dsv3_small", ["optimizer.lr=0.002"])
+    model = moeloom.build(recipe)
+
+The functions are defined in the package `core`. Importing this package imports neither `core` nor torch: each name is
+imported when it is used for the first time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from moeloom.search_path import check_core
+
+if TYPE_CHECKING:
+    from core import __version__
+    from core.analysis.describe import document_of as describe
+    from core.assemble import build
+    from core.recipe.compose import compose
+    from core.run.loading import load
+    from core.run.training import fit
+    from core.training.folder import RunFolder
+
+__all__ = ["RunFolder", "__version__", "build", "compose", "describe", "fit", "load"]
+
+_DEFINITIONS = {
+    "RunFolder": "core.training.folder:RunFolder",
+    "__version__": "core:__version__",
+    "build": "core.assemble:build",
+    "compose": "core.recipe.compose:compose",
+    "describe": "core.analysis.describe:document_of",
+    "fit": "core.run.training:fit",
+    "load": "core.run.loading:load",
+}
+"""The module and the name under which each public name is defined."""
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from the module that defines it.
+
+    Raises:
+        ImportError: another package named `core` hides ours.
+    """
+    if name not in _DEFINITIONS:
+        raise AttributeError(f"module 'moeloom' has no attribute {name!r}")
+    check_core()
+    module, _, attribute = _DEFINITIONS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, imported or not."""
+    return sorted(__all__)
