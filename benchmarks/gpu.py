@@ -112,8 +112,8 @@ def measured(
 
     found = attempt(module.run, Lab(arguments.device, arguments.quick, arguments.out, rates, keep))
     keep(found)  # of a part that failed, what was kept before stays
-    message = attempt(module.rows, found)
-    rows = [("failed", failed(found) or failed(message))] if failed(message) else message
+    outcome = attempt(module.rows, found)
+    rows = [("failed", failed(found) or failed(outcome))] if failed(outcome) else outcome
     document[part]["ceilings_after"] = after = ceilings(arguments.device, quick=arguments.quick)
     _write(target, document)
     if changed := moved(rates, after):

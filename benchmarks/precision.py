@@ -64,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="overrides for all, but for precision"
     )
-    message = "a section of a recipe, '{name: fp8_native}'; may be repeated; the others are compared with the first"
-    p.add_argument("--precision", action="append", metavar="SECTION", help=message)
+    help_text = "a section of a recipe, '{name: fp8_native}'; may be repeated; the others are compared with the first"
+    p.add_argument("--precision", action="append", metavar="SECTION", help=help_text)
     p.add_argument(
         "--rounds",
         type=int,

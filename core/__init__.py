@@ -2,6 +2,8 @@
 
 `core.compose(path, overrides)` returns a validated recipe, `core.build(recipe)` its model, and
 `core.load(run_or_checkpoint)` a trained one. Nothing heavy is imported until one of them is used.
+
+`import moeloom` gives the same functions, and also `moeloom.fit`, which trains a recipe, and `moeloom.describe`.
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ imported when it is used for the first time.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moeloom.search_path import check_core
+from moeloom.search_path import check_packages
 
 if TYPE_CHECKING:
     from core import __version__
@@ -39,11 +39,11 @@ def __getattr__(name: str) -> Any:
     """Imports a public name from the module that defines it.
 
     Raises:
-        ImportError: another package named `core` hides ours.
+        ImportError: another package named `core` or `plugins` hides ours.
     """
     if name not in _DEFINITIONS:
         raise AttributeError(f"module 'moeloom' has no attribute {name!r}")
-    check_core()
+    check_packages()
     module, _, attribute = _DEFINITIONS[name].partition(":")
     return getattr(import_module(module), attribute)
 

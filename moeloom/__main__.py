@@ -2,14 +2,14 @@
 
 import sys
 
-from moeloom.search_path import check_core, leave_out_current_folder
+from moeloom.search_path import check_packages, leave_out_current_folder
 
 
 def main() -> None:
     """Runs the command that the command line names, with the packages that belong to this one."""
     leave_out_current_folder()
     try:
-        check_core()
+        check_packages()
     except ImportError as error:
         print(f"moeloom: {error}", file=sys.stderr)
         raise SystemExit(2) from None

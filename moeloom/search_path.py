@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,19 +25,39 @@ def leave_out_current_folder() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
-def check_core() -> None:
-    """Makes sure that `core` is the package that was installed together with `moeloom`.
+def check_packages() -> None:
+    """Makes sure that `core` and `plugins` are the packages that were installed together with `moeloom`.
 
     Raises:
-        ImportError: Python would import, or has imported, another package of that name, or finds none.
+        ImportError: Python would import, or has imported, another package of such a name, or finds none.
     """
-    spec = find_spec("core")
+    for name in ("core", "plugins"):
+        _check_package(name)
+
+
+def _check_package(name: str) -> None:
+    try:
+        spec = find_spec(name)
+    except ValueError:  # a module of this name was imported or made without a spec
+        raise _another_package(name, _file_of(name)) from None
     if spec is None:
-        raise ImportError(f"the package core is missing in {OUR_FOLDER}: install moeloom again")
-    folders = [Path(folder).resolve() for folder in spec.submodule_search_locations or ()]
-    if OUR_FOLDER / "core" not in folders:
-        found = spec.origin or ", ".join(map(str, folders))
-        raise ImportError(
-            f"moeloom needs its own package core in {OUR_FOLDER}, but Python finds {found} under that name: "
-            "rename that package, or start Python where it is not found"
-        )
+        raise ImportError(f"the package {name} is missing in {OUR_FOLDER}: install moeloom again")
+    folders = _folders(spec)
+    if OUR_FOLDER / name not in folders:
+        raise _another_package(name, spec.origin or ", ".join(map(str, folders)))
+
+
+def _folders(spec: ModuleSpec) -> list[Path]:
+    return [Path(folder).resolve() for folder in spec.submodule_search_locations or ()]
+
+
+def _file_of(name: str) -> str:
+    file = getattr(sys.modules[name], "__file__", None)
+    return str(file or "a module without a file")
+
+
+def _another_package(name: str, found: str) -> ImportError:
+    return ImportError(
+        f"moeloom needs its own package {name} in {OUR_FOLDER}, but Python finds {found} under that name: "
+        "rename that package, or start Python where it is not found"
+    )

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Do not import files whose every test is in the tier `full` when it is not run; None lets pytest decide."""
-    if config.option.markexpr == "not full" and is_full(collection_path):
-        return True
+    named = {Path(argument.partition("::")[0]).resolve() for argument in config.args}
+    if config.option.markexpr == "not full" and collection_path not in named:
+        return True if is_full(collection_path) else None
     return None
 
 

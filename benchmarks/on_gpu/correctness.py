@@ -68,12 +68,12 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     parts = {"logits": _logit_rows, "losses": _loss_rows, "fp8_emulated": _emulation_rows}
     if sentence := failed(found):
         return [("correctness", sentence)]
-    message: list[tuple[str, str]] = []
+    table_rows: list[tuple[str, str]] = []
     for name, rows_of in parts.items():
         part = found.get(name, {"error": "was not reached"})
         sentence = failed(part)
-        message += [(name, sentence)] if sentence else rows_of(part)
-    return message
+        table_rows += [(name, sentence)] if sentence else rows_of(part)
+    return table_rows
 
 
 # ---- losses
@@ -153,7 +153,7 @@ def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
 
 
 def _loss_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    message = []
+    table_rows = []
     for name, (_, _, said, goal) in PAIRS.items():
         one, what = found[name], f"losses, {said}, {found[name]['steps']} steps"
         shown = "no common step"
@@ -163,11 +163,11 @@ def _loss_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             )
         if alone := one["steps_of_one_alone"]:
             shown += f"; {alone} steps of one run alone"
-        message.append((what, shown))
+        table_rows.append((what, shown))
     broken = {
         name: run.get("error") for name, run in found["runs"].items() if run["ended"] != "finished"
     }
-    return message + [
+    return table_rows + [
         (f"  {name}", why or found["runs"][name]["ended"]) for name, why in broken.items()
     ]
 
@@ -259,14 +259,14 @@ def beside(base: Any, own: Any) -> dict[str, Any]:
 
 
 def _logit_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    message = []
+    table_rows = []
     for name, one in found["formats"].items():
         shown = one.get("error") or (
             f"{one['largest_relative_to_largest_logit']:.1e} of the largest, calc_diff {one['calc_diff']:.1e}, "
             f"other argmax {one['other_argmax']:.2%}, other experts {one['other_experts']:.2%}"
         )
-        message.append((f"logits, {name} to {found['to']}", shown))
-    return message
+        table_rows.append((f"logits, {name} to {found['to']}", shown))
+    return table_rows
 
 
 # ---- the emulation of FP8
@@ -382,15 +382,15 @@ def deterministic() -> Iterator[None]:
 
 def _emulation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     codes, products = found["codes"], found["products"]
-    message = [("codes and scales, CPU to GPU", failed(codes) or "")]
+    table_rows = [("codes and scales, CPU to GPU", failed(codes) or "")]
     if not failed(codes):
         compared, wrong = codes["compared"], sum(codes["unequal"].values())
-        message = [
+        table_rows = [
             ("codes and scales, CPU to GPU", f"{wrong} of {sum(compared.values()):,} differ")
         ]
     if sentence := failed(products):
-        return [*message, ("products of fp8_emulated", sentence)]
+        return [*table_rows, ("products of fp8_emulated", sentence)]
     largest = max(value for one in products.values() for value in one["calc_diff"].values())
     again = sum(one["other_bits_again"] for one in products.values())
     figure = f"calc_diff {largest:.1e} at most; other bits the second time: {again}"
-    return [*message, ("products of fp8_emulated, CPU to GPU", figure)]
+    return [*table_rows, ("products of fp8_emulated, CPU to GPU", figure)]

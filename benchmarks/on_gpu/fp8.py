@@ -36,12 +36,12 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of the short table."""
     if sentence := failed(found):
         return [("fp8", sentence)]
-    message: list[tuple[str, str]] = []
+    table_rows: list[tuple[str, str]] = []
     for name, rows_of in (("products", _product_rows), ("training", _training_rows)):
         part = found.get(name, {"error": "was not reached"})
         sentence = failed(part)
-        message += [(f"fp8 {name}", sentence)] if sentence else rows_of(part)
-    return message
+        table_rows += [(f"fp8 {name}", sentence)] if sentence else rows_of(part)
+    return table_rows
 
 
 # ---- products
@@ -134,7 +134,7 @@ def _case(case: Case, name: str, emulated: str, height: int, device: str) -> dic
 
 
 def _product_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    message = []
+    table_rows = []
     for name, one in {**found["beside"], "bf16 to bf16_emulated": found["bf16"]}.items():
         cases = {} if failed(one) else one["cases"]
         good = [case for case in cases.values() if not failed(case)]
@@ -144,21 +144,23 @@ def _product_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             exact = max(case["to_exact"][p] for case in good for p in PRODUCTS)
             shown = f"calc_diff to the emulation {', '.join(worst)}; to fp64 {exact:.1e}"
             figure = f"{shown}; {figure}" if figure else shown
-        message.append((f"products, {name}", figure or ""))
-    return message + _absent("products", found["missing"])
+        table_rows.append((f"products, {name}", figure or ""))
+    return table_rows + _absent("products", found["missing"])
 
 
 def _absent(what: str, missing: dict[str, str]) -> list[tuple[str, str]]:
     """A row for each reason why precisions cannot run."""
-    message = []
+    table_rows = []
     for why in dict.fromkeys(missing.values()):
         names = [
             name.partition(",")[0].strip("{").removeprefix("name: ")
             for name in missing
             if missing[name] == why
         ]
-        message.append((f"{what}, {' and '.join(dict.fromkeys(names))}", f"cannot run here: {why}"))
-    return message
+        table_rows.append(
+            (f"{what}, {' and '.join(dict.fromkeys(names))}", f"cannot run here: {why}")
+        )
+    return table_rows
 
 
 # ---- training
@@ -252,7 +254,7 @@ def _result_of_run(ended: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _training_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    message = []
+    table_rows = []
     for name, one in found["runs"].items():
         if not (seeds := list(one["seeds"].values())):
             continue
@@ -266,9 +268,9 @@ def _training_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ]:
             parts.append(f"{sum(bits) / len(bits):.4f} bits per byte")
         paths = (seeds[0]["precision_paths"] or {}).get("experts.gate_up")
-        message.append((f"training, {name}", "; ".join([*parts, *([paths] if paths else [])])))
+        table_rows.append((f"training, {name}", "; ".join([*parts, *([paths] if paths else [])])))
     missing = {name: one["cannot_run"] for name, one in found["runs"].items() if one["cannot_run"]}
-    return message + _absent("training", missing)
+    return table_rows + _absent("training", missing)
 
 
 def _percent(value: dict[str, float | None]) -> str:

@@ -168,14 +168,14 @@ def floors(layer: nn.Module, lab: Lab) -> dict[str, float]:
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of the table: milliseconds, the share of the floor, and ratios to bf16 with their range."""
-    message: list[tuple[str, str]] = []
+    table_rows: list[tuple[str, str]] = []
     for load in ROUTERS:
         part = found[load]
         if sentence := failed(part):
-            message.append((load, f"failed: {sentence}"))
+            table_rows.append((load, f"failed: {sentence}"))
             continue
         floor = part["floors"]
-        message.append(
+        table_rows.append(
             (
                 f"{load}: floors",
                 f"operations {floor['bf16_operations_seconds'] * 1e3:.2f} ms in bf16 and "
@@ -189,7 +189,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
                 floor["fp8_operations_seconds" if "fp8" in name else "bf16_operations_seconds"],
                 floor["bytes_seconds"],
             )
-            message.append(
+            table_rows.append(
                 (
                     f"{load}: {name}",
                     f"forward {part['forward'][name]['median'] * 1e3:.2f} ms, with backward "
@@ -198,8 +198,8 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
                     f"({over['least']:.2f}-{over['most']:.2f})",
                 )
             )
-        message += [
+        table_rows += [
             (f"{load}: {name}", f"left out: {failed(why) or why}")
             for name, why in part["left_out"].items()
         ]
-    return message
+    return table_rows

@@ -132,24 +132,24 @@ def _flops(stepper: Stepper) -> dict[str, float]:
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of the table: the step, its kinds, and the three largest gaps."""
-    message: list[tuple[str, str]] = []
+    table_rows: list[tuple[str, str]] = []
     for name, part in found.items():
         if sentence := failed(part):
-            message.append((name, f"failed: {sentence}"))
+            table_rows.append((name, f"failed: {sentence}"))
             continue
         kinds = sorted(part["kinds"].items(), key=lambda item: -item[1])
         shown = ", ".join(
             f"{kind} {spent * 1e3:.1f} (floor {part['floors'][kind] * 1e3:.1f})"
             for kind, spent in kinds
         )
-        message.append(
+        table_rows.append(
             (
                 name,
                 f"step {part['wall_seconds'] * 1e3:.1f} ms, kernels {part['busy_seconds'] * 1e3:.1f}: {shown}",
             )
         )
         gaps = list(part["gaps"].items())[:3]
-        message.append(
+        table_rows.append(
             (f"{name}: largest gaps", ", ".join(f"{kind} {gap * 1e3:.1f} ms" for kind, gap in gaps))
         )
-    return message
+    return table_rows

@@ -72,8 +72,8 @@ class Process:
             for line in self.log.read_text("utf-8", "replace").splitlines()
             if line.strip()
         ]
-        message = [line.removeprefix("moeloom: ") for line in lines if line.startswith("moeloom: ")]
-        return (message or lines or ["it said nothing"])[-1][:500]
+        errors = [line.removeprefix("moeloom: ") for line in lines if line.startswith("moeloom: ")]
+        return (errors or lines or ["it said nothing"])[-1][:500]
 
 
 def stop(processes: Iterable[Process]) -> None:

@@ -215,10 +215,10 @@ def _attention_kernels(lab: Lab, base: Stepper, theirs: Theirs) -> dict[str, lis
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of the table: tokens per second, MFU, memory, and ratios with their range."""
-    message: list[tuple[str, str]] = []
+    table_rows: list[tuple[str, str]] = []
     for name, part in found.items():
         if sentence := failed(part):
-            message.append((name, f"failed: {sentence}"))
+            table_rows.append((name, f"failed: {sentence}"))
             continue
         kinds = [what + kind for what in ("", "compiled_") for kind in KINDS]
         groups = (
@@ -228,14 +228,16 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         )
         for what, versions in groups.items():
             if sentence := failed(versions):
-                message.append((f"{name}{what}", f"failed: {sentence}"))
+                table_rows.append((f"{name}{what}", f"failed: {sentence}"))
                 continue
-            message += [(f"{name}{what}: {label}", _figure(row)) for label, row in versions.items()]
-        message += [
+            table_rows += [
+                (f"{name}{what}: {label}", _figure(row)) for label, row in versions.items()
+            ]
+        table_rows += [
             (f"{name}: {label}", f"left out: {failed(why) or why}")
             for label, why in part.get("left_out", {}).items()
         ]
-    return message
+    return table_rows
 
 
 def _figure(row: dict[str, Any]) -> str:

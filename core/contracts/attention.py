@@ -17,15 +17,16 @@ class Cache(ABC):
     """What one attention layer keeps of the tokens that it has processed, for each row of a batch.
 
     A row is one sequence of the batch. Buffers are allocated once, for `capacity` tokens of each row; `lengths` says
-    which part of them is valid. Rows may have different lengths. No gradient flows through a cache. What `append`
-    returns grows with the longest row; a decoding step of constant shapes, as CUDA graphs need it, is not in this
-    version.
+    which part of them is valid. Rows may have different lengths. No gradient flows through a cache.
 
-    Class attributes:
+    Attributes:
+        constant_shapes: whether `append` returns all `capacity` slots of each row instead of the longest row's, so that
+            every decoding step has the same shapes, as CUDA graphs need it; set it before the first `append`.
         truncates: whether `truncate` can be called; a cache that compresses closed windows, for example, cannot.
     """
 
     truncates: ClassVar[bool] = True
+    constant_shapes: bool = False
 
     @property
     @abstractmethod
@@ -47,8 +48,8 @@ class Cache(ABC):
         """Appends new tokens to those of each row; every part is B x L x ... (keys and values, for example).
 
         Returns:
-            Every part with all tokens so far, B x S x ..., where S is the longest row's length. The entries past a
-            row's own length are finite and have no meaning.
+            Every part with all tokens so far, B x S x ..., where S is the longest row's length, or `capacity` under
+            `constant_shapes`. The entries past a row's own length are finite and have no meaning.
 
         Raises:
             ValueError: a row would hold more than `capacity` tokens.
@@ -58,7 +59,7 @@ class Cache(ABC):
     def slots(self, new: int) -> Tensor | None:
         """The positions of each row's last `new` tokens in what `append` returned: int64 B x new.
 
-        None where all rows are equally long, so that they are the last `new` of the S positions.
+        None where they are the last `new` of the S positions in every row, which never holds under `constant_shapes`.
         """
 
     def truncate(self, lengths_B: Tensor) -> None:

@@ -57,6 +57,8 @@ class HeadOutput:
             the layer's name in the block (`attention`, `ffn`).
         metrics: numbers to report in evaluation, by name.
         tallies: int64 counts for `on_step_end`, by name.
+
+    Names are the same in every batch, as in a `Record`.
     """
 
     terms: dict[str, Tensor]

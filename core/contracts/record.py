@@ -84,6 +84,9 @@ class Record:
         terms: the layer's own losses as sums, by name; their denominators are the layer's `counts`.
         tallies: the layer's own int64 counts, by name; summed exactly over micro-batches and data ranks.
         metrics: the layer's own numbers to report, by name.
+
+    Names, shapes of tallies and reductions of metrics are the same in every batch, one of nothing but padding included:
+    data ranks add them up without exchanging names.
     """
 
     load_E: Tensor | None = None

@@ -63,6 +63,8 @@ class TensorCache(Cache):
                 buffer[:, self.longest - new : self.longest] = part.detach()
             else:
                 buffer[rows_B1, slots_BL] = part.detach()
+        if self.constant_shapes:
+            return self._buffers
         return tuple(buffer[:, : self.longest] for buffer in self._buffers)
 
     def _new_buffer(self, part: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class TensorCache(Cache):
         return torch.zeros(shape, dtype=part.dtype, device=part.device)
 
     def slots(self, new: int) -> Tensor | None:
-        if min(self._lengths) == self.longest:
+        if min(self._lengths) == self.longest and not self.constant_shapes:
             return None
         return self.lengths[:, None] - new + torch.arange(new, device=self.device)
 

@@ -65,6 +65,8 @@ def compose(path: str | Path, overrides: Iterable[str] = (), *, smoke: bool = Fa
         layers.add(values, base)
     layers.add(own, str(file))
     section = layers.values.get("smoke", {})
+    if isinstance(section, dict) and "extends" in section:
+        raise UserError(f"{file}: smoke.extends: only a file can extend another")
     if smoke and isinstance(section, dict):
         layers.add(section, f"{file} (smoke)")
     layers.override(overrides)

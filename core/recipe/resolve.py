@@ -114,9 +114,8 @@ class Resolver:
                 why = "required key is missing"
                 if "doc" in f.metadata:
                     why = f"{why} ({f.metadata['doc']})"
-                origin = self.origin(
-                    _join(path, "name")
-                )  # a changed name is what requires other keys
+                # a changed name is what requires other keys
+                origin = self.origin(_join(path, "name"))
                 raise UserError(f"{origin}: {_join(path, f.name)}: {why}")
         return values
 
@@ -139,21 +138,24 @@ class Resolver:
         """Plain values, converted by OmegaConf all at once; the error names the first that cannot be converted."""
         hints = hints_of(schema)
         try:
-            if all(fits(value, hints[key]) for key, value in values.items()):
+            # a literal `${...}` must not be resolved among the other values of the section
+            together = "${" not in repr(values)
+            if together and all(fits(value, hints[key]) for key, value in values.items()):
                 return convert(schema, values)
         except OmegaConfBaseException:
             pass
+        converted: dict[str, Any] = {}
         for key, value in values.items():
             cause: OmegaConfBaseException | None = None
             try:
                 if fits(value, hints[key]):
-                    convert(schema, {key: value})
+                    converted |= convert(schema, {key: value})
                     continue
             except OmegaConfBaseException as error:
                 cause = error
             why = f"must be {describe_type(hints[key])}"
             raise self.error(_join(path, key), value, why) from cause
-        raise AssertionError(f"{path}: the values can be converted one by one, but not together")
+        return converted
 
     def _sections(self, kind: Any, form: str, value: Any, path: str, parent: Any) -> Any:
         """The core's own sections that a field holds: one, a list or a mapping of them."""
@@ -208,8 +210,8 @@ class Resolver:
             recipe: what the sections belong to.
 
         Raises:
-            UserError: a name is unknown (all names are looked up before anything is imported), a section is wrong, or
-                `recipe.check_components` does not allow their combination.
+            UserError: a name is unknown (those of deferred sections are looked up before the first is imported), a
+                section is wrong, or `recipe.check_components` does not allow their combination.
         """
         self.registry = registry
         self._defer = False

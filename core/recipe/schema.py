@@ -113,9 +113,11 @@ TAKEN = frozenset(
         "forward",
         "apply",
         "to",
+        "attention",
+        "ffn",
     ]
 )
-"""Names that torch's ModuleDict uses for its own methods."""
+"""Names that a head cannot have: methods of torch's ModuleDict, and names under which layers' metrics are logged."""
 
 
 @dataclass(kw_only=True)
@@ -366,7 +368,10 @@ class RecipeSchema:
         """Raises `ConfigError` if the precision cannot run with recomputation or on the strategy's devices."""
         able = self.precision.component.capabilities_of(self.precision.config)
         if "remembers_products" in able and self.recompute.blocks:
-            why = f"must be empty under precision {self.precision.name}: as it is set, a product repeated differs"
+            name = self.precision.name
+            why = (
+                f"must be empty under these settings of {name}: a recomputed product has other bits"
+            )
             raise ConfigError("recompute.blocks", why)
         if "gpu_only" in able and getattr(self.strategy.config, "accelerator", None) == "cpu":
             why = f"must not be cpu under precision {self.precision.name}"

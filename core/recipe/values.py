@@ -141,6 +141,10 @@ def describe_type(hint: Any) -> str:
         return " or ".join(describe_type(a) for a in arguments)
     if origin is list:
         return f"a list, each item {describe_type(arguments[0])}"
+    if hint is Any:
+        return "anything"
+    if origin is dict and arguments[1] is not Any:
+        return f"a section of keys, each {describe_type(arguments[1])}"
     if origin is dict:
         return "a section of keys"
     if arguments:

@@ -13,6 +13,7 @@ from core.testing import (  # noqa: F401 - importing them registers their checks
     formats,
     layers,
     products,
+    records,
     residuals,
     routing,
 )

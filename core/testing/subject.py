@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from core.contracts.build import BuildContext, Rope
 from core.contracts.component import Environment
@@ -17,7 +18,7 @@ from core.contracts.schema import Section
 from core.extension.loader import installed_registry, registry_for
 from core.extension.registry import Entry, Registry
 from core.model.initialise import initialise
-from core.recipe.resolve import Resolver
+from core.recipe.resolve import Resolver, to_dict
 from core.testing import bench
 from core.testing.clauses import MODULES, require
 
@@ -152,8 +153,8 @@ class Subject:
         return replace(build, roles={*build.roles, *self.component.roles}, ropes=ropes)
 
     def texts(self) -> list[str]:
-        """The texts among the example's settings."""
-        return [value for value in vars(self.config).values() if isinstance(value, str)]
+        """The texts among the example's settings, those in lists, mappings and child sections included."""
+        return [value for value in tree_leaves(to_dict(self.config)) if isinstance(value, str)]
 
     def _layer(self) -> Section:
         if self.entry.slot == "ffn":

@@ -85,7 +85,9 @@ class ValidationTotals(Metric):
         return values
 
     def _add_mean(self, name: str, value: Tensor, count: Tensor) -> None:
-        """Add to a mean; its states are made at the first batch that has it, in the same order on every rank."""
+        """Add to a mean; its states are made at the first batch, which has every name (see `Record`)."""
+        if name in self.maxima:
+            raise TypeError(f"layers report the metric {name} by different reductions")
         if name not in self.names:
             self.names.append(name)
             self._make_state(f"sum {name}", torch.zeros((), dtype=torch.float64), "sum")
@@ -100,6 +102,8 @@ class ValidationTotals(Metric):
             self._add_maximum(label, metric)
 
     def _add_maximum(self, name: str, metric: MaxMetric) -> None:
+        if name in self.names:
+            raise TypeError(f"layers report the metric {name} by different reductions")
         if name not in self.maxima:
             self.maxima.append(name)
             lowest = torch.full((), -math.inf, dtype=torch.float64)

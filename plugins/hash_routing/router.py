@@ -84,7 +84,7 @@ class HashRouter(Router):
         """
         if not self.known:
             why = "map = balanced is made from the training data's token counts, and this model was built without data"
-            how = "use core.fit, core.load, or core.build(..., token_counts=...)"
+            how = "use moeloom.fit, moeloom.load, or moeloom.build(..., token_counts=...)"
             raise UserError(f"hash: {why}: {how}")
         expert_T1 = self.table.index_select(0, context.tokens_BL.flatten())[:, None]
         gate_T1 = at_least_fp32(x_TD.new_ones(len(x_TD), 1))

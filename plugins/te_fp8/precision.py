@@ -17,7 +17,7 @@ from plugins.te_fp8.layers import ScalingRecipe, TEGroupedLinear, TELinear
 
 
 class TransformerEngineFP8(FP8Precision):
-    """Takes low roles' products by `te.Linear` and `te.GroupedLinear`, always under a recipe that the section names."""
+    """Computes the products of low roles with `te.Linear` and `te.GroupedLinear` under one scaling recipe."""
 
     paper = "DeepSeek-V3 Technical Report (arXiv 2412.19437, section 3.3)"
     example = {"name": "te_fp8"}
@@ -53,7 +53,7 @@ class TransformerEngineFP8(FP8Precision):
 
     @classmethod
     def capabilities_of(cls, config: Any) -> frozenset[str]:
-        """The class's capabilities; under delayed scaling a second product has other bits, as its scales have moved."""
+        """Adds `remembers_products` under delayed scaling, where a repeated product has other scales and other bits."""
         if config.scaling == "delayed":
             return cls.capabilities | {"remembers_products"}
         return cls.capabilities

@@ -135,10 +135,10 @@ def test_a_layout_is_one_json_document_and_a_table(lab: "Lab") -> None:
         1,
         2 * 2,
     )  # 4 / 2 ranks, 2 at a time
-    message = lab.command("describe", lab.file, *arguments).out
+    output = lab.command("describe", lab.file, *arguments).out
     assert (
         "6 GPUs (data 2, expert 2, pipeline 3), schedule 1f1b, 4 micro-batches of 1 sequences a step"
-        in message
+        in output
     )
-    assert "the fullest GPU holds" in message
+    assert "the fullest GPU holds" in output
     assert json.loads(lab.command("describe", lab.file, "--json").out)["layout"] is None

@@ -161,13 +161,13 @@ def test_recipes_to_compare_and_their_overrides_come_in_any_order(lab: Lab, tmp_
         (dim, "--compare", lab.file, odd),
         ("--compare", lab.file, dim, odd),
     ]
-    message = [lab.command("describe", "--json", *form) for form in forms]
-    assert [said.code for said in message] == [0] * len(forms), [said.err for said in message]
-    documents = json.loads(message[0].out)
+    results = [lab.command("describe", "--json", *form) for form in forms]
+    assert [said.code for said in results] == [0] * len(forms), [said.err for said in results]
+    documents = json.loads(results[0].out)
     assert [document["recipe"] for document in documents] == [str(lab.file), str(odd)]
     assert {document["params_total"] for document in documents} == {documents[0]["params_total"]}
     assert documents[0]["layers"][0]["parameters"] == 300 * 64
-    assert all(json.loads(said.out) == documents for said in message)
+    assert all(json.loads(said.out) == documents for said in results)
 
 
 def test_one_recipe_to_compare_is_a_list_of_one(lab: Lab) -> None:
@@ -204,12 +204,12 @@ def test_compare_says_what_is_not_held_equal(lab: Lab, tmp_path: Path) -> None:
     other.write_text("\n".join([f"extends: {lab.file}", *changed]), encoding="utf-8")
     said = lab.command("describe", "--compare", lab.file, other)
     assert said.code == 0, said.err
-    message = [
+    differences = [
         line.removeprefix("not equal: ")
         for line in said.out.splitlines()
         if line.startswith("not equal: ")
     ]
-    assert message == [
+    assert differences == [
         "width: 32; 64 in other",
         "attention: mla; mha in other",
         "sequence length: 16; 8 in other",

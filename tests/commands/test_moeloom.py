@@ -229,16 +229,45 @@ def test_the_public_names_are_those_of_core() -> None:
         moeloom.train  # noqa: B018
 
 
-def test_another_core_is_an_error_that_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["core", "plugins"])
+@pytest.mark.parametrize("imported", [False, True], ids=["found", "imported"])
+def test_another_package_is_an_error_that_names_it(
+    name: str, imported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "core").mkdir()
-    file = tmp_path / "core" / "__init__.py"
+    (tmp_path / name).mkdir()
+    file = tmp_path / name / "__init__.py"
     file.touch()
-    other = ModuleType("core")
-    other.__spec__ = spec_from_file_location("core", file)
-    monkeypatch.setitem(sys.modules, "core", other)
-    with pytest.raises(ImportError, match=f"needs its own package core .* Python finds {file}"):
+    if imported:
+        other = ModuleType(name)
+        other.__spec__ = spec_from_file_location(name, file)
+        monkeypatch.setitem(sys.modules, name, other)
+    else:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=f"needs its own package {name} .* Python finds {file}"):
+        moeloom.compose  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["core", "plugins"])
+def test_a_module_without_a_spec_is_another_package(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = ModuleType(name)
+    assert other.__spec__ is None
+    monkeypatch.setitem(sys.modules, name, other)
+    with pytest.raises(ImportError, match=f"package {name} .* finds a module without a file"):
+        moeloom.compose  # noqa: B018
+    other.__file__ = "elsewhere.py"
+    with pytest.raises(ImportError, match=f"package {name} .* finds elsewhere.py under"):
+        moeloom.compose  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["core", "plugins"])
+def test_a_missing_package_is_an_error_that_names_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=f"the package {name} is missing in {OUR_FOLDER}"):
         moeloom.compose  # noqa: B018
 
 

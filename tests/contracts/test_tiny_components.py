@@ -27,6 +27,7 @@ from core.model.rope import rotate
 from core.testing.clauses import NotApplicable
 from core.testing.run import Case, cases
 from core.training.totals import WindowTotals, call_on_step_end
+from core.training.validation import ValidationTotals
 from core.training.window import Window, objective
 
 ALL = everything()
@@ -308,7 +309,7 @@ def test_rows_of_different_lengths_decode_as_each_row_alone(lab: Lab) -> None:
         )
         for row, length in enumerate(lengths):
             whole = torch.cat([tokens_BL[row, :length], more_BL[row]])[None]
-            expected = model.logits(whole)[0, length:]
+            expected = model.output(model.hidden(whole)[0])[0, length:]
             torch.testing.assert_close(logits_BLV[row], expected, rtol=1e-10, atol=1e-10)
     assert caches[0].lengths.tolist() == [length + 4 for length in lengths]
 
@@ -402,6 +403,35 @@ def test_a_run_on_token_blocks_learns_answers_only_and_counts_every_token(
     said = lab.command("evaluate", tmp_path / "run", "--json")
     assert said.code == 0, said.err
     assert any("val_loss" in row for row in rows(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("sizes", [[8], [5, 3]])
+def test_a_head_reports_its_loss_for_each_source(lab: Lab, sizes: list[int]) -> None:
+    """Against a loop over sequences, over a validation read in one batch or two."""
+    recipe = lab.recipe(
+        FP64, "plugins=[tiny_components]", "model.heads={next_token: {name: by_source, sources: 2}}"
+    )
+    model = build(recipe)
+    source_B = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
+    validation = ValidationTotals(model, Ledger.of(model), 100)
+    sums = [0.0, 0.0]
+    counts = [0, 0]
+    with torch.no_grad():
+        for context in contexts_of(sizes, source_B=source_B):
+            validation.update(model(context), context)
+        (whole,) = contexts_of([8], source_B=source_B)
+        logits_BLV = model.output(model.hidden(whole)[0])
+    for row, source in enumerate(source_B.tolist()):
+        for place in range(12):
+            if whole.predicted()[row, place]:
+                target = int(whole.targets_BL[row, place])  # type: ignore[index]
+                sums[source] -= float(logits_BLV[row, place].log_softmax(-1)[target])
+                counts[source] += 1
+    values = validation.compute()
+    assert all(counts)
+    for source in (0, 1):
+        found = values[f"val/next_token/source_{source}"]
+        assert found == pytest.approx(sums[source] / counts[source], rel=1e-10)
 
 
 def test_the_loader_hands_masks_and_sources_to_the_model(lab: Lab) -> None:

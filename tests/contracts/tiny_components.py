@@ -22,6 +22,7 @@ from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.corpus import Split, TokenBlock, TokenCorpus
 from core.contracts.loss_head import Draft, HeadOutput, LossHead, SharedModules
+from core.contracts.record import MeanMetric, Metric
 from core.contracts.residual import Place, Residual
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
@@ -42,6 +43,7 @@ def register(registry: Registrar) -> None:
     registry.optimizer("by_kind", f"{__name__}:ByKind")
     registry.attention("two_ropes", f"{__name__}:TwoRopes")
     registry.loss_head("peek", f"{__name__}:Peek")
+    registry.loss_head("by_source", f"{__name__}:BySource")
     registry.corpus("token_blocks", f"{__name__}:Blocks")
     registry.strategy("share_experts", f"{__name__}:ShareExperts")
 
@@ -252,6 +254,49 @@ class Peek(LossHead):
 
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from one hundred wolves in the dark forest"
+
+
+class BySource(LossHead):
+    """The next token's cross-entropy, reported for each source."""
+
+    example = {"name": "by_source", "sources": 2}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """How many sources."""
+
+        sources: int = setting(doc="number of sources")
+
+    def __init__(self, config: Config, build: BuildContext) -> None:
+        super().__init__(config, build)
+        self.sources = config.sources
+
+    def forward(
+        self, hidden_BLD: Tensor, context: SequenceContext, shared: SharedModules
+    ) -> HeadOutput:
+        assert context.targets_BL is not None
+        logits_BVL = shared.logits(hidden_BLD).transpose(1, 2)
+        losses_BL = F.cross_entropy(logits_BVL, context.targets_BL, reduction="none")
+        predicted_BL = context.predicted()
+        losses_BL = losses_BL * predicted_BL
+        source_B = context.source_B
+        if source_B is None:
+            source_B = torch.zeros(len(losses_BL), dtype=torch.int64)
+        metrics: dict[str, Metric] = {}
+        for index in range(self.sources):
+            rows = source_B == index
+            total = losses_BL.detach()[rows].sum()
+            metrics[f"source_{index}"] = MeanMetric(total, predicted_BL[rows].sum())
+        return HeadOutput({"loss": losses_BL.sum()}, metrics=metrics)
+
+    def counts(self, context: SequenceContext) -> dict[str, Tensor]:
+        return {"loss": context.predicted().sum()}
+
+    def coefficient(self, progress: Progress) -> float:
+        return 1.0
+
+    def costs(self) -> Costs:
+        return Costs()
 
 
 class Blocks(TokenCorpus):

@@ -94,10 +94,10 @@ def test_entries_report_vocabularies_apart_and_nothing_else(tokenizer: Tokenizer
     more = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     more.add_special_tokens(["<|pad|>"])
     assert Tokenizer(more).entries() != tokenizer.entries()
-    message = json.loads(tokenizer.to_json())
-    message["model"]["merges"].reverse()
+    parsed = json.loads(tokenizer.to_json())
+    parsed["model"]["merges"].reverse()
     assert (
-        Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(message))).entries()
+        Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(parsed))).entries()
         != tokenizer.entries()
     )
 

@@ -153,11 +153,9 @@ def test_the_time_that_is_traced_is_that_of_the_import(
     monkeypatch.setenv(TRACE, "1")
     registry_for([module("slow", CORPUS + "\n    import time\n    time.sleep(0.05)\n")])
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "'slow'" in line]
-    message = re.fullmatch(
-        r"trace: plugin 'slow' of recipe: slow from .*slow.py, (\d+\.\d) ms", line
-    )
-    assert message
-    assert 50 <= float(message[1]) < 5000
+    match = re.fullmatch(r"trace: plugin 'slow' of recipe: slow from .*slow.py, (\d+\.\d) ms", line)
+    assert match
+    assert 50 <= float(match[1]) < 5000
 
 
 def test_nothing_is_traced_unasked(

@@ -188,13 +188,13 @@ def test_what_a_part_kept_before_it_failed_stays(
     arguments = gpu.parser().parse_args(
         ["layer", "--quick", "--device", "cpu", "--out", str(tmp_path)]
     )
-    message = gpu.measured(
+    rows = gpu.measured(
         "layer", arguments, document, tmp_path / "gpu.json", measure.ceilings("cpu", quick=True)
     )
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["layer"]["found"]
     assert found["first"] == {"value": 1}
     assert found["error"] == "ValueError: out of memory"
-    assert "ValueError" in str(message)
+    assert "ValueError" in str(rows)
     assert gpu._errors(found) == ["ValueError: out of memory"]
 
 
@@ -215,25 +215,24 @@ def test_a_failure_is_reported_and_loses_nothing_else() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_one_sentence_says_what_is_possible(tmp_path: Path) -> None:
-    message = run("layer", "--out", tmp_path / "out")
-    assert message.returncode == 2
-    assert "there is no GPU that torch can use; --device cpu --quick is a dry run" in message.stderr
+    done = run("layer", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "there is no GPU that torch can use; --device cpu --quick is a dry run" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_part_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    message = run("speeed", "--quick", "--device", "cpu", "--out", tmp_path / "out")
-    assert message.returncode == 2
+    done = run("speeed", "--quick", "--device", "cpu", "--out", tmp_path / "out")
+    assert done.returncode == 2
     assert (
-        "speeed: is no part; allowed: tests, correctness, fp8, speed, layer, profile"
-        in message.stderr
+        "speeed: is no part; allowed: tests, correctness, fp8, speed, layer, profile" in done.stderr
     )
 
 
 def test_a_part_leaves_its_numbers_beside_those_of_others(tmp_path: Path) -> None:
     (tmp_path / "gpu-quick.json").write_text('{"speed": {"found": {}}}', encoding="utf-8")
-    message = run("layer", "--quick", "--device", "cpu", "--out", tmp_path)
-    assert message.returncode == 0, message.stderr
+    done = run("layer", "--quick", "--device", "cpu", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "gpu-quick.json").read_text(encoding="utf-8"))
     assert document.keys() == {"speed", "layer"}
     about, found = document["layer"]["about"], document["layer"]["found"]
@@ -241,4 +240,4 @@ def test_a_part_leaves_its_numbers_beside_those_of_others(tmp_path: Path) -> Non
     assert about["packages"]["torch"] == torch.__version__
     assert found["even"]["max_vio"] == 0 < found["routed"]["max_vio"]
     assert found["even"]["forward_and_backward"].keys() == layer.VERSIONS.keys()
-    assert "| layer | even: bf16 compiled | forward" in message.stdout
+    assert "| layer | even: bf16 compiled | forward" in done.stdout

@@ -49,8 +49,8 @@ def offers(package: Path) -> list[Entry]:
 
 @pytest.mark.parametrize("section_of", SECTIONS, ids=lambda cls: cls.__name__)
 def test_every_key_of_a_recipe_is_documented(section_of: type) -> None:
-    message = first_cells(section(RECIPES, SECTIONS[section_of]))
-    assert {field.name for field in fields(section_of)} <= message  # type: ignore[arg-type]
+    documented = first_cells(section(RECIPES, SECTIONS[section_of]))
+    assert {field.name for field in fields(section_of)} <= documented  # type: ignore[arg-type]
 
 
 def test_no_section_of_the_schema_is_left_out() -> None:
@@ -78,10 +78,10 @@ def test_no_key_is_documented_that_there_is_not() -> None:
 
 
 def test_the_trainer_keys_are_those_that_are_allowed() -> None:
-    message = set(
+    documented = set(
         re.findall("`([a-z_]+)`", section(RECIPES, "## The trainer").partition("With")[0])
     )
-    assert message - {"trainer"} == schema.FREE_TRAINER_KEYS
+    assert documented - {"trainer"} == schema.FREE_TRAINER_KEYS
 
 
 def test_the_printed_learning_rate_is_the_shipped_one() -> None:
@@ -94,9 +94,9 @@ def test_the_printed_learning_rate_is_the_shipped_one() -> None:
 def test_every_column_and_every_key_of_a_run_has_a_unit(finished: Path) -> None:
     with (finished / "metrics.csv").open(newline="") as file:
         columns = next(csv.reader(file))
-    message = first_cells(section(TRAINING, "## metrics.csv"))
+    documented = first_cells(section(TRAINING, "## metrics.csv"))
     plain = {re.sub(r"loss/balance/\w+", "loss/balance/<name>", column) for column in columns}
-    assert plain - message == set()
+    assert plain - documented == set()
     assert set(json.loads((finished / "summary.json").read_text())) == first_cells(
         section(TRAINING, "## summary.json")
     )
@@ -104,8 +104,8 @@ def test_every_column_and_every_key_of_a_run_has_a_unit(finished: Path) -> None:
 
 def test_the_run_folder_of_the_readme_is_complete(finished: Path) -> None:
     table = section(ROOT / "README.md", "## What you get").partition("Measured")[0]
-    message = {name.rstrip("/") for name in first_cells(table)}
-    assert {file.name for file in finished.iterdir()} - {"tokenizer.json"} == message
+    listed = {name.rstrip("/") for name in first_cells(table)}
+    assert {file.name for file in finished.iterdir()} - {"tokenizer.json"} == listed
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)

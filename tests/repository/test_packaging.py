@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,14 @@ BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
 FROM_ELSEWHERE = """
 import json, sys
 import core
+import moeloom
 from core.extension.loader import find_plugins
 from core.recipe.compose import compose, shipped_recipes, shipped_sweeps
 owners = find_plugins()
 print(json.dumps({
     "core": core.__file__,
+    "moeloom": moeloom.__file__,
+    "version": moeloom.__version__,
     "recipes": sorted([*shipped_recipes(), *(f"sweeps/{name}" for name in shipped_sweeps())]),
     "owners": sorted({(owner.distribution, owner.version) for owner in owners}),
     "points": sorted(owner.entry_point for owner in owners),
@@ -76,6 +80,13 @@ def test_a_wheel_holds_the_code_the_recipes_and_the_licence(wheel: Path) -> None
     assert not any(name.startswith(("tests/", "docs/", "recipes/")) for name in names)
 
 
+def test_a_wheel_installs_the_command(wheel: Path) -> None:
+    name = f"moeloom-{core.__version__}.dist-info/entry_points.txt"
+    points = ConfigParser(delimiters=("=",))
+    points.read_string(zipfile.ZipFile(wheel).read(name).decode("utf-8"))
+    assert dict(points["console_scripts"]) == {"moeloom": "moeloom.__main__:main"}
+
+
 def test_it_works_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
@@ -91,6 +102,8 @@ def test_it_works_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     )
     found = json.loads(done.stdout)
     assert found["core"] == str(tmp_path / "site/core/__init__.py")
+    assert found["moeloom"] == str(tmp_path / "site/moeloom/__init__.py")
+    assert found["version"] == core.__version__
     assert found["recipes"] == sorted(
         name.removesuffix(".yaml") for name in relative(ROOT / "recipes", "*.yaml")
     )

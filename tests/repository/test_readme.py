@@ -62,23 +62,23 @@ def test_its_python_runs() -> None:
 
 
 def test_its_slots_and_plugins_are_those_that_there_are() -> None:
-    message = {}
+    documented = {}
     for line in section(README, "## Slots and built-in plugins").splitlines():
         if line.startswith("| `"):
             slots, names = line.split("|")[1:3]
-            message.update(
+            documented.update(
                 {
                     slot: set(re.findall("`([^`]+)`", names))
                     for slot in re.findall("`([^`]+)`", slots)
                 }
             )
     own = load_plugins([owner for owner in find_plugins() if owner.distribution == "moeloom"])
-    assert message == {slot: set(own.names(slot)) for slot in SLOTS}
+    assert documented == {slot: set(own.names(slot)) for slot in SLOTS}
 
 
 def test_its_commands_are_those_that_there_are() -> None:
-    message = set(re.findall(r"python -m core\.(\w+)", section(README, "## Commands")))
-    assert message == commands()
+    listed = set(re.findall(r"python -m core\.(\w+)", section(README, "## Commands")))
+    assert listed == commands()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))

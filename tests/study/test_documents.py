@@ -37,8 +37,8 @@ def test_what_can_be_allowed_is_listed() -> None:
 
 
 def test_the_shipped_sweeps_are_named() -> None:
-    message = PAGE.read_text(encoding="utf-8").partition("## The file")[0]
-    assert all(f"`{name}`" in message for name in shipped_sweeps())
+    introduction = PAGE.read_text(encoding="utf-8").partition("## The file")[0]
+    assert all(f"`{name}`" in introduction for name in shipped_sweeps())
 
 
 def test_the_printed_sweep_can_be_run(tmp_path: Path) -> None:

@@ -196,8 +196,8 @@ def test_five_variants_that_are_all_the_same_are_rarely_reported_apart() -> None
     names = ["base", *"abcde"]
     for _ in range(trials):
         values = {name: {seed: draw.gauss(2.3, 0.1) for seed in range(5)} for name in names}
-        message: Sequence[object] = [
+        verdicts: Sequence[object] = [
             row["verdict"] for row in compare(values, "base", "lower").values() if row
         ]
-        wrong += any(word in ("better", "worse") for word in message)
+        wrong += any(word in ("better", "worse") for word in verdicts)
     assert wrong <= 0.05 * trials + 3 * math.sqrt(trials * 0.05 * 0.95)

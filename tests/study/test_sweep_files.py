@@ -160,10 +160,10 @@ def test_all_variants_that_fail_are_reported_at_once(
     file = write(TWO.replace("budget:", "".join(f"  {line}\n" for line in more) + "budget:"))
     said = lab.command("sweep", file, "--out", tmp_path / "out")
     assert said.code == 2
-    message = said.err.splitlines()
-    assert message[0].endswith("3 of 5 variants cannot run:")
-    assert [line.strip().partition(":")[0] for line in message[1:]] == ["wide", "lost", "deep"]
-    assert "model.dmi: unknown key; did you mean dim" in message[1]
+    lines = said.err.splitlines()
+    assert lines[0].endswith("3 of 5 variants cannot run:")
+    assert [line.strip().partition(":")[0] for line in lines[1:]] == ["wide", "lost", "deep"]
+    assert "model.dmi: unknown key; did you mean dim" in lines[1]
     assert not (tmp_path / "out").exists()
 
 
@@ -175,7 +175,7 @@ def test_no_mistake_hides_another(write: Write) -> None:
     text += "metric: val_los\nmatsh: {{}}\nsmoke: {{budget: {{stesp: 1}}, sedes: [0]}}\n"
     first, *lines = refused(write(text)).splitlines()
     assert first.endswith("question.yaml: 9 errors:")
-    message = [line.strip() for line in lines]
+    errors = [line.strip() for line in lines]
     for line in (
         "variants.lost.recipee: unknown key; did you mean recipe?",
         "matsh: unknown key; did you mean match?",
@@ -187,7 +187,7 @@ def test_no_mistake_hides_another(write: Write) -> None:
         "with --smoke: bias: ",
         "with --smoke: none: ",
     ):
-        assert [each for each in message if each.startswith(line)], line
+        assert [each for each in errors if each.startswith(line)], line
 
 
 def test_what_only_the_small_sizes_have_wrong_is_reported_without_them(write: Write) -> None:
@@ -211,10 +211,10 @@ def test_variants_that_cannot_run_here_are_refused_unless_they_run_elsewhere(
     fast = "  fast: {{overrides: {{strategy.accelerator: cuda}}}}\n"
     odd = "  odd: {{overrides: {{model.attention.rope_dim: 3}}}}\n"
     file = write(TWO.replace("budget:", f"{fast}{odd}budget:"))
-    message = refused(file).splitlines()
-    assert message[0].endswith("2 of 4 variants cannot run:")
-    assert message[1].startswith("  fast: cannot run here: strategy single: ")
-    assert message[2].startswith("  odd: ")
+    lines = refused(file).splitlines()
+    assert lines[0].endswith("2 of 4 variants cannot run:")
+    assert lines[1].startswith("  fast: cannot run here: strategy single: ")
+    assert lines[2].startswith("  odd: ")
     with pytest.raises(UserError) as elsewhere:
         read_sweep(file, here=False)
     assert "1 of 4 variants" in str(elsewhere.value)
