@@ -385,7 +385,9 @@ def _compare(sides: tuple[Side, Side], commit: str, arguments: argparse.Namespac
     if different:
         verdict = f"{len(different)} of {len(found)} comparisons differ"
     if refused:
-        print(f"{refused} of the comparisons are of cases that both sides refuse alike: no number is compared")
+        print(
+            f"{refused} of the comparisons are of cases that both sides refuse alike: no number is compared"
+        )
     print(f"{len(found)} comparisons in {time.monotonic() - began:.0f} s: {verdict}")
     return 1 if different else 0
 
