@@ -370,7 +370,7 @@ class RecipeSchema:
         if "remembers_products" in able and self.recompute.blocks:
             name = self.precision.name
             why = (
-                f"must be empty under these settings of {name}: a recomputed product has other bits"
+                f"must be empty under precision {name}: as it is set, a recomputed product differs"
             )
             raise ConfigError("recompute.blocks", why)
         if "gpu_only" in able and getattr(self.strategy.config, "accelerator", None) == "cpu":

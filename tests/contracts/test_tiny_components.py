@@ -309,7 +309,7 @@ def test_rows_of_different_lengths_decode_as_each_row_alone(lab: Lab) -> None:
         )
         for row, length in enumerate(lengths):
             whole = torch.cat([tokens_BL[row, :length], more_BL[row]])[None]
-            expected = model.output(model.hidden(whole)[0])[0, length:]
+            expected = model.logits(whole)[0, length:]
             torch.testing.assert_close(logits_BLV[row], expected, rtol=1e-10, atol=1e-10)
     assert caches[0].lengths.tolist() == [length + 4 for length in lengths]
 

@@ -64,9 +64,9 @@ CORE = {
     "model.dim=0": "{o}: model.dim = 0: must be at least 1",
     "model.heads={next_token: null}": "{o}: model.heads: must hold at least one loss head",
     "model.heads={a/b: {name: next_token}}": "{o}: model.heads: 'a/b' cannot name a head: use letters, digits and _, "
-    "and none of apply, clear, eval, forward, items, keys, pop, to, train, type, update, values",
+    "and none of apply, attention, clear, eval, ffn, forward, items, keys, pop, to, train, type, update, values",
     "model.heads={keys: {name: next_token}}": "{o}: model.heads: 'keys' cannot name a head: use letters, digits and _, "
-    "and none of apply, clear, eval, forward, items, keys, pop, to, train, type, update, values",
+    "and none of apply, attention, clear, eval, ffn, forward, items, keys, pop, to, train, type, update, values",
     "seed=-1": "{o}: seed = -1: must be at least 0",
     "trainer.log_every_n_steps=0": "{o}: trainer: log_every_n_steps must be a whole number of at least 1",
     "model.heads=null": "{o}: model.heads = null: must map names to sections",
