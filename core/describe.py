@@ -14,10 +14,23 @@ if TYPE_CHECKING:
     from core.recipe.compose import Recipe
 
 SHOWN = (
-    *("params_total", "params_experts", "params_mtp", "params_active"),
-    *("flops_per_token", "flops_per_token_main", "flops_per_token_full"),
-    *("flops_per_token_megatron", "flops_per_token_megatron_main", "kv_bytes_per_token"),
-    *("top_k", "capacity_factor", "drops", "causal", "batch_dependent", "steps", "tokens"),
+    "params_total",
+    "params_experts",
+    "params_mtp",
+    "params_active",
+    "flops_per_token",
+    "flops_per_token_main",
+    "flops_per_token_full",
+    "flops_per_token_megatron",
+    "flops_per_token_megatron_main",
+    "kv_bytes_per_token",
+    "top_k",
+    "capacity_factor",
+    "drops",
+    "causal",
+    "batch_dependent",
+    "steps",
+    "tokens",
 )
 COLUMNS = {
     "layers": ("part", "kind", "parameters", "active", "experts"),

@@ -48,7 +48,7 @@ def intact(folder: Path) -> bool:
 
 
 def write_entry(folder: Path, files: Mapping[str, Writer]) -> None:
-    """Write an entry's files and seal it.
+    """Writes an entry's files and seals it.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -66,7 +66,7 @@ def write_entry(folder: Path, files: Mapping[str, Writer]) -> None:
 
 
 def array_writer(array: NDArray[Any]) -> Writer:
-    """Return a writer of an array as a `.npy` file."""
+    """Returns a writer of an array as a `.npy` file."""
 
     def write(stream: IO[bytes]) -> None:
         np.save(stream, array)
@@ -75,7 +75,7 @@ def array_writer(array: NDArray[Any]) -> Writer:
 
 
 def _replace(path: Path, write: Writer) -> str:
-    """Write a file under a temporary name, rename it and return its checksum."""
+    """Writes a file under a temporary name, renames it and returns its checksum."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as stream:

@@ -46,7 +46,7 @@ class Split:
 
 
 def read_split(corpus: Corpus) -> Split:
-    """Read and check every document of a corpus, sorted by name.
+    """Reads and checks every document of a corpus, sorted by name.
 
     Empty documents are dropped before anything is counted. All bytes are held in memory, so a corpus of text
     must fit into it.

@@ -66,7 +66,7 @@ class WindowLoader:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue with the step that a checkpoint names."""
+        """Continues with the step that a checkpoint names."""
         self.step = state["step"]
 
 

@@ -61,7 +61,7 @@ class TextData(LightningDataModule):
         self._validation_sequences = validation_sequences
 
     def prepare(self) -> None:
-        """Read the corpus and prepare its tokens; a second call does nothing.
+        """Reads the corpus and prepares its tokens; a second call does nothing.
 
         Call it before anything expensive, because every error in the data is reported here.
 

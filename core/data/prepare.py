@@ -24,7 +24,7 @@ AT_ONCE = 64
 
 
 def prepare(corpus: Corpus, vocab: int) -> Prepared:
-    """Read a corpus and return it as tokens.
+    """Reads a corpus and returns it as tokens.
 
     Raises:
         UserError: the corpus cannot be read, the vocabulary does not fit it, or the cache cannot be written.

@@ -67,7 +67,7 @@ def open_store(
     learned: Path | None = None,
     sources: Path | None = None,
 ) -> TokenStore:
-    """Map a packed stream (two `.npy` files, or four where targets have masks and sources) from disk."""
+    """Maps a packed stream (two `.npy` files, or four where targets have masks and sources) from disk."""
     return TokenStore(
         _mapped(tokens),
         np.load(starts),

@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 def prepare_tokens(corpus: TokenCorpus, vocab: int) -> Prepared:
-    """Read a corpus of tokens into token stores.
+    """Reads a corpus of tokens into token stores.
 
     Raises:
         UserError: `vocab` is not the corpus's vocabulary, a block is empty, has an id outside of it or a mask of
@@ -98,7 +98,7 @@ def _arrays(
 def _build(
     folder: Path, corpus: TokenCorpus, tokenizer: str, vocab: int, expected: dict[Split, _Survey]
 ) -> None:
-    """Write the cache entry: for each split its tokens, where blocks start, which tokens are learned, and sources."""
+    """Writes the cache entry: for each split its tokens, where blocks start, which tokens are learned, and sources."""
     files: dict[str, cache.Writer] = {
         "tokenizer.json": lambda stream: stream.write(tokenizer.encode())
     }

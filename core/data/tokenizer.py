@@ -103,12 +103,12 @@ class Tokenizer:
         return self._engine.get_vocab(with_added_tokens=False), model.get("merges", []), added
 
     def save(self, path: Path) -> None:
-        """Write a `tokenizer.json`."""
+        """Writes a `tokenizer.json`."""
         path.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a `tokenizer.json`.
+        """Reads a `tokenizer.json`.
 
         Raises:
             UserError: there is none, or it cannot be read as one.

@@ -69,7 +69,7 @@ def sequences_at(positions: NDArray[np.int64], seed: int, count: int) -> NDArray
 
 
 def cut(store: TokenStore, begins_B: NDArray[np.int64], length: int) -> Batch:
-    """Cut out the sequences that begin at some tokens of a stream.
+    """Cuts out the sequences that begin at some tokens of a stream.
 
     A position without a next token is padding: token and target 0, and a document number past the last. A sequence's
     source is that of its first token.

@@ -72,7 +72,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Broken:
-    """A plugin that could not be loaded; this is an error only if a recipe names a component that nobody offers."""
+    """A plugin that could not be loaded; this is an error only if a recipe names a component that no plugin offers."""
 
     owner: Provenance
     why: str

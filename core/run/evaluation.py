@@ -25,7 +25,7 @@ from core.training.resume import check_data, check_trained
 def evaluate(
     checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Validate a checkpoint over its recipe's whole validation split.
+    """Validates a checkpoint over its recipe's whole validation split.
 
     Args:
         checkpoint: the checkpoint file.

@@ -17,7 +17,7 @@ from core.training.resume import newest_checkpoint
 
 
 def load(run_or_checkpoint: str | Path) -> LanguageModel:
-    """Load a trained model in evaluation mode, from a run folder (its newest checkpoint) or one checkpoint file.
+    """Loads a trained model in evaluation mode, from a run folder (its newest checkpoint) or one checkpoint file.
 
     Raises:
         UserError: no run there, or a damaged checkpoint.
@@ -29,7 +29,7 @@ def load(run_or_checkpoint: str | Path) -> LanguageModel:
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Load a checkpoint's weights into a model, in the model's own formats.
+    """Loads a checkpoint's weights into a model, in the model's own formats.
 
     The tensors of a converted run are read a few rows at a time.
 
@@ -55,7 +55,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 def _check_shapes(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], checkpoint: Path
 ) -> None:
-    """Raise `UserError` unless the tensors of a checkpoint are those of the model, by name and shape."""
+    """Raises `UserError` unless the tensors of a checkpoint are those of the model, by name and shape."""
     own = model.state_dict()
     for name in [*own, *shapes]:
         if name not in shapes:
@@ -70,7 +70,7 @@ def _check_shapes(
 
 @torch.no_grad()
 def _copy_rows(model: nn.Module, weights: TensorReader) -> None:
-    """Copy every tensor of a model from weights that are read a few rows at a time."""
+    """Copies every tensor of a model from weights that are read a few rows at a time."""
     for name, tensor in model.state_dict().items():
         spec = weights.specs[name]
         rows = tensor.view(spec.rows, spec.width)

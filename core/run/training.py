@@ -38,7 +38,7 @@ from core.training.throughput import measured_peak_flops
 def fit(
     recipe: Recipe, folder: RunFolder, *, resume: bool = False, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Train a recipe into a run folder and return its summary.
+    """Trains a recipe into a run folder and returns its summary.
 
     User errors are found before training begins: in the environment, the folder, the data and the shapes.
 
@@ -79,7 +79,7 @@ def fit(
 
 
 def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
-    """Train on a rank other than the first, which alone writes files and prints."""
+    """Trains on a rank other than the first, which alone writes files and prints."""
     start = newest(folder) if resume else None
     try:
         return _fit(recipe, folder, start, say=lambda _: None)
@@ -129,7 +129,7 @@ def _fit(
 
 
 def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
-    """Warn if the initial weights were trained with another tokenizer, whose ids stand for other text."""
+    """Warns if the initial weights were trained with another tokenizer, whose ids stand for other text."""
     known = RunFolder(source.parent.parent).tokenizer
     if known.is_file() and Tokenizer.load(known).entries() != data.tokenizer.entries():
         say(
@@ -138,7 +138,7 @@ def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], Non
 
 
 def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
-    """Write provenance, tokenizer and recipe; the recipe last, because its presence makes the folder a run."""
+    """Writes provenance, tokenizer and recipe; the recipe last, because its presence makes the folder a run."""
     shaped_by = provenance(
         recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads()
     )
@@ -156,7 +156,7 @@ def _train(
     start: Resume | None,
     say: Callable[[str], None],
 ) -> RunCallbacks:
-    """Run Lightning's Trainer; it validates after the last step too."""
+    """Runs Lightning's Trainer; it validates after the last step too."""
     own = make_run_callbacks(folder.path, peak)
     callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
     resumed_at = start.step if start else None
@@ -186,7 +186,7 @@ def _finish(
     callbacks: RunCallbacks,
     notices: list[str],
 ) -> dict[str, Any]:
-    """Write the results of the run; the summary last, because its presence makes the run complete."""
+    """Writes the results of the run; the summary last, because its presence makes the run complete."""
     callbacks.loads.write()
     module.eval()
     opening = data.tokenizer.end
@@ -199,7 +199,7 @@ def _finish(
 
 
 def check_environment(recipe: Recipe) -> None:
-    """Raise `UserError` for shapes that a part of the model refuses, and for components that cannot run here."""
+    """Raises `UserError` for shapes that a part of the model cannot take, and for components that cannot run here."""
     try:
         build(recipe, device="meta")
     except UserError as refused:

@@ -14,8 +14,17 @@ from core.study.matching import Matched
 from core.study.sweep_file import Sweep, Variant
 
 FACTS = (
-    *("params_total", "params_experts", "params_active", "flops_per_token", "kv_bytes_per_token"),
-    *("top_k", "capacity_factor", "drops", "causal", "batch_dependent", "notices"),
+    "params_total",
+    "params_experts",
+    "params_active",
+    "flops_per_token",
+    "kv_bytes_per_token",
+    "top_k",
+    "capacity_factor",
+    "drops",
+    "causal",
+    "batch_dependent",
+    "notices",
 )
 """Keys of a description that a report shows of each variant beside its results."""
 

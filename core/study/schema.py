@@ -11,12 +11,27 @@ LONGEST = 200
 """Bytes of a variant's name at most: it names a folder and a file, and a file system takes 255 with suffixes."""
 
 METRICS = (
-    *("val_bits_per_byte", "val_loss", "validation_bytes", "mtp_acceptance"),
-    *("max_vio_global", "max_vio_batch", "dropped_fraction"),
-    *("steps", "tokens", "skipped_steps"),
-    *("wall_seconds", "train_seconds", "tokens_per_second", "mfu", "peak_flops"),
-    *("params_total", "params_mtp", "params_active", "flops_per_token"),
-    *("peak_memory_bytes", "threads"),
+    "val_bits_per_byte",
+    "val_loss",
+    "validation_bytes",
+    "mtp_acceptance",
+    "max_vio_global",
+    "max_vio_batch",
+    "dropped_fraction",
+    "steps",
+    "tokens",
+    "skipped_steps",
+    "wall_seconds",
+    "train_seconds",
+    "tokens_per_second",
+    "mfu",
+    "peak_flops",
+    "params_total",
+    "params_mtp",
+    "params_active",
+    "flops_per_token",
+    "peak_memory_bytes",
+    "threads",
 )
 """The numbers in summary.json."""
 

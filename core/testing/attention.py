@@ -29,7 +29,7 @@ CACHE = "core/contracts/attention.py, Cache"
 
 
 def output(module: Any, x_BLD: Tensor, context: SequenceContext, cache: Any = None) -> Tensor:
-    """Call an attention; returns its result without its record."""
+    """Calls an attention; returns its result without its record."""
     found = module(x_BLD, context, cache)
     result: Tensor = found[0] if isinstance(found, tuple) else found
     return result
@@ -172,7 +172,7 @@ def truncated_rows_go_on_from_their_own_lengths(subject: Subject) -> None:
 def _decode(
     module: Any, x_BLD: Tensor, context: SequenceContext, cache: Any, start: int, end: int
 ) -> Tensor:
-    """Decode the tokens from `start` to `end` with a cache; returns their results."""
+    """Decodes the tokens from `start` to `end` with a cache; returns their results."""
     positions_BL = context.positions_BL[:, start:end]
     tokens_BL = context.tokens_BL[:, start:end]
     part = replace(context, tokens_BL=tokens_BL, positions_BL=positions_BL, targets_BL=None)

@@ -278,7 +278,7 @@ WINDOW = [8, 5, 8, 2]
 def _train_window(
     model: LanguageModel, pieces: int, *, evaluate: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Run one step over four sequences in some micro-batches; returns loads and gradients after balancers ended it.
+    """Runs one step over four sequences in some micro-batches; returns loads and gradients after balancers ended it.
 
     Args:
         pieces: the number of micro-batches.

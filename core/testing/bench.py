@@ -338,7 +338,7 @@ class KitHead(LossHead):
 
 
 def language_model(build: BuildContext, ffn: Section, *, recompute: bool = False) -> LanguageModel:
-    """Build a language model of two blocks with the layer under test; all other parts are the kit's own."""
+    """Builds a language model of two blocks with the layer under test; all other parts are the kit's own."""
     precision = build.precision
     formats = {
         "param_dtype": precision.param_dtype("embedding"),

@@ -14,7 +14,7 @@ from core.testing.subject import Subject
 
 
 def results(subject: Subject, module: Any, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Call a component's forward with one fixed micro-batch; returns every tensor that it returns."""
+    """Calls a component's forward with one fixed micro-batch; returns every tensor that it returns."""
     slot = subject.entry.slot
     return call(slot, module, *call_arguments(slot, module, bench.padded([8, 5, 8]), dtype))
 
@@ -38,7 +38,7 @@ def call_arguments(
 
 
 def call(slot: str, module: Any, *arguments: Any) -> list[Tensor]:
-    """Call a component's forward; returns every tensor that it returns."""
+    """Calls a component's forward; returns every tensor that it returns."""
     if slot == "router":
         x_TD, context = arguments
         found = module(x_TD, _as_it_is, context)
@@ -85,7 +85,7 @@ def shared(head: LossHead, x_BLD: Tensor, *, tied: bool = False) -> SharedModule
 
 @torch.no_grad()
 def end_step(slot: str, module: Any, load: list[int]) -> None:
-    """End a step with a load, and with the tallies and metrics that the module returns for one micro-batch."""
+    """Ends a step with a load, and with the tallies and metrics that the module returns for one micro-batch."""
     if not hasattr(module, "on_step_end"):
         return
     training = module.training

@@ -45,7 +45,7 @@ CHECKS: list[Check] = []
 
 
 def check(*slots: str, clause: str, where: str) -> Callable[[F], F]:
-    """Register a function of a `Subject` as the check of a clause; a decorator."""
+    """Registers a function of a `Subject` as the check of a clause; a decorator."""
 
     def keep(run: F) -> F:
         CHECKS.append(Check(run.__name__, slots, clause, where, run))

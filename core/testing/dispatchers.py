@@ -14,7 +14,7 @@ DISPATCHER = "core/contracts/dispatcher.py, Dispatcher"
 
 
 def assignments(drops: bool, token_major: bool) -> tuple[Routing, Tensor]:
-    """Build a routing of six tokens to two experts each, with empty experts, and the states of the tokens."""
+    """Builds a routing of six tokens to two experts each, with empty experts, and the states of the tokens."""
     draw = torch.Generator().manual_seed(0)
     expert_TK = torch.tensor([[3, 1], [1, 0], [7, 3], [1, 3], [0, 7], [3, 0]])
     gate_TK = torch.rand(6, 2, dtype=torch.float64, generator=draw)
@@ -58,7 +58,7 @@ def dispatch_equals_a_loop(subject: Subject) -> None:
 
 
 def _dispatched(subject: Subject, x_TD: Tensor, routing: Routing) -> Tensor:
-    """Send the tokens to experts with the dispatcher; expert e computes (e + 1) x^2."""
+    """Sends the tokens to experts with the dispatcher; expert e computes (e + 1) x^2."""
     dispatcher = subject.made()
     x_AD, ends_E, state = dispatcher.start(x_TD, routing).wait()
     fits = ends_E.dtype == torch.int32 and len(ends_E) == bench.EXPERTS

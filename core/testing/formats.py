@@ -115,7 +115,7 @@ def format_accounts_for_every_row(subject: Subject) -> None:
 
 
 def _round_trip(recipe: Recipe, pieces: list[TensorMapping]) -> None:
-    """Import random tensors into the model's and export them again, in memory."""
+    """Imports random tensors into the model's and exports them again, in memory."""
     draw = torch.Generator().manual_seed(0)
     theirs: dict[str, Tensor] = {}
     for piece in pieces:

@@ -115,7 +115,7 @@ def ffn_costs_are_real(subject: Subject) -> None:
 
 
 def predicted(head: Any, x_BLD: Tensor, context: SequenceContext) -> HeadOutput:
-    """Call a head with all that it reads."""
+    """Calls a head with all that it reads."""
     found: HeadOutput = head(x_BLD, context, shared(head, x_BLD))
     return found
 

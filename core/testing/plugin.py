@@ -16,7 +16,7 @@ OPTION = "--moeloom-plugin"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option `--moeloom-plugin`, which may be given several times."""
+    """Adds the option `--moeloom-plugin`, which may be given several times."""
     group = parser.getgroup("moeloom", "moeloom's conformance kit")
     group.addoption(
         OPTION,
@@ -48,7 +48,7 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def make_importable(package: str, folder: Path) -> None:
-    """Put a package that is not installed on `sys.path`: from a folder, its `src`, or a folder above it.
+    """Puts a package that is not installed on `sys.path`: from a folder, its `src`, or a folder above it.
 
     pytest itself puts none of these there, so it would not find a package even from its own folder.
     """
@@ -66,7 +66,7 @@ class Conformance(pytest.Collector):
     """All checks of one package."""
 
     def collect(self) -> Iterable["Item"]:
-        """Return an item for each check of each component."""
+        """Returns an item for each check of each component."""
         from core.contracts.errors import UserError
         from core.testing.run import cases
 
@@ -87,7 +87,7 @@ class Item(pytest.Item):
         self.case = case
 
     def runtest(self) -> None:
-        """Run the check; a clause that does not apply to the component is skipped with the reason."""
+        """Runs the check; a clause that does not apply to the component is skipped with the reason."""
         from core.testing.clauses import NotApplicable
 
         try:
@@ -96,7 +96,7 @@ class Item(pytest.Item):
             pytest.skip(str(why))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """Format a broken clause without the kit's own stack."""
+        """Formats a broken clause without the kit's own stack."""
         from core.testing.clauses import BrokenClauseError
 
         if isinstance(excinfo.value, BrokenClauseError):

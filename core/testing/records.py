@@ -16,7 +16,10 @@ from core.testing.subject import Subject, perturbed
 
 
 @check(
-    *("attention", "ffn", "loss_head", "balancer"),
+    "attention",
+    "ffn",
+    "loss_head",
+    "balancer",
     clause="tallies are int64, metrics single numbers without a gradient, and no batch changes their names",
     where="core/contracts/record.py, Record; core/contracts/balancer.py, Balancer: `tally`",
 )

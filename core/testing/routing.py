@@ -21,7 +21,7 @@ BATCHES = ([8, 8, 8], [8, 5, 0], [1], [0, 0], [8])
 
 
 def plain(scores_TE: Tensor) -> Tensor:
-    """Return scores as they are, as without a balancer."""
+    """Returns scores as they are, as without a balancer."""
     return scores_TE
 
 

@@ -34,7 +34,7 @@ class Case:
         return f"{self.subject.entry.slot}/{self.subject.entry.name}::{self.check.name}"
 
     def run(self) -> None:
-        """Check the component against the clause.
+        """Checks the component against the clause.
 
         Raises:
             BrokenClauseError: it breaks the clause; the message says which, where it is written, and what was found.

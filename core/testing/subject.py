@@ -100,7 +100,7 @@ class Subject:
         experts: int = bench.EXPERTS,
         ropes: Mapping[str, Rope] | None = None,
     ) -> Any:
-        """Build the component by itself, with initial weights; on the meta device without.
+        """Builds the component by itself, with initial weights; on the meta device without.
 
         Args:
             dtype: the format of its weights and products.
@@ -125,7 +125,7 @@ class Subject:
         return None
 
     def _make_any(self) -> None:
-        """Build one component, whatever its slot."""
+        """Builds one component, whatever its slot."""
         if self.entry.slot == "precision":
             self.precision()
         elif self.entry.slot in (*MODULES, "dispatcher"):
@@ -136,13 +136,13 @@ class Subject:
     def model(
         self, dtype: torch.dtype = torch.float64, *, recompute: bool = False, meta: bool = False
     ) -> Any:
-        """Build a language model with the component in it; on the meta device without weights."""
+        """Builds a language model with the component in it; on the meta device without weights."""
         build = self._context(dtype)
         make = partial(bench.language_model, build, self._layer(), recompute=recompute)
         return self._initialised(make, 0, meta=meta)
 
     def layer(self, dtype: torch.dtype = torch.float64) -> Any:
-        """Build the layer with experts that the component is part of."""
+        """Builds the layer with experts that the component is part of."""
         build = self._context(dtype)
         return self._initialised(lambda: build.make(self._layer()), 0)
 
@@ -184,12 +184,12 @@ class Subject:
         return module
 
     def precision(self) -> Precision:
-        """Make the component of the slot `precision`."""
+        """Makes the component of the slot `precision`."""
         made: Precision = self.component(self.config)
         return made
 
     def factory(self) -> Any:
-        """Make the component of a slot that needs nothing but its settings."""
+        """Makes the component of a slot that needs nothing but its settings."""
         return self.component(self.config)
 
 
@@ -260,18 +260,18 @@ def changed(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
 
 
 def require_close(own: Tensor, expected: Tensor, found: str, *, tolerance: float = 1e-10) -> None:
-    """Raise `BrokenClauseError` with `found` unless the `distance` of two tensors is below a tolerance."""
+    """Raises `BrokenClauseError` with `found` unless the `distance` of two tensors is below a tolerance."""
     require(distance(own, expected) < tolerance, found)
 
 
 def require_flops(declared: float, counted: float) -> None:
-    """Raise `BrokenClauseError` unless declared FLOPs are within 2% of those that were counted."""
+    """Raises `BrokenClauseError` unless declared FLOPs are within 2% of those that were counted."""
     found = f"declared {declared:g} FLOPs, counted {counted:g}"
     require(abs(declared - counted) <= 0.02 * counted, found)
 
 
 def require_gradients(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> None:
-    """Raise `BrokenClauseError` unless gradients of an input and of every weight agree with finite differences.
+    """Raises `BrokenClauseError` unless gradients of an input and of every weight agree with finite differences.
 
     Args:
         run: computes the module's result from the input.

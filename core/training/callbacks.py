@@ -46,7 +46,7 @@ class StepLog(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Write one row for each step, or for every `trainer.log_every_n_steps`-th."""
+        """Writes one row for each step, or for every `trainer.log_every_n_steps`-th."""
         assert isinstance(pl_module, TrainingModule)
         if pl_module.windows_done % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.write_row(pl_module.step_values)
@@ -73,7 +73,7 @@ class LoadLog(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Take a snapshot if the step is one to keep."""
+        """Takes a snapshot if the step is one to keep."""
         assert isinstance(pl_module, TrainingModule)
         if not pl_module.step_load:
             return
@@ -88,7 +88,7 @@ class LoadLog(L.Callback):
             ]
 
     def write(self) -> None:
-        """Write `steps` [S], and for each layer `load.<path>` int64 [S, E] and `bias.<path>` fp32 [S, E]."""
+        """Writes `steps` [S], and for each layer `load.<path>` int64 [S, E] and `bias.<path>` fp32 [S, E]."""
         if not self.snapshots:
             return
         tensors = {"steps": torch.tensor([step for step, _ in self.snapshots])}
@@ -101,7 +101,7 @@ class LoadLog(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write what is known so far with every checkpoint."""
+        """Writes what is known so far with every checkpoint."""
         if trainer.is_global_zero:
             self.write()
 
@@ -114,7 +114,7 @@ class LoadLog(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the log of a checkpoint."""
+        """Continues the log of a checkpoint."""
         self.stride = state_dict["stride"]
         self.snapshots = [(step, dict(tensors)) for step, tensors in state_dict["snapshots"]]
         self.recent = deque(state_dict["recent"], maxlen=100)
@@ -151,13 +151,13 @@ class _StepEnd(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """End a step that is not validated."""
+        """Ends a step that is not validated."""
         assert isinstance(pl_module, TrainingModule)
         if not pl_module.validation_follows:
             self.step_ended(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End a step that was validated."""
+        """Ends a step that was validated."""
         assert isinstance(pl_module, TrainingModule)
         if trainer.state.fn == TrainerFn.FITTING:
             self.step_ended(trainer, pl_module)
@@ -186,7 +186,7 @@ class StopOnSignal(_StepEnd):
                 signal.signal(signum, handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replace the SIGTERM handler of Lightning, which contacts the other ranks in the middle of a step."""
+        """Replaces the SIGTERM handler of Lightning, which contacts the other ranks in the middle of a step."""
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -197,7 +197,7 @@ class StopOnSignal(_StepEnd):
         self.signum = signum
 
     def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """Save and stop if some rank has received a signal."""
+        """Saves and stops if some rank has received a signal."""
         signum = max_over_ranks(self.signum, module.device)
         if signum:
             save_step(trainer, module, self.folder)
@@ -222,12 +222,12 @@ class KeepLatest(_StepEnd):
         self.keep = keep
 
     def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """Save after every `every` steps and after the last one."""
+        """Saves after every `every` steps and after the last one."""
         if module.windows_done % self.every == 0 or module.windows_done == module.plan.steps:
             self._save(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save a run that something else has ended early as it is."""
+        """Saves a run that something else has ended early as it is."""
         assert isinstance(pl_module, TrainingModule)
         if pl_module.windows_done:
             self._save(trainer, pl_module)
@@ -240,7 +240,7 @@ class KeepLatest(_StepEnd):
 
 
 def save_step(trainer: L.Trainer, module: TrainingModule, folder: Path) -> None:
-    """Save the checkpoint of the step just done, unless it exists; the loggers write to disk before it."""
+    """Saves the checkpoint of the step just done, unless it exists; the loggers write to disk before it."""
     path = folder / "checkpoints" / checkpoint_name(module.windows_done)
     if trainer.strategy.broadcast(path.exists()):
         return

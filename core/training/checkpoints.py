@@ -25,7 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write, force to disk, rename.
+        """Writes a checkpoint under a temporary name, forces it to disk and renames it.
 
         Raises:
             UserError: the disk is full or rejects the write; the earlier checkpoints are untouched.
@@ -53,12 +53,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read a checkpoint with `read_checkpoint`, always onto the CPU and with `weights_only=True`."""
+        """Reads a checkpoint with `read_checkpoint`, always onto the CPU and with `weights_only=True`."""
         return read_checkpoint(Path(path))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's content onto the CPU, with `weights_only=True`.
+    """Reads a checkpoint's content onto the CPU, with `weights_only=True`.
 
     Raises:
         UserError: it is missing, truncated, or not a checkpoint of this program.

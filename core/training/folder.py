@@ -80,7 +80,7 @@ class RunFolder:
         return True
 
     def create(self) -> None:
-        """Make the folder.
+        """Makes the folder.
 
         Raises:
             UserError: it cannot be written, or holds a run already.
@@ -97,23 +97,23 @@ class RunFolder:
             raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
 
     def remove_partial_files(self) -> None:
-        """Delete the half-written checkpoints that a kill left; they can be large."""
+        """Deletes the half-written checkpoints that a kill left; they can be large."""
         for half in (self.path / "checkpoints").glob(".*.tmp"):
             half.unlink()
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file under a temporary name and move it into place."""
+        """Writes a file under a temporary name and moves it into place."""
         target = self.path / name
         temporary = target.with_name(f".{name}.tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, target)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON document."""
+        """Writes a JSON document."""
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def write_recipe(self, values: dict[str, Any]) -> None:
-        """Write the resolved recipe."""
+        """Writes the resolved recipe."""
         self.write_text("recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 

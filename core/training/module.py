@@ -131,7 +131,7 @@ class TrainingModule(L.LightningModule):
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the clock of this step."""
+        """Starts the clock of this step."""
         self._began = time.perf_counter()
 
     def training_step(self, batches: list[Batch], _: int) -> None:
@@ -170,7 +170,7 @@ class TrainingModule(L.LightningModule):
     def _backward(
         self, contexts: list[SequenceContext], window: Window, progress: Progress
     ) -> WindowTotals:
-        """Run every micro-batch forwards and backwards; returns what this rank's forwards recorded."""
+        """Runs every micro-batch forwards and backwards; returns what this rank's forwards recorded."""
         totals = WindowTotals()
         model = self.model
         for index, context in enumerate(contexts):
@@ -200,7 +200,7 @@ class TrainingModule(L.LightningModule):
         return due and sum(self.trainer.num_val_batches) > 0
 
     def write_row(self, values: Mapping[str, Any]) -> None:
-        """Hand some numbers of the step just done to the loggers."""
+        """Hands some numbers of the step just done to the loggers."""
         numbers = {name: float(value) for name, value in values.items()}
         for logger in self.loggers:
             logger.log_metrics(numbers, step=self.windows_done)
@@ -227,7 +227,7 @@ class TrainingModule(L.LightningModule):
                 layer.end_step(done=done)
 
     def _skip(self, norm: Tensor) -> None:
-        """Count a skipped step: a non-finite gradient changes no weight, no moment and no bias."""
+        """Counts a skipped step: a non-finite gradient changes no weight, no moment and no bias."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.max_skipped:
@@ -300,16 +300,16 @@ class TrainingModule(L.LightningModule):
         return _means(found)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the totals of a validation at zero."""
+        """Starts the totals of a validation at zero."""
         self.validation.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the totals; nothing of the model changes."""
+        """Adds one batch to the totals; nothing of the model changes."""
         context = self.context(batch, batch_idx)
         self.validation.update(self.model(context), context)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the values over the whole validation split."""
+        """Logs the values over the whole validation split."""
         self.validated = self.validation.compute()
         self.write_row(self.validated)
         # The totals are equal on all ranks already, but Lightning warns where several ranks log without sync_dist.
@@ -319,7 +319,7 @@ class TrainingModule(L.LightningModule):
             self.log(name, _as_float(value), prog_bar=shown, logger=False, sync_dist=several)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the module's own state, in plain containers and tensors, to Lightning's."""
+        """Adds the module's own state, in plain containers and tensors, to Lightning's."""
         paths = {role: list(ways) for role, ways in self.model.kernels_used().ran.items()}
         states = {path: layer.step_state() for path, layer in self.model.step_states().items()}
         checkpoint["moeloom"] = {
@@ -337,7 +337,7 @@ class TrainingModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from the module's own state in a checkpoint.
+        """Continues from the module's own state in a checkpoint.
 
         Raises:
             UserError: on a CPU, another number of threads, with which the bits would differ.

@@ -91,7 +91,7 @@ def max_over_ranks(value: int, device: torch.device) -> int:
 
 
 def all_reduce_max_(tensors: Sequence[Tensor]) -> None:
-    """Replace every element of some fp32 tensors by its maximum over the ranks, in place, by one exchange."""
+    """Replaces every element of some fp32 tensors by its maximum over the ranks, in place, by one exchange."""
     if rank_and_world()[1] == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])

@@ -44,7 +44,7 @@ class Resume:
 
 
 def check_recipe_unchanged(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Compare a recipe with the one that the run was started with, and warn where the bits may differ.
+    """Compares a recipe with the one that the run was started with, and warns where the bits may differ.
 
     Raises:
         UserError: another recipe (the first difference is named), or a run that cannot be continued.
@@ -71,14 +71,14 @@ def check_recipe_unchanged(recipe: Recipe, folder: RunFolder, say: Callable[[str
 
 
 def check_trained(folder: RunFolder, instead: str) -> None:
-    """Raise `UserError` for a converted run, which has no corpus and no steps; `instead` says what to do."""
+    """Raises `UserError` for a converted run, which has no corpus and no steps; `instead` says what to do."""
     if folder.converted_weights.exists():
         why = "was converted from another program's files, which say nothing of its training"
         raise UserError(f"{folder.path}: {why}; {instead}")
 
 
 def check_data(folder: RunFolder, fingerprint: str) -> None:
-    """Compare the data's fingerprint with the one that the run was started with.
+    """Compares the data's fingerprint with the one that the run was started with.
 
     Raises:
         UserError: the corpus has changed.

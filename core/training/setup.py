@@ -33,7 +33,7 @@ class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which here keeps the best loss so far even if the run folder has been moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint as if it had been saved in this folder."""
+        """Restores the state of a checkpoint as if it had been saved in this folder."""
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
 
@@ -108,5 +108,5 @@ class RunCallbacks:
 
 
 def make_run_callbacks(folder: Path, peak_flops: float | None) -> RunCallbacks:
-    """Make them for a run; `peak_flops` is what was measured, None to use Lightning's table of GPUs."""
+    """Makes the callbacks of a run; `peak_flops` is the measured peak, None to use Lightning's table of GPUs."""
     return RunCallbacks(LoadLog(folder), StopOnSignal(folder), Throughput(peak_flops))

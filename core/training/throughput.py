@@ -41,7 +41,7 @@ class Throughput(ThroughputMonitor):
         self.peak_flops = peak_flops
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Set up Lightning's monitor, with the measured peak where its table has none."""
+        """Sets up Lightning's monitor, with the measured peak where its table has none."""
         super().setup(trainer, pl_module, stage)
         if not self.available_flops:
             self.available_flops = int(self.peak_flops) if self.peak_flops else None
@@ -49,7 +49,7 @@ class Throughput(ThroughputMonitor):
             throughput.available_flops = self.available_flops
 
     def _compute(self, trainer: L.Trainer, iter_num: int | None = None) -> None:
-        """Put the rates into the step's row instead of one of their own."""
+        """Puts the rates into the step's row instead of one of their own."""
         if not trainer.training:
             return
         metrics = self._throughputs[RunningStage.TRAINING].compute()

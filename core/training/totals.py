@@ -48,14 +48,14 @@ class WindowTotals:
     metrics: dict[Owner, dict[str, Metric]] = field(default_factory=dict)
 
     def add_sum(self, term: Term, value: Tensor) -> None:
-        """Add one micro-batch's sum of a loss term."""
+        """Adds one micro-batch's sum of a loss term."""
         value = value.detach()
         if term in self.sums:
             value = self.sums[term] + value
         self.sums[term] = value
 
     def add_records(self, losses: Losses) -> None:
-        """Add what one micro-batch's layers and heads counted and measured."""
+        """Adds what one micro-batch's layers and heads counted and measured."""
         for path, record in losses.expert_records().items():
             assert record.load_E is not None
             assert record.dropped is not None
@@ -82,7 +82,7 @@ class WindowTotals:
             _add_metrics(self.metrics.setdefault(owner, {}), metrics)
 
     def over_ranks(self) -> "WindowTotals":
-        """Return the same totals over all data ranks; all integers are exchanged as one tensor."""
+        """Returns the same totals over all data ranks; all integers are exchanged as one tensor."""
         reduced = WindowTotals()
         for term, value in self.sums.items():
             reduced.sums[term] = all_reduce_sum(value)
@@ -126,7 +126,7 @@ class WindowTotals:
 
 
 def metric_over_ranks(metric: Metric) -> Metric:
-    """Reduce a metric over all data ranks, by its own reduction."""
+    """Reduces a metric over all data ranks, by its own reduction."""
     if isinstance(metric, MaxMetric):
         return MaxMetric(all_reduce_max(metric.maximum))
     return MeanMetric(all_reduce_sum(metric.sum), all_reduce_sum(metric.count))
@@ -156,7 +156,7 @@ def _add_tallies(to: dict[str, Tensor], counted: Mapping[str, Tensor]) -> None:
 
 
 def _all_reduce_together(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
-    """Sum int64 tensors over the ranks by one exchange: they travel as one flat tensor."""
+    """Sums int64 tensors over the ranks by one exchange: they travel as one flat tensor."""
     if not tensors:
         return {}
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
@@ -169,7 +169,7 @@ def _all_reduce_together(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
 
 
 def call_on_step_end(model: LanguageModel, totals: WindowTotals, progress: Progress) -> None:
-    """Call `on_step_end` of every balancer, layer and head with its own totals of the step."""
+    """Calls `on_step_end` of every balancer, layer and head with its own totals of the step."""
     for path, layer in model.expert_layers().items():
         for index, balancer in enumerate(layer.balancers):
             balancer.on_step_end(totals.of_balancer(path, index), progress)

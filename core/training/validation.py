@@ -41,7 +41,7 @@ class ValidationTotals(Metric):
         self.maxima: list[str] = []
 
     def update(self, losses: Losses, context: SequenceContext) -> None:
-        """Add one batch: the losses and records that the model returned for a context."""
+        """Adds one batch: the losses and records that the model returned for a context."""
         for term in self.terms:
             count = term.count(context, {})
             assert count is not None
@@ -85,7 +85,7 @@ class ValidationTotals(Metric):
         return values
 
     def _add_mean(self, name: str, value: Tensor, count: Tensor) -> None:
-        """Add to a mean; its states are made at the first batch, which has every name (see `Record`)."""
+        """Adds to a mean; its states are made at the first batch, which has every name (see `Record`)."""
         if name in self.maxima:
             raise TypeError(f"layers report the metric {name} by different reductions")
         if name not in self.names:

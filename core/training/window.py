@@ -37,7 +37,7 @@ class Window:
     def of(
         cls, model: LanguageModel, ledger: Ledger, contexts: Sequence[SequenceContext]
     ) -> "Window":
-        """Count a window; where a loss is formed over the whole batch, run its micro-batches once beforehand."""
+        """Counts a window; if a loss is formed over the whole batch, its micro-batches run once beforehand."""
         whole: dict[Term, dict[str, Tensor]] = {}
         if len(contexts) > 1:
             whole = _batch_sums(model, ledger, contexts)
