@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from core.analysis.products import Product, Products, products_in
+from core.analysis.products import MatrixProduct, Products, products_in
 from core.contracts.loss_head import LossHead
 from core.contracts.precision import Precision
 from core.model.block import Block
@@ -76,11 +76,11 @@ class Widths:
         self.stream = stream.itemsize
         self.wide = torch.promote_types(stream, torch.float32).itemsize
 
-    def operand(self, product: Product) -> int:
+    def operand(self, product: MatrixProduct) -> int:
         """Bytes per number of a product's input, which is kept in the product's own format (FP8 for an FP8 product)."""
         return self.precision.compute_dtype(product.role).itemsize
 
-    def operand_row(self, product: Product) -> int:
+    def operand_row(self, product: MatrixProduct) -> int:
         """Bytes per token of a product's input."""
         return product.inputs * self.operand(product)
 
@@ -100,13 +100,13 @@ def block_activations(block: Block, products: Products, widths: Widths) -> Activ
     return ActivationBytes(none, selective, dim * widths.stream, none - selective, none)
 
 
-def _by_role(module: nn.Module, products: Products) -> Iterable[tuple[str, Product]]:
+def _by_role(module: nn.Module, products: Products) -> Iterable[tuple[str, MatrixProduct]]:
     """The products of a module with the last part of their roles: `q_up` for `attention.q_up`."""
     for _, product in products_in(module, products):
         yield product.role.partition(".")[2] or product.role, product
 
 
-def _attention(by_role: dict[str, Product], widths: Widths) -> ActivationBytes:
+def _attention(by_role: dict[str, MatrixProduct], widths: Widths) -> ActivationBytes:
     """Activations of attention: latents, queries, keys, values and the heads' outputs.
 
     The products that read the block's normed state (`q`, `q_down`, `kv_down`, `k`, `v`) keep one copy of it. A latent
@@ -114,7 +114,7 @@ def _attention(by_role: dict[str, Product], widths: Widths) -> ActivationBytes:
     builds its keys, as wide as the queries, beside the up-projection's output, which the values are a part of.
     """
 
-    def found(*roles: str) -> list[Product]:
+    def found(*roles: str) -> list[MatrixProduct]:
         return [by_role[role] for role in roles if role in by_role]
 
     normed = max(map(widths.operand_row, found("q", "q_down", "kv_down", "k", "v")), default=0)
@@ -175,7 +175,7 @@ def _feed_forward(block: Block, products: Products, widths: Widths) -> Activatio
 
 
 def head_activations(
-    head: LossHead, output: Product, products: Products, widths: Widths
+    head: LossHead, output: MatrixProduct, products: Products, widths: Widths
 ) -> ActivationBytes:
     """Activations of a loss head without its blocks: norms, projections, and logits for each use of the output.
 

@@ -4,10 +4,10 @@ from core.analysis.size import size_of
 from core.assemble import build
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 
 
-def plan_of(recipe: Recipe, model: LanguageModel | None = None) -> Plan:
+def plan_of(recipe: Recipe, model: LanguageModel | None = None) -> TrainingPlan:
     """The steps of the run; a budget in FLOPs needs the model's size.
 
     Args:
@@ -19,7 +19,7 @@ def plan_of(recipe: Recipe, model: LanguageModel | None = None) -> Plan:
     if budget.flops is not None:
         size = size_of(model or build(recipe, device="meta"))
         tokens = max(1, round(budget.flops / size.flops_per_token))
-    return Plan(
+    return TrainingPlan(
         sequences=recipe.batch.sequences,
         length=recipe.data.sequence_length,
         micro_batches=recipe.batch.accumulate,

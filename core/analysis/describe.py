@@ -10,7 +10,7 @@ from core.analysis.components import components
 from core.analysis.cost import gpu_hours, speed
 from core.analysis.memory import per_gpu
 from core.analysis.options import DescribeOptions
-from core.analysis.products import Product
+from core.analysis.products import MatrixProduct
 from core.analysis.size import Size, size_of
 from core.assemble import build, make
 from core.contracts.component import Environment
@@ -24,7 +24,7 @@ from core.extension.checks import format_error_at
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger
 from core.recipe.compose import Recipe
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 
 CONVENTION = (
     "training FLOPs per token = 6 x active parameters (embedding excluded, output included) + 3 x forward attention "
@@ -45,7 +45,7 @@ def document_of(recipe: Recipe, options: DescribeOptions | None = None) -> dict[
 def describe(
     recipe: Recipe,
     model: LanguageModel,
-    plan: Plan,
+    plan: TrainingPlan,
     precision: "RecordingPrecision",
     options: DescribeOptions | None = None,
 ) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def describe(
 def _layout(
     recipe: Recipe,
     model: LanguageModel,
-    plan: Plan,
+    plan: TrainingPlan,
     precision: "RecordingPrecision",
     options: DescribeOptions,
 ) -> dict[str, Any] | None:
@@ -212,7 +212,7 @@ def _row(name: str, module: nn.Module, active: int | None = None) -> dict[str, A
     }
 
 
-def coefficients(model: LanguageModel, plan: Plan) -> dict[str, dict[str, float]]:
+def coefficients(model: LanguageModel, plan: TrainingPlan) -> dict[str, dict[str, float]]:
     """The coefficient of every loss term in the first and the last step, as the model would apply it."""
     first = plan.progress(0)
     last = plan.progress(plan.steps - 1)
@@ -244,12 +244,12 @@ class RecordingPrecision(Precision):
     def __init__(self, inner: Precision) -> None:
         self.inner = inner
         self.recorded_roles = dict.fromkeys(["embedding"])
-        self.made: dict[nn.Module, Product] = {}
+        self.made: dict[nn.Module, MatrixProduct] = {}
 
     def linear(self, inputs: int, outputs: int, role: str, *, std: float) -> nn.Module:
         self.recorded_roles[role] = None
         layer = self.inner.linear(inputs, outputs, role, std=std)
-        self.made[layer] = Product(role, inputs, outputs)
+        self.made[layer] = MatrixProduct(role, inputs, outputs)
         return layer
 
     def grouped_linear(
@@ -257,7 +257,7 @@ class RecordingPrecision(Precision):
     ) -> nn.Module:
         self.recorded_roles[role] = None
         layer = self.inner.grouped_linear(groups, inputs, outputs, role, std=std)
-        self.made[layer] = Product(role, inputs, outputs, groups)
+        self.made[layer] = MatrixProduct(role, inputs, outputs, groups)
         return layer
 
     def table(self) -> dict[str, dict[str, str]]:

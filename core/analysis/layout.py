@@ -9,14 +9,14 @@ from typing import Literal
 
 from core.contracts.errors import UserError, nearest
 from core.recipe.compose import Recipe
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 
 AXES = ("data", "expert", "pipeline")
-Schedule = Literal["1f1b", "dualpipe"]
+PipelineSchedule = Literal["1f1b", "dualpipe"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """Sizes of the axes.
 
     Args:
@@ -35,7 +35,7 @@ class Layout:
         return self.data * self.pipeline
 
 
-def parse(text: str) -> Layout:
+def parse(text: str) -> ParallelLayout:
     """Parses `data=128,expert=64,pipeline=16`; an axis that is left out has size 1.
 
     Raises:
@@ -54,10 +54,10 @@ def parse(text: str) -> Layout:
         if not (number.isascii() and number.isdigit() and int(number)):
             raise UserError(f"--layout: {axis} = {number!r} must be a whole number of at least 1")
         sizes[axis] = int(number)
-    return Layout(**sizes)
+    return ParallelLayout(**sizes)
 
 
-def check(layout: Layout, *, experts: list[int], layers: int, sequences: int) -> None:
+def check(layout: ParallelLayout, *, experts: list[int], layers: int, sequences: int) -> None:
     """Refuses a layout that is impossible for this model.
 
     Args:
@@ -114,7 +114,7 @@ class Traffic:
 
     sequences: int
     batches: int
-    schedule: Schedule
+    schedule: PipelineSchedule
 
     def waiting(self, stage: int, stages: int) -> int:
         """The largest number of micro-batches whose activations a stage keeps: one for each stage from it on (1F1B)."""
@@ -122,7 +122,11 @@ class Traffic:
 
 
 def traffic(
-    recipe: Recipe, plan: Plan, layout: Layout, sequences: int | None, schedule: Schedule
+    recipe: Recipe,
+    plan: TrainingPlan,
+    layout: ParallelLayout,
+    sequences: int | None,
+    schedule: PipelineSchedule,
 ) -> Traffic:
     """The sequences that one GPU reads in a step.
 

@@ -22,13 +22,20 @@ from core.analysis.activations import (
     block_activations,
     head_activations,
 )
-from core.analysis.layout import Layout, Schedule, Traffic, check, stage_sizes, traffic
-from core.analysis.products import Product, Products
+from core.analysis.layout import (
+    ParallelLayout,
+    PipelineSchedule,
+    Traffic,
+    check,
+    stage_sizes,
+    traffic,
+)
+from core.analysis.products import MatrixProduct, Products
 from core.contracts.precision import Precision
 from core.model.block import Block
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 
 CONVENTION = (
     "per GPU and pipeline stage, in bytes; ZeRO-1: weights = working copies in the products' formats, gradients in the "
@@ -80,13 +87,13 @@ class Stage:
 def per_gpu(
     recipe: Recipe,
     model: LanguageModel,
-    plan: Plan,
+    plan: TrainingPlan,
     products: Products,
     precision: Precision,
-    layout: Layout,
+    layout: ParallelLayout,
     *,
     sequences: int | None = None,
-    schedule: Schedule = "1f1b",
+    schedule: PipelineSchedule = "1f1b",
 ) -> dict[str, Any]:
     """The memory of a GPU of each stage, as plain containers, and the fullest stage.
 
@@ -132,7 +139,7 @@ def per_gpu(
     }
 
 
-def _is_dualpipe(layout: Layout, passing: Traffic) -> bool:
+def _is_dualpipe(layout: ParallelLayout, passing: Traffic) -> bool:
     """Whether every GPU holds two stages."""
     return passing.schedule == "dualpipe" and layout.pipeline > 1
 
@@ -156,7 +163,7 @@ class _Counter:
         model: LanguageModel,
         products: Products,
         precision: Precision,
-        layout: Layout,
+        layout: ParallelLayout,
         copies: int,
     ) -> None:
         self.copies = copies
@@ -194,7 +201,7 @@ class _Counter:
         norm = self.widths.norm(model.norm.dim)
         last.activations += ActivationBytes(norm, norm, norm)
         vocabulary, dim = model.embedding.weight.shape
-        output = self.products.get(model.output, Product("head", dim, vocabulary))
+        output = self.products.get(model.output, MatrixProduct("head", dim, vocabulary))
         inside = {parameter for _, block in units for parameter in block.parameters()}
         for _, head in model.loss_heads():
             last.states += self.states(head, without=inside)
@@ -230,7 +237,7 @@ class _Counter:
 
 
 def _row(
-    index: int, stages: list[Stage], layout: Layout, passing: Traffic, tokens: int
+    index: int, stages: list[Stage], layout: ParallelLayout, passing: Traffic, tokens: int
 ) -> dict[str, Any]:
     """The memory of a GPU of one stage.
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from core.analysis.layout import Layout, Schedule
+from core.analysis.layout import ParallelLayout, PipelineSchedule
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class DescribeOptions:
         tflops: a GPU's dense peak in TFLOPS; None: an H800's, where it fits.
     """
 
-    layout: Layout | None = None
+    layout: ParallelLayout | None = None
     sequences: int | None = None
-    schedule: Schedule = "1f1b"
+    schedule: PipelineSchedule = "1f1b"
     mfu: float | None = None
     tflops: float | None = None

@@ -7,7 +7,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Product:
+class MatrixProduct:
     """One matrix-product layer.
 
     Args:
@@ -22,11 +22,11 @@ class Product:
     groups: int = 0
 
 
-Products = Mapping[nn.Module, Product]
+Products = Mapping[nn.Module, MatrixProduct]
 """Every layer that the precision made, with the product that was requested."""
 
 
-def products_in(module: nn.Module, products: Products) -> Iterator[tuple[nn.Module, Product]]:
+def products_in(module: nn.Module, products: Products) -> Iterator[tuple[nn.Module, MatrixProduct]]:
     """The matrix-product layers of a part of the model, in the order of its modules."""
     for part in module.modules():
         if part in products:

@@ -8,7 +8,7 @@ import numpy as np
 from core.data.batch import Batch
 from core.data.store import TokenStore
 from core.data.windows import count_sequences, cut, rows_of, sequences_at
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 
 
 class WindowLoader:
@@ -31,7 +31,7 @@ class WindowLoader:
     """
 
     def __init__(
-        self, store: TokenStore, *, plan: Plan, seed: int, rank: int = 0, world: int = 1
+        self, store: TokenStore, *, plan: TrainingPlan, seed: int, rank: int = 0, world: int = 1
     ) -> None:
         self.plan = plan
         self.step = 0

@@ -14,7 +14,7 @@ from core.data.prepare import prepare
 from core.data.prepared import Prepared
 from core.data.tokenizer import Tokenizer
 from core.data.windows import count_sequences
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 
 _PIECE = 1 << 24
 """Tokens that are counted at once."""
@@ -46,7 +46,7 @@ class TextData(LightningDataModule):
         *,
         vocab: int,
         length: int,
-        plan: Plan,
+        plan: TrainingPlan,
         seed: int,
         rank_and_world: Callable[[], tuple[int, int]] = _alone,
         validation_sequences: int,

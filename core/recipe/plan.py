@@ -18,7 +18,7 @@ class Window:
     count: int
 
 
-class Plan:
+class TrainingPlan:
     """The steps of a run.
 
     Args:

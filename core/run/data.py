@@ -3,11 +3,11 @@
 from core.assemble import make
 from core.data.module import TextData
 from core.recipe.compose import Recipe
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 from core.training.ranks import rank_and_world
 
 
-def text_data(recipe: Recipe, plan: Plan) -> TextData:
+def text_data(recipe: Recipe, plan: TrainingPlan) -> TextData:
     """The training and validation data of a recipe; nothing is read before `prepare()`."""
     return TextData(
         make(recipe.data.corpus),

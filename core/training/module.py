@@ -24,7 +24,7 @@ from core.data.batch import Batch
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger, Term, head_label
 from core.model.parameters import check_groups, named_parameters
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 from core.training.load import measures
 from core.training.ranks import all_reduce_max_, rank_and_world, reduce_sum
 from core.training.totals import HEADS, WindowTotals, call_on_step_end
@@ -50,7 +50,7 @@ class TrainingModule(L.LightningModule):
         self,
         model: LanguageModel,
         *,
-        plan: Plan,
+        plan: TrainingPlan,
         optimizer: OptimizerFactory,
         flops_per_token: float,
         mask_documents: bool = False,

@@ -9,7 +9,7 @@ from core.contracts.checkpoint_format import CheckpointFormat, TensorMapping, Tr
 from core.contracts.errors import ConfigError
 from plugins.hf_deepseek import yarn
 from plugins.hf_deepseek.config import FP8, LATENT_EPS, SMALLEST_VOCABULARY, HfConfig
-from plugins.hf_deepseek.layout import Layout, layout_of
+from plugins.hf_deepseek.layout import HfLayout, layout_of
 from plugins.hf_deepseek.names import tensor_mappings
 
 TRAINING_LENGTH = 4096
@@ -159,7 +159,7 @@ class DeepSeek(CheckpointFormat):
             "use_cache": True,
         }
 
-    def _widths(self, layout: Layout) -> dict[str, int]:
+    def _widths(self, layout: HfLayout) -> dict[str, int]:
         """Returns the widths of the layers; keys of layers that the model lacks must be present and have no effect."""
         experts = layout.experts
         hidden = layout.hidden or layout.dim
@@ -208,7 +208,7 @@ class DeepSeek(CheckpointFormat):
         """Returns the balancers with which training continues, among them the one that holds the bias."""
 
     @abstractmethod
-    def routing_of(self, layout: Layout) -> dict[str, Any]:
+    def routing_of(self, layout: HfLayout) -> dict[str, Any]:
         """Returns the configuration's keys of the router, and those that only this generation has."""
 
 
@@ -276,7 +276,7 @@ def group_keys(given: HfConfig, experts_per_group_score: int) -> dict[str, Any]:
     return {"groups": groups, "group_limit": limit if groups > 1 else None}
 
 
-def router_section(layout: Layout, name: str, architecture: str) -> Mapping[str, Any]:
+def router_section(layout: HfLayout, name: str, architecture: str) -> Mapping[str, Any]:
     """Returns the section of the recipe's router; raises `ConfigError` if its name is not `name`."""
     assert layout.experts is not None
     router: Mapping[str, Any] = layout.experts["router"]

@@ -21,7 +21,7 @@ class Bias:
 
 
 @dataclass(frozen=True)
-class Layout:
+class HfLayout:
     """A model of dense layers, then layers with experts, all with one attention.
 
     Args:
@@ -50,7 +50,7 @@ class Layout:
     tied: bool
 
 
-def layout_of(recipe: Mapping[str, Any]) -> Layout:
+def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
     """Returns the layout of a resolved recipe.
 
     Raises:
@@ -82,7 +82,7 @@ def layout_of(recipe: Mapping[str, Any]) -> Layout:
     hidden = _same(ffns[:dense])["hidden"] if dense else None
     experts = _same(ffns[dense:]) if dense < len(ffns) else None
     mtp, depths = _multi_token(model["heads"])
-    return Layout(
+    return HfLayout(
         dim=model["dim"],
         vocabulary=recipe["data"]["tokenizer"]["vocab"],
         layers=len(ffns),

@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterator
 from functools import lru_cache
 
 from core.contracts.checkpoint_format import TensorMapping
-from plugins.hf_deepseek.layout import Layout
+from plugins.hf_deepseek.layout import HfLayout
 
 
 def tensor_mappings(
-    layout: Layout, names: Collection[str] | None, *, interleaved: bool, biased: bool
+    layout: HfLayout, names: Collection[str] | None, *, interleaved: bool, biased: bool
 ) -> Iterator[TensorMapping]:
     """Yields the mapping of every tensor of the checkpoint, in the order of its layers.
 
@@ -43,7 +43,7 @@ class _Layers:
     """Mappings of the tensors of one layer; `theirs` and `ours` are the prefixes of their names."""
 
     def __init__(
-        self, layout: Layout, names: Collection[str] | None, *, interleaved: bool, biased: bool
+        self, layout: HfLayout, names: Collection[str] | None, *, interleaved: bool, biased: bool
     ) -> None:
         self.layout = layout
         self.interleaved = interleaved

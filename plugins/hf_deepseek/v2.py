@@ -5,7 +5,7 @@ from typing import Any
 from core.contracts.errors import ConfigError
 from plugins.hf_deepseek.config import HfConfig
 from plugins.hf_deepseek.family import EXAMPLE, DeepSeek, group_keys, router_section
-from plugins.hf_deepseek.layout import Layout
+from plugins.hf_deepseek.layout import HfLayout
 
 
 class DeepSeekV2(DeepSeek):
@@ -60,7 +60,7 @@ class DeepSeekV2(DeepSeek):
         """Returns the expert-level loss; the paper's device-level losses depend on the devices of the training."""
         return [{"name": "expert"}]
 
-    def routing_of(self, layout: Layout) -> dict[str, Any]:
+    def routing_of(self, layout: HfLayout) -> dict[str, Any]:
         """Returns the keys of the router; `topk_method` is `greedy` where no groups are limited."""
         if layout.depths:
             raise ConfigError(

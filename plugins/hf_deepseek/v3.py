@@ -6,7 +6,7 @@ from typing import Any
 from core.contracts.errors import ConfigError
 from plugins.hf_deepseek.config import HfConfig
 from plugins.hf_deepseek.family import EXAMPLE, DeepSeek, group_keys, router_section
-from plugins.hf_deepseek.layout import Layout
+from plugins.hf_deepseek.layout import HfLayout
 
 
 class DeepSeekV3(DeepSeek):
@@ -63,7 +63,7 @@ class DeepSeekV3(DeepSeek):
         """Returns the balancers of the report: training continues to adjust the bias."""
         return [{"name": "bias", "rate": 0.001}, {"name": "sequence", "alpha": 0.0001}]
 
-    def routing_of(self, layout: Layout) -> dict[str, Any]:
+    def routing_of(self, layout: HfLayout) -> dict[str, Any]:
         """Returns the keys of the router, those included that only vLLM and SGLang read."""
         fixed = {
             "scoring_func": "sigmoid",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from core.analysis.layout import Layout, check, parse, stage_sizes
+from core.analysis.layout import ParallelLayout, check, parse, stage_sizes
 from core.contracts.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 
 def test_a_layout_is_read() -> None:
-    assert parse("data=128,expert=64,pipeline=16") == Layout(data=128, expert=64, pipeline=16)
-    assert parse(" pipeline=2 ") == Layout(data=1, expert=1, pipeline=2)
+    assert parse("data=128,expert=64,pipeline=16") == ParallelLayout(
+        data=128, expert=64, pipeline=16
+    )
+    assert parse(" pipeline=2 ") == ParallelLayout(data=1, expert=1, pipeline=2)
     assert (
         parse("data=128,expert=64,pipeline=16").gpus == 2048
     )  # the experts' ranks are among the data ranks
@@ -46,16 +48,19 @@ def test_what_is_no_layout_is_reported(text: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "sentence"),
     [
-        (Layout(data=96, expert=48), "expert = 48 must divide the 256 routed experts of a layer"),
-        (Layout(data=96, expert=64), "expert = 64 must divide data = 96"),
-        (Layout(data=7), "data = 7 must divide batch.sequences = 3072"),
         (
-            Layout(pipeline=63),
+            ParallelLayout(data=96, expert=48),
+            "expert = 48 must divide the 256 routed experts of a layer",
+        ),
+        (ParallelLayout(data=96, expert=64), "expert = 64 must divide data = 96"),
+        (ParallelLayout(data=7), "data = 7 must divide batch.sequences = 3072"),
+        (
+            ParallelLayout(pipeline=63),
             "pipeline = 63 must be at most 62, the layers with multi-token modules",
         ),
     ],
 )
-def test_what_does_not_divide_is_reported(layout: Layout, sentence: str) -> None:
+def test_what_does_not_divide_is_reported(layout: ParallelLayout, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         check(layout, experts=[256] * 59, layers=62, sequences=3072)
     assert sentence in str(caught.value)
@@ -63,7 +68,7 @@ def test_what_does_not_divide_is_reported(layout: Layout, sentence: str) -> None
 
 def test_a_dense_model_has_no_expert_axis() -> None:
     with pytest.raises(UserError, match="expert = 2 must be 1: the model has no routed experts"):
-        check(Layout(data=2, expert=2), experts=[], layers=4, sequences=8)
+        check(ParallelLayout(data=2, expert=2), experts=[], layers=4, sequences=8)
 
 
 def test_stages_are_even_and_the_ends_are_the_shorter_ones() -> None:

@@ -13,19 +13,22 @@ from torch import nn
 import core
 from core.analysis.activations import Widths, block_activations
 from core.analysis.describe import RecordingPrecision, document_of
-from core.analysis.layout import Layout, Schedule
+from core.analysis.layout import ParallelLayout, PipelineSchedule
 from core.analysis.options import DescribeOptions
 from core.assemble import build, make
 from core.contracts.context import SequenceContext
 from core.model.norm import RMSNorm
 
-V3 = Layout(data=128, expert=64, pipeline=16)
+V3 = ParallelLayout(data=128, expert=64, pipeline=16)
 EXPERT, ATTENTION, D, VOCABULARY = 3 * 7168 * 2048, 187_107_328, 7168, 129_280
 
 
 @cache
 def laid_out(
-    name: str, layout: Layout, schedule: Schedule = "1f1b", sequences: int | None = None
+    name: str,
+    layout: ParallelLayout,
+    schedule: PipelineSchedule = "1f1b",
+    sequences: int | None = None,
 ) -> dict[str, Any]:
     """`layout` of the description."""
     found = document_of(
@@ -132,7 +135,7 @@ def test_dualpipe_holds_two_stages_and_one_more_micro_batch() -> None:
 
 
 def test_one_gpu_holds_the_whole_of_the_1b() -> None:
-    layout = laid_out("dsv3_1b", Layout())
+    layout = laid_out("dsv3_1b", ParallelLayout())
     (stage,) = layout["stages"]
     parameters = document_of(core.compose("dsv3_1b"))["params_total"] - 9 * 64
     assert stage["parameters"] == parameters
@@ -142,11 +145,11 @@ def test_one_gpu_holds_the_whole_of_the_1b() -> None:
         1,
     )
     assert layout["largest_bytes"]["none"] < 80e9
-    assert laid_out("dsv3_1b", Layout(), sequences=8)["microbatches_per_step"] == 144
+    assert laid_out("dsv3_1b", ParallelLayout(), sequences=8)["microbatches_per_step"] == 144
 
 
 def test_fp32_has_no_second_copy() -> None:
-    (stage,) = laid_out("dsv3_small", Layout())["stages"]
+    (stage,) = laid_out("dsv3_small", ParallelLayout())["stages"]
     assert stage["weights"] == stage["gradients"] == 4 * stage["parameters"]
     assert stage["optimizer"] == 8 * stage["parameters"]
 

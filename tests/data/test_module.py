@@ -13,18 +13,18 @@ from core.contracts.errors import UserError
 from core.contracts.schedule import Schedule, Segment
 from core.data.batch import Batch
 from core.data.module import TextData
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 from plugins.package_text.corpus import PackageText
 from plugins.text_files.corpus import TextFiles
 
 RAMP = Schedule(start=1, unit="steps", segments=[Segment(until=6, shape="linear", to=3)])
 
 
-def plan(steps: int = 10, length: int = 64) -> Plan:
-    return Plan(sequences=16, length=length, micro_batches=RAMP, steps=steps)
+def plan(steps: int = 10, length: int = 64) -> TrainingPlan:
+    return TrainingPlan(sequences=16, length=length, micro_batches=RAMP, steps=steps)
 
 
-def text_data(corpus: Any, run: Plan, **changes: Any) -> TextData:
+def text_data(corpus: Any, run: TrainingPlan, **changes: Any) -> TextData:
     settings: dict[str, Any] = {
         "vocab": 300,
         "length": run.length,

@@ -10,7 +10,7 @@ from core.data.batch import Batch
 from core.data.loaders import ValidationLoader, WindowLoader
 from core.data.store import TokenStore
 from core.data.windows import count_sequences, cut, epoch_order, rows_of, sequences_at
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 
 LENGTH = 4
 RAMP = Schedule(start=1, unit="steps", segments=[Segment(until=4, shape="linear", to=3)])
@@ -20,8 +20,10 @@ def stream(tokens: int, starts: tuple[int, ...] = (0,)) -> TokenStore:
     return TokenStore(np.arange(tokens, dtype=np.uint16), np.array(starts, dtype=np.int64), bytes=1)
 
 
-def plan(steps: int, micro_batches: float | Schedule = 1, sequences: int = 4) -> Plan:
-    return Plan(sequences=sequences, length=LENGTH, micro_batches=micro_batches, steps=steps)
+def plan(steps: int, micro_batches: float | Schedule = 1, sequences: int = 4) -> TrainingPlan:
+    return TrainingPlan(
+        sequences=sequences, length=LENGTH, micro_batches=micro_batches, steps=steps
+    )
 
 
 def sequences_in(window: list[Batch]) -> list[int]:

@@ -16,7 +16,7 @@ from core.contracts.schedule import Progress, value_at
 from core.contracts.schema import Section
 from core.describe import document_of
 from core.recipe.compose import Recipe, shipped_recipes
-from core.recipe.plan import Plan
+from core.recipe.plan import TrainingPlan
 from core.run.training import fit
 from core.training.folder import RunFolder
 
@@ -40,7 +40,7 @@ def published() -> Recipe:
 
 
 @cache
-def plan() -> Plan:
+def plan() -> TrainingPlan:
     """The plan of steps of DeepSeek-V3."""
     return plan_of(published())
 
