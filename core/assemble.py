@@ -19,7 +19,7 @@ from core.model.initialise import initialise
 from core.model.language_model import Embedding, LanguageModel
 from core.model.norm import RMSNorm
 from core.recipe.compose import Recipe
-from core.recipe.schema import RopeSection
+from core.recipe.recipe_schema import RopeSection
 
 
 class TiedOutput(nn.Module):

@@ -78,9 +78,9 @@ def _write_new(slot: str, name: str, folder: str, *, as_json: bool) -> None:
 
 
 def _list(*, as_json: bool) -> None:
-    from core.authoring.catalog import check_strict, rows
+    from core.authoring.catalog import catalog_rows, check_strict
 
-    found = rows()
+    found = catalog_rows()
     if as_json:
         print_json(found)
     else:

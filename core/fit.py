@@ -47,8 +47,8 @@ def main(arguments: argparse.Namespace) -> None:
         return
     _silence_libraries()
     from core.run.training import fit
-    from core.training.folder import RunFolder, resumable, start_folder
     from core.training.ranks import is_rank_zero, joined_folder
+    from core.training.run_folder import RunFolder, resumable, start_folder
 
     resume = arguments.resume is not None
     folder = joined_folder() or resumable(arguments.resume, arguments.out, recipe.name)

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from core.recipe.compose import compose
     from core.run.loading import load
     from core.run.training import fit
-    from core.training.folder import RunFolder
+    from core.training.run_folder import RunFolder
 
 __all__ = ["RunFolder", "__version__", "build", "compose", "describe", "fit", "load"]
 
 _DEFINITIONS = {
-    "RunFolder": "core.training.folder:RunFolder",
+    "RunFolder": "core.training.run_folder:RunFolder",
     "__version__": "core:__version__",
     "build": "core.assemble:build",
     "compose": "core.recipe.compose:compose",

@@ -31,8 +31,8 @@ from core.recipe.compose import Recipe, compose
 from core.run.data import text_data
 from core.run.training import fit
 from core.training.checkpoints import checkpoints_in, read_checkpoint
-from core.training.folder import RunFolder
 from core.training.module import TrainingModule
+from core.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = ("mfu", "tokens_per_second")

@@ -30,7 +30,7 @@ from core.analysis.budget import plan_of
 from core.contracts.context import SequenceContext
 from core.contracts.router import Router
 from core.model.language_model import LanguageModel
-from core.numerics import formats
+from core.numerics import number_formats
 from core.numerics import quantise as q
 from core.run.data import text_data
 from core.run.loading import load_weights
@@ -301,7 +301,7 @@ def codes_and_scales(lab: Lab) -> dict[str, Any]:
     compared, unequal = Counter[str](), dict[str, int]()
     for name, x in _inputs(shape).items():
         ends_E = (torch.tensor([0.1, 0.1, 0.47, 0.97]) * len(x)).to(torch.int32)
-        for form in formats.FORMATS.values():
+        for form in number_formats.FORMATS.values():
             for label, tile in TILES.items():
                 for power_of_two in (False, True):
                     both = [

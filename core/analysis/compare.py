@@ -43,7 +43,7 @@ def table(recipes: list[Recipe], documents: list[dict[str, Any]]) -> list[str]:
         documents: their descriptions.
     """
     headings = [list(line) for line in zip(*HEADER, strict=True)]
-    cells = headings + rows(recipes, documents)
+    cells = headings + comparison_rows(recipes, documents)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [_line(row, widths) for row in cells]
     return [*lines[:2], "-" * len(lines[0]), *lines[2:]]
@@ -56,7 +56,7 @@ def _line(row: list[str], widths: list[int]) -> str:
     return " ".join([name.ljust(widths[0]), *padded])
 
 
-def rows(recipes: list[Recipe], documents: list[dict[str, Any]]) -> list[list[str]]:
+def comparison_rows(recipes: list[Recipe], documents: list[dict[str, Any]]) -> list[list[str]]:
     """A row of `HEADER`'s columns for each recipe."""
     first = documents[0]
     named = zip(names(recipes), documents, strict=True)

@@ -18,7 +18,7 @@ SECTIONS = {"one": "{} section", "list": "list of {} sections", "mapping": "mapp
 """The type of a key that other components fill, by how many they are."""
 
 
-def rows() -> list[dict[str, Any]]:
+def catalog_rows() -> list[dict[str, Any]]:
     """One object for each offer: slot, name, distribution, version, module, status, notice, schema.
 
     A plugin that could not be read, or was not read because it is disabled, is one object with the slot "?".

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from core.contracts.errors import UserError
 from core.data.tokenizer import END
-from core.training.folder import RunFolder
+from core.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from core.data.tokenizer import Tokenizer
 from core.harness.markers import markers_of
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
-from core.training.folder import RunFolder
+from core.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

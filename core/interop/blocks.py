@@ -61,12 +61,14 @@ class ReadBlocks(TensorReader):
         self.specs = specs
         self.codes = {name for name, spec in specs.items() if spec.dtype == CODES}
 
-    def rows(self, name: str, begin: int, end: int) -> Tensor:
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Returns rows of a tensor; each row of scales holds those of its block."""
         if name in self.shards.specs:
-            return self.shards.rows(name, begin, end)
+            return self.shards.read_rows(name, begin, end)
         low = begin // BLOCK
-        grid = self.shards.rows(name.removesuffix(SCALE) + INVERSE, low, math.ceil(end / BLOCK))
+        grid = self.shards.read_rows(
+            name.removesuffix(SCALE) + INVERSE, low, math.ceil(end / BLOCK)
+        )
         return grid.repeat_interleave(BLOCK, dim=0)[begin - low * BLOCK : end - low * BLOCK]
 
 

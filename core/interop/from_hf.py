@@ -31,7 +31,7 @@ from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader, TensorSpec,
 from core.interop.transfer import Conversion, check_target
 from core.interop.writing import planned
 from core.recipe.compose import Recipe, compose
-from core.training.folder import RunFolder, provenance
+from core.training.run_folder import RunFolder, provenance
 
 LARGEST_COMPANION = 128 * 2**20
 WEIGHT_SUFFIXES = frozenset(

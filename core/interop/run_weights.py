@@ -8,7 +8,7 @@ import torch
 from core.interop.shards import shards_of
 from core.interop.tensors import SCALE, InMemoryTensors, TensorReader, TensorSpec
 from core.training.checkpoints import read_checkpoint
-from core.training.folder import WEIGHTS_INDEX
+from core.training.run_folder import WEIGHTS_INDEX
 
 
 def is_converted(checkpoint: Path) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from core.contracts.errors import UserError
 from core.interop.tensors import TensorReader, TensorSpec
-from core.training.folder import WEIGHTS_INDEX
+from core.training.run_folder import WEIGHTS_INDEX
 
 FORMATS = {
     "F64": torch.float64,
@@ -64,7 +64,7 @@ class Shards(TensorReader):
                 specs[name] = spec
         self.specs = specs
 
-    def rows(self, name: str, begin: int, end: int) -> Tensor:
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Returns the rows from `begin` to `end`, in new memory."""
         spec = self.specs[name]
         size = (end - begin) * spec.row_bytes

@@ -66,14 +66,14 @@ class TensorReader(ABC):
     specs: Mapping[str, TensorSpec]
 
     @abstractmethod
-    def rows(self, name: str, begin: int, end: int) -> Tensor:
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Returns the rows from `begin` to `end`, in the format that they are stored in."""
 
     def values(self, name: str, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         """Returns the rows from `begin` to `end` as numbers; FP8 codes are multiplied by their scales."""
-        rows = self.rows(name, begin, end)
+        rows = self.read_rows(name, begin, end)
         if rows.dtype == CODES and dtype != CODES:
-            scales = self.rows(name + SCALE, begin, end)
+            scales = self.read_rows(name + SCALE, begin, end)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             rows = dequantised(rows, scales, wide)
         return rows.to(dtype)
@@ -88,7 +88,7 @@ class InMemoryTensors(TensorReader):
             name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
         }
 
-    def rows(self, name: str, begin: int, end: int) -> Tensor:
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Returns a view of the rows."""
         spec = self.specs[name]
         return self._tensors[name].detach().reshape(spec.rows, spec.width)[begin:end]

@@ -25,7 +25,7 @@ from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader, TensorSpec,
 from core.interop.transfer import Conversion, check_target
 from core.interop.writing import FilePlan, planned
 from core.recipe.compose import compose
-from core.training.folder import RunFolder
+from core.training.run_folder import RunFolder
 
 NAMES = {
     torch.float32: "float32",

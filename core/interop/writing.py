@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core.interop.shards import FORMATS
 from core.interop.tensors import TensorSpec
-from core.training.folder import WEIGHTS_INDEX
+from core.training.run_folder import WEIGHTS_INDEX
 
 SHARD_BYTES = 5 * 10**9
 """Largest size of a file in bytes; a file whose only tensor is larger may exceed it."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.numerics.formats import FORMATS, Format, decode, encode, onto_grid_
+from core.numerics.number_formats import FORMATS, Format, decode, encode, onto_grid_
 
 SMALLEST = torch.finfo(torch.float32).tiny
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.contracts.errors import ConfigError, UserError
-from core.recipe.schema import RecipeSchema
+from core.recipe.recipe_schema import RecipeSchema
 from core.recipe.values import omegaconf_message
 
 BUDGETS = frozenset({"steps", "tokens", "flops"})

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from core.reports.figure import Figure
-from core.reports.folder import Run, Study
 from core.reports.over_training import OverTraining, training_loss
+from core.reports.study_files import Run, Study
 from core.reports.words import time_unit
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from core.reports.folder import Run
+from core.reports.study_files import Run
 
 POINTS = 400
 """The most points of one curve."""

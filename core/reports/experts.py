@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from core.reports.folder import Run, Study
+from core.reports.study_files import Run, Study
 
 VALUES = 1_500_000
 """The most values of all runs together: 4 MB of text."""

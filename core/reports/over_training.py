@@ -7,8 +7,8 @@ from typing import Any
 
 from core.reports.curves import Curve, axis_of, curve, end_of
 from core.reports.figure import Figure, Trace
-from core.reports.folder import Run, Study
 from core.reports.points import at_the_end, validated_once
+from core.reports.study_files import Run, Study
 from core.reports.style import DASHES, Style, brief, plain, styles
 from core.reports.words import LOSS
 

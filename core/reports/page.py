@@ -11,7 +11,6 @@ from core.contracts.errors import UserError
 from core.reports import cost, points, provenance, table, words
 from core.reports.experts import experts
 from core.reports.figure import Figure
-from core.reports.folder import Study, read
 from core.reports.over_training import (
     OverTraining,
     acceptance,
@@ -21,6 +20,7 @@ from core.reports.over_training import (
     violation,
 )
 from core.reports.paired import against_baseline
+from core.reports.study_files import Study, read
 
 
 def write(folder: Path, file: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from core.reports.figure import Figure, Trace
-from core.reports.folder import Run, Study, finite
+from core.reports.study_files import Run, Study, finite
 from core.reports.style import Style, brief, broken, plain, styles
 from core.reports.words import time_unit
 from core.statistics.comparison import NOT_AFTER_HOLM

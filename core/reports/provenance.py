@@ -4,7 +4,7 @@ import shlex
 from collections import Counter
 from typing import Any
 
-from core.reports.folder import Run, Study
+from core.reports.study_files import Run, Study
 
 SHOWN_ELSEWHERE = ("components", "command", "commit", "dirty", "gpus")
 """Keys of `provenance.json` that are not shown under their own names."""

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from core.analysis.compare import short
-from core.reports.folder import Run, Study, finite
+from core.reports.study_files import Run, Study, finite
 from core.reports.words import NONE, caveats, duration, number, signed, yes_no
 
 

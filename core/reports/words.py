@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from core.reports.folder import Run, Study, finite
+from core.reports.study_files import Run, Study, finite
 from core.statistics.comparison import NOT_AFTER_HOLM, NOTHING_SHOWN
 
 METRICS = {

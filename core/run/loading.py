@@ -12,8 +12,8 @@ from core.interop.run_weights import is_converted, model_specs, state_of, weight
 from core.interop.tensors import TensorReader, chunks
 from core.model.language_model import LanguageModel
 from core.recipe.compose import compose
-from core.training.folder import RunFolder
 from core.training.resume import newest_checkpoint
+from core.training.run_folder import RunFolder
 
 
 def load(run_or_checkpoint: str | Path) -> LanguageModel:

@@ -21,7 +21,6 @@ from core.run.data import text_data
 from core.run.loading import load_weights
 from core.run.summary import summarise
 from core.training.checkpoints import is_disk_full
-from core.training.folder import RunFolder, provenance
 from core.training.module import TrainingModule
 from core.training.ranks import is_rank_zero, process_group_scope
 from core.training.resume import (
@@ -31,6 +30,7 @@ from core.training.resume import (
     newest,
     newest_checkpoint,
 )
+from core.training.run_folder import RunFolder, provenance
 from core.training.setup import RunCallbacks, make_run_callbacks, make_trainer
 from core.training.throughput import measured_peak_flops
 

@@ -13,8 +13,8 @@ from threading import Thread
 from typing import Any
 
 from core.contracts.errors import UserError
-from core.study.folder import Job
 from core.study.runner import GRACE, start, threads_begun_with
+from core.study.sweep_folder import Job
 
 POLL = 0.2
 """Seconds between two checks whether a run has ended."""

@@ -24,8 +24,8 @@ from typing import IO, Protocol
 from core.contracts.errors import UserError
 from core.study.child import NO_SPACE, ORPHANED
 from core.study.cores import cores
-from core.study.folder import Job, Status, SweepFolder
 from core.study.results import never_measured, value_of
+from core.study.sweep_folder import Job, Status, SweepFolder
 
 GRACE = 60.0
 """Seconds that a run gets to save itself before it is killed."""

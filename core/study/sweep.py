@@ -11,13 +11,13 @@ from core.analysis.budget import plan_of
 from core.contracts.errors import UserError
 from core.recipe.resolve import to_dict
 from core.run.data import text_data
-from core.study.folder import Job, Status, SweepFolder
 from core.study.matching import Matched, match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
 from core.study.results import HELD_OUT, NOTHING_HELD_OUT, identity, results
 from core.study.runner import LocalPool, Pool, run_jobs
 from core.study.sweep_file import Sweep
+from core.study.sweep_folder import Job, Status, SweepFolder
 from core.training.checkpoints import is_disk_full
 
 Progress = Callable[[Job | None, Status | None, int, int, float | None], None]

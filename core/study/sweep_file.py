@@ -16,7 +16,7 @@ from core.contracts.errors import UserError, nearest
 from core.extension.registry import Registry
 from core.recipe.compose import Recipe, compose, find_recipe, shipped_sweeps
 from core.recipe.resolve import Resolver
-from core.study.schema import LONGEST, SweepSchema, VariantSection
+from core.study.sweep_schema import LONGEST, SweepSchema, VariantSection
 
 
 @dataclass(frozen=True)

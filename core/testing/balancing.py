@@ -135,7 +135,7 @@ def scope_is_as_declared(subject: Subject) -> None:
     alone = torch.zeros((), dtype=torch.float64)
     for row in range(3):
         part = slice(row, row + 1)
-        alone = alone + _observed(layer, bench.rows(context, part), x_BLD[part])
+        alone = alone + _observed(layer, bench.select_rows(context, part), x_BLD[part])
     whole = _observed(layer, context, x_BLD)
     require_close(alone, whole, "the loss of a batch is not that of its sequences")
 
@@ -286,7 +286,7 @@ def _train_window(
     """
     whole = bench.padded(WINDOW)
     size = 4 // pieces
-    contexts = [bench.rows(whole, slice(start, start + size)) for start in range(0, 4, size)]
+    contexts = [bench.select_rows(whole, slice(start, start + size)) for start in range(0, 4, size)]
     ledger = Ledger.of(model)
     totals = WindowTotals()
     window = Window.of(model, ledger, contexts)

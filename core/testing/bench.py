@@ -108,7 +108,7 @@ def padded(lengths: Sequence[int], length: int = 8, *, seed: int = 0) -> Sequenc
     return tokens(len(lengths), length, seed=seed, valid_BL=valid_BL)
 
 
-def rows(context: SequenceContext, part: slice) -> SequenceContext:
+def select_rows(context: SequenceContext, part: slice) -> SequenceContext:
     """Some sequences of a micro-batch, with the places that they have in it."""
     cut: dict[str, Any] = {}
     for name in ("tokens_BL", "targets_BL", "valid_BL", "documents_BM", "learned_BM", "source_B"):

@@ -202,7 +202,7 @@ def head_sums_over_sequences(subject: Subject) -> None:
     counts = dict.fromkeys(whole, 0)
     for row in range(3):
         part = slice(row, row + 1)
-        alone = bench.rows(context, part)
+        alone = bench.select_rows(context, part)
         output = predicted(head, x_BLD[part], alone)
         for name in whole:
             sums[name].append(output.terms[name])

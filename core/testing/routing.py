@@ -258,7 +258,9 @@ def sequences_are_independent(subject: Subject) -> None:
     whole = dense_gates(module(x_BLD.flatten(0, 1), plain, context)).view(4, 8, -1)
     for row in range(4):
         part = slice(row, row + 1)
-        alone = dense_gates(module(x_BLD[part].flatten(0, 1), plain, bench.rows(context, part)))
+        alone = dense_gates(
+            module(x_BLD[part].flatten(0, 1), plain, bench.select_rows(context, part))
+        )
         length = int(context.valid()[row].sum())
         found = "a sequence is routed otherwise when it is alone"
         require_close(alone[:length], whole[row, :length], found)

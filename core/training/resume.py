@@ -11,7 +11,7 @@ import torch
 from core.contracts.errors import UserError
 from core.recipe.compose import Recipe, compose
 from core.training.checkpoints import checkpoints_in, read_checkpoint
-from core.training.folder import RunFolder
+from core.training.run_folder import RunFolder
 
 REPRODUCED = (
     "seed",

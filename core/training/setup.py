@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
 
-from core.recipe.schema import RecipeSchema
+from core.recipe.recipe_schema import RecipeSchema
 from core.training.callbacks import KeepLatest, LoadLog, StepLog, StopOnSignal
 from core.training.checkpoints import AtomicCheckpointIO
 from core.training.throughput import Throughput

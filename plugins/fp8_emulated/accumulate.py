@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.numerics.formats import E4M3, Format, decode
+from core.numerics.number_formats import E4M3, Format, decode
 from core.numerics.quantise import Quantised, Tile, scaled, spread
 from core.numerics.quantised_product import Kept
 from plugins.fp8_emulated.rounding import EmulatedRounding

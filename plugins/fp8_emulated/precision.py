@@ -10,8 +10,8 @@ from torch import nn
 from core.contracts.errors import ConfigError
 from core.contracts.precision import declared_roles, roles_matching
 from core.contracts.schema import setting
-from core.numerics.formats import E4M3, E5M6, FORMATS, Format
 from core.numerics.fp8 import FP8Precision, FP8Settings
+from core.numerics.number_formats import E4M3, E5M6, FORMATS, Format
 from core.numerics.quantised_product import RoundedGroupedLinear, RoundedLinear
 from plugins.fp8_emulated.accumulate import AT_ONCE, NarrowRounding
 from plugins.fp8_emulated.delayed import DelayedAmax

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.numerics.formats import E4M3, E5M6, Format
+from core.numerics.number_formats import E4M3, E5M6, Format
 from core.numerics.quantise import (
     BLOCK,
     COLUMN,

@@ -1,6 +1,6 @@
 """The arithmetic of the Triton kernels: scales of tiles, E4M3 codes of numbers, numbers of codes, codes in words.
 
-Scales are those of `core.numerics.quantise` and codes those of `core.numerics.formats`, bit for bit. The largest
+Scales are those of `core.numerics.quantise` and codes those of `core.numerics.number_formats`, bit for bit. The largest
 magnitude of a tile is found among bit patterns, which for finite numbers, infinities and NaN are in that order;
 divisions are IEEE's; what rounds to zero becomes +0, as it does there.
 """
@@ -82,7 +82,7 @@ def encode(x, scale):
 
 @triton.jit
 def decode(codes):
-    """The fp32 numbers of codes, as in `core.numerics.formats.decode`."""
+    """The fp32 numbers of codes, as in `core.numerics.number_formats.decode`."""
     if INTERPRETED:
         # The mask clears the upper bit of fp16's exponent.
         bits = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385

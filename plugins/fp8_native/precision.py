@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from core.contracts.component import Environment
 from core.contracts.precision import plain_path
 from core.contracts.schema import setting
-from core.numerics.formats import E4M3
 from core.numerics.fp8 import FP8Precision, FP8Settings
 from core.numerics.grouped import grouped_product
+from core.numerics.number_formats import E4M3
 from core.numerics.quantise import dequantise, quantise
 from core.numerics.quantised_product import RoundedGroupedLinear, RoundedLinear
 from plugins.fp8_native.fused import FusedRounding

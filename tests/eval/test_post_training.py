@@ -12,7 +12,7 @@ from torch import Tensor
 import core
 from core.data.tokenizer import Tokenizer
 from core.run.training import fit
-from core.training.folder import RunFolder
+from core.training.run_folder import RunFolder
 
 from .conftest import GROUPS
 from .questions import MULTIPLE_CHOICE, write_task

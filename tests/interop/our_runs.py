@@ -8,7 +8,7 @@ from lab import Lab
 
 import core
 from core.training.checkpoints import checkpoints_in, read_checkpoint
-from core.training.folder import RunFolder
+from core.training.run_folder import RunFolder
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def stopped_after(
     """A conversion that is stopped before so many reads of rows, with a journal entry for every so many bytes."""
 
     def work() -> None:
-        count, plain = 0, Shards.rows
+        count, plain = 0, Shards.read_rows
 
         def counted(self: Shards, name: str, begin: int, end: int) -> Tensor:
             nonlocal count
@@ -39,7 +39,7 @@ def stopped_after(
             return plain(self, name, begin, end)
 
         transfer.EVERY = every
-        Shards.rows = counted  # type: ignore[method-assign]
+        Shards.read_rows = counted  # type: ignore[method-assign]
         run_command_here("convert", *arguments)
 
     return forked(work)
@@ -50,14 +50,14 @@ def reads_of(*arguments: str | Path) -> tuple[int, CommandResult]:
     report, wrote = os.pipe()
 
     def work() -> None:
-        count, plain = 0, Shards.rows
+        count, plain = 0, Shards.read_rows
 
         def counted(self: Shards, name: str, begin: int, end: int) -> Tensor:
             nonlocal count
             count += 1
             return plain(self, name, begin, end)
 
-        Shards.rows = counted  # type: ignore[method-assign]
+        Shards.read_rows = counted  # type: ignore[method-assign]
         try:
             run_command_here("convert", *arguments)
         finally:

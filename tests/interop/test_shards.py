@@ -43,11 +43,11 @@ def test_every_format_and_shape_is_read_as_the_library_wrote_it(tmp_path: Path) 
     for name, tensor in ALL.items():
         spec = shards.specs[name]
         assert (spec.dtype, spec.shape) == (tensor.dtype, tuple(tensor.shape))
-        rows = shards.rows(name, 0, spec.rows)
+        rows = shards.read_rows(name, 0, spec.rows)
         assert rows.view(torch.uint8).equal(
             tensor.reshape(spec.rows, spec.width).view(torch.uint8)
         ), name
-    assert shards.rows("F16", 5, 7).equal(ALL["F16"].view(12, 5)[5:7])
+    assert shards.read_rows("F16", 5, 7).equal(ALL["F16"].view(12, 5)[5:7])
 
 
 def test_the_library_reads_what_is_written_in_any_order_and_in_parts(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_files_stay_open_by_the_dozen_only(tmp_path: Path, monkeypatch: pytest.M
         save_file({f"t{number}": torch.full((2,), number)}, tmp_path / f"{number}.safetensors")
     shards = Shards(sorted(tmp_path.iterdir()))
     for number in (0, 1, 2, 3, 4, 0, 2):
-        assert shards.rows(f"t{number}", 0, 1).tolist() == [[number, number]]
+        assert shards.read_rows(f"t{number}", 0, 1).tolist() == [[number, number]]
         assert len(shards._open) <= 2
 
 
@@ -156,7 +156,7 @@ def test_a_grid_is_seen_by_row_and_written_back(tmp_path: Path, begin: int, end:
     save_file({"x.weight": codes, "x.weight_scale_inv": grid}, tmp_path / "model.safetensors")
     view = ReadBlocks(shards_of(tmp_path))
     assert view.specs["x.weight" + SCALE] == TensorSpec(torch.float32, (300, 2))
-    rows = view.rows("x.weight" + SCALE, begin, end)
+    rows = view.read_rows("x.weight" + SCALE, begin, end)
     assert torch.equal(rows, torch.stack([grid[row // 128] for row in range(begin, end)]))
     values = torch.stack(
         [

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.numerics import formats
+from core.numerics import number_formats
 from core.numerics import quantise as q
 
 from .layers import drawn, precision, through, with_weight
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("tile", [q.ROW, q.COLUMN, q.BLOCK, q.WHOLE, q.Tile(1, 32)], ids=str)
-@pytest.mark.parametrize("form", [formats.E4M3, formats.E5M2, formats.E5M6])
+@pytest.mark.parametrize("form", [number_formats.E4M3, number_formats.E5M2, number_formats.E5M6])
 def test_codes_and_scales_are_those_of_a_cpu(
-    form: formats.Format, tile: q.Tile, power_of_two: bool
+    form: number_formats.Format, tile: q.Tile, power_of_two: bool
 ) -> None:
     """Zero and infinite tiles included. Divided by a Python number, CUDA's scales would be one bit off."""
     x = drawn(300, 333)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.errors import UserError
-from core.numerics.formats import E4M3, E5M2, Format
+from core.numerics.number_formats import E4M3, E5M2, Format
 from core.numerics.quantise import BLOCK, ROW, WHOLE, Tile, rounded
 
 from .layers import drawn, precision, through, with_weight

@@ -18,7 +18,7 @@ from lab import Lab
 from torch import Tensor
 
 from core.assemble import make
-from core.numerics.formats import E4M3
+from core.numerics.number_formats import E4M3
 from core.numerics.quantise import BLOCK, ROW, Quantised, dequantise, quantise
 from plugins.fp8_native import fused, operand, precision
 from plugins.fp8_native.ends import spans

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.recipe.compose import compose
-from core.recipe.schema import RecipeSchema
+from core.recipe.recipe_schema import RecipeSchema
 
 Write = Callable[..., Path]
 MessageOf = Callable[..., str]

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from core.recipe.schema import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS, RecipeSchema
+from core.recipe.recipe_schema import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS, RecipeSchema
 
 KEYS = {f.name for f in fields(RecipeSchema)}
 

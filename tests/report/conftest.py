@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from core.study.folder import SweepFolder
+from core.study.sweep_folder import SweepFolder
 
 from .synthetic import Made, write_run, write_sweep
 

@@ -8,7 +8,7 @@ import pytest
 
 from core.reports import experts as packing
 from core.reports.curves import POINTS, SMOOTH, curve, paired
-from core.reports.folder import Run, read
+from core.reports.study_files import Run, read
 from core.reports.style import DASHES, broken, styles
 
 from .synthetic import Made, write_sweep

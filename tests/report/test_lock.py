@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.reports import lock
-from core.reports.folder import read
+from core.reports.study_files import read
 
 from .synthetic import Made, write_sweep
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from core.reports.cost import seconds_of
-from core.reports.folder import Run, read
 from core.reports.page import context, figures_of, render
 from core.reports.provenance import facts
+from core.reports.study_files import Run, read
 from core.reports.words import in_short, metric_words, signed
 from core.statistics.comparison import NOT_AFTER_HOLM
 

@@ -15,7 +15,7 @@ import core
 from core.contracts.schedule import Schedule, Segment
 from core.extension.loader import find_plugins, load_plugins
 from core.extension.registry import SLOTS, Entry
-from core.recipe import schema
+from core.recipe import recipe_schema as schema
 
 from .documents import DOCUMENTS, ROOT, blocks, first_cells, section
 

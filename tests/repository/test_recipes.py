@@ -18,7 +18,7 @@ from core.describe import document_of
 from core.recipe.compose import Recipe, shipped_recipes
 from core.recipe.plan import TrainingPlan
 from core.run.training import fit
-from core.training.folder import RunFolder
+from core.training.run_folder import RunFolder
 
 from .documents import ROOT
 

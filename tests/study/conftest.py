@@ -9,7 +9,7 @@ from lab import Lab, forked, run_command_here
 
 import core.study.sweep
 from core.study.child import exit_on_full_disk
-from core.study.folder import Job
+from core.study.sweep_folder import Job
 
 Write = Callable[[str], Path]
 

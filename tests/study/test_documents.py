@@ -9,8 +9,8 @@ from repository.documents import blocks, first_cells, section
 
 from core.recipe.compose import shipped_sweeps
 from core.study.matching import match
-from core.study.schema import MatchSection, SweepSchema, VariantSection
 from core.study.sweep_file import read_sweep
+from core.study.sweep_schema import MatchSection, SweepSchema, VariantSection
 
 PAGE = ROOT / "docs" / "sweeps.md"
 

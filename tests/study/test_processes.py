@@ -17,10 +17,10 @@ from lab import ROOT, Lab, rows
 from core.contracts.errors import UserError
 from core.study.child import NO_SPACE
 from core.study.cores import cores
-from core.study.folder import Job, Status, SweepFolder
 from core.study.runner import LocalPool, command_of, run_jobs
 from core.study.sweep import run_sweep
 from core.study.sweep_file import Variant, read_sweep
+from core.study.sweep_folder import Job, Status, SweepFolder
 
 from .conftest import TWO, ForkPool, Write
 from .test_runner import kept, read, states

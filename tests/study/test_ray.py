@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from lab import ROOT, Lab
 
-from core.study.folder import Job
 from core.study.ray_pool import resources
 from core.study.sweep_file import Variant
+from core.study.sweep_folder import Job
 
 from .conftest import TWO, Write
 from .test_processes import LONG, Runner, processes_of, until

@@ -21,9 +21,9 @@ import core.sweep
 from core.analysis.budget import plan_of
 from core.contracts.errors import UserError
 from core.run.data import text_data
-from core.study.folder import Job, SweepFolder
 from core.study.sweep import run_sweep
 from core.study.sweep_file import read_sweep
+from core.study.sweep_folder import Job, SweepFolder
 
 from .conftest import TWO, ForkPool, Write
 

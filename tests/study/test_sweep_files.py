@@ -11,8 +11,8 @@ from lab import ROOT, Lab
 from core.contracts.errors import UserError
 from core.recipe.compose import shipped_sweeps
 from core.study.matching import match
-from core.study.schema import METRICS
 from core.study.sweep_file import Sweep, read_sweep
+from core.study.sweep_schema import METRICS
 
 from .conftest import TWO, Write
 

@@ -17,7 +17,7 @@ from core.contracts.errors import UserError
 from core.contracts.training import NamedParameter
 from core.model.parameters import kind_of, named_parameters
 from core.training.checkpoints import checkpoints_in, read_checkpoint
-from core.training.folder import RunFolder
+from core.training.run_folder import RunFolder
 
 BF16 = "optimizer.moments=bf16"
 BETA1, BETA2, EPS, DECAY, RATE = 0.9, 0.95, 1e-8, 0.1, 0.01

@@ -26,8 +26,8 @@ from core.contracts.errors import UserError
 from core.run.data import text_data
 from core.training import callbacks, checkpoints
 from core.training.checkpoints import checkpoints_in, read_checkpoint
-from core.training.folder import RunFolder
 from core.training.module import TrainingModule
+from core.training.run_folder import RunFolder
 
 
 def die() -> None:

@@ -20,7 +20,7 @@ from core.data.tokenizer import Tokenizer
 from core.recipe.compose import compose
 from core.run.data import text_data
 from core.run.summary import finite
-from core.training import folder as folders
+from core.training import run_folder as folders
 from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.throughput import measured_peak_flops
 
