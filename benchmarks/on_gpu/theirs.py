@@ -47,7 +47,7 @@ def export(recipe: Recipe, stepper: Stepper, folder: Path) -> None:
     weights = InMemoryTensors(
         {name: tensor.detach().cpu() for name, tensor in stepper.model.state_dict().items()}
     )
-    pieces, specs = list(made.pieces(config, values, None)), model_specs(weights)
+    pieces, specs = list(made.tensor_mappings(config, values, None)), model_specs(weights)
     theirs = {
         piece.theirs: TensorSpec(torch.float32 if piece.exact else torch.bfloat16, piece.shape)
         for piece in pieces

@@ -98,7 +98,7 @@ class CheckpointFormat(Component, ABC):
         """
 
     @abstractmethod
-    def pieces(
+    def tensor_mappings(
         self, config: Mapping[str, Any], recipe: Mapping[str, Any], names: Collection[str] | None
     ) -> Iterator[TensorMapping]:
         """Yields every tensor of theirs once, and with them every row of ours once (copies apart).

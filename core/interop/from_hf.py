@@ -72,7 +72,7 @@ def from_hf(
     model = build(recipe, device="meta")
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weight_names = [name for name in theirs.specs if not _is_scale(name, theirs.codes)]
-    listed = checkpoint_format.pieces(config, recipe.to_dict(), weight_names)
+    listed = checkpoint_format.tensor_mappings(config, recipe.to_dict(), weight_names)
     mappings = wanted(listed, theirs.specs)
     check_theirs(mappings, theirs.specs, checkpoint_format, source)
     check_ours(mappings, ours, f"checkpoint_format {checkpoint_format.label}")

@@ -105,7 +105,7 @@ def to_hf(
         ours = {name: spec for name, spec in ours.items() if not name.startswith("heads.")}
     checkpoint_format, config, source = _described(folder, recipe)
     formats = source.formats if source is not None else {}
-    mappings = list(checkpoint_format.pieces(config, recipe, formats or None))
+    mappings = list(checkpoint_format.tensor_mappings(config, recipe, formats or None))
     if formats:
         mappings = wanted(mappings, formats)
     shapes = {name: spec.shape for name, spec in ours.items()}

@@ -28,7 +28,7 @@ def _format(subject: Subject) -> CheckpointFormat:
 def _read(made: CheckpointFormat, config: dict[str, Any]) -> tuple[Recipe, list[TensorMapping]]:
     """The recipe of a configuration, and the mappings of its tensors in the layout that is written."""
     recipe = composed(made.recipe_of(config, [], "fp32").recipe, "its recipe_of")
-    return recipe, list(made.pieces(config, recipe.to_dict(), None))
+    return recipe, list(made.tensor_mappings(config, recipe.to_dict(), None))
 
 
 def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
@@ -95,36 +95,36 @@ def format_refuses_with_a_reason(subject: Subject) -> None:
 
 @check(
     "checkpoint_format",
-    clause="`pieces` map each tensor of the format and each row of the model once, so tensors survive a round trip",
+    clause="`tensor_mappings` name each tensor of the format and each row of the model once; tensors survive a round trip",
     where=f"{WHERE}; core/contracts/checkpoint_format.py, TensorMapping",
 )
 def format_accounts_for_every_row(subject: Subject) -> None:
     """Compares the mappings with the model that the recipe builds, and moves random tensors in and out."""
     made = _format(subject)
-    recipe, pieces = _read(made, made.example_config)
+    recipe, mappings = _read(made, made.example_config)
     try:
-        check_ours(pieces, _shapes(recipe), "the format")
+        check_ours(mappings, _shapes(recipe), "the format")
     except UserError as error:
         require(False, str(error))
-    for piece in pieces:
-        if piece.order is not None:
-            rows = TensorSpec(torch.float32, piece.shape).rows
-            permutes = sorted(piece.order) == list(range(rows))
-            require(permutes, f"{piece.theirs}: its order is not a permutation of its rows")
-    _round_trip(recipe, pieces)
+    for mapping in mappings:
+        if mapping.order is not None:
+            rows = TensorSpec(torch.float32, mapping.shape).rows
+            permutes = sorted(mapping.order) == list(range(rows))
+            require(permutes, f"{mapping.theirs}: its order is not a permutation of its rows")
+    _round_trip(recipe, mappings)
 
 
-def _round_trip(recipe: Recipe, pieces: list[TensorMapping]) -> None:
+def _round_trip(recipe: Recipe, mappings: list[TensorMapping]) -> None:
     """Imports random tensors into the model's and exports them again, in memory."""
     draw = torch.Generator().manual_seed(0)
     theirs: dict[str, Tensor] = {}
-    for piece in pieces:
-        if not piece.copy and piece.ours is not None:
-            theirs[piece.theirs] = torch.randn(piece.shape, generator=draw)
-    for piece in pieces:
-        if piece.ours is None:
-            theirs[piece.theirs] = torch.zeros(piece.shape)
-    used = wanted(pieces, theirs)
+    for mapping in mappings:
+        if not mapping.copy and mapping.ours is not None:
+            theirs[mapping.theirs] = torch.randn(mapping.shape, generator=draw)
+    for mapping in mappings:
+        if mapping.ours is None:
+            theirs[mapping.theirs] = torch.zeros(mapping.shape)
+    used = wanted(mappings, theirs)
     ours = _MemoryTarget(_shapes(recipe))
     for op in import_ops(used, InMemoryTensors(theirs), ours.specs, "the kit"):
         op.run(InMemoryTensors(theirs), ours)

@@ -179,7 +179,7 @@ class DeepSeek(CheckpointFormat):
             "num_experts_per_tok": experts["router"]["top_k"],
         }
 
-    def pieces(
+    def tensor_mappings(
         self, config: Mapping[str, Any], recipe: Mapping[str, Any], names: Collection[str] | None
     ) -> Iterator[TensorMapping]:
         """Yields the tensor mappings in the order of the layers."""

@@ -133,7 +133,7 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message_of"),
+    ("line", "expected"),
     [
         (b'{"text": ', "is not JSON: Expecting value"),
         (b'{"text": "\xff"}', "is not JSON: 'utf-8' codec can't decode byte 0xff in position 10"),
@@ -143,12 +143,12 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
         (b'{"text": "\\ud83d"}', "holds half a surrogate pair"),
     ],
 )
-def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, message_of: str) -> None:
+def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, expected: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(UserError) as error:
         list(text_files(path).documents())
-    assert str(error.value).startswith(f"{path}, line 2 {message_of}")
+    assert str(error.value).startswith(f"{path}, line 2 {expected}")
 
 
 def test_files_take_the_text_from_the_key_that_was_asked(tmp_path: Path) -> None:

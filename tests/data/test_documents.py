@@ -41,11 +41,11 @@ def test_bytes_are_counted_before_decoding(corpus_of: MakeCorpus) -> None:
     assert bytes_in(read_split(corpus_of({"a": "é€😀".encode()})).documents) == 2 + 3 + 4
 
 
-@pytest.mark.parametrize(("texts", "message_of"), [({}, "0 documents"), ({"a": b""}, "1 document")])
-def test_empty_corpus(corpus_of: MakeCorpus, texts: dict[str, bytes], message_of: str) -> None:
+@pytest.mark.parametrize(("texts", "expected"), [({}, "0 documents"), ({"a": b""}, "1 document")])
+def test_empty_corpus(corpus_of: MakeCorpus, texts: dict[str, bytes], expected: str) -> None:
     with pytest.raises(UserError) as error:
         read_split(corpus_of(texts))
-    assert str(error.value) == f"the corpus is empty: {message_of}, none with text"
+    assert str(error.value) == f"the corpus is empty: {expected}, none with text"
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_offset(corpus_of: MakeCorpus) -> None:

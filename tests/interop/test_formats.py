@@ -112,7 +112,7 @@ def test_the_full_model_has_the_published_number_of_parameters() -> None:
     from core.recipe.compose import compose
 
     recipe, made = compose("dsv3_671b").to_dict(), DeepSeekV3(None)
-    listed = list(made.pieces(made.config_of(recipe), recipe, None))
+    listed = list(made.tensor_mappings(made.config_of(recipe), recipe, None))
     own = [(".layers.61." in p.theirs, math.prod(p.shape)) for p in listed if not p.copy]
     assert sum(size for module, size in own if not module) == 671_026_419_200
     assert sum(size for module, size in own if module) == 11_610_068_224
@@ -331,7 +331,11 @@ def test_blocks_of_one_kind_under_two_names_are_one_kind() -> None:
 def test_a_run_without_a_selection_bias_is_written_with_zeros() -> None:
     recipe = put(recipe_of(V3), f"{FFN}.balance", [])
     made = DeepSeekV3(None)
-    biases = [p for p in made.pieces(made.config_of(recipe), recipe, None) if "e_score" in p.theirs]
+    biases = [
+        p
+        for p in made.tensor_mappings(made.config_of(recipe), recipe, None)
+        if "e_score" in p.theirs
+    ]
     assert [p.ours for p in biases] == [None, None]
 
 

@@ -42,10 +42,10 @@ class Overlapping(DeepSeekV3):
 
     example = {"name": "overlapping"}
 
-    def pieces(
+    def tensor_mappings(
         self, config: Mapping[str, Any], recipe: Mapping[str, Any], names: Collection[str] | None
     ) -> Iterator[TensorMapping]:
-        for piece in super().pieces(config, recipe, names):
+        for piece in super().tensor_mappings(config, recipe, names):
             yield replace(piece, first=0) if ".up_proj." in piece.theirs else piece
 
 

@@ -172,7 +172,7 @@ def test_sums_of_many_bits_are_the_plain_ones(keys: dict[str, Any], grouped: boo
 
 
 @pytest.mark.parametrize(
-    ("keys", "message_of"),
+    ("keys", "expected"),
     [
         ({"accumulator_bits": 24}, "accumulator_bits = 24: must be from 4 to 18"),
         (
@@ -195,7 +195,7 @@ def test_sums_of_many_bits_are_the_plain_ones(keys: dict[str, Any], grouped: boo
         ),
     ],
 )
-def test_what_no_tensor_core_does_is_refused(keys: dict[str, Any], message_of: str) -> None:
+def test_what_no_tensor_core_does_is_refused(keys: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError) as refused:
         precision(**keys)
-    assert message_of in str(refused.value)
+    assert expected in str(refused.value)

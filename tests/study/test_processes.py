@@ -86,14 +86,14 @@ def no_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("cores", "slots", "message_of"), [(8, 1, "8"), (8, 2, "4"), (8, 3, "2"), (2, 4, "1")]
+    ("cores", "slots", "expected"), [(8, 1, "8"), (8, 2, "4"), (8, 3, "2"), (2, 4, "1")]
 )
 def test_runs_share_the_cores(
-    job: Job, monkeypatch: pytest.MonkeyPatch, cores: int, slots: int, message_of: str
+    job: Job, monkeypatch: pytest.MonkeyPatch, cores: int, slots: int, expected: str
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert said(job, slots, THREADS) == message_of
+    assert said(job, slots, THREADS) == expected
 
 
 def test_the_threads_that_the_user_says(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_the_tokenizer_has_no_more_threads_than_the_run(
 
 
 @pytest.mark.parametrize(
-    ("quota", "message_of"),
+    ("quota", "expected"),
     [
         ("300000 100000", 3),
         ("350000 100000", 3),
@@ -123,11 +123,11 @@ def test_the_tokenizer_has_no_more_threads_than_the_run(
     ],
 )
 def test_a_containers_quota_is_all_there_is(
-    no_quota: Path, monkeypatch: pytest.MonkeyPatch, quota: str, message_of: int
+    no_quota: Path, monkeypatch: pytest.MonkeyPatch, quota: str, expected: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     no_quota.write_text(quota + "\n", encoding="utf-8")
-    assert cores() == message_of
+    assert cores() == expected
 
 
 def test_the_ranks_of_a_run_share_its_part(

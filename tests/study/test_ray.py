@@ -31,7 +31,7 @@ def short() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message_of"),
+    ("overrides", "expected"),
     [
         ([], (1, 0)),
         (["strategy.accelerator=cuda"], (1, 1)),
@@ -40,10 +40,10 @@ def short() -> Iterator[Path]:
     ],
 )
 def test_resources_come_from_the_recipe(
-    lab: Lab, overrides: list[str], message_of: tuple[int, int]
+    lab: Lab, overrides: list[str], expected: tuple[int, int]
 ) -> None:
     job = Job(Variant("a", lab.recipe(*overrides), "", ()), 0, Path("run"))
-    assert resources(job) == message_of
+    assert resources(job) == expected
 
 
 def test_without_ray_its_absence_is_reported(

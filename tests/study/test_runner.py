@@ -207,7 +207,7 @@ def test_resuming_redoes_nothing_that_is_done_and_tries_again_what_failed(
 
 
 @pytest.mark.parametrize(
-    ("text", "resume", "message_of"),
+    ("text", "resume", "expected"),
     [
         (CRASHING, False, "holds this sweep already; go on with --resume, or name another"),
         (CRASHING.replace("steps: 4", "steps: 5"), True, "(budget: {'steps': 4} there, {'steps': 5} here)"),
@@ -215,10 +215,10 @@ def test_resuming_redoes_nothing_that_is_done_and_tries_again_what_failed(
     ],
 )  # fmt: skip
 def test_a_folder_that_holds_a_sweep(
-    write: Write, crashed: Path, text: str, resume: bool, message_of: str
+    write: Write, crashed: Path, text: str, resume: bool, expected: str
 ) -> None:
     before = kept(crashed)
-    with pytest.raises(UserError, match=re.escape(message_of)):
+    with pytest.raises(UserError, match=re.escape(expected)):
         run_sweep(read_sweep(write(text)), crashed, resume=resume)
     assert kept(crashed) == before
 
@@ -243,7 +243,7 @@ def test_the_same_sweep_by_another_path_is_the_same(
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("name", "content", "message_of"),
+    ("name", "content", "expected"),
     [
         ("sweep.yaml", "seeds: [", "sweep.yaml cannot be read: it is damaged"),
         ("sweep.yaml", "lost", "sweep.yaml cannot be read: it is damaged"),
@@ -258,7 +258,7 @@ def test_a_damaged_sweep_folder_is_reported(
     tmp_path: Path,
     name: str,
     content: str | bytes | None,
-    message_of: str,
+    expected: str,
 ) -> None:
     out = tmp_path / "out"
     for part in ("sweep.yaml", "recipes"):
@@ -268,7 +268,7 @@ def test_a_damaged_sweep_folder_is_reported(
     (out / name).unlink()
     if content is not None:
         (out / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=re.escape(f"--out {out}: {message_of}")):
+    with pytest.raises(UserError, match=re.escape(f"--out {out}: {expected}")):
         run_sweep(read_sweep(write(CRASHING)), out, resume=True)
 
 
@@ -565,8 +565,8 @@ def test_rows_are_printed_with_what_there_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "message_of"),
+    ("seconds", "expected"),
     [(4.4, "4 s"), (89, "89 s"), (150, "2 min"), (5900, "98 min"), (7500, "2 h 05 min")],
 )
-def test_the_time_left_is_reported(seconds: float, message_of: str) -> None:
-    assert core.sweep._duration(seconds) == message_of
+def test_the_time_left_is_reported(seconds: float, expected: str) -> None:
+    assert core.sweep._duration(seconds) == expected

@@ -69,7 +69,7 @@ def test_one_common_seed_has_a_difference_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "p", "message_of"),
+    ("step", "p", "expected"),
     [
         (0.0, 1.0, NOTHING_SHOWN),
         (1e-15, 1.0, NOTHING_SHOWN),
@@ -78,7 +78,7 @@ def test_one_common_seed_has_a_difference_and_nothing_else() -> None:
     ],
 )  # 0.1 differs from itself by rounding
 def test_equal_differences_have_no_spread_to_divide_by(
-    step: float, p: float, message_of: str
+    step: float, p: float, expected: str
 ) -> None:
     """A variant that is 0.5 worse with every seed is worse: p is what it tends to as the spread does to 0."""
     base = {seed: 1.3 * seed + 0.7 for seed in range(4)}
@@ -86,7 +86,7 @@ def test_equal_differences_have_no_spread_to_divide_by(
     assert found is not None
     assert (found.effect_size, found.p) == (None, p)
     assert found.interval.mean == pytest.approx(step, abs=1e-14)
-    assert verdict(found, found.p, "lower") == message_of
+    assert verdict(found, found.p, "lower") == expected
 
 
 def test_holm_by_hand() -> None:
@@ -101,7 +101,7 @@ def test_holm_counts_only_what_has_a_p_and_stays_at_most_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "p", "better", "message_of"),
+    ("low", "high", "p", "better", "expected"),
     [
         (-0.2, -0.1, 0.04, "lower", "better"),
         (-0.2, -0.1, 0.04, "higher", "worse"),
@@ -115,10 +115,9 @@ def test_holm_counts_only_what_has_a_p_and_stays_at_most_one() -> None:
         (0.1, 0.2, 0.0499, "lower", "worse"),
     ],
 )
-def test_the_words(low: float, high: float, p: float, better: str, message_of: str) -> None:
+def test_the_words(low: float, high: float, p: float, better: str, expected: str) -> None:
     assert (
-        verdict(Difference(Interval(5, (low + high) / 2, low, high), 1.0, p), p, better)
-        == message_of
+        verdict(Difference(Interval(5, (low + high) / 2, low, high), 1.0, p), p, better) == expected
     )
 
 

@@ -112,7 +112,7 @@ def test_the_metrics_are_the_numbers_of_a_summary(finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "message_of"),
+    ("before", "after", "expected"),
     [
         ("seeds: [3, 4]", "seeds: []", "seeds = []: must hold at least one seed"),
         ("seeds: [3, 4]", "seeds: [3, 3]", "seeds = [3, 3]: must be different whole numbers"),
@@ -141,11 +141,11 @@ def test_the_metrics_are_the_numbers_of_a_summary(finished: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_right_is_refused(
-    write: Write, before: str, after: str, message_of: str
+    write: Write, before: str, after: str, expected: str
 ) -> None:
     assert before in TWO
     said = refused(write(TWO.replace(before, after)))
-    assert message_of in said
+    assert expected in said
     assert "question.yaml" in said
 
 

@@ -14,7 +14,7 @@ from core.training.checkpoints import checkpoints_in
 from core.training.module import TrainingModule
 
 
-def message_of(
+def run_with_signals(
     lab: Lab, run: Path, step: int, *signals: int, hook: Any = callbacks.LoadLog, name: str = ""
 ) -> CommandResult:
     """Train in a forked process that sends itself signals when a hook is called for a step."""
@@ -22,14 +22,14 @@ def message_of(
     def work() -> None:
         function = getattr(hook, name or "on_train_batch_end")
 
-        def telling(self: Any, *args: Any) -> Any:
+        def sends_signals(self: Any, *args: Any) -> Any:
             module = self if isinstance(self, TrainingModule) else args[1]
             if module.windows_done == step:
                 for signum in signals:
                     os.kill(os.getpid(), signum)
             return function(self, *args)
 
-        setattr(hook, name or "on_train_batch_end", telling)
+        setattr(hook, name or "on_train_batch_end", sends_signals)
         run_command_here("fit", lab.file, "--out", run)
 
     return forked(work)
@@ -40,7 +40,7 @@ def test_a_signal_saves_the_step_under_way_and_leaves(
     lab: Lab, finished: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    said = message_of(lab, run, 7, signum)
+    said = run_with_signals(lab, run, 7, signum)
     assert said.code == 128 + signum
     assert (
         said.sentence
@@ -58,7 +58,9 @@ def test_a_signal_in_a_validation_waits_for_its_end(
     lab: Lab, finished: Path, tmp_path: Path, step: int
 ) -> None:
     run = tmp_path / "run"
-    said = message_of(lab, run, step, signal.SIGINT, hook=TrainingModule, name="validation_step")
+    said = run_with_signals(
+        lab, run, step, signal.SIGINT, hook=TrainingModule, name="validation_step"
+    )
     assert said.code == 130
     assert checkpoints_in(run)[-1].name == f"step-{step:08d}.ckpt"
     lab.fit(run, resume=True)
@@ -71,7 +73,7 @@ def test_a_second_signal_ends_the_run_at_once(
     lab: Lab, finished: Path, tmp_path: Path, first: int
 ) -> None:
     run = tmp_path / "run"
-    said = message_of(lab, run, 7, first, signal.SIGINT)
+    said = run_with_signals(lab, run, 7, first, signal.SIGINT)
     assert said.code == 130
     assert checkpoints_in(run)[-1].name == "step-00000005.ckpt"
     lab.fit(run, resume=True)
