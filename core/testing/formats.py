@@ -95,7 +95,7 @@ def format_refuses_with_a_reason(subject: Subject) -> None:
 
 @check(
     "checkpoint_format",
-    clause="`tensor_mappings` name each tensor of the format and each row of the model once; tensors survive a round trip",
+    clause="`tensor_mappings` name each tensor of the format and each row of the model once; round trips keep bits",
     where=f"{WHERE}; core/contracts/checkpoint_format.py, TensorMapping",
 )
 def format_accounts_for_every_row(subject: Subject) -> None:
