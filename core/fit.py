@@ -47,16 +47,19 @@ def main(arguments: argparse.Namespace) -> None:
         return
     _silence_libraries()
     from core.run.training import fit
+    from core.training.choose_folder import resumable, start_folder
     from core.training.ranks import is_rank_zero, joined_folder
-    from core.training.run_folder import RunFolder, resumable, start_folder
+    from core.training.run_folder import RunFolder
 
     resume = arguments.resume is not None
-    folder = joined_folder() or resumable(arguments.resume, arguments.out, recipe.name)
-    if folder is None:
+    existing = joined_folder() or resumable(arguments.resume, arguments.out, recipe.name)
+    if existing is None:
         folder = start_folder(arguments.out, recipe.name)
         resume = False
+    else:
+        folder = RunFolder(existing)
     with redirect_stdout(sys.stderr):  # what a library or a callback prints is not the result
-        summary = fit(recipe, RunFolder(folder), resume=resume, say=print)
+        summary = fit(recipe, folder, resume=resume, say=print)
     if not is_rank_zero():
         return
     if arguments.json:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from core.contracts.errors import UserError
-from core.reports.lock import is_locked
+from core.storage.lock import LOCK, is_locked
 
 KEPT = ("step", "tokens", "tokens_per_second", "load/max_vio_batch", "skipped_steps")
 """Columns of `metrics.csv` that the report reads, beside those of losses and of validation."""
@@ -183,7 +183,7 @@ class _Reader:
     def _mark_interrupted(self, runs: list[Run]) -> None:
         """Corrects the state of runs that still count as running although their runner is gone."""
         running = [run for run in runs if run.state == "running"]
-        if running and not is_locked(self.path / ".lock"):
+        if running and not is_locked(self.path / LOCK):
             for run in running:
                 run.state = "interrupted"
 

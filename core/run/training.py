@@ -57,16 +57,10 @@ def fit(
     try:
         if not is_rank_zero():
             return _join(recipe, folder, resume=resume)
-        check_environment(recipe)
-        if not resume or folder.never_started():
-            folder.create()
-            return _fit(recipe, folder, None, say)
-        check_recipe_unchanged(recipe, folder, say)
-        if folder.summary.exists():
-            say(f"run folder: {folder.path} (this run is complete)")
-            return dict(json.loads(folder.summary.read_text(encoding="utf-8")))
-        folder.remove_partial_files()
-        return _fit(recipe, folder, newest(folder), say)
+        if resume and not folder.never_started() and folder.summary.exists():
+            return _completed(recipe, folder, say)
+        with folder.locked("--resume" if resume else "--out"):
+            return _start_or_resume(recipe, folder, resume, say)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -76,6 +70,28 @@ def fit(
         raise UserError(
             f"{folder.path}: no space is left on the disk; free some space and {how}"
         ) from error
+
+
+def _start_or_resume(
+    recipe: Recipe, folder: RunFolder, resume: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Trains in a folder whose lock this process holds."""
+    check_environment(recipe)
+    if not resume or folder.never_started():
+        folder.create()
+        return _fit(recipe, folder, None, say)
+    if folder.summary.exists():  # the process that held the lock has just completed the run
+        return _completed(recipe, folder, say)
+    check_recipe_unchanged(recipe, folder, say)
+    folder.remove_partial_files()
+    return _fit(recipe, folder, newest(folder), say)
+
+
+def _completed(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
+    """Returns the summary of a run that is complete; nothing is written."""
+    check_recipe_unchanged(recipe, folder, say)
+    say(f"run folder: {folder.path} (this run is complete)")
+    return dict(json.loads(folder.summary.read_text(encoding="utf-8")))
 
 
 def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:

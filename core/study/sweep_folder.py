@@ -1,19 +1,18 @@
 """A sweep's folder: it admits one runner at a time, and always holds the current state of every run."""
 
-import fcntl
 import json
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from core.contracts.errors import UserError
 from core.recipe.resolve import to_dict
+from core.storage.files import write_text
+from core.storage.lock import locked_folder
 from core.study.sweep_file import Sweep, Variant
 
 
@@ -167,21 +166,7 @@ class SweepFolder:
         Raises:
             UserError: another runner holds the lock, or the folder cannot be made.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a+")
-        except OSError as cause:
-            raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
-        with lock:
-            if not _acquire(lock):
-                lock.seek(0)
-                runner = f"process {lock.read().strip() or 'unknown'}"
-                raise UserError(
-                    f"--out {self.path}: another runner ({runner}) works in this folder"
-                )
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+        with locked_folder(self.path, "runner"):
             yield
 
     def status(self, job: Job) -> Status:
@@ -202,21 +187,7 @@ class SweepFolder:
     def write(self, file: Path, text: str) -> None:
         """Writes a file under a temporary name first, so that a kill leaves a whole file."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-
-
-def _acquire(lock: IO[str]) -> bool:
-    """Tries to take the lock three times: a report that tests it holds it for a moment, a runner until it ends."""
-    for patience in (0.1, 0.2, 0.0):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(patience)
-        else:
-            return True
-    return False
+        write_text(file, text)
 
 
 def describe_file(sweep: Sweep) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint's content onto the CPU, with `weights_only=True`.
+    """Reads a checkpoint's content onto the CPU, with `weights_only=True`, after checking its bytes.
 
     Raises:
-        UserError: it is missing, truncated, or not a checkpoint of this program.
+        UserError: it is missing, truncated, changed since it was written, or not a checkpoint of this program.
     """
     try:
+        changed = _changed_record(path)
+        if changed is not None:
+            why = f"the checksum of its record {changed} is another one"
+            raise UserError(f"{path}: has changed since it was written: {why}{_others(path)}")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
     except PermissionError as cause:
@@ -76,6 +83,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         others = _others(path)
         raise UserError(f"{path}: a file of another program: it holds no moeloom run{others}")
     return content
+
+
+def _changed_record(path: Path) -> str | None:
+    """The first record of a checkpoint whose checksum is not the one that the archive holds; None if there is none.
+
+    torch writes a CRC-32 of each record, and does not compare it when it reads.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

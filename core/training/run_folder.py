@@ -1,11 +1,11 @@
 """The run folder: its files, and writing to it so that a kill leaves whole files."""
 
 import json
-import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import yaml
 
 from core.contracts.errors import UserError
 from core.contracts.schema import Section
+from core.storage.files import remove_partial_files, write_text
+from core.storage.lock import locked_folder
 from core.training.machine import code, machine
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -25,10 +27,12 @@ class RunFolder:
 
     Args:
         path: the folder.
+        is_new: whether it was made for a run that is about to start, and may be removed if that fails.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_new: bool = False) -> None:
         self.path = path
+        self.is_new = is_new
 
     @property
     def recipe(self) -> Path:
@@ -79,34 +83,49 @@ class RunFolder:
             raise UserError(f"--resume {self.path}: {missing}")
         return True
 
-    def create(self) -> None:
-        """Makes the folder.
+    @contextmanager
+    def locked(self, where: str = "--out") -> Iterator[None]:
+        """Makes the folder and holds its lock, so that no other process writes to it.
+
+        A start that fails before its recipe is written leaves no folder behind that was not there.
+
+        Args:
+            where: the option that named the folder, with which error messages begin.
 
         Raises:
-            UserError: it cannot be written, or holds a run already.
+            UserError: another process holds the lock, or the folder cannot be written.
+        """
+        with locked_folder(self.path, "run", where=where, is_new=self.is_new):
+            try:
+                yield
+            except UserError:
+                if not self.recipe.exists():
+                    with suppress(OSError):
+                        (self.path / "checkpoints").rmdir()
+                raise
+
+    def create(self) -> None:
+        """Makes the folder of the checkpoints; the run folder must be locked.
+
+        Raises:
+            UserError: the run folder holds a run already, or cannot be written.
         """
         if self.recipe.exists():
             how = f"continue it with --resume {self.path}, or name another"
             raise UserError(f"--out {self.path}: holds a run already; {how}")
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".probe"
-            probe.write_text("")
-            probe.unlink()
+            (self.path / "checkpoints").mkdir(exist_ok=True)
         except OSError as cause:
             raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
 
     def remove_partial_files(self) -> None:
-        """Deletes the half-written checkpoints that a kill left; they can be large."""
-        for half in (self.path / "checkpoints").glob(".*.tmp"):
-            half.unlink()
+        """Deletes the half-written files that a kill left; the checkpoints among them can be large."""
+        for folder in (self.path, self.path / "checkpoints"):
+            remove_partial_files(folder)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file under a temporary name and moves it into place."""
-        target = self.path / name
-        temporary = target.with_name(f".{name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        write_text(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON document."""
@@ -115,52 +134,6 @@ class RunFolder:
     def write_recipe(self, values: dict[str, Any]) -> None:
         """Writes the resolved recipe."""
         self.write_text("recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-RUNS = Path("runs")
-"""The folder of all runs that are started without `--out`."""
-
-
-def start_folder(out: Path | None, name: str) -> Path:
-    """The folder of a new run: `out`, or `runs/name`, `runs/name-2`, ... whichever holds no run yet."""
-    if out is not None:
-        return out
-    folder = RUNS / name
-    number = 1
-    while (folder / "recipe.yaml").exists():
-        number += 1
-        folder = RUNS / f"{name}-{number}"
-    return folder
-
-
-def resumable(resume: str | None, out: Path | None, name: str) -> Path | None:
-    """The folder of the run to continue; None where a new run is to start.
-
-    `auto` means `out` if it holds a run, without `out` the newest run of this recipe that has no summary.
-
-    Raises:
-        UserError: a run named with `--resume` and another folder with `--out`.
-    """
-    if resume is None:
-        return None
-    if resume != "auto":
-        if out is not None and out.resolve() != Path(resume).resolve():
-            raise UserError(f"--out {out}: a resumed run stays in its own folder, {resume}")
-        return Path(resume)
-    if out is not None:
-        return out if (out / "recipe.yaml").exists() else None
-    incomplete = []
-    for recipe in RUNS.glob(f"{name}*/recipe.yaml"):
-        run = recipe.parent
-        if _is_named_after(run.name, name) and not (run / "summary.json").exists():
-            incomplete.append(run)
-    return max(incomplete, key=lambda run: (run / "recipe.yaml").stat().st_mtime, default=None)
-
-
-def _is_named_after(folder: str, name: str) -> bool:
-    """Whether `start_folder` gives this folder name to a recipe: its name, alone or with `-` and a number."""
-    rest = folder.removeprefix(name)
-    return rest == "" or (rest.startswith("-") and rest[1:].isdigit())
 
 
 def provenance(sections: Iterable[Section], **rest: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from core.reports.provenance import facts
 from core.reports.study_files import Run, read
 from core.reports.words import in_short, metric_words, signed
 from core.statistics.comparison import NOT_AFTER_HOLM
+from core.storage import lock
 
 from .conftest import EVIL, HOSTILE, LONG
 from .synthetic import Made, write_json, write_run, write_sweep
@@ -449,3 +450,12 @@ def test_a_folder_that_the_code_itself_wrote(finished: Path) -> None:
     assert ("val_bits_per_byte", filled["numbers"][0][1]) != ("", "")
     assert not filled["warnings"]
     assert filled["progress"] is None
+
+
+def test_a_sweep_in_which_nothing_runs_is_not_asked_for_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(20)}, [0, 1])
+    (tmp_path / "s/.lock").write_text("")
+    monkeypatch.setattr(lock.fcntl, "flock", lambda *_: pytest.fail("the lock was taken"))
+    assert [run.state for run in read(tmp_path / "s").runs] == ["done", "done"]

@@ -310,9 +310,9 @@ def test_a_second_runner_is_refused(write: Write, tmp_path: Path) -> None:
 def test_a_report_that_looks_at_the_lock_keeps_no_runner_out(tmp_path: Path) -> None:
     """It holds the lock, shared, for a moment only."""
     folder = SweepFolder(tmp_path / "out")
-    with folder.locked():
-        pass
-    with (tmp_path / "out" / ".lock").open("rb") as looking:
+    folder.path.mkdir()
+    (folder.path / ".lock").touch()
+    with (folder.path / ".lock").open("rb") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
         Timer(0.15, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
         with folder.locked():

@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from core.reports import lock
-from core.reports.study_files import read
-
-from .synthetic import Made, write_sweep
-
-pytest.importorskip("pandas", reason="the extra `report` is not installed")
+from core.storage import lock
 
 
 def line(file: Path, kind: str = "FLOCK", device: str | None = None) -> str:
@@ -42,7 +37,7 @@ def test_a_listed_lock_is_never_touched(
 ) -> None:
     listed = tmp_path / "locks"
     listed.write_text(f"7: POSIX  ADVISORY  READ 1 00:01:1 0 0\n{line(file)}")
-    monkeypatch.setattr(lock, "HELD", listed)
+    monkeypatch.setattr(lock, "SYSTEM_LOCKS", listed)
     monkeypatch.setattr(lock.fcntl, "flock", lambda *_: pytest.fail("the lock was taken"))
     assert lock.is_locked(file)
 
@@ -53,9 +48,9 @@ def test_a_list_that_names_no_holder_leaves_it_to_the_lock(
 ) -> None:
     listed = tmp_path / "locks"
     listed.write_text(line(file, kind))
-    monkeypatch.setattr(lock, "HELD", listed)
+    monkeypatch.setattr(lock, "SYSTEM_LOCKS", listed)
     assert not lock.is_locked(file)
-    monkeypatch.setattr(lock, "HELD", tmp_path / "none")
+    monkeypatch.setattr(lock, "SYSTEM_LOCKS", tmp_path / "none")
     assert not lock.is_locked(file)
 
 
@@ -64,14 +59,5 @@ def test_another_devices_file_of_that_number_is_another_file(
 ) -> None:
     listed = tmp_path / "locks"
     listed.write_text(line(file, device="fe:99"))
-    monkeypatch.setattr(lock, "HELD", listed)
+    monkeypatch.setattr(lock, "SYSTEM_LOCKS", listed)
     assert lock.is_locked(file) == (os.major(file.stat().st_dev) == 0)
-
-
-def test_a_sweep_in_which_nothing_runs_is_not_asked_for_its_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_sweep(tmp_path / "s", {"a": Made(20)}, [0, 1])
-    (tmp_path / "s/.lock").write_text("")
-    monkeypatch.setattr(lock.fcntl, "flock", lambda *_: pytest.fail("the lock was taken"))
-    assert [run.state for run in read(tmp_path / "s").runs] == ["done", "done"]

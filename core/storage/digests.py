@@ -1,0 +1,94 @@
+"""Checksums of files whose format has none: `SHA256SUMS`, which the command `sha256sum -c` reads too.
+
+The file lists the folder's files by relative name. It is written after them, and they are read through once more when
+they are used, at about 1 GB/s.
+"""
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+from core.contracts.errors import UserError
+from core.storage.files import write_text
+
+DIGESTS = "SHA256SUMS"
+"""Name of the list of a folder's checksums."""
+
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+class DigestWarning(UserWarning):
+    """Files that cannot be checked, or that were edited; the commands print it in one line."""
+
+
+def write_digests(folder: Path, names: Iterable[str]) -> None:
+    """Writes the checksums of some files of a folder, in place of those that it held.
+
+    Args:
+        folder: holds the files.
+        names: relative to the folder.
+    """
+    lines = [f"{_digest(folder / name)}  {name}\n" for name in names]
+    write_text(folder / DIGESTS, "".join(lines))
+
+
+def check_digests(folder: Path, names: Iterable[str], *, editable: Iterable[str] = ()) -> None:
+    """Compares files with the checksums that were written with them.
+
+    A folder without checksums was written before there were any; that is one warning. A file that the list lacks is not
+    checked.
+
+    Args:
+        folder: holds the list and the files.
+        names: the files to check, relative to the folder.
+        editable: files of which a change is only a warning.
+
+    Raises:
+        UserError: a file has changed, or is missing, or the list is damaged.
+    """
+    if not (folder / DIGESTS).exists():
+        why = f"it holds no {DIGESTS}, which later versions write"
+        warnings.warn(f"{folder}: its files are read unchecked: {why}", DigestWarning, stacklevel=2)
+        return
+    expected = _read_digests(folder / DIGESTS)
+    for name in names:
+        if name in expected and not _is_unchanged(folder / name, expected[name]):
+            raise UserError(
+                f"{folder / name}: has changed since it was written: its checksum is not the one in {DIGESTS}"
+            )
+    for name in editable:
+        if name in expected and not _is_unchanged(folder / name, expected[name]):
+            what = "has been edited since the run wrote it"
+            warnings.warn(f"{folder / name}: {what}", DigestWarning, stacklevel=2)
+
+
+def _read_digests(file: Path) -> dict[str, str]:
+    """The checksum of each file, by name."""
+    found: dict[str, str] = {}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as cause:
+        raise UserError(f"{file}: cannot be read: {cause}") from cause
+    for line in lines:
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise UserError(f"{file}: is damaged: {line[:80]!r} is no checksum and file name")
+        found[match[2]] = match[1]
+    return found
+
+
+def _is_unchanged(file: Path, expected: str) -> bool:
+    try:
+        return _digest(file) == expected
+    except FileNotFoundError:
+        return False
+    except OSError as cause:
+        raise UserError(f"{file}: cannot be read: {cause.strerror}") from cause
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,63 @@
+"""Writing files that a kill leaves whole, and names and links that must not lead out of a folder."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from core.contracts.errors import UserError
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes a file under a temporary name and moves it into place.
+
+    A symbolic link at the target is replaced; the file that it names stays as it is.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Deletes the half-written files that a kill left in a folder; checkpoints among them can be large."""
+    for half in folder.glob(".*.tmp"):
+        half.unlink(missing_ok=True)
+
+
+def is_plain_name(value: object) -> bool:
+    """Whether a value is the name of a file, without a folder, so that it cannot lead out of one."""
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        return False
+    return not any(character in value for character in "/\\\0")
+
+
+def leaves(link: Path, folder: Path) -> bool:
+    """Whether a path leads, through symbolic links, out of a folder."""
+    return not link.resolve().is_relative_to(folder.resolve())
+
+
+def check_links(folder: Path) -> None:
+    """Checks that no symbolic link in a folder, at any depth, leads out of it.
+
+    Raises:
+        UserError: one does.
+    """
+    for link in _links(folder):
+        if leaves(link, folder):
+            raise UserError(
+                f"{link}: is a symbolic link that leads out of {folder}, to {os.readlink(link)}"
+            )
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """Yields the symbolic links below a folder, none of which is followed."""
+    for parent, folders, files in os.walk(folder):
+        for name in sorted(folders + files):
+            path = Path(parent, name)
+            if path.is_symlink():
+                yield path

@@ -1,0 +1,228 @@
+"""Locks: one process at a time works in a folder, and the system releases the lock of a process that has ended.
+
+A lock is a file on which its holder has called `flock`. The file names the holder for error messages; only the
+system's lock counts, so a file that a killed process left locks nothing.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from core.contracts.errors import UserError
+
+LOCK = ".lock"
+"""Name of the lock file of a folder."""
+
+SYSTEM_LOCKS = Path("/proc/locks")
+"""Linux's list of locks, a line for each: number, kind, ..., process, major:minor:inode of the file, range."""
+
+PATIENCE = (0.1, 0.2, 0.0)
+"""Seconds between attempts: `is_locked` of another process may hold a free lock for a moment, a holder keeps it."""
+
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class LockWarning(UserWarning):
+    """A file system without locks; the commands print it in one line."""
+
+
+class AlreadyLocked(UserError):  # noqa: N818
+    """Another process holds a lock.
+
+    Args:
+        holder: that process, for an error message.
+        since: when it took the lock; empty if that is not known.
+    """
+
+    def __init__(self, holder: str, since: str) -> None:
+        super().__init__(f"{holder} holds the lock")
+        self.holder = holder
+        self.since = since
+
+
+@contextmanager
+def hold(file: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Holds a lock, and removes its file at the end.
+
+    Args:
+        file: the lock's file; its folder must exist.
+        waiting: called with the holder where another process has the lock, which is then waited for. None: such a lock
+            is an error.
+
+    Raises:
+        AlreadyLocked: another process holds the lock.
+        OSError: the file cannot be made, or is a symbolic link.
+    """
+    descriptor = _acquire(file, waiting)
+    try:
+        _write_holder(descriptor)
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        os.close(descriptor)
+
+
+@contextmanager
+def locked_folder(
+    folder: Path, what: str, *, where: str = "--out", is_new: bool = False
+) -> Iterator[None]:
+    """Makes a folder and holds its lock, so that one process at a time works in it.
+
+    After a `UserError`, the folders that were made and are still empty are removed.
+
+    Args:
+        folder: to be locked.
+        what: works in the folder, in the error message about a lock that is held: "run".
+        where: the option that named the folder, with which error messages begin.
+        is_new: whether the folder was made for this work just before.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    if is_new:
+        made = [folder]
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(folder / LOCK))
+        except AlreadyLocked as cause:
+            since = f" since {cause.since}" if cause.since else ""
+            who = f"another {what} ({cause.holder})"
+            raise UserError(f"{where} {folder}: {who} works in this folder{since}") from cause
+        except OSError as cause:
+            raise UserError(f"{where} {folder}: cannot be written: {cause.strerror}") from cause
+        try:
+            yield
+        except UserError:
+            stack.close()
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
+            raise
+
+
+def _acquire(file: Path, waiting: Callable[[str], None] | None) -> int:
+    """Returns a descriptor of the lock file, locked."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            if not _try_lock(descriptor, file):
+                holder, since = _holder(descriptor)
+                if waiting is None:
+                    raise AlreadyLocked(holder, since)
+                waiting(holder)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(descriptor, file):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(
+            descriptor
+        )  # the holder before removed the file, and the next one may lock a new file
+
+
+def _try_lock(descriptor: int, file: Path) -> bool:
+    """Tries a few times to lock a file; on a file system without locks it warns, and goes on unlocked."""
+    for patience in PATIENCE:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(patience)
+        except OSError as cause:
+            if cause.errno not in _UNSUPPORTED:
+                raise
+            why = "two processes that work in this folder at once are not noticed"
+            warnings.warn(
+                f"{file}: this file system has no locks: {why}", LockWarning, stacklevel=1
+            )
+            return True
+        else:
+            return True
+    return False
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether the open file is still the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _write_holder(descriptor: int) -> None:
+    """Names this process in the lock file; a full disk does not matter, because the system's lock is what counts."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    holder = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": command,
+    }
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
+
+
+def _holder(descriptor: int) -> tuple[str, str]:
+    """The process that the lock file names, and when it took the lock; the time is empty if that is not known."""
+    try:
+        holder: dict[str, Any] = json.loads(os.pread(descriptor, 65536, 0))
+        name = f"process {int(holder['process'])}"
+        if holder["host"] != socket.gethostname():
+            name += f" on {holder['host']}"
+        return name, str(holder["since"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process", ""
+
+
+def is_locked(file: Path) -> bool:
+    """Whether some process holds a lock on the file.
+
+    The system's list is read first, because taking a lock to see whether it is free would keep it from a process that
+    starts in that moment. The list lacks the locks of other machines and containers, so a lock that is not in it is
+    tried.
+    """
+    if _is_listed(file):
+        return True
+    try:
+        with file.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _is_listed(file: Path) -> bool:
+    """Whether the system's list names a lock on the file.
+
+    Stacked file systems (device numbers without a driver) give the list another device than they give the file, so
+    there the number of the file decides alone.
+    """
+    try:
+        known = file.stat()
+        rows = [line.split() for line in SYSTEM_LOCKS.read_text(encoding="ascii").splitlines()]
+    except (OSError, ValueError):
+        return False
+    device = f"{os.major(known.st_dev):02x}:{os.minor(known.st_dev):02x}"
+    any_device = os.major(known.st_dev) == 0
+    for row in rows:
+        if len(row) > 5 and row[1] == "FLOCK":
+            where, _, number = row[5].rpartition(":")
+            if number == str(known.st_ino) and (any_device or where == device):
+                return True
+    return False
