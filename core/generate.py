@@ -49,7 +49,6 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--tokens = {arguments.tokens}: must be at least 1")
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p in (0, 1]")
-    from core.data.tokenizer import Tokenizer
     from core.harness.markers import markers_of
     from core.model.sampling import sample
     from core.recipe.compose import compose
@@ -62,7 +61,7 @@ def main(arguments: argparse.Namespace) -> None:
     notices = compose(run.recipe).notices()
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
-    tokenizer = Tokenizer.load(run.tokenizer)
+    tokenizer = run.load_tokenizer()
     markers = markers_of(run)
     prompt = [markers.begin, *tokenizer.encode(arguments.prompt)]
     longest = model.max_length + 1  # the last token that is written is not read

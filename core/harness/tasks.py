@@ -15,7 +15,6 @@ import torch
 
 from core.analysis.describe import unmet_requirements
 from core.contracts.errors import UserError
-from core.data.tokenizer import Tokenizer
 from core.harness.markers import markers_of
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
@@ -100,7 +99,7 @@ def run_tasks(
 
     from core.harness.model import HarnessModel
 
-    tokenizer = Tokenizer.load(run.tokenizer)
+    tokenizer = run.load_tokenizer()
     markers = markers_of(run)
     answering = HarnessModel(model, tokenizer, markers, batch_size=options.batch_size, say=say)
     results = evaluate(lm=answering, task_dict=loaded, limit=options.limit, log_samples=False)

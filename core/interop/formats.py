@@ -10,6 +10,7 @@ from core.contracts.errors import ConfigError, UserError
 from core.contracts.schema import Provenance
 from core.extension.checks import format_error_at
 from core.extension.loader import installed_registry
+from core.interop.source_folder import check_inside
 
 SLOT = "checkpoint_format"
 
@@ -41,14 +42,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads the config.json of a folder.
 
     Raises:
-        UserError: there is no such file, or it is no JSON object.
+        UserError: there is no such file, it is a link to a place outside, or it is no JSON object.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder}: holds no config.json, so it is no Hugging Face checkpoint")
-    return read_json(file)
+    return read_json(check_inside(file))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from core.interop.accounting import check_ours, check_theirs, owners, wanted
 from core.interop.blocks import INVERSE, ReadBlocks
 from core.interop.formats import format_named, format_of, read_config, read_json
 from core.interop.shards import Shards, shards_of
+from core.interop.source_folder import check_inside, small_files
 from core.interop.tensor_ops import Compare, Copy, TensorOp
 from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader, TensorSpec, scale_spec
 from core.interop.transfer import Conversion, check_target
@@ -33,10 +34,6 @@ from core.interop.writing import planned
 from core.recipe.compose import Recipe, compose
 from core.training.run_folder import RunFolder, provenance
 
-LARGEST_COMPANION = 128 * 2**20
-WEIGHT_SUFFIXES = frozenset(
-    [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx"]
-)
 PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16"}
 """The recipe's precision for weights of a number format; fp32 for every other format."""
 
@@ -61,6 +58,8 @@ def from_hf(
     check_target(target, "name another folder")
     config_file = source / "config.json"
     config = read_config(source)
+    for name in ("tokenizer.json", "generation_config.json"):
+        check_inside(source / name)
     checkpoint_format = format_of(config, config_file)
     shards = shards_of(source)
     override = DTYPES[dtype] if dtype else None
@@ -88,7 +87,7 @@ def from_hf(
     conversion = Conversion(target, ["from-hf", _file_stamps(source), layout, described], say)
     with conversion.partial_folder(plan.bytes) as folder:
         run = RunFolder(folder)
-        _write_companions(source, run, layout)
+        _write_companions(source, run, layout, say)
         conversion.run(ops, theirs, plan, run.converted_weights.parent)
         _write_run(run, recipe, checkpoint_format, marked, source, translation.notices)
     return {
@@ -265,17 +264,14 @@ def _file_stamps(source: Path) -> list[tuple[str, int, int]]:
     return stamps
 
 
-def _write_companions(source: Path, run: RunFolder, layout: Mapping[str, Any]) -> None:
+def _write_companions(
+    source: Path, run: RunFolder, layout: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
     """Copies the small files of the source, and writes the layout and our tokenizer.json."""
     place = run.source_files
     place.mkdir(exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or file.name.startswith("."):
-            continue
-        if file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json"):
-            continue
-        if file.stat().st_size <= LARGEST_COMPANION:
-            shutil.copyfile(file, place / file.name)
+    for file in small_files(source, say):
+        shutil.copyfile(file, place / file.name)
     RunFolder(place).write_json(run.source_layout.name, layout)
     if (place / "tokenizer.json").exists():
         shutil.copyfile(place / "tokenizer.json", run.tokenizer)
@@ -318,6 +314,7 @@ def _write_run(
         **marked,
     }
     run.write_json("provenance.json", provenance(recipe.sections(), converted=converted))
+    run.write_digests()
     run.write_recipe(recipe.to_dict())
 
 

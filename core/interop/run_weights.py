@@ -8,7 +8,7 @@ import torch
 from core.interop.shards import shards_of
 from core.interop.tensors import SCALE, InMemoryTensors, TensorReader, TensorSpec
 from core.training.checkpoints import read_checkpoint
-from core.training.run_folder import WEIGHTS_INDEX
+from core.training.run_folder import WEIGHTS_INDEX, RunFolder
 
 
 def is_converted(checkpoint: Path) -> bool:
@@ -20,10 +20,12 @@ def weights_of(checkpoint: Path) -> TensorReader:
     """Returns the model's tensors of a checkpoint file, or of the index of a converted run.
 
     Raises:
-        UserError: the file is damaged, or was not written by this program.
+        UserError: a file is damaged, has changed, or was not written by this program.
     """
     if is_converted(checkpoint):
-        return shards_of(checkpoint.parent)
+        shards = shards_of(checkpoint.parent)
+        RunFolder(checkpoint.parent.parent).check_digests(checkpoint.parent.name)
+        return shards
     tensors = {}
     for name, value in state_of(checkpoint).items():
         if torch.is_tensor(value) and not name.endswith("_extra_state"):

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from core.contracts.errors import UserError
+from core.interop.source_folder import check_inside
 from core.interop.tensors import TensorReader, TensorSpec
+from core.storage.files import is_plain_name
 from core.training.run_folder import WEIGHTS_INDEX
 
 FORMATS = {
@@ -172,10 +174,11 @@ def shards_of(folder: Path, index: str = WEIGHTS_INDEX) -> Shards:
     """Returns the tensors of a folder: those of its index, or those of its one file.
 
     Raises:
-        UserError: there are no safetensors (pickled weights are never read), or files and index contradict each other.
+        UserError: a file is a link to a place outside, there are no safetensors (pickled weights are never read), or
+            files and index contradict each other.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    written = folder / index
+    files = [check_inside(file) for file in sorted(folder.glob("*.safetensors"))]
+    written = check_inside(folder / index)
     if not written.exists():
         if len(files) == 1:
             return Shards(files)
@@ -224,12 +227,13 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index}: cannot be read: {cause.strerror}") from cause
     except (ValueError, KeyError, TypeError) as cause:
         raise UserError(f"{index}: cannot be read: it is no JSON with a weight_map") from cause
-    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+    if not isinstance(weight_map, dict) or not all(map(is_file_name, weight_map.values())):
         raise UserError(
             f"{index}: weight_map must give the name of a .safetensors file beside it for every tensor"
         )
     return weight_map
 
 
-def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and value == Path(value).name and value.endswith(".safetensors")
+def is_file_name(value: Any) -> bool:
+    """Returns whether a value is the name of a safetensors file, without a folder."""
+    return is_plain_name(value) and str(value).endswith(".safetensors")

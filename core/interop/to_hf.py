@@ -6,6 +6,7 @@ embedding and output beside the modules of multi-token prediction.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 
 from core.contracts.checkpoint_format import CheckpointFormat, TensorMapping
 from core.contracts.errors import UserError
-from core.data.tokenizer import END, END_TEXT, Tokenizer
+from core.data.tokenizer import END, END_TEXT
 from core.interop.accounting import check_ours, wanted
 from core.interop.blocks import INVERSE, grid_spec
 from core.interop.formats import config_for, format_named, read_json
+from core.interop.layout_file import read_layout
 from core.interop.run_weights import model_specs, weights_of
+from core.interop.source_folder import small_files
 from core.interop.tensor_ops import Copy, Quantise, TensorOp, inverse
 from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader, TensorSpec, scale_spec
 from core.interop.transfer import Conversion, check_target
@@ -128,7 +131,7 @@ def to_hf(
     conversion = Conversion(target, identity, say)
     with conversion.partial_folder(plan.bytes) as place:
         conversion.run(ops, weights, plan, place)
-        _write_companions(RunFolder(place), folder, config, source)
+        _write_companions(RunFolder(place), folder, config, source, say)
     if source is None and options.dtype is None:
         say(
             "note: weights are written in bf16, as other programs expect; --dtype fp32 keeps every bit"
@@ -142,15 +145,14 @@ def _described(
     """Returns the format, its configuration, and the layout of the source; None for a run that was trained here."""
     if not folder.source_layout.is_file():
         return *config_for(recipe, str(folder.recipe)), None
-    layout = read_json(folder.source_layout)
+    folder.check_digests(folder.source_files.name)
+    layout = read_layout(folder.source_layout)
     config = read_json(folder.source_files / "config.json")
-    plain = getattr(torch, layout["plain"])
-    if layout["model"] != recipe["model"]:
-        source = SourceLayout(folder.source_files, config, plain, {}, {})
+    if layout.model != recipe["model"]:
+        source = SourceLayout(folder.source_files, config, layout.plain, {}, {})
         return *config_for(recipe, str(folder.recipe)), source
-    formats = {name: getattr(torch, dtype) for name, dtype in layout["formats"].items()}
-    checkpoint_format, _ = format_named(layout["format"])
-    source = SourceLayout(folder.source_files, config, plain, layout["files"], formats)
+    checkpoint_format, _ = format_named(layout.format)
+    source = SourceLayout(folder.source_files, config, layout.plain, layout.files, layout.formats)
     return checkpoint_format, config, source
 
 
@@ -289,19 +291,23 @@ def _main_format(theirs: Mapping[str, TensorSpec], has_fp8: bool) -> torch.dtype
 
 
 def _write_companions(
-    target: RunFolder, run: RunFolder, config: Mapping[str, Any], source: SourceLayout | None
+    target: RunFolder,
+    run: RunFolder,
+    config: Mapping[str, Any],
+    source: SourceLayout | None,
+    say: Callable[[str], None],
 ) -> None:
     """Writes config.json and every other file that holds no weights."""
     if source is not None:
-        for file in sorted(source.folder.iterdir()):
+        for file in small_files(source.folder, say):
             if file.name not in (run.source_layout.name, "config.json"):
-                (target.path / file.name).write_bytes(file.read_bytes())
+                shutil.copyfile(file, target.path / file.name)
     else:
         ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
         target.write_json("generation_config.json", {"_from_model_config": True, **ids})
         if run.tokenizer.exists():
             settings = tokenizer_config(config["max_position_embeddings"])
-            target.write_text("tokenizer.json", Tokenizer.load(run.tokenizer).marked_json())
+            target.write_text("tokenizer.json", run.load_tokenizer().marked_json())
             target.write_json("tokenizer_config.json", settings)
     target.write_text("config.json", json.dumps(config, indent=2) + "\n")
 

@@ -5,15 +5,14 @@ operations whose results are on the disk, so the same command continues a conver
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -30,6 +29,7 @@ from core.interop.blocks import WriteBlocks
 from core.interop.tensor_ops import TensorOp
 from core.interop.tensors import TensorReader
 from core.interop.writing import FilePlan, Writer
+from core.storage.lock import AlreadyLocked, hold
 
 JOURNAL = "journal"
 EVERY = 512 * 2**20
@@ -105,23 +105,30 @@ class Conversion:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Holds the lock of the journal, which is open in the meantime."""
+        """Holds the lock of the target, and opens the journal."""
+        lock = self.target.with_name(f".{self.target.name}.lock")
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(hold(lock))
+            except AlreadyLocked as cause:
+                who = cause.holder
+                raise UserError(f"{self.target}: {who} is converting to it") from None
+            check_target(self.target, "name another folder")
+            self._stream = stack.enter_context(self._open_journal())
+            self._read_journal()
+            if self.resumed:
+                self._say(f"continuing {self.folder}, which an earlier conversion left")
+            yield
+
+    def _open_journal(self) -> IO[str]:
+        """Makes the hidden folder, and opens the journal in it."""
         journal = self.folder / JOURNAL
         if self.folder.exists() and not journal.exists() and any(self.folder.iterdir()):
             raise UserError(
                 f"{self.folder}: is in the way and no unfinished conversion (no {JOURNAL}); remove it"
             )
         self.folder.mkdir(exist_ok=True)
-        with journal.open("a+") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{self.target}: another process is converting to it") from None
-            self._stream = stream
-            self._read_journal()
-            if self.resumed:
-                self._say(f"continuing {self.folder}, which an earlier conversion left")
-            yield
+        return journal.open("a+", encoding="utf-8")
 
     def _read_journal(self) -> None:
         """Reads which operations are done; removes what a conversion with another identity left."""

@@ -14,7 +14,6 @@ from core.analysis.size import Size, size_of
 from core.assemble import build, compile_parts, make
 from core.contracts.errors import Interrupted, RunFailed, UserError
 from core.data.module import TextData
-from core.data.tokenizer import Tokenizer
 from core.model.sampling import sample
 from core.recipe.compose import Recipe
 from core.run.data import text_data
@@ -146,10 +145,10 @@ def _fit(
 
 def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
     """Warns if the initial weights were trained with another tokenizer, whose ids stand for other text."""
-    known = RunFolder(source.parent.parent).tokenizer
-    if known.is_file() and Tokenizer.load(known).entries() != data.tokenizer.entries():
+    run = RunFolder(source.parent.parent)
+    if run.tokenizer.is_file() and run.load_tokenizer().entries() != data.tokenizer.entries():
         say(
-            f"note: {known} is another tokenizer than this run's, so its weights have to learn the tokens anew"
+            f"note: {run.tokenizer} is another tokenizer than this run's, so its weights have to learn the tokens anew"
         )
 
 
@@ -160,6 +159,7 @@ def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
     )
     folder.write_json("provenance.json", shaped_by)
     data.tokenizer.save(folder.tokenizer)
+    folder.write_digests()
     folder.write_recipe(recipe.to_dict())
 
 

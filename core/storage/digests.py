@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from core.contracts.errors import UserError
-from core.storage.files import write_text
+from core.storage.files import is_plain_name, write_text
 
 DIGESTS = "SHA256SUMS"
 """Name of the list of a folder's checksums."""
@@ -20,7 +20,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 class DigestWarning(UserWarning):
-    """Files that cannot be checked, or that were edited; the commands print it in one line."""
+    """Files that cannot be checked; the commands print it in one line."""
 
 
 def write_digests(folder: Path, names: Iterable[str]) -> None:
@@ -34,34 +34,28 @@ def write_digests(folder: Path, names: Iterable[str]) -> None:
     write_text(folder / DIGESTS, "".join(lines))
 
 
-def check_digests(folder: Path, names: Iterable[str], *, editable: Iterable[str] = ()) -> None:
-    """Compares files with the checksums that were written with them.
+def check_digests(folder: Path, name: str) -> None:
+    """Compares a file, or all files of a folder, with the checksums that were written with them.
 
     A folder without checksums was written before there were any; that is one warning. A file that the list lacks is not
     checked.
 
     Args:
-        folder: holds the list and the files.
-        names: the files to check, relative to the folder.
-        editable: files of which a change is only a warning.
+        folder: holds the list.
+        name: of the file or folder in it.
 
     Raises:
         UserError: a file has changed, or is missing, or the list is damaged.
     """
     if not (folder / DIGESTS).exists():
-        why = f"it holds no {DIGESTS}, which later versions write"
-        warnings.warn(f"{folder}: its files are read unchecked: {why}", DigestWarning, stacklevel=2)
+        why = f"it holds no {DIGESTS}, which was not written at that time"
+        warnings.warn(f"{folder}: its files are read unchecked: {why}", DigestWarning, stacklevel=1)
         return
-    expected = _read_digests(folder / DIGESTS)
-    for name in names:
-        if name in expected and not _is_unchanged(folder / name, expected[name]):
-            raise UserError(
-                f"{folder / name}: has changed since it was written: its checksum is not the one in {DIGESTS}"
-            )
-    for name in editable:
-        if name in expected and not _is_unchanged(folder / name, expected[name]):
-            what = "has been edited since the run wrote it"
-            warnings.warn(f"{folder / name}: {what}", DigestWarning, stacklevel=2)
+    for listed, expected in _read_digests(folder / DIGESTS).items():
+        is_named = listed == name or listed.startswith(f"{name}/")
+        if is_named and not _is_unchanged(folder / listed, expected):
+            why = f"its checksum is not the one in {DIGESTS}"
+            raise UserError(f"{folder / listed}: has changed since it was written: {why}")
 
 
 def _read_digests(file: Path) -> dict[str, str]:
@@ -73,17 +67,17 @@ def _read_digests(file: Path) -> dict[str, str]:
         raise UserError(f"{file}: cannot be read: {cause}") from cause
     for line in lines:
         match = _LINE.fullmatch(line)
-        if match is None:
+        if match is None or not all(map(is_plain_name, match[2].split("/"))):
             raise UserError(f"{file}: is damaged: {line[:80]!r} is no checksum and file name")
         found[match[2]] = match[1]
     return found
 
 
 def _is_unchanged(file: Path, expected: str) -> bool:
+    if not file.is_file():
+        return False
     try:
         return _digest(file) == expected
-    except FileNotFoundError:
-        return False
     except OSError as cause:
         raise UserError(f"{file}: cannot be read: {cause.strerror}") from cause
 

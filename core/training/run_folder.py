@@ -14,6 +14,8 @@ import yaml
 
 from core.contracts.errors import UserError
 from core.contracts.schema import Section
+from core.data.tokenizer import Tokenizer
+from core.storage.digests import check_digests, write_digests
 from core.storage.files import remove_partial_files, write_text
 from core.storage.lock import locked_folder
 from core.training.machine import code, machine
@@ -122,6 +124,32 @@ class RunFolder:
         """Deletes the half-written files that a kill left; the checkpoints among them can be large."""
         for folder in (self.path, self.path / "checkpoints"):
             remove_partial_files(folder)
+
+    def write_digests(self) -> None:
+        """Writes the checksums of the tokenizer and, in a converted run, of the weights and the files of the source."""
+        names = [self.tokenizer.name] if self.tokenizer.exists() else []
+        for folder in (self.converted_weights.parent, self.source_files):
+            if folder.is_dir():
+                names += [f"{folder.name}/{file.name}" for file in sorted(folder.iterdir())]
+        write_digests(self.path, names)
+
+    def check_digests(self, name: str) -> None:
+        """Compares a file, or the files of a folder in the run, with their checksums.
+
+        Raises:
+            UserError: one has changed.
+        """
+        check_digests(self.path, name)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Reads the tokenizer, after comparing its file with its checksum.
+
+        Raises:
+            UserError: there is none, or it has changed.
+        """
+        if self.tokenizer.exists():
+            check_digests(self.path, self.tokenizer.name)
+        return Tokenizer.load(self.tokenizer)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file under a temporary name and moves it into place."""

@@ -1,6 +1,5 @@
 """A conversion that is stopped leaves no target, and goes on where it was; a second one does not get in its way."""
 
-import fcntl
 import os
 import signal
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch import Tensor
 from core.interop import transfer
 from core.interop.from_hf import from_hf
 from core.interop.shards import Shards
+from core.storage.lock import hold
 
 from .checkpoints import V3, read, same_bits, tensors_of, write
 
@@ -163,13 +163,29 @@ def test_what_was_begun_otherwise_is_begun_anew(
 
 
 def test_two_conversions_to_one_folder_are_refused(lab: Lab, source: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    with (tmp_path / ".out.partial/journal").open("w") as journal:
-        fcntl.flock(journal, fcntl.LOCK_EX)
+    with hold(tmp_path / ".out.lock"):
         said = lab.command("convert", "from-hf", source, tmp_path / "out")
     assert said.code == 2
-    assert "another process is converting to it" in said.sentence
-    assert (tmp_path / ".out.partial/journal").exists()
+    assert said.sentence == f"{tmp_path}/out: process {os.getpid()} is converting to it"
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_conversion_that_ends_meanwhile_is_not_overwritten(
+    lab: Lab, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target appears between the first look at it and the lock."""
+    checked = transfer.check_target
+    monkeypatch.setattr("core.interop.from_hf.check_target", lambda *_: None)
+
+    def appears(target: Path, how: str) -> None:
+        (target / "weights").mkdir(parents=True, exist_ok=True)
+        checked(target, how)
+
+    monkeypatch.setattr(transfer, "check_target", appears)
+    said = lab.command("convert", "from-hf", source, tmp_path / "out")
+    assert said.code == 2
+    assert "is not empty, and nothing is overwritten" in said.sentence
+    assert {file.name for file in tmp_path.iterdir()} == {source.name, "out"}
 
 
 def test_a_folder_of_somebody_else_is_left_alone(lab: Lab, source: Path, tmp_path: Path) -> None:

@@ -1,12 +1,19 @@
-"""Finding out whether a runner works in a folder, without disturbing it."""
+"""Locks: one holder at a time, none after its death, and finding out about a holder without disturbing it."""
 
 import fcntl
+import multiprocessing
 import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from core.contracts.errors import UserError
 from core.storage import lock
+from core.storage.lock import AlreadyLocked, hold, is_locked, locked_folder
 
 
 def line(file: Path, kind: str = "FLOCK", device: str | None = None) -> str:
@@ -61,3 +68,100 @@ def test_another_devices_file_of_that_number_is_another_file(
     listed.write_text(line(file, device="fe:99"))
     monkeypatch.setattr(lock, "SYSTEM_LOCKS", listed)
     assert lock.is_locked(file) == (os.major(file.stat().st_dev) == 0)
+
+
+@contextmanager
+def another_holder(file: Path) -> Iterator[int]:
+    """A forked process that holds a lock; yields its process id, and kills it at the end."""
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with hold(file):
+            os.write(tell, b"x")
+            time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(ready, 1)
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(ready)
+        os.close(tell)
+
+
+def test_a_lock_has_one_holder_which_is_named_and_frees_it_by_dying(tmp_path: Path) -> None:
+    file = tmp_path / ".lock"
+    with another_holder(file) as pid:
+        assert is_locked(file)
+        with pytest.raises(AlreadyLocked) as found, hold(file):
+            pass
+        assert found.value.holder == f"process {pid}"
+        assert found.value.since[:2] == "20"
+    assert file.exists()  # it was killed
+    assert not is_locked(file)
+    with hold(file):
+        assert is_locked(file)
+    assert not file.exists()
+
+
+def _count(file: Path, counter: Path, times: int) -> None:
+    for _ in range(times):
+        with hold(file, waiting=lambda holder: None):
+            number = int(counter.read_text())
+            time.sleep(0.0005)
+            counter.write_text(str(number + 1))
+
+
+def test_no_two_processes_hold_a_lock_whose_file_is_removed_each_time(tmp_path: Path) -> None:
+    """A holder removes the file, so a process that waited must not trust a lock on the removed one."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    arguments = (tmp_path / ".lock", counter, 40)
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=_count, args=arguments) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert counter.read_text() == "120"
+
+
+def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/.lock").symlink_to(mine)
+    with (
+        pytest.raises(UserError, match="cannot be written: Too many levels of symbolic links"),
+        locked_folder(tmp_path / "folder", "run"),
+    ):
+        pass
+    assert mine.read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    with (
+        pytest.warns(lock.LockWarning, match="this file system has no locks"),
+        hold(tmp_path / ".lock"),
+    ):
+        pass
+
+
+def test_a_start_that_fails_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
+    for there in ("a", "a/b/c"):
+        with pytest.raises(UserError, match="no"), locked_folder(tmp_path / "a/b/c", "run"):
+            raise UserError("no")
+        assert list(tmp_path.iterdir()) == ([] if there == "a" else [tmp_path / "a"])
+        (tmp_path / "a/b/c").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "a/b/c/file").touch()
+    with pytest.raises(UserError, match="no"), locked_folder(tmp_path / "a/b/c", "run"):
+        raise UserError("no")
+    assert (tmp_path / "a/b/c/file").exists()

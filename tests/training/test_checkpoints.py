@@ -4,6 +4,7 @@ import ast
 import errno
 import os
 import pickle
+import random
 import shutil
 import subprocess
 from collections import OrderedDict
@@ -13,7 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from lab import ROOT, Lab, assert_same_run, forked, last_checkpoint, run_command_here, small_disk
+from lab import (
+    ROOT,
+    Lab,
+    assert_same,
+    assert_same_run,
+    forked,
+    last_checkpoint,
+    run_command_here,
+    small_disk,
+)
 from torch import Tensor
 
 from core.contracts.errors import UserError
@@ -220,3 +230,56 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
     lab.fit(run, resume=True)
     assert_same_run(run, finished)
+
+
+def flipped(whole: bytes, bit: int) -> bytes:
+    """The same bytes with one bit changed."""
+    spoilt = bytearray(whole)
+    spoilt[bit // 8] ^= 1 << bit % 8
+    return bytes(spoilt)
+
+
+def test_no_flipped_bit_of_a_checkpoint_changes_what_is_read(
+    finished: Path, tmp_path: Path
+) -> None:
+    """A flip is noticed, or it is in the padding between records and the content is the same."""
+    whole = checkpoints_in(finished)[-1].read_bytes()
+    content = read_checkpoint(checkpoints_in(finished)[-1])
+    file = tmp_path / "step-00000012.ckpt"
+    draw = random.Random(0)
+    noticed = 0
+    for _ in range(60):
+        file.write_bytes(flipped(whole, draw.randrange(8 * len(whole))))
+        try:
+            found = read_checkpoint(file)
+        except UserError:
+            noticed += 1
+        else:
+            assert_same(found, content)
+    assert noticed > 40
+
+
+def test_a_flipped_bit_of_a_weight_is_one_sentence_for_every_command(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    file = checkpoints_in(run)[-1]
+    state = read_checkpoint(file)["state_dict"]
+    weight = state["model.embedding.weight"].numpy().tobytes()
+    whole = file.read_bytes()
+    file.write_bytes(flipped(whole, 8 * whole.index(weight) + 5))
+    others = "others here: best.ckpt, step-00000010.ckpt"
+    commands: list[list[str | Path]] = [
+        ["fit", lab.file, "--resume", run],
+        ["evaluate", run],
+        ["generate", run, "--prompt", "a"],
+        ["convert", "to-hf", run, tmp_path / "hf"],
+    ]
+    for name, *arguments in commands:
+        result = lab.command(str(name), *arguments)
+        assert result.code == 2, name
+        assert result.sentence.startswith(f"{file}: has changed since it was written: ")
+        assert result.sentence.endswith(others)
+    assert not (tmp_path / "hf").exists()

@@ -57,7 +57,7 @@ def test_a_run_folder_holds_what_is_promised(finished: Path) -> None:
     files = {file.name for file in finished.iterdir()}
     assert files == {
         *("recipe.yaml", "tokenizer.json", "provenance.json", "metrics.csv", "loads.safetensors"),
-        *("tensorboard", "checkpoints", "summary.json", "sample.txt"),
+        *("tensorboard", "checkpoints", "summary.json", "sample.txt", "SHA256SUMS"),
     }
     kept = {file.name for file in (finished / "checkpoints").iterdir()}
     assert kept == {"best.ckpt", "step-00000010.ckpt", "step-00000012.ckpt"}

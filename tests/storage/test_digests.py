@@ -1,0 +1,60 @@
+"""Checksums of a folder's files: what changed is named, what was never listed is read as it is."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from core.contracts.errors import UserError
+from core.storage.digests import DigestWarning, check_digests, write_digests
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files, one of them in a folder, with their checksums."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/one").write_bytes(bytes(range(256)))
+    (tmp_path / "two words").write_text("two")
+    write_digests(tmp_path, ["weights/one", "two words"])
+    return tmp_path
+
+
+def test_every_flipped_bit_of_a_file_is_noticed(folder: Path) -> None:
+    check_digests(folder, "weights")
+    file = folder / "weights/one"
+    whole = file.read_bytes()
+    for bit in range(0, 8 * len(whole), 7):
+        spoilt = bytearray(whole)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(spoilt)
+        with pytest.raises(UserError, match=f"{file}: has changed since it was written"):
+            check_digests(folder, "weights")
+        check_digests(folder, "two words")
+
+
+def test_a_missing_file_has_changed_and_an_unlisted_one_has_not(folder: Path) -> None:
+    (folder / "weights/new").write_text("new")
+    check_digests(folder, "weights")
+    (folder / "weights/one").unlink()
+    with pytest.raises(UserError, match="weights/one: has changed"):
+        check_digests(folder, "weights")
+
+
+def test_a_folder_from_before_is_one_warning(folder: Path) -> None:
+    (folder / "SHA256SUMS").unlink()
+    with pytest.warns(DigestWarning, match="its files are read unchecked"):
+        check_digests(folder, "weights")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "weights/../../outside", ""])
+def test_a_list_that_leads_out_of_its_folder_is_damaged(folder: Path, name: str) -> None:
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
+    with pytest.raises(UserError, match="SHA256SUMS: is damaged"):
+        check_digests(folder, "weights")
+
+
+def test_sha256sum_reads_the_list(folder: Path) -> None:
+    done = subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
