@@ -1,6 +1,5 @@
 """Writes the report: one page that holds its data, its style, its script and plotly's, and loads nothing else."""
 
-import os
 import re
 from datetime import UTC, datetime
 from importlib import resources
@@ -21,6 +20,7 @@ from core.reports.over_training import (
 )
 from core.reports.paired import against_baseline
 from core.reports.study_files import Study, read
+from core.storage.files import write_text
 
 
 def write(folder: Path, file: Path) -> dict[str, Any]:
@@ -34,10 +34,8 @@ def write(folder: Path, file: Path) -> dict[str, Any]:
     """
     study = read(folder)
     text = render(study)
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
+        write_text(file, text)
     except OSError as cause:
         raise UserError(f"--out {file}: cannot be written: {cause.strerror}") from cause
     kind = "run" if study.sweep is None else "sweep"

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from core.contracts.errors import UserError
+from core.storage.files import is_plain_name, leaves
 from core.storage.lock import LOCK, is_locked
 
 KEPT = ("step", "tokens", "tokens_per_second", "load/max_vio_batch", "skipped_steps")
@@ -172,7 +173,8 @@ class _Reader:
         names = names or list(declared.get("recipes") or self._folders())
         results = self.mapping(self.path / "results.json")
         runs = []
-        for folder, variant, seed in self._places(names, about.get("seeds") or []):
+        seeds = [seed for seed in about.get("seeds") or [] if isinstance(seed, int)]
+        for folder, variant, seed in self._places(names, seeds):
             runs.append(self.run(folder, variant, seed))
         self._mark_interrupted(runs)
         if not runs:
@@ -193,6 +195,9 @@ class _Reader:
     def _places(self, names: list[str], seeds: list[int]) -> Iterator[tuple[Path, str, int | None]]:
         """Folder, variant and seed of each run; without seeds those whose folders exist."""
         for name in names:
+            if not is_plain_name(name):
+                self.unread.append(f"{name!r} cannot be the name of a variant, so it is left out.")
+                continue
             folder = self.path / "runs" / name
             for seed in seeds or _seeds_in(folder):
                 yield folder / f"seed-{seed}", name, seed
@@ -225,6 +230,8 @@ class _Reader:
 
     def text(self, file: Path) -> str:
         """The text of a file; "" where it is absent or cannot be read."""
+        if self._leads_away(file):
+            return ""
         try:
             return file.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -265,7 +272,7 @@ class _Reader:
         """
         import pandas as pd  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-        if not file.exists():
+        if not file.exists() or self._leads_away(file):
             return None
         try:
             # The line after the last break is still being written.
@@ -280,6 +287,16 @@ class _Reader:
             return None
         frame = frame.apply(pd.to_numeric, errors="coerce")
         return _placed(frame.replace([math.inf, -math.inf], math.nan))
+
+    def _leads_away(self, file: Path) -> bool:
+        """Whether a file is outside of the folder, through a link; that is noted.
+
+        The folder may be somebody else's, and the page would show what is in the file.
+        """
+        if not leaves(file, self.path):
+            return False
+        self._could_not(file, "a symbolic link leads out of the folder")
+        return True
 
     def _could_not(self, file: Path, cause: object) -> dict[str, Any]:
         """Notes that a file could not be read, and returns the empty mapping that replaces it."""

@@ -459,3 +459,30 @@ def test_a_sweep_in_which_nothing_runs_is_not_asked_for_its_lock(
     (tmp_path / "s/.lock").write_text("")
     monkeypatch.setattr(lock.fcntl, "flock", lambda *_: pytest.fail("the lock was taken"))
     assert [run.state for run in read(tmp_path / "s").runs] == ["done", "done"]
+
+
+@pytest.mark.parametrize("place", ["recipe.yaml", "metrics.csv", "provenance.json"])
+def test_a_page_shows_nothing_from_outside_of_its_folder(tmp_path: Path, place: str) -> None:
+    write_run(tmp_path / "run", Made(20))
+    (tmp_path / "secret").write_text('{"secret": 1}')
+    (tmp_path / "run" / place).unlink(missing_ok=True)
+    (tmp_path / "run" / place).symlink_to(tmp_path / "secret")
+    study = read(tmp_path / "run")
+    assert study.unread == [
+        f"{place} could not be read (a symbolic link leads out of the folder), "
+        "so the report goes without it."
+    ]
+    assert "secret" not in study.file
+
+
+def test_a_sweeps_names_lead_to_no_folder_outside(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(20)}, [0])
+    write_run(tmp_path / "mine/seed-0", Made(20))
+    file = tmp_path / "s/sweep.json"
+    identity = json.loads(file.read_text())
+    identity["variants"].append({**identity["variants"][0], "name": "../../mine"})
+    identity["seeds"].append("0/../../../../mine/seed-0")
+    write_json(file, identity)
+    study = read(tmp_path / "s")
+    assert [(run.variant, run.seed) for run in study.runs] == [("a", 0)]
+    assert study.unread == ["'../../mine' cannot be the name of a variant, so it is left out."]
