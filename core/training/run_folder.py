@@ -3,8 +3,6 @@
 import json
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from core.command import command_line
 from core.contracts.errors import UserError
 from core.contracts.schema import Section
 from core.training.machine import code, machine
@@ -189,6 +188,6 @@ def provenance(sections: Iterable[Section], **rest: Any) -> dict[str, Any]:
         **machine(),
         **code(),
         "packages": {name: metadata.version(name) for name in packages},
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         **rest,
     }
