@@ -346,7 +346,7 @@ def test_the_command_stands_as_it_was_typed(single: Path, tmp_path: Path, typed:
     run = shutil.copytree(single, tmp_path / "run")
     recorded = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
     (run / "provenance.json").write_text(json.dumps({**recorded, "command": typed}))
-    assert f"{typed} Written by" in words(page(run))
+    assert f" {typed} Recorded by the runs" in words(page(run))
 
 
 def test_the_commit_and_the_machine_are_reported(tmp_path: Path) -> None:
