@@ -18,7 +18,7 @@ from core.contracts.errors import UserError
 from core.data.tokenizer import END, END_TEXT, Tokenizer
 from core.interop.accounting import check_ours, wanted
 from core.interop.blocks import INVERSE, grid_spec
-from core.interop.formats import config_for, format_named, read_json
+from core.interop.format_lookup import config_for, format_named, read_json
 from core.interop.run_weights import model_specs, weights_of
 from core.interop.tensor_ops import Copy, Quantise, TensorOp, inverse
 from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader, TensorSpec, scale_spec
