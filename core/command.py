@@ -6,6 +6,7 @@ This module and every command import nothing heavy before the arguments are read
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -18,6 +19,9 @@ from typing import Any
 
 from core.contracts.errors import Interrupted, RunFailed, UserError
 
+_programs: list[str] = []
+"""The program's name in usage lines, `moeloom fit` or `python -m core.fit`; empty while no command runs."""
+
 
 def run_command(
     main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser
@@ -26,7 +30,7 @@ def run_command(
     arguments = _parsed(parser)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        with _one_line_warnings(), _current_folder_last():
+        with _started_as(parser.prog), _one_line_warnings(), _current_folder_last():
             main(arguments)
     except UserError as error:
         leave(2, str(error))
@@ -52,6 +56,36 @@ def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
         return parser.parse_intermixed_args()
     except TypeError:
         return parser.parse_args()
+
+
+def command_prefix(name: str) -> str:
+    """Returns what the user types to run a command.
+
+    Args:
+        name: the command's name, such as `report`.
+
+    Returns:
+        `moeloom NAME` if the command under way was started so, otherwise `python -m core.NAME`.
+    """
+    if _programs and _programs[-1].startswith("moeloom "):
+        return f"moeloom {name}"
+    return f"python -m core.{name}"
+
+
+def command_line() -> str:
+    """Returns the command under way as the user typed it; in another program, its file and arguments."""
+    program = _programs[-1] if _programs else shlex.quote(Path(sys.argv[0]).name)
+    return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+
+
+@contextmanager
+def _started_as(program: str) -> Iterator[None]:
+    """Keeps the program's name while its command runs."""
+    _programs.append(program)
+    try:
+        yield
+    finally:
+        _programs.pop()
 
 
 @contextmanager

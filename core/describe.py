@@ -104,8 +104,8 @@ def _options(arguments: argparse.Namespace) -> "DescribeOptions":
     Raises:
         UserError: a value is not allowed, or an option does not go with the other arguments.
     """
-    from core.analysis.layout import parse
     from core.analysis.options import DescribeOptions
+    from core.analysis.parallel_layout import parse
 
     of_layout = {
         "--layout": arguments.layout,
@@ -159,7 +159,7 @@ def _is_override(text: str) -> bool:
 
 def show_comparison(recipes: list["Recipe"], *, as_json: bool) -> None:
     """Prints several descriptions: one list of documents, or one table with its legend."""
-    from core.analysis.compare import LEGEND, names, table, unequal
+    from core.analysis.compare_recipes import LEGEND, names, table, unequal
 
     documents = [document_of(recipe) for recipe in recipes]
     if as_json:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from core.command import print_json, run_command
+from core.command import command_line, command_prefix, print_json, run_command
 
 MEAN_COLUMNS = ["variant", "n", "mean", "95% interval"]
 DIFFERENCE_COLUMNS = [*MEAN_COLUMNS, "d_z", "p (Holm)", ""]
@@ -76,13 +76,14 @@ def main(arguments: argparse.Namespace) -> None:
             workers=workers,
             ray=arguments.ray,
             resume=arguments.resume,
-            command=f"python -m core.sweep {shlex.join(sys.argv[1:])}",
+            command=command_line(),
         )
     if arguments.json:
         print_json(found)
         return
     print("\n".join(_result_lines(found)))
-    print(f"sweep folder: {path}  (python -m core.report {path})")
+    report = f"{command_prefix('report')} {shlex.quote(str(path))}"
+    print(f"sweep folder: {path}  ({report})")
 
 
 def _dry_run(sweep: Any) -> None:

@@ -34,7 +34,7 @@ from core.numerics import number_formats
 from core.numerics import quantise as q
 from core.run.data import text_data
 from core.run.loading import load_weights
-from core.study import curves
+from core.study import training_losses
 from core.training.resume import newest_checkpoint
 
 RECIPE = "dsv3_small"
@@ -134,7 +134,7 @@ def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
     ended = fits.results(SECONDS)
     found: dict[str, Any] = {}
     for name, (one, other, _, _) in PAIRS.items():
-        base, own = (curves.losses(fits.run(run), TOTAL) for run in (one, other))
+        base, own = (training_losses.losses(fits.run(run), TOTAL) for run in (one, other))
         common = sorted(base.keys() & own.keys())
         each = [abs(own[step] - base[step]) / abs(base[step]) for step in common]
         found[name] = {

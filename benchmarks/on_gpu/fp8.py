@@ -21,7 +21,7 @@ from benchmarks.on_gpu.compare import (
 )
 from benchmarks.on_gpu.measure import Lab, attempt, failed
 from benchmarks.on_gpu.runs import Fits, prepare_data, toy_text
-from core.study.curves import LOSS, against, losses
+from core.study.training_losses import LOSS, against, losses
 
 
 def run(lab: Lab) -> dict[str, Any]:

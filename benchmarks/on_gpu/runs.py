@@ -15,7 +15,7 @@ from typing import Any
 from core.analysis.budget import plan_of
 from core.recipe.compose import compose
 from core.run.data import text_data
-from core.study.curves import losses
+from core.study.training_losses import losses
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 20.0

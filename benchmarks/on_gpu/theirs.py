@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.on_gpu.compare import calc_diff
 from benchmarks.on_gpu.shapes import Stepper, clip
-from core.interop.formats import config_for
+from core.interop.format_lookup import config_for
 from core.interop.run_weights import model_specs
 from core.interop.tensors import InMemoryTensors, TensorSpec
 from core.interop.to_hf import export_ops

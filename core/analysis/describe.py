@@ -7,7 +7,7 @@ from torch import nn
 
 from core.analysis.budget import plan_of
 from core.analysis.components import components
-from core.analysis.cost import gpu_hours, speed
+from core.analysis.gpu_hours import gpu_hours, speed
 from core.analysis.memory import per_gpu
 from core.analysis.options import DescribeOptions
 from core.analysis.products import MatrixProduct

@@ -22,7 +22,7 @@ from core.analysis.activations import (
     block_activations,
     head_activations,
 )
-from core.analysis.layout import (
+from core.analysis.parallel_layout import (
     ParallelLayout,
     PipelineSchedule,
     Traffic,

@@ -1,4 +1,4 @@
-"""Writes the package of a new plugin for `python -m core.catalog new`, from the templates in `skeletons/`."""
+"""Writes the package of a new plugin for the command `catalog new`, from the templates in `skeletons/`."""
 
 import importlib.util
 import keyword
@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 
 from core import contracts
+from core.command import command_prefix
 from core.contracts.errors import UserError, nearest
 from core.extension.loader import installed_registry
 from core.extension.registry import SLOTS
@@ -140,6 +141,8 @@ def _texts(slot: str, name: str) -> list[tuple[str, str]]:
         "contracts": contracts.VERSION,
         "contract": SLOTS[slot].replace(":", "."),
         "summary": SUMMARIES[slot],
+        "catalog": command_prefix("catalog"),
+        "fit": command_prefix("fit"),
     }
     words["recipe"] = Template(RECIPES[slot]).substitute(words)
     texts = []

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
+from core.harness.generation import write
 from core.harness.markers import Markers
 from core.harness.scoring import Request, Score, score
-from core.harness.writing import write
 from core.model.language_model import LanguageModel
 from core.model.sampling import sample
 

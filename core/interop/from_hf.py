@@ -24,7 +24,7 @@ from core.data.tokenizer import Tokenizer
 from core.extension.checks import format_error_at
 from core.interop.accounting import check_ours, check_theirs, owners, wanted
 from core.interop.blocks import INVERSE, ReadBlocks
-from core.interop.formats import format_named, format_of, read_config, read_json
+from core.interop.format_lookup import format_named, format_of, read_config, read_json
 from core.interop.shards import Shards, shards_of
 from core.interop.source_folder import check_inside, small_files
 from core.interop.tensor_ops import Compare, Copy, TensorOp

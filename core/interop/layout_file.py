@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from core.contracts.errors import UserError
-from core.interop.formats import read_json
+from core.interop.format_lookup import read_json
 from core.interop.shards import FORMATS, is_file_name
 
 NUMBER_FORMATS = {str(dtype).removeprefix("torch."): dtype for dtype in FORMATS.values()}

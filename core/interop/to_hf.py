@@ -19,7 +19,7 @@ from core.contracts.errors import UserError
 from core.data.tokenizer import END, END_TEXT
 from core.interop.accounting import check_ours, wanted
 from core.interop.blocks import INVERSE, grid_spec
-from core.interop.formats import config_for, format_named, read_json
+from core.interop.format_lookup import config_for, format_named, read_json
 from core.interop.layout_file import read_layout
 from core.interop.run_weights import model_specs, weights_of
 from core.interop.source_folder import small_files
@@ -104,39 +104,31 @@ def to_hf(
     weights = weights_of(checkpoint)
     ours = model_specs(weights)
     if options.main_only:
-        recipe["model"]["heads"] = {}
-        ours = {name: spec for name, spec in ours.items() if not name.startswith("heads.")}
+        recipe, ours = _main_model(recipe, ours)
     checkpoint_format, config, source = _described(folder, recipe)
-    formats = source.formats if source is not None else {}
-    mappings = list(checkpoint_format.tensor_mappings(config, recipe, formats or None))
-    if formats:
-        mappings = wanted(mappings, formats)
-    shapes = {name: spec.shape for name, spec in ours.items()}
-    check_ours(mappings, shapes, f"{run}: checkpoint_format {checkpoint_format.label}")
-    check_shapes(mappings, ours, str(checkpoint))
+    mappings = _mappings_of(checkpoint_format, config, recipe, source)
+    _check_mappings(mappings, ours, checkpoint_format, run, checkpoint)
     _check_options(options, checkpoint_format, weights, run)
     theirs = _export_specs(mappings, ours, options, source)
     plan = _file_plan(theirs, source)
-    ops = export_ops(mappings, ours, theirs)
-    has_fp8 = any(spec.dtype == CODES for spec in theirs.values())
-    fp8_config = checkpoint_format.fp8_config if has_fp8 else None
-    config = _with_formats(config, theirs, fp8_config, options, source)
-    identity = [
-        "to-hf",
-        str(checkpoint.resolve()),
-        checkpoint.stat().st_mtime_ns,
-        config,
-        sorted(map(str, theirs.items())),
-    ]
-    conversion = Conversion(target, identity, say)
+    config = _with_formats(config, theirs, checkpoint_format, options, source)
+    conversion = Conversion(target, _identity(checkpoint, config, theirs), say)
     with conversion.partial_folder(plan.bytes) as place:
-        conversion.run(ops, weights, plan, place)
+        conversion.run(export_ops(mappings, ours, theirs), weights, plan, place)
         _write_companions(RunFolder(place), folder, config, source, say)
     if source is None and options.dtype is None:
         say(
             "note: weights are written in bf16, as other programs expect; --dtype fp32 keeps every bit"
         )
     return {"format": checkpoint_format.label, "tensors": len(theirs), "bytes": plan.bytes}
+
+
+def _main_model(
+    recipe: dict[str, Any], ours: Mapping[str, TensorSpec]
+) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
+    """Returns the recipe and the tensors without the modules of loss heads."""
+    main = {**recipe, "model": {**recipe["model"], "heads": {}}}
+    return main, {name: spec for name, spec in ours.items() if not name.startswith("heads.")}
 
 
 def _described(
@@ -154,6 +146,31 @@ def _described(
     checkpoint_format, _ = format_named(layout.format)
     source = SourceLayout(folder.source_files, config, layout.plain, layout.files, layout.formats)
     return checkpoint_format, config, source
+
+
+def _mappings_of(
+    checkpoint_format: CheckpointFormat,
+    config: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    source: SourceLayout | None,
+) -> list[TensorMapping]:
+    """Returns the mappings of the tensors to write; if files are restored, of the tensors that they held."""
+    formats = source.formats if source is not None else {}
+    mappings = list(checkpoint_format.tensor_mappings(config, recipe, formats or None))
+    return wanted(mappings, formats) if formats else mappings
+
+
+def _check_mappings(
+    mappings: Sequence[TensorMapping],
+    ours: Mapping[str, TensorSpec],
+    checkpoint_format: CheckpointFormat,
+    run: Path,
+    checkpoint: Path,
+) -> None:
+    """Raises `UserError` unless the mappings account for every row of the model's tensors."""
+    shapes = {name: spec.shape for name, spec in ours.items()}
+    check_ours(mappings, shapes, f"{run}: checkpoint_format {checkpoint_format.label}")
+    check_shapes(mappings, ours, str(checkpoint))
 
 
 def check_shapes(
@@ -261,11 +278,13 @@ def export_ops(
 def _with_formats(
     config: Mapping[str, Any],
     theirs: Mapping[str, TensorSpec],
-    fp8: Mapping[str, Any] | None,
+    checkpoint_format: CheckpointFormat,
     options: ExportOptions,
     source: SourceLayout | None,
 ) -> dict[str, Any]:
     """Returns the configuration with its keys of number formats and, unless files are restored, of markers."""
+    has_fp8 = any(spec.dtype == CODES for spec in theirs.values())
+    fp8 = checkpoint_format.fp8_config if has_fp8 else None
     result = {key: value for key, value in config.items() if key != "quantization_config"}
     if fp8 is not None:
         result["quantization_config"] = config.get("quantization_config", dict(fp8))
@@ -278,6 +297,19 @@ def _with_formats(
             result[key] = END if source is None else source.config.get(key)
         result["pad_token_id"] = None if source is None else source.config.get("pad_token_id")
     return result
+
+
+def _identity(
+    checkpoint: Path, config: Mapping[str, Any], theirs: Mapping[str, TensorSpec]
+) -> list[Any]:
+    """Returns what must be equal for a stopped conversion to be continued: the weights and all that is written."""
+    return [
+        "to-hf",
+        str(checkpoint.resolve()),
+        checkpoint.stat().st_mtime_ns,
+        config,
+        sorted(map(str, theirs.items())),
+    ]
 
 
 def _main_format(theirs: Mapping[str, TensorSpec], has_fp8: bool) -> torch.dtype:

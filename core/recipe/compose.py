@@ -16,7 +16,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import REQUIRED
 from core.extension.loader import installed_registry, registry_for
-from core.recipe.layers import Layers, leaves, with_string_keys
+from core.recipe.recipe_layers import Layers, leaves, with_string_keys
 from core.recipe.recipe_schema import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS, RecipeSchema
 from core.recipe.resolve import Resolver, to_dict
 from core.recipe.values import omegaconf_message

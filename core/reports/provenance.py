@@ -87,7 +87,7 @@ def command(study: Study) -> str | None:
 
 
 def _as_typed(recorded: str) -> str:
-    """The command as it is typed, `python -m core.fit RECIPE`, where a run records `fit.py RECIPE`."""
+    """The command as it was typed, `python -m core.fit RECIPE` where an earlier version recorded `fit.py RECIPE`."""
     try:
         first, *rest = shlex.split(recorded)
     except ValueError:

@@ -300,9 +300,10 @@ class _Reader:
 
     def _could_not(self, file: Path, cause: object) -> dict[str, Any]:
         """Notes that a file could not be read, and returns the empty mapping that replaces it."""
-        self.unread.append(
-            f"{file.relative_to(self.path)} could not be read ({cause}), so the report goes without it."
-        )
+        name = file.relative_to(self.path)
+        sentence = f"{name} could not be read ({cause}), so the report goes without it."
+        if sentence not in self.unread:
+            self.unread.append(sentence)
         return {}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
-from core.analysis.compare import short
+from core.analysis.compare_recipes import short
 from core.reports.study_files import Run, Study, finite
 from core.reports.words import NONE, caveats, duration, number, signed, yes_no
 

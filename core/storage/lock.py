@@ -8,9 +8,7 @@ import errno
 import fcntl
 import json
 import os
-import shlex
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -164,12 +162,10 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 def _write_holder(descriptor: int) -> None:
     """Names this process in the lock file; a full disk does not matter, because the system's lock is what counts."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     holder = {
         "process": os.getpid(),
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": command,
     }
     with suppress(OSError):
         os.ftruncate(descriptor, 0)

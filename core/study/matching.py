@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from core.analysis.compare import different_recipes
+from core.analysis.compare_recipes import different_recipes
 from core.analysis.describe import document_of
 from core.contracts.errors import UserError, nearest
 from core.study.sweep_file import Sweep

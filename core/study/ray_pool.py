@@ -95,14 +95,19 @@ def resources(job: Job) -> tuple[int, int]:
 
 
 def _task() -> Callable[[list[str], str, int], tuple[int, float]]:
-    """Wraps `_on_a_node` in a function that finds `core` on a worker.
+    """Wraps `_on_a_node` in a function that finds our `core` on a worker, and lets the run's process find it.
 
     Ray puts the driver's current folder first on a worker's search path, where a user's own package
     `core` would hide ours. A nested function is sent as code, so it runs before `core` is imported.
+    The run's process inherits the worker's environment, and a worker of a cluster that runs already
+    has not inherited the driver's; so PYTHONSAFEPATH, which `moeloom` sets, is sent with the function.
     """
     folder = str(Path(__file__).resolve().parents[2])
+    safe_path = os.environ.get("PYTHONSAFEPATH")
 
     def task(command: list[str], log: str, threads: int) -> tuple[int, float]:
+        if safe_path is not None:
+            os.environ["PYTHONSAFEPATH"] = safe_path
         sys.path.insert(0, folder)
         from core.study.ray_pool import _on_a_node
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from core.recipe.resolve import to_dict
 from core.statistics.comparison import compare, interval
-from core.study.curves import against
 from core.study.matching import Matched
 from core.study.sweep_file import Sweep, Variant
 from core.study.sweep_folder import Job, SweepFolder
+from core.study.training_losses import against
 
 FACTS = (
     "params_total",

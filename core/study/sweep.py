@@ -1,13 +1,13 @@
 """Runs a sweep from its file to its results: validate, match, run, compare."""
 
 import json
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from core.analysis.budget import plan_of
+from core.command import command_line
 from core.contracts.errors import UserError
 from core.recipe.resolve import to_dict
 from core.run.data import text_data
@@ -54,7 +54,7 @@ def run_sweep(
     try:
         with folder.locked():
             folder.open(sweep, resume=resume)
-            began = _beginning(folder, command or " ".join(sys.argv))
+            began = _beginning(folder, command or command_line())
             folder.write_json("sweep.json", identity(sweep, matched, **began))
             jobs = folder.jobs(sweep)
             left = [job for job in jobs if folder.status(job).state != "done"]

@@ -7,10 +7,10 @@ from core.extension.registry import Entry
 from core.testing import (  # noqa: F401 - importing them registers their checks
     attention,
     balancing,
+    checkpoint_formats,
     common,
     dispatchers,
     factories,
-    formats,
     layers,
     products,
     records,

@@ -5,7 +5,6 @@ forwards returned: it reduces the window's integer load once over the ranks, and
 logged MaxVio read the same integers.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,19 +16,19 @@ from torch import Tensor
 
 from core.contracts.context import SequenceContext
 from core.contracts.errors import RunFailed, UserError
-from core.contracts.record import Metric
 from core.contracts.schedule import Progress
 from core.contracts.training import OptimizerFactory
 from core.data.batch import Batch
 from core.model.language_model import LanguageModel
-from core.model.ledger import Ledger, Term, head_label
+from core.model.ledger import Ledger, Term
 from core.model.parameters import check_groups, named_parameters
 from core.recipe.plan import TrainingPlan
 from core.training.load import measures
 from core.training.ranks import all_reduce_max_, rank_and_world, reduce_sum
-from core.training.totals import HEADS, WindowTotals, call_on_step_end
+from core.training.step_metrics import as_scalar, balancer_metrics, component_metrics, losses
+from core.training.totals import WindowTotals, call_on_step_end
 from core.training.validation import ValidationTotals
-from core.training.window import Window, contribution, objective
+from core.training.window import Window, objective
 
 
 class TrainingModule(L.LightningModule):
@@ -244,8 +243,9 @@ class TrainingModule(L.LightningModule):
         norm: Tensor,
         rate: float,
     ) -> None:
+        """Logs the values of the step, and adds its assignments to those of the run."""
         values: dict[str, Any] = {"tokens": float(progress.tokens)}
-        values.update(self._losses(totals, counts, progress))
+        values.update(losses(self.ledger, totals, counts, progress))
         loads = measures(list(totals.loads.values()))
         for name, value in loads.items():
             label = "max_vio_batch" if name == "max_vio" else name
@@ -255,49 +255,15 @@ class TrainingModule(L.LightningModule):
             values["load/dropped_fraction"] = totals.dropped / assigned.clamp(min=1)
             self.assigned += int(assigned)
             self.dropped += int(totals.dropped)
-        values.update(self._balancer_metrics())
-        values.update(_component_metrics(totals))
+        values.update(balancer_metrics(self.model))
+        values.update(component_metrics(totals))
         values.update({"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped_steps)})
         self.step_values = values
-        logged = {name: _as_float(value) for name, value in values.items()}
+        logged = {name: as_scalar(value) for name, value in values.items()}
         self.log_dict(logged, logger=False, batch_size=1)
-        self.log("loss", _as_float(values["loss/total"]), prog_bar=True, logger=False, batch_size=1)
+        self.log("loss", as_scalar(values["loss/total"]), prog_bar=True, logger=False, batch_size=1)
         if loads:
             self.log("MaxVio", loads["max_vio"].float(), prog_bar=True, logger=False, batch_size=1)
-
-    def _losses(
-        self, totals: WindowTotals, counts: dict[Term, Tensor], progress: Progress
-    ) -> dict[str, Tensor]:
-        """Every term's mean under its own name, and the one sum that was minimised, in fp64.
-
-        Terms of layers are logged with their coefficient, as means over layers. A head's mean is rounded to the
-        format of its loss before it enters the total, because the log shows it by itself.
-        """
-        values: dict[str, Tensor] = {}
-        parts: list[Tensor] = []
-        for term in self.ledger.heads:
-            mean = (totals.sums[term] / counts[term].clamp(min=1)).double()
-            values[f"loss/{term.label}"] = mean
-            parts.append(term.coefficient(progress) * mean)
-        by_label: dict[str, list[Tensor]] = {}
-        for layer_term in (*self.ledger.balance, *self.ledger.layers):
-            if layer_term in totals.sums:
-                total = totals.sums[layer_term].double()
-                scaled = contribution(layer_term, total, counts[layer_term], progress)
-                by_label.setdefault(f"loss/{layer_term.label}", []).append(scaled)
-                parts.append(scaled)
-        values.update(_means(by_label))
-        values["loss/total"] = torch.stack(parts).sum()
-        return values
-
-    def _balancer_metrics(self) -> dict[str, Tensor]:
-        """Each balancer's own metrics, as means over layers."""
-        found: dict[str, list[Tensor]] = {}
-        for layer in self.model.expert_layers().values():
-            for balancer in layer.balancers:
-                for name, value in balancer.metrics().items():
-                    found.setdefault(f"balance/{name}", []).append(value)
-        return _means(found)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the totals of a validation at zero."""
@@ -316,7 +282,7 @@ class TrainingModule(L.LightningModule):
         several = rank_and_world()[1] > 1
         for name, value in self.validated.items():
             shown = name == "val_bits_per_byte"
-            self.log(name, _as_float(value), prog_bar=shown, logger=False, sync_dist=several)
+            self.log(name, as_scalar(value), prog_bar=shown, logger=False, sync_dist=several)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the module's own state, in plain containers and tensors, to Lightning's."""
@@ -362,33 +328,3 @@ class TrainingModule(L.LightningModule):
                 self.model.kernels_used().note(role, way)
         for path, layer in self.model.step_states().items():
             layer.load_step_state(own["step_states"][path])
-
-
-def _means(by_label: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    return {label: torch.stack(values).mean() for label, values in by_label.items()}
-
-
-def _component_metrics(totals: WindowTotals) -> dict[str, Tensor]:
-    """Metrics of layers and heads in the step; a layer's are taken over all layers of its slot, by their reduction."""
-    found: dict[str, Metric] = {}
-    for (path, name), metrics in totals.metrics.items():
-        for metric_name, metric in metrics.items():
-            if path == HEADS:
-                label = head_label(name, metric_name)
-            else:
-                label = f"{name}/{metric_name}"
-            before = found.setdefault(label, metric)
-            if type(before) is not type(metric):
-                raise TypeError(f"layers report the metric {label} by different reductions")
-            if before is not metric:
-                found[label] = before.merge(metric)  # type: ignore[arg-type]
-    return {label: metric.value() for label, metric in found.items()}
-
-
-def _as_float(value: Tensor | float) -> Tensor:
-    """A scalar for the loggers: a tensor as fp32, a number as fp64 with NaN where it is not finite."""
-    if isinstance(value, Tensor):
-        return value.detach().float()
-    if not math.isfinite(value):
-        value = float("nan")
-    return torch.tensor(value, dtype=torch.float64)

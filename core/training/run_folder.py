@@ -2,8 +2,6 @@
 
 import json
 import platform
-import shlex
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -12,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from core.command import command_line
 from core.contracts.errors import UserError
 from core.contracts.schema import Section
 from core.data.tokenizer import Tokenizer
@@ -190,6 +189,6 @@ def provenance(sections: Iterable[Section], **rest: Any) -> dict[str, Any]:
         **machine(),
         **code(),
         "packages": {name: metadata.version(name) for name in packages},
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         **rest,
     }

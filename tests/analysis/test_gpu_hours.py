@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import core
-from core.analysis.cost import H800_MFU, H800_PEAK
 from core.analysis.describe import document_of
+from core.analysis.gpu_hours import H800_MFU, H800_PEAK
 from core.analysis.options import DescribeOptions
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from core.analysis.layout import ParallelLayout, check, parse, stage_sizes
+from core.analysis.parallel_layout import ParallelLayout, check, parse, stage_sizes
 from core.contracts.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from torch import nn
 import core
 from core.analysis.activations import Widths, block_activations
 from core.analysis.describe import RecordingPrecision, document_of
-from core.analysis.layout import ParallelLayout, PipelineSchedule
 from core.analysis.options import DescribeOptions
+from core.analysis.parallel_layout import ParallelLayout, PipelineSchedule
 from core.assemble import build, make
 from core.contracts.context import SequenceContext
 from core.model.norm import RMSNorm

@@ -12,10 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from lab import ROOT, SMALL, Lab, rows
+from lab import ROOT, SMALL, Lab, rows, run_command_here
 
 import core
 import moeloom
+from core.command import command_line, command_prefix
 from moeloom.commands import command_names, run
 from moeloom.search_path import OUR_FOLDER, leave_out_current_folder
 
@@ -171,6 +172,45 @@ def test_a_command_finds_the_same_process_as_under_python_m(
     assert sys.argv == [core.fit.__file__, "recipe", "seed=3", "--json", "budget.steps=2"]
     assert sys.modules["__main__"].__spec__ is not None
     assert sys.modules["__main__"].__spec__.name == "core.fit"
+
+
+BOTH_WAYS = pytest.mark.parametrize(
+    ("start", "prefix"),
+    [(exit_code, "moeloom "), (run_command_here, "python -m core.")],
+    ids=["moeloom", "module"],
+)
+"""A function that starts a command, and what the user typed before the command's name."""
+
+
+@BOTH_WAYS
+def test_a_command_knows_how_it_was_started(
+    start: Callable[..., object], prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import core.sweep
+
+    found: list[str] = []
+    monkeypatch.setattr(
+        core.sweep, "main", lambda _: found.extend([command_prefix("report"), command_line()])
+    )
+    start("sweep", "a question.yaml", "--smoke")
+    assert found == [f"{prefix}report", f"{prefix}sweep 'a question.yaml' --smoke"]
+
+
+def test_another_program_is_recorded_by_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["some where/my script.py", "--lr", "0.1 0.2"])
+    assert command_prefix("fit") == "python -m core.fit"
+    assert command_line() == "'my script.py' --lr '0.1 0.2'"
+
+
+@BOTH_WAYS
+def test_a_new_plugin_names_the_commands_as_its_author_types_them(
+    start: Callable[..., object], prefix: str, tmp_path: Path
+) -> None:
+    start("catalog", "new", "router", "my_router", str(tmp_path / "mine"))
+    readme = (tmp_path / "mine/README.md").read_text(encoding="utf-8")
+    assert f"\n{prefix}catalog show router my_router\n{prefix}fit my_router.yaml\n" in readme
+    recipe = (tmp_path / "mine/my_router.yaml").read_text(encoding="utf-8")
+    assert f"#   {prefix}fit my_router.yaml\n" in recipe
 
 
 def test_listing_the_commands_imports_nothing_heavy() -> None:
@@ -345,7 +385,7 @@ def test_it_trains_on_two_ranks_with_a_plugin_of_the_current_folder(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2
     recorded = json.loads((tmp_path / "run/provenance.json").read_text(encoding="utf-8"))
-    assert recorded["command"].startswith("fit.py small.yaml budget.steps=2 ")
+    assert recorded["command"].startswith("moeloom fit small.yaml budget.steps=2 ")
     assert "my_part" in {part["module"] for part in recorded["components"]}
 
 

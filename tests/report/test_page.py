@@ -342,6 +342,14 @@ def test_provenance_differences_and_commands(under_way: Path, single: Path) -> N
     )
 
 
+@pytest.mark.parametrize("typed", ["moeloom fit a.yaml seed=3", "python -m core.fit a.yaml seed=3"])
+def test_the_command_stands_as_it_was_typed(single: Path, tmp_path: Path, typed: str) -> None:
+    run = shutil.copytree(single, tmp_path / "run")
+    recorded = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+    (run / "provenance.json").write_text(json.dumps({**recorded, "command": typed}))
+    assert f" {typed} Recorded by the runs" in words(page(run))
+
+
 def test_the_commit_and_the_machine_are_reported(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", {"a": Made(20)}, [0, 1])
     known = {

@@ -9,7 +9,7 @@ import pytest
 
 import core
 from core.analysis.budget import plan_of
-from core.analysis.compare import table, unequal
+from core.analysis.compare_recipes import table, unequal
 from core.contracts.schedule import value_at
 from core.describe import document_of
 from core.recipe.compose import Recipe

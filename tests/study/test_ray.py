@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from lab import ROOT, Lab
 
-from core.study.ray_pool import resources
+from core.study.ray_pool import _task, resources
 from core.study.sweep_file import Variant
 from core.study.sweep_folder import Job
 
@@ -53,6 +53,29 @@ def test_without_ray_its_absence_is_reported(
     said = lab.command("sweep", write(TWO), "--out", tmp_path / "out", "--ray", "local")
     assert said.code == 2
     assert said.sentence == "--ray: Ray is not installed here: pip install 'moeloom[ray]'"
+
+
+def test_a_worker_starts_our_core_beside_a_core_of_the_users_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The worker of a running cluster has another environment than the driver that `moeloom` is."""
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core/__init__.py").touch()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-c", "import core; print(core.__file__)"]
+
+    def found(log: Path) -> str:
+        task = _task()
+        monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+        assert task(command, str(log), 1)[0] == 0
+        return log.read_text(encoding="utf-8").strip()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    assert found(tmp_path / "moeloom.txt") == str(ROOT / "core/__init__.py")
+    monkeypatch.delenv("PYTHONSAFEPATH")
+    assert found(tmp_path / "module.txt") == str(tmp_path / "core/__init__.py")
 
 
 def test_a_sweep_through_a_real_local_ray(write: Write, tmp_path: Path, short: Path) -> None:

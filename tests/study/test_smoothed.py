@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.statistics.smoothing import largest, relative, smoothed
-from core.study.curves import against, losses
+from core.study.training_losses import against, losses
 
 
 def test_the_average_is_the_sum_that_it_stands_for() -> None:
