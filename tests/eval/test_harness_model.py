@@ -34,11 +34,15 @@ def wrapped(
     *,
     markers: Markers = Markers(),  # noqa: B008 - frozen
     batch_size: int = 4,
-    said: list[str] | None = None,
+    messages: list[str] | None = None,
 ) -> Any:
     """The model for the harness; its messages are appended to a list."""
     return HarnessModel(
-        model, tokenizer, markers, batch_size=batch_size, say=([] if said is None else said).append
+        model,
+        tokenizer,
+        markers,
+        batch_size=batch_size,
+        say=([] if messages is None else messages).append,
     )
 
 
@@ -99,30 +103,32 @@ def test_a_spelt_out_marker_is_text(ours: Any) -> None:
 def test_what_does_not_fit_is_cut_from_the_left_and_reported(
     model: LanguageModel, tokenizer: Tokenizer
 ) -> None:
-    said: list[str] = []
-    ours = wrapped(model, tokenizer, said=said)
+    messages: list[str] = []
+    ours = wrapped(model, tokenizer, messages=messages)
     long = " ".join(["xyz"] * 12)
     whole = [0, *tokenizer.encode(long + " a")]
     assert len(whole) > LONGEST + 1
     ((value, _), _) = scored(ours, (long, " a"), ("b", " a"))
     count = len(whole) - 1 - len(tokenizer.encode(long))
     assert value == pytest.approx(log_likelihood(model, whole[-(LONGEST + 1) :], count), abs=EXACT)
-    assert said == [f"note: 1 of 2 texts lost their beginning: the model reads {LONGEST} tokens"]
+    assert messages == [
+        f"note: 1 of 2 texts lost their beginning: the model reads {LONGEST} tokens"
+    ]
 
 
 def test_a_text_that_just_fits_keeps_its_beginning(
     model: LanguageModel, tokenizer: Tokenizer
 ) -> None:
     """The last token is predicted and never read, so one more than the model reads."""
-    said: list[str] = []
-    ours = wrapped(model, tokenizer, said=said)
+    messages: list[str] = []
+    ours = wrapped(model, tokenizer, messages=messages)
     context = "?" * (LONGEST - len(tokenizer.encode(" zz")))
     whole = [0, *tokenizer.encode(context + " zz")]
     assert len(whole) == LONGEST + 1
     ((value, _),) = scored(ours, (context, " zz"))
     count = len(tokenizer.encode(" zz"))
     assert value == pytest.approx(log_likelihood(model, whole, count), abs=EXACT)
-    assert said == []
+    assert messages == []
 
 
 def test_an_answer_longer_than_what_the_model_reads_is_refused(ours: Any) -> None:

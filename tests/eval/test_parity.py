@@ -85,9 +85,9 @@ def test_real_questions_get_the_same_answers_through_transformers(
     from lm_eval.models.huggingface import HFLM
 
     run, folder = exported
-    said: list[str] = []
+    messages: list[str] = []
     tokenizer, markers = Tokenizer.load(run / "tokenizer.json"), markers_of(RunFolder(run))
-    ours = HarnessModel(core.load(run), tokenizer, markers, batch_size=16, say=said.append)
+    ours = HarnessModel(core.load(run), tokenizer, markers, batch_size=16, say=messages.append)
     theirs = HFLM(
         pretrained=str(folder),
         device="cpu",
@@ -116,4 +116,4 @@ def test_real_questions_get_the_same_answers_through_transformers(
         f"{len(differences)} answers, largest difference {max(differences):.2g} nats, near-ties: {ties}"
     )
     assert max(differences) <= CLOSE
-    assert said == []
+    assert messages == []

@@ -427,8 +427,8 @@ def test_layers_note_that_kernels_made_their_operands(
     x = drawn(20, 32).to(DEVICE)
     made.linear(32, 16, "ffn.down", std=0.1).to(DEVICE)(x)
     made.grouped_linear(2, 32, 16, "experts.down", std=0.1).to(DEVICE)(x, on_device([3, 20]))
-    said = "torch scaled_mm, e4m3 1x128 / 128x128, ue8m0 scales"
-    assert made.path("ffn.down") == said
+    kernel = "torch scaled_mm, e4m3 1x128 / 128x128, ue8m0 scales"
+    assert made.path("ffn.down") == kernel
     assert made.kernels_used.table() == dict.fromkeys(
-        ("ffn.down", "experts.down"), f"{said}, operands by Triton"
+        ("ffn.down", "experts.down"), f"{kernel}, operands by Triton"
     )

@@ -20,7 +20,7 @@ SHIPPED = sorted(shipped_sweeps())
 
 
 def refused(file: Path, *, smoke: bool = False) -> str:
-    """What is said of a file that cannot be right."""
+    """The error message for a file that cannot be right."""
     with pytest.raises(UserError) as caught:
         read_sweep(file, smoke=smoke)
     return str(caught.value)
@@ -144,9 +144,9 @@ def test_what_cannot_be_right_is_refused(
     write: Write, before: str, after: str, expected: str
 ) -> None:
     assert before in TWO
-    said = refused(write(TWO.replace(before, after)))
-    assert expected in said
-    assert "question.yaml" in said
+    message = refused(write(TWO.replace(before, after)))
+    assert expected in message
+    assert "question.yaml" in message
 
 
 def test_all_variants_that_fail_are_reported_at_once(
@@ -158,9 +158,9 @@ def test_all_variants_that_fail_are_reported_at_once(
         "deep: {{overrides: {{model.dim: x}}}}",
     )
     file = write(TWO.replace("budget:", "".join(f"  {line}\n" for line in more) + "budget:"))
-    said = lab.command("sweep", file, "--out", tmp_path / "out")
-    assert said.code == 2
-    lines = said.err.splitlines()
+    result = lab.command("sweep", file, "--out", tmp_path / "out")
+    assert result.code == 2
+    lines = result.err.splitlines()
     assert lines[0].endswith("3 of 5 variants cannot run:")
     assert [line.strip().partition(":")[0] for line in lines[1:]] == ["wide", "lost", "deep"]
     assert "model.dmi: unknown key; did you mean dim" in lines[1]
@@ -349,13 +349,13 @@ def test_a_budget_of_flops_that_whole_steps_miss_is_refused(write: Write) -> Non
 def test_a_dry_run_lists_the_runs_and_starts_nothing(
     lab: Lab, write: Write, tmp_path: Path
 ) -> None:
-    said = lab.command("sweep", write(TWO), "--out", tmp_path / "out", "--dry-run")
-    assert said.code == 0, said.err
-    assert said.out.splitlines()[0] == "4 runs: 2 variants x 2 seeds"
-    assert [line for line in said.out.splitlines() if line.startswith("run: ")] == [
+    result = lab.command("sweep", write(TWO), "--out", tmp_path / "out", "--dry-run")
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[0] == "4 runs: 2 variants x 2 seeds"
+    assert [line for line in result.out.splitlines() if line.startswith("run: ")] == [
         *("run: bias/seed-3", "run: none/seed-3", "run: bias/seed-4", "run: none/seed-4")
     ]
-    assert "equal: width" in said.out
+    assert "equal: width" in result.out
     assert not (tmp_path / "out").exists()
 
 
@@ -373,9 +373,9 @@ def test_more_workers_than_cores_are_as_many_as_cores(
     monkeypatch.setattr(
         "core.study.sweep.run_sweep", lambda *_, workers, **__: print(workers) or {"rows": []}
     )
-    said = lab.command("sweep", write(TWO), "--workers", "9", "--json", "--out", tmp_path / "out")
-    assert said.out.splitlines()[0] == "3"
-    assert "note: --workers = 9: 3 runs at a time, as this machine has 3 cores" in said.err
+    result = lab.command("sweep", write(TWO), "--workers", "9", "--json", "--out", tmp_path / "out")
+    assert result.out.splitlines()[0] == "3"
+    assert "note: --workers = 9: 3 runs at a time, as this machine has 3 cores" in result.err
 
 
 def test_every_shipped_sweep_says_its_command() -> None:

@@ -94,9 +94,9 @@ def test_steps_that_are_not_in_a_row_do_not(lab: Lab) -> None:
 def test_a_run_that_diverges_leaves_by_its_command_with_1_and_a_sentence(
     lab: Lab, tmp_path: Path
 ) -> None:
-    said = lab.command("fit", lab.file, "optimizer.lr=1e38", "--out", tmp_path / "run")
-    assert said.code == 1
-    assert "the gradient norm was" in said.sentence
+    result = lab.command("fit", lab.file, "optimizer.lr=1e38", "--out", tmp_path / "run")
+    assert result.code == 1
+    assert "the gradient norm was" in result.sentence
     assert not (tmp_path / "run" / "summary.json").exists()
     steps = [row["skipped_steps"] for row in rows(tmp_path / "run") if "lr" in row]
     # The fifth skipped step in a row ended the run.

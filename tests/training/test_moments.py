@@ -256,6 +256,6 @@ def test_describe_counts_the_bytes_that_the_moments_take(
     ]
     measured = sum(value.untyped_storage().nbytes() for value in taken)
     assert measured == each * sum(parameter.numel() for parameter in model.parameters())
-    said = lab.command("describe", lab.file, *overrides, "--json")
-    assert said.code == 0, said.err
-    assert json.loads(said.out)["memory_bytes"]["optimizer"] == measured
+    result = lab.command("describe", lab.file, *overrides, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["memory_bytes"]["optimizer"] == measured
