@@ -65,13 +65,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="sequences a GPU takes at once (default: 1 in a pipeline)",
     )
-    add("--schedule", choices=("1f1b", "dualpipe"), help="of the pipeline (default: 1f1b)")
+    add("--schedule", choices=("1f1b", "dualpipe"), help="schedule of the pipeline (default: 1f1b)")
     add = p.add_argument_group("GPU-hours").add_argument
     add(
         "--mfu",
         type=float,
         metavar="PART",
-        help="of the peak, by Megatron-LM's count (default: DeepSeek-V3's 0.3894)",
+        help="utilisation of the peak, by Megatron-LM's count (default: DeepSeek-V3's 0.3894)",
     )
     add(
         "--gpu-peak",

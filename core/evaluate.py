@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--xz",
         action="store_true",
-        help="beside it, what xz -9e needs (two seconds for each MB of text)",
+        help="print also what xz -9e needs (two seconds for each MB of text)",
     )
     p.add_argument("--json", action="store_true", help="print one JSON document")
     tasks = p.add_argument_group("benchmarks, instead of validation (pip install 'moeloom[eval]')")

@@ -39,7 +39,7 @@ def table(recipes: list[Recipe], documents: list[dict[str, Any]]) -> list[str]:
     """The lines of a table with a row for each recipe, never cut: every column is as wide as its widest cell.
 
     Args:
-        recipes: in order; the others are measured against the first.
+        recipes: the recipes in their order; the others are measured against the first.
         documents: their descriptions.
     """
     headings = [list(line) for line in zip(*HEADER, strict=True)]

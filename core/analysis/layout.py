@@ -64,7 +64,7 @@ def check(layout: ParallelLayout, *, experts: list[int], layers: int, sequences:
         layout: sizes of the axes.
         experts: routed experts of every layer that has any.
         layers: blocks, multi-token modules included.
-        sequences: of a micro-batch over all data ranks, `batch.sequences`.
+        sequences: sequences of a micro-batch over all data ranks, `batch.sequences`.
 
     Raises:
         UserError: sizes that do not divide each other or the model.

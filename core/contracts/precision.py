@@ -65,7 +65,7 @@ def roles_matching(patterns: Iterable[str], known: Iterable[str] = ROLES) -> fro
     """The roles that patterns name: a pattern is a role, or has wildcards as in `attention.*`.
 
     Args:
-        patterns: from a recipe.
+        patterns: the patterns of a recipe.
         known: the roles that exist.
 
     Raises:

@@ -37,7 +37,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
     """Answers the harness's requests with a trained model.
 
     Args:
-        model: in evaluation mode, on the device where it is to run.
+        model: the model in evaluation mode, on the device where it is to run.
         tokenizer: the tokenizer of the run.
         markers: the markers of the run.
         batch_size: sequences in a forward.

@@ -59,8 +59,8 @@ def score(
     """Scores every request, the longest inputs first.
 
     Args:
-        model: in evaluation mode.
-        requests: in any order.
+        model: the model in evaluation mode.
+        requests: the requests in any order.
         batch_size: sequences in a forward; it changes scores by rounding only.
         done: called with the number of requests that were scored since its last call.
 
@@ -99,7 +99,7 @@ def _score_batch(
     """Returns the scores of the requests.
 
     Args:
-        model: in evaluation mode.
+        model: the model in evaluation mode.
         batch: the inputs of the forward.
         asked: each request with the row of its input in the batch.
         first: the number of the batch's first sequence among all sequences.
@@ -152,7 +152,7 @@ def _predictions(
     Logits are computed for `ROWS` rows at a time, so that they never exist for all rows at once.
 
     Args:
-        model: in evaluation mode.
+        model: the model in evaluation mode.
         hidden_RD: hidden states.
         row_P: the row that predicts each target.
         target_P: the ids of the targets.

@@ -17,7 +17,7 @@ class Curve:
 
     Args:
         x: tokens, or steps where tokens were not logged.
-        mean, low, high: over the seeds that have a value there.
+        mean, low, high: mean and band over the seeds that have a value there.
         seeds: how many these are, at each point.
         every: the most rows that one point stands for.
     """

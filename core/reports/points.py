@@ -153,7 +153,7 @@ def at_the_end(figure: Figure, study: Study, columns: dict[str, str], title: str
     Args:
         figure: its heading and note are kept.
         columns: what is added to a variant's name (", depth 1", or nothing), and the column of `metrics.csv`.
-        title: of the values.
+        title: title of the axis of values.
     """
     values = {suffix: partial(_last, column) for suffix, column in columns.items()}
     if study.sweep is not None:
@@ -186,7 +186,7 @@ def _draw_rows(
     Args:
         figure: is filled; where no run has a value it stays as it is.
         values: what is added to a variant's name, and the function that gives a run's value.
-        title: of the values.
+        title: title of the axis of values.
     """
     looks = styles(study.variants, (study.sweep or {}).get("baseline"))
     names = []

@@ -81,7 +81,7 @@ class Study:
 
     Args:
         path: the folder.
-        name: of the sweep, or of the run's folder.
+        name: the name of the sweep, or of the run's folder.
         sweep: `sweep.json`; None for one run.
         results: `results.json`.
         file: the text of `sweep.yaml`, or of `recipe.yaml` for one run.

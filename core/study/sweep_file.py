@@ -43,7 +43,7 @@ class Sweep:
     Args:
         name: the file's name without its suffix.
         schema: its keys; with `smoke`, the file's `smoke` keys replace them.
-        variants: in the file's order, grid included.
+        variants: the variants in the file's order, grid included.
         smoke: whether the small sizes are meant.
     """
 

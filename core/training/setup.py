@@ -53,7 +53,7 @@ def make_trainer(
 
     Args:
         steps: windows of the run.
-        loggers: from the recipe's logger sections.
+        loggers: the loggers of the recipe.
         callbacks: callbacks of the run and of the recipe.
         stop: saves and stops the run when a signal arrives.
         strategy: accelerator, devices and strategy.

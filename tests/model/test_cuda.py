@@ -38,9 +38,9 @@ ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-9}
 LOSS, SCORES, ALL_GRADIENTS, ONE_GRADIENT = 16, 16, 64, 192
 """Limits in units of roundoff: of a loss, of a layer's affinities, of all gradients as one vector, of one tensor's."""
 TIED = 64
-"""Of a balance loss in bf16, where a tie in its own top-k moves f by a whole token: 11 were measured."""
+"""Tolerance of a balance loss in bf16, where a tie in its own top-k moves f by a whole token: 11 were measured."""
 SHARE = 0.01
-"""Of all gradients' norm: a tensor with less is held to the error of one that has so much."""
+"""Share of all gradients' norm: a tensor with less is held to the error of one that has so much."""
 
 EIGHTS = (
     "model.attention.nope_dim=16",
