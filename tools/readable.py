@@ -51,6 +51,7 @@ QUANTITY = re.compile(r"At (least|most)\b")
 EXPLANATIONS = ("doc", "help", "description")
 """Arguments that hold the explanation of a recipe's key, of an option or of a command."""
 
+_SECTION = re.compile(r"^(?:Args|Class attributes):\n((?:    .*\n?)+)", re.MULTILINE)
 _ARGUMENT = re.compile(r"^    \*{0,2}\w+(?:, \*{0,2}\w+)*: (.*)", re.MULTILINE)
 WORDS = ("door", "doors", "room", "rooms", "told", "house", "spokesman", "spokesmen")
 """Words of this project's former dialect; as a part of an identifier (`is_told`) they count too."""
@@ -104,8 +105,8 @@ class Measure:
         lines: lines of Python in `CODE`.
         counts: how often each thing of `LIMITS` occurs there.
         prepositions: places of docstrings of functions and classes that begin with a preposition.
-        texts: places of other explanations that do: docstrings of modules and of values, entries of `Args:`, and the
-            texts of recipe keys and of options.
+        texts: places of other explanations that do: docstrings of modules and of values, entries of `Args:` and
+            `Class attributes:`, and the texts of recipe keys and of options.
         retired: places of retired words and names in `TEXT`.
     """
 
@@ -223,12 +224,10 @@ def _values(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:
 def _arguments(
     node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef,
 ) -> Iterator[tuple[int, str]]:
-    """What the `Args:` section of a docstring explains of each argument."""
-    docstring = ast.get_docstring(node) or ""
-    _, _, section = docstring.partition("\nArgs:\n")
-    section, _, _ = section.partition("\n\n")
-    for text in _ARGUMENT.findall(section):
-        yield node.lineno, text
+    """What the sections `Args:` and `Class attributes:` of a docstring explain of each name."""
+    for section in _SECTION.findall(ast.get_docstring(node) or ""):
+        for text in _ARGUMENT.findall(section):
+            yield node.lineno, text
 
 
 def _is_text(node: ast.expr) -> bool:

@@ -1,7 +1,7 @@
 """Recipes side by side: what each costs and promises, how far it is from the first, and what is not held equal.
 
 A comparison of routing strategies means something only where everything but the feed-forward layer is the same.
-Nothing here asks for a name: costs and promises come from the described models, the rest from the recipes.
+No component's name matters here: costs and promises come from the described models, the rest from the recipes.
 """
 
 from pathlib import Path

@@ -58,7 +58,7 @@ def parse(text: str) -> ParallelLayout:
 
 
 def check(layout: ParallelLayout, *, experts: list[int], layers: int, sequences: int) -> None:
-    """Refuses a layout that is impossible for this model.
+    """Raises an error for a layout that is impossible for this model.
 
     Args:
         layout: sizes of the axes.

@@ -82,7 +82,7 @@ class States:
     Args:
         hidden_BLD: states after the final norm.
         records: what the layers of every block saw, by the block's path, then by the layer's name.
-        after_blocks: collapsed states after the blocks that were asked for, by their index.
+        after_blocks: collapsed states after the requested blocks, by their index.
         stream: the residual stream after the last block.
     """
 
@@ -266,7 +266,7 @@ class LanguageModel(nn.Module):
                 yield block, name, module
 
     def expert_layers(self) -> dict[str, FeedForward]:
-        """Every feed-forward layer with experts, wherever it stands, by the path of its block.
+        """Every feed-forward layer with experts, in blocks and in loss heads, by the path of its block.
 
         All modules are searched, so that layers inside loss heads are counted and balanced too.
         """

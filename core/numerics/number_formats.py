@@ -55,7 +55,7 @@ def encode(on_grid: Tensor, form: Format) -> Tensor:
 
 
 def decode(codes: Tensor, form: Format) -> Tensor:
-    """The fp32 numbers that codes stand for.
+    """The fp32 numbers that codes represent.
 
     E4M3 on CPUs is read as fp16, which has one exponent bit more in the same place: torch's own cast takes eight times
     as long there. The two codes for NaN are never written: a tile with NaN has NaN as its scale.

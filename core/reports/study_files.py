@@ -158,7 +158,7 @@ class _Reader:
         return Study(self.path, name, None, {}, text, [run], self.unread)
 
     def sweep(self) -> Study:
-        """The study of a sweep; until `sweep.json` is written, the sweep file and the folders stand in for it."""
+        """The study of a sweep; until `sweep.json` is written, the sweep file and the folders are read instead."""
         text = self.text(self.path / "sweep.yaml")
         identity = self.mapping(self.path / "sweep.json")
         declared = self.parsed(self.path / "sweep.yaml", text)
@@ -244,7 +244,7 @@ class _Reader:
             return self._could_not(file, cause)
         if isinstance(document, dict):
             return document
-        return self._could_not(file, "it holds no mapping")
+        return self._could_not(file, "it is not a mapping")
 
     def parsed(self, file: Path, text: str) -> dict[str, Any]:
         """The mapping in the text of a YAML file; {} where it is empty or holds something else."""
@@ -256,7 +256,7 @@ class _Reader:
             return self._could_not(file, "it is no YAML")
         if isinstance(document, dict):
             return document
-        return self._could_not(file, "it holds no mapping")
+        return self._could_not(file, "it is not a mapping")
 
     def metrics(self, file: Path) -> Any:
         """A frame of the columns that the report reads; None without a line.
@@ -284,7 +284,7 @@ class _Reader:
     def _could_not(self, file: Path, cause: object) -> dict[str, Any]:
         """Notes that a file could not be read, and returns the empty mapping that replaces it."""
         self.unread.append(
-            f"{file.relative_to(self.path)} could not be read ({cause}), so the report goes without it."
+            f"{file.relative_to(self.path)} could not be read ({cause}), so the report leaves it out."
         )
         return {}
 

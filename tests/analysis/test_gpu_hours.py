@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from lab import Lab
 
 
-def cost_of(name: str, *overrides: str, **asked: Any) -> dict[str, Any] | None:
+def cost_of(name: str, *overrides: str, **options: Any) -> dict[str, Any] | None:
     """`gpu_hours` of the description."""
     found: dict[str, Any] | None = document_of(
-        core.compose(name, overrides), DescribeOptions(**asked)
+        core.compose(name, overrides), DescribeOptions(**options)
     )["gpu_hours"]
     return found
 

@@ -1,4 +1,4 @@
-"""Layouts: which are refused, in one sentence, and how layers become stages."""
+"""Layouts: the error messages for impossible ones, and how layers become stages."""
 
 import json
 from typing import TYPE_CHECKING
@@ -106,8 +106,8 @@ def test_stages_are_even_and_the_ends_are_the_shorter_ones() -> None:
             ["--layout", "data=4,pipeline=2", "--schedule", "dualpipe"],
             "at least twice the 2 stages; a step has 2 of 1",
         ),
-        (["--microbatch", "1"], "--microbatch belongs to a layout"),
-        (["--schedule", "1f1b"], "--schedule belongs to a layout"),
+        (["--microbatch", "1"], "--microbatch needs a layout"),
+        (["--schedule", "1f1b"], "--schedule needs a layout"),
         (
             ["--layout", "data=2", "--compare", "dsv3_small"],
             "--layout describes one recipe: leave out --compare",

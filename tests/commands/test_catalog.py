@@ -332,7 +332,7 @@ def test_a_name_that_the_module_needs_for_something_else_gets_its_slots_behind_i
     assert "routing.router:RoutingRouter" in (tmp_path / "mine/routing/__init__.py").read_text()
 
 
-REFUSED = {
+IMPOSSIBLE = {
     ("ruoter", "mine"): "there is no slot 'ruoter'; did you mean router? known: ",
     (
         "corpus",
@@ -366,13 +366,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("slot", "name"), REFUSED, ids="-".join)
+@pytest.mark.parametrize(("slot", "name"), IMPOSSIBLE, ids="-".join)
 def test_a_package_that_cannot_be_is_refused(
     slot: str, name: str, lab: Lab, tmp_path: Path
 ) -> None:
     result = lab.command("catalog", "new", slot, name, tmp_path / "mine")
     assert result.code == 2
-    assert result.sentence.startswith(REFUSED[slot, name])
+    assert result.sentence.startswith(IMPOSSIBLE[slot, name])
     assert not (tmp_path / "mine").exists()
 
 

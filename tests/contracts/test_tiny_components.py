@@ -286,7 +286,7 @@ def test_a_role_of_its_own_can_be_named_and_is_listed(lab: Lab) -> None:
     assert document_of(lab.recipe(*ALL["attention"], "precision.name=fp8_emulated"))["precision"][
         "tiny.mixed"
     ]["computed"].startswith("float8")
-    with pytest.raises(UserError, match="is no role"):
+    with pytest.raises(UserError, match="is not a role"):
         lab.recipe(
             "precision={name: fp8_emulated, high: [embedding, head, router, norm, tiny.mixed]}"
         )

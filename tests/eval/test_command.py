@@ -158,11 +158,11 @@ def test_data_that_is_not_there_is_one_sentence(lab: Lab, finished: Path, folder
             ("--tasks", "a", "--task-path", "/no/such"),
             "--task-path /no/such: there is no such folder",
         ),
-        (("--tasks", "a", "--xz"), "--xz goes with validation, not with --tasks"),
-        (("--limit", "3"), "--limit goes with --tasks"),
-        (("--batch-size", "3"), "--batch-size goes with --tasks"),
-        (("--task-path", "."), "--task-path goes with --tasks"),
-        (("--device", "cpu"), "--device goes with --tasks"),
+        (("--tasks", "a", "--xz"), "--xz is for validation and cannot be combined with --tasks"),
+        (("--limit", "3"), "--limit needs --tasks"),
+        (("--batch-size", "3"), "--batch-size needs --tasks"),
+        (("--task-path", "."), "--task-path needs --tasks"),
+        (("--device", "cpu"), "--device needs --tasks"),
     ],
 )
 def test_options_that_cannot_be_are_refused(

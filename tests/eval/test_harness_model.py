@@ -178,8 +178,8 @@ def test_rolling_scores_come_back_in_order(ours: Any) -> None:
     assert together[1] == 0.0
 
 
-def written(ours: Any, *asked: tuple[str, dict[str, Any]]) -> list[str]:
-    return ours.generate_until([HarnessRequest(one) for one in asked], disable_tqdm=True)
+def written(ours: Any, *requests: tuple[str, dict[str, Any]]) -> list[str]:
+    return ours.generate_until([HarnessRequest(one) for one in requests], disable_tqdm=True)
 
 
 def test_what_is_written_is_greedy_and_as_long_as_asked(
@@ -266,9 +266,11 @@ def test_of_two_stops_in_one_token_the_earlier_cuts(ours: Any) -> None:
 
 def test_answers_in_batches_are_those_alone(model: LanguageModel, tokenizer: Tokenizer) -> None:
     prompts = ["abc", "def", "abd", "b", "c", "abc de"]
-    asked = [(prompt, {"until": ["a"], "max_gen_toks": 7}) for prompt in prompts]
-    together = written(wrapped(model, tokenizer, batch_size=6), *asked)
-    assert together == [written(wrapped(model, tokenizer, batch_size=1), one)[0] for one in asked]
+    requests = [(prompt, {"until": ["a"], "max_gen_toks": 7}) for prompt in prompts]
+    together = written(wrapped(model, tokenizer, batch_size=6), *requests)
+    assert together == [
+        written(wrapped(model, tokenizer, batch_size=1), one)[0] for one in requests
+    ]
 
 
 def test_a_long_prompt_leaves_package_for_the_answer(

@@ -1,4 +1,4 @@
-"""Real questions, asked of the same model twice: by us, and by the harness's own `hf` model on the export."""
+"""Real tasks, run on the same model twice: by us, and by the harness's own `hf` model on the export."""
 
 import gzip
 import json
@@ -41,14 +41,14 @@ def shipped(name: str) -> Iterator[dict[str, Any]]:
         rows = (json.loads(line) for line in lines)
         real = (row for row in rows if row["doc_id"] < UNCONDITIONAL)
         for _, answers in groupby(real, key=lambda row: row["doc_id"]):
-            asked = list(answers)
-            texts = [row["request"]["continuation"] for row in asked]
+            samples = list(answers)
+            texts = [row["request"]["continuation"] for row in samples]
             assert all(text.startswith(" ") for text in texts)  # the harness puts the space itself
-            assert len({row["request"]["context"] for row in asked}) == 1
+            assert len({row["request"]["context"] for row in samples}) == 1
             yield {
-                "query": asked[0]["request"]["context"],
+                "query": samples[0]["request"]["context"],
                 "choices": [text[1:] for text in texts],
-                "gold": asked[0]["label"],
+                "gold": samples[0]["label"],
             }
 
 

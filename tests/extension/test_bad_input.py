@@ -115,7 +115,7 @@ PLUGINS = {
         OFFER.replace("@hookimpl", "").replace("def register", "def registr"),
     ),
     "another argument": Case(
-        "its hook register takes 'registrar', but must read `def register(registry)`, with these names",
+        "its hook register takes 'registrar', but must be `def register(registry)`, with these names",
         OFFER.replace("(registry)", "(registrar)"),
     ),
     "unknown slot": Case(
@@ -137,7 +137,7 @@ PLUGINS = {
         OFFER.replace(f'CONTRACTS = "{VERSION}"', ""),
     ),
     "a number for a version": Case(
-        'bad_plugin states CONTRACTS = 2.0, which is no version; write CONTRACTS = "2.0" beside its register',
+        'bad_plugin states CONTRACTS = 2.0, which is not a version; write CONTRACTS = "2.0" beside its register',
         OFFER.replace(f'"{VERSION}"', VERSION),
     ),
     "circular import": Case(
@@ -172,7 +172,7 @@ PARTS = {
         part=PART.replace("{config}", "pass"),
     ),
     "Config no dataclass": Case(
-        f"{PROBE}: Probe.Config is no dataclass: write @dataclass(kw_only=True) above it",
+        f"{PROBE}: Probe.Config is not a dataclass: write @dataclass(kw_only=True) above it",
         part=config('size: int = setting(1, doc="documents")', decorator=""),
     ),
     "not keyword-only": Case(
@@ -296,9 +296,9 @@ def test_a_broken_component_is_one_error_where_its_name_is_used(
 ) -> None:
     case = PARTS[name]
     install_case(case)
-    asked = lab.command("describe", lab.file, "data.corpus.name=probe")
-    assert asked.code == 2
-    assert asked.sentence.startswith(
+    result = lab.command("describe", lab.file, "data.corpus.name=probe")
+    assert result.code == 2
+    assert result.sentence.startswith(
         f"command line (data.corpus.name=probe): data.corpus.name: {case.why}"
     )
     assert broken_row(lab.command("catalog", "--json")).startswith(f"broken: {case.why}")
@@ -313,9 +313,9 @@ def test_a_broken_plugin_stops_no_run_that_does_not_need_it(
     assert (
         unrelated.err == "warned: plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver\n"
     )
-    asked = lab.command("describe", lab.file, "data.corpus.name=probe")
-    assert asked.code == 2
-    assert asked.sentence.endswith(
+    result = lab.command("describe", lab.file, "data.corpus.name=probe")
+    assert result.code == 2
+    assert result.sentence.endswith(
         "no corpus is named 'probe'; known: files, package_text; "
         "plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver"
     )
@@ -415,7 +415,7 @@ def test_an_entry_point_that_names_no_module_says_so(
 ) -> None:
     module("bad_plugin", OFFER)
     install("bad", bad=value)
-    why = f"{value!r} is no module's name, such as my_package or my_package.plugin"
+    why = f"{value!r} is not the name of a module, such as my_package or my_package.plugin"
     assert broken_row(lab.command("catalog", "--json")) == f"broken: {why}"
 
 
@@ -472,7 +472,7 @@ ANSWERS = {
     ),
     "capabilities_of no set": (
         "return ['causal']",
-        "capabilities_of raises TypeError: ['causal'] is no frozenset of words (",
+        "capabilities_of raises TypeError: ['causal'] is not a frozenset of words (",
     ),
     "__post_init__": (
         "raise OSError('no\\n file')",

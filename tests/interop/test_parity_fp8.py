@@ -1,4 +1,4 @@
-"""FP8 block-quantised checkpoints: read as code x scale, and given back bit by bit where that is asked for."""
+"""FP8 block-quantised checkpoints: read as code x scale, and written again bit by bit on request."""
 
 from dataclasses import dataclass, replace
 from math import ceil
@@ -83,7 +83,7 @@ class Quantised:
 
 
 def write(case: Case, block: tuple[int, int], depths: int, root: Path) -> Quantised:
-    """A checkpoint whose matrices are quantised, in three files, with multi-token layers if asked for."""
+    """A checkpoint whose matrices are quantised, in three files, with multi-token layers on request."""
     folder = save(case, in_dtype(random_model(case), case.point["dtype"]), root / "checkpoint")
     tensors = read_tensors(folder)
     if depths:

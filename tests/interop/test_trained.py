@@ -162,7 +162,7 @@ def test_the_main_model_goes_alone_where_it_is_asked_for(
     lab.fit(
         tmp_path / "v2", router, "model.blocks.moe.ffn.balance=[{name: expert}]", "budget.steps=1"
     )
-    result = lab.command("convert", "to-hf", tmp_path / "v2", tmp_path / "refused")
+    result = lab.command("convert", "to-hf", tmp_path / "v2", tmp_path / "no_export")
     assert result.code == 2
     assert "DeepSeek-V2 has no multi-token module" in result.sentence
     assert "--main-only" in result.sentence

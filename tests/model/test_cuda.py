@@ -66,7 +66,7 @@ class Following(Reference):
     A selection bias reaches nothing but the choice, so one that leaves no other choice makes the reference follow.
 
     Args:
-        chosen: of every layer with experts, by its block's path, one list for each token in the order of the batch.
+        chosen: experts of every layer that has any, by its block's path: a list for each token in the batch's order.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class Pair:
     """What the model gave on one device in one format, and what the reference gives that follows its choices.
 
     Args:
-        routed: of each layer with experts, by its path: what its router gave, on the CPU.
+        routed: what the router of each layer with experts gave, by the layer's path, on the CPU.
         scores: the reference's affinities, T x E.
-        settings: of the model.
+        settings: the model's settings.
         biases: selection biases by the layer's path.
     """
 

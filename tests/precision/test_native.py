@@ -102,7 +102,7 @@ def by_hand(
 
 
 ROUNDING = 4e-6
-"""Of fp32 sums, relative to |a| |b|."""
+"""Error of fp32 sums, relative to |a| |b|."""
 
 
 def worst(actual: Tensor, right: Tensor, size: Tensor) -> float:
@@ -137,7 +137,7 @@ def limits(
     3.5.2), which the emulation does too: with one large channel among small ones it errs by 2.3e-3, an H100 by 2.2e-3.
 
     Args:
-        keys: of the precision; the emulation has no scale for each row, and one for a tensor stands for it.
+        keys: recipe keys of the precision; the emulation has one scale for a tensor instead of one for each row.
         layer: whose products they are.
         given: x, dy and, for experts, their ends.
     """
@@ -303,7 +303,7 @@ def test_experts_by_rows_and_by_tensors(
 def test_every_experts_operands_are_aligned(
     lab: Lab, scaling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cuBLAS has no algorithm for a scale that stands between others (seen on an H100); a CPU does not mind."""
+    """cuBLAS has no algorithm for a scale in memory between others (seen on an H100); a CPU does not mind."""
     places: list[int] = []
 
     def spied(

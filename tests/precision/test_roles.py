@@ -78,7 +78,7 @@ def test_an_unknown_role_is_refused_with_the_nearest(lab: Lab) -> None:
     )
     assert result.code == 2
     assert (
-        "precision.high.1 = 'experts.donw': is no role; did you mean experts.down"
+        "precision.high.1 = 'experts.donw': is not a role; did you mean experts.down"
         in result.sentence
     )
 

@@ -1,4 +1,4 @@
-"""What te_fp8 refuses, and when: the recipe alone at validation, what only the device shows before any work."""
+"""Errors of te_fp8, and when: those of the recipe at validation, those that only the device shows before any work."""
 
 import builtins
 import importlib
@@ -137,7 +137,9 @@ def test_nothing_else_asks_for_transformer_engine(
 # Through the commands
 
 
-def refused(lab: Lab, command: str, *overrides: str, out: Path | None = None) -> CommandResult:
+def failed_command(
+    lab: Lab, command: str, *overrides: str, out: Path | None = None
+) -> CommandResult:
     result = lab.command(command, lab.file, *overrides, *(["--out", str(out)] if out else []))
     assert result.code == 2, result.err
     assert out is None or not out.exists()
@@ -145,7 +147,7 @@ def refused(lab: Lab, command: str, *overrides: str, out: Path | None = None) ->
 
 
 def test_fit_on_a_cpu_is_refused_before_any_work(lab: Lab, tmp_path: Path) -> None:
-    result = refused(lab, "fit", *TE, out=tmp_path / "run")
+    result = failed_command(lab, "fit", *TE, out=tmp_path / "run")
     assert (
         "cannot run here: precision te_fp8: Transformer Engine needs an NVIDIA GPU"
         in result.sentence
@@ -158,7 +160,7 @@ def test_widths_that_transformer_engine_cannot_take_are_refused(
 ) -> None:
     """The small recipe's rotated key makes 20 outputs of 16 + 4."""
     out = tmp_path / "run" if command == "fit" else None
-    result = refused(lab, command, "precision.name=te_fp8", out=out)
+    result = failed_command(lab, command, "precision.name=te_fp8", out=out)
     expected = "attention.q_up has 24 outputs, and Transformer Engine takes multiples of 16 under scaling block"
     assert expected in result.sentence
     assert "name attention.q_up in precision.high" in result.sentence
@@ -170,7 +172,7 @@ def test_the_advice_helps(lab: Lab) -> None:
 
 
 def test_mxfp8_takes_multiples_of_thirty_two(lab: Lab) -> None:
-    result = refused(lab, "describe", *SIXTEENS, "precision={name: te_fp8, scaling: mxfp8}")
+    result = failed_command(lab, "describe", *SIXTEENS, "precision={name: te_fp8, scaling: mxfp8}")
     assert (
         "attention.q_down has 16 outputs, and Transformer Engine takes multiples of 32"
         in result.sentence
@@ -180,7 +182,11 @@ def test_mxfp8_takes_multiples_of_thirty_two(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("overrides", "key", "sentence"),
     [
-        (("precision.high=[experts.upp]",), "precision.high.0", "is no role; did you mean experts"),
+        (
+            ("precision.high=[experts.upp]",),
+            "precision.high.0",
+            "is not a role; did you mean experts",
+        ),
         (
             ("precision.scaling=delayed", "recompute.blocks=[moe]"),
             "recompute.blocks",

@@ -204,8 +204,7 @@ def test_failed_seeds_stand_with_the_verdict(tmp_path: Path) -> None:
     assert any(line.startswith("Worse than a: b (1 of 3 failed)") for line in sentences)
     assert any("c (1 of 3 without a value)" in line for line in sentences)
     assert (
-        sentences[-1]
-        == "All of this rests on fewer seeds of a than were asked for (1 of 3 failed)."
+        sentences[-1] == "All of this rests on fewer seeds of a than were planned (1 of 3 failed)."
     )
     assert cells(tmp_path / "s", "b")["verdict"].under == "1 of 3 failed"
 

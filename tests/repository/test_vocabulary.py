@@ -61,7 +61,11 @@ def test_other_explanations_are_counted_apart_from_docstrings_of_functions(tmp_p
                 "        b, *c: of the draws,",
                 "            of: a continued line.",
                 "",
-                "    Returns: of: nothing.",
+                "    Class attributes:",
+                "        d: from a recipe.",
+                "",
+                "    Returns:",
+                "        of: no argument.",
                 '    """',
                 "",
                 '    d: int = setting(doc="from logits to gates")',
@@ -75,9 +79,10 @@ def test_other_explanations_are_counted_apart_from_docstrings_of_functions(tmp_p
     assert found.prepositions == []
     assert sorted(found.texts) == [
         "plugins/text.py:1 In a module.",
-        "plugins/text.py:17 from logits to gates",
-        "plugins/text.py:19 with a help",
+        "plugins/text.py:21 from logits to gates",
+        "plugins/text.py:23 with a help",
         "plugins/text.py:3 Of a value.",
+        "plugins/text.py:6 from a recipe.",
         "plugins/text.py:6 of the draws,",
     ]
     assert not found.within_limits()

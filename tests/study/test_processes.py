@@ -139,7 +139,7 @@ def test_the_ranks_of_a_run_share_its_part(
 
 
 def test_a_run_that_is_begun_keeps_its_threads(job: Job) -> None:
-    """A run with another number of threads would refuse to be resumed: `--resume --workers 1` after `--workers 2`."""
+    """A run with another number of threads could not be resumed: `--resume --workers 1` after `--workers 2`."""
     (job.path / "provenance.json").write_text('{"threads": 5}', encoding="utf-8")
     assert result(job, 1, THREADS) == "5"
 

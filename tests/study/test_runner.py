@@ -1,4 +1,4 @@
-"""Running a sweep, with runs that are forked: what is written, what a failure leaves, what is refused."""
+"""Running a sweep, with runs that are forked: what is written, what a failure leaves, what is an error."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Sweep files: what is shipped can be run, and what cannot be right is refused before the first run."""
+"""Sweep files: what is shipped can be run, and errors are found before the first run."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from .conftest import TWO, Write
 SHIPPED = sorted(shipped_sweeps())
 
 
-def refused(file: Path, *, smoke: bool = False) -> str:
+def error_in(file: Path, *, smoke: bool = False) -> str:
     """The error message for a file that cannot be right."""
     with pytest.raises(UserError) as caught:
         read_sweep(file, smoke=smoke)
@@ -121,7 +121,7 @@ def test_the_metrics_are_the_numbers_of_a_summary(finished: Path) -> None:
         ("seeds: [3, 4]", "", "seeds: required key is missing"),
         ("baseline: bias", "baseline: bais", "baseline = 'bais': no such variant; did you mean bias?"),
         ("bias: {{}}", "bias: {{overides: {{}}}}", "variants.bias.overides: unknown key; did you mean overrides?"),
-        ("  none:", "  bias:", "'bias' stands twice"),
+        ("  none:", "  bias:", "the key 'bias' occurs twice"),
         ("  none:", "  a/b:", "'a/b' cannot name a folder"),
         ("  none:", "  ..:", "must not be empty or hold a dot"),
         ("budget: ", "metric: val_los\nbudget: ", "metric = 'val_los': no run logs it; did you mean val_loss"),
@@ -144,7 +144,7 @@ def test_what_cannot_be_right_is_refused(
     write: Write, before: str, after: str, expected: str
 ) -> None:
     assert before in TWO
-    message = refused(write(TWO.replace(before, after)))
+    message = error_in(write(TWO.replace(before, after)))
     assert expected in message
     assert "question.yaml" in message
 
@@ -173,7 +173,7 @@ def test_no_mistake_hides_another(write: Write) -> None:
         "budget:", "  wide: {{overrides: {{model.dmi: 64}}}}\n  lost: {{recipee: x}}\nbudget:"
     )
     text += "metric: val_los\nmatsh: {{}}\nsmoke: {{budget: {{stesp: 1}}, sedes: [0]}}\n"
-    first, *lines = refused(write(text)).splitlines()
+    first, *lines = error_in(write(text)).splitlines()
     assert first.endswith("question.yaml: 9 errors:")
     errors = [line.strip() for line in lines]
     for line in (
@@ -192,26 +192,26 @@ def test_no_mistake_hides_another(write: Write) -> None:
 
 def test_what_only_the_small_sizes_have_wrong_is_reported_without_them(write: Write) -> None:
     file = write(TWO + "smoke: {{seeds: []}}\n")
-    assert refused(file).endswith(
+    assert error_in(file).endswith(
         "question.yaml: with --smoke: seeds = []: must hold at least one seed"
     )
-    assert refused(file, smoke=True) == refused(file)
+    assert error_in(file, smoke=True) == error_in(file)
 
 
 def test_a_name_that_no_folder_can_have_is_refused(write: Write) -> None:
-    message = refused(write(TWO.replace("none:", f"{'n' * 260}:")))
+    message = error_in(write(TWO.replace("none:", f"{'n' * 260}:")))
     assert message.endswith(f"{'n' * 40}...: a name of 260 bytes cannot name a folder: at most 200")
     assert len(read_sweep(write(TWO.replace("none:", f"{'n' * 200}:"))).variants) == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what this machine has")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_variants_that_cannot_run_here_are_refused_unless_they_run_elsewhere(
     lab: Lab, write: Write
 ) -> None:
     fast = "  fast: {{overrides: {{strategy.accelerator: cuda}}}}\n"
     odd = "  odd: {{overrides: {{model.attention.rope_dim: 3}}}}\n"
     file = write(TWO.replace("budget:", f"{fast}{odd}budget:"))
-    lines = refused(file).splitlines()
+    lines = error_in(file).splitlines()
     assert lines[0].endswith("2 of 4 variants cannot run:")
     assert lines[1].startswith("  fast: cannot run here: strategy single: ")
     assert lines[2].startswith("  odd: ")
@@ -249,7 +249,7 @@ def test_a_grid_is_every_combination_and_names_say_it(write: Write) -> None:
     ]
     assert len(sweep.variants) == 8
     assert "model.heads.mtp.depth=2" in sweep.variants[1].overrides
-    message = refused(
+    message = error_in(
         write(TWO.replace("baseline: bias", grid.replace("lr=0.001+depth=1", "lr=0.1+depth=1")))
     )
     assert "did you mean bias+lr=0.01" in message

@@ -111,10 +111,10 @@ def test_a_damaged_checkpoint_is_one_sentence_that_names_it_and_the_others(
 ) -> None:
     file = checkpoints_in(damaged)[-1]
     file.write_bytes(DAMAGE[how](file.read_bytes()))
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         lab.fit(damaged, resume=True)
-    assert str(refused.value).startswith(f"{file}: not a whole checkpoint")
-    assert str(refused.value).endswith("others here: best.ckpt, step-00000010.ckpt")
+    assert str(caught.value).startswith(f"{file}: not a whole checkpoint")
+    assert str(caught.value).endswith("others here: best.ckpt, step-00000010.ckpt")
     for name in ("best.ckpt", "step-00000010.ckpt"):
         assert (damaged / "checkpoints" / name).read_bytes() == (
             finished / "checkpoints" / name

@@ -109,10 +109,10 @@ def test_the_count_survives_a_checkpoint(
     """Skipped steps in a row are counted across a resume, so restarting does not keep a failed run alive."""
     finite = TrainingModule._agreed_finite
 
-    def refused(self: TrainingModule, norm: torch.Tensor) -> bool:
+    def finite_before_step_4(self: TrainingModule, norm: torch.Tensor) -> bool:
         return finite(self, norm) and self.windows_done < 4
 
-    monkeypatch.setattr(TrainingModule, "_agreed_finite", refused)
+    monkeypatch.setattr(TrainingModule, "_agreed_finite", finite_before_step_4)
     rest = ("max_skipped_steps=3", "checkpoint.every_steps=2")
     for resume in (False, True):
         with pytest.raises(RunFailed, match="3 steps in a row, the last one step 7"):

@@ -240,9 +240,9 @@ def test_a_finished_run_is_left_as_it_is(lab: Lab, finished: Path, tmp_path: Pat
 def test_another_recipe_is_refused_by_its_first_difference(
     lab: Lab, finished: Path, override: str, sentence: str
 ) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         lab.fit(finished, override, resume=True)
-    assert sentence in str(refused.value)
+    assert sentence in str(caught.value)
 
 
 @pytest.fixture
