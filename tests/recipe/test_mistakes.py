@@ -97,7 +97,7 @@ CORE = {
     "optimizer.name=adamW": "{o}: optimizer.name: no optimizer is named 'adamW'; did you mean adamw…",
     "trainer.max_steps=5": "{o}: trainer.max_steps: another key of the recipe sets this; use budget",
     "trainer.precision=16": "{o}: trainer.precision: another key of the recipe sets this; use precision",
-    "trainer.accumulate_grad_batches=2": "{o}: trainer.accumulate_grad_batches: the recipe owns this; "
+    "trainer.accumulate_grad_batches=2": "{o}: trainer.accumulate_grad_batches: another key of the recipe sets this; "
     "use batch.accumulate",
     "trainer.benchmrk=true": f"{{o}}: trainer.benchmrk: unknown key; did you mean benchmark? known: {FREE_KEYS}",
     "trainer=3": "{o}: trainer = 3: must be a section of keys",
