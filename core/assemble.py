@@ -51,7 +51,7 @@ def build(
     """Builds the recipe's model with its initial weights; on the meta device without any.
 
     Args:
-        recipe: from `core.compose`.
+        recipe: a recipe that `core.compose` returned.
         device: "meta" builds shapes only.
         precision: makes the matrix-product layers; None: the recipe's.
         token_counts: returns how often each token occurs in the training data, int64 V; only components that are
@@ -159,7 +159,7 @@ def compile_parts(model: LanguageModel, **options: Any) -> None:
     """Compiles every block and every loss head with `torch.compile`, in place; parameters keep their names.
 
     Args:
-        model: from `build`.
+        model: a model that `build` returned.
         options: options of `torch.compile`.
     """
     for part in [*model.blocks, *model.heads.values()]:

@@ -51,7 +51,7 @@ def run_command(
 
 
 def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments; options may stand among the overrides, unless the parser has subcommands."""
+    """The arguments; options may be mixed with the overrides, unless the parser has subcommands."""
     try:
         return parser.parse_intermixed_args()
     except TypeError:

@@ -65,13 +65,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="sequences a GPU takes at once (default: 1 in a pipeline)",
     )
-    add("--schedule", choices=("1f1b", "dualpipe"), help="of the pipeline (default: 1f1b)")
+    add("--schedule", choices=("1f1b", "dualpipe"), help="schedule of the pipeline (default: 1f1b)")
     add = p.add_argument_group("GPU-hours").add_argument
     add(
         "--mfu",
         type=float,
         metavar="PART",
-        help="of the peak, by Megatron-LM's count (default: DeepSeek-V3's 0.3894)",
+        help="utilisation of the peak, by Megatron-LM's count (default: DeepSeek-V3's 0.3894)",
     )
     add(
         "--gpu-peak",
@@ -102,7 +102,7 @@ def _options(arguments: argparse.Namespace) -> "DescribeOptions":
     """The options beyond the recipe.
 
     Raises:
-        UserError: a value is not allowed, or an option does not go with the other arguments.
+        UserError: a value is not allowed, or an option cannot be combined with the other arguments.
     """
     from core.analysis.options import DescribeOptions
     from core.analysis.parallel_layout import parse
@@ -120,7 +120,7 @@ def _options(arguments: argparse.Namespace) -> "DescribeOptions":
             raise UserError(f"{option} describes one recipe: leave out --compare")
         if option in of_layout and arguments.layout is None:
             hint = "give --layout data=N,expert=N,pipeline=N"
-            raise UserError(f"{option} belongs to a layout: {hint}")
+            raise UserError(f"{option} needs a layout: {hint}")
     layout = None if arguments.layout is None else parse(arguments.layout)
     return DescribeOptions(
         layout=layout,
@@ -132,7 +132,7 @@ def _options(arguments: argparse.Namespace) -> "DescribeOptions":
 
 
 def recipes_and_overrides(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Separates recipes from overrides, which may stand among the recipes after --compare.
+    """Separates recipes from overrides, which may be mixed with the recipes after --compare.
 
     Raises:
         UserError: no recipe is given.

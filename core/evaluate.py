@@ -11,13 +11,13 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command-line arguments."""
     p = argparse.ArgumentParser(
         prog="python -m core.evaluate",
-        description="Validate a trained model, or ask it the questions of lm-evaluation-harness.",
+        description="Validate a trained model, or run tasks of lm-evaluation-harness on it.",
     )
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint file")
     p.add_argument(
         "--xz",
         action="store_true",
-        help="beside it, what xz -9e needs (two seconds for each MB of text)",
+        help="print also what xz -9e needs (two seconds for each MB of text)",
     )
     p.add_argument("--json", action="store_true", help="print one JSON document")
     tasks = p.add_argument_group("benchmarks, instead of validation (pip install 'moeloom[eval]')")
@@ -51,7 +51,7 @@ def _validate(arguments: argparse.Namespace) -> None:
     for option in ("task_path", "limit", "batch_size", "device"):
         if getattr(arguments, option) is not None:
             flag = f"--{option.replace('_', '-')}"
-            raise UserError(f"{flag} goes with --tasks: validation reads the recipe's whole split")
+            raise UserError(f"{flag} needs --tasks: validation reads the recipe's whole split")
     from core.run.evaluation import evaluate
     from core.training.resume import newest_checkpoint
 
@@ -72,7 +72,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from core.contracts.errors import UserError
 
     if arguments.xz:
-        raise UserError("--xz goes with validation, not with --tasks")
+        raise UserError("--xz is for validation and cannot be combined with --tasks")
     from core.harness.tasks import TaskOptions, load_tasks, move_model, run_tasks, table_lines
     from core.training.resume import newest_checkpoint
 

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="P",
         help="sample from the most likely tokens only",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the draws")
+    p.add_argument("--seed", type=int, default=0, help="seed of the random draws")
     p.add_argument("--json", action="store_true", help="print one JSON document")
     return p
 

@@ -1,12 +1,13 @@
 """Measure how dense the code is and whether its words are the field's.
 
     python tools/readable.py                 figures per 1,000 lines of core, plugins and moeloom, beside their limits
-    python tools/readable.py --list          and where each docstring and word stands that is over a limit
+    python tools/readable.py --list          and the place of each docstring, text and word that is over a limit
     python tools/readable.py --root FOLDER   the same for another checkout
 
 The figures: assignments that pack several values (`self.a, self.b = x, y`), comprehensions, conditional expressions,
-lines over 105 characters, docstrings that begin with a preposition, and retired words in code and documentation. Python
-alone is needed. Exit code 0: every figure is within its limit; 1: one is not.
+lines over 105 characters, docstrings of functions and classes that begin with a preposition, other explanations that do
+(of modules, values, arguments, keys and options), and retired words in code and documentation. Python alone is needed.
+Exit code 0: every figure is within its limit; 1: one is not.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 CODE = ("core", "plugins", "moeloom")
@@ -38,11 +40,19 @@ LIMITS = {
     "conditional expressions": 12,
     "long lines": 40,
 }
-"""Per 1,000 lines. Docstrings that begin with a preposition, and retired words, may not occur at all."""
+"""Per 1,000 lines. Docstrings and texts that begin with a preposition, and retired words, may not occur at all."""
 
 PREPOSITION = re.compile(
     r"(Of|By|In|With|Without|As|For|Off|From|To|At|Under|Over|Beside|Between|Twice)\b"
 )
+QUANTITY = re.compile(r"At (least|most)\b")
+"""What begins with a preposition and is a noun phrase nevertheless ("at most 16 characters")."""
+
+EXPLANATIONS = ("doc", "help", "description")
+"""Arguments that hold the explanation of a recipe's key, of an option or of a command."""
+
+_SECTION = re.compile(r"^(?:Args|Class attributes):\n((?:    .*\n?)+)", re.MULTILINE)
+_ARGUMENT = re.compile(r"^    \*{0,2}\w+(?:, \*{0,2}\w+)*: (.*)", re.MULTILINE)
 WORDS = ("door", "doors", "room", "rooms", "told", "house", "spokesman", "spokesmen")
 """Words of this project's former dialect; as a part of an identifier (`is_told`) they count too."""
 
@@ -94,13 +104,16 @@ class Measure:
     Args:
         lines: lines of Python in `CODE`.
         counts: how often each thing of `LIMITS` occurs there.
-        prepositions: places of docstrings that begin with a preposition.
+        prepositions: places of docstrings of functions and classes that begin with a preposition.
+        texts: places of other explanations that do: docstrings of modules and of values, entries of `Args:` and
+            `Class attributes:`, and the texts of recipe keys and of options.
         retired: places of retired words and names in `TEXT`.
     """
 
     lines: int = 0
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0))
     prepositions: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     retired: list[str] = field(default_factory=list)
 
     def per_thousand(self) -> dict[str, float]:
@@ -110,7 +123,7 @@ class Measure:
     def within_limits(self) -> bool:
         """Whether every figure is within its limit."""
         dense = [name for name, value in self.per_thousand().items() if value > LIMITS[name]]
-        return not dense and not self.prepositions and not self.retired
+        return not dense and not self.prepositions and not self.texts and not self.retired
 
 
 def measure(root: Path) -> Measure:
@@ -120,7 +133,11 @@ def measure(root: Path) -> Measure:
         source = file.read_text(encoding="utf-8")
         found.lines += source.count("\n")
         found.counts["long lines"] += sum(len(line) > LONG for line in source.splitlines())
-        for node in ast.walk(ast.parse(source)):
+        tree = ast.parse(source)
+        for number, text in _texts(tree):
+            if _lacks_its_subject(text):
+                found.texts.append(f"{file.relative_to(root)}:{number} {text.splitlines()[0]}")
+        for node in ast.walk(tree):
             kind = _kind(node)
             if kind is not None:
                 found.counts[kind] += 1
@@ -180,6 +197,49 @@ def _begins_with_preposition(node: ast.AST) -> bool:
     return PREPOSITION.match(ast.get_docstring(node) or "") is not None
 
 
+def _texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Every explanation but the docstrings of functions and classes, with its line."""
+    yield 1, ast.get_docstring(tree) or ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield from _arguments(node)
+        if isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                if keyword.arg in EXPLANATIONS and _is_text(keyword.value):
+                    yield keyword.value.lineno, ast.literal_eval(keyword.value)
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            yield from _values(body)
+
+
+def _values(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:
+    """The explanations below the assignments of a module or class."""
+    for statement, after in pairwise(body):
+        if not isinstance(statement, ast.Assign | ast.AnnAssign):
+            continue
+        if isinstance(after, ast.Expr) and _is_text(after.value):
+            yield after.lineno, ast.literal_eval(after.value).strip()
+
+
+def _arguments(
+    node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef,
+) -> Iterator[tuple[int, str]]:
+    """What the sections `Args:` and `Class attributes:` of a docstring explain of each name."""
+    for section in _SECTION.findall(ast.get_docstring(node) or ""):
+        for text in _ARGUMENT.findall(section):
+            yield node.lineno, text
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _lacks_its_subject(text: str) -> bool:
+    """Whether a text begins with a bare preposition; those of arguments and keys begin with a small letter."""
+    begin = text[:1].upper() + text[1:]
+    return PREPOSITION.match(begin) is not None and QUANTITY.match(begin) is None
+
+
 def main() -> int:
     """Print the figures; the exit code says whether they are within their limits."""
     parser = argparse.ArgumentParser(
@@ -189,7 +249,7 @@ def main() -> int:
         "--root", type=Path, default=Path(__file__).resolve().parents[1], help="a checkout"
     )
     parser.add_argument(
-        "--list", action="store_true", help="say where each docstring and word stands"
+        "--list", action="store_true", help="print the place of each docstring, text and word"
     )
     arguments = parser.parse_args()
     found = measure(arguments.root)
@@ -197,7 +257,8 @@ def main() -> int:
     for name, value in found.per_thousand().items():
         print(f"  {name:<24} {value:6.1f}   at most {LIMITS[name]}")
     for name, places in (
-        ("docstrings that begin with a preposition", found.prepositions),
+        ("docstrings of functions and classes that begin with a preposition", found.prepositions),
+        ("other explanations that begin with a preposition", found.texts),
         ("retired words and names", found.retired),
     ):
         print(f"{name}: {len(places)}")

@@ -372,7 +372,7 @@ def _compare(sides: tuple[Side, Side], commit: str, arguments: argparse.Namespac
     train_both(sides, cases, corpus, arguments.steps)
     found = compare_cases(sides, cases)
     codes = sides[0].exit_codes()
-    refused = sum(codes[name] == 2 and not lines for name, lines in found.items())
+    failed_alike = sum(codes[name] == 2 and not lines for name, lines in found.items())
     found |= resume_and_evaluate(sides, cases, corpus, arguments.steps)
     different = {name: lines for name, lines in found.items() if lines}
     for name, lines in different.items():
@@ -384,9 +384,9 @@ def _compare(sides: tuple[Side, Side], commit: str, arguments: argparse.Namespac
     verdict = "the same bits"
     if different:
         verdict = f"{len(different)} of {len(found)} comparisons differ"
-    if refused:
+    if failed_alike:
         print(
-            f"{refused} of the comparisons are of cases that both sides refuse alike: no number is compared"
+            f"{failed_alike} of the comparisons are of cases that both sides end with an error: no number is compared"
         )
     print(f"{len(found)} comparisons in {time.monotonic() - began:.0f} s: {verdict}")
     return 1 if different else 0

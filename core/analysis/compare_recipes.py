@@ -1,7 +1,7 @@
 """Recipes side by side: what each costs and promises, how far it is from the first, and what is not held equal.
 
 A comparison of routing strategies means something only where everything but the feed-forward layer is the same.
-Nothing here asks for a name: costs and promises come from the described models, the rest from the recipes.
+No component's name matters here: costs and promises come from the described models, the rest from the recipes.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ def table(recipes: list[Recipe], documents: list[dict[str, Any]]) -> list[str]:
     """The lines of a table with a row for each recipe, never cut: every column is as wide as its widest cell.
 
     Args:
-        recipes: in order; the others are measured against the first.
+        recipes: the recipes in their order; the others are measured against the first.
         documents: their descriptions.
     """
     headings = [list(line) for line in zip(*HEADER, strict=True)]

@@ -30,7 +30,7 @@ class Sums:
     """Sums over one kind of component.
 
     Args:
-        parameters: with persistent buffers of floating point.
+        parameters: number of parameters, persistent buffers of floating point included.
         active: those of them that one token uses.
         attention_flops: forward FLOPs per token that belong to no parameter.
     """

@@ -39,7 +39,7 @@ def speed(precision: Precision, mfu: float | None, tflops: float | None) -> Spee
 
     Args:
         precision: the recipe's.
-        mfu: in (0, 1]; None: the published one.
+        mfu: utilisation, in (0, 1]; None: the published one.
         tflops: a GPU's dense peak in TFLOPS; None: an H800's.
 
     Raises:

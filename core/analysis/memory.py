@@ -52,7 +52,7 @@ class States:
 
     Args:
         parameters: their number.
-        weights, gradients, optimizer: in bytes.
+        weights, gradients, optimizer: their bytes.
     """
 
     parameters: int = 0
@@ -76,7 +76,7 @@ class Stage:
     Args:
         blocks: names of its blocks, multi-token modules included.
         states: those of one GPU.
-        activations: in bytes per token of one micro-batch.
+        activations: bytes per token of one micro-batch.
     """
 
     blocks: list[str] = field(default_factory=list)
@@ -153,8 +153,8 @@ class _Counter:
     """Counts the bytes of one model's stages under one layout.
 
     Args:
-        recipe, model, products, precision, layout: as in `per_gpu`.
-        copies: of every weight in a pipeline.
+        recipe, model, products, precision, layout: the arguments of `per_gpu`.
+        copies: number of copies of every weight in a pipeline.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ def _row(
         stages: all of them.
         layout: sizes of the axes.
         passing: what passes through the pipeline in a step.
-        tokens: of one micro-batch.
+        tokens: tokens of one micro-batch.
     """
     waiting = {index: passing.waiting(index, layout.pipeline)}
     if _is_dualpipe(layout, passing):

@@ -58,13 +58,13 @@ def parse(text: str) -> ParallelLayout:
 
 
 def check(layout: ParallelLayout, *, experts: list[int], layers: int, sequences: int) -> None:
-    """Refuses a layout that is impossible for this model.
+    """Raises an error for a layout that is impossible for this model.
 
     Args:
         layout: sizes of the axes.
         experts: routed experts of every layer that has any.
         layers: blocks, multi-token modules included.
-        sequences: of a micro-batch over all data ranks, `batch.sequences`.
+        sequences: sequences of a micro-batch over all data ranks, `batch.sequences`.
 
     Raises:
         UserError: sizes that do not divide each other or the model.

@@ -13,7 +13,7 @@ class MatrixProduct:
     Args:
         role: what it is for, one of `core.contracts.precision.ROLES`.
         inputs, outputs: its widths.
-        groups: how many of them stand in one grouped layer; 0 for a single one.
+        groups: how many of them one grouped layer holds; 0 for a single one.
     """
 
     role: str

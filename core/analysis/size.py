@@ -21,8 +21,8 @@ class Size:
         params_active: used by one token of the main model; embedding excluded, output included.
         flops_per_token: training (forward + backward), causal attention, loss heads included.
         flops_per_token_main: the same without what the loss heads add.
-        flops_per_token_full: as `flops_per_token`, but with the whole square of attention.
-        flops_per_token_megatron: as `flops_per_token`, by the count of Megatron-LM: without routers, and without norms
+        flops_per_token_full: `flops_per_token` with the whole square of attention.
+        flops_per_token_megatron: `flops_per_token` by the count of Megatron-LM: without routers, and without norms
             outside attention.
         flops_per_token_megatron_main: the same without what the loss heads add.
         cache_elements: kept per token in decoding, all main layers.

@@ -170,7 +170,7 @@ def _component(entry: Entry) -> Iterator[str]:
         yield "It has no keys."
     yield ""
     if loaded.rejected_keys:
-        yield "Refused, with the reason:\n"
+        yield "Keys of other methods that are not allowed here, with the reason:\n"
         for key, reason in loaded.rejected_keys.items():
             yield f"- `{key}`: {reason}"
         yield ""
@@ -238,7 +238,7 @@ def _assigned(node: ast.stmt) -> str:
 
 
 def _text_of(node: ast.stmt | None) -> str:
-    """The text of a statement that is only a string, as it stands below a value; "" for any other."""
+    """The text of a statement that is only a string, such as the explanation below a value; "" for any other."""
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
         return ""
     if isinstance(node.value.value, str):

@@ -20,7 +20,7 @@ class Balancer(nn.Module, Component, ABC):
 
     A step calls the methods in this order. `adjust_scores` runs inside the router. `observe` and `tally` run inside
     the layer and are pure, so that they may be recomputed. `loss` runs outside the layer, after the reduction that
-    `scope` asks for. `on_step_end` runs once for each optimizer step that was not skipped, with the integer load and
+    `scope` names. `on_step_end` runs once for each optimizer step that was not skipped, with the integer load and
     tallies of the whole window over all data ranks.
 
     Padding counts nowhere. A loss sends gradients to the router and to nothing else in the layer; its coefficient is

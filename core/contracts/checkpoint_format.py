@@ -1,7 +1,7 @@
 """The checkpoint_format slot: how another program lays a model out in its files.
 
-A format knows names, shapes and the configuration file, and moves no bytes: `core.interop` asks it which tensor of
-theirs belongs to which tensor of ours and streams the data. So a format of a thousand tensors is a page of names, and
+A format knows names, shapes and the configuration file, and moves no bytes: it names the tensor of theirs that belongs
+to each tensor of ours, and `core.interop` streams the data. So a format of a thousand tensors is a page of names, and
 a checkpoint of a terabyte needs no more memory than one of its tensors. *Theirs* is what the other program's files
 hold, *ours* is the state of a model built from a recipe.
 """
@@ -26,7 +26,7 @@ class TensorMapping:
         ours: the name in our model's state; None for a constant that we do not keep, which is 0.
         first: the first row of `ours` that it fills; it fills as many as it has.
         order: row i of the filled rows is row order[i] of theirs; None: both have the same order.
-        exact: whether it stays fp32 or wider whatever number format is asked for.
+        exact: whether it stays fp32 or wider whatever number format is requested.
         blocks: whether the FP8 form of the format quantises this matrix in blocks.
         copy: whether another mapping owns these rows of ours; theirs must hold the same numbers.
         optional: whether files without it are complete too.
@@ -59,9 +59,9 @@ class Translation:
 class CheckpointFormat(Component, ABC):
     """Maps one family of checkpoints to recipes and back; made from its `Config` alone. It must not import torch.
 
-    What cannot be mapped is refused with `ConfigError(key, why)`: `recipe_of` names a key of their configuration,
+    What cannot be mapped raises `ConfigError(key, why)`: `recipe_of` names a key of their configuration,
     `config_of` a key path of the recipe. Nothing is left out silently: a setting that would change one logit is
-    translated or refused.
+    translated or an error.
 
     Class attributes:
         architectures: the names in their configuration that this format reads; it writes the first of them.

@@ -45,7 +45,7 @@ class TokenBlock:
 
     Args:
         tokens: ids, at least one; they are written into the stream as they are.
-        learned: for each token, whether it is learned where it is a target; None: all are.
+        learned: whether each token is learned where it is a target; None: all are.
         source: number of the source that the block comes from, from 0.
         text_bytes: bytes of the text that the tokens stand for, for bits per byte; 0 where it is not known.
     """

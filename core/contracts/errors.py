@@ -1,7 +1,7 @@
 """The exceptions that a command prints as one sentence instead of a traceback.
 
 Every command prints a `UserError` and exits with code 2. `ConfigError` is what a component raises from
-`Config.check`: it knows its own key and what is allowed, not where its section stands; `core.recipe` adds the
+`Config.check`: it knows its own key and what is allowed, not the place of its section; `core.recipe` adds the
 file, the path and the value.
 """
 
@@ -43,8 +43,8 @@ class RunFailed(Exception):  # noqa: N818
     """A run that cannot go on; the message is one sentence, and what it saved stays as it is (exit code 1)."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run did what it was asked to
-    """A signal asked the run to stop; it has saved and left (exit code 128 + the signal's number).
+class Interrupted(Exception):  # noqa: N818 - not an error: the run ended as requested
+    """A signal stopped the run, which has saved its state (exit code 128 + the signal's number).
 
     Args:
         signum: SIGINT or SIGTERM.

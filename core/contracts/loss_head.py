@@ -38,7 +38,7 @@ class Draft:
     """What a head drafts in decoding.
 
     Args:
-        logits_BLV: for each position, the logits of the token after the one that was given.
+        logits_BLV: the logits, at each position, of the token after the one that was given.
         state_BLD: the state from which the next token can be drafted.
     """
 
@@ -111,8 +111,8 @@ class LossHead(nn.Module, Component, ABC):
         Args:
             state_BLD: the main model's state after its final norm, or the state of an earlier draft.
             context: the tokens that follow these states, at their own positions.
-            shared: as in `forward`; `states` are those of the same positions.
-            caches: from `new_draft_caches`; these positions are appended to them.
+            shared: what `forward` receives; `states` are those of the same positions.
+            caches: what `new_draft_caches` returned; these positions are appended to them.
 
         Raises:
             NotImplementedError: the head does not draft.

@@ -39,7 +39,7 @@ ROLES = {
 """The usual roles: what a matrix product is for. A component declares others as its `roles`."""
 
 NEVER_LOW = ("embedding", "norm", "router")
-"""Roles that no recipe can make low: two are no products, and the router's contract asks for fp32 or wider."""
+"""Roles that no recipe can make low: two are no products, and the router's contract requires fp32 or wider."""
 
 HIGH = ("embedding", "head", "router", "norm", "mtp.projection")
 """Roles that stay in high precision unless the recipe says otherwise.
@@ -65,7 +65,7 @@ def roles_matching(patterns: Iterable[str], known: Iterable[str] = ROLES) -> fro
     """The roles that patterns name: a pattern is a role, or has wildcards as in `attention.*`.
 
     Args:
-        patterns: from a recipe.
+        patterns: the patterns of a recipe.
         known: the roles that exist.
 
     Raises:
@@ -76,7 +76,7 @@ def roles_matching(patterns: Iterable[str], known: Iterable[str] = ROLES) -> fro
         named = {role for role in known if fnmatchcase(role, pattern)}
         if not named:
             allowed = f"{nearest(pattern, known)}; `attention.*` names all that begin so"
-            raise ConfigError(str(index), f"is no role; {allowed}")
+            raise ConfigError(str(index), f"is not a role; {allowed}")
         found |= named
     return frozenset(found)
 

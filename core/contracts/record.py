@@ -79,8 +79,8 @@ class Record:
     Args:
         load_E: int64, assignments of valid tokens to each expert, before any drop; None without experts.
         dropped: int64 scalar, how many of those were dropped; None without experts.
-        sums: for each balancer, in the layer's order, what its `observe` returned.
-        balancer_tallies: for each balancer, in the layer's order, what its `tally` returned: int64 counts.
+        sums: what the `observe` of each balancer returned, in the layer's order.
+        balancer_tallies: int64 counts that the `tally` of each balancer returned, in the layer's order.
         terms: the layer's own losses as sums, by name; their denominators are the layer's `counts`.
         tallies: the layer's own int64 counts, by name; summed exactly over micro-batches and data ranks.
         metrics: the layer's own numbers to report, by name.

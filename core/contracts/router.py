@@ -101,7 +101,7 @@ class Router(nn.Module, Component, ABC):
     Logits and affinities are computed in fp32 or wider, whatever the model's precision and also under
     autocast. `adjust_scores` changes which experts are selected, never a gate. The result depends on nothing but the
     arguments, `context.step` and whether the module trains. Padding takes part in nothing: it takes no capacity and
-    no place in an expert's choice. No gradient goes through selection. Experts have no order, unless they stand in
+    no place in an expert's choice. No gradient goes through selection. Experts have no order, unless they form
     groups or `ordered` is declared. A batch without any token is valid.
 
     `capabilities` are words of `CAPABILITIES`. The `Config` of a router with `groups` has `groups`, their number, and

@@ -47,7 +47,7 @@ class OptimizerFactory(Component, ABC):
 
     Class attributes:
         needs_whole_matrices: whether an update reads whole matrices (Muon, for example). A strategy that shards them
-            then has to gather them or to refuse; no strategy of this version does.
+            then has to gather them or to raise an error; no strategy of this version does.
     """
 
     needs_whole_matrices: ClassVar[bool] = False
@@ -79,8 +79,8 @@ class StrategyFactory(Component, ABC):
 
         Weights are drawn afterwards, each from a seed of its own, so that a rank draws only the matrices of a stack
         that it owns. No parameter is renamed. The default leaves the model whole. `core.assemble.build` calls it
-        (`parallelize=...`); `fit` and `sweep` refuse a strategy that defines it, because this version cannot train with
-        sharded weights.
+        (`parallelize=...`); `fit` and `sweep` do not start with a strategy that defines it, because this version cannot
+        train with sharded weights.
 
         Args:
             model: a language model.

@@ -1,6 +1,6 @@
 """A stream of token ids, mapped from disk and not read into memory.
 
-Each document is written as [0, its tokens ...]. The end marker stands *before* every text, so the model always has
+Each document is written as [0, its tokens ...]. The end marker is put *before* every text, so the model always has
 one token to start from, and it ends a document by predicting the marker of the next one.
 """
 

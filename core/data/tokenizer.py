@@ -93,7 +93,7 @@ class Tokenizer:
         return str(engine.to_str(pretty=True))
 
     def entries(self) -> tuple[dict[str, int], list[list[str]], dict[int, str]]:
-        """The vocabulary, the merges and the added tokens, which decide the text that each id stands for.
+        """The vocabulary, the merges and the added tokens, which decide the text of each id.
 
         Other programs save the same tokenizer with other settings around these.
         """

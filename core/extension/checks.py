@@ -90,7 +90,7 @@ def check_plugin(module: ModuleType) -> None:
         for argument in _arguments(function):
             if argument not in known[hook]:
                 right = f"`def {name}({names})`, with these names"
-                raise PluginError(f"its hook {name} takes {argument!r}, but must read {right}")
+                raise PluginError(f"its hook {name} takes {argument!r}, but must be {right}")
 
 
 def _implemented_hooks(module: ModuleType) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def check_version(module: ModuleType) -> None:
     """Checks that `CONTRACTS` has our major version and no later minor one.
 
     Raises:
-        PluginError: it is missing, is no version, or is another one.
+        PluginError: it is missing, is not a version, or is another one.
     """
     name = module.__name__
     ours = contracts.VERSION
@@ -124,7 +124,7 @@ def check_version(module: ModuleType) -> None:
         raise PluginError(f"{name} does not say which contracts it was built for; {line}")
     stated = module.CONTRACTS
     if not (isinstance(stated, str) and re.fullmatch(r"\d+\.\d+", stated)):
-        raise PluginError(f"{name} states CONTRACTS = {stated!r}, which is no version; {line}")
+        raise PluginError(f"{name} states CONTRACTS = {stated!r}, which is not a version; {line}")
     major, minor = _version_numbers(stated)
     our_major, our_minor = _version_numbers(ours)
     if major != our_major or minor > our_minor:
@@ -185,7 +185,7 @@ def _check_schema(config: type, slots: Collection[str], seen: set[Any]) -> None:
     who = config.__qualname__
     decorated = "__dataclass_params__" in vars(config) or not inspect.get_annotations(config)
     if not (is_dataclass(config) and decorated):
-        raise PluginError(f"{who} is no dataclass: write @dataclass(kw_only=True) above it")
+        raise PluginError(f"{who} is not a dataclass: write @dataclass(kw_only=True) above it")
     try:
         hints = get_type_hints(config)
     except Exception as cause:

@@ -27,7 +27,7 @@ class Registrar:
     """The argument of a plugin's `register(registry)`: it has one method for each slot.
 
     `registry.router("name", "module:Class")` offers the class at that target as a router of that name; the target is
-    imported only when a recipe asks for the name.
+    imported only when a recipe uses the name.
     """
 
     def add(self, slot: str, name: str, target: str) -> None:

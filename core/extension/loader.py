@@ -134,7 +134,7 @@ def _register(registry: Registry, owner: Provenance) -> None:
     """Imports one plugin and calls its hook; if that fails, nothing of it is kept."""
     if not re.fullmatch(r"\w+(\.\w+)*", owner.module):
         raise PluginError(
-            f"{owner.module!r} is no module's name, such as my_package or my_package.plugin"
+            f"{owner.module!r} is not the name of a module, such as my_package or my_package.plugin"
         )
     with traced(f"plugin {owner.entry_point!r}", owner, owner.module):
         module = importlib.import_module(owner.module)

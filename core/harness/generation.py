@@ -21,7 +21,7 @@ def write(
     and each row is the same as if its prompt were alone.
 
     Args:
-        model: in evaluation mode.
+        model: the model in evaluation mode.
         prompts: token ids, at least one each.
         tokens: the largest number of tokens to write.
         ended: called with the written tokens after each token; returns whether they are complete.

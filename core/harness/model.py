@@ -37,7 +37,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
     """Answers the harness's requests with a trained model.
 
     Args:
-        model: in evaluation mode, on the device where it is to run.
+        model: the model in evaluation mode, on the device where it is to run.
         tokenizer: the tokenizer of the run.
         markers: the markers of the run.
         batch_size: sequences in a forward.
@@ -123,7 +123,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Returns the model's answer to each (context, settings), cut before the first stop string of the settings.
 
-        Decoding is greedy unless the settings ask for samples. Samples are drawn one by one from a seed that is the
+        Decoding is greedy unless the settings say `do_sample`. Samples are drawn one by one from a seed that is the
         number of the request. Contexts are cut from the left so that context and answer fit into the longest input.
 
         Raises:
@@ -168,7 +168,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """Scores (texts, ids of the context, ids of the continuation); contexts are cut from the left where needed."""
-        asked = []
+        shortened = []
         cut = 0
         for (_, continuation), before, after in requests:
             if len(after) > self.max_length:
@@ -178,14 +178,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
                 )
             ids = [*before, *after]
             cut += len(ids) > self.max_length + 1
-            asked.append(Request(tuple(ids[-(self.max_length + 1) :]), len(after)))
+            shortened.append(Request(tuple(ids[-(self.max_length + 1) :]), len(after)))
         if cut:
             self.say(
-                f"note: {cut} of {len(asked)} texts lost their beginning: the model reads {self.max_length} tokens"
+                f"note: {cut} of {len(shortened)} texts lost their beginning: the model reads {self.max_length} tokens"
             )
-        with self._bar("Scoring answers", len(asked), disable_tqdm) as bar:
+        with self._bar("Scoring answers", len(shortened), disable_tqdm) as bar:
             scores: list[Score] = score(
-                self.model, asked, batch_size=self.batch_size, done=bar.update
+                self.model, shortened, batch_size=self.batch_size, done=bar.update
             )
         return [(found.log_likelihood, found.greedy) for found in scores]
 

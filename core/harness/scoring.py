@@ -59,8 +59,8 @@ def score(
     """Scores every request, the longest inputs first.
 
     Args:
-        model: in evaluation mode.
-        requests: in any order.
+        model: the model in evaluation mode.
+        requests: the requests in any order.
         batch_size: sequences in a forward; it changes scores by rounding only.
         done: called with the number of requests that were scored since its last call.
 
@@ -79,12 +79,12 @@ def score(
     for first in range(0, len(inputs), batch_size):
         batch = inputs[first : first + batch_size]
         numbers: list[int] = []
-        asked: list[tuple[int, Request]] = []
+        placed: list[tuple[int, Request]] = []
         for row, ids in enumerate(batch):
             for number in sharing[ids]:
                 numbers.append(number)
-                asked.append((row, requests[number]))
-        scores = _score_batch(model, batch, asked, first)
+                placed.append((row, requests[number]))
+        scores = _score_batch(model, batch, placed, first)
         found.update(zip(numbers, scores, strict=True))
         done(len(numbers))
     return [found[number] for number in range(len(requests))]
@@ -93,15 +93,15 @@ def score(
 def _score_batch(
     model: LanguageModel,
     batch: Sequence[tuple[int, ...]],
-    asked: Sequence[tuple[int, Request]],
+    placed: Sequence[tuple[int, Request]],
     first: int,
 ) -> list[Score]:
     """Returns the scores of the requests.
 
     Args:
-        model: in evaluation mode.
+        model: the model in evaluation mode.
         batch: the inputs of the forward.
-        asked: each request with the row of its input in the batch.
+        placed: each request with the row of its input in the batch.
         first: the number of the batch's first sequence among all sequences.
     """
     device = model.embedding.weight.device
@@ -110,7 +110,7 @@ def _score_batch(
     places = []
     targets = []
     members = []
-    for member, (row, request) in enumerate(asked):
+    for member, (row, request) in enumerate(placed):
         for position in range(len(request.ids) - request.scored, len(request.ids)):
             places.append(
                 row * length + position - 1
@@ -122,9 +122,9 @@ def _score_batch(
     log_p_P, best_P = _predictions(model, hidden_RD, row_P, torch.tensor(targets, device=device))
     member_P = torch.tensor(members)
     missed_P = (~best_P).to(torch.int64)
-    sums = torch.zeros(len(asked), dtype=torch.float64)
+    sums = torch.zeros(len(placed), dtype=torch.float64)
     sums = sums.index_add(0, member_P, log_p_P.double().cpu())
-    misses = torch.zeros(len(asked), dtype=torch.int64)
+    misses = torch.zeros(len(placed), dtype=torch.int64)
     misses = misses.index_add(0, member_P, missed_P.cpu())
     pairs = zip(sums.tolist(), misses.tolist(), strict=True)
     return [Score(value, missed == 0) for value, missed in pairs]
@@ -152,7 +152,7 @@ def _predictions(
     Logits are computed for `ROWS` rows at a time, so that they never exist for all rows at once.
 
     Args:
-        model: in evaluation mode.
+        model: the model in evaluation mode.
         hidden_RD: hidden states.
         row_P: the row that predicts each target.
         target_P: the ids of the targets.

@@ -26,7 +26,7 @@ class TensorCache(Cache):
     Args:
         rows: sequences that are decoded together.
         capacity: tokens of each row that it can hold.
-        device: of the buffers.
+        device: the buffers' device.
     """
 
     def __init__(self, rows: int, capacity: int, device: torch.device | None = None) -> None:

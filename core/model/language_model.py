@@ -26,7 +26,7 @@ class Embedding(nn.Module):
 
     Args:
         vocabulary, dim: `weight` is [vocabulary, dim].
-        std: of the initial weights.
+        std: standard deviation of the initial weights.
         param_dtype: format in which the weight is kept.
         compute_dtype: format of the residual stream that starts here.
     """
@@ -82,7 +82,7 @@ class States:
     Args:
         hidden_BLD: states after the final norm.
         records: what the layers of every block saw, by the block's path, then by the layer's name.
-        after_blocks: collapsed states after the blocks that were asked for, by their index.
+        after_blocks: collapsed states after the requested blocks, by their index.
         stream: the residual stream after the last block.
     """
 
@@ -112,7 +112,7 @@ class LanguageModel(nn.Module):
 
     Args:
         embedding: shared by the heads.
-        blocks: in order.
+        blocks: the blocks, first to last.
         residual: the stream between them.
         norm: before the output.
         output: D -> V, no bias.
@@ -172,7 +172,7 @@ class LanguageModel(nn.Module):
 
         Args:
             context: the micro-batch.
-            caches: in decoding, one for each block.
+            caches: one for each block, in decoding only.
             blocks: indices of the blocks whose states are kept.
 
         Raises:
@@ -224,7 +224,7 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens_BL: the next tokens of each row, whose rows may be of different lengths so far.
-            caches: from `new_caches`, one for each block.
+            caches: what `new_caches` returned, one for each block.
         """
         context = SequenceContext.of(tokens_BL, start=caches[0].longest)
         if caches[0].slots(0) is not None:  # rows of different lengths
@@ -266,7 +266,7 @@ class LanguageModel(nn.Module):
                 yield block, name, module
 
     def expert_layers(self) -> dict[str, FeedForward]:
-        """Every feed-forward layer with experts, wherever it stands, by the path of its block.
+        """Every feed-forward layer with experts, in blocks and in loss heads, by the path of its block.
 
         All modules are searched, so that layers inside loss heads are counted and balanced too.
         """

@@ -21,12 +21,12 @@ def sample(
     """Yields the tokens that continue a prompt.
 
     Args:
-        model: in evaluation mode.
+        model: the model in evaluation mode.
         prompt: at least one token id.
         tokens: how many to write at most.
         temperature: 0 takes the most likely token; otherwise logits are divided by it.
         top_p: sample from the smallest set of tokens whose probabilities add up to this.
-        seed: of the draws.
+        seed: seed of the draws.
         stop: a token that ends the text and is not yielded.
     """
     device = next(model.parameters()).device

@@ -12,7 +12,7 @@ class Format:
     """A floating format of few bits.
 
     Args:
-        name: as settings and tables write it.
+        name: the name in settings and tables.
         mantissa: stored bits of the significand.
         exponent: exponent of the smallest normal number; below it the spacing is constant.
         largest: the largest magnitude.
@@ -29,7 +29,7 @@ class Format:
 E4M3 = Format("e4m3", 3, -6, 448.0, torch.float8_e4m3fn)
 E5M2 = Format("e5m2", 2, -14, 57344.0, torch.float8_e5m2)
 E5M6 = Format("e5m6", 6, -14, 65024.0, None)
-"""For the activation that attention's backward needs too (report, section 3.3.3); exponents as in E5M2 and fp16."""
+"""The format of the activation that attention's backward needs too (report, section 3.3.3); exponents as in fp16."""
 FORMATS = {form.name: form for form in (E4M3, E5M2, E5M6)}
 
 
@@ -55,7 +55,7 @@ def encode(on_grid: Tensor, form: Format) -> Tensor:
 
 
 def decode(codes: Tensor, form: Format) -> Tensor:
-    """The fp32 numbers that codes stand for.
+    """The fp32 numbers that codes represent.
 
     E4M3 on CPUs is read as fp16, which has one exponent bit more in the same place: torch's own cast takes eight times
     as long there. The two codes for NaN are never written: a tile with NaN has NaN as its scale.

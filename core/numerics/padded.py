@@ -19,7 +19,7 @@ class PaddedGroups:
         rows: number of rows before padding.
         owned: number of those that belong to a group; rows after the last end do not.
         sizes: number of rows of each group, padded.
-        places_A: for each owned row its place among the padded ones, int64.
+        places_A: the place of each owned row among the padded ones, int64.
     """
 
     rows: int

@@ -1,1 +1,1 @@
-"""From a YAML file to validated dataclasses; nothing here imports torch."""
+"""The way from a YAML file to validated dataclasses; nothing here imports torch."""

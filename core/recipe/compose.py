@@ -1,7 +1,7 @@
 """Finds a recipe, merges its layers, and resolves the result.
 
 The layers, each merged over the one before: the file that it `extends`, the file itself, its `smoke` section if that is
-asked for, and the command line's `KEY.PATH=VALUE`.
+requested, and the command line's `KEY.PATH=VALUE`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -142,7 +142,9 @@ def _check_trainer(trainer: Any, layers: Layers) -> None:
     for key in trainer:
         where = f"{layers.origin(f'trainer.{key}')}: trainer.{key}"
         if key in OWNED_TRAINER_KEYS:
-            raise UserError(f"{where}: the recipe owns this; use {OWNED_TRAINER_KEYS[key]}")
+            raise UserError(
+                f"{where}: another key of the recipe sets this; use {OWNED_TRAINER_KEYS[key]}"
+            )
         if key not in FREE_TRAINER_KEYS:
             raise UserError(f"{where}: unknown key; {nearest(str(key), FREE_TRAINER_KEYS)}")
 
@@ -161,7 +163,7 @@ def _interpolated(layers: Layers) -> dict[str, Any]:
     assert isinstance(values, dict)
     for path, value in leaves(values):
         if value == REQUIRED:
-            why = f"a value must be given here, where {REQUIRED} stands"
+            why = f"a value must be given in place of {REQUIRED}"
             raise UserError(f"{layers.origin(path)}: {path}: {why}")
     return {str(key): value for key, value in values.items()}
 

@@ -53,9 +53,9 @@ class Layers:
                 raise UserError(f"{COMMAND_LINE}: {text!r}: {error.why}") from error
             path = ".".join(key)
             changed = [path]
-            for standing in _key_paths(values):
-                if standing not in before and path.startswith(f"{standing}."):
-                    changed.append(standing)
+            for enclosing in _key_paths(values):
+                if enclosing not in before and path.startswith(f"{enclosing}."):
+                    changed.append(enclosing)
             changed += [f"{path}.{below}" for below in _key_paths(value)]
             origins |= dict.fromkeys(changed, f"{COMMAND_LINE} ({text})")
         self._replace(values, origins)
@@ -98,7 +98,7 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     key, equals, written = text.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
-        raise UserError(f"{COMMAND_LINE}: {text!r}: an override reads KEY.PATH=VALUE")
+        raise UserError(f"{COMMAND_LINE}: {text!r}: an override must have the form KEY.PATH=VALUE")
     if path == ["extends"]:
         raise UserError(f"{COMMAND_LINE}: {text!r}: only a file can extend another")
     try:
@@ -132,7 +132,7 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 def _with_value(below: Any, path: list[str], value: Any, done: str = "") -> Any:
-    """A copy of `below` with a value merged over what stands at a key path.
+    """A copy of `below` with a value merged over the one at a key path.
 
     Raises:
         ConfigError: the path leads into something that has no keys, or past the end of a list.

@@ -218,7 +218,7 @@ class BudgetSection:
             why = "exactly one of steps, tokens, flops must be given"
             if given:
                 key = given[-1]
-                why = f"{why}, and {' and '.join(given)} are; null takes one away"
+                why = f"{why}, and {' and '.join(given)} are; set the others to null"
             raise ConfigError(key, why)
         _at_least(self, 1, *given)
 

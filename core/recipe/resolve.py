@@ -64,9 +64,9 @@ class Resolver:
         Args:
             schema: a dataclass whose fields are the section's keys.
             raw: the section, as plain containers.
-            path: where it stands; "" for the recipe itself.
+            path: its key path; "" for the recipe itself.
             parent: the instance around it, for `check`.
-            beside: further keys that may stand in the section and are read elsewhere.
+            beside: further keys that the section may contain, which are read elsewhere.
         """
         if not isinstance(raw, Mapping):
             keys = ", ".join(f.name for f in fields(schema))
@@ -249,7 +249,7 @@ class Resolver:
             with self._component_errors("capabilities_of", path):
                 capabilities = component.capabilities_of(config)
                 if not isinstance(capabilities, frozenset | set):
-                    raise TypeError(f"{capabilities!r} is no frozenset of words")
+                    raise TypeError(f"{capabilities!r} is not a frozenset of words")
         finally:
             self._component = outer
         return Section(slot, raw["name"], component, config, provenance)

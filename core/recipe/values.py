@@ -81,7 +81,7 @@ def fits(value: Any, hint: Any) -> bool:
     """Whether a value has one of the types of a hint.
 
     OmegaConf would convert true to 1 and 3 to true, fails on lists in a union, and takes nan as a number; all three
-    are refused here.
+    are errors here.
     """
     kinds = _kinds(hint)
     if Any in kinds:

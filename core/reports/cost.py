@@ -19,7 +19,7 @@ def against_flops(study: Study) -> Figure:
             return run.metrics["tokens"] * per_token
         return None
 
-    missing = "FLOPs per token stand in the summary, which is written when the run is complete."
+    missing = "FLOPs per token are in the summary, which is written when the run is complete."
     figure = _over(study, "training FLOPs", flops, missing)
     note = "FLOPs per token, forward and backward, times tokens."
     return _named(figure, "flops", "Training loss against FLOPs", note)

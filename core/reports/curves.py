@@ -17,9 +17,9 @@ class Curve:
 
     Args:
         x: tokens, or steps where tokens were not logged.
-        mean, low, high: over the seeds that have a value there.
+        mean, low, high: mean and band over the seeds that have a value there.
         seeds: how many these are, at each point.
-        every: the most rows that one point stands for.
+        every: the largest number of rows that one point represents.
     """
 
     x: list[float]
@@ -47,7 +47,7 @@ def curve(runs: list[Run], column: str, *, axis: str, end: float) -> Curve | Non
     """A column over the runs together; None where none has a value.
 
     Values that are no finite numbers are left out. Above `POINTS` values the axis is cut into equal parts: a point
-    stands where its part's last value does and is the mean of the part.
+    is the mean of its part, at the position of the part's last value.
 
     Args:
         end: where the longest run of the report ends, so that all curves are cut alike.

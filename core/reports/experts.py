@@ -24,7 +24,7 @@ class Experts:
     """Loads and biases by run.
 
     Args:
-        runs: for the page: label, steps, layers with packed values.
+        runs: label, steps, and layers with packed values of each run, for the page.
         note: what was left out, and why a run is not here.
         missing: why there is nothing.
     """

@@ -36,8 +36,8 @@ class Drawn:
     """A line with its curves.
 
     Args:
-        whole: of the finished runs together.
-        parts: of each run that has not finished, or failed.
+        whole: the curve of all finished runs together.
+        parts: the curve of each run that has not finished, or failed.
     """
 
     line: Line
@@ -178,7 +178,7 @@ class OverTraining:
 
         Args:
             blank: a figure whose `missing` says why it would be empty.
-            lines: to draw; the legend has them in the order in which they end, the highest first.
+            lines: the lines to draw; the legend has them in the order in which they end, the highest first.
             y: title of the vertical axis.
             bands: whether bands over the seeds are drawn.
         """

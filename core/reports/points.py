@@ -14,7 +14,7 @@ MARKED = {"better": "", "worse": "", NOT_AFTER_HOLM: "-open-dot"}
 """What a verdict adds to the name of a marker; all others add `-open`."""
 ROW = 34
 LINE = 17
-"""Pixels of a row that stands for a variant, and of a line of its name."""
+"""Pixels of the row of a variant, and of a line of its name."""
 ZERO = {
     "type": "line",
     "xref": "x",
@@ -49,7 +49,7 @@ def differences(study: Study, words: str) -> Figure:
     figure.height = _height(names)
     figure.note = (
         "Mean of the seeds' differences and its 95% interval. Filled marks: a difference is shown, also after Holm's "
-        "correction for asking about several variants. Hollow marks: no difference shown."
+        "correction for comparing several variants. Hollow marks: no difference shown."
     )
     if any(row["difference"].get("verdict") == NOT_AFTER_HOLM for row in rows):
         figure.note += (
@@ -153,7 +153,7 @@ def at_the_end(figure: Figure, study: Study, columns: dict[str, str], title: str
     Args:
         figure: its heading and note are kept.
         columns: what is added to a variant's name (", depth 1", or nothing), and the column of `metrics.csv`.
-        title: of the values.
+        title: title of the axis of values.
     """
     values = {suffix: partial(_last, column) for suffix, column in columns.items()}
     if study.sweep is not None:
@@ -186,7 +186,7 @@ def _draw_rows(
     Args:
         figure: is filled; where no run has a value it stays as it is.
         values: what is added to a variant's name, and the function that gives a run's value.
-        title: of the values.
+        title: title of the axis of values.
     """
     looks = styles(study.variants, (study.sweep or {}).get("baseline"))
     names = []
@@ -244,7 +244,7 @@ def _seconds(run: Run) -> float | None:
 
 def against_time(study: Study, metric: str, words: str) -> Figure:
     """The metric over the time inside training steps of each finished run."""
-    note = "Time inside training steps on this machine; see the spread of the throughput before believing in it."
+    note = "Time inside training steps on this machine; see the spread of the throughput before relying on it."
     figure = Figure("time", f"Against time: {words}", note)
     longest = max((_seconds(run) or 0.0 for run in study.runs), default=0.0)
     unit, size = time_unit(longest)
@@ -293,7 +293,7 @@ def _scatter(
             mean = (sum(xs) / len(xs), sum(ys) / len(ys))
             figure.traces += _marks(name, looks[name], runs, xs, ys, mean)
     if not figure.traces:
-        figure.missing = "No run has finished yet, so there is nothing to set against its cost."
+        figure.missing = "No run has finished yet, so there is no result to compare with its cost."
         return figure
     figure.layout = {
         "xaxis": {**axis, **_widened_range(figure.traces)},

@@ -82,7 +82,7 @@ class Study:
 
     Args:
         path: the folder.
-        name: of the sweep, or of the run's folder.
+        name: the name of the sweep, or of the run's folder.
         sweep: `sweep.json`; None for one run.
         results: `results.json`.
         file: the text of `sweep.yaml`, or of `recipe.yaml` for one run.
@@ -159,7 +159,7 @@ class _Reader:
         return Study(self.path, name, None, {}, text, [run], self.unread)
 
     def sweep(self) -> Study:
-        """The study of a sweep; until `sweep.json` is written, the sweep file and the folders stand in for it."""
+        """The study of a sweep; until `sweep.json` is written, the sweep file and the folders are read instead."""
         text = self.text(self.path / "sweep.yaml")
         identity = self.mapping(self.path / "sweep.json")
         declared = self.parsed(self.path / "sweep.yaml", text)
@@ -251,7 +251,7 @@ class _Reader:
             return self._could_not(file, cause)
         if isinstance(document, dict):
             return document
-        return self._could_not(file, "it holds no mapping")
+        return self._could_not(file, "it is not a mapping")
 
     def parsed(self, file: Path, text: str) -> dict[str, Any]:
         """The mapping in the text of a YAML file; {} where it is empty or holds something else."""
@@ -263,7 +263,7 @@ class _Reader:
             return self._could_not(file, "it is no YAML")
         if isinstance(document, dict):
             return document
-        return self._could_not(file, "it holds no mapping")
+        return self._could_not(file, "it is not a mapping")
 
     def metrics(self, file: Path) -> Any:
         """A frame of the columns that the report reads; None without a line.
@@ -301,7 +301,7 @@ class _Reader:
     def _could_not(self, file: Path, cause: object) -> dict[str, Any]:
         """Notes that a file could not be read, and returns the empty mapping that replaces it."""
         name = file.relative_to(self.path)
-        sentence = f"{name} could not be read ({cause}), so the report goes without it."
+        sentence = f"{name} could not be read ({cause}), so the report leaves it out."
         if sentence not in self.unread:
             self.unread.append(sentence)
         return {}

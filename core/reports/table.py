@@ -31,7 +31,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its heading, the group that it stands in, and what it means."""
+    """One column: its heading, the group that it belongs to, and what it means."""
 
     title: str
     group: str
@@ -43,7 +43,7 @@ class Table:
     """Columns and rows of cells.
 
     Args:
-        cut: after how many columns it is cut in two for paper, on which nothing scrolls; the first column stands in
+        cut: after how many columns it is cut in two for paper, on which nothing scrolls; the first column is in
             both. No group of columns is cut.
     """
 
@@ -316,7 +316,7 @@ def _shown(value: Any) -> str:
 
 
 def key_numbers(run: Run) -> list[tuple[str, str]]:
-    """The keys of a run's summary with their values, without the notices, which stand among the warnings."""
+    """The keys of a run's summary with their values, without the notices, which are among the warnings."""
     return [(key, _plain(value)) for key, value in run.summary.items() if key != "notices"]
 
 

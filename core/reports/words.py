@@ -148,7 +148,7 @@ def in_short(study: Study) -> list[str]:
         sentences.append(f"Too few seeds in common with {baseline} to say: {listed(found[None])}.")
     missing = seeds_without(study, baseline)
     if sentences and missing:
-        rests_on = f"All of this rests on fewer seeds of {baseline} than were asked for"
+        rests_on = f"All of this rests on fewer seeds of {baseline} than were planned"
         sentences.append(f"{rests_on} ({missing}).")
     return sentences
 
@@ -169,7 +169,7 @@ def _by_verdict(study: Study, baseline: str) -> dict[str | None, list[str]]:
 
 
 def caveats(study: Study, name: str) -> str:
-    """The reservations that stand beside a variant's verdict, in a few words; the warnings give them in full."""
+    """The reservations printed beside a variant's verdict, in a few words; the warnings give them in full."""
     fact = _recorded(study, name)
     found = [seeds_without(study, name)]
     if fact.get("causal") is False:
@@ -297,7 +297,7 @@ def _notices(study: Study) -> list[str]:
 
 
 def _notices_as_recorded(study: Study) -> set[str]:
-    """The warnings of `results.json` that repeat a notice, which stands under a heading of its own here."""
+    """The warnings of `results.json` that repeat a notice, which has a heading of its own here."""
     found = set()
     for variant in (study.sweep or {}).get("variants") or []:
         for notice in variant.get("notices") or []:

@@ -75,7 +75,7 @@ def best_experts(
     """The chosen experts T x K, int64, best first.
 
     Args:
-        scores_TE: for selection, biased or not.
+        scores_TE: scores for selection, biased or not.
         top_k: experts per token.
         groups: equal groups of neighbouring experts.
         group_limit: groups that a token may reach; experts of the others are masked with -inf, never 0.

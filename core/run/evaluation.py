@@ -33,7 +33,7 @@ def evaluate(
         say: prints the caveats that belong to the values.
 
     Returns:
-        The values of `ValidationTotals.compute`, with `checkpoint`, `notices` and, if asked for, `xz_bits_per_byte`.
+        The values of `ValidationTotals.compute`, with `checkpoint`, `notices` and, if requested, `xz_bits_per_byte`.
 
     Raises:
         UserError: no run, a damaged checkpoint, data that differs from the run's, or no validation split.
@@ -51,7 +51,9 @@ def evaluate(
         why = "" if isinstance(corpus, TokenCorpus) else " (fewer than 11 documents)"
         raise UserError(f"{checkpoint}: the corpus has no validation split{why}")
     if xz and isinstance(corpus, TokenCorpus):
-        raise UserError(f"--xz: corpus {recipe.data.corpus.name} brings tokens, and xz needs text")
+        raise UserError(
+            f"--xz: corpus {recipe.data.corpus.name} has tokens and no text, and xz needs text"
+        )
     module = TrainingModule(
         load(checkpoint),
         plan=data.plan,

@@ -144,7 +144,7 @@ def _fit(
 
 
 def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
-    """Warns if the initial weights were trained with another tokenizer, whose ids stand for other text."""
+    """Warns if the initial weights were trained with another tokenizer, whose ids mean other text."""
     run = RunFolder(source.parent.parent)
     if run.tokenizer.is_file() and run.load_tokenizer().entries() != data.tokenizer.entries():
         say(
@@ -218,8 +218,8 @@ def check_environment(recipe: Recipe) -> None:
     """Raises `UserError` for shapes that a part of the model cannot take, and for components that cannot run here."""
     try:
         build(recipe, device="meta")
-    except UserError as refused:
-        raise UserError(f"{recipe.source}: {refused}") from refused
+    except UserError as error:
+        raise UserError(f"{recipe.source}: {error}") from error
     found = unmet_requirements(recipe)
     if found:
         raise UserError(f"{recipe.source}: cannot run here: {'; '.join(found)}")

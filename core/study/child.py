@@ -1,7 +1,7 @@
 """python -m core.study.child ...: `core.fit` that stops once when its runner dies, and reports a full disk.
 
 The kernel sends a signal for each thread of a parent that dies. Two SIGTERM in a row would end a run at once, without
-saving it, so the kernel is asked to send `ORPHANED`, of which the first becomes the one SIGTERM.
+saving it, so the kernel is set to send `ORPHANED`, of which the first becomes the one SIGTERM.
 
 A full disk is not the fault of the run that meets it first: it exits with `NO_SPACE`, and the runner ends the sweep.
 """

@@ -62,15 +62,15 @@ def match(sweep: Sweep) -> Matched:
         matching.compare_counts(count)
     for thing, different in _different_variants(sweep, documents).items():
         matching.compare_thing(thing, different)
-    if matching.refused:
-        lines = "".join(f"\n  {line}" for line in matching.refused)
+    if matching.forbidden:
+        lines = "".join(f"\n  {line}" for line in matching.forbidden)
         how = "match.allow names what may differ, match.exempt a variant with the reason"
         raise UserError(f"sweep {sweep.name}: variants cannot be compared ({how}):{lines}")
     return Matched(documents, matching.held_equal, matching.not_equal)
 
 
 class _Matching:
-    """Collects sentences about a sweep's variants: what is equal, what may differ, and what may not (`refused`).
+    """Collects sentences about a sweep's variants: what is equal, what may differ, and what may not (`forbidden`).
 
     Args:
         sweep: its baseline and its `match` section decide.
@@ -80,7 +80,7 @@ class _Matching:
         self.rules = sweep.schema.match
         self.baseline = sweep.schema.baseline
         self.equal_flops = "flops" in sweep.schema.budget
-        self.refused: list[str] = []
+        self.forbidden: list[str] = []
         self.held_equal: list[str] = []
         self.not_equal: list[str] = []
 
@@ -117,7 +117,7 @@ class _Matching:
         elif allowed:
             self.not_equal.append(sentence)
         else:
-            self.refused.append(sentence)
+            self.forbidden.append(sentence)
 
 
 def _check_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ class Pace:
     A run's time is proportional to its work, and each slot works on one run at a time.
 
     Args:
-        work: of each run (its FLOPs), in the order in which they begin.
+        work: the FLOPs of each run, in the order in which the runs begin.
         slots: runs at a time.
         clock: seconds.
     """

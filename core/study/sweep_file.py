@@ -43,7 +43,7 @@ class Sweep:
     Args:
         name: the file's name without its suffix.
         schema: its keys; with `smoke`, the file's `smoke` keys replace them.
-        variants: in the file's order, grid included.
+        variants: the variants in the file's order, grid included.
         smoke: whether the small sizes are meant.
     """
 
@@ -270,7 +270,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Rejects a key that stands twice in a section: YAML would silently drop the first variant of that name.
+    """Rejects a key that occurs twice in a section: YAML would silently drop the first variant of that name.
 
     A key is kept as it is written (`no`, `1e-3`); the value 1e-3 is a number, as in a recipe.
     """
@@ -284,7 +284,7 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     if "" in keys:
         error = "a key must be a name"
     elif (twice := _first_repeated(keys)) is not None:
-        error = f"{twice!r} stands twice"
+        error = f"the key {twice!r} occurs twice"
     if error is not None:
         raise yaml.constructor.ConstructorError(None, None, error, node.start_mark)
     section = {}

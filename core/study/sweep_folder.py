@@ -96,7 +96,7 @@ class SweepFolder:
         """Writes the sweep's files into an empty folder, or checks that the folder holds the same sweep.
 
         Args:
-            sweep: to be run here.
+            sweep: the sweep to be run here.
             resume: whether the folder may hold the sweep already.
 
         Raises:

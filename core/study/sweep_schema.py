@@ -73,7 +73,7 @@ class MatchSection:
 class SweepSchema:
     """A whole sweep file."""
 
-    title: str = setting("", doc="what is asked, one sentence")
+    title: str = setting("", doc="the question that the sweep answers, one sentence")
     base: str = setting(doc="a recipe file or shipped name that variants start from")
     seeds: list[int] = setting(doc="one run of every variant for each")
     variants: dict[str, VariantSection] = setting(doc="what is compared, by name")

@@ -18,7 +18,7 @@ def losses(run: Path, column: str = LOSS) -> dict[int, float]:
 
     Args:
         run: its folder; the losses are empty where it logged none.
-        column: of `metrics.csv`.
+        column: a column of `metrics.csv`.
     """
     found: dict[int, float] = {}
     try:

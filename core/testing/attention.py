@@ -236,7 +236,9 @@ def positions_come_from_the_context(subject: Subject) -> None:
     )
     before = output(module, x_BLD, context)[:, -1]
     after = output(module, x_BLD[:, order_L], moved)[:, -1]
-    require_close(after, before, "a row depends on where others stand, not on their positions")
+    require_close(
+        after, before, "a row depends on the order of the others, not only on their positions"
+    )
 
 
 @check(

@@ -140,8 +140,8 @@ def named_ropes_are_used(subject: Subject) -> None:
     """Changes one frequency at a time; a name outside the settings makes `component_can_be_built` fail."""
     ropes = _RecordedRopes(subject.texts())
     one = results(subject, perturbed(subject.made(ropes=ropes)))
-    skip_unless(ropes.asked, "it uses the model's own rotary positions only")
-    for name in sorted(ropes.asked):
+    skip_unless(ropes.used, "it uses the model's own rotary positions only")
+    for name in sorted(ropes.used):
         slower = _RecordedRopes(subject.texts())
         slower[name] = Rope(5000.0, 4 * bench.LENGTH)
         other = results(subject, perturbed(subject.made(ropes=slower)))
@@ -153,10 +153,10 @@ class _RecordedRopes(dict[str, Rope]):
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__(dict.fromkeys(names, Rope(50.0, 4 * bench.LENGTH)))
-        self.asked: set[str] = set()
+        self.used: set[str] = set()
 
     def __getitem__(self, name: str) -> Rope:
-        self.asked.add(name)
+        self.used.add(name)
         return super().__getitem__(name)
 
 
@@ -236,7 +236,7 @@ def forward_is_deterministic(subject: Subject) -> None:
 
 @check(
     *MODULES,
-    clause="results follow the number format of the model, in fp32 or wider where the contract asks for it",
+    clause="results follow the number format of the model, in fp32 or wider where the contract requires it",
     where="docs/architecture.md, Numbers",
 )
 def formats_are_followed(subject: Subject) -> None:

@@ -301,7 +301,7 @@ def drops_are_declared(subject: Subject) -> None:
         require(dropped == 0, "an assignment is not carried out")
 
 
-@check("router", clause="experts have no order, unless they stand in groups", where=CONTRACT)
+@check("router", clause="experts have no order, unless they form groups", where=CONTRACT)
 def permuting_experts_only_permutes_results(subject: Subject) -> None:
     """Permutes the experts within groups, on each axis that grows with their number."""
     free = "learned" in subject.capabilities and "ordered" not in subject.capabilities

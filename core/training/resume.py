@@ -62,7 +62,7 @@ def check_recipe_unchanged(recipe: Recipe, folder: RunFolder, say: Callable[[str
     if difference:
         path, old, new = difference
         say(
-            f"{path} = {new} here, and the run was started with {old}: it goes on, but not to the same bits"
+            f"{path} = {new} here, and the run was started with {old}: it continues, but not with the same bits"
         )
     if torch.cuda.is_available() and not recipe.trainer.get("deterministic"):
         say(

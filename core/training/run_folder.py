@@ -57,7 +57,7 @@ class RunFolder:
 
     @property
     def converted_weights(self) -> Path:
-        """The index of a converted run's weights, which stand in place of checkpoints."""
+        """The index of a converted run's weights, which it has instead of checkpoints."""
         return self.path / "weights" / WEIGHTS_INDEX
 
     @property
@@ -67,7 +67,7 @@ class RunFolder:
 
     @property
     def source_layout(self) -> Path:
-        """The file of a converted run that says which tensor of its source stood in which file and format."""
+        """The file of a converted run that says which file and format each tensor of its source had."""
         return self.source_files / "layout.json"
 
     def never_started(self) -> bool:

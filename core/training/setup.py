@@ -53,7 +53,7 @@ def make_trainer(
 
     Args:
         steps: windows of the run.
-        loggers: from the recipe's logger sections.
+        loggers: the loggers of the recipe.
         callbacks: callbacks of the run and of the recipe.
         stop: saves and stops the run when a signal arrives.
         strategy: accelerator, devices and strategy.
@@ -79,7 +79,7 @@ def make_trainer(
 def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
     """The callbacks that save the latest checkpoints and, with a next-token head, the one of the best validation loss.
 
-    The best one stands first, so that the latest checkpoints hold its state.
+    The best one is first in the list, so that the latest checkpoints hold its state.
     """
     latest = KeepLatest(folder, every=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep)
     heads = [section.component for section in recipe.model.heads.values()]

@@ -25,7 +25,7 @@ class Window:
 
     Args:
         counts: each term's denominator, over micro-batches and data ranks.
-        whole: for balancers of scope `batch`, their sums over the whole window; none where it is one micro-batch.
+        whole: sums of balancers of scope `batch` over the whole window; none where it is one micro-batch.
         micro_batches: how many the window has.
     """
 

@@ -7,7 +7,7 @@ that rounding, so what is stored costs precision and what is computed does not.
 What bf16 can follow. A significand of 8 bits puts neighbouring values of v between 2^-8 and 2^-7 of v apart, and a
 change of less than half that gap is rounded away. Where gradients vanish, v should become beta v: it falls from
 every value only if 1 - beta reaches the widest half gap, just under 2^-8 of v. Beyond `LARGEST_BETA` a moment
-can stand still for ever; at 0.999 it never falls from any value, the narrowest half gap being 2^-9.
+can stay constant for ever; at 0.999 it never falls from any value, the narrowest half gap being 2^-9.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,7 +1,7 @@
 """DeepSeekMoE (report, eq. 12-15; arXiv 2401.06066): shared experts that are always on, fine-grained routed ones.
 
 The layer owns a router, a dispatcher and balancers, each a plugin, and knows none of them by name. It drops no
-token by itself, unless `token_dropping` asks for DeepSeek-V2's device budget in training. Shared experts are one
+token by itself, unless `token_dropping` sets DeepSeek-V2's device budget for training. Shared experts are one
 SwiGLU of their joint width, ungated, added to the routed output.
 """
 

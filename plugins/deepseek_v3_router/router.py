@@ -41,7 +41,7 @@ class DeepSeekV3Router(LearnedRouter):
         )
         scale: float = setting(1.0, doc="factor on the gates (2.5 in DeepSeek-V3)")
         affinity: Literal["sigmoid", "softmax"] = setting(
-            "sigmoid", doc="from logits to affinities"
+            "sigmoid", doc="function from logits to affinities"
         )
         normalise: bool = setting(True, doc="divide the gates by their sum")
 

@@ -69,7 +69,7 @@ class NarrowRounding(EmulatedRounding):
         return Scaled(grid, scales)
 
     def operand_of(self, stored: Quantised) -> Scaled:
-        """The operand that stored codes stand for."""
+        """The operand that stored codes represent."""
         grid = decode(stored.codes, stored.form)
         return Scaled(grid, spread(stored.scales, grid, stored.tile))
 

@@ -141,7 +141,7 @@ class EmulatedRounding(Rounding):
         return rounded(x, tile, form, power_of_two=power_of_two, ends_E=ends_E, amax=amax)
 
     def operand_of(self, stored: Quantised) -> Any:
-        """The operand that stored codes stand for."""
+        """The operand that stored codes represent."""
         return dequantise(stored)
 
     def operand_and_codes(self, x: Tensor, tile: Tile, which: str) -> tuple[Any, Kept]:

@@ -43,7 +43,7 @@ def takes(x: Tensor, power_of_two: bool) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """Each expert's rows in 1x128 tiles, as `kernels.rows` returns them."""
+    """Each expert's rows in 1x128 tiles, as `kernels.quantise_rows` returns them."""
 
     codes: Tensor
     scales: Tensor
@@ -64,7 +64,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Turned:
-    """The transpose of each expert's rows in tiles along its tokens, as `kernels.turned` returns them."""
+    """The transpose of each expert's rows in tiles along its tokens, as `kernels.quantise_transposed` returns them."""
 
     codes: Tensor
     scales: Tensor
@@ -85,7 +85,7 @@ class Turned:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Matrices in 128x128 blocks, as `kernels.blocks` returns them; `outer` of their rows are no padding."""
+    """Matrices in 128x128 blocks, as `kernels.quantise_blocks` returns them; `outer` of their rows are no padding."""
 
     codes: Tensor
     scales: Tensor
@@ -191,22 +191,22 @@ class FusedRounding(NativeRounding):
         return takes(x, self.power_of_two)
 
     def _rows(self, x_AI: Tensor, ends_E: Tensor | None) -> Rows:
-        codes, scales = _launched("rows", x_AI, ends_E, power_of_two=self.power_of_two)
+        codes, scales = _launched("quantise_rows", x_AI, ends_E, power_of_two=self.power_of_two)
         return Rows(codes, scales, len(x_AI))
 
     def _blocks(self, weight_EOI: Tensor) -> Blocks:
-        codes, scales = _launched("blocks", weight_EOI, power_of_two=self.power_of_two)
+        codes, scales = _launched("quantise_blocks", weight_EOI, power_of_two=self.power_of_two)
         return Blocks(codes, scales, weight_EOI.shape[1])
 
     def _flipped(self, codes: Tensor, scales: Tensor) -> Blocks:
-        codes, scales = _launched("flipped", codes, scales, columns=self.inputs)
+        codes, scales = _launched("transpose_blocks", codes, scales, columns=self.inputs)
         return Blocks(codes, scales, self.inputs)
 
     def _turned(
         self, x_AI: Tensor, scales: Tensor | None, count: int, columns: int, ends_E: Tensor | None
     ) -> Turned:
         options = {"count": count, "columns": columns, "power_of_two": self.power_of_two}
-        codes, own_scales = _launched("turned", x_AI, scales, ends_E, **options)
+        codes, own_scales = _launched("quantise_transposed", x_AI, scales, ends_E, **options)
         return Turned(codes, own_scales, columns, count)
 
 

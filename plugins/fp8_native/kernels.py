@@ -34,7 +34,7 @@ SPARE = ROWS - 1
 E4M3 = torch.float8_e4m3fn
 READ = (torch.float32, torch.bfloat16, torch.float16)
 STEP = 16
-"""Rows that one program of `rows` quantises."""
+"""Rows that one program of `quantise_rows` quantises."""
 CHANNELS = 64
 """Columns that one program transposes."""
 
@@ -42,10 +42,10 @@ LANES = 32
 """The fewest lanes that read the ends; fewer would be another compilation and no faster."""
 
 OPTIONS = {
-    "rows": {"num_warps": 4},
-    "turned": {"num_warps": 4},
-    "blocks": {"num_warps": 8},
-    "flipped": {"num_warps": 4},
+    "quantise_rows": {"num_warps": 4},
+    "quantise_transposed": {"num_warps": 4},
+    "quantise_blocks": {"num_warps": 8},
+    "transpose_blocks": {"num_warps": 4},
 }
 
 TILE = tl.constexpr(WIDTH)
@@ -71,7 +71,7 @@ def _owner(ends_ptr, slot, rows, experts, S: tl.constexpr, EXPERTS: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["rows", "across", "experts"])
-def _rows_kernel(
+def _quantise_rows_kernel(
     x_ptr,
     ends_ptr,
     codes_ptr,
@@ -125,7 +125,7 @@ def _tokens(x_ptr, own_ptr, token, channel, begin, end, columns, stride, CODED: 
 
 
 @triton.jit(do_not_specialize=["rows", "across", "blocks", "experts"])
-def _turned_kernel(
+def _quantise_transposed_kernel(
     x_ptr,
     own_ptr,
     ends_ptr,
@@ -169,7 +169,7 @@ def _turned_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "down", "across", "rows_padded", "length"])
-def _blocks_kernel(
+def _quantise_blocks_kernel(
     w_ptr,
     codes_ptr,
     scales_ptr,
@@ -218,7 +218,7 @@ def _bytes(codes_ptr, row, column, rows, width):
 
 
 @triton.jit(do_not_specialize=["rows", "down", "columns_padded"])
-def _flipped_kernel(
+def _transpose_blocks_kernel(
     codes_ptr, words_ptr, rows, width, down, columns_padded, CHANNELS: tl.constexpr
 ):
     i, j = tl.program_id(0) % down, tl.program_id(0) // down
@@ -242,7 +242,9 @@ def _flipped_kernel(
 # ---- functions that launch the kernels
 
 
-def rows(x_AI: Tensor, ends_E: Tensor | None, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def quantise_rows(
+    x_AI: Tensor, ends_E: Tensor | None, *, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
     """Quantises each expert's rows in 1x128 tiles.
 
     Returns:
@@ -258,12 +260,17 @@ def rows(x_AI: Tensor, ends_E: Tensor | None, *, power_of_two: bool) -> tuple[Te
         ends, experts, lanes = _expert_arguments(ends_E, x_AI)
         grid = (slots(count, ends_E, STEP) * across,)
         sizes = (count, columns, x_AI.stride(0), across, experts)
-        options = {"EXPERTS": lanes, "POWER_OF_TWO": power_of_two, "S": STEP, **OPTIONS["rows"]}
-        _rows_kernel[grid](x_AI, ends, codes, scales, *sizes, **options)
+        options = {
+            "EXPERTS": lanes,
+            "POWER_OF_TWO": power_of_two,
+            "S": STEP,
+            **OPTIONS["quantise_rows"],
+        }
+        _quantise_rows_kernel[grid](x_AI, ends, codes, scales, *sizes, **options)
     return codes.view(E4M3), scales
 
 
-def turned(
+def quantise_transposed(
     x_AI: Tensor,
     scales: Tensor | None,
     ends_E: Tensor | None,
@@ -275,8 +282,8 @@ def turned(
     """Quantises the transpose of each expert's rows in 1x128 tiles along its tokens, padded with zeros.
 
     Args:
-        x_AI: the rows, or codes as `rows` gives them.
-        scales: of the codes; None for numbers.
+        x_AI: the rows, or codes as `quantise_rows` gives them.
+        scales: the codes' scales; None where `x_AI` holds numbers.
         count: A.
         columns: I.
 
@@ -296,12 +303,14 @@ def turned(
         own = found if scales is None else scales
         sizes = (count, columns, x_AI.stride(0), across, blocks, outer, experts)
         options = {"EXPERTS": lanes, "POWER_OF_TWO": power_of_two, "CODED": scales is not None}
-        options |= {"CHANNELS": CHANNELS, **OPTIONS["turned"]}
-        _turned_kernel[(number * blocks,)](x_AI, own, ends, words, found, *sizes, **options)
+        options |= {"CHANNELS": CHANNELS, **OPTIONS["quantise_transposed"]}
+        _quantise_transposed_kernel[(number * blocks,)](
+            x_AI, own, ends, words, found, *sizes, **options
+        )
     return words.view(E4M3), found
 
 
-def blocks(weight_EOI: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def quantise_blocks(weight_EOI: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """Quantises matrices in 128x128 blocks.
 
     Returns:
@@ -317,13 +326,15 @@ def blocks(weight_EOI: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
     scales = weight_EOI.new_empty(matrices, down, length, dtype=torch.float32)
     if weight_EOI.numel():
         sizes = (count, columns, down, across, rows_padded, length)
-        options = {"POWER_OF_TWO": power_of_two, "MORE": SCALES, **OPTIONS["blocks"]}
-        _blocks_kernel[(matrices * down * across,)](weight_EOI, codes, scales, *sizes, **options)
+        options = {"POWER_OF_TWO": power_of_two, "MORE": SCALES, **OPTIONS["quantise_blocks"]}
+        _quantise_blocks_kernel[(matrices * down * across,)](
+            weight_EOI, codes, scales, *sizes, **options
+        )
     return codes.view(E4M3), scales
 
 
-def flipped(codes: Tensor, scales: Tensor, *, columns: int) -> tuple[Tensor, Tensor]:
-    """Transposes what `blocks` returned for matrices of I = `columns`; the codes stay the same.
+def transpose_blocks(codes: Tensor, scales: Tensor, *, columns: int) -> tuple[Tensor, Tensor]:
+    """Transposes what `quantise_blocks` returned for matrices of I = `columns`; the codes stay the same.
 
     Returns:
         Codes [E, I padded to 16, O padded to 128], scales [E, I / 128, O / 128 padded to 4 with ones].
@@ -336,8 +347,8 @@ def flipped(codes: Tensor, scales: Tensor, *, columns: int) -> tuple[Tensor, Ten
     if words.numel():
         grid = (down * triton.cdiv(padded, CHANNELS), matrices)
         sizes = (rows_padded, width, down, padded)
-        options = {"CHANNELS": CHANNELS, **OPTIONS["flipped"]}
-        _flipped_kernel[grid](codes.view(torch.uint8), words, *sizes, **options)
+        options = {"CHANNELS": CHANNELS, **OPTIONS["transpose_blocks"]}
+        _transpose_blocks_kernel[grid](codes.view(torch.uint8), words, *sizes, **options)
     turned = scales.new_ones(matrices, across, down + -down % SCALES)
     turned[:, :, :down] = scales[:, :, :across].transpose(1, 2)
     return words.view(E4M3), turned

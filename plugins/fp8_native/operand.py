@@ -6,7 +6,7 @@ implementation checks and cuBLAS's documentation of block scaling adds, for M ro
 - K and N are multiples of 16. Here K is padded with zeros to whole tiles of 128, M and N to 16;
 - 1x128 scales are [rows, K / 128] with strides (1, rows): outer dimension first in memory;
 - 128x128 scales are [L, rows / 128] with strides (1, L), L being K / 128 rounded up to a multiple of 4;
-- two 128x128 operands are refused, which no product of a layer needs;
+- two 128x128 operands are not supported, and no product of a layer needs them;
 - codes and scales begin at multiples of 16 bytes: cuBLAS has no algorithm for one expert's scale among the others'.
 """
 

@@ -29,7 +29,7 @@ class HashRouter(Router):
     capabilities = frozenset({"causal", "token_choice"})
     example = {"name": "hash", "map": "random"}
     rejected_keys = {
-        "top_k": "a token's id stands for one expert",
+        "top_k": "a token's id selects exactly one expert",
         "groups": f"{_NO_CHOICE}, so there is no choice to limit",
         "group_limit": f"{_NO_CHOICE}, so there is no choice to limit",
         "capacity_factor": "hash routing drops nothing",

@@ -57,7 +57,7 @@ class DeepSeek(CheckpointFormat):
     def recipe_of(
         self, config: Mapping[str, Any], names: Collection[str], precision: str
     ) -> Translation:
-        """Translates every key that a forward depends on, or refuses its value."""
+        """Translates every key that a forward depends on, or raises `ConfigError`."""
         given = HfConfig(config, self.defaults)
         given.check(**self.allowed())
         rope, notices = yarn.rope_of(config, given.count("max_position_embeddings"))
@@ -120,7 +120,7 @@ class DeepSeek(CheckpointFormat):
         return blocks
 
     def config_of(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the configuration of a recipe's model, or refuses what no configuration can express."""
+        """Returns the configuration of a recipe's model, or raises `ConfigError` for what it cannot express."""
         layout = layout_of(recipe)
         model = recipe["model"]
         attention = layout.attention

@@ -142,7 +142,7 @@ def block_path(depth: int) -> str:
 
 
 def _shifted(context: SequenceContext, k: int) -> SequenceContext:
-    """The context of depth k's block: position i stands for token i + k and for the state of position i.
+    """The context of depth k's block: position i holds token i + k and the state of position i.
 
     A row whose two halves come from different documents keeps the document of its state. No later row of
     that document exists, so no row whose loss counts can read it.

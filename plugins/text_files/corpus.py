@@ -23,7 +23,7 @@ class TextFiles(Corpus):
         paths: list[str] = setting(
             doc="globs of .txt and .jsonl files (`**` descends into folders, `~` is home)"
         )
-        text_key: str = setting("text", doc="in .jsonl files, the key that holds a document's text")
+        text_key: str = setting("text", doc="the key that holds a document's text in .jsonl files")
 
         def check(self, parent: Any) -> None:
             """Raises `ConfigError` where there is no glob."""

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from lab import Lab
 
 
-def cost_of(name: str, *overrides: str, **asked: Any) -> dict[str, Any] | None:
+def cost_of(name: str, *overrides: str, **options: Any) -> dict[str, Any] | None:
     """`gpu_hours` of the description."""
     found: dict[str, Any] | None = document_of(
-        core.compose(name, overrides), DescribeOptions(**asked)
+        core.compose(name, overrides), DescribeOptions(**options)
     )["gpu_hours"]
     return found
 
@@ -67,8 +67,8 @@ def test_fp32_says_nothing_of_a_bf16_peak() -> None:
 
 def test_the_hours_are_printed_with_what_they_assume(lab: "Lab") -> None:
     assert "-hours:" not in lab.command("describe", lab.file).out
-    said = lab.command("describe", lab.file, "--mfu", "0.4", "--gpu-peak", "100")
-    assert "GPU-hours: " in said.out
-    assert "at 40.00% of 100 TFLOPS (as given)" in said.out
+    result = lab.command("describe", lab.file, "--mfu", "0.4", "--gpu-peak", "100")
+    assert "GPU-hours: " in result.out
+    assert "at 40.00% of 100 TFLOPS (as given)" in result.out
     document = json.loads(lab.command("describe", lab.file, "--json").out)
     assert document["gpu_hours"] is None

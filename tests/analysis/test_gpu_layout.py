@@ -1,4 +1,4 @@
-"""Layouts: which are refused, in one sentence, and how layers become stages."""
+"""Layouts: the error messages for impossible ones, and how layers become stages."""
 
 import json
 from typing import TYPE_CHECKING
@@ -106,8 +106,8 @@ def test_stages_are_even_and_the_ends_are_the_shorter_ones() -> None:
             ["--layout", "data=4,pipeline=2", "--schedule", "dualpipe"],
             "at least twice the 2 stages; a step has 2 of 1",
         ),
-        (["--microbatch", "1"], "--microbatch belongs to a layout"),
-        (["--schedule", "1f1b"], "--schedule belongs to a layout"),
+        (["--microbatch", "1"], "--microbatch needs a layout"),
+        (["--schedule", "1f1b"], "--schedule needs a layout"),
         (
             ["--layout", "data=2", "--compare", "dsv3_small"],
             "--layout describes one recipe: leave out --compare",
@@ -118,17 +118,17 @@ def test_stages_are_even_and_the_ends_are_the_shorter_ones() -> None:
     ],
 )
 def test_a_command_left_with_one_sentence(lab: "Lab", arguments: list[str], sentence: str) -> None:
-    said = lab.command("describe", lab.file, *arguments)
-    assert said.code == 2
-    assert sentence in said.sentence
-    assert said.out == ""
+    result = lab.command("describe", lab.file, *arguments)
+    assert result.code == 2
+    assert sentence in result.sentence
+    assert result.out == ""
 
 
 def test_a_layout_is_one_json_document_and_a_table(lab: "Lab") -> None:
     arguments = ["--layout", "data=2,expert=2,pipeline=3"]
-    said = lab.command("describe", lab.file, "--json", *arguments)
-    assert said.code == 0, said.err
-    layout = json.loads(said.out)["layout"]
+    result = lab.command("describe", lab.file, "--json", *arguments)
+    assert result.code == 0, result.err
+    layout = json.loads(result.out)["layout"]
     assert (layout["gpus"], layout["axes"]) == (6, {"data": 2, "expert": 2, "pipeline": 3})
     assert [row["blocks"] for row in layout["stages"]] == [
         ["blocks.0"],

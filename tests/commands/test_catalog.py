@@ -93,9 +93,9 @@ def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 def listed(lab: Lab) -> dict[str, dict[str, Any]]:
     """The rows of foreign distributions by name."""
-    said = lab.command("catalog", "--json")
-    assert said.code == 0, said.err
-    rows = json.loads(said.out)
+    result = lab.command("catalog", "--json")
+    assert result.code == 0, result.err
+    rows = json.loads(result.out)
     assert {row["status"] for row in rows if row["distribution"] == "moeloom"} == {"ok"}
     return {row["name"]: row for row in rows if row["distribution"] != "moeloom"}
 
@@ -136,9 +136,9 @@ def test_the_list_reports_what_is_disabled(
 
 
 def test_the_table_has_every_row_in_100_columns(lab: Lab, strangers: Path) -> None:
-    said = lab.command("catalog")
-    assert said.code == 0, said.err
-    lines = said.out.splitlines()
+    result = lab.command("catalog")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
     assert max(map(len, lines)) <= 100
     cells = [
         [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines
@@ -147,7 +147,7 @@ def test_the_table_has_every_row_in_100_columns(lab: Lab, strangers: Path) -> No
     assert ["corpus", "probe", "loom", "2.3", "ok"] in cells
     assert ["corpus", "odd", "loom", "2.3", "broken"] in cells
     assert ["?", "sad", "sad", "2.3", "broken"] in cells
-    text = " ".join(said.out.split())
+    text = " ".join(result.out.split())
     assert "sad of sad is broken: OSError: no GPU" in text
     assert " broken: corpus 'odd' of loom (loom_parts:Odd): Odd.Config.words is of type" in text
 
@@ -160,10 +160,10 @@ def test_strict_makes_a_broken_plugin_an_error(
         ["show", "corpus", "probe"],
         ["new", "router", "my_router", str(strangers / "mine")],
     ):
-        said = lab.command("catalog", *arguments)
-        assert said.code == 2
+        result = lab.command("catalog", *arguments)
+        assert result.code == 2
         assert (
-            said.sentence
+            result.sentence
             == "plugin 'sad' of sad 2.3 is broken: OSError: no GPU (MOELOOM_STRICT_PLUGINS=1)"
         )
 
@@ -172,13 +172,13 @@ def test_strict_lists_everything_and_then_names_all_that_is_broken(
     lab: Lab, strangers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = {arguments: lab.command("catalog", *arguments) for arguments in ((), ("--json",))}
-    assert {(said.code, said.err) for said in free.values()} == {(0, "")}
+    assert {(result.code, result.err) for result in free.values()} == {(0, "")}
     monkeypatch.setenv("MOELOOM_STRICT_PLUGINS", "1")
     for arguments, before in free.items():
-        said = lab.command("catalog", *arguments)
-        assert said.code == 2
-        assert said.out == before.out
-        assert said.sentence == (
+        result = lab.command("catalog", *arguments)
+        assert result.code == 2
+        assert result.out == before.out
+        assert result.sentence == (
             "corpus 'lost' of loom 2.3, corpus 'odd' of loom 2.3, plugin 'sad' of sad 2.3 are broken "
             "(MOELOOM_STRICT_PLUGINS=1)"
         )
@@ -191,10 +191,10 @@ def test_a_broken_plugin_is_reported_once_by_show(lab: Lab, strangers: Path) -> 
         warnings.resetwarnings()
         run_command_here("catalog", "show", "corpus", "prob")
 
-    said = forked(work)
-    assert said.code == 2
-    assert said.err.count("OSError: no GPU") == 1
-    assert "did you mean probe" in said.sentence
+    result = forked(work)
+    assert result.code == 2
+    assert result.err.count("OSError: no GPU") == 1
+    assert "did you mean probe" in result.sentence
 
 
 def test_one_component_is_shown_in_full(lab: Lab) -> None:
@@ -204,9 +204,9 @@ def test_one_component_is_shown_in_full(lab: Lab) -> None:
         shown["refuses"]["top_k"]
         == "Switch takes one expert for every token; gshard_dropless takes any number"
     )
-    said = lab.command("catalog", "show", "router", "switch")
-    assert said.code == 0, said.err
-    lines = said.out.splitlines()
+    result = lab.command("catalog", "show", "router", "switch")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[0].startswith("router switch  (moeloom ")
     for line in (
@@ -230,21 +230,21 @@ def test_one_component_is_shown_in_full(lab: Lab) -> None:
     ids="-".join,
 )
 def test_every_component_is_shown_in_100_columns(entry: tuple[str, str], lab: Lab) -> None:
-    said = lab.command("catalog", "show", *entry)
-    assert said.code == 0, said.err
-    assert max(map(len, said.out.splitlines())) <= 100
-    example = said.out.partition("\nexample:\n")[2].partition("\n\ncontract (")[0]
+    result = lab.command("catalog", "show", *entry)
+    assert result.code == 0, result.err
+    assert max(map(len, result.out.splitlines())) <= 100
+    example = result.out.partition("\nexample:\n")[2].partition("\n\ncontract (")[0]
     assert yaml.safe_load(example)[entry[0]]["name"] == entry[1]
 
 
 def test_sections_of_a_components_own_are_shown_with_their_keys(lab: Lab, strangers: Path) -> None:
-    said = lab.command("catalog", "show", "corpus", "probe").out
+    output = lab.command("catalog", "show", "corpus", "probe").out
     assert (
         "  parts: list[Part]  [default []]\n      what it is made of\n      weight: float  [default 1.0]\n"
-        in said
+        in output
     )
-    assert "  limits: list[float]  [default [0.0, inf]]" in said
-    assert "capabilities:\n  tidy\n" in said
+    assert "  limits: list[float]  [default [0.0, inf]]" in output
+    assert "capabilities:\n  tidy\n" in output
     shown = json.loads(lab.command("catalog", "show", "corpus", "probe", "--json").out)
     assert shown["schema"]["parts"]["keys"]["weight"]["default"] == 1.0
     assert shown["example"]["limits"] == [1, 2]
@@ -252,9 +252,9 @@ def test_sections_of_a_components_own_are_shown_with_their_keys(lab: Lab, strang
 
 def new(lab: Lab, slot: str, name: str, folder: Path) -> list[str]:
     """Writes a package and returns the files that the command lists."""
-    said = lab.command("catalog", "--json", "new", slot, name, folder)
-    assert said.code == 0, said.err
-    document = json.loads(said.out)
+    result = lab.command("catalog", "--json", "new", slot, name, folder)
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
     assert document["folder"] == str(folder)
     return list(document["files"])
 
@@ -296,9 +296,9 @@ def test_a_new_package_passes_its_own_tests_and_the_kit(
             pytest.main(["-q", "-p", "no:cacheprovider", *kit, "--moeloom-plugin", name])
         )
 
-    said = forked(work)
-    assert said.code == 0, said.out + said.err
-    passed = re.search(r"(\d+) passed", said.out)
+    result = forked(work)
+    assert result.code == 0, result.out + result.err
+    passed = re.search(r"(\d+) passed", result.out)
     assert passed
     assert int(passed[1]) > 2 + 5  # its own tests, and the kit's
 
@@ -308,7 +308,7 @@ def test_a_new_package_trains(lab: Lab, tmp_path: Path, monkeypatch: pytest.Monk
     new(lab, "router", "my_router", tmp_path / "mine")
     monkeypatch.syspath_prepend(tmp_path / "mine")
     override = "model.blocks.moe.ffn.router={name: my_router, top_k: 2}"
-    said = lab.command(
+    result = lab.command(
         "fit",
         lab.file,
         "plugins=[my_router]",
@@ -317,7 +317,7 @@ def test_a_new_package_trains(lab: Lab, tmp_path: Path, monkeypatch: pytest.Monk
         "--out",
         tmp_path / "run",
     )
-    assert said.code == 0, said.err
+    assert result.code == 0, result.err
     used = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert "my_router" in json.dumps(used)
 
@@ -332,7 +332,7 @@ def test_a_name_that_the_module_needs_for_something_else_gets_its_slots_behind_i
     assert "routing.router:RoutingRouter" in (tmp_path / "mine/routing/__init__.py").read_text()
 
 
-REFUSED = {
+IMPOSSIBLE = {
     ("ruoter", "mine"): "there is no slot 'ruoter'; did you mean router? known: ",
     (
         "corpus",
@@ -366,13 +366,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("slot", "name"), REFUSED, ids="-".join)
+@pytest.mark.parametrize(("slot", "name"), IMPOSSIBLE, ids="-".join)
 def test_a_package_that_cannot_be_is_refused(
     slot: str, name: str, lab: Lab, tmp_path: Path
 ) -> None:
-    said = lab.command("catalog", "new", slot, name, tmp_path / "mine")
-    assert said.code == 2
-    assert said.sentence.startswith(REFUSED[slot, name])
+    result = lab.command("catalog", "new", slot, name, tmp_path / "mine")
+    assert result.code == 2
+    assert result.sentence.startswith(IMPOSSIBLE[slot, name])
     assert not (tmp_path / "mine").exists()
 
 
@@ -385,14 +385,14 @@ def test_a_folder_that_is_not_free_is_left_alone(kind: str, lab: Lab, tmp_path: 
     else:
         folder.write_text("mine")
     target = folder / "below" if kind == "closed" else folder
-    said = lab.command("catalog", "new", "router", "my_router", target)
-    assert said.code == 2
+    result = lab.command("catalog", "new", "router", "my_router", target)
+    assert result.code == 2
     why = (
         "cannot be written: Not a directory"
         if kind == "closed"
         else "exists already and is not an empty folder"
     )
-    assert said.sentence.startswith(f"{target} {why}")
+    assert result.sentence.startswith(f"{target} {why}")
     assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["mine"]
 
 

@@ -22,9 +22,9 @@ CHOICE = (f"{ROUTER}={{name: expert_choice, top_k: 2, group: batch}}", NO_LOSS)
 @pytest.fixture(scope="module")
 def small(lab: Lab) -> dict[str, Any]:
     """What `describe --json` says of the small recipe."""
-    said = lab.command("describe", lab.file, "--json")
-    assert said.code == 0, said.err
-    return dict(json.loads(said.out))
+    result = lab.command("describe", lab.file, "--json")
+    assert result.code == 0, result.err
+    return dict(json.loads(result.out))
 
 
 def test_describe_has_every_promised_key(small: dict[str, Any]) -> None:
@@ -81,9 +81,9 @@ def test_flops_are_six_per_active_parameter_and_the_causal_half_of_attention(
 
 
 def test_a_table_of_integers_is_no_parameter(lab: Lab, small: dict[str, Any]) -> None:
-    said = lab.command("describe", lab.file, f"{ROUTER}={{name: hash}}", NO_LOSS, "--json")
-    assert said.code == 0, said.err
-    document = json.loads(said.out)
+    result = lab.command("describe", lab.file, f"{ROUTER}={{name: hash}}", NO_LOSS, "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
     centroids, biases = 8 * 32, 8
     for key in ("params_total", "params_mtp"):  # a layer with experts in each
         assert small[key] - document[key] == centroids + biases
@@ -120,8 +120,8 @@ def test_P13_every_loss_term_is_reported_with_its_coefficient(small: dict[str, A
 
 
 def test_the_precision_of_every_role_is_reported(lab: Lab) -> None:
-    said = lab.command("describe", lab.file, "precision.name=bf16", "--json")
-    roles = json.loads(said.out)["precision"]
+    result = lab.command("describe", lab.file, "precision.name=bf16", "--json")
+    roles = json.loads(result.out)["precision"]
     assert roles["router"] == {"kept": "float32", "computed": "float32", "path": "float32 product"}
     assert roles["experts.down"] == {
         "kept": "float32",
@@ -143,9 +143,9 @@ def test_plugins_come_with_their_owners(small: dict[str, Any]) -> None:
 
 
 def test_compare_is_one_document_for_all(lab: Lab, small: dict[str, Any]) -> None:
-    said = lab.command("describe", lab.file, "--json", "--compare", lab.file, "dsv3_small")
-    assert said.code == 0, said.err
-    documents = json.loads(said.out)
+    result = lab.command("describe", lab.file, "--json", "--compare", lab.file, "dsv3_small")
+    assert result.code == 0, result.err
+    documents = json.loads(result.out)
     assert [document["params_total"] for document in documents[:2]] == [small["params_total"]] * 2
     assert documents[2]["recipe"].endswith("dsv3_small.yaml")
 
@@ -162,12 +162,14 @@ def test_recipes_to_compare_and_their_overrides_come_in_any_order(lab: Lab, tmp_
         ("--compare", lab.file, dim, odd),
     ]
     results = [lab.command("describe", "--json", *form) for form in forms]
-    assert [said.code for said in results] == [0] * len(forms), [said.err for said in results]
+    assert [result.code for result in results] == [0] * len(forms), [
+        result.err for result in results
+    ]
     documents = json.loads(results[0].out)
     assert [document["recipe"] for document in documents] == [str(lab.file), str(odd)]
     assert {document["params_total"] for document in documents} == {documents[0]["params_total"]}
     assert documents[0]["layers"][0]["parameters"] == 300 * 64
-    assert all(json.loads(said.out) == documents for said in results)
+    assert all(json.loads(result.out) == documents for result in results)
 
 
 def test_one_recipe_to_compare_is_a_list_of_one(lab: Lab) -> None:
@@ -177,16 +179,16 @@ def test_one_recipe_to_compare_is_a_list_of_one(lab: Lab) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("--json",), ("--compare", "model.dim=64")])
 def test_a_recipe_must_be_named(lab: Lab, arguments: tuple[str, ...]) -> None:
-    said = lab.command("describe", *arguments)
-    assert said.code == 2
-    assert said.sentence.startswith("RECIPE is missing")
+    result = lab.command("describe", *arguments)
+    assert result.code == 2
+    assert result.sentence.startswith("RECIPE is missing")
 
 
 def test_compare_sets_every_recipe_in_a_row_of_100_columns(lab: Lab) -> None:
     names = [name for name in shipped_recipes() if name.startswith("baselines/")]
-    said = lab.command("describe", "--compare", "dsv3_small", *names)
-    assert said.code == 0, said.err
-    lines = said.out.splitlines()
+    result = lab.command("describe", "--compare", "dsv3_small", *names)
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
     assert max(map(len, lines)) <= 100
     rows = {line.split()[0]: line.split()[1:] for line in lines[3 : 3 + 1 + len(names)]}
     assert list(rows) == ["dsv3_small", *(name.removeprefix("baselines/") for name in names)]
@@ -202,11 +204,11 @@ def test_compare_says_what_is_not_held_equal(lab: Lab, tmp_path: Path) -> None:
     model = "model: {dim: 64, attention: {name: mha, heads: 4}}"
     changed = [model, "data: {sequence_length: 8}", "budget: {steps: 24}", "optimizer: {lr: 0.001}"]
     other.write_text("\n".join([f"extends: {lab.file}", *changed]), encoding="utf-8")
-    said = lab.command("describe", "--compare", lab.file, other)
-    assert said.code == 0, said.err
+    result = lab.command("describe", "--compare", lab.file, other)
+    assert result.code == 0, result.err
     differences = [
         line.removeprefix("not equal: ")
-        for line in said.out.splitlines()
+        for line in result.out.splitlines()
         if line.startswith("not equal: ")
     ]
     assert differences == [
@@ -221,11 +223,11 @@ def test_compare_says_what_is_not_held_equal(lab: Lab, tmp_path: Path) -> None:
 
 def test_the_tables_are_for_people(lab: Lab) -> None:
     for arguments in ([], ["--compare", "dsv3_small"]):
-        said = lab.command("describe", lab.file, *arguments)
-        assert said.code == 0, said.err
-        assert "params_total" in said.out
-        assert "6 x active parameters" in said.out
-        assert said.err == ""
+        result = lab.command("describe", lab.file, *arguments)
+        assert result.code == 0, result.err
+        assert "params_total" in result.out
+        assert "6 x active parameters" in result.out
+        assert result.err == ""
 
 
 @pytest.mark.parametrize("command", ["describe", "fit"])
@@ -237,27 +239,29 @@ def test_a_dry_look_writes_nothing(
     arguments = (
         ["--dry-run", "--json", "--out", tmp_path / "run"] if command == "fit" else ["--json"]
     )
-    said = lab.command(command, lab.file, *arguments)
-    assert said.code == 0, said.err
-    assert json.loads(said.out)["steps"] == 12
+    result = lab.command(command, lab.file, *arguments)
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["steps"] == 12
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_an_override_drops_is_reported_on_stderr(lab: Lab) -> None:
     gqa = "model.attention.name=mha"
-    said = lab.command("fit", lab.file, gqa, "--dry-run", "--json")
-    assert said.code == 0, said.err
+    result = lab.command("fit", lab.file, gqa, "--dry-run", "--json")
+    assert result.code == 0, result.err
     dropped = [
-        line.split()[1].rstrip(":") for line in said.err.splitlines() if line.startswith("dropped ")
+        line.split()[1].rstrip(":")
+        for line in result.err.splitlines()
+        if line.startswith("dropped ")
     ]
     assert {"model.attention.q_rank", "model.attention.kv_rank"} <= set(dropped)
-    assert json.loads(said.out)["dropped_keys"] == dropped
+    assert json.loads(result.out)["dropped_keys"] == dropped
 
 
 def test_the_catalog_lists_every_built_in_component(lab: Lab) -> None:
-    said = lab.command("catalog", "--json")
-    assert said.code == 0, said.err
-    listed = json.loads(said.out)
+    result = lab.command("catalog", "--json")
+    assert result.code == 0, result.err
+    listed = json.loads(result.out)
     assert all(
         {"slot", "name", "distribution", "version", "module", "status", "schema"} <= row.keys()
         for row in listed
@@ -283,9 +287,9 @@ def test_the_catalog_shows_one_component(lab: Lab) -> None:
         ["show", "router", "deepseek_v3", "--json"],
         ["--json", "show", "router", "deepseek_v3"],
     ):
-        said = lab.command("catalog", *command)
-        assert said.code == 0, said.err
-        shown = json.loads(said.out)
+        result = lab.command("catalog", *command)
+        assert result.code == 0, result.err
+        shown = json.loads(result.out)
         assert {
             "doc",
             "paper",
@@ -297,8 +301,8 @@ def test_the_catalog_shows_one_component(lab: Lab) -> None:
         } <= shown.keys()
         assert "selects_with_bias" in shown["capabilities"]
         assert shown["example"]["name"] == "deepseek_v3"
-    said = lab.command("catalog", "show", "router", "deepseek_v3")
-    assert "top_k: int  [required]" in said.out
+    result = lab.command("catalog", "show", "router", "deepseek_v3")
+    assert "top_k: int  [required]" in result.out
     assert "deepseek_v3" in lab.command("catalog").out
 
 
@@ -310,9 +314,9 @@ def test_the_catalog_shows_one_component(lab: Lab) -> None:
     ],
 )
 def test_the_catalog_names_what_is_near(lab: Lab, arguments: list[str], sentence: str) -> None:
-    said = lab.command("catalog", *arguments)
-    assert said.code == 2
-    assert sentence in said.sentence
+    result = lab.command("catalog", *arguments)
+    assert result.code == 2
+    assert sentence in result.sentence
 
 
 def test_a_reader_that_closes_early_is_no_error(lab: Lab, tmp_path: Path) -> None:
@@ -327,6 +331,6 @@ def test_a_reader_that_closes_early_is_no_error(lab: Lab, tmp_path: Path) -> Non
         os.dup2(writing, 1)
         run_command_here("catalog", "--json")
 
-    said = forked(work)
-    assert said.code == 141
-    assert said.err == ""
+    result = forked(work)
+    assert result.code == 141
+    assert result.err == ""

@@ -9,7 +9,7 @@ from lab import Lab, rows, write_texts
 
 
 @pytest.fixture(scope="module")
-def said(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+def chatty_run(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A short run of the command that prints all it can, with overrides on both sides of an option."""
     run = tmp_path_factory.mktemp("command") / "run"
     chatty = (
@@ -20,14 +20,16 @@ def said(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]
     return lab.command("fit", lab.file, *chatty, "--out", run, "budget.steps=6", "--json"), run
 
 
-def test_json_is_the_summary_and_nothing_else_on_stdout(said: tuple[Any, Path]) -> None:
-    done, run = said
+def test_json_is_the_summary_and_nothing_else_on_stdout(chatty_run: tuple[Any, Path]) -> None:
+    done, run = chatty_run
     assert done.code == 0, done.err
     assert json.loads(done.out) == json.loads((run / "summary.json").read_text())
 
 
-def test_the_progress_bar_shows_loss_max_vio_and_speed_on_stderr(said: tuple[Any, Path]) -> None:
-    done, run = said
+def test_the_progress_bar_shows_loss_max_vio_and_speed_on_stderr(
+    chatty_run: tuple[Any, Path],
+) -> None:
+    done, run = chatty_run
     assert f"run folder: {run}" in done.err
     for word in ("6/6", "loss", "MaxVio", "tokens/s"):
         assert word in done.err

@@ -34,9 +34,9 @@ def test_greedy_text_is_the_argmax_of_the_full_forward_step_by_step(
     expected = list(
         takewhile(lambda t: t != 0, greedy(finished, [0, *tokenizer.encode(prompt)], 24))
     )
-    said = lab.command("generate", finished, "--prompt", prompt, "--tokens", "24", "--json")
-    assert said.code == 0, said.err
-    document = json.loads(said.out)
+    result = lab.command("generate", finished, "--prompt", prompt, "--tokens", "24", "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
     assert document.keys() >= {"prompt", "text", "tokens", "tokens_per_second"}
     assert (document["prompt"], document["text"]) == (prompt, tokenizer.decode(expected))
     assert document["tokens"] == len(expected)
@@ -93,9 +93,9 @@ def test_a_stop_token_ends_the_text_and_is_not_written(finished: Path) -> None:
 def test_settings_that_cannot_be_are_refused(
     lab: Lab, finished: Path, arguments: list[str], sentence: str
 ) -> None:
-    said = lab.command("generate", finished, "--prompt", "a", *arguments)
-    assert said.code == 2
-    assert sentence in said.sentence
+    result = lab.command("generate", finished, "--prompt", "a", *arguments)
+    assert result.code == 2
+    assert sentence in result.sentence
 
 
 def test_a_short_table_of_positions_is_filled_and_not_passed(lab: Lab, tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_a_short_table_of_positions_is_filled_and_not_passed(lab: Lab, tmp_path:
     assert summary["steps"] == 1
     assert (tmp_path / "run/summary.json").exists()
     assert (tmp_path / "run/sample.txt").read_text().strip()
-    said = lab.command("generate", tmp_path / "run", "--prompt", "ab", "--json")
-    assert said.code == 0, said.err
+    result = lab.command("generate", tmp_path / "run", "--prompt", "ab", "--json")
+    assert result.code == 0, result.err
     prompt = len(Tokenizer.load(tmp_path / "run/tokenizer.json").encode("ab")) + 1
     ends = greedy(
         tmp_path / "run",
@@ -113,29 +113,29 @@ def test_a_short_table_of_positions_is_filled_and_not_passed(lab: Lab, tmp_path:
         25 - prompt,
     )
     assert 0 not in ends, "the text ended by itself"
-    assert json.loads(said.out)["tokens"] == 25 - prompt
+    assert json.loads(result.out)["tokens"] == 25 - prompt
     for arguments in (("ab", "--tokens", str(26 - prompt)), ("abc " * 40,)):
-        said = lab.command("generate", tmp_path / "run", "--prompt", *arguments)
-        assert said.code == 2
-        assert "together at most 25" in said.sentence
-        assert "model.rope.max_length = 24" in said.sentence
+        result = lab.command("generate", tmp_path / "run", "--prompt", *arguments)
+        assert result.code == 2
+        assert "together at most 25" in result.sentence
+        assert "model.rope.max_length = 24" in result.sentence
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "a"), ("evaluate",)])
 def test_a_folder_without_a_run_is_refused(
     lab: Lab, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    said = lab.command(command[0], tmp_path, *command[1:])
-    assert said.code == 2
+    result = lab.command(command[0], tmp_path, *command[1:])
+    assert result.code == 2
     assert (
-        said.sentence == f"{tmp_path}: no checkpoint here: give a run folder or a checkpoint file"
+        result.sentence == f"{tmp_path}: no checkpoint here: give a run folder or a checkpoint file"
     )
 
 
 def test_evaluate_gives_the_numbers_of_the_summary(lab: Lab, finished: Path) -> None:
-    said = lab.command("evaluate", finished, "--json")
-    assert said.code == 0, said.err
-    found, summary = json.loads(said.out), json.loads((finished / "summary.json").read_text())
+    result = lab.command("evaluate", finished, "--json")
+    assert result.code == 0, result.err
+    found, summary = json.loads(result.out), json.loads((finished / "summary.json").read_text())
     assert found["checkpoint"] == "step-00000012.ckpt"
     for key, of_summary in (
         *(("val_loss", "val_loss"), ("val_bits_per_byte", "val_bits_per_byte")),
@@ -146,8 +146,8 @@ def test_evaluate_gives_the_numbers_of_the_summary(lab: Lab, finished: Path) -> 
 
 
 def test_evaluate_sets_xz_beside_it(lab: Lab, finished: Path) -> None:
-    said = json.loads(lab.command("evaluate", finished, "--xz", "--json").out)
-    assert 0 < said["xz_bits_per_byte"] < 8
+    document = json.loads(lab.command("evaluate", finished, "--xz", "--json").out)
+    assert 0 < document["xz_bits_per_byte"] < 8
 
 
 def test_evaluate_takes_one_checkpoint_too(lab: Lab, finished: Path) -> None:
@@ -166,16 +166,16 @@ def test_evaluate_refuses_another_corpus(lab: Lab, finished: Path) -> None:
     kept = text.read_bytes()
     try:
         text.write_bytes(kept + b" more")
-        said = lab.command("evaluate", finished)
+        result = lab.command("evaluate", finished)
     finally:
         text.write_bytes(kept)
-    assert said.code == 2
-    assert "the corpus has changed since this run began" in said.sentence
+    assert result.code == 2
+    assert "the corpus has changed since this run began" in result.sentence
 
 
 def test_evaluate_refuses_a_corpus_without_held_out_documents(lab: Lab, tmp_path: Path) -> None:
     few = f"data.corpus.paths=[{lab.texts}/doc-0*.txt]"
     lab.fit(tmp_path / "run", few, "data.tokenizer.vocab=270", "budget.steps=1")
-    said = lab.command("evaluate", tmp_path / "run")
-    assert said.code == 2
-    assert "the corpus has no validation split (fewer than 11 documents)" in said.sentence
+    result = lab.command("evaluate", tmp_path / "run")
+    assert result.code == 2
+    assert "the corpus has no validation split (fewer than 11 documents)" in result.sentence

@@ -30,21 +30,21 @@ def test_a_notice_is_reported_at_every_command_and_kept(
     lab: Lab, tmp_path: Path, overrides: tuple[str, ...], words: str
 ) -> None:
     run = tmp_path / "run"
-    said = lab.command("fit", lab.file, *overrides, *QUICK, "--out", run, "--json")
-    assert said.code == 0, said.err
-    assert words in said.err
-    (notice,) = json.loads(said.out)["notices"]
+    result = lab.command("fit", lab.file, *overrides, *QUICK, "--out", run, "--json")
+    assert result.code == 0, result.err
+    assert words in result.err
+    (notice,) = json.loads(result.out)["notices"]
     assert words in notice
     for command, *arguments in (
         ("evaluate", run),
         ("generate", run, "--prompt", "a", "--tokens", "2"),
     ):
-        said = lab.command(command, *arguments)
-        assert said.code == 0, said.err
-        assert words in said.err
-        assert words not in said.out
-        said = lab.command(command, *arguments, "--json")
-        (notice,) = json.loads(said.out)["notices"]
+        result = lab.command(command, *arguments)
+        assert result.code == 0, result.err
+        assert words in result.err
+        assert words not in result.out
+        result = lab.command(command, *arguments, "--json")
+        (notice,) = json.loads(result.out)["notices"]
         assert words in notice
     finished = lab.command("fit", lab.file, *overrides, *QUICK, "--resume", run)
     assert words in finished.out
@@ -72,8 +72,8 @@ def test_a_balanced_hash_is_even_on_the_training_text_and_travels_with_the_weigh
     lab: Lab, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    said = lab.command("fit", lab.file, *BALANCED, *QUICK, "--out", run, "--json")
-    assert said.code == 0, said.err
+    result = lab.command("fit", lab.file, *BALANCED, *QUICK, "--out", run, "--json")
+    assert result.code == 0, result.err
     tables = [layer.router.table for layer in load(run).expert_layers().values()]
     recipe = lab.recipe(*BALANCED, *QUICK)
     data = text_data(recipe, plan_of(recipe))

@@ -286,7 +286,7 @@ def test_a_role_of_its_own_can_be_named_and_is_listed(lab: Lab) -> None:
     assert document_of(lab.recipe(*ALL["attention"], "precision.name=fp8_emulated"))["precision"][
         "tiny.mixed"
     ]["computed"].startswith("float8")
-    with pytest.raises(UserError, match="is no role"):
+    with pytest.raises(UserError, match="is not a role"):
         lab.recipe(
             "precision={name: fp8_emulated, high: [embedding, head, router, norm, tiny.mixed]}"
         )
@@ -400,8 +400,8 @@ def test_a_run_on_token_blocks_learns_answers_only_and_counts_every_token(
     assert found["load.blocks.1"].sum(dim=1).tolist() == [4 * 2 * 16 * 2] * 3, (
         "tokens x top-k, learned or not"
     )
-    said = lab.command("evaluate", tmp_path / "run", "--json")
-    assert said.code == 0, said.err
+    result = lab.command("evaluate", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
     assert any("val_loss" in row for row in rows(tmp_path / "run"))
 
 

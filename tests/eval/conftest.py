@@ -25,8 +25,8 @@ def exported(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """A trained run that transformers has an architecture for, and its export in the run's own format."""
     folder = tmp_path_factory.mktemp("exported")
     lab.fit(folder / "run", GROUPS, "budget.steps=60")
-    said = lab.command("convert", "to-hf", folder / "run", folder / "hf", "--dtype", "fp32")
-    assert said.code == 0, said.err
+    result = lab.command("convert", "to-hf", folder / "run", folder / "hf", "--dtype", "fp32")
+    assert result.code == 0, result.err
     return folder / "run", folder / "hf"
 
 

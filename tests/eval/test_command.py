@@ -60,26 +60,26 @@ def by_hand(run: Path, rows: list[dict[str, Any]]) -> dict[str, float]:
 def test_a_multiple_choice_task_gives_the_accuracy_of_the_likelihoods(
     lab: Lab, finished: Path, folder: Path
 ) -> None:
-    said = lab.command("evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--json")
-    assert said.code == 0, said.err
-    report = json.loads(said.out)
+    result = lab.command("evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
     assert report["checkpoint"] == "step-00000012.ckpt"
     assert (report["limit"], report["groups"], report["notices"]) == (None, {}, [])
-    result = report["tasks"]["chosen"]
-    assert (result["questions"], result["shots"], result["version"]) == (10, 0, 1.0)
+    chosen = report["tasks"]["chosen"]
+    assert (chosen["questions"], chosen["shots"], chosen["version"]) == (10, 0, 1.0)
     expected = by_hand(finished, ROWS)
-    assert {name: found["value"] for name, found in result["metrics"].items()} == pytest.approx(
+    assert {name: found["value"] for name, found in chosen["metrics"].items()} == pytest.approx(
         expected
     )
     share = expected["acc"]
-    assert result["metrics"]["acc"]["stderr"] == pytest.approx((share * (1 - share) / 9) ** 0.5)
-    assert "Scoring answers" in said.err
+    assert chosen["metrics"]["acc"]["stderr"] == pytest.approx((share * (1 - share) / 9) ** 0.5)
+    assert "Scoring answers" in result.err
 
 
 def test_a_limit_asks_the_first_questions_only_and_the_table_says_so(
     lab: Lab, finished: Path, folder: Path
 ) -> None:
-    said = lab.command(
+    result = lab.command(
         "evaluate",
         finished,
         "--tasks",
@@ -91,8 +91,8 @@ def test_a_limit_asks_the_first_questions_only_and_the_table_says_so(
         "--batch-size",
         "1",
     )
-    assert said.code == 0, said.err
-    lines = [line.split() for line in said.out.splitlines()]
+    assert result.code == 0, result.err
+    lines = [line.split() for line in result.out.splitlines()]
     expected = by_hand(finished, ROWS[:3])
     assert [line[:3] for line in lines] == [
         ["chosen", name, f"{expected[name]:.4f}"] for name in ("acc", "acc_norm")
@@ -108,11 +108,11 @@ def test_a_task_that_wants_text_gets_what_the_model_writes(
     answer = tokenizer.decode(ids[: ids.index(0)] if 0 in ids else ids)
     rows = [{"query": "abc", "answer": answer}, {"query": "abc", "answer": answer + "x"}]
     write_task(folder, "written", GENERATED, rows, stop="#")
-    said = lab.command(
+    result = lab.command(
         "evaluate", finished, "--tasks", "written,chosen", "--task-path", folder, "--json"
     )
-    assert said.code == 0, said.err
-    results = json.loads(said.out)["tasks"]
+    assert result.code == 0, result.err
+    results = json.loads(result.out)["tasks"]
     assert results["written"]["metrics"]["exact_match"]["value"] == 0.5
     assert set(results) == {"written", "chosen"}
 
@@ -127,25 +127,25 @@ def test_a_name_that_nobody_knows_comes_with_the_nearest(
     for name in ("hellaswag", "arc", "piqa"):
         shutil.copytree(theirs / name, tmp_path / "theirs" / name)
     monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(tmp_path / "theirs" / "manager.py"))
-    said = lab.command("evaluate", finished, "--tasks", "chosen,helaswag", "--task-path", folder)
-    assert said.code == 2
-    assert said.sentence.startswith(
+    result = lab.command("evaluate", finished, "--tasks", "chosen,helaswag", "--task-path", folder)
+    assert result.code == 2
+    assert result.sentence.startswith(
         f"--tasks: lm-evaluation-harness and {folder} has no task 'helaswag'; did you mean"
     )
-    assert " hellaswag" in said.sentence
-    said = lab.command("evaluate", finished, "--tasks", "harc_*")
+    assert " hellaswag" in result.sentence
+    result = lab.command("evaluate", finished, "--tasks", "harc_*")
     assert (
-        said.sentence
+        result.sentence
         == "--tasks: lm-evaluation-harness has no task 'harc_*'; did you mean arc_easy?"
     )
 
 
 def test_data_that_is_not_there_is_one_sentence(lab: Lab, finished: Path, folder: Path) -> None:
     (folder / "chosen.jsonl").unlink()
-    said = lab.command("evaluate", finished, "--tasks", "chosen", "--task-path", folder)
-    assert said.code == 2
-    assert said.sentence.startswith("--tasks chosen: cannot be loaded: ")
-    assert "chosen.jsonl" in said.sentence
+    result = lab.command("evaluate", finished, "--tasks", "chosen", "--task-path", folder)
+    assert result.code == 2
+    assert result.sentence.startswith("--tasks chosen: cannot be loaded: ")
+    assert "chosen.jsonl" in result.sentence
 
 
 @pytest.mark.parametrize(
@@ -158,27 +158,27 @@ def test_data_that_is_not_there_is_one_sentence(lab: Lab, finished: Path, folder
             ("--tasks", "a", "--task-path", "/no/such"),
             "--task-path /no/such: there is no such folder",
         ),
-        (("--tasks", "a", "--xz"), "--xz goes with validation, not with --tasks"),
-        (("--limit", "3"), "--limit goes with --tasks"),
-        (("--batch-size", "3"), "--batch-size goes with --tasks"),
-        (("--task-path", "."), "--task-path goes with --tasks"),
-        (("--device", "cpu"), "--device goes with --tasks"),
+        (("--tasks", "a", "--xz"), "--xz is for validation and cannot be combined with --tasks"),
+        (("--limit", "3"), "--limit needs --tasks"),
+        (("--batch-size", "3"), "--batch-size needs --tasks"),
+        (("--task-path", "."), "--task-path needs --tasks"),
+        (("--device", "cpu"), "--device needs --tasks"),
     ],
 )
 def test_options_that_cannot_be_are_refused(
     lab: Lab, finished: Path, arguments: tuple[str, ...], sentence: str
 ) -> None:
-    said = lab.command("evaluate", finished, *arguments)
-    assert said.code == 2
-    assert said.sentence.startswith(sentence)
+    result = lab.command("evaluate", finished, *arguments)
+    assert result.code == 2
+    assert result.sentence.startswith(sentence)
 
 
 def test_a_device_that_is_not_here_is_refused(lab: Lab, finished: Path, folder: Path) -> None:
-    said = lab.command(
+    result = lab.command(
         "evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--device", "nonsense"
     )
-    assert said.code == 2
-    assert said.sentence.startswith("--device nonsense: the model cannot go there: ")
+    assert result.code == 2
+    assert result.sentence.startswith("--device nonsense: the model cannot go there: ")
 
 
 def test_a_gpu_that_a_part_cannot_run_on_is_refused(
@@ -204,10 +204,10 @@ def test_without_the_harness_it_says_what_to_install(finished: Path) -> None:
         sys.modules.pop("core.harness.tasks", None)
         run_command_here("evaluate", finished, "--tasks", "chosen")
 
-    said = forked(run)
-    assert said.code == 2
+    result = forked(run)
+    assert result.code == 2
     assert (
-        said.sentence
+        result.sentence
         == "--tasks needs lm-evaluation-harness, not installed here: pip install 'moeloom[eval]'"
     )
 
@@ -224,6 +224,6 @@ def test_validation_imports_no_harness(lab: Lab, finished: Path) -> None:
             found = [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]
             print(f"found {found}", file=sys.stderr)
 
-    said = forked(run)
-    assert said.code == 0, said.err
-    assert "found []" in said.err
+    result = forked(run)
+    assert result.code == 0, result.err
+    assert "found []" in result.err

@@ -34,11 +34,15 @@ def wrapped(
     *,
     markers: Markers = Markers(),  # noqa: B008 - frozen
     batch_size: int = 4,
-    said: list[str] | None = None,
+    messages: list[str] | None = None,
 ) -> Any:
     """The model for the harness; its messages are appended to a list."""
     return HarnessModel(
-        model, tokenizer, markers, batch_size=batch_size, say=([] if said is None else said).append
+        model,
+        tokenizer,
+        markers,
+        batch_size=batch_size,
+        say=([] if messages is None else messages).append,
     )
 
 
@@ -99,30 +103,32 @@ def test_a_spelt_out_marker_is_text(ours: Any) -> None:
 def test_what_does_not_fit_is_cut_from_the_left_and_reported(
     model: LanguageModel, tokenizer: Tokenizer
 ) -> None:
-    said: list[str] = []
-    ours = wrapped(model, tokenizer, said=said)
+    messages: list[str] = []
+    ours = wrapped(model, tokenizer, messages=messages)
     long = " ".join(["xyz"] * 12)
     whole = [0, *tokenizer.encode(long + " a")]
     assert len(whole) > LONGEST + 1
     ((value, _), _) = scored(ours, (long, " a"), ("b", " a"))
     count = len(whole) - 1 - len(tokenizer.encode(long))
     assert value == pytest.approx(log_likelihood(model, whole[-(LONGEST + 1) :], count), abs=EXACT)
-    assert said == [f"note: 1 of 2 texts lost their beginning: the model reads {LONGEST} tokens"]
+    assert messages == [
+        f"note: 1 of 2 texts lost their beginning: the model reads {LONGEST} tokens"
+    ]
 
 
 def test_a_text_that_just_fits_keeps_its_beginning(
     model: LanguageModel, tokenizer: Tokenizer
 ) -> None:
     """The last token is predicted and never read, so one more than the model reads."""
-    said: list[str] = []
-    ours = wrapped(model, tokenizer, said=said)
+    messages: list[str] = []
+    ours = wrapped(model, tokenizer, messages=messages)
     context = "?" * (LONGEST - len(tokenizer.encode(" zz")))
     whole = [0, *tokenizer.encode(context + " zz")]
     assert len(whole) == LONGEST + 1
     ((value, _),) = scored(ours, (context, " zz"))
     count = len(tokenizer.encode(" zz"))
     assert value == pytest.approx(log_likelihood(model, whole, count), abs=EXACT)
-    assert said == []
+    assert messages == []
 
 
 def test_an_answer_longer_than_what_the_model_reads_is_refused(ours: Any) -> None:
@@ -172,8 +178,8 @@ def test_rolling_scores_come_back_in_order(ours: Any) -> None:
     assert together[1] == 0.0
 
 
-def written(ours: Any, *asked: tuple[str, dict[str, Any]]) -> list[str]:
-    return ours.generate_until([HarnessRequest(one) for one in asked], disable_tqdm=True)
+def written(ours: Any, *requests: tuple[str, dict[str, Any]]) -> list[str]:
+    return ours.generate_until([HarnessRequest(one) for one in requests], disable_tqdm=True)
 
 
 def test_what_is_written_is_greedy_and_as_long_as_asked(
@@ -260,9 +266,11 @@ def test_of_two_stops_in_one_token_the_earlier_cuts(ours: Any) -> None:
 
 def test_answers_in_batches_are_those_alone(model: LanguageModel, tokenizer: Tokenizer) -> None:
     prompts = ["abc", "def", "abd", "b", "c", "abc de"]
-    asked = [(prompt, {"until": ["a"], "max_gen_toks": 7}) for prompt in prompts]
-    together = written(wrapped(model, tokenizer, batch_size=6), *asked)
-    assert together == [written(wrapped(model, tokenizer, batch_size=1), one)[0] for one in asked]
+    requests = [(prompt, {"until": ["a"], "max_gen_toks": 7}) for prompt in prompts]
+    together = written(wrapped(model, tokenizer, batch_size=6), *requests)
+    assert together == [
+        written(wrapped(model, tokenizer, batch_size=1), one)[0] for one in requests
+    ]
 
 
 def test_a_long_prompt_leaves_package_for_the_answer(

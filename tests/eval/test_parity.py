@@ -1,4 +1,4 @@
-"""Real questions, asked of the same model twice: by us, and by the harness's own `hf` model on the export."""
+"""Real tasks, run on the same model twice: by us, and by the harness's own `hf` model on the export."""
 
 import gzip
 import json
@@ -41,14 +41,14 @@ def shipped(name: str) -> Iterator[dict[str, Any]]:
         rows = (json.loads(line) for line in lines)
         real = (row for row in rows if row["doc_id"] < UNCONDITIONAL)
         for _, answers in groupby(real, key=lambda row: row["doc_id"]):
-            asked = list(answers)
-            texts = [row["request"]["continuation"] for row in asked]
+            samples = list(answers)
+            texts = [row["request"]["continuation"] for row in samples]
             assert all(text.startswith(" ") for text in texts)  # the harness puts the space itself
-            assert len({row["request"]["context"] for row in asked}) == 1
+            assert len({row["request"]["context"] for row in samples}) == 1
             yield {
-                "query": asked[0]["request"]["context"],
+                "query": samples[0]["request"]["context"],
                 "choices": [text[1:] for text in texts],
-                "gold": asked[0]["label"],
+                "gold": samples[0]["label"],
             }
 
 
@@ -85,9 +85,9 @@ def test_real_questions_get_the_same_answers_through_transformers(
     from lm_eval.models.huggingface import HFLM
 
     run, folder = exported
-    said: list[str] = []
+    messages: list[str] = []
     tokenizer, markers = Tokenizer.load(run / "tokenizer.json"), markers_of(RunFolder(run))
-    ours = HarnessModel(core.load(run), tokenizer, markers, batch_size=16, say=said.append)
+    ours = HarnessModel(core.load(run), tokenizer, markers, batch_size=16, say=messages.append)
     theirs = HFLM(
         pretrained=str(folder),
         device="cpu",
@@ -116,4 +116,4 @@ def test_real_questions_get_the_same_answers_through_transformers(
         f"{len(differences)} answers, largest difference {max(differences):.2g} nats, near-ties: {ties}"
     )
     assert max(differences) <= CLOSE
-    assert said == []
+    assert messages == []

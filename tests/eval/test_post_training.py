@@ -43,7 +43,7 @@ def stepped(
         "before": before,
         "model": trainer.model,
         "log": log,
-        "said": back.out + back.err,
+        "printed": back.out + back.err,
         "run": folder / "back",
         "tuned": folder / "tuned",
     }
@@ -151,7 +151,7 @@ def test_transformers_drops_the_multi_token_head_and_the_way_back_says_so(
     stepped: dict[str, Any],
 ) -> None:
     assert not any("layers.2" in name for name in stepped["before"])
-    assert "no multi-token head" in stepped["said"]
+    assert "no multi-token head" in stepped["printed"]
     assert set(dict(core.load(stepped["run"]).loss_heads())) == {"next_token"}
 
 
@@ -168,16 +168,14 @@ def test_what_came_back_is_a_run_like_any_other(
         ("generate", "--prompt", "abc", "--tokens", "4"),
         ("evaluate", "--tasks", "one", "--task-path", tmp_path / "tasks"),
     ):
-        said = lab.command(command, stepped["run"], *arguments, "--json")
-        assert said.code == 0, said.err
+        result = lab.command(command, stepped["run"], *arguments, "--json")
+        assert result.code == 0, result.err
     no_mtp = "model.heads.mtp=null"
     weights = f"initial_weights={stepped['run']}"
-    said_by_fit: list[str] = []
+    messages: list[str] = []
     recipe = lab.recipe(no_mtp, GROUPS, weights, "budget.steps=1", "optimizer.lr=1e-9")
-    summary = fit(recipe, RunFolder(tmp_path / "next"), say=said_by_fit.append)
-    assert not any("another tokenizer" in line for line in said_by_fit), (
-        "TRL saved the same entries"
-    )
+    summary = fit(recipe, RunFolder(tmp_path / "next"), say=messages.append)
+    assert not any("another tokenizer" in line for line in messages), "TRL saved the same entries"
     assert (stepped["run"] / "tokenizer.json").read_text() != (
         tmp_path / "next/tokenizer.json"
     ).read_text()

@@ -18,7 +18,7 @@ EXACT = 1e-10
 """Tolerance of sums of a few logarithms in fp64."""
 
 
-def requests(count: int, longest: int = 25) -> list[Request]:
+def random_requests(count: int, longest: int = 25) -> list[Request]:
     """Requests of many lengths, three to each context."""
     draw = random.Random(5)
     made = []
@@ -30,9 +30,9 @@ def requests(count: int, longest: int = 25) -> list[Request]:
 
 
 def test_only_the_tokens_of_the_continuation_count(model: LanguageModel) -> None:
-    asked = requests(30)
-    found = score(model, asked, batch_size=7)
-    for request, got in zip(asked, found, strict=True):
+    requests = random_requests(30)
+    found = score(model, requests, batch_size=7)
+    for request, got in zip(requests, found, strict=True):
         assert got.log_likelihood == pytest.approx(
             log_likelihood(model, request.ids, request.scored), abs=EXACT
         )
@@ -40,10 +40,10 @@ def test_only_the_tokens_of_the_continuation_count(model: LanguageModel) -> None
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_what_shares_a_batch_changes_nothing(model: LanguageModel, batch_size: int) -> None:
-    asked = requests(30)
+    requests = random_requests(30)
     for got, expected in zip(
-        score(model, asked, batch_size=batch_size),
-        score(model, asked[::-1], batch_size=5)[::-1],
+        score(model, requests, batch_size=batch_size),
+        score(model, requests[::-1], batch_size=5)[::-1],
         strict=True,
     ):
         assert got.log_likelihood == pytest.approx(expected.log_likelihood, abs=EXACT)
@@ -55,8 +55,8 @@ def test_nor_where_a_router_draws_and_drops(lab: Lab) -> None:
     ffn = "model.blocks.moe.ffn"
     gshard = f"{ffn}.router={{name: gshard, capacity_factor: 0.8}}"
     model = build(lab.recipe("precision.name=fp64", gshard, f"{ffn}.balance=[]")).eval()
-    asked = requests(30)
-    one, many = (score(model, asked, batch_size=size) for size in (1, 8))
+    requests = random_requests(30)
+    one, many = (score(model, requests, batch_size=size) for size in (1, 8))
     assert [s.log_likelihood for s in one] == pytest.approx(
         [s.log_likelihood for s in many], abs=EXACT
     )
@@ -65,12 +65,12 @@ def test_nor_where_a_router_draws_and_drops(lab: Lab) -> None:
 def test_logits_in_pieces_are_the_same(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = requests(20)
-    whole = score(model, asked, batch_size=20)
-    assert sum(len(request.ids) - 1 for request in asked[::3]) > 3
+    requests = random_requests(20)
+    whole = score(model, requests, batch_size=20)
+    assert sum(len(request.ids) - 1 for request in requests[::3]) > 3
     monkeypatch.setattr("core.harness.scoring.ROWS", 3)
     assert loss.ROWS != 3
-    pieces = score(model, asked, batch_size=20)
+    pieces = score(model, requests, batch_size=20)
     assert [s.log_likelihood for s in pieces] == pytest.approx(
         [s.log_likelihood for s in whole], abs=EXACT
     )
@@ -122,6 +122,6 @@ def test_one_input_may_be_cut_at_several_places(model: LanguageModel) -> None:
 
 def test_everything_that_is_answered_is_reported(model: LanguageModel) -> None:
     counts: list[int] = []
-    score(model, [*requests(10), Request((0,), 0)], batch_size=2, done=counts.append)
+    score(model, [*random_requests(10), Request((0,), 0)], batch_size=2, done=counts.append)
     assert sum(counts) == 11
     assert score(model, [], batch_size=2) == []

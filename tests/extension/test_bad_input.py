@@ -115,7 +115,7 @@ PLUGINS = {
         OFFER.replace("@hookimpl", "").replace("def register", "def registr"),
     ),
     "another argument": Case(
-        "its hook register takes 'registrar', but must read `def register(registry)`, with these names",
+        "its hook register takes 'registrar', but must be `def register(registry)`, with these names",
         OFFER.replace("(registry)", "(registrar)"),
     ),
     "unknown slot": Case(
@@ -137,7 +137,7 @@ PLUGINS = {
         OFFER.replace(f'CONTRACTS = "{VERSION}"', ""),
     ),
     "a number for a version": Case(
-        'bad_plugin states CONTRACTS = 2.0, which is no version; write CONTRACTS = "2.0" beside its register',
+        'bad_plugin states CONTRACTS = 2.0, which is not a version; write CONTRACTS = "2.0" beside its register',
         OFFER.replace(f'"{VERSION}"', VERSION),
     ),
     "circular import": Case(
@@ -172,7 +172,7 @@ PARTS = {
         part=PART.replace("{config}", "pass"),
     ),
     "Config no dataclass": Case(
-        f"{PROBE}: Probe.Config is no dataclass: write @dataclass(kw_only=True) above it",
+        f"{PROBE}: Probe.Config is not a dataclass: write @dataclass(kw_only=True) above it",
         part=config('size: int = setting(1, doc="documents")', decorator=""),
     ),
     "not keyword-only": Case(
@@ -244,10 +244,10 @@ def install_case(module: Module, install: Install) -> Iterator[Callable[[Case], 
     return make
 
 
-def broken_row(said: CommandResult) -> str:
+def broken_row(result: CommandResult) -> str:
     """The status of the one row that is not ok, in a catalog that lists everything else."""
-    assert said.code == 0, said.err
-    rows = json.loads(said.out)
+    assert result.code == 0, result.err
+    rows = json.loads(result.out)
     assert sum(row["distribution"] == "moeloom" and row["status"] == "ok" for row in rows) > 30
     (row,) = [row for row in rows if row["status"] != "ok"]
     assert (row["distribution"], row["version"]) == ("bad", "1.0")
@@ -296,9 +296,9 @@ def test_a_broken_component_is_one_error_where_its_name_is_used(
 ) -> None:
     case = PARTS[name]
     install_case(case)
-    asked = lab.command("describe", lab.file, "data.corpus.name=probe")
-    assert asked.code == 2
-    assert asked.sentence.startswith(
+    result = lab.command("describe", lab.file, "data.corpus.name=probe")
+    assert result.code == 2
+    assert result.sentence.startswith(
         f"command line (data.corpus.name=probe): data.corpus.name: {case.why}"
     )
     assert broken_row(lab.command("catalog", "--json")).startswith(f"broken: {case.why}")
@@ -313,9 +313,9 @@ def test_a_broken_plugin_stops_no_run_that_does_not_need_it(
     assert (
         unrelated.err == "warned: plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver\n"
     )
-    asked = lab.command("describe", lab.file, "data.corpus.name=probe")
-    assert asked.code == 2
-    assert asked.sentence.endswith(
+    result = lab.command("describe", lab.file, "data.corpus.name=probe")
+    assert result.code == 2
+    assert result.sentence.endswith(
         "no corpus is named 'probe'; known: files, package_text; "
         "plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver"
     )
@@ -342,9 +342,9 @@ def test_two_plugins_that_import_each_other_are_both_broken_and_the_rest_is_fine
         "two", two=module("two_plugin", f"{OFFER}\n    from one_plugin import ONE\n    TWO = 2\n")
     )
     install("good", good=module("good_plugin"))
-    said = lab.command("catalog", "--json")
-    assert said.code == 0, said.err
-    rows = {(row["distribution"], row["name"]): row["status"] for row in json.loads(said.out)}
+    result = lab.command("catalog", "--json")
+    assert result.code == 0, result.err
+    rows = {(row["distribution"], row["name"]): row["status"] for row in json.loads(result.out)}
     hint = "two modules import each other: move what both need into a third"
     for point in ("one", "two"):
         status = rows[point, point]
@@ -361,8 +361,8 @@ def test_a_component_may_import_its_own_light_module(
         "bad_parts",
         config('size: int = setting(1, doc="documents")') + "\n    import good_plugin\n",
     )
-    said = lab.command("describe", lab.file, "data.corpus.name=probe")
-    assert said.code == 0, said.err
+    result = lab.command("describe", lab.file, "data.corpus.name=probe")
+    assert result.code == 0, result.err
 
 
 def test_two_distributions_with_one_name_are_both_named(
@@ -370,9 +370,9 @@ def test_two_distributions_with_one_name_are_both_named(
 ) -> None:
     install("first", one=module("first_one"))
     install("second", two=module("second_one"))
-    said = lab.command("describe", lab.file, "data.corpus.name=probe")
-    assert said.code == 2
-    assert said.sentence.endswith(
+    result = lab.command("describe", lab.file, "data.corpus.name=probe")
+    assert result.code == 2
+    assert result.sentence.endswith(
         "data.corpus.name: corpus 'probe' is offered by first (first_one:Probe) and second (second_one:Probe); "
         "write distribution/probe to choose"
     )
@@ -391,9 +391,9 @@ def test_two_distributions_with_one_module_cannot_be_distinguished(
 ) -> None:
     install("first", one=module("same_one"))
     install("second", two="same_one")
-    said = lab.command("describe", lab.file, "data.corpus.name=probe")
-    assert said.code == 2
-    assert said.sentence.endswith(
+    result = lab.command("describe", lab.file, "data.corpus.name=probe")
+    assert result.code == 2
+    assert result.sentence.endswith(
         "corpus 'probe' is offered by first (same_one:Probe) and second (same_one:Probe); Python finds only one "
         "module same_one, so uninstall one of them"
     )
@@ -404,8 +404,8 @@ def test_a_recipes_own_plugin_and_an_installed_one_are_distinguished(
 ) -> None:
     install("first", one=module("first_one"))
     own = f"plugins=[{module('own_one')}]"
-    said = lab.command("describe", lab.file, own, "data.corpus.name=probe")
-    assert "offered by first (first_one:Probe) and recipe (own_one:Probe)" in said.sentence
+    result = lab.command("describe", lab.file, own, "data.corpus.name=probe")
+    assert "offered by first (first_one:Probe) and recipe (own_one:Probe)" in result.sentence
     assert lab.command("describe", lab.file, own, "data.corpus.name=recipe/probe").code == 0
 
 
@@ -415,14 +415,14 @@ def test_an_entry_point_that_names_no_module_says_so(
 ) -> None:
     module("bad_plugin", OFFER)
     install("bad", bad=value)
-    why = f"{value!r} is no module's name, such as my_package or my_package.plugin"
+    why = f"{value!r} is not the name of a module, such as my_package or my_package.plugin"
     assert broken_row(lab.command("catalog", "--json")) == f"broken: {why}"
 
 
 def test_a_module_that_is_not_there_is_reported_by_its_name(lab: Lab, site: Path) -> None:
-    said = lab.command("describe", lab.file, "plugins=[no_such_plugin]")
-    assert said.code == 2
-    assert said.sentence.endswith(
+    result = lab.command("describe", lab.file, "plugins=[no_such_plugin]")
+    assert result.code == 2
+    assert result.sentence.endswith(
         "plugin 'no_such_plugin', which the recipe names, is broken: "
         "ModuleNotFoundError: No module named 'no_such_plugin'; "
         f"Python must find it from here: {FROM_HERE}"
@@ -432,8 +432,8 @@ def test_a_module_that_is_not_there_is_reported_by_its_name(lab: Lab, site: Path
 def test_a_package_around_the_module_that_is_not_there_is_reported_too(
     lab: Lab, site: Path
 ) -> None:
-    said = lab.command("describe", lab.file, "plugins=[no_such.plugin]")
-    assert said.sentence.endswith(
+    result = lab.command("describe", lab.file, "plugins=[no_such.plugin]")
+    assert result.sentence.endswith(
         f"No module named 'no_such'; Python must find it from here: {FROM_HERE}"
     )
 
@@ -441,10 +441,10 @@ def test_a_package_around_the_module_that_is_not_there_is_reported_too(
 def test_a_module_that_lacks_what_it_imports_gets_no_advice_to_install_itself(
     lab: Lab, module: Module
 ) -> None:
-    said = lab.command(
+    result = lab.command(
         "describe", lab.file, f"plugins=[{module('lacking', 'import no_such_package')}]"
     )
-    assert said.sentence.endswith(
+    assert result.sentence.endswith(
         "is broken: ModuleNotFoundError: No module named 'no_such_package'"
     )
 
@@ -472,7 +472,7 @@ ANSWERS = {
     ),
     "capabilities_of no set": (
         "return ['causal']",
-        "capabilities_of raises TypeError: ['causal'] is no frozenset of words (",
+        "capabilities_of raises TypeError: ['causal'] is not a frozenset of words (",
     ),
     "__post_init__": (
         "raise OSError('no\\n file')",
@@ -498,14 +498,14 @@ def test_what_a_component_raises_while_a_recipe_is_read_is_one_sentence(
     part = config('size: int = setting(1, doc="documents")') + beside
     part = part.replace('doc="documents")\n', f'doc="documents")\n\n{inside}', 1)
     install_case(Case("", part=f"{part}\n    from core.contracts.errors import ConfigError\n"))
-    said = lab.command("describe", lab.file, "data.corpus={name: probe}")
-    assert said.code == 2
+    result = lab.command("describe", lab.file, "data.corpus={name: probe}")
+    assert result.code == 2
     file = site / "bad_parts.py"
     number = 1 + next(
         i for i, text in enumerate(file.read_text().splitlines()) if text.strip() == line
     )
     expected = why.replace("{file}", str(file)).replace("{line}", str(number))
-    assert said.sentence.startswith(
+    assert result.sentence.startswith(
         f"command line (data.corpus={{name: probe}}): data.corpus: {PROBE} is broken: its {expected}"
     )
 

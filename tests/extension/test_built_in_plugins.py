@@ -24,7 +24,7 @@ EVERY = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.slo
 
 
 class Unchecked(Resolver):
-    """Reads keys and values only: what must stand around a section is its own test's business."""
+    """Reads keys and values only: what must surround a section is its own test's business."""
 
     def _check(self, instance: Any, path: str, parent: Any) -> None:
         pass

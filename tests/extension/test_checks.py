@@ -27,7 +27,7 @@ from core.recipe.resolve import Resolver
 class Inner:
     """A section of a plugin's own."""
 
-    width: int = setting(1, doc="of it")
+    width: int = setting(1, doc="its size")
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,7 @@ SECTIONS = [
     Schedule,
     float | Inner | None,
 ]
-REFUSED = [
+NOT_ALLOWED = [
     set[int], frozenset[str], tuple[int, int], tuple[int, ...], complex, bytes, object, Path, torch.Tensor,
     torch.dtype, type[int], Callable[[int], int], Callable, dict[int, int], list[Path], list[set[int]], int | Path,
     Literal[b"x"], list[Inner] | None, dict[str, list[Inner]], Inner | Schedule,
@@ -81,7 +81,7 @@ def test_what_is_let_in_is_what_omegaconf_knows(hint: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("hint", REFUSED, ids=str)
+@pytest.mark.parametrize("hint", NOT_ALLOWED, ids=str)
 def test_a_type_that_no_recipe_can_hold_is_named(hint: Any) -> None:
     with pytest.raises(
         PluginError,
@@ -138,10 +138,10 @@ def test_children_methods_and_constants_are_no_mistakes() -> None:
 
 def test_a_config_that_extends_anothers_is_a_dataclass_itself() -> None:
     class Config(Inner):
-        height: int = setting(1, doc="of it")
+        height: int = setting(1, doc="its size")
 
     with pytest.raises(
-        PluginError, match=r"Config is no dataclass: write @dataclass\(kw_only=True\) above it"
+        PluginError, match=r"Config is not a dataclass: write @dataclass\(kw_only=True\) above it"
     ):
         check_component(type("Probe", (Corpus,), {"Config": Config, "documents": iter}), SLOTS)
     config = dataclass(kw_only=True)(Config)
@@ -217,7 +217,8 @@ def test_what_is_no_version_is_reported_with_the_line_to_write(stated: Any) -> N
     with pytest.raises(PluginError) as caught:
         check_version(module(CONTRACTS=stated))
     assert str(caught.value) == (
-        f'probe_plugin states CONTRACTS = {stated!r}, which is no version; write CONTRACTS = "2.0" beside its register'
+        f"probe_plugin states CONTRACTS = {stated!r}, which is not a version; "
+        'write CONTRACTS = "2.0" beside its register'
     )
 
 

@@ -192,7 +192,7 @@ MISTAKES = {
         def register(registrar):
             pass
         """,
-        "its hook register takes 'registrar', but must read `def register(registry)`, with these names",
+        "its hook register takes 'registrar', but must be `def register(registry)`, with these names",
     ),
     "no hook": (
         "def register(registry): pass",

@@ -98,7 +98,7 @@ PARTS = '''
         ),
         (
             "parts:Plain",
-            "corpus 'mine' of somebody (parts:Plain): Plain.Config is no dataclass: "
+            "corpus 'mine' of somebody (parts:Plain): Plain.Config is not a dataclass: "
             "write @dataclass(kw_only=True) above it",
         ),
         (

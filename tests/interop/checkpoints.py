@@ -1,4 +1,4 @@
-"""Checkpoints of random numbers, written tensor by tensor as the released files are named: no converter is asked."""
+"""Checkpoints of random numbers, written tensor by tensor as the released files are named, without a converter."""
 
 import json
 from collections.abc import Mapping

@@ -364,7 +364,7 @@ def meaning(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     keys = AutoConfig.from_pretrained(folder).to_dict()
-    keys["rope_parameters"].pop("type", None)  # another word for rope_type, which stands there too
+    keys["rope_parameters"].pop("type", None)  # another word for rope_type, which is there too
     for key in ("_name_or_path", "auto_map", "transformers_version"):
         keys.pop(key, None)
     if not any(
@@ -391,7 +391,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 f"{file}: transformers asks for format = pt"
             )
             for name in opened.keys():  # noqa: SIM118
-                assert name not in found, f"{name} stands in two files"
+                assert name not in found, f"{name} is in two files"
                 found[name] = (file.name, opened.get_tensor(name))
     index = folder / "model.safetensors.index.json"
     if index.exists():

@@ -138,7 +138,7 @@ class HFReference:
 
     Args:
         config: its config.json.
-        tensors: by their names in the files; experts packed or not.
+        tensors: its tensors by their names in the files; experts packed or not.
     """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -197,10 +197,10 @@ def test_it_is_one_sentence_and_nothing_is_left(
     spoil, words = BAD[what]
     source = write(tmp_path / "source", V3, tensors, 3)
     spoil(source)
-    said = lab.command("convert", "from-hf", source, tmp_path / "run")
-    assert said.code == 2, said.err
+    result = lab.command("convert", "from-hf", source, tmp_path / "run")
+    assert result.code == 2, result.err
     for word in words:
-        assert word in said.sentence
+        assert word in result.sentence
     assert [f.name for f in tmp_path.iterdir()] == ["source"]
 
 
@@ -223,19 +223,19 @@ def test_a_tokenizer_that_fails_later_is_reported_at_once(
     source = write(tmp_path / "source", V3, tensors)
     engine = Tokenizer(models.BPE({f"t{i}": i for i in range(vocabulary)}, []))
     (source / "tokenizer.json").write_text(engine.to_str() if vocabulary else "{}")
-    said = lab.command("convert", "from-hf", source, tmp_path / "run")
-    assert said.code == 0, said.err
-    notes = [line for line in said.err.splitlines() if line.startswith("note: ")]
+    result = lab.command("convert", "from-hf", source, tmp_path / "run")
+    assert result.code == 0, result.err
+    notes = [line for line in result.err.splitlines() if line.startswith("note: ")]
     assert len(notes) == (words is not None)
     assert words is None or words in notes[0]
 
 
 def test_a_folder_that_is_not_there_is_reported(lab: Lab, tmp_path: Path) -> None:
-    said = lab.command("convert", "from-hf", tmp_path / "nowhere", tmp_path / "run")
-    assert (said.code, said.sentence) == (2, f"{tmp_path / 'nowhere'}: there is no such folder")
-    said = lab.command("convert", "to-hf", tmp_path / "nowhere", tmp_path / "out")
-    assert said.code == 2
-    assert "no checkpoint here" in said.sentence
+    result = lab.command("convert", "from-hf", tmp_path / "nowhere", tmp_path / "run")
+    assert (result.code, result.sentence) == (2, f"{tmp_path / 'nowhere'}: there is no such folder")
+    result = lab.command("convert", "to-hf", tmp_path / "nowhere", tmp_path / "out")
+    assert result.code == 2
+    assert "no checkpoint here" in result.sentence
 
 
 @pytest.mark.parametrize(("tensor", "change"), [("down_proj", "codes"), ("o_proj", "grid")])
@@ -249,11 +249,11 @@ def test_codes_and_scales_need_each_other(
         theirs[name] = theirs[name].float()
     else:
         theirs[f"{name}_scale_inv"] = torch.ones(2, 1)
-    said = lab.command(
+    result = lab.command(
         "convert", "from-hf", write(tmp_path / "source", config, theirs), tmp_path / "run"
     )
-    assert said.code == 2
-    assert f"{name}_scale_inv" in said.sentence
+    assert result.code == 2
+    assert f"{name}_scale_inv" in result.sentence
     assert [f.name for f in tmp_path.iterdir()] == ["source"]
 
 
@@ -276,9 +276,9 @@ def test_nothing_is_overwritten(lab: Lab, tmp_path: Path, command: str, what: st
         target.mkdir()
         (target / "notes.txt").write_text("mine")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    said = lab.command("convert", command, source, target)
-    assert said.code == 2
-    assert "nothing is overwritten" in said.sentence
+    result = lab.command("convert", command, source, target)
+    assert result.code == 2
+    assert "nothing is overwritten" in result.sentence
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
@@ -297,23 +297,23 @@ def test_a_disk_that_is_too_small_says_so_before_anything_is_moved(
 ) -> None:
     source = write(tmp_path / "source", V3, tensors_of(V3))
     with small_disk(tmp_path / "disk", kilobytes=64) as disk:
-        said = lab.command("convert", "from-hf", source, disk / "run")
-        assert said.code == 2
-        assert "no space is left on the disk" in said.sentence
-        assert "are needed" in said.sentence
+        result = lab.command("convert", "from-hf", source, disk / "run")
+        assert result.code == 2
+        assert "no space is left on the disk" in result.sentence
+        assert "are needed" in result.sentence
         assert list(disk.iterdir()) == []
         fill(disk)
-        said = lab.command("convert", "from-hf", source, disk / "run")
-        assert "no space is left on the disk" in said.sentence
+        result = lab.command("convert", "from-hf", source, disk / "run")
+        assert "no space is left on the disk" in result.sentence
         assert [f.name for f in disk.iterdir()] == ["filler"]
 
 
 def test_a_folder_that_cannot_be_written_is_reported(lab: Lab, tmp_path: Path) -> None:
     source = write(tmp_path / "source", V3, tensors_of(V3))
     (tmp_path / "file").write_text("")
-    said = lab.command("convert", "from-hf", source, tmp_path / "file" / "run")
-    assert said.code == 2
-    assert said.sentence.startswith(f"{tmp_path / 'file' / 'run'}: cannot be written: ")
+    result = lab.command("convert", "from-hf", source, tmp_path / "file" / "run")
+    assert result.code == 2
+    assert result.sentence.startswith(f"{tmp_path / 'file' / 'run'}: cannot be written: ")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate", "fit"])
@@ -327,12 +327,12 @@ def test_other_commands_say_what_a_converted_run_lacks(
         "generate": [tmp_path / "run", "--prompt", "a"],
         "fit": [tmp_path / "run/recipe.yaml", "--resume", tmp_path / "run"],
     }
-    said = lab.command(command, *arguments[command][: 1 if command == "evaluate" else None])
-    assert said.code == 2, said.err
+    result = lab.command(command, *arguments[command][: 1 if command == "evaluate" else None])
+    assert result.code == 2, result.err
     words = {
         "evaluate": "score it with --tasks",
         "generate": "tokenizer.json cannot be read",
         "fit": "initial_weights",
     }
-    assert words[command] in said.sentence
+    assert words[command] in result.sentence
     assert os.listdir(tmp_path / "run") != []

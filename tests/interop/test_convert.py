@@ -54,9 +54,9 @@ SOURCES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 
 
 def convert(lab: Lab, *arguments: str | Path) -> str:
-    said = lab.command("convert", *arguments)
-    assert said.code == 0, said.err
-    return said.err
+    result = lab.command("convert", *arguments)
+    assert result.code == 0, result.err
+    return result.err
 
 
 @pytest.mark.parametrize("name", first_by_default(SOURCES, keep=4))
@@ -171,8 +171,8 @@ def test_the_recipe_of_a_converted_run_says_what_it_is(lab: Lab, tmp_path: Path)
         write(tmp_path / "source", V2, tensors_of(V2, dtype=torch.bfloat16)),
         tmp_path / "run",
     )
-    said = lab.command("describe", tmp_path / "run/recipe.yaml", "--json")
-    described = json.loads(said.out)
+    result = lab.command("describe", tmp_path / "run/recipe.yaml", "--json")
+    described = json.loads(result.out)
     assert described["params_total"] == sum(t.numel() for t in read(tmp_path / "source").values())
     assert described["kv_bytes_per_token"] == 2 * 3 * (16 + 6)
     written = json.loads((tmp_path / "run/provenance.json").read_text())["converted"]
@@ -184,10 +184,10 @@ def test_what_transformers_says_of_a_head_that_is_not_there_is_said_in_one_line(
     lab: Lab, tmp_path: Path
 ) -> None:
     config = {**V3, "num_nextn_predict_layers": 1}
-    said = convert(
+    stderr = convert(
         lab, "from-hf", write(tmp_path / "source", config, tensors_of(config)), tmp_path / "run"
     )
-    assert len([line for line in said.splitlines() if "no multi-token head is made" in line]) == 1
+    assert len([line for line in stderr.splitlines() if "no multi-token head is made" in line]) == 1
     assert list(core.compose(tmp_path / "run/recipe.yaml").model.heads) == ["next_token"]
 
 
@@ -196,11 +196,11 @@ def test_a_copy_that_differs_is_refused(lab: Lab, tmp_path: Path, copy: str) -> 
     config = {**V3, "num_nextn_predict_layers": 1}
     theirs = tensors_of(config, depths=1)
     theirs[f"model.layers.3.{copy}.weight"][299, 23] += 1e-3
-    said = lab.command(
+    result = lab.command(
         "convert", "from-hf", write(tmp_path / "source", config, theirs), tmp_path / "run"
     )
-    assert said.code == 2
-    assert f"tensor model.layers.3.{copy}.weight must be a copy of" in said.sentence
+    assert result.code == 2
+    assert f"tensor model.layers.3.{copy}.weight must be a copy of" in result.sentence
     assert [f.name for f in tmp_path.iterdir()] == ["source"]
 
 
@@ -290,9 +290,9 @@ def test_fp8_blocks_are_made_on_request(lab: Lab, tmp_path: Path) -> None:
 
 def test_fp8_that_is_not_there_cannot_be_kept(lab: Lab, tmp_path: Path) -> None:
     convert(lab, "from-hf", write(tmp_path / "source", V3, tensors_of(V3)), tmp_path / "run")
-    said = lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "back", "--keep-fp8")
-    assert (said.code, (tmp_path / "back").exists()) == (2, False)
-    assert "--keep-fp8" in said.sentence
+    result = lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "back", "--keep-fp8")
+    assert (result.code, (tmp_path / "back").exists()) == (2, False)
+    assert "--keep-fp8" in result.sentence
 
 
 def spoil_length(folder: Path) -> None:
@@ -331,11 +331,11 @@ def test_a_converted_run_that_was_spoilt_is_reported_by_tensor(
 
 def test_a_tensor_that_looks_like_a_scale_is_unexpected(lab: Lab, tmp_path: Path) -> None:
     theirs = tensors_of(V3) | {"lm_head.weight_scale": torch.ones(300)}
-    said = lab.command(
+    result = lab.command(
         "convert", "from-hf", write(tmp_path / "source", V3, theirs), tmp_path / "run"
     )
-    assert said.code == 2
-    assert "tensor lm_head.weight_scale is unexpected" in said.sentence
+    assert result.code == 2
+    assert "tensor lm_head.weight_scale is unexpected" in result.sentence
 
 
 def test_tensors_that_go_in_many_chunks_arrive_whole(
@@ -367,10 +367,10 @@ def test_tensors_that_go_in_many_chunks_arrive_whole(
     )
     changed = tensors_of(config, depths=1)
     changed["model.layers.3.embed_tokens.weight"][297] += 1
-    said = lab.command(
+    result = lab.command(
         "convert", "from-hf", write(tmp_path / "other", config, changed), tmp_path / "never"
     )
-    assert said.code == 2
+    assert result.code == 2
 
 
 def test_a_converted_run_that_is_written_anew_keeps_its_markers_formats_and_files(
@@ -381,8 +381,8 @@ def test_a_converted_run_that_is_written_anew_keeps_its_markers_formats_and_file
     source = write(tmp_path / "source", config, tensors_of(config, depths=1, dtype=torch.bfloat16))
     (source / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     convert(lab, "from-hf", source, tmp_path / "run")
-    said = convert(lab, "to-hf", tmp_path / "run", tmp_path / "main", "--main-only")
-    assert "bf16" not in said
+    stderr = convert(lab, "to-hf", tmp_path / "run", tmp_path / "main", "--main-only")
+    assert "bf16" not in stderr
     written = json.loads((tmp_path / "main/config.json").read_text())
     assert (written["bos_token_id"], written["eos_token_id"], written["torch_dtype"]) == (
         3,

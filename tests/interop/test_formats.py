@@ -1,4 +1,4 @@
-"""Checkpoint formats: configurations and recipes of the same model, and what is refused in either direction."""
+"""Checkpoint formats: configurations and recipes of the same model, and the errors in either direction."""
 
 import copy
 import math
@@ -221,7 +221,7 @@ def test_positions_beyond_yarns_reach_are_cut_and_reported() -> None:
     assert "more than YaRN's factor allows" in translation.notices[0]
 
 
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
+NOT_SUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"hidden_act": "gelu"}, "hidden_act"),
     ("deepseek_v3", {"attention_bias": True}, "attention_bias"),
     ("deepseek_v3", {"attention_dropout": 0.1}, "attention_dropout"),
@@ -260,7 +260,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "key"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "change", "key"), NOT_SUPPORTED, ids=lambda value: str(value)[:40]
+)
 def test_a_setting_that_no_model_here_follows_is_refused_by_its_key(
     name: str, change: dict[str, Any], key: str
 ) -> None:

@@ -76,8 +76,8 @@ class Checkpoint:
     def run(self, dtype: torch.dtype) -> Path:
         path = self.root / f"run-{dtype}"
         if not path.exists():
-            said = self.lab.command("convert", "from-hf", self.folder(dtype), path)
-            assert said.code == 0, said.err
+            result = self.lab.command("convert", "from-hf", self.folder(dtype), path)
+            assert result.code == 0, result.err
         return path
 
     @cached_property
@@ -139,8 +139,8 @@ def test_a_checkpoint_in_fp64_gives_transformers_logits_and_the_loops_own(
 
 def test_a_checkpoint_comes_back_bit_by_bit(checkpoint: Checkpoint) -> None:
     dtype, back = checkpoint.case.point["dtype"], checkpoint.root / "back"
-    said = checkpoint.lab.command("convert", "to-hf", checkpoint.run(dtype), back)
-    assert said.code == 0, said.err
+    result = checkpoint.lab.command("convert", "to-hf", checkpoint.run(dtype), back)
+    assert result.code == 0, result.err
     assert_same_bits(read_tensors(back), read_tensors(checkpoint.folder(dtype)))
     assert meaning(back) == meaning(checkpoint.folder(dtype))
 

@@ -86,10 +86,10 @@ def test_a_recipe_of_ours_gives_the_same_logits_under_transformers(
     hf: Any, lab: Lab, finished: Path, tmp_path: Path, name: str
 ) -> None:
     random_run(lab, finished, tmp_path / "run", *RECIPES[name])
-    said = lab.command(
+    result = lab.command(
         "convert", "to-hf", tmp_path / "run", tmp_path / "exported", "--dtype", "fp32"
     )
-    assert said.code == 0, said.err
+    assert result.code == 0, result.err
     loaded, info = hf.AutoModelForCausalLM.from_pretrained(
         tmp_path / "exported", output_loading_info=True
     )

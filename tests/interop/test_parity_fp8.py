@@ -1,4 +1,4 @@
-"""FP8 block-quantised checkpoints: read as code x scale, and given back bit by bit where that is asked for."""
+"""FP8 block-quantised checkpoints: read as code x scale, and written again bit by bit on request."""
 
 from dataclasses import dataclass, replace
 from math import ceil
@@ -83,7 +83,7 @@ class Quantised:
 
 
 def write(case: Case, block: tuple[int, int], depths: int, root: Path) -> Quantised:
-    """A checkpoint whose matrices are quantised, in three files, with multi-token layers if asked for."""
+    """A checkpoint whose matrices are quantised, in three files, with multi-token layers on request."""
     folder = save(case, in_dtype(random_model(case), case.point["dtype"]), root / "checkpoint")
     tensors = read_tensors(folder)
     if depths:
@@ -118,8 +118,8 @@ def source(
 
 
 def convert(lab: Lab, *arguments: str | Path) -> None:
-    said = lab.command("convert", *arguments)
-    assert said.code == 0, said.err
+    result = lab.command("convert", *arguments)
+    assert result.code == 0, result.err
 
 
 def test_the_checkpoint_has_ragged_blocks_of_different_scales(source: Quantised) -> None:
@@ -197,9 +197,9 @@ def test_a_plain_checkpoint_is_quantised_on_request(hf: Any, lab: Lab, tmp_path:
 
 def test_blocks_of_another_size_are_refused(hf: Any, lab: Lab, tmp_path: Path) -> None:
     oblong = write(replace(BASE, config=RAGGED), (32, 48), 0, tmp_path)
-    said = lab.command("convert", "from-hf", oblong.folder, tmp_path / "run")
-    assert said.code == 2
-    assert "weight_block_size" in said.sentence
+    result = lab.command("convert", "from-hf", oblong.folder, tmp_path / "run")
+    assert result.code == 2
+    assert "weight_block_size" in result.sentence
     assert not (tmp_path / "run").exists()
 
 
@@ -213,9 +213,9 @@ def test_codes_without_their_scales_are_refused_by_name(
     if what == "too small":
         tensors[f"{name}_scale_inv"] = scales[:1]
     write_tensors(source.folder, tensors)
-    said = lab.command("convert", "from-hf", source.folder, tmp_path / "run")
-    assert said.code == 2
-    assert name in said.sentence
+    result = lab.command("convert", "from-hf", source.folder, tmp_path / "run")
+    assert result.code == 2
+    assert name in result.sentence
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""What one side has and the other lacks: the same logits, or a refusal by name, and nothing that is nearly right."""
+"""What one side has and the other lacks: the same logits, or an error that names it, never nearly the right logits."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -57,7 +57,7 @@ UNUSUAL: list[tuple[Case, Mapping[str, Any], str]] = [
     (BASE, {"num_experts_per_tok": 1, "topk_group": 1}, "top_k"),
     (V2_BASE.but(routing="v2"), {"n_group": 3, "topk_group": 1}, "n_group"),
 ]
-"""Settings that few checkpoints have, and the word by which a refusal must call each."""
+"""Settings that few checkpoints have, and the word by which the error message must name each."""
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +72,12 @@ def test_an_unusual_setting_is_followed_or_refused_by_name(
     unusual = replace(case, config=config)
     model = random_model(unusual)
     folder = save(unusual, in_dtype(model, torch.float32), tmp_path / "checkpoint")
-    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
-    if said.code == 0:
+    result = lab.command("convert", "from-hf", folder, tmp_path / "run")
+    if result.code == 0:
         assert_same_model(core.load(tmp_path / "run"), in_dtype(model, torch.float32), TOKENS, FP32)
     else:
-        assert said.code == 2, said.err
-        assert word in said.sentence
+        assert result.code == 2, result.err
+        assert word in result.sentence
         assert not (tmp_path / "run").exists()
 
 
@@ -91,7 +91,7 @@ UNKNOWN_THERE = {
     "dense blocks": [TWO, "model.blocks.last={count: 1, ffn: {name: swiglu, hidden: 48}}"],
     "attention.name": ["model.attention={name: mha, heads: 2}", TWO],
 }
-"""What can be trained here and cannot be said in a config.json, by the word that the refusal must hold."""
+"""What can be trained here and not expressed in a config.json, by the word that the error message must contain."""
 
 
 @pytest.mark.parametrize("word", UNKNOWN_THERE)
@@ -99,7 +99,7 @@ def test_what_transformers_cannot_compute_is_not_exported(
     lab: Lab, finished: Path, tmp_path: Path, word: str
 ) -> None:
     random_run(lab, finished, tmp_path / "run", *UNKNOWN_THERE[word])
-    said = lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "exported")
-    assert said.code == 2
-    assert word in said.sentence
+    result = lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "exported")
+    assert result.code == 2
+    assert word in result.sentence
     assert not (tmp_path / "exported").exists()

@@ -76,8 +76,8 @@ def with_depths(case: Case, depths: int, root: Path) -> Path:
 def opened(request: pytest.FixtureRequest, hf: Any, lab: Lab, tmp_path_factory: Any) -> WithDepths:
     (case, depths), root = request.param, tmp_path_factory.mktemp("mtp")
     folder = with_depths(case, depths, root)
-    said = lab.command("convert", "from-hf", folder, root / "run")
-    assert said.code == 0, said.err
+    result = lab.command("convert", "from-hf", folder, root / "run")
+    assert result.code == 0, result.err
     return WithDepths(folder, root / "run", depths)
 
 
@@ -146,8 +146,8 @@ def test_every_depth_gives_transformers_logits(hf: Any, opened: WithDepths) -> N
 def test_the_way_back_has_the_same_bits_and_the_copies_too(
     opened: WithDepths, lab: Lab, tmp_path: Path
 ) -> None:
-    said = lab.command("convert", "to-hf", opened.run, tmp_path / "back")
-    assert said.code == 0, said.err
+    result = lab.command("convert", "to-hf", opened.run, tmp_path / "back")
+    assert result.code == 0, result.err
     back = read_tensors(tmp_path / "back")
     assert_same_bits(back, read_tensors(opened.folder))
     assert meaning(tmp_path / "back") == meaning(opened.folder)
@@ -163,9 +163,9 @@ def test_a_copy_that_differs_is_refused_by_name(
     tensors[name] = tensors[name].clone()
     tensors[name][5, 2] += 1e-6
     write_tensors(folder, tensors)
-    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
-    assert said.code == 2
-    assert name in said.sentence
+    result = lab.command("convert", "from-hf", folder, tmp_path / "run")
+    assert result.code == 2
+    assert name in result.sentence
     assert not (tmp_path / "run").exists()
 
 
@@ -175,8 +175,8 @@ def test_copies_may_be_left_out(hf: Any, lab: Lab, tmp_path: Path) -> None:
     write_tensors(
         folder, {name: t for name, t in read_tensors(folder).items() if name not in copies}
     )
-    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
-    assert said.code == 0, said.err
+    result = lab.command("convert", "from-hf", folder, tmp_path / "run")
+    assert result.code == 0, result.err
     (expected,), (found,) = loops(WithDepths(folder, tmp_path / "run", 1)), ours(tmp_path / "run")
     assert_near(found, expected, EXACT)
 
@@ -191,9 +191,9 @@ def test_a_multi_token_layer_without_one_of_its_tensors_is_refused_by_name(
     tensors, name = read_tensors(folder), f"model.layers.{LAYERS}.{part}"
     del tensors[name]
     write_tensors(folder, tensors)
-    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
-    assert said.code == 2
-    assert name in said.sentence
+    result = lab.command("convert", "from-hf", folder, tmp_path / "run")
+    assert result.code == 2
+    assert name in result.sentence
     assert not (tmp_path / "run").exists()
 
 
@@ -202,9 +202,9 @@ def test_a_multi_token_layer_that_the_configuration_does_not_report_is_refused(
 ) -> None:
     folder = with_depths(BASE, 1, tmp_path)
     change_config(folder, num_nextn_predict_layers=0)
-    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
-    assert said.code == 2
-    assert f"model.layers.{LAYERS}." in said.sentence
+    result = lab.command("convert", "from-hf", folder, tmp_path / "run")
+    assert result.code == 2
+    assert f"model.layers.{LAYERS}." in result.sentence
 
 
 def test_a_promised_layer_without_weights_means_no_head_and_one_line(
@@ -213,10 +213,12 @@ def test_a_promised_layer_without_weights_means_no_head_and_one_line(
     """transformers itself writes num_nextn_predict_layers = 1 with no such weights."""
     folder = save(BASE, in_dtype(random_model(BASE), torch.float32), tmp_path / "checkpoint")
     assert read_config(folder)["num_nextn_predict_layers"] == 1
-    said = lab.command("convert", "from-hf", folder, tmp_path / "run")
-    assert said.code == 0, said.err
+    result = lab.command("convert", "from-hf", folder, tmp_path / "run")
+    assert result.code == 0, result.err
     lines = [
-        line for line in (said.out + said.err).splitlines() if "num_nextn_predict_layers" in line
+        line
+        for line in (result.out + result.err).splitlines()
+        if "num_nextn_predict_layers" in line
     ]
     assert len(lines) == 1
     assert not any(

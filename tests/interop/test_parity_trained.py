@@ -59,8 +59,8 @@ def run(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(hf: Any, lab: Lab, run: Path) -> Path:
     """The same as a checkpoint of Hugging Face."""
     folder = run.parent / "exported"
-    said = lab.command("convert", "to-hf", run, folder, "--dtype", "fp32")
-    assert said.code == 0, said.err
+    result = lab.command("convert", "to-hf", run, folder, "--dtype", "fp32")
+    assert result.code == 0, result.err
     return folder
 
 
@@ -124,21 +124,21 @@ def test_greedy_text_is_the_same(
     assert (
         float((gaps[:, 0] - gaps[:, 1])[len(opening) - 1 : -1].min()) > 1e-5
     )  # no tie that could fall either way
-    said = lab.command("generate", run, "--prompt", prompt, "--tokens", "32", "--json")
-    assert said.code == 0, said.err
+    result = lab.command("generate", run, "--prompt", prompt, "--tokens", "32", "--json")
+    assert result.code == 0, result.err
     text = tokenizer.decode(
         [token for token in written.tolist() if token != END], clean_up_tokenization_spaces=False
     )
-    assert json.loads(said.out)["text"] == text
+    assert json.loads(result.out)["text"] == text
 
 
 def test_without_a_wish_weights_are_rounded_once_to_bf16_and_that_is_said(
     hf: Any, lab: Lab, run: Path, exported: Path, tmp_path: Path
 ) -> None:
-    said = lab.command("convert", "to-hf", run, tmp_path / "bf16")
-    assert said.code == 0, said.err
+    result = lab.command("convert", "to-hf", run, tmp_path / "bf16")
+    assert result.code == 0, result.err
     assert (
-        len([line for line in said.err.splitlines() if "bf16" in line and "--dtype fp32" in line])
+        len([line for line in result.err.splitlines() if "bf16" in line and "--dtype fp32" in line])
         == 1
     )
     expected = {
@@ -157,8 +157,8 @@ def test_the_files_for_text_go_out_and_back_unchanged(
         ("from-hf", exported, "run"),
         ("to-hf", tmp_path / "run", "again"),
     ):
-        said = lab.command("convert", command, source, tmp_path / target)
-        assert said.code == 0, said.err
+        result = lab.command("convert", command, source, tmp_path / target)
+        assert result.code == 0, result.err
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         one, two = (
             json.loads((folder / name).read_text()) for folder in (exported, tmp_path / "again")
@@ -182,8 +182,8 @@ def test_a_foreign_tokenizer_goes_through_unchanged(hf: Any, lab: Lab, tmp_path:
     source = save(case, in_dtype(random_model(case), torch.float32), tmp_path / "checkpoint")
     fast.save_pretrained(source)
     for command, here, there in (("from-hf", source, "run"), ("to-hf", tmp_path / "run", "back")):
-        said = lab.command("convert", command, here, tmp_path / there)
-        assert said.code == 0, said.err
+        result = lab.command("convert", command, here, tmp_path / there)
+        assert result.code == 0, result.err
     one, two = (hf.AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "back"))
     chat = [{"role": "user", "content": "naïve café"}]
     assert one.apply_chat_template(chat, tokenize=False) == two.apply_chat_template(
@@ -201,8 +201,8 @@ def test_a_foreign_tokenizer_goes_through_unchanged(hf: Any, lab: Lab, tmp_path:
 def test_out_and_back_again_changes_no_bit(
     lab: Lab, run: Path, exported: Path, tmp_path: Path
 ) -> None:
-    said = lab.command("convert", "from-hf", exported, tmp_path / "again")
-    assert said.code == 0, said.err
+    result = lab.command("convert", "from-hf", exported, tmp_path / "again")
+    assert result.code == 0, result.err
     one, two = core.load(run), core.load(tmp_path / "again")
     tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     assert torch.equal(one.logits(tokens), two.logits(tokens))

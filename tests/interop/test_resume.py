@@ -63,10 +63,10 @@ def reads_of(*arguments: str | Path) -> tuple[int, CommandResult]:
         finally:
             os.write(wrote, str(count).encode())
 
-    said = forked(work)
+    result = forked(work)
     os.close(wrote)
     with os.fdopen(report) as stream:
-        return int(stream.read()), said
+        return int(stream.read()), result
 
 
 def interrupted() -> None:
@@ -86,15 +86,15 @@ def test_a_second_run_goes_on(
     if command == "to-hf":
         lab.command("convert", "from-hf", source, tmp_path / "run")
         source = tmp_path / "run"
-    total, said = reads_of(command, source, expected)
-    assert said.code == 0
+    total, result = reads_of(command, source, expected)
+    assert result.code == 0
     first = stopped_after(30, stop, command, source, tmp_path / "out")
     assert first.code == code
     assert ("the same command continues" in first.err) == (code == 130)
     assert not (tmp_path / "out").exists()
-    again, said = reads_of(command, source, tmp_path / "out")
-    assert said.code == 0, said.err
-    assert "continuing " in said.err
+    again, result = reads_of(command, source, tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "continuing " in result.err
     assert again == total - 30
     weights = "weights" if command == "from-hf" else "."
     same_bits(read(tmp_path / "out" / weights), read(expected / weights))
@@ -111,8 +111,8 @@ def test_what_was_not_yet_in_the_journal_is_done_again(
 ) -> None:
     total, _ = reads_of("from-hf", source, tmp_path / "whole")
     stopped_after(30, killed, "from-hf", source, tmp_path / "out", every=10**9)
-    again, said = reads_of("from-hf", source, tmp_path / "out")
-    assert (again, said.code) == (total, 0)
+    again, result = reads_of("from-hf", source, tmp_path / "out")
+    assert (again, result.code) == (total, 0)
     same_bits(read(tmp_path / "out/weights"), read(tmp_path / "whole/weights"))
 
 
@@ -156,17 +156,17 @@ def test_what_was_begun_otherwise_is_begun_anew(
         for file in (tmp_path / "other").iterdir():
             os.replace(file, source / file.name)
     total, _ = reads_of("from-hf", source, tmp_path / "whole", *wish)
-    again, said = reads_of("from-hf", source, tmp_path / "out", *wish)
-    assert (again, said.code) == (total, 0)
-    assert "going on" not in said.err
+    again, result = reads_of("from-hf", source, tmp_path / "out", *wish)
+    assert (again, result.code) == (total, 0)
+    assert "going on" not in result.err
     same_bits(read(tmp_path / "out/weights"), read(tmp_path / "whole/weights"))
 
 
 def test_two_conversions_to_one_folder_are_refused(lab: Lab, source: Path, tmp_path: Path) -> None:
     with hold(tmp_path / ".out.lock"):
-        said = lab.command("convert", "from-hf", source, tmp_path / "out")
-    assert said.code == 2
-    assert said.sentence == f"{tmp_path}/out: process {os.getpid()} is converting to it"
+        result = lab.command("convert", "from-hf", source, tmp_path / "out")
+    assert result.code == 2
+    assert result.sentence == f"{tmp_path}/out: process {os.getpid()} is converting to it"
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -182,18 +182,18 @@ def test_a_conversion_that_ends_meanwhile_is_not_overwritten(
         checked(target, how)
 
     monkeypatch.setattr(transfer, "check_target", appears)
-    said = lab.command("convert", "from-hf", source, tmp_path / "out")
-    assert said.code == 2
-    assert "is not empty, and nothing is overwritten" in said.sentence
+    result = lab.command("convert", "from-hf", source, tmp_path / "out")
+    assert result.code == 2
+    assert "is not empty, and nothing is overwritten" in result.sentence
     assert {file.name for file in tmp_path.iterdir()} == {source.name, "out"}
 
 
 def test_a_folder_of_somebody_else_is_left_alone(lab: Lab, source: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial/diary.txt").write_text("mine")
-    said = lab.command("convert", "from-hf", source, tmp_path / "out")
-    assert said.code == 2
-    assert "is in the way" in said.sentence
+    result = lab.command("convert", "from-hf", source, tmp_path / "out")
+    assert result.code == 2
+    assert "is in the way" in result.sentence
     assert (tmp_path / ".out.partial/diary.txt").read_text() == "mine"
 
 
@@ -202,13 +202,13 @@ def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_is_done(
 ) -> None:
     """The files have their places by then; what may still be lacking is a journal entry or a small file."""
     with small_disk(tmp_path / "disk", kilobytes=1000) as disk:
-        said = stopped_after(30, lambda: fill(disk), "from-hf", source, disk / "out")
-        assert said.code == 2
-        assert "free some space and give the same command again" in said.sentence
+        result = stopped_after(30, lambda: fill(disk), "from-hf", source, disk / "out")
+        assert result.code == 2
+        assert "free some space and give the same command again" in result.sentence
         assert not (disk / "out").exists()
         (disk / "filler").unlink()
-        again, said = reads_of("from-hf", source, disk / "out")
-        assert said.code == 0, said.err
+        again, result = reads_of("from-hf", source, disk / "out")
+        assert result.code == 0, result.err
         total, _ = reads_of("from-hf", source, tmp_path / "whole")
         assert again <= total - 30
         same_bits(read(disk / "out/weights"), read(tmp_path / "whole/weights"))
@@ -218,7 +218,7 @@ def test_numbers_that_blocks_cannot_hold_leave_nothing(lab: Lab, tmp_path: Path)
     theirs = tensors_of(V3)
     theirs["model.layers.1.mlp.experts.2.up_proj.weight"][3, 3] = torch.inf
     lab.command("convert", "from-hf", write(tmp_path / "infinite", V3, theirs), tmp_path / "run")
-    said = lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "out", "--fp8")
-    assert said.code == 2
-    assert "blocks.1.ffn.routed.gate_up.weight holds numbers that are not finite" in said.sentence
+    result = lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "out", "--fp8")
+    assert result.code == 2
+    assert "blocks.1.ffn.routed.gate_up.weight holds numbers that are not finite" in result.sentence
     assert sorted(f.name for f in tmp_path.iterdir()) == ["infinite", "run"]

@@ -24,9 +24,9 @@ def run(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(lab: Lab, *arguments: str | Path) -> str:
-    said = lab.command("convert", *arguments)
-    assert said.code == 0, said.err
-    return said.err
+    result = lab.command("convert", *arguments)
+    assert result.code == 0, result.err
+    return result.err
 
 
 def test_fp32_keeps_every_bit_there_and_back(lab: Lab, run: Path, tmp_path: Path) -> None:
@@ -42,9 +42,9 @@ def test_fp32_keeps_every_bit_there_and_back(lab: Lab, run: Path, tmp_path: Path
 
 
 def test_bf16_is_the_default_and_is_said(lab: Lab, run: Path, tmp_path: Path) -> None:
-    said = convert(lab, "to-hf", run, tmp_path / "out")
-    assert "written in bf16" in said
-    assert "--dtype fp32" in said
+    result = convert(lab, "to-hf", run, tmp_path / "out")
+    assert "written in bf16" in result
+    assert "--dtype fp32" in result
     state, found = core.load(run).state_dict(), read(tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
     for name, tensor in found.items():
@@ -83,12 +83,12 @@ def test_modules_have_copies_as_released_and_the_index_names_every_tensor(
 
 def test_markers_and_tokenizer_go_along(lab: Lab, run: Path, tmp_path: Path) -> None:
     convert(lab, "to-hf", run, tmp_path / "out")
-    said = {
+    configs = {
         name: json.loads((tmp_path / f"out/{name}.json").read_text())
         for name in ("config", "generation_config")
     }
-    assert (said["config"]["bos_token_id"], said["config"]["eos_token_id"]) == (0, 0)
-    assert [said["generation_config"][f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [
+    assert (configs["config"]["bos_token_id"], configs["config"]["eos_token_id"]) == (0, 0)
+    assert [configs["generation_config"][f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [
         0,
         0,
         0,
@@ -129,20 +129,20 @@ def test_a_converted_run_writes_text_and_starts_another(
         "optimizer.weight_decay=0.0",
         "trainer.enable_progress_bar=false",
     ]
-    said = lab.command(
+    result = lab.command(
         "fit", tmp_path / "again/recipe.yaml", start, *overrides, "--out", tmp_path / "tuned"
     )
-    assert said.code == 0, said.err
-    assert "another tokenizer" not in said.err
+    assert result.code == 0, result.err
+    assert "another tokenizer" not in result.err
     before, after = core.load(run).state_dict(), core.load(tmp_path / "tuned").state_dict()
     for name, tensor in before.items():
         assert name.endswith(".bias") or torch.equal(after[name], tensor), name
     fewer = f"data.corpus={{name: files, paths: ['{lab.texts}/doc-[12]*.txt']}}"
-    said = lab.command(
+    result = lab.command(
         "fit", tmp_path / "again/recipe.yaml", start, *overrides, fewer, "--out", tmp_path / "other"
     )
-    assert said.code == 0, said.err
-    assert "is another tokenizer than this run's" in said.err
+    assert result.code == 0, result.err
+    assert "is another tokenizer than this run's" in result.err
 
 
 def test_the_main_model_goes_alone_where_it_is_asked_for(
@@ -162,10 +162,10 @@ def test_the_main_model_goes_alone_where_it_is_asked_for(
     lab.fit(
         tmp_path / "v2", router, "model.blocks.moe.ffn.balance=[{name: expert}]", "budget.steps=1"
     )
-    said = lab.command("convert", "to-hf", tmp_path / "v2", tmp_path / "refused")
-    assert said.code == 2
-    assert "DeepSeek-V2 has no multi-token module" in said.sentence
-    assert "--main-only" in said.sentence
+    result = lab.command("convert", "to-hf", tmp_path / "v2", tmp_path / "no_export")
+    assert result.code == 2
+    assert "DeepSeek-V2 has no multi-token module" in result.sentence
+    assert "--main-only" in result.sentence
     convert(lab, "to-hf", tmp_path / "v2", tmp_path / "v2-out", "--main-only")
     config = json.loads((tmp_path / "v2-out/config.json").read_text())
     assert config["architectures"] == ["DeepseekV2ForCausalLM"]

@@ -142,19 +142,19 @@ def test_the_option_runs_the_kit_alone_from_any_folder_and_named_paths_beside_it
         (project / "tests", [], 0),
         (project, ["tests"], 1),
     ):
-        said = run_pytest(
+        result = run_pytest(
             folder, "--moeloom-plugin", "my_plugin", "-k", "own or needs", "-v", *paths
         )
-        assert said.returncode == 0, said.stdout
-        assert said.stdout.count("test_own PASSED") == own, said.stdout
-        assert "needs_are_known" in said.stdout
+        assert result.returncode == 0, result.stdout
+        assert result.stdout.count("test_own PASSED") == own, result.stdout
+        assert "needs_are_known" in result.stdout
 
 
 @pytest.mark.full
 def test_in_the_repositorys_root_the_option_does_not_run_the_repositorys_tests() -> None:
-    said = run_pytest(ROOT, "--moeloom-plugin", "plugins.z_loss", "--collect-only", "-q")
-    assert said.returncode == 0, said.stdout
-    collected = [line for line in said.stdout.splitlines() if "::" in line]
+    result = run_pytest(ROOT, "--moeloom-plugin", "plugins.z_loss", "--collect-only", "-q")
+    assert result.returncode == 0, result.stdout
+    collected = [line for line in result.stdout.splitlines() if "::" in line]
     assert collected
     assert not [line for line in collected if line.startswith("tests/")]
 
@@ -165,19 +165,19 @@ def test_a_package_that_is_no_plugin_is_one_sentence(tmp_path: Path) -> None:
         ("no_such_package", "No module named 'no_such_package'"),
         ("json", "implements no hook"),
     ):
-        said = run_pytest(tmp_path, "--moeloom-plugin", package)
-        assert said.returncode == 2
-        assert why in said.stdout
-        assert "Traceback" not in said.stdout
+        result = run_pytest(tmp_path, "--moeloom-plugin", package)
+        assert result.returncode == 2
+        assert why in result.stdout
+        assert "Traceback" not in result.stdout
 
 
 def test_the_kit_costs_nothing_where_it_is_not_asked_for(tmp_path: Path) -> None:
     probe = "import sys, core.testing.plugin; print([m for m in ('torch', 'lightning') if m in sys.modules])"
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True
     )
-    assert said.stdout.strip() == "[]"
+    assert result.stdout.strip() == "[]"
 
 
 def test_one_entry_can_be_held_by_a_call() -> None:

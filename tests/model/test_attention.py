@@ -235,7 +235,7 @@ def test_A1_latent_cache_serves_absorbed_attention() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cuda", "new", "masked", "asked"),
+    ("cuda", "new", "masked", "requested"),
     [
         (True, 8, False, True),
         (True, 1, False, False),
@@ -244,8 +244,8 @@ def test_A1_latent_cache_serves_absorbed_attention() -> None:
     ],
 )
 def test_cudnn_is_asked_for_whole_sequences_and_not_for_every_length_of_a_cache(
-    cuda: bool, new: int, masked: bool, asked: bool
+    cuda: bool, new: int, masked: bool, requested: bool
 ) -> None:
     q: Any = SimpleNamespace(is_cuda=cuda, shape=(1, 2, new, 4))
     chosen = attend._best_kernel(q, torch.ones(1) if masked else None)
-    assert isinstance(chosen, nullcontext) != asked
+    assert isinstance(chosen, nullcontext) != requested

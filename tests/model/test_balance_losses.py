@@ -93,7 +93,7 @@ FOLLOWING = ["expert", "device", "communication"]  # f from what the routing cho
 
 
 def balancer(name: str, **keys: Any) -> Any:
-    """The balancer that a recipe asks for, by itself."""
+    """The balancer of a recipe, by itself."""
     made = tiny.compose(*recipe(name, **keys)).model.blocks["moe"].ffn.config.balance[0]
     return made.component(made.config, None, experts=EXPERTS, top_k=TOP_K)
 

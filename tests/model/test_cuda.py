@@ -38,9 +38,9 @@ ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-9}
 LOSS, SCORES, ALL_GRADIENTS, ONE_GRADIENT = 16, 16, 64, 192
 """Limits in units of roundoff: of a loss, of a layer's affinities, of all gradients as one vector, of one tensor's."""
 TIED = 64
-"""Of a balance loss in bf16, where a tie in its own top-k moves f by a whole token: 11 were measured."""
+"""Tolerance of a balance loss in bf16, where a tie in its own top-k moves f by a whole token: 11 were measured."""
 SHARE = 0.01
-"""Of all gradients' norm: a tensor with less is held to the error of one that has so much."""
+"""Share of all gradients' norm: a tensor with less is held to the error of one that has so much."""
 
 EIGHTS = (
     "model.attention.nope_dim=16",
@@ -66,7 +66,7 @@ class Following(Reference):
     A selection bias reaches nothing but the choice, so one that leaves no other choice makes the reference follow.
 
     Args:
-        chosen: of every layer with experts, by its block's path, one list for each token in the order of the batch.
+        chosen: experts of every layer that has any, by its block's path: a list for each token in the batch's order.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class Pair:
     """What the model gave on one device in one format, and what the reference gives that follows its choices.
 
     Args:
-        routed: of each layer with experts, by its path: what its router gave, on the CPU.
+        routed: what the router of each layer with experts gave, by the layer's path, on the CPU.
         scores: the reference's affinities, T x E.
-        settings: of the model.
+        settings: the model's settings.
         biases: selection biases by the layer's path.
     """
 

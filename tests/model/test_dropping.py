@@ -435,7 +435,7 @@ CHOSEN, EVEN, UNLEARNED = (
     "gives every token the same number of experts",
     "learns which experts to choose",
 )
-REFUSED = {
+IMPOSSIBLE = {
     **{
         f"bias with {name}": ((section(name, **keys), BIAS), "balance.0", CHOSEN)
         for name, keys in (
@@ -507,10 +507,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_impossible_combinations_are_refused_with_the_reason(name: str) -> None:
     """One sentence before anything is built: the key, and why."""
-    overrides, key, reason = REFUSED[name]
+    overrides, key, reason = IMPOSSIBLE[name]
     with pytest.raises(UserError) as caught:
         tiny.compose(*overrides)
     assert f"model.blocks.moe.ffn.{key}" in str(caught.value)

@@ -191,7 +191,7 @@ def test_documents_end_a_depths_predictions() -> None:
 
 
 def test_a_document_does_not_reach_another_ones_predictions() -> None:
-    """Counted logits of every depth in document B are the same whatever stands in document A."""
+    """Counted logits of every depth in document B are the same whatever document A contains."""
     documents_BM = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]] * 2)
     model, context = tiny.build(*tiny.MTP), tiny.context(length=LENGTH, documents_BM=documents_BM)
     before = depth_logits(model, context)

@@ -122,7 +122,7 @@ def test_P14_gates_are_gathered_from_the_unbiased_affinities() -> None:
 
 
 def test_A10_no_gradient_reaches_the_bias() -> None:
-    """Not even one that asks for it; and it is a buffer, not a parameter."""
+    """Not even one that reads it; and it is a buffer, not a parameter."""
     model = tiny.build()
     bias = tiny.moe(model).balancers[0].bias
     bias.requires_grad_()
@@ -344,7 +344,7 @@ def _or_zero(slope: Tensor | None) -> Tensor:
 
 
 def test_rows_are_sorted_by_expert_and_keep_their_order() -> None:
-    """Stable: the rows of one expert stand in token order."""
+    """Stable: the rows of one expert are in token order."""
     ffn, x_TD, routing = tiny.moe(tiny.build()), tokens(5), top_two()
     x_AD, ends_E, _ = ffn.dispatcher.start(x_TD, routing).wait()
     assert ends_E.tolist() == [2, 5, 5, 8, 8, 8, 8, 10]

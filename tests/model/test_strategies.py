@@ -171,7 +171,7 @@ def finalised(z: int) -> int:
 
 
 V3 = "{name: deepseek_v3, top_k: 2, groups: 2, group_limit: null}"
-REFUSED = {
+IMPOSSIBLE = {
     "two biases": (
         (f"{tiny.FFN}.balance=[{{name: bias}}, {{name: bias}}]",),
         "balance.1.*two would add up",
@@ -202,8 +202,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_settings_that_mean_nothing_together_are_refused(name: str) -> None:
-    settings, why = REFUSED[name]
+    settings, why = IMPOSSIBLE[name]
     with pytest.raises(UserError, match=why):
         tiny.compose(*settings)

@@ -74,7 +74,7 @@ def quantised(
     """code * scale in fp64, and the scales, a row for each row of tiles.
 
     Args:
-        rows, columns: of a tile; 0: all.
+        rows, columns: size of a tile; 0: all.
         groups: spans of rows at whose first one tiles start anew; rows of none are 0.
         amax: taken instead of every tile's own.
     """

@@ -1,6 +1,6 @@
 """A small Transformer Engine for machines without a GPU: the names that plugins/te_fp8 uses, with their behaviour.
 
-Modules own a weight for each expert, keep an extra state, refuse what the real ones refuse, and multiply in FP8 only
+Modules own a weight for each expert, keep an extra state, raise the errors of the real ones, and multiply in FP8 only
 inside `autocast`. FP8 here is one power-of-two scale for a whole operand: what matters is which products were FP8.
 """
 

@@ -161,11 +161,11 @@ def test_history_is_no_part_of_the_state_dict_and_keeps_its_format() -> None:
 
 
 def test_the_kits_clause_of_what_is_kept_holds() -> None:
-    """The example that the kit makes of fp8_emulated keeps nothing, so here it is asked under delayed scaling."""
-    asked: Any = SimpleNamespace(
+    """The example that the kit makes of fp8_emulated keeps nothing, so here it is checked under delayed scaling."""
+    subject: Any = SimpleNamespace(
         precision=lambda: precision(scaling="delayed", history=2), capabilities=frozenset()
     )
-    skipped_steps_are_forgotten(asked)
+    skipped_steps_are_forgotten(subject)
 
 
 # ---- in runs

@@ -191,11 +191,11 @@ def test_sums_of_many_bits_are_the_plain_ones(keys: dict[str, Any], grouped: boo
         ({"history": 0}, "history = 0: must be at least 1"),
         (
             {"e5m6": ["attention.out"]},
-            "e5m6.0 = 'attention.out': is no role; did you mean attention.output",
+            "e5m6.0 = 'attention.out': is not a role; did you mean attention.output",
         ),
     ],
 )
 def test_what_no_tensor_core_does_is_refused(keys: dict[str, Any], expected: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         precision(**keys)
-    assert expected in str(refused.value)
+    assert expected in str(caught.value)

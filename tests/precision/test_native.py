@@ -102,7 +102,7 @@ def by_hand(
 
 
 ROUNDING = 4e-6
-"""Of fp32 sums, relative to |a| |b|."""
+"""Error of fp32 sums, relative to |a| |b|."""
 
 
 def worst(actual: Tensor, right: Tensor, size: Tensor) -> float:
@@ -137,7 +137,7 @@ def limits(
     3.5.2), which the emulation does too: with one large channel among small ones it errs by 2.3e-3, an H100 by 2.2e-3.
 
     Args:
-        keys: of the precision; the emulation has no scale for each row, and one for a tensor stands for it.
+        keys: recipe keys of the precision; the emulation has one scale for a tensor instead of one for each row.
         layer: whose products they are.
         given: x, dy and, for experts, their ends.
     """
@@ -303,7 +303,7 @@ def test_experts_by_rows_and_by_tensors(
 def test_every_experts_operands_are_aligned(
     lab: Lab, scaling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cuBLAS has no algorithm for a scale that stands between others (seen on an H100); a CPU does not mind."""
+    """cuBLAS has no algorithm for a scale in memory between others (seen on an H100); a CPU does not mind."""
     places: list[int] = []
 
     def spied(
@@ -407,8 +407,10 @@ def needs(scaling: str, *environment: Any) -> str | None:
 def test_what_a_device_must_have(
     scaling: str, environment: tuple[Any, ...], sentence: str | None
 ) -> None:
-    said = needs(scaling, *environment)
-    assert (said is None) if sentence is None else (said is not None and sentence in said), said
+    reason = needs(scaling, *environment)
+    assert (reason is None) if sentence is None else (reason is not None and sentence in reason), (
+        reason
+    )
 
 
 @pytest.mark.parametrize(
@@ -421,13 +423,13 @@ def test_a_torch_that_cannot_is_found_by_one_small_product(
         raise error
 
     monkeypatch.setattr(operand.F, "scaled_mm", failing)
-    said = needs("row", "cpu")
-    assert said is not None
-    assert f"no scaled_mm for scaling row here ({str(error).splitlines()[0]})" in said
+    reason = needs("row", "cpu")
+    assert reason is not None
+    assert f"no scaled_mm for scaling row here ({str(error).splitlines()[0]})" in reason
     monkeypatch.delattr(operand.F, "scaled_mm")
-    said = needs("row", "cpu")
-    assert said is not None
-    assert "scaled_mm" in said
+    reason = needs("row", "cpu")
+    assert reason is not None
+    assert "scaled_mm" in reason
 
 
 @pytest.mark.parametrize("kind", ["BlockWise1x128", "BlockWise128x128"])
@@ -443,18 +445,18 @@ def test_scales_in_another_order_are_found_too(monkeypatch: pytest.MonkeyPatch, 
         return scales
 
     monkeypatch.setattr(operand, "_laid_out", turned)
-    said = precision.missing("tile", "cpu")
-    assert said is not None
-    assert "(its results are wrong)" in said
+    reason = precision.missing("tile", "cpu")
+    assert reason is not None
+    assert "(its results are wrong)" in reason
 
 
 @without_gpu
 def test_tiles_on_a_cpu_are_refused_by_fit_and_described(lab: Lab, tmp_path: Path) -> None:
-    said = lab.command("fit", lab.file, "precision.name=fp8_native", "--out", tmp_path / "run")
-    assert said.code == 2
+    result = lab.command("fit", lab.file, "precision.name=fp8_native", "--out", tmp_path / "run")
+    assert result.code == 2
     assert (
         "precision fp8_native: torch's scaled_mm has 1x128 and 128x128 scales on Hopper GPUs"
-        in said.sentence
+        in result.sentence
     )
     assert not (tmp_path / "run").exists()
     assert lab.command("describe", lab.file, "precision.name=fp8_native").code == 0
@@ -481,8 +483,8 @@ def test_a_run_in_tiles(lab: Lab, tmp_path: Path) -> None:
         "budget.steps=6",
     )
     by = "Triton" if find_spec("triton") else "torch"
-    said = f"torch scaled_mm, e4m3 1x128 / 128x128, operands by {by}"
-    assert said in summary["precision_paths"]["experts.gate_up"].split(" | ")
+    expected = f"torch scaled_mm, e4m3 1x128 / 128x128, operands by {by}"
+    assert expected in summary["precision_paths"]["experts.gate_up"].split(" | ")
     assert summary["skipped_steps"] == 0
 
 
@@ -503,10 +505,10 @@ def test_in_tiles_a_run_says_who_made_the_operands(lab: Lab, device: str) -> Non
     made = native(lab)
     made.linear(32, 16, "ffn.down", std=0.1)(torch.ones(3, 32))
     made.grouped_linear(2, 32, 16, "experts.down", std=0.1)(torch.ones(3, 32), torch.tensor([1, 3]))
-    said = "torch scaled_mm, e4m3 1x128 / 128x128"
-    assert made.path("ffn.down") == made.path("experts.down") == said
+    kernel = "torch scaled_mm, e4m3 1x128 / 128x128"
+    assert made.path("ffn.down") == made.path("experts.down") == kernel
     assert made.kernels_used.table() == dict.fromkeys(
-        ("ffn.down", "experts.down"), f"{said}, operands by torch"
+        ("ffn.down", "experts.down"), f"{kernel}, operands by torch"
     )
 
 

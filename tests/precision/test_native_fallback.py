@@ -25,7 +25,7 @@ def test_kernels_that_cannot_be_built_or_launched_are_not_used(
     def failing(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(fused, "kernels", lambda: SimpleNamespace(rows=failing))
+    monkeypatch.setattr(fused, "kernels", lambda: SimpleNamespace(quantise_rows=failing))
     why = f"cannot run ({type(error).__name__}: {str(error).splitlines()[0]}) on this device"
     with pytest.warns(UserWarning, match=re.escape(why)) as caught:
         assert not fused.faithful.__wrapped__("cpu", False)
@@ -63,7 +63,7 @@ def test_kernels_are_launched_on_the_device_of_their_rows(monkeypatch: pytest.Mo
         return kernel
 
     x = torch.ones(2, 3)
-    names = ("rows", "turned", "blocks", "flipped")
+    names = ("quantise_rows", "quantise_transposed", "quantise_blocks", "transpose_blocks")
     monkeypatch.setattr(
         fused, "kernels", lambda: SimpleNamespace(**{name: stub(name, x, x) for name in names})
     )

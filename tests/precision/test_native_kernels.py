@@ -165,7 +165,9 @@ def same_as_laid(laid: operand.Laid, right: Quantised) -> None:
 )
 def test_rows(width: int, ends: list[int] | None, dtype: torch.dtype, power_of_two: bool) -> None:
     x, ends_E = awkward(ROWS_A, width, dtype), on_device(ends)
-    found = fused.Rows(*fused._kernels().rows(x, ends_E, power_of_two=power_of_two), len(x))
+    found = fused.Rows(
+        *fused._kernels().quantise_rows(x, ends_E, power_of_two=power_of_two), len(x)
+    )
     where = spans(len(x), ends_E)
     for (begin, end), laid in zip(where, found.parts(where), strict=True):
         same_as_laid(laid, quantise(x[begin:end], ROW, E4M3, power_of_two=power_of_two))
@@ -192,11 +194,14 @@ def test_along_tokens(width: int, ends: list[int] | None, given: str, power_of_t
     )
     options: dict[str, Any] = {"count": len(x), "columns": width, "power_of_two": power_of_two}
     if given == "codes":
-        codes, scales = fused._kernels().rows(x, ends_E, power_of_two=power_of_two)
+        codes, scales = fused._kernels().quantise_rows(x, ends_E, power_of_two=power_of_two)
         kept = quantise(x, ROW, E4M3, power_of_two=power_of_two)
-        found, values = fused._kernels().turned(codes, scales, ends_E, **options), dequantise(kept)
+        found, values = (
+            fused._kernels().quantise_transposed(codes, scales, ends_E, **options),
+            dequantise(kept),
+        )
     else:
-        found, values = fused._kernels().turned(x, None, ends_E, **options), x
+        found, values = fused._kernels().quantise_transposed(x, None, ends_E, **options), x
     where = spans(len(x), ends_E)
     for (begin, end), laid in zip(
         where, fused.Turned(*found, width, len(x)).parts(where), strict=True
@@ -214,8 +219,8 @@ def test_along_tokens(width: int, ends: list[int] | None, given: str, power_of_t
 def test_weights(shape: tuple[int, int, int], power_of_two: bool) -> None:
     weight = awkward(shape[0] * shape[1], shape[2], torch.float32).view(shape)
     weight[-1, :128, :128] = 0
-    found = fused._kernels().blocks(weight, power_of_two=power_of_two)
-    codes_t, scales_t = fused._kernels().flipped(*found, columns=shape[2])
+    found = fused._kernels().quantise_blocks(weight, power_of_two=power_of_two)
+    codes_t, scales_t = fused._kernels().transpose_blocks(*found, columns=shape[2])
     right = quantise(weight, BLOCK, E4M3, power_of_two=power_of_two)
     each = zip(
         fused.Blocks(*found, shape[1]).parts(),
@@ -241,23 +246,25 @@ def test_weights(shape: tuple[int, int, int], power_of_two: bool) -> None:
 def test_a_tile_that_is_not_finite_becomes_nan_as_a_whole(bad: float) -> None:
     x = drawn(200, 300).to(DEVICE)
     x[7, 130], x[150, 2] = bad, bad
-    found = fused.Rows(*fused._kernels().rows(x, None, power_of_two=False), len(x))
+    found = fused.Rows(*fused._kernels().quantise_rows(x, None, power_of_two=False), len(x))
     where = spans(len(x), None)
     right = quantise(x, ROW, E4M3)
     same_as_laid(next(found.parts(where)), right)
     options: dict[str, Any] = {"count": 200, "columns": 300, "power_of_two": False}
     for given, values in (((x, None), x), ((found.codes, found.scales), dequantise(right))):
         laid = next(
-            fused.Turned(*fused._kernels().turned(*given, None, **options), 300, 200).parts(where)
+            fused.Turned(
+                *fused._kernels().quantise_transposed(*given, None, **options), 300, 200
+            ).parts(where)
         )
         same_as_laid(laid, quantise(values.t(), ROW, E4M3))
-    codes, scales = fused._kernels().blocks(x[None], power_of_two=False)
+    codes, scales = fused._kernels().quantise_blocks(x[None], power_of_two=False)
     right = quantise(x, BLOCK, E4M3)
     same(codes[0, :200, :300], right.codes)
     same(scales[0, :, :3], right.scales)
 
 
-def stood_in(y_MN: Tensor, a: operand.Laid, b: operand.Laid) -> None:
+def simulated_product(y_MN: Tensor, a: operand.Laid, b: operand.Laid) -> None:
     options = {"output_dtype": y_MN.dtype, "use_fast_accum": False}
     kinds = [operand.ScalingType(laid.recipe[0]) for laid in (a, b)]
     y_MN.copy_(
@@ -267,15 +274,15 @@ def stood_in(y_MN: Tensor, a: operand.Laid, b: operand.Laid) -> None:
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hopper's, stood in for where kernels are interpreted, and little is tried because that is slow."""
+    """Hopper's products, simulated where kernels are interpreted; few sizes are tried, because that is slow."""
     if INTERPRETED:
         monkeypatch.setattr(fused, "TRIED", ((144, [0, 131, 140]), (136, [0, 131, 140])))
-        monkeypatch.setattr(operand, "multiply_into", stood_in)
+        monkeypatch.setattr(operand, "multiply_into", simulated_product)
         monkeypatch.setattr(operand.F, "scaled_mm", hopper_scaled_mm)
 
 
-def shown(power_of_two: bool = False) -> bool:
-    """`faithful`, asked anew."""
+def verified_anew(power_of_two: bool = False) -> bool:
+    """What `faithful` returns without its cache."""
     return bool(fused.faithful.__wrapped__(DEVICE, power_of_two))
 
 
@@ -283,12 +290,20 @@ def shown(power_of_two: bool = False) -> bool:
 @kinds
 @pytest.mark.usefixtures("products")
 def test_kernels_are_used_where_they_give_the_bits(power_of_two: bool) -> None:
-    assert shown(power_of_two)
+    assert verified_anew(power_of_two)
 
 
 @compared
 @pytest.mark.parametrize(
-    "spoilt", ["rows", "turned", "blocks", "flipped", "rows without experts", "turned of fp32"]
+    "spoilt",
+    [
+        "quantise_rows",
+        "quantise_transposed",
+        "quantise_blocks",
+        "transpose_blocks",
+        "quantise_rows without experts",
+        "quantise_transposed of fp32",
+    ],
 )
 @pytest.mark.usefixtures("products")
 def test_a_kernel_that_gives_other_bits_is_not_used(
@@ -310,7 +325,7 @@ def test_a_kernel_that_gives_other_bits_is_not_used(
 
     monkeypatch.setattr(kernels, name, spoiling)
     with pytest.warns(UserWarning, match="do not give the bits") as caught:
-        assert not shown()
+        assert not verified_anew()
     assert len(caught) == 1
 
 
@@ -327,7 +342,7 @@ def test_products_that_are_not_those_of_torch_are_found_too(
 
     monkeypatch.setattr(operand, "multiply_into", spoiling)
     with pytest.warns(UserWarning, match="do not give the bits"):
-        assert not shown()
+        assert not verified_anew()
 
 
 @compared
@@ -343,7 +358,7 @@ def test_a_torch_without_the_private_product_uses_no_kernels(
         UserWarning,
         match="cannot run .AttributeError: module 'torch' has no attribute '_scaled_mm_v2'",
     ):
-        assert not shown()
+        assert not verified_anew()
 
 
 @compared
@@ -354,7 +369,7 @@ def test_gradients_of_a_sum_need_no_memory() -> None:
         torch.ones((), device=DEVICE).expand(40, 130),
         torch.ones(1, 130, device=DEVICE).expand(40, 130),
     ):
-        found = fused.Rows(*fused._kernels().rows(x, None, power_of_two=False), 40)
+        found = fused.Rows(*fused._kernels().quantise_rows(x, None, power_of_two=False), 40)
         same_as_laid(next(found.parts([(0, 40)])), right)
 
 
@@ -427,8 +442,8 @@ def test_layers_note_that_kernels_made_their_operands(
     x = drawn(20, 32).to(DEVICE)
     made.linear(32, 16, "ffn.down", std=0.1).to(DEVICE)(x)
     made.grouped_linear(2, 32, 16, "experts.down", std=0.1).to(DEVICE)(x, on_device([3, 20]))
-    said = "torch scaled_mm, e4m3 1x128 / 128x128, ue8m0 scales"
-    assert made.path("ffn.down") == said
+    kernel = "torch scaled_mm, e4m3 1x128 / 128x128, ue8m0 scales"
+    assert made.path("ffn.down") == kernel
     assert made.kernels_used.table() == dict.fromkeys(
-        ("ffn.down", "experts.down"), f"{said}, operands by Triton"
+        ("ffn.down", "experts.down"), f"{kernel}, operands by Triton"
     )

@@ -73,12 +73,13 @@ def test_gradients_have_the_format_that_is_asked_for() -> None:
 
 
 def test_an_unknown_role_is_refused_with_the_nearest(lab: Lab) -> None:
-    said = lab.command(
+    result = lab.command(
         "describe", lab.file, "precision={name: fp8_emulated, high: [head, experts.donw]}"
     )
-    assert said.code == 2
+    assert result.code == 2
     assert (
-        "precision.high.1 = 'experts.donw': is no role; did you mean experts.down" in said.sentence
+        "precision.high.1 = 'experts.donw': is not a role; did you mean experts.down"
+        in result.sentence
     )
 
 
@@ -91,10 +92,10 @@ def test_a_low_output_that_is_the_embedding_is_refused(lab: Lab) -> None:
 
 
 def test_describe_reports_format_and_path_of_every_role(lab: Lab) -> None:
-    said = lab.command(
+    result = lab.command(
         "describe", lab.file, "precision={name: fp8_emulated, high: [head, ffn.*]}", "--json"
     )
-    roles = json.loads(said.out)["precision"]
+    roles = json.loads(result.out)["precision"]
     low = {"kept": "float32", "computed": "float8_e4m3fn", "path": "emulated e4m3 1x128 / 128x128"}
     assert roles["experts.down"] == low
     assert roles["mtp.projection"] == low

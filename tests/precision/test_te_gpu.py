@@ -159,7 +159,7 @@ class Cut(Exception):  # noqa: N818
 
 @pytest.fixture
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What cuBLAS asks for, and torch's switch as it was afterwards."""
+    """What cuBLAS requires, and torch's switch as it was afterwards."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""What te_fp8 refuses, and when: the recipe alone at validation, what only the device shows before any work."""
+"""Errors of te_fp8, and when: those of the recipe at validation, those that only the device shows before any work."""
 
 import builtins
 import importlib
@@ -52,8 +52,10 @@ def test_what_a_device_must_have(
     sentence: str | None,
 ) -> None:
     te_standin.install(monkeypatch)
-    said = needs(scaling, Environment("cuda", capability, cuda))
-    assert (said is None) if sentence is None else (said is not None and sentence in said), said
+    reason = needs(scaling, Environment("cuda", capability, cuda))
+    assert (reason is None) if sentence is None else (reason is not None and sentence in reason), (
+        reason
+    )
 
 
 @pytest.mark.parametrize("scaling", engine.SCALINGS)
@@ -61,9 +63,9 @@ def test_a_cpu_is_refused_before_transformer_engine_is_looked_for(
     monkeypatch: pytest.MonkeyPatch, scaling: str
 ) -> None:
     monkeypatch.setattr(engine, "pytorch", lambda: pytest.fail("looked for"))
-    said = needs(scaling, Environment("cpu"))
-    assert said is not None
-    assert "needs an NVIDIA GPU, and there is none; precision fp8_emulated" in said
+    reason = needs(scaling, Environment("cpu"))
+    assert reason is not None
+    assert "needs an NVIDIA GPU, and there is none; precision fp8_emulated" in reason
 
 
 NO_LIBRARY = "Could not find shared object file for Transformer Engine core lib"
@@ -104,11 +106,11 @@ def test_an_absent_or_broken_transformer_engine_is_one_sentence(
         raise make()
 
     monkeypatch.setattr(importlib, "import_module", failing)
-    said = needs("block", Environment("cuda", HOPPER, "13.0"))
-    assert said is not None
-    assert sentence in said
-    assert "\n" not in said
-    assert broken == "its own needs" or "pip install" in said
+    reason = needs("block", Environment("cuda", HOPPER, "13.0"))
+    assert reason is not None
+    assert sentence in reason
+    assert "\n" not in reason
+    assert broken == "its own needs" or "pip install" in reason
     with pytest.raises(UserError):
         engine.recipes()
 
@@ -125,27 +127,30 @@ def test_nothing_else_asks_for_transformer_engine(
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", importing)
-    said = lab.command("describe", lab.file, *TE, "--json")
-    assert said.code == 0, said.err
-    assert '"path": "Transformer Engine, Float8BlockScaling"' in said.out
-    assert "needs an NVIDIA GPU" in said.out  # under runnable_here
+    result = lab.command("describe", lab.file, *TE, "--json")
+    assert result.code == 0, result.err
+    assert '"path": "Transformer Engine, Float8BlockScaling"' in result.out
+    assert "needs an NVIDIA GPU" in result.out  # under runnable_here
     lab.fit(tmp_path / "run", "budget.steps=1")
 
 
 # Through the commands
 
 
-def refused(lab: Lab, command: str, *overrides: str, out: Path | None = None) -> CommandResult:
-    said = lab.command(command, lab.file, *overrides, *(["--out", str(out)] if out else []))
-    assert said.code == 2, said.err
+def failed_command(
+    lab: Lab, command: str, *overrides: str, out: Path | None = None
+) -> CommandResult:
+    result = lab.command(command, lab.file, *overrides, *(["--out", str(out)] if out else []))
+    assert result.code == 2, result.err
     assert out is None or not out.exists()
-    return said
+    return result
 
 
 def test_fit_on_a_cpu_is_refused_before_any_work(lab: Lab, tmp_path: Path) -> None:
-    said = refused(lab, "fit", *TE, out=tmp_path / "run")
+    result = failed_command(lab, "fit", *TE, out=tmp_path / "run")
     assert (
-        "cannot run here: precision te_fp8: Transformer Engine needs an NVIDIA GPU" in said.sentence
+        "cannot run here: precision te_fp8: Transformer Engine needs an NVIDIA GPU"
+        in result.sentence
     )
 
 
@@ -155,10 +160,10 @@ def test_widths_that_transformer_engine_cannot_take_are_refused(
 ) -> None:
     """The small recipe's rotated key makes 20 outputs of 16 + 4."""
     out = tmp_path / "run" if command == "fit" else None
-    said = refused(lab, command, "precision.name=te_fp8", out=out)
+    result = failed_command(lab, command, "precision.name=te_fp8", out=out)
     expected = "attention.q_up has 24 outputs, and Transformer Engine takes multiples of 16 under scaling block"
-    assert expected in said.sentence
-    assert "name attention.q_up in precision.high" in said.sentence
+    assert expected in result.sentence
+    assert "name attention.q_up in precision.high" in result.sentence
 
 
 def test_the_advice_helps(lab: Lab) -> None:
@@ -167,17 +172,21 @@ def test_the_advice_helps(lab: Lab) -> None:
 
 
 def test_mxfp8_takes_multiples_of_thirty_two(lab: Lab) -> None:
-    said = refused(lab, "describe", *SIXTEENS, "precision={name: te_fp8, scaling: mxfp8}")
+    result = failed_command(lab, "describe", *SIXTEENS, "precision={name: te_fp8, scaling: mxfp8}")
     assert (
         "attention.q_down has 16 outputs, and Transformer Engine takes multiples of 32"
-        in said.sentence
+        in result.sentence
     )
 
 
 @pytest.mark.parametrize(
     ("overrides", "key", "sentence"),
     [
-        (("precision.high=[experts.upp]",), "precision.high.0", "is no role; did you mean experts"),
+        (
+            ("precision.high=[experts.upp]",),
+            "precision.high.0",
+            "is not a role; did you mean experts",
+        ),
         (
             ("precision.scaling=delayed", "recompute.blocks=[moe]"),
             "recompute.blocks",

@@ -233,7 +233,7 @@ def test_the_kind_of_scales_is_said_outright(lab: Lab, state: type[State], scale
     made: Any = precision(lab, f"precision.scales={scales}")
     recipe = made.recipe.make()
     operands = (recipe.fp8_quant_fwd_inp, recipe.fp8_quant_fwd_weight, recipe.fp8_quant_bwd_grad)
-    assert {(said.power_2_scale, said.amax_epsilon) for said in operands} == {
+    assert {(operand.power_2_scale, operand.amax_epsilon) for operand in operands} == {
         (scales == "ue8m0", 0.0)
     }
     assert (

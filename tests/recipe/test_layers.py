@@ -246,7 +246,7 @@ def test_a_key_that_nobody_set_is_reported_with_the_section_around_it(
         message_of(file)
         == f"{file}: model.rope.max_length = 9000: must be at most 8192, as far as yarn reaches"
     )
-    # the router's keys are the base's, but what asks for a key that they lack is the new name
+    # the router's keys are the base's, but the new name is what needs a key that they lack
     assert message_of(base, "model.attention.name=mla").startswith(
         "command line (model.attention.name=mla): model.attention."
     )

@@ -21,7 +21,7 @@ FREE_KEYS = (
     "log_every_n_steps, profiler, sync_batchnorm"
 )
 
-# What the core reports by itself. {o} stands for where an override was set, {f} for the file, and … for names that
+# What the core reports by itself. {o} is replaced by where an override was set, {f} for the file, and … for names that
 # grow with the repository.
 CORE = {
     "modl.dim=3": f"{{o}}: modl: unknown key; did you mean model? known: {ALL_KEYS}",
@@ -35,8 +35,8 @@ CORE = {
     "model.dim=null": "{o}: model.dim = null: must be a whole number",
     "model.dim=[1]": "{o}: model.dim = [1]: must be a whole number",
     "model.dim={a: 1}": "{o}: model.dim: must be a whole number",
-    "model.dim=???": "{o}: model.dim: a value must be given here, where ??? stands",
-    "model.norm_eps=???": "{o}: model.norm_eps: a value must be given here, where ??? stands",
+    "model.dim=???": "{o}: model.dim: a value must be given in place of ???",
+    "model.norm_eps=???": "{o}: model.norm_eps: a value must be given in place of ???",
     "model.norm_eps=small": "{o}: model.norm_eps = 'small': must be a number",
     "model.norm_eps=true": "{o}: model.norm_eps = true: must be a number",
     "model.norm_eps=.nan": "{o}: model.norm_eps = nan: must be a number",
@@ -80,7 +80,7 @@ CORE = {
     "model.rope.yarn={}": "{o}: model.rope.yarn.factor: required key is missing "
     "(how many times longer the context gets)",
     "budget={steps: 5, tokens: 1e6}": "{o}: budget.tokens = 1000000: exactly one of steps, tokens, flops must be given"
-    ", and steps and tokens are; null takes one away",
+    ", and steps and tokens are; set the others to null",
     "budget.steps=null": "{o}: budget.steps = null: exactly one of steps, tokens, flops must be given",
     "budget.steps=0": "{o}: budget.steps = 0: must be at least 1",
     "budget={steps: null, flops: .inf}": "{o}: budget.flops = inf: must be finite",
@@ -95,9 +95,9 @@ CORE = {
     "loggers=[csv]": "{o}: loggers.0 = 'csv': must be a section with a `name` (logger: …",
     "model.attention.name=mlaa": "{o}: model.attention.name: no attention is named 'mlaa'; did you mean mla? known: …",
     "optimizer.name=adamW": "{o}: optimizer.name: no optimizer is named 'adamW'; did you mean adamw…",
-    "trainer.max_steps=5": "{o}: trainer.max_steps: the recipe owns this; use budget",
-    "trainer.precision=16": "{o}: trainer.precision: the recipe owns this; use precision",
-    "trainer.accumulate_grad_batches=2": "{o}: trainer.accumulate_grad_batches: the recipe owns this; "
+    "trainer.max_steps=5": "{o}: trainer.max_steps: another key of the recipe sets this; use budget",
+    "trainer.precision=16": "{o}: trainer.precision: another key of the recipe sets this; use precision",
+    "trainer.accumulate_grad_batches=2": "{o}: trainer.accumulate_grad_batches: another key of the recipe sets this; "
     "use batch.accumulate",
     "trainer.benchmrk=true": f"{{o}}: trainer.benchmrk: unknown key; did you mean benchmark? known: {FREE_KEYS}",
     "trainer=3": "{o}: trainer = 3: must be a section of keys",
@@ -107,9 +107,9 @@ CORE = {
     "model.dim=${model.dim}": "{o}: model.dim: cannot be worked out: Recursive interpolation detected",
     "model.dim=${model.norm_eps": "command line: 'model.dim=${model.norm_eps': the value cannot be read: "
     "no viable alternative at input '${model.norm_eps'",
-    "seed": "command line: 'seed': an override reads KEY.PATH=VALUE",
-    "=3": "command line: '=3': an override reads KEY.PATH=VALUE",
-    "model..dim=3": "command line: 'model..dim=3': an override reads KEY.PATH=VALUE",
+    "seed": "command line: 'seed': an override must have the form KEY.PATH=VALUE",
+    "=3": "command line: '=3': an override must have the form KEY.PATH=VALUE",
+    "model..dim=3": "command line: 'model..dim=3': an override must have the form KEY.PATH=VALUE",
     "seed=[1": "command line: 'seed=[1': the value cannot be read: did not find expected ',' or ']'",
     "seed.x=3": "command line: 'seed.x=3': seed = 1 has no keys",
     "model.dim.x.y=3": "command line: 'model.dim.x.y=3': model.dim = 32 has no keys",
@@ -356,7 +356,7 @@ def test_a_value_left_open_by_the_base_must_be_given(
     base: Path, write: Write, message_of: MessageOf
 ) -> None:
     base.write_text(base.read_text().replace("dim: 32", "dim: ???"))
-    assert message_of(base) == f"{base}: model.dim: a value must be given here, where ??? stands"
+    assert message_of(base) == f"{base}: model.dim: a value must be given in place of ???"
     file = write("extends: base.yaml\nmodel: {dim: 48}\n")
     assert compose(file).model.dim == 48
 

@@ -196,7 +196,7 @@ def test_two_schemas_of_one_name_are_reported_apart() -> None:
     def schema(kind: type) -> type:
         @dataclass(kw_only=True)
         class Config:
-            value: kind = setting(doc="of one kind")  # type: ignore[valid-type]
+            value: kind = setting(doc="a value of one kind")  # type: ignore[valid-type]
 
         return Config
 

@@ -149,9 +149,7 @@ def test_each_unit_reads_its_own_position() -> None:
             start=0.0, unit=unit, segments=[Segment(until=until, shape="linear", to=1.0)]
         )  # type: ignore[arg-type]
         assert line.at(progress) == 0.6
-    assert Progress(0, 0, 0, 0).position("fraction") == 0.0, (
-        "a run without tokens stands at its start"
-    )
+    assert Progress(0, 0, 0, 0).position("fraction") == 0.0, "a run without tokens is at its start"
 
 
 def test_without_segments_the_value_is_the_start_and_a_number_is_itself() -> None:

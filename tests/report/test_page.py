@@ -205,8 +205,7 @@ def test_failed_seeds_stand_with_the_verdict(tmp_path: Path) -> None:
     assert any(line.startswith("Worse than a: b (1 of 3 failed)") for line in sentences)
     assert any("c (1 of 3 without a value)" in line for line in sentences)
     assert (
-        sentences[-1]
-        == "All of this rests on fewer seeds of a than were asked for (1 of 3 failed)."
+        sentences[-1] == "All of this rests on fewer seeds of a than were planned (1 of 3 failed)."
     )
     assert cells(tmp_path / "s", "b")["verdict"].under == "1 of 3 failed"
 
@@ -478,7 +477,7 @@ def test_a_page_shows_nothing_from_outside_of_its_folder(tmp_path: Path, place: 
     study = read(tmp_path / "run")
     assert study.unread == [
         f"{place} could not be read (a symbolic link leads out of the folder), "
-        "so the report goes without it."
+        "so the report leaves it out."
     ]
     assert "secret" not in study.file
 

@@ -54,7 +54,7 @@ def test_every_key_of_a_recipe_is_documented(section_of: type) -> None:
 
 
 def test_no_section_of_the_schema_is_left_out() -> None:
-    named = {schema.TokenizerSection}  # its one key stands in the row of `tokenizer`
+    named = {schema.TokenizerSection}  # its one key is in the row of `tokenizer`
     own = {
         value
         for value in vars(schema).values()

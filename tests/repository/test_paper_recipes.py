@@ -301,7 +301,7 @@ def test_the_papers_optimizer_and_initial_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dsv2_lite", "dsv2", "dsv3_1b", "dsv3_16b", "dsv3_671b"])
 def test_every_number_of_a_papers_recipe_cites_its_source(name: str) -> None:
-    """The citation stands on the same line, on the line above, or on the line that opens the block."""
+    """The citation is on the same line, on the line above, or on the line that opens the block."""
     text = (ROOT / f"recipes/{name}.yaml").read_text(encoding="utf-8")
     keys = set(re.findall(r"\[(\w+)\]", text.partition("seed:")[0]))
     body = text[text.index("model:") : text.index("smoke:")].splitlines()

@@ -172,5 +172,5 @@ def test_the_stability_page_prints_the_messages_that_are_raised() -> None:
         vars(module).update(stated)
         with pytest.raises(PluginError) as caught:
             check_version(module)
-        assert str(caught.value).partition("which is no version")[2] or str(caught.value) in text
+        assert str(caught.value).partition("which is not a version")[2] or str(caught.value) in text
         assert str(caught.value).rpartition("; ")[2] in text

@@ -78,7 +78,7 @@ class Walk:
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
-    """Runs the page from a folder that stands for the checkout and holds nothing but `docs`."""
+    """Runs the page from a folder that replaces the checkout and holds nothing but `docs`."""
     checkout = tmp_path_factory.mktemp("start") / "checkout"
     checkout.mkdir()
     (checkout / "docs").symlink_to(DOCS)

@@ -9,18 +9,21 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import readable
 
+ELSEWHERE = "core/study/ray_pool.py"
+"""A file that is restructured at the moment; its entry of `Args:` is corrected there, and then this exception goes."""
+
 
 def test_density_and_vocabulary_are_within_their_limits() -> None:
     found = readable.measure(ROOT)
     assert found.retired == []
     assert found.prepositions == []
+    assert [place for place in found.texts if not place.startswith(ELSEWHERE)] == []
     dense = {
         name: round(value, 1)
         for name, value in found.per_thousand().items()
         if value > readable.LIMITS[name]
     }
     assert dense == {}
-    assert found.within_limits()
 
 
 def test_the_measure_counts_what_it_names(tmp_path: Path) -> None:
@@ -35,6 +38,53 @@ def test_the_measure_counts_what_it_names(tmp_path: Path) -> None:
     assert found.counts == dict.fromkeys(readable.LIMITS, 1)
     assert found.prepositions == ["core/dense.py:1 f"]
     assert found.lines == 6
+    assert not found.within_limits()
+
+
+def test_other_explanations_are_counted_apart_from_docstrings_of_functions(tmp_path: Path) -> None:
+    """Modules, values, entries of `Args:`, and texts of keys and options; "at most" begins a noun phrase."""
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "text.py").write_text(
+        "\n".join(
+            [
+                '"""In a module."""',
+                "A = 1",
+                '"""Of a value."""',
+                "B = 2",
+                '"""At most 3, of all values."""',
+                "class C:",
+                '    """A class.',
+                "",
+                "    Args:",
+                "        a: the seed.",
+                "        b, *c: of the draws,",
+                "            of: a continued line.",
+                "",
+                "    Class attributes:",
+                "        d: from a recipe.",
+                "",
+                "    Returns:",
+                "        of: no argument.",
+                '    """',
+                "",
+                '    d: int = setting(doc="from logits to gates")',
+                '    e: int = setting(doc="at least 1")',
+                '    f = option(help="with a help", other="of anything else")',
+            ]
+        ),
+        encoding="utf-8",
+    )
+    found = readable.measure(tmp_path)
+    assert found.prepositions == []
+    assert sorted(found.texts) == [
+        "plugins/text.py:1 In a module.",
+        "plugins/text.py:21 from logits to gates",
+        "plugins/text.py:23 with a help",
+        "plugins/text.py:3 Of a value.",
+        "plugins/text.py:6 from a recipe.",
+        "plugins/text.py:6 of the draws,",
+    ]
     assert not found.within_limits()
 
 

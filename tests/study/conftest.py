@@ -36,11 +36,11 @@ class ForkPool:
     def submit(self, job: Job, command: list[str]) -> "Future[tuple[int, float]]":
         """Run it here and now."""
         self.commands.append(command)
-        said = forked(lambda: _fit(command[3:]))
+        result = forked(lambda: _fit(command[3:]))
         with job.log.open("a", encoding="utf-8") as log:
-            log.write(said.out + said.err)
+            log.write(result.out + result.err)
         future: Future[tuple[int, float]] = Future()
-        future.set_result((said.code, 1.0))
+        future.set_result((result.code, 1.0))
         return future
 
     def stop(self) -> None:

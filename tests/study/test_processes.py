@@ -65,7 +65,7 @@ def of_two_ranks(lab: Lab, job: Job) -> Job:
     return Job(Variant("two", recipe, str(lab.file), ()), 3, job.path)
 
 
-def said(job: Job, slots: int, code: str) -> str:
+def result(job: Job, slots: int, code: str) -> str:
     """What a run that is this Python code prints."""
     pool = LocalPool(slots, lambda *_: None)
     try:
@@ -93,22 +93,22 @@ def test_runs_share_the_cores(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert said(job, slots, THREADS) == expected
+    assert result(job, slots, THREADS) == expected
 
 
 def test_the_threads_that_the_user_says(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not more than their share: several runs would take turns on every core."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert said(job, 2, THREADS) == "3"
-    assert said(job, 4, THREADS).splitlines()[-1] == "2"
+    assert result(job, 2, THREADS) == "3"
+    assert result(job, 4, THREADS).splitlines()[-1] == "2"
 
 
 def test_the_tokenizer_has_no_more_threads_than_the_run(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert said(job, 1, "import os; print(os.environ['RAYON_NUM_THREADS'])") == "1"
+    assert result(job, 1, "import os; print(os.environ['RAYON_NUM_THREADS'])") == "1"
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,13 @@ def test_the_ranks_of_a_run_share_its_part(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert said(of_two_ranks(lab, job), 2, THREADS) == "2"
+    assert result(of_two_ranks(lab, job), 2, THREADS) == "2"
 
 
 def test_a_run_that_is_begun_keeps_its_threads(job: Job) -> None:
-    """A run with another number of threads would refuse to be resumed: `--resume --workers 1` after `--workers 2`."""
+    """A run with another number of threads could not be resumed: `--resume --workers 1` after `--workers 2`."""
     (job.path / "provenance.json").write_text('{"threads": 5}', encoding="utf-8")
-    assert said(job, 1, THREADS) == "5"
+    assert result(job, 1, THREADS) == "5"
 
 
 def alone(job: Job, folder: SweepFolder) -> None:
@@ -158,7 +158,7 @@ def alone(job: Job, folder: SweepFolder) -> None:
 
 def test_a_run_is_alone_in_its_session(job: Job) -> None:
     """Ctrl-C at the terminal reaches the runner alone; from two signals a run would end without saving itself."""
-    assert said(job, 1, "import os; print(os.getpid() == os.getsid(0))") == "True"
+    assert result(job, 1, "import os; print(os.getpid() == os.getsid(0))") == "True"
 
 
 @pytest.mark.parametrize(
@@ -341,9 +341,9 @@ def test_a_killed_runner_takes_its_runs_along_and_the_next_goes_on(
     before = {path: content for path, content in kept(out).items() if "bias" in path.parts}
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    said = lab.command("sweep", file, "--out", out, "--resume", "--json", "--workers", "2")
-    assert said.code == 0, said.err
-    results: Any = json.loads(said.out)
+    result = lab.command("sweep", file, "--out", out, "--resume", "--json", "--workers", "2")
+    assert result.code == 0, result.err
+    results: Any = json.loads(result.out)
     assert results == read(out / "results.json")
     assert [row["n"] for row in results["rows"]] == [1, 1]
     assert {path: content for path, content in kept(out).items() if "bias" in path.parts} == before

@@ -50,9 +50,9 @@ def test_without_ray_its_absence_is_reported(
     lab: Lab, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    said = lab.command("sweep", write(TWO), "--out", tmp_path / "out", "--ray", "local")
-    assert said.code == 2
-    assert said.sentence == "--ray: Ray is not installed here: pip install 'moeloom[ray]'"
+    result = lab.command("sweep", write(TWO), "--out", tmp_path / "out", "--ray", "local")
+    assert result.code == 2
+    assert result.sentence == "--ray: Ray is not installed here: pip install 'moeloom[ray]'"
 
 
 def test_a_worker_starts_our_core_beside_a_core_of_the_users_own(
@@ -98,11 +98,11 @@ def test_a_sweep_through_a_real_local_ray(write: Write, tmp_path: Path, short: P
         "--json",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(short)}
-    said = subprocess.run(
+    result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert said.returncode == 0, said.stderr
-    assert [row["n"] for row in json.loads(said.stdout)["rows"]] == [1, 0]
+    assert result.returncode == 0, result.stderr
+    assert [row["n"] for row in json.loads(result.stdout)["rows"]] == [1, 0]
     assert states(out) == {"bias/seed-3": "done", "none/seed-3": "failed"}
     assert read(out / "runs/none/seed-3/status.json")["reason"].startswith("exit code 1: ")
     assert read(out / "runs/bias/seed-3/summary.json")["threads"] == 1

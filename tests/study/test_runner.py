@@ -1,4 +1,4 @@
-"""Running a sweep, with runs that are forked: what is written, what a failure leaves, what is refused."""
+"""Running a sweep, with runs that are forked: what is written, what a failure leaves, what is an error."""
 
 import errno
 import fcntl
@@ -338,10 +338,10 @@ def test_a_full_disk_is_one_sentence_and_can_be_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        said = forked(lambda: run_command_here("sweep", file, "--out", out))
-    assert said.code == 2
+        result = forked(lambda: run_command_here("sweep", file, "--out", out))
+    assert result.code == 2
     assert (
-        said.sentence
+        result.sentence
         == f"{out}: no space is left on the disk; free some space and go on with --resume"
     )
     again = forked(lambda: run_command_here("sweep", file, "--out", out, "--resume", "--json"))
@@ -365,8 +365,8 @@ def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_was_done(
         file, out = write(TWO), disk / "out"
         with monkeypatch.context() as patch:
             patch.setattr(core.study.sweep, "_pool", lambda *_: FillingPool())
-            said = forked(lambda: run_command_here("sweep", file, "--out", out))
-        assert (said.code, said.sentence) == (
+            result = forked(lambda: run_command_here("sweep", file, "--out", out))
+        assert (result.code, result.sentence) == (
             2,
             f"{out}: no space is left on the disk; free some space and go on with --resume",
         )
@@ -410,8 +410,8 @@ def test_a_run_that_finds_no_space_ends_the_sweep_and_is_not_failed(
     )
     with monkeypatch.context() as patch:
         patch.setattr(core.study.sweep, "_pool", lambda *_: FullPool())
-        said = forked(lambda: run_command_here("sweep", file, "--out", out))
-    assert (said.code, said.sentence) == (
+        result = forked(lambda: run_command_here("sweep", file, "--out", out))
+    assert (result.code, result.sentence) == (
         2,
         f"{out}: no space is left on the disk; free some space and go on with --resume",
     )
@@ -507,16 +507,18 @@ def test_the_command_prints_a_table_that_is_not_cut(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     long = "a_variant_with_quite_a_long_name_that_says_what_it_is"
-    said = lab.command("sweep", write(TWO.replace("none:", f"{long}:")), "--out", tmp_path / "out")
-    assert said.code == 0, said.err
-    lines = said.out.splitlines()
+    result = lab.command(
+        "sweep", write(TWO.replace("none:", f"{long}:")), "--out", tmp_path / "out"
+    )
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
     assert lines[0] == "val_bits_per_byte over the seeds"
     assert lines[1].split() == ["variant", "n", "mean", "95%", "interval"]
     assert lines[4].startswith(f"{long}  2  ")
     assert lines[6] == "minus bias, paired by seed"
     assert lines[9].startswith(f"{long}  2  ")
     assert lines[-1] == f"sweep folder: {tmp_path}/out  (python -m core.report {tmp_path}/out)"
-    progress = [line for line in said.err.splitlines() if re.match(r"\d/4 ", line)]
+    progress = [line for line in result.err.splitlines() if re.match(r"\d/4 ", line)]
     assert [line.partition(" in ")[0] for line in progress] == [
         *(
             "1/4 bias/seed-3 done",

@@ -1,4 +1,4 @@
-"""Sweep files: what is shipped can be run, and what cannot be right is refused before the first run."""
+"""Sweep files: what is shipped can be run, and errors are found before the first run."""
 
 import json
 from pathlib import Path
@@ -19,8 +19,8 @@ from .conftest import TWO, Write
 SHIPPED = sorted(shipped_sweeps())
 
 
-def refused(file: Path, *, smoke: bool = False) -> str:
-    """What is said of a file that cannot be right."""
+def error_in(file: Path, *, smoke: bool = False) -> str:
+    """The error message for a file that cannot be right."""
     with pytest.raises(UserError) as caught:
         read_sweep(file, smoke=smoke)
     return str(caught.value)
@@ -121,7 +121,7 @@ def test_the_metrics_are_the_numbers_of_a_summary(finished: Path) -> None:
         ("seeds: [3, 4]", "", "seeds: required key is missing"),
         ("baseline: bias", "baseline: bais", "baseline = 'bais': no such variant; did you mean bias?"),
         ("bias: {{}}", "bias: {{overides: {{}}}}", "variants.bias.overides: unknown key; did you mean overrides?"),
-        ("  none:", "  bias:", "'bias' stands twice"),
+        ("  none:", "  bias:", "the key 'bias' occurs twice"),
         ("  none:", "  a/b:", "'a/b' cannot name a folder"),
         ("  none:", "  ..:", "must not be empty or hold a dot"),
         ("budget: ", "metric: val_los\nbudget: ", "metric = 'val_los': no run logs it; did you mean val_loss"),
@@ -144,9 +144,9 @@ def test_what_cannot_be_right_is_refused(
     write: Write, before: str, after: str, expected: str
 ) -> None:
     assert before in TWO
-    said = refused(write(TWO.replace(before, after)))
-    assert expected in said
-    assert "question.yaml" in said
+    message = error_in(write(TWO.replace(before, after)))
+    assert expected in message
+    assert "question.yaml" in message
 
 
 def test_all_variants_that_fail_are_reported_at_once(
@@ -158,9 +158,9 @@ def test_all_variants_that_fail_are_reported_at_once(
         "deep: {{overrides: {{model.dim: x}}}}",
     )
     file = write(TWO.replace("budget:", "".join(f"  {line}\n" for line in more) + "budget:"))
-    said = lab.command("sweep", file, "--out", tmp_path / "out")
-    assert said.code == 2
-    lines = said.err.splitlines()
+    result = lab.command("sweep", file, "--out", tmp_path / "out")
+    assert result.code == 2
+    lines = result.err.splitlines()
     assert lines[0].endswith("3 of 5 variants cannot run:")
     assert [line.strip().partition(":")[0] for line in lines[1:]] == ["wide", "lost", "deep"]
     assert "model.dmi: unknown key; did you mean dim" in lines[1]
@@ -173,7 +173,7 @@ def test_no_mistake_hides_another(write: Write) -> None:
         "budget:", "  wide: {{overrides: {{model.dmi: 64}}}}\n  lost: {{recipee: x}}\nbudget:"
     )
     text += "metric: val_los\nmatsh: {{}}\nsmoke: {{budget: {{stesp: 1}}, sedes: [0]}}\n"
-    first, *lines = refused(write(text)).splitlines()
+    first, *lines = error_in(write(text)).splitlines()
     assert first.endswith("question.yaml: 9 errors:")
     errors = [line.strip() for line in lines]
     for line in (
@@ -192,26 +192,26 @@ def test_no_mistake_hides_another(write: Write) -> None:
 
 def test_what_only_the_small_sizes_have_wrong_is_reported_without_them(write: Write) -> None:
     file = write(TWO + "smoke: {{seeds: []}}\n")
-    assert refused(file).endswith(
+    assert error_in(file).endswith(
         "question.yaml: with --smoke: seeds = []: must hold at least one seed"
     )
-    assert refused(file, smoke=True) == refused(file)
+    assert error_in(file, smoke=True) == error_in(file)
 
 
 def test_a_name_that_no_folder_can_have_is_refused(write: Write) -> None:
-    message = refused(write(TWO.replace("none:", f"{'n' * 260}:")))
+    message = error_in(write(TWO.replace("none:", f"{'n' * 260}:")))
     assert message.endswith(f"{'n' * 40}...: a name of 260 bytes cannot name a folder: at most 200")
     assert len(read_sweep(write(TWO.replace("none:", f"{'n' * 200}:"))).variants) == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what this machine has")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_variants_that_cannot_run_here_are_refused_unless_they_run_elsewhere(
     lab: Lab, write: Write
 ) -> None:
     fast = "  fast: {{overrides: {{strategy.accelerator: cuda}}}}\n"
     odd = "  odd: {{overrides: {{model.attention.rope_dim: 3}}}}\n"
     file = write(TWO.replace("budget:", f"{fast}{odd}budget:"))
-    lines = refused(file).splitlines()
+    lines = error_in(file).splitlines()
     assert lines[0].endswith("2 of 4 variants cannot run:")
     assert lines[1].startswith("  fast: cannot run here: strategy single: ")
     assert lines[2].startswith("  odd: ")
@@ -249,7 +249,7 @@ def test_a_grid_is_every_combination_and_names_say_it(write: Write) -> None:
     ]
     assert len(sweep.variants) == 8
     assert "model.heads.mtp.depth=2" in sweep.variants[1].overrides
-    message = refused(
+    message = error_in(
         write(TWO.replace("baseline: bias", grid.replace("lr=0.001+depth=1", "lr=0.1+depth=1")))
     )
     assert "did you mean bias+lr=0.01" in message
@@ -349,13 +349,13 @@ def test_a_budget_of_flops_that_whole_steps_miss_is_refused(write: Write) -> Non
 def test_a_dry_run_lists_the_runs_and_starts_nothing(
     lab: Lab, write: Write, tmp_path: Path
 ) -> None:
-    said = lab.command("sweep", write(TWO), "--out", tmp_path / "out", "--dry-run")
-    assert said.code == 0, said.err
-    assert said.out.splitlines()[0] == "4 runs: 2 variants x 2 seeds"
-    assert [line for line in said.out.splitlines() if line.startswith("run: ")] == [
+    result = lab.command("sweep", write(TWO), "--out", tmp_path / "out", "--dry-run")
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[0] == "4 runs: 2 variants x 2 seeds"
+    assert [line for line in result.out.splitlines() if line.startswith("run: ")] == [
         *("run: bias/seed-3", "run: none/seed-3", "run: bias/seed-4", "run: none/seed-4")
     ]
-    assert "equal: width" in said.out
+    assert "equal: width" in result.out
     assert not (tmp_path / "out").exists()
 
 
@@ -373,9 +373,9 @@ def test_more_workers_than_cores_are_as_many_as_cores(
     monkeypatch.setattr(
         "core.study.sweep.run_sweep", lambda *_, workers, **__: print(workers) or {"rows": []}
     )
-    said = lab.command("sweep", write(TWO), "--workers", "9", "--json", "--out", tmp_path / "out")
-    assert said.out.splitlines()[0] == "3"
-    assert "note: --workers = 9: 3 runs at a time, as this machine has 3 cores" in said.err
+    result = lab.command("sweep", write(TWO), "--workers", "9", "--json", "--out", tmp_path / "out")
+    assert result.out.splitlines()[0] == "3"
+    assert "note: --workers = 9: 3 runs at a time, as this machine has 3 cores" in result.err
 
 
 def test_every_shipped_sweep_says_its_command() -> None:

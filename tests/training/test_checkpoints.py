@@ -121,10 +121,10 @@ def test_a_damaged_checkpoint_is_one_sentence_that_names_it_and_the_others(
 ) -> None:
     file = checkpoints_in(damaged)[-1]
     file.write_bytes(DAMAGE[how](file.read_bytes()))
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         lab.fit(damaged, resume=True)
-    assert str(refused.value).startswith(f"{file}: not a whole checkpoint")
-    assert str(refused.value).endswith("others here: best.ckpt, step-00000010.ckpt")
+    assert str(caught.value).startswith(f"{file}: not a whole checkpoint")
+    assert str(caught.value).endswith("others here: best.ckpt, step-00000010.ckpt")
     for name in ("best.ckpt", "step-00000010.ckpt"):
         assert (damaged / "checkpoints" / name).read_bytes() == (
             finished / "checkpoints" / name
@@ -149,12 +149,12 @@ def test_every_command_leaves_a_damaged_run_with_2_and_a_sentence(
 ) -> None:
     file = checkpoints_in(damaged)[-1]
     file.write_bytes(file.read_bytes()[:1000])
-    said = lab.command(
+    result = lab.command(
         command[0], *([lab.file] if command[0] == "fit" else []), *command[1:], damaged
     )
-    assert said.code == 2
-    assert said.sentence.startswith(f"{file}: not a whole checkpoint")
-    assert said.out == ""
+    assert result.code == 2
+    assert result.sentence.startswith(f"{file}: not a whole checkpoint")
+    assert result.out == ""
 
 
 def test_without_the_damaged_file_the_run_goes_on_from_the_one_before(
@@ -220,9 +220,9 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
             callbacks.KeepLatest.on_train_batch_start = fill
         run_command_here("fit", lab.file, "--out", run)
 
-    said = forked(work)
-    assert said.code == 2, said.err
-    assert "free some space and continue with --resume" in said.sentence
+    result = forked(work)
+    assert result.code == 2, result.err
+    assert "free some space and continue with --resume" in result.sentence
     assert [file.name for file in checkpoints_in(run)] == ["step-00000005.ckpt"]
     assert last_checkpoint(run)["moeloom"]["windows_done"] == 5
     assert not [file for file in run.rglob("*.tmp") if "ckpt" in file.name]

@@ -94,9 +94,9 @@ def test_steps_that_are_not_in_a_row_do_not(lab: Lab) -> None:
 def test_a_run_that_diverges_leaves_by_its_command_with_1_and_a_sentence(
     lab: Lab, tmp_path: Path
 ) -> None:
-    said = lab.command("fit", lab.file, "optimizer.lr=1e38", "--out", tmp_path / "run")
-    assert said.code == 1
-    assert "the gradient norm was" in said.sentence
+    result = lab.command("fit", lab.file, "optimizer.lr=1e38", "--out", tmp_path / "run")
+    assert result.code == 1
+    assert "the gradient norm was" in result.sentence
     assert not (tmp_path / "run" / "summary.json").exists()
     steps = [row["skipped_steps"] for row in rows(tmp_path / "run") if "lr" in row]
     # The fifth skipped step in a row ended the run.
@@ -109,10 +109,10 @@ def test_the_count_survives_a_checkpoint(
     """Skipped steps in a row are counted across a resume, so restarting does not keep a failed run alive."""
     finite = TrainingModule._agreed_finite
 
-    def refused(self: TrainingModule, norm: torch.Tensor) -> bool:
+    def finite_before_step_4(self: TrainingModule, norm: torch.Tensor) -> bool:
         return finite(self, norm) and self.windows_done < 4
 
-    monkeypatch.setattr(TrainingModule, "_agreed_finite", refused)
+    monkeypatch.setattr(TrainingModule, "_agreed_finite", finite_before_step_4)
     rest = ("max_skipped_steps=3", "checkpoint.every_steps=2")
     for resume in (False, True):
         with pytest.raises(RunFailed, match="3 steps in a row, the last one step 7"):

@@ -176,11 +176,11 @@ def test_bf16_follows_a_decay_up_to_its_significand(
 
 @pytest.mark.parametrize("betas", ["[0.9,0.999]", "[0.9,0.9961]", "[0.999,0.95]"])
 def test_a_decay_that_bf16_cannot_follow_is_refused(lab: Lab, betas: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         lab.recipe(BF16, f"optimizer.betas={betas}")
-    assert "optimizer.betas" in str(refused.value)
-    assert "more than bf16 moments can follow" in str(refused.value)
-    assert "at most 1 - 2^-8 = 0.99609375" in str(refused.value)
+    assert "optimizer.betas" in str(caught.value)
+    assert "more than bf16 moments can follow" in str(caught.value)
+    assert "at most 1 - 2^-8 = 0.99609375" in str(caught.value)
     lab.recipe(f"optimizer.betas={betas}")
 
 
@@ -256,6 +256,6 @@ def test_describe_counts_the_bytes_that_the_moments_take(
     ]
     measured = sum(value.untyped_storage().nbytes() for value in taken)
     assert measured == each * sum(parameter.numel() for parameter in model.parameters())
-    said = lab.command("describe", lab.file, *overrides, "--json")
-    assert said.code == 0, said.err
-    assert json.loads(said.out)["memory_bytes"]["optimizer"] == measured
+    result = lab.command("describe", lab.file, *overrides, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["memory_bytes"]["optimizer"] == measured

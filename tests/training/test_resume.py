@@ -240,9 +240,9 @@ def test_a_finished_run_is_left_as_it_is(lab: Lab, finished: Path, tmp_path: Pat
 def test_another_recipe_is_refused_by_its_first_difference(
     lab: Lab, finished: Path, override: str, sentence: str
 ) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         lab.fit(finished, override, resume=True)
-    assert sentence in str(refused.value)
+    assert sentence in str(caught.value)
 
 
 @pytest.fixture
@@ -260,10 +260,10 @@ def test_another_thread_count_is_refused(lab: Lab, stopped: Path) -> None:
         torch.set_num_threads(2)
         run_command_here("fit", lab.file, "--resume", stopped)
 
-    said = forked(with_two_threads)
-    assert said.code == 2
-    assert "the run used 1 threads and this process has 2" in said.sentence
-    assert "OMP_NUM_THREADS=1" in said.sentence
+    result = forked(with_two_threads)
+    assert result.code == 2
+    assert "the run used 1 threads and this process has 2" in result.sentence
+    assert "OMP_NUM_THREADS=1" in result.sentence
 
 
 def test_another_corpus_is_refused(lab: Lab, stopped: Path) -> None:
@@ -278,10 +278,10 @@ def test_another_corpus_is_refused(lab: Lab, stopped: Path) -> None:
 
 
 def test_another_layout_goes_on_and_says_so(lab: Lab, stopped: Path, finished: Path) -> None:
-    said = lab.command("fit", lab.file, "--resume", stopped, "trainer.log_every_n_steps=2")
-    assert said.code == 0
-    assert "trainer.log_every_n_steps = 2 here" in said.err
-    assert "resumed after step 10" in said.err
+    result = lab.command("fit", lab.file, "--resume", stopped, "trainer.log_every_n_steps=2")
+    assert result.code == 0
+    assert "trainer.log_every_n_steps = 2 here" in result.err
+    assert "resumed after step 10" in result.err
     assert [row["step"] for row in rows(stopped) if "lr" in row][-3:] == ["9", "10", "12"]
     assert torch.equal(loads(stopped)["bias.blocks.1"], loads(finished)["bias.blocks.1"])
 
@@ -299,9 +299,9 @@ def test_resume_auto_takes_the_newest_unfinished_run_or_starts_one(
                 before(callbacks.StepLog, "on_train_batch_end", at_step(steps))
             run_command_here("fit", lab.file, "budget.steps=6", "--resume", "auto")
 
-        said = forked(work)
-        assert said.code == (128 + signal.SIGKILL if steps else 0), said.err
-        return next(line for line in said.err.splitlines() if line.startswith("run folder"))
+        result = forked(work)
+        assert result.code == (128 + signal.SIGKILL if steps else 0), result.err
+        return next(line for line in result.err.splitlines() if line.startswith("run folder"))
 
     assert again(2) == "run folder: runs/small"
     assert again(6) == "run folder: runs/small"
@@ -324,9 +324,9 @@ def test_resume_auto_takes_the_newest_unfinished_run_or_starts_one(
 def test_a_run_that_is_not_there_is_not_resumed(
     lab: Lab, arguments: list[str], sentence: str
 ) -> None:
-    said = lab.command("fit", lab.file, *arguments)
-    assert said.code == 2
-    assert said.sentence.startswith(sentence)
+    result = lab.command("fit", lab.file, *arguments)
+    assert result.code == 2
+    assert result.sentence.startswith(sentence)
 
 
 @pytest.mark.full

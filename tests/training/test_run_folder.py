@@ -150,12 +150,12 @@ def test_mtp_acceptance_by_hand(lab: Lab, finished: Path, summary: dict[str, Any
     data.prepare()
     head = model.heads["mtp"]
     agree = counted = 0
-    said: list[Tensor] = []
+    logits: list[Tensor] = []
     output = model.output.forward
 
     def listen(x: Tensor) -> Tensor:
-        said.append(output(x))
-        return said[-1]
+        logits.append(output(x))
+        return logits[-1]
 
     model.output.forward = listen  # type: ignore[method-assign]
     for batch in data.val_dataloader():
@@ -163,10 +163,10 @@ def test_mtp_acceptance_by_hand(lab: Lab, finished: Path, summary: dict[str, Any
         context = SequenceContext.of(tokens_BL, targets_BL=targets_BL, valid_BL=valid_BL)
         with torch.no_grad():
             hidden_BLD, _ = model.hidden(context)
-            said.clear()
+            logits.clear()
             head(hidden_BLD, context, model.shared())
             main_BL = model.output(hidden_BLD).argmax(dim=-1)
-        draft_BL = next(s for s in said if s.dim() == 3 and s.shape[1] == 15).argmax(dim=-1)
+        draft_BL = next(s for s in logits if s.dim() == 3 and s.shape[1] == 15).argmax(dim=-1)
         both_BL = valid_BL[:, 1:] & valid_BL[:, :-1]
         agree += int(((draft_BL == main_BL[:, 1:]) & both_BL).sum())
         counted += int(both_BL.sum())

@@ -18,10 +18,10 @@ from core.training.run_folder import RunFolder
 def test_a_folder_in_which_a_run_works_takes_no_other(lab: Lab, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with RunFolder(run).locked():
-        said = lab.command("fit", lab.file, "--out", run)
-        assert said.code == 2
+        result = lab.command("fit", lab.file, "--out", run)
+        assert result.code == 2
         who = f"another run (process {os.getpid()}) works in this folder since 20"
-        assert said.sentence.startswith(f"--out {run}: {who}")
+        assert result.sentence.startswith(f"--out {run}: {who}")
         assert [file.name for file in run.iterdir()] == [".lock"]
     assert not (run / ".lock").exists()
 
@@ -33,9 +33,11 @@ def test_a_run_that_is_still_going_is_not_resumed(lab: Lab, finished: Path, tmp_
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
     with RunFolder(run).locked():
         for resume in ("auto", str(run)):
-            said = lab.command("fit", lab.file, "--out", run, "--resume", resume)
-            assert said.code == 2
-            assert said.sentence.startswith(f"--resume {run}: another run (process {os.getpid()})")
+            result = lab.command("fit", lab.file, "--out", run, "--resume", resume)
+            assert result.code == 2
+            assert result.sentence.startswith(
+                f"--resume {run}: another run (process {os.getpid()})"
+            )
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
     (run / "checkpoints" / ".step-00000099.ckpt.tmp").write_bytes(b"half")
     lab.fit(run, resume=True)

@@ -40,10 +40,10 @@ def test_a_signal_saves_the_step_under_way_and_leaves(
     lab: Lab, finished: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    said = run_with_signals(lab, run, 7, signum)
-    assert said.code == 128 + signum
+    result = run_with_signals(lab, run, 7, signum)
+    assert result.code == 128 + signum
     assert (
-        said.sentence
+        result.sentence
         == f"stopped by {signum.name} after step 7, which is saved; continue with --resume {run}"
     )
     assert checkpoints_in(run)[-1].name == "step-00000007.ckpt"
@@ -58,10 +58,10 @@ def test_a_signal_in_a_validation_waits_for_its_end(
     lab: Lab, finished: Path, tmp_path: Path, step: int
 ) -> None:
     run = tmp_path / "run"
-    said = run_with_signals(
+    result = run_with_signals(
         lab, run, step, signal.SIGINT, hook=TrainingModule, name="validation_step"
     )
-    assert said.code == 130
+    assert result.code == 130
     assert checkpoints_in(run)[-1].name == f"step-{step:08d}.ckpt"
     lab.fit(run, resume=True)
     assert_same_run(run, finished)
@@ -73,8 +73,8 @@ def test_a_second_signal_ends_the_run_at_once(
     lab: Lab, finished: Path, tmp_path: Path, first: int
 ) -> None:
     run = tmp_path / "run"
-    said = run_with_signals(lab, run, 7, first, signal.SIGINT)
-    assert said.code == 130
+    result = run_with_signals(lab, run, 7, first, signal.SIGINT)
+    assert result.code == 130
     assert checkpoints_in(run)[-1].name == "step-00000005.ckpt"
     lab.fit(run, resume=True)
     assert_same_run(run, finished)
@@ -90,9 +90,9 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_blocks_a_second_try(
         core.run.training.build = lambda recipe, **_: os.kill(os.getpid(), signum)  # type: ignore[assignment]
         run_command_here("fit", lab.file, "--out", tmp_path / "run")
 
-    said = forked(work)
-    assert said.code == 128 + signum
-    assert "Traceback" not in said.err
+    result = forked(work)
+    assert result.code == 128 + signum
+    assert "Traceback" not in result.err
     assert lab.fit(tmp_path / "run", "budget.steps=1")["steps"] == 1
 
 
