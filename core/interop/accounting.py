@@ -23,7 +23,7 @@ def check_theirs(
     checkpoint_format: CheckpointFormat,
     folder: Path,
 ) -> None:
-    """Checks that the files hold the tensors that their configuration asks for.
+    """Checks that the files hold the tensors that their configuration needs.
 
     Raises:
         UserError: the first tensor that is unexpected, missing or of another shape, by name.
@@ -38,12 +38,12 @@ def check_theirs(
             )
     for name, mapping in expected.items():
         if name not in theirs:
-            raise UserError(f"{folder}: tensor {name} is missing, and config.json asks for it")
+            raise UserError(f"{folder}: tensor {name} is missing, and config.json needs it")
         if theirs[name].shape != mapping.shape:
             found = list(theirs[name].shape)
-            asked = list(mapping.shape)
+            needed = list(mapping.shape)
             raise UserError(
-                f"{folder}: tensor {name} has the shape {found}, and config.json asks for {asked}"
+                f"{folder}: tensor {name} has the shape {found}, and config.json needs {needed}"
             )
 
 

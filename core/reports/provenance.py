@@ -27,7 +27,7 @@ def facts(study: Study) -> list[tuple[str, list[str]]]:
 
 
 def _facts_of(run: Run) -> list[tuple[str, str]]:
-    """Pairs of a heading and a value of one run; a recorded value without special treatment stands under its key."""
+    """Pairs of a heading and a value of one run; a recorded value without special treatment is listed under its key."""
     recorded = run.provenance
     pairs = _facts_of_components(recorded.get("components") or [])
     if recorded.get("commit"):

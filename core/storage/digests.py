@@ -42,7 +42,7 @@ def check_digests(folder: Path, name: str) -> None:
 
     Args:
         folder: holds the list.
-        name: of the file or folder in it.
+        name: the file or folder in it to check.
 
     Raises:
         UserError: a file has changed, or is missing, or the list is damaged.

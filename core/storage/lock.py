@@ -80,7 +80,7 @@ def locked_folder(
     After a `UserError`, the folders that were made and are still empty are removed.
 
     Args:
-        folder: to be locked.
+        folder: the folder to lock.
         what: works in the folder, in the error message about a lock that is held: "run".
         where: the option that named the folder, with which error messages begin.
         is_new: whether the folder was made for this work just before.

@@ -24,7 +24,7 @@ class RayPool:
     """A pool that runs each job as a Ray task, with the resources that its recipe asks for.
 
     Args:
-        address: of the cluster (`auto`, `ray://host:port`), or `local` for one on this machine.
+        address: the cluster's (`auto`, `ray://host:port`), or `local` for one on this machine.
 
     Raises:
         UserError: Ray is not installed, or no cluster answers.
