@@ -73,7 +73,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such checkpoint") from None
+        raise UserError(f"{path}: there is no such checkpoint{_others(path)}") from None
     except PermissionError as cause:
         raise UserError(f"{path}: cannot be read: {cause.strerror}") from cause
     except Exception as cause:  # a damaged file can make the reader raise anything

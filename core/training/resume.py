@@ -1,6 +1,7 @@
 """Resuming a run: which checkpoint it continues from, and whether it is still the same run."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,14 @@ import torch
 
 from core.contracts.errors import UserError
 from core.recipe.compose import Recipe, compose
+from core.storage.lock import LOCK, is_locked
 from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.run_folder import RunFolder
+
+
+class RunningWarning(UserWarning):
+    """A run whose checkpoint is read while it is still going; the commands print it in one line."""
+
 
 REPRODUCED = (
     "seed",
@@ -131,6 +138,8 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
 def newest_checkpoint(path: Path) -> Path:
     """The newest checkpoint of a run folder, or the index of a converted run's weights; a file is returned as it is.
 
+    A run that is still going is one warning: its results change, and it replaces its checkpoints.
+
     Raises:
         UserError: there is none.
     """
@@ -142,4 +151,7 @@ def newest_checkpoint(path: Path) -> Path:
         return converted
     if not files:
         raise UserError(f"{path}: no checkpoint here: give a run folder or a checkpoint file")
+    if is_locked(path / LOCK):
+        why = f"its newest checkpoint, {files[-1].name}, is used"
+        warnings.warn(f"{path}: this run is still going: {why}", RunningWarning, stacklevel=1)
     return files[-1]

@@ -12,6 +12,7 @@ from lab import ROOT, Lab, rows
 from core.contracts.errors import UserError
 from core.training.checkpoints import checkpoints_in
 from core.training.choose_folder import start_folder
+from core.training.resume import RunningWarning, newest_checkpoint
 from core.training.run_folder import RunFolder
 
 
@@ -42,6 +43,17 @@ def test_a_run_that_is_still_going_is_not_resumed(lab: Lab, finished: Path, tmp_
     (run / "checkpoints" / ".step-00000099.ckpt.tmp").write_bytes(b"half")
     lab.fit(run, resume=True)
     assert not list(run.rglob(".*"))
+
+
+def test_a_checkpoint_of_a_run_that_is_still_going_is_read_with_a_warning(finished: Path) -> None:
+    with (
+        RunFolder(finished).locked(),
+        pytest.warns(
+            RunningWarning, match="still going: its newest checkpoint, step-00000012.ckpt"
+        ),
+    ):
+        newest_checkpoint(finished)
+    newest_checkpoint(finished)
 
 
 def test_runs_that_start_together_get_folders_of_their_own(
