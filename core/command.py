@@ -111,6 +111,13 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, allow_nan=False))
 
 
+def trust_argument(parser: argparse.ArgumentParser, what: str = "a run's recipe names") -> None:
+    """Adds the flag --trust, without which no file of a run that was made elsewhere may name code."""
+    parser.add_argument(
+        "--trust", action="store_true", help=f"run code that {what}, though it was not made here"
+    )
+
+
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments RECIPE and KEY=VALUE."""
     parser.add_argument(

@@ -36,7 +36,12 @@ from core.training.throughput import measured_peak_flops
 
 
 def fit(
-    recipe: Recipe, folder: RunFolder, *, resume: bool = False, say: Callable[[str], None] = print
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    trust: bool = False,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains a recipe into a run folder and returns its summary.
 
@@ -47,6 +52,7 @@ def fit(
         folder: a new folder, or one with a run to continue.
         resume: continue from the folder's newest checkpoint, to the same bits as if it had never stopped
             (on CPUs with the same number of threads).
+        trust: whether a run to continue that was made elsewhere may name modules that `recipe` does not name.
         say: prints caveats and the path of the run folder.
 
     Raises:
@@ -61,7 +67,7 @@ def fit(
         if not resume or folder.never_started():
             folder.create()
             return _fit(recipe, folder, None, say)
-        check_recipe_unchanged(recipe, folder, say)
+        check_recipe_unchanged(recipe, folder, say, trust=trust)
         if folder.summary.exists():
             say(f"run folder: {folder.path} (this run is complete)")
             return dict(json.loads(folder.summary.read_text(encoding="utf-8")))

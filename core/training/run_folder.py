@@ -14,6 +14,7 @@ import yaml
 
 from core.contracts.errors import UserError
 from core.contracts.schema import Section
+from core.recipe import trust
 from core.training.machine import code, machine
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -113,8 +114,9 @@ class RunFolder:
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def write_recipe(self, values: dict[str, Any]) -> None:
-        """Writes the resolved recipe."""
+        """Writes the resolved recipe, and records that it was written here."""
         self.write_text("recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        trust.record(self.recipe)
 
 
 RUNS = Path("runs")

@@ -1,0 +1,1 @@
+"""What the program keeps on a disk beside runs: records of what this user's machine has made."""
