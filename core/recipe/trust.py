@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from core.contracts.errors import UserError
-from core.extension.loader import find_plugins
+from core.extension.loader import installed_registry
 from core.storage import records
 
 RECIPES = "recipes"
@@ -54,7 +54,9 @@ def check_modules(file: Path, key: str, modules: Collection[str]) -> None:
     """
     if not modules or is_recorded(file):
         return
-    registered = {owner.module for owner in find_plugins()}
+    installed = installed_registry()
+    owners = [*installed.disabled, *(broken.owner for broken in installed.broken)]
+    registered = installed.modules() | {owner.module for owner in owners}
     for module in modules:
         if module not in registered:
             raise UserError(
