@@ -17,7 +17,6 @@ FULL = {
     "eval/test_harness_model.py": "needs lm-eval",
     "eval/test_parity.py": "needs lm-eval and transformers",
     "eval/test_post_training.py": "needs TRL",
-    "eval/test_task_files.py": "needs lm-eval",
     "gpu": "starts the GPU benchmark as a process",
     "interop/test_memory.py": "starts processes",
     "interop/test_parity.py": "needs transformers",

@@ -123,6 +123,7 @@ def test_other_templates_are_not(text: str) -> None:
     assert not is_plain_template(text)
 
 
+@pytest.mark.full
 def test_no_code_of_a_task_folder_runs_before_it_is_trusted(tmp_path: Path) -> None:
     marker = tmp_path / "it-ran"
     (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\ndef run(docs): return docs\n")
