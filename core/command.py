@@ -18,6 +18,12 @@ from typing import Any
 
 from core.contracts.errors import Interrupted, RunFailed, UserError
 
+OUR_FOLDER = Path(__file__).resolve().parents[1]
+"""The folder that holds `core` and `plugins`: site-packages, or a checkout."""
+
+_is_command = False
+"""Whether a command runs in this process."""
+
 
 def run_command(
     main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser
@@ -26,7 +32,7 @@ def run_command(
     arguments = _parsed(parser)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        with _one_line_warnings(), _current_folder_last():
+        with _one_line_warnings(), _without_current_folder():
             main(arguments)
     except UserError as error:
         leave(2, str(error))
@@ -77,20 +83,34 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def _current_folder_last() -> Iterator[None]:
-    """Lets a recipe name modules of the current folder, which are searched after all others.
+def _without_current_folder() -> Iterator[None]:
+    """Leaves the current folder, which `python -m` puts first, out of the module search path of a command.
 
-    `python -m` puts that folder first. The command `moeloom` and PYTHONSAFEPATH leave it out, so
-    that a user's own package `core` or `plugins` cannot hide ours; to keep it so, the folder that
-    holds ours is added before it.
+    Otherwise a module or the metadata of a distribution in a downloaded folder could run in the place of an optional
+    package, or as a plugin. In a checkout the folder stays, because `core` is imported from there.
     """
+    global _is_command
     before = list(sys.path)
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path += [str(Path(__file__).resolve().parents[1]), os.getcwd()]
+    current = Path.cwd()
+    if current != OUR_FOLDER and sys.path and Path(sys.path[0]).resolve() == current:
+        del sys.path[0]
+    _is_command = True
     try:
         yield
     finally:
+        _is_command = False
         sys.path[:] = before
+
+
+def search_current_folder() -> None:
+    """Lets a command find the modules of the current folder, after all others, because a recipe names some.
+
+    The folder that holds ours is added before it, so that a user's own package `core` or `plugins` cannot hide ours.
+    Outside of a command the search path is the caller's own.
+    """
+    current = os.getcwd()
+    if _is_command and not {"", current} & set(sys.path):
+        sys.path += [str(OUR_FOLDER), current]
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:

@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from core.command import search_current_folder
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import REQUIRED
 from core.extension.loader import installed_registry, registry_for
@@ -193,6 +194,8 @@ def _resolve(file: Path, layers: Layers) -> Recipe:
     # the core's own keys, then the names, then components: an error in a key of the core needs no import of torch
     resolver = Resolver(installed_registry(), layers.origin, layers.inherited, defer=True)
     core = resolver.section(RecipeSchema, values, "", beside=["extends"])
+    if core.plugins:
+        search_current_folder()
     try:
         registry = registry_for(core.plugins)
     except UserError as cause:

@@ -307,6 +307,6 @@ def test_a_pickle_in_the_place_of_an_array_is_not_loaded(
         (entry / name).unlink()
         with (entry / name).open("xb") as file:
             write(file)
-        with pytest.raises(ValueError, match="allow_pickle|Python objects"):
+        with pytest.raises(ValueError, match=r"allow_pickle|Python objects"):
             open_store(entry / "train.tokens.npy", entry / "train.starts.npy", 1)
     assert not (tmp_path / "it-ran").exists()
