@@ -144,6 +144,7 @@ def _described(
     """Returns the format, its configuration, and the layout of the source; None for a run that was trained here."""
     if not folder.source_layout.is_file():
         return *config_for(recipe, str(folder.recipe)), None
+    _check_plain_files(folder.source_files)
     layout = read_json(folder.source_layout)
     config = read_json(folder.source_files / "config.json")
     plain = getattr(torch, layout["plain"])
@@ -152,8 +153,18 @@ def _described(
         return *config_for(recipe, str(folder.recipe)), source
     formats = {name: getattr(torch, dtype) for name, dtype in layout["formats"].items()}
     checkpoint_format, _ = format_named(layout["format"])
+    for name in layout["files"]:
+        if Path(name).name != name:
+            raise UserError(f"{folder.source_layout}: files: {name!r} must be the name of a file")
     source = SourceLayout(folder.source_files, config, plain, layout["files"], formats)
     return checkpoint_format, config, source
+
+
+def _check_plain_files(folder: Path) -> None:
+    """Raises `UserError` for a link, through which a downloaded run would copy any file of the user's."""
+    for file in [folder, *sorted(folder.iterdir())]:
+        if file.is_symlink() or not (file.is_file() or file == folder):
+            raise UserError(f"{file}: must be a plain file, as it is written to the export")
 
 
 def check_shapes(
