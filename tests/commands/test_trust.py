@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lab import SMALL, Lab
+from lab import ROOT, SMALL, Lab
 from tiers import first_by_default
 
 import core
@@ -158,3 +158,11 @@ def test_a_sweep_file_cannot_read_the_environment(
         assert said.code == 2
         assert f"{key}: ${{oc.env:LOOM_SECRET}} reads the environment, which" in said.err
         assert "hidden-value" not in said.err
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/security.md").read_text(encoding="utf-8")
+    example = page.partition("```python\n")[2].partition("```")[0]
+    printed = page.partition("```text\n")[2].partition("```")[0]
+    exec(example, {})
+    assert capsys.readouterr().out == printed
