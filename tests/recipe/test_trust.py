@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,15 +37,16 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file that the module `loom_evil` writes when it is imported; Python finds the module."""
     file = tmp_path / "it-ran"
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "loom_evil.py").write_text(EVIL.format(marker=str(file)))
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "loom_evil", raising=False)
-    return file
+    sys.modules.pop("loom_evil", None)
+    yield file
+    sys.modules.pop("loom_evil", None)
 
 
 @pytest.fixture
