@@ -19,6 +19,9 @@ from typing import Any
 
 from core.contracts.errors import Interrupted, RunFailed, UserError
 
+OUR_FOLDER = Path(__file__).resolve().parents[1]
+"""The folder that holds `core` and `plugins`: site-packages, or a checkout."""
+
 _programs: list[str] = []
 """The program's name in usage lines, `moeloom fit` or `python -m core.fit`; empty while no command runs."""
 
@@ -30,7 +33,7 @@ def run_command(
     arguments = _parsed(parser)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        with _started_as(parser.prog), _one_line_warnings(), _current_folder_last():
+        with _started_as(parser.prog), _one_line_warnings(), _without_current_folder():
             main(arguments)
     except UserError as error:
         leave(2, str(error))
@@ -111,20 +114,31 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def _current_folder_last() -> Iterator[None]:
-    """Lets a recipe name modules of the current folder, which are searched after all others.
+def _without_current_folder() -> Iterator[None]:
+    """Leaves the current folder, which `python -m` puts first, out of the module search path of a command.
 
-    `python -m` puts that folder first. The command `moeloom` and PYTHONSAFEPATH leave it out, so
-    that a user's own package `core` or `plugins` cannot hide ours; to keep it so, the folder that
-    holds ours is added before it.
+    Otherwise a module or the metadata of a distribution in a downloaded folder could run in the place of an optional
+    package, or as a plugin. In a checkout the folder stays, because `core` is imported from there.
     """
     before = list(sys.path)
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path += [str(Path(__file__).resolve().parents[1]), os.getcwd()]
+    current = Path.cwd()
+    if current != OUR_FOLDER and sys.path and Path(sys.path[0]).resolve() == current:
+        del sys.path[0]
     try:
         yield
     finally:
         sys.path[:] = before
+
+
+def search_current_folder() -> None:
+    """Lets a command find the modules of the current folder, after all others, because a recipe names some.
+
+    The folder that holds ours is added before it, so that a user's own package `core` or `plugins` cannot hide ours.
+    Outside of a command the search path is the caller's own.
+    """
+    current = os.getcwd()
+    if _programs and not {"", current} & set(sys.path):
+        sys.path += [str(OUR_FOLDER), current]
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:
@@ -143,6 +157,13 @@ def leave(code: int, sentence: str) -> None:
 def print_json(document: Any) -> None:
     """Prints the one JSON document of a `--json` run."""
     print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def trust_argument(parser: argparse.ArgumentParser, what: str = "a run's recipe names") -> None:
+    """Adds the flag --trust, without which no file of a run that was made elsewhere may name code."""
+    parser.add_argument(
+        "--trust", action="store_true", help=f"run code that {what}, though it was not made here"
+    )
 
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from core.command import run_command
+from core.command import run_command, trust_argument
 
 FORMATS = ("fp32", "bf16", "fp16", "fp64")
 
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave the modules of multi-token prediction out: the main model alone",
     )
+    trust_argument(write)
     return p
 
 
@@ -72,7 +73,8 @@ def main(arguments: argparse.Namespace) -> None:
             keep_fp8=arguments.keep_fp8,
             main_only=arguments.main_only,
         )
-        made = to_hf(run_of(checkpoint).path, checkpoint, target, options, say=_say)
+        run = run_of(checkpoint).path
+        made = to_hf(run, checkpoint, target, options, trust=arguments.trust, say=_say)
     seconds = time.perf_counter() - started
     size = f"{made['tensors']} tensors, {made['bytes'] / 1e9:.3g} GB"
     print(f"{target}: {made['format']}, {size}, {seconds:.1f} s")

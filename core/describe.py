@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.command import print_json, run_command
+from core.command import print_json, run_command, trust_argument
 from core.contracts.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--json", action="store_true", help="print one JSON document; a list of them with --compare"
     )
+    trust_argument(p)
     return p
 
 
@@ -91,7 +92,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     files, overrides = recipes_and_overrides(arguments)
     options = _options(arguments)
-    recipes = [compose(path, overrides) for path in files]
+    recipes = [compose(path, overrides, trust=arguments.trust) for path in files]
     if arguments.compare:
         show_comparison(recipes, as_json=arguments.json)
     else:

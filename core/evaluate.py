@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from core.command import print_json, run_command
+from core.command import print_json, run_command, trust_argument
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
         help="print also what xz -9e needs (two seconds for each MB of text)",
     )
     p.add_argument("--json", action="store_true", help="print one JSON document")
+    trust_argument(p, "the run's recipe or a task file names")
     tasks = p.add_argument_group("benchmarks, instead of validation (pip install 'moeloom[eval]')")
     tasks.add_argument(
         "--tasks",
@@ -55,7 +56,9 @@ def _validate(arguments: argparse.Namespace) -> None:
     from core.run.evaluation import evaluate
     from core.training.resume import newest_checkpoint
 
-    values = evaluate(newest_checkpoint(Path(arguments.run)), xz=arguments.xz, say=_say)
+    values = evaluate(
+        newest_checkpoint(Path(arguments.run)), xz=arguments.xz, trust=arguments.trust, say=_say
+    )
     if arguments.json:
         print_json(values)
         return
@@ -77,23 +80,23 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from core.training.resume import newest_checkpoint
 
     checkpoint = newest_checkpoint(Path(arguments.run))
-    given: dict[str, Any] = {"limit": arguments.limit}
+    given: dict[str, Any] = {"limit": arguments.limit, "trust": arguments.trust}
     if arguments.batch_size is not None:
         given["batch_size"] = arguments.batch_size
     if arguments.task_path is not None:
         given["folder"] = Path(arguments.task_path)
     names = [name.strip() for name in arguments.tasks.split(",")]
     options = TaskOptions(tuple(name for name in names if name), **given)
-    loaded = load_tasks(options)
-    from core.recipe.compose import compose
+    from core.recipe.compose import compose_run
     from core.run.loading import load, run_of
 
     folder = run_of(checkpoint)
-    recipe = compose(folder.recipe)
+    recipe = compose_run(folder.recipe, trust=arguments.trust)
+    loaded = load_tasks(options, say=_say)
     notices = recipe.notices()
     for notice in notices:
         _say(f"note: {notice}")
-    model = move_model(load(checkpoint), arguments.device or "cpu", recipe)
+    model = move_model(load(checkpoint, trust=arguments.trust), arguments.device or "cpu", recipe)
     results = run_tasks(loaded, folder, model, options, say=_say)
     if arguments.json:
         print_json({"checkpoint": checkpoint.name, **results, "notices": notices})

@@ -8,7 +8,7 @@ import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from core.command import print_json, recipe_arguments, run_command
+from core.command import print_json, recipe_arguments, run_command, trust_argument
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="compose, validate, build on meta, print the summary"
     )
     p.add_argument("--json", action="store_true", help="print the run's summary as JSON")
+    trust_argument(p)
     return p
 
 
@@ -36,7 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Composes and validates the recipe; only then are the modules that train imported."""
     from core.recipe.compose import compose
 
-    recipe = compose(arguments.recipe, arguments.overrides)
+    recipe = compose(arguments.recipe, arguments.overrides, trust=arguments.trust)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for key in recipe.dropped:
             print(f"dropped {key}: the component now named there has no such key", file=sys.stderr)
@@ -59,7 +60,7 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         folder = RunFolder(existing)
     with redirect_stdout(sys.stderr):  # what a library or a callback prints is not the result
-        summary = fit(recipe, folder, resume=resume, say=print)
+        summary = fit(recipe, folder, resume=resume, trust=arguments.trust, say=print)
     if not is_rank_zero():
         return
     if arguments.json:

@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from core.command import print_json, run_command
+from core.command import print_json, run_command, trust_argument
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, default=0, help="seed of the random draws")
     p.add_argument("--json", action="store_true", help="print one JSON document")
+    trust_argument(p)
     return p
 
 
@@ -51,14 +52,14 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError("--temperature must be at least 0, and --top-p in (0, 1]")
     from core.harness.markers import markers_of
     from core.model.sampling import sample
-    from core.recipe.compose import compose
+    from core.recipe.compose import compose_run
     from core.run.loading import load, run_of
     from core.training.resume import newest_checkpoint
 
     checkpoint = newest_checkpoint(Path(arguments.run))
-    model = load(checkpoint)
+    model = load(checkpoint, trust=arguments.trust)
     run = run_of(checkpoint)
-    notices = compose(run.recipe).notices()
+    notices = compose_run(run.recipe, trust=arguments.trust).notices()
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
     tokenizer = run.load_tokenizer()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from core.command import command_line, command_prefix, print_json, run_command
+from core.command import command_line, command_prefix, print_json, run_command, trust_argument
 
 MEAN_COLUMNS = ["variant", "n", "mean", "95% interval"]
 DIFFERENCE_COLUMNS = [*MEAN_COLUMNS, "d_z", "p (Holm)", ""]
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="validate, match and list the runs; start nothing"
     )
     p.add_argument("--json", action="store_true", help="print the results as one JSON document")
+    trust_argument(p)
     return p
 
 
@@ -53,7 +54,12 @@ def main(arguments: argparse.Namespace) -> None:
 
     if arguments.workers < 1:
         raise UserError(f"--workers = {arguments.workers}: must be at least 1")
-    sweep = read_sweep(arguments.sweep, smoke=arguments.smoke, here=arguments.ray is None)
+    sweep = read_sweep(
+        arguments.sweep,
+        smoke=arguments.smoke,
+        here=arguments.ray is None,
+        trust=arguments.trust,
+    )
     if arguments.dry_run:
         _dry_run(sweep)
         return

@@ -1,6 +1,7 @@
 """The tiers of the tests; a small recipe and one finished run of it, which many tests share."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,10 @@ from tiers import is_full
 
 # Set before torch is imported: tensors are small, and tests share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What tests record stays out of the user's own folder; processes that tests start inherit it.
+_STATE = tempfile.TemporaryDirectory(prefix="moeloom-state-")
+os.environ["MOELOOM_STATE"] = _STATE.name
 
 if TYPE_CHECKING:
     from lab import Lab

@@ -34,8 +34,7 @@ def prepare(corpus: Corpus, vocab: int) -> Prepared:
     split = read_split(corpus)
     key = fingerprint(split.documents, FORMAT, VERSION, vocab)
     folder = cache.cache_folder() / key
-    if not cache.intact(folder):
-        _build(folder, split, vocab)
+    cache.ensure(folder, lambda: _files(split, vocab))
     return Prepared(
         tokenizer=Tokenizer.load(folder / "tokenizer.json"),
         train=_open(folder, "train", split.train),
@@ -45,7 +44,8 @@ def prepare(corpus: Corpus, vocab: int) -> Prepared:
     )
 
 
-def _build(folder: Path, split: Split, vocab: int) -> None:
+def _files(split: Split, vocab: int) -> dict[str, cache.Writer]:
+    """The writers of the entry's files: the tokenizer, and for each side its tokens and where documents start."""
     tokenizer = train(map(text_of, split.train), vocab)
     files: dict[str, cache.Writer] = {
         "tokenizer.json": lambda stream: stream.write(tokenizer.to_json().encode())
@@ -54,7 +54,7 @@ def _build(folder: Path, split: Split, vocab: int) -> None:
         tokens, starts = pack(_encoded(tokenizer, documents), vocab)
         files[f"{side}.tokens.npy"] = cache.array_writer(tokens)
         files[f"{side}.starts.npy"] = cache.array_writer(starts)
-    cache.write_entry(folder, files)
+    return files
 
 
 def _encoded(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[list[int]]:

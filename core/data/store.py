@@ -70,14 +70,14 @@ def open_store(
     """Maps a packed stream (two `.npy` files, or four where targets have masks and sources) from disk."""
     return TokenStore(
         _mapped(tokens),
-        np.load(starts),
+        np.load(starts, allow_pickle=False),
         text_bytes,
         learned=None if learned is None else _mapped(learned),
-        sources=None if sources is None else np.load(sources),
+        sources=None if sources is None else np.load(sources, allow_pickle=False),
     )
 
 
 def _mapped(file: Path) -> NDArray[Any]:
     """An array of a `.npy` file, mapped from disk."""
-    array: NDArray[Any] = np.load(file, mmap_mode="r").view(np.ndarray)
+    array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     return array

@@ -40,8 +40,7 @@ def prepare_tokens(corpus: TokenCorpus, vocab: int) -> Prepared:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     folder = cache.cache_folder() / digest.hexdigest()
-    if not cache.intact(folder):
-        _build(folder, corpus, tokenizer, vocab, found)
+    cache.ensure(folder, lambda: _files(corpus, tokenizer, vocab, found))
     return Prepared(
         tokenizer=Tokenizer.load(folder / "tokenizer.json"),
         train=_open(folder, "train", found["train"]),
@@ -95,10 +94,13 @@ def _arrays(
     return tokens, learned
 
 
-def _build(
-    folder: Path, corpus: TokenCorpus, tokenizer: str, vocab: int, expected: dict[Split, _Survey]
-) -> None:
-    """Writes the cache entry: for each split its tokens, where blocks start, which tokens are learned, and sources."""
+def _files(
+    corpus: TokenCorpus, tokenizer: str, vocab: int, expected: dict[Split, _Survey]
+) -> dict[str, cache.Writer]:
+    """The writers of the entry's files.
+
+    For each split: its tokens, where blocks start, which tokens are learned, and sources.
+    """
     files: dict[str, cache.Writer] = {
         "tokenizer.json": lambda stream: stream.write(tokenizer.encode())
     }
@@ -120,7 +122,7 @@ def _build(
         files[f"{split}.learned.npy"] = cache.array_writer(np.concatenate(masks))
         sources = np.array([block.source for block in blocks], np.int64)
         files[f"{split}.sources.npy"] = cache.array_writer(sources)
-    cache.write_entry(folder, files)
+    return files
 
 
 def _open(folder: Path, split: str, survey: _Survey) -> TokenStore:

@@ -16,6 +16,7 @@ import torch
 from core.analysis.describe import unmet_requirements
 from core.contracts.errors import UserError
 from core.harness.markers import markers_of
+from core.harness.task_files import find_code
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
 from core.training.run_folder import RunFolder
@@ -30,12 +31,14 @@ class TaskOptions:
         folder: the user's own task files; they take precedence over tasks of the harness with the same name.
         limit: questions of each task; None: all of them.
         batch_size: sequences in a forward.
+        trust: whether files of that folder may run code.
     """
 
     tasks: tuple[str, ...]
     folder: Path | None = None
     limit: int | None = None
     batch_size: int = 16
+    trust: bool = False
 
     def __post_init__(self) -> None:
         for option, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
@@ -47,17 +50,23 @@ class TaskOptions:
             raise UserError(f"--task-path {self.folder}: there is no such folder")
 
 
-def load_tasks(options: TaskOptions) -> Any:
+def load_tasks(options: TaskOptions, *, say: Callable[[str], None] = print) -> Any:
     """Loads the harness's tasks with their data.
 
+    Args:
+        options: the tasks.
+        say: called with a note on what the user's own task files run.
+
     Raises:
-        UserError: the harness is not installed, a name is unknown, a task's file or data cannot be loaded, or a task is
-            of a type that is not supported.
+        UserError: the harness is not installed, a name is unknown, a file of the folder runs code and is not trusted, a
+            task's file or data cannot be loaded, or a task is of a type that is not supported.
     """
     if find_spec("lm_eval") is None:
         raise UserError(
             "--tasks needs lm-evaluation-harness, not installed here: pip install 'moeloom[eval]'"
         )
+    if options.folder is not None:
+        _check_code(options.folder, options.trust, say)
     import numpy
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
@@ -76,6 +85,17 @@ def load_tasks(options: TaskOptions) -> Any:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return loaded
+
+
+def _check_code(folder: Path, trust: bool, say: Callable[[str], None]) -> None:
+    """Says what the task files of a folder run, or raises `UserError` where they are not trusted."""
+    found = find_code(folder)
+    if not found:
+        return
+    if not trust:
+        more = f" (and {len(found) - 1} more in {folder})" if len(found) > 1 else ""
+        raise UserError(f"{found[0]} runs code{more}; --trust allows it")
+    say(f"note: code runs: {'; '.join(map(str, found))}")
 
 
 def run_tasks(

@@ -27,7 +27,7 @@ from core.interop.tensor_ops import Copy, Quantise, TensorOp, inverse
 from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader, TensorSpec, scale_spec
 from core.interop.transfer import Conversion, check_target
 from core.interop.writing import FilePlan, planned
-from core.recipe.compose import compose
+from core.recipe.compose import compose_run
 from core.training.run_folder import RunFolder
 
 NAMES = {
@@ -81,6 +81,7 @@ def to_hf(
     target: Path,
     options: ExportOptions,
     *,
+    trust: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Writes a run's weights for other programs.
@@ -90,6 +91,7 @@ def to_hf(
         checkpoint: its weights.
         target: the folder; must not exist, or be empty.
         options: number formats, and which parts are written.
+        trust: whether the recipe of a run that was made elsewhere may name modules, which then run.
         say: called with each message for the user.
 
     Returns:
@@ -100,7 +102,7 @@ def to_hf(
     """
     check_target(target, "name another folder")
     folder = RunFolder(run)
-    recipe = compose(folder.recipe).to_dict()
+    recipe = compose_run(folder.recipe, trust=trust).to_dict()
     weights = weights_of(checkpoint)
     ours = model_specs(weights)
     if options.main_only:

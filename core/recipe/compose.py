@@ -4,8 +4,8 @@ The layers, each merged over the one before: the file that it `extends`, the fil
 requested, and the command line's `KEY.PATH=VALUE`.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from core.command import search_current_folder
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import REQUIRED
 from core.extension.loader import installed_registry, registry_for
 from core.recipe.recipe_layers import Layers, leaves, with_string_keys
 from core.recipe.recipe_schema import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS, RecipeSchema
 from core.recipe.resolve import Resolver, to_dict
-from core.recipe.values import omegaconf_message
+from core.recipe.trust import check_modules, check_run_links, is_of_a_run
+from core.recipe.values import environment_hidden, omegaconf_message
 
 SWEEPS = "sweeps/"
 
@@ -46,31 +48,101 @@ class Recipe(RecipeSchema):
         return values
 
 
-def compose(path: str | Path, overrides: Iterable[str] = (), *, smoke: bool = False) -> Recipe:
+@dataclass
+class _Sources:
+    """The files that a recipe is read from, of which those of runs may name no code unless they are trusted.
+
+    Args:
+        trust: whether every file may name code.
+        of_a_run: whether the first file is a run's recipe, whatever else its folder holds.
+        named: modules that the user has named elsewhere.
+        checked: the files to check, by their names as origins of keys.
+    """
+
+    trust: bool = False
+    of_a_run: bool = False
+    named: Collection[str] = ()
+    checked: dict[str, Path] = field(default_factory=dict)
+
+    def add(self, file: Path, *, of_a_run: bool = False) -> None:
+        """Adds a file that was read."""
+        if not self.trust and (of_a_run or is_of_a_run(file)):
+            self.checked[str(file)] = file
+            self.checked[_smoke_of(file)] = file
+
+    def check_plugins(self, layers: Layers) -> None:
+        """Raises `UserError` for a module that would run because a run's recipe, which is not trusted, names it."""
+        plugins = layers.values.get("plugins")
+        items = plugins if isinstance(plugins, list) else [plugins]
+        for index, module in enumerate(items):
+            if module is None:
+                continue
+            origin = layers.origin(f"plugins.{index}")
+            name = str(module)
+            if "${" in name:
+                raise UserError(f"{origin}: plugins: {name!r} must be the name of a module itself")
+            if origin in self.checked and name not in self.named:
+                check_modules(self.checked[origin], "plugins", [name])
+
+
+def compose(
+    path: str | Path, overrides: Iterable[str] = (), *, smoke: bool = False, trust: bool = False
+) -> Recipe:
     """Reads, extends, overrides, resolves and validates a recipe.
 
     Args:
         path: a file, or the name of a shipped recipe.
         overrides: `KEY.PATH=VALUE` each; list items as `balance.0.rate=0.01`.
         smoke: whether the recipe's `smoke` section is merged over it.
+        trust: whether a file of a run that this machine has not made may name modules in `plugins`, which then run.
 
     Raises:
         UserError: something in the recipe or the overrides is wrong; the message is one sentence.
     """
-    file = find_recipe(path)
+    return _compose(find_recipe(path), overrides, _Sources(trust), smoke=smoke)
+
+
+def compose_run(file: Path, *, trust: bool = False, named: Collection[str] = ()) -> Recipe:
+    """Composes the recipe in a run folder, whatever else the folder holds.
+
+    Args:
+        file: the run's `recipe.yaml`.
+        trust: as in `compose`.
+        named: modules that the user's own recipe names, so that this one may name them too.
+
+    Raises:
+        UserError: something in the recipe is wrong, it names a module that may not run, or a link leads out of the run
+            folder and the run is not trusted.
+    """
+    if not trust:
+        check_run_links(file.parent)
+    return _compose(find_recipe(file), (), _Sources(trust, True, named))
+
+
+def _compose(
+    file: Path, overrides: Iterable[str], sources: _Sources, *, smoke: bool = False
+) -> Recipe:
     layers = Layers(str(file))
     own = _read(file)
+    sources.add(file, of_a_run=sources.of_a_run)
     if "extends" in own:
         values, base = _base(file, own.pop("extends"))
-        layers.add(values, base)
+        layers.add(values, str(base))
+        sources.add(base)
     layers.add(own, str(file))
     section = layers.values.get("smoke", {})
     if isinstance(section, dict) and "extends" in section:
         raise UserError(f"{file}: smoke.extends: only a file can extend another")
     if smoke and isinstance(section, dict):
-        layers.add(section, f"{file} (smoke)")
+        layers.add(section, _smoke_of(file))
     layers.override(overrides)
+    sources.check_plugins(layers)
     return _resolve(file, layers)
+
+
+def _smoke_of(file: Path) -> str:
+    """The origin of the keys of a file's `smoke` section."""
+    return f"{file} (smoke)"
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -125,6 +197,8 @@ def _resolve(file: Path, layers: Layers) -> Recipe:
     # the core's own keys, then the names, then components: an error in a key of the core needs no import of torch
     resolver = Resolver(installed_registry(), layers.origin, layers.inherited, defer=True)
     core = resolver.section(RecipeSchema, values, "", beside=["extends"])
+    if core.plugins:
+        search_current_folder()
     try:
         registry = registry_for(core.plugins)
     except UserError as cause:
@@ -151,15 +225,20 @@ def _check_trainer(trainer: Any, layers: Layers) -> None:
 
 def _interpolated(layers: Layers) -> dict[str, Any]:
     """The values with every `${other.key}` replaced; no value may be missing."""
-    try:
-        values = OmegaConf.to_container(OmegaConf.create(layers.values), resolve=True)
-    except OmegaConfBaseException as cause:
-        path = cause.full_key or ""
-        message = omegaconf_message(cause)
-        why = f"cannot be worked out: {message}"
-        if isinstance(cause, InterpolationKeyError):
-            why = f"refers to a key that the recipe does not hold ({message})"
-        raise UserError(f"{layers.origin(path)}: {path}: {why}") from cause
+    with environment_hidden() as hidden:
+        try:
+            values = OmegaConf.to_container(OmegaConf.create(layers.values), resolve=True)
+        except OmegaConfBaseException as cause:
+            path = cause.full_key or ""
+            message = omegaconf_message(cause)
+            why = f"cannot be worked out: {message}"
+            if isinstance(cause, InterpolationKeyError):
+                why = f"refers to a key that the recipe does not hold ({message})"
+            if hidden:
+                why = hidden[0]
+            raise UserError(f"{layers.origin(_dotted(path))}: {path}: {why}") from cause
+    if hidden:  # another resolver has caught the error
+        raise UserError(f"{layers.origin('')}: {hidden[0]}")
     assert isinstance(values, dict)
     for path, value in leaves(values):
         if value == REQUIRED:
@@ -168,7 +247,12 @@ def _interpolated(layers: Layers) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _base(file: Path, extends: Any) -> tuple[dict[str, Any], str]:
+def _dotted(path: str) -> str:
+    """A key path as the origins have it: `a.0` where OmegaConf writes `a[0]`."""
+    return path.replace("[", ".").replace("]", "")
+
+
+def _base(file: Path, extends: Any) -> tuple[dict[str, Any], Path]:
     """The values and the path of the file that `file` extends."""
     if not isinstance(extends, str) or not extends:
         shown = "null" if extends is None else repr(extends)
@@ -179,7 +263,7 @@ def _base(file: Path, extends: Any) -> tuple[dict[str, Any], str]:
     values = _read(base)
     if "extends" in values:
         raise UserError(f"{where}that file extends another one, and only one level is allowed")
-    return values, str(base)
+    return values, base
 
 
 def _read(file: Path) -> dict[str, Any]:

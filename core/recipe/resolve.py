@@ -153,6 +153,9 @@ class Resolver:
                     continue
             except OmegaConfBaseException as error:
                 cause = error
+            except ConfigError as error:
+                where = _join(path, key)
+                raise UserError(f"{self.origin(where)}: {where}: {error.why}") from error
             why = f"must be {describe_type(hints[key])}"
             raise self.error(_join(path, key), value, why) from cause
         return converted

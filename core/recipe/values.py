@@ -1,25 +1,74 @@
 """Plain values of a section: the types that a schema allows, conversion by OmegaConf, and texts for error messages."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
+from omegaconf.basecontainer import BaseContainer
+from omegaconf.errors import OmegaConfBaseException
 
+from core.contracts.errors import ConfigError
 from core.contracts.schema import REQUIRED
+
+HARMLESS_RESOLVERS = frozenset(
+    {"oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.select"}
+)
+"""OmegaConf's own resolvers that read nothing but the file's values."""
 
 
 def convert(schema: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Converts plain values to the types of a schema; OmegaConf raises its own exception where it cannot."""
-    merged: Any = OmegaConf.merge(_structured(schema), values)
+    """Converts plain values to the types of a schema; OmegaConf raises its own exception where it cannot.
+
+    Raises:
+        ConfigError: a value reads the environment.
+    """
     converted: dict[str, Any] = {}
-    for key in values:
-        node = merged[key]
-        converted[key] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+    with environment_hidden() as attempts:
+        merged: Any = OmegaConf.merge(_structured(schema), values)
+        for key in values:
+            try:
+                node = merged[key]
+                converted[key] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+            except OmegaConfBaseException as cause:
+                if attempts:
+                    raise ConfigError(key, attempts[0]) from cause
+                raise
     return converted
+
+
+@contextmanager
+def environment_hidden() -> Iterator[list[str]]:
+    """A context in which `${...}` reads the values of the file itself, and nothing of the machine.
+
+    Of OmegaConf's resolvers, `oc.env` is an error here: what it reads would be written into `recipe.yaml` and into
+    reports. `oc.coerce`, which imports modules, and the resolvers of other packages are unknown here.
+
+    Yields:
+        The sentences about `oc.env`, one for each attempt to use it.
+    """
+    attempts: list[str] = []
+
+    def refuse(config: Any, parent: Any, node: Any, arguments: Any, texts: Any) -> None:
+        name = texts[0] if texts else ""
+        attempts.append(
+            f"${{oc.env:{name}}} reads the environment, which a recipe may not do; "
+            "give the value itself, as KEY=VALUE on the command line"
+        )
+        raise PermissionError(attempts[-1])
+
+    everything = BaseContainer._resolvers
+    known = {name: everything[name] for name in HARMLESS_RESOLVERS if name in everything}
+    known["oc.env"] = refuse
+    BaseContainer._resolvers = known
+    try:
+        yield attempts
+    finally:
+        BaseContainer._resolvers = everything
 
 
 @cache

@@ -13,7 +13,7 @@ from core.contracts.errors import UserError
 from core.data.baseline import xz_bits_per_byte
 from core.data.documents import read_split
 from core.data.loaders import ValidationLoader
-from core.recipe.compose import compose
+from core.recipe.compose import compose_run
 from core.run.data import text_data
 from core.run.loading import load, run_of
 from core.run.summary import finite
@@ -23,13 +23,14 @@ from core.training.resume import check_data, check_trained
 
 @torch.no_grad()
 def evaluate(
-    checkpoint: Path, *, xz: bool = False, say: Callable[[str], None] = print
+    checkpoint: Path, *, xz: bool = False, trust: bool = False, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Validates a checkpoint over its recipe's whole validation split.
 
     Args:
         checkpoint: the checkpoint file.
         xz: also measure what `xz -9e` needs for the same bytes when it has the training text before them.
+        trust: whether the recipe of a run that was made elsewhere may name modules, which then run.
         say: prints the caveats that belong to the values.
 
     Returns:
@@ -40,7 +41,7 @@ def evaluate(
     """
     folder = run_of(checkpoint)
     check_trained(folder, "score it with --tasks")
-    recipe = compose(folder.recipe)
+    recipe = compose_run(folder.recipe, trust=trust)
     for notice in recipe.notices():
         say(f"note: {notice}")
     data = text_data(recipe, plan_of(recipe))
@@ -55,7 +56,7 @@ def evaluate(
             f"--xz: corpus {recipe.data.corpus.name} has tokens and no text, and xz needs text"
         )
     module = TrainingModule(
-        load(checkpoint),
+        load(checkpoint, trust=trust),
         plan=data.plan,
         optimizer=make(recipe.optimizer),
         flops_per_token=0.0,

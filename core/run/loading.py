@@ -11,19 +11,23 @@ from core.contracts.errors import UserError
 from core.interop.run_weights import is_converted, model_specs, state_of, weights_of
 from core.interop.tensors import TensorReader, chunks
 from core.model.language_model import LanguageModel
-from core.recipe.compose import compose
+from core.recipe.compose import compose_run
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
 
 
-def load(run_or_checkpoint: str | Path) -> LanguageModel:
+def load(run_or_checkpoint: str | Path, *, trust: bool = False) -> LanguageModel:
     """Loads a trained model in evaluation mode, from a run folder (its newest checkpoint) or one checkpoint file.
 
+    Args:
+        run_or_checkpoint: the folder or the file.
+        trust: whether the recipe of a run that was made elsewhere may name modules, which then run.
+
     Raises:
-        UserError: no run there, or a damaged checkpoint.
+        UserError: no run there, a damaged checkpoint, or a recipe that names a module which may not run.
     """
     checkpoint = newest_checkpoint(Path(run_or_checkpoint))
-    model = build(compose(run_of(checkpoint).recipe))
+    model = build(compose_run(run_of(checkpoint).recipe, trust=trust))
     load_weights(model, checkpoint)
     return model.eval()
 

@@ -35,7 +35,12 @@ from core.training.throughput import measured_peak_flops
 
 
 def fit(
-    recipe: Recipe, folder: RunFolder, *, resume: bool = False, say: Callable[[str], None] = print
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    trust: bool = False,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains a recipe into a run folder and returns its summary.
 
@@ -46,6 +51,7 @@ def fit(
         folder: a new folder, or one with a run to continue.
         resume: continue from the folder's newest checkpoint, to the same bits as if it had never stopped
             (on CPUs with the same number of threads).
+        trust: whether a run to continue that was made elsewhere may name modules that `recipe` does not name.
         say: prints caveats and the path of the run folder.
 
     Raises:
@@ -57,9 +63,9 @@ def fit(
         if not is_rank_zero():
             return _join(recipe, folder, resume=resume)
         if resume and not folder.never_started() and folder.summary.exists():
-            return _completed(recipe, folder, say)
+            return _completed(recipe, folder, say, trust=trust)
         with folder.locked("--resume" if resume else "--out"):
-            return _start_or_resume(recipe, folder, resume, say)
+            return _start_or_resume(recipe, folder, say, resume=resume, trust=trust)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -72,7 +78,7 @@ def fit(
 
 
 def _start_or_resume(
-    recipe: Recipe, folder: RunFolder, resume: bool, say: Callable[[str], None]
+    recipe: Recipe, folder: RunFolder, say: Callable[[str], None], *, resume: bool, trust: bool
 ) -> dict[str, Any]:
     """Trains in a folder whose lock this process holds."""
     check_environment(recipe)
@@ -80,15 +86,17 @@ def _start_or_resume(
         folder.create()
         return _fit(recipe, folder, None, say)
     if folder.summary.exists():  # the process that held the lock has just completed the run
-        return _completed(recipe, folder, say)
-    check_recipe_unchanged(recipe, folder, say)
+        return _completed(recipe, folder, say, trust=trust)
+    check_recipe_unchanged(recipe, folder, say, trust=trust)
     folder.remove_partial_files()
     return _fit(recipe, folder, newest(folder), say)
 
 
-def _completed(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
+def _completed(
+    recipe: Recipe, folder: RunFolder, say: Callable[[str], None], *, trust: bool
+) -> dict[str, Any]:
     """Returns the summary of a run that is complete; nothing is written."""
-    check_recipe_unchanged(recipe, folder, say)
+    check_recipe_unchanged(recipe, folder, say, trust=trust)
     say(f"run folder: {folder.path} (this run is complete)")
     return dict(json.loads(folder.summary.read_text(encoding="utf-8")))
 

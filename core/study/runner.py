@@ -149,10 +149,18 @@ def threads_begun_with(job: Job) -> int | None:
     return None
 
 
-def command_of(job: Job, folder: SweepFolder) -> list[str]:
-    """The command of a run: it begins, or goes on with what is in its folder."""
+def command_of(job: Job, folder: SweepFolder, trust: bool = False) -> list[str]:
+    """The command of a run: it begins, or goes on with what is in its folder.
+
+    The modules that its recipe names are named here too, so that another machine of a cluster imports them.
+    """
     recipe = folder.recipe(job.variant)
     overrides = ["trainer.enable_progress_bar=false", f"seed={job.seed}"]
+    plugins = job.variant.recipe.plugins
+    if plugins:
+        overrides.append(f"plugins={json.dumps(plugins)}")
+    if trust:
+        overrides.append("--trust")
     begun = (job.path / "recipe.yaml").exists()
     option = "--resume" if begun else "--out"
     command = [sys.executable, "-m", "core.study.child", str(recipe)]
@@ -165,6 +173,7 @@ def run_jobs(
     pool: Pool,
     metric: str,
     *,
+    trust: bool = False,
     began: Callable[[Job], None],
     ended: Callable[[Job, Status], None],
 ) -> None:
@@ -175,6 +184,7 @@ def run_jobs(
         folder: the sweep's.
         pool: where they run.
         metric: a finished run must have it.
+        trust: whether recipes that were made elsewhere may name modules.
         began: called before each run.
         ended: called after each run, with its final status.
 
@@ -195,7 +205,7 @@ def run_jobs(
                 running = replace(before, state="running", reason=None, process=None)
                 folder.write_status(job, running)
                 logged[job.path] = job.log.stat().st_size if job.log.exists() else 0
-                under_way[pool.submit(job, command_of(job, folder))] = job
+                under_way[pool.submit(job, command_of(job, folder, trust))] = job
             if not under_way:
                 return
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:

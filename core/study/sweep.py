@@ -96,7 +96,8 @@ def _work_on(
         folder.write_json("results.json", results(sweep, folder, matched))
         progress(job, status, ended, jobs, pace.left())
 
-    run_jobs(left, folder, pool, sweep.schema.metric, began=before, ended=after)
+    metric = sweep.schema.metric
+    run_jobs(left, folder, pool, metric, trust=sweep.trust, began=before, ended=after)
 
 
 def _prepare(sweep: Sweep) -> None:

@@ -16,6 +16,7 @@ from core.contracts.errors import UserError, nearest
 from core.extension.registry import Registry
 from core.recipe.compose import Recipe, compose, find_recipe, shipped_sweeps
 from core.recipe.resolve import Resolver
+from core.recipe.trust import check_modules, is_of_a_run
 from core.study.sweep_schema import LONGEST, SweepSchema, VariantSection
 
 
@@ -45,21 +46,26 @@ class Sweep:
         schema: its keys; with `smoke`, the file's `smoke` keys replace them.
         variants: the variants in the file's order, grid included.
         smoke: whether the small sizes are meant.
+        trust: whether files of runs that were made elsewhere may name modules, which then run.
     """
 
     name: str
     schema: SweepSchema
     variants: list[Variant]
     smoke: bool
+    trust: bool = False
 
 
-def read_sweep(path: str | Path, *, smoke: bool = False, here: bool = True) -> Sweep:
+def read_sweep(
+    path: str | Path, *, smoke: bool = False, here: bool = True, trust: bool = False
+) -> Sweep:
     """Reads and validates a sweep file and every variant, both in full size and with `smoke` laid over.
 
     Args:
         path: a file, or a shipped sweep's name.
         smoke: lay the file's `smoke` keys over it, and every recipe's `smoke` section over the recipe.
         here: whether the runs are this machine's, so that every variant must be able to run on it.
+        trust: whether files of runs and sweeps that were made elsewhere may name modules, which then run.
 
     Raises:
         UserError: the file or a variant is invalid; the message lists all errors.
@@ -67,8 +73,8 @@ def read_sweep(path: str | Path, *, smoke: bool = False, here: bool = True) -> S
     file = find_sweep(path)
     values = _read(file)
     small = _smoke_values(values)
-    full_size = _Reader(file, values, smoke=False, here=here)
-    small_size = _Reader(file, {**values, **small}, smoke=True, here=here)
+    full_size = _Reader(file, values, smoke=False, here=here, trust=trust)
+    small_size = _Reader(file, {**values, **small}, smoke=True, here=here, trust=trust)
     errors = list(full_size.errors)
     if small:
         for line in small_size.errors:
@@ -77,7 +83,7 @@ def read_sweep(path: str | Path, *, smoke: bool = False, here: bool = True) -> S
     if errors:
         raise UserError(f"{file}: {_message(errors, full_size)}")
     chosen = small_size if smoke else full_size
-    return Sweep(file.stem, chosen.schema, chosen.variants, smoke)
+    return Sweep(file.stem, chosen.schema, chosen.variants, smoke, trust)
 
 
 def _smoke_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,6 +114,7 @@ class _Reader:
         values: its values by key.
         smoke: lay every recipe's `smoke` section over it.
         here: whether every variant must be able to run on this machine.
+        trust: whether files of runs and sweeps that were made elsewhere may name modules.
 
     Attributes:
         errors: all that were found.
@@ -120,10 +127,13 @@ class _Reader:
     FILLER: ClassVar[dict[str, Any]] = {"base": "", "seeds": [0], "variants": {}, "baseline": ""}
     """Values that replace required keys which are missing or invalid, while the others are read."""
 
-    def __init__(self, file: Path, values: Mapping[str, Any], *, smoke: bool, here: bool) -> None:
+    def __init__(
+        self, file: Path, values: Mapping[str, Any], *, smoke: bool, here: bool, trust: bool
+    ) -> None:
         self.file = file
         self.smoke = smoke
         self.here = here
+        self.trust = trust
         self.resolver = Resolver(Registry(), lambda _: str(file), {})
         self.errors: list[str] = []
         self.invalid: set[str] = set()
@@ -207,11 +217,22 @@ class _Reader:
         beside = self.file.parent / source
         found = beside if beside.is_file() else find_recipe(source)
         layers = {**schema.overrides, **section.overrides, **point}
+        self._check_plugins(layers)
         overrides = [f"{key}={_as_text(value)}" for key, value in layers.items()]
         overrides += [f"budget.{key}={_as_text(value)}" for key, value in schema.budget.items()]
         seed = 0 if "seeds" in self.invalid else schema.seeds[0]
-        recipe = compose(found, [*overrides, f"seed={seed}"], smoke=self.smoke)
+        overrides_and_seed = [*overrides, f"seed={seed}"]
+        recipe = compose(found, overrides_and_seed, smoke=self.smoke, trust=self.trust)
         return Variant(name, recipe, str(found), tuple(overrides))
+
+    def _check_plugins(self, overrides: Mapping[str, Any]) -> None:
+        """Raises `UserError` for a module that this file names, where it is a sweep's that was made elsewhere."""
+        if self.trust or not is_of_a_run(self.file):
+            return
+        for key, value in overrides.items():
+            if key.partition(".")[0] == "plugins":
+                modules = value if isinstance(value, list) else [value]
+                check_modules(self.file, key, [str(module) for module in modules])
 
     def _check_names(self, names: list[str]) -> None:
         """Adds an error for a variant's name that occurs twice, and for keys that name no variant."""

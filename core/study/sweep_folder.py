@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from core.contracts.errors import UserError
+from core.recipe import trust
 from core.recipe.resolve import to_dict
 from core.storage.files import write_text
 from core.storage.lock import locked_folder
@@ -145,6 +146,7 @@ class SweepFolder:
 
     def _write_yaml(self, file: Path, document: dict[str, Any]) -> None:
         self.write(file, yaml.safe_dump(document, sort_keys=False, width=120))
+        trust.record(file)
 
     def _read(self, file: Path) -> dict[str, Any]:
         """Reads one of the sweep's own files; raises `UserError` where it is lost or damaged."""

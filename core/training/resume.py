@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from core.contracts.errors import UserError
-from core.recipe.compose import Recipe, compose
+from core.recipe.compose import Recipe, compose_run
 from core.storage.lock import LOCK, is_locked
 from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.run_folder import RunFolder
@@ -50,14 +50,16 @@ class Resume:
     step: int
 
 
-def check_recipe_unchanged(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> None:
+def check_recipe_unchanged(
+    recipe: Recipe, folder: RunFolder, say: Callable[[str], None], *, trust: bool = False
+) -> None:
     """Compares a recipe with the one that the run was started with, and warns where the bits may differ.
 
     Raises:
         UserError: another recipe (the first difference is named), or a run that cannot be continued.
     """
     check_trained(folder, "start a run from its weights with initial_weights")
-    before = compose(folder.recipe).to_dict()
+    before = compose_run(folder.recipe, trust=trust, named=recipe.plugins).to_dict()
     now = recipe.to_dict()
     difference = _first_difference_in(REPRODUCED, before, now)
     if difference:

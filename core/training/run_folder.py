@@ -14,8 +14,9 @@ from core.command import command_line
 from core.contracts.errors import UserError
 from core.contracts.schema import Section
 from core.data.tokenizer import Tokenizer
+from core.recipe import trust
 from core.storage.digests import check_digests, write_digests
-from core.storage.files import remove_partial_files, write_text
+from core.storage.files import check_links, remove_partial_files, write_text
 from core.storage.lock import locked_folder
 from core.training.machine import code, machine
 
@@ -109,11 +110,12 @@ class RunFolder:
         """Makes the folder of the checkpoints; the run folder must be locked.
 
         Raises:
-            UserError: the run folder holds a run already, or cannot be written.
+            UserError: the run folder holds a run already, or a link that leads out of it, or cannot be written.
         """
         if self.recipe.exists():
             how = f"continue it with --resume {self.path}, or name another"
             raise UserError(f"--out {self.path}: holds a run already; {how}")
+        check_links(self.path)
         try:
             (self.path / "checkpoints").mkdir(exist_ok=True)
         except OSError as cause:
@@ -159,8 +161,9 @@ class RunFolder:
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def write_recipe(self, values: dict[str, Any]) -> None:
-        """Writes the resolved recipe."""
+        """Writes the resolved recipe, and records that it was written here."""
         self.write_text("recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        trust.record(self.recipe)
 
 
 def provenance(sections: Iterable[Section], **rest: Any) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from lab import ROOT, SMALL, Lab, rows, run_command_here
+from lab import ROOT, SMALL, Lab, forked, rows, run_command_here
 
 import core
 import moeloom
-from core.command import command_line, command_prefix
+from core.command import command_line, command_prefix, search_current_folder
+from core.extension.loader import installed_registry
 from moeloom.commands import command_names, run
 from moeloom.search_path import OUR_FOLDER, leave_out_current_folder
 
@@ -246,18 +247,43 @@ def test_a_checkout_stays_at_the_front_of_the_search_path(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("begin", [["elsewhere"], ["", "elsewhere"]], ids=["without", "with"])
-def test_a_command_searches_the_current_folder_last_unless_it_is_on_the_path(
+def test_a_command_searches_the_current_folder_only_for_a_recipes_modules_and_last(
     begin: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import core.fit
 
-    found: list[str] = []
-    monkeypatch.setattr(core.fit, "main", lambda _: found.extend(sys.path))
+    found: list[list[str]] = []
+
+    def main(_: object) -> None:
+        found.append(list(sys.path))
+        search_current_folder()
+        found.append(list(sys.path))
+
+    monkeypatch.setattr(core.fit, "main", main)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(begin))
     assert exit_code("fit", "recipe") == 0
-    assert found == (begin if "" in begin else [*begin, str(OUR_FOLDER), str(tmp_path)])
+    assert found == [["elsewhere"], ["elsewhere", str(OUR_FOLDER), str(tmp_path)]]
     assert sys.path == begin
+    search_current_folder()
+    assert sys.path == begin, "outside of a command the search path is the caller's"
+
+
+def test_a_folder_that_looks_installed_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metadata of a distribution in the current folder would make its module a plugin of every command."""
+    folder = tmp_path / "evil-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[moeloom.plugins]\nevil = loom_evil\n")
+    (tmp_path / "loom_evil.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    done = forked(lambda: (installed_registry.cache_clear(), run_command_here("catalog")))
+    assert done.code == 0, done.err
+    assert "loom_evil" not in done.out + done.err
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_the_public_names_are_those_of_core() -> None:

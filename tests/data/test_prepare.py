@@ -1,8 +1,11 @@
 """The token stores, and a cache that survives damaged files."""
 
 import errno
+import hashlib
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,8 @@ import core.data.prepare
 from core.contracts.errors import UserError
 from core.data import cache as cache_files
 from core.data.prepare import Prepared, prepare
-from core.data.store import pack
+from core.data.store import open_store, pack
+from core.storage import records
 
 VOCAB = 300
 
@@ -196,3 +200,113 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_seal_is_plain_json(corpus_of: MakeCorpus, texts: dict[str, bytes], cache: Path) -> None:
     data = prepare(corpus_of(texts), VOCAB)
     assert sorted(json.loads((cache / data.fingerprint / "seal.json").read_text())) == sorted(FILES)
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state folder without records."""
+    monkeypatch.setenv("MOELOOM_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+def replace_tokens(entry: Path) -> bytes:
+    """Replaces the training tokens of an entry and seals it anew, as anybody can who may write it."""
+    file = entry / "train.tokens.npy"
+    before = file.read_bytes()
+    tokens = np.load(file)
+    file.unlink()  # the old file may be mapped
+    np.save(file, tokens[::-1])
+    seal = json.loads((entry / "seal.json").read_text())
+    seal[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (entry / "seal.json").write_text(json.dumps(seal, indent=2))
+    assert cache_files.intact(entry)
+    return before
+
+
+def test_tokens_replaced_together_with_their_seal_are_not_read(
+    corpus_of: MakeCorpus,
+    texts: dict[str, bytes],
+    cache: Path,
+    state: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = prepare(corpus_of(texts), VOCAB)
+    entry = cache / first.fingerprint
+    before = replace_tokens(entry)
+    assert same(prepare(corpus_of(texts), VOCAB), first)
+    assert (entry / "train.tokens.npy").read_bytes() == before
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note == (
+        f"note: the cache {entry} held other data than this run's, under a seal of their own; "
+        "it is written again"
+    )
+
+
+def test_an_entry_of_another_corpus_is_not_read_either(
+    corpus_of: MakeCorpus, texts: dict[str, bytes], cache: Path, state: Path
+) -> None:
+    """Its seal is recorded, for its own name."""
+    first = prepare(corpus_of(texts), VOCAB)
+    other = prepare(corpus_of(texts | {"doc-24": b"other"}), VOCAB)
+    shutil.rmtree(cache / first.fingerprint)
+    shutil.copytree(cache / other.fingerprint, cache / first.fingerprint)
+    assert same(prepare(corpus_of(texts), VOCAB), first)
+
+
+def test_a_shared_entry_is_verified_once_and_not_written(
+    corpus_of: MakeCorpus,
+    texts: dict[str, bytes],
+    state: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = prepare(corpus_of(texts), VOCAB)
+    (state / "data.txt").unlink()  # somebody else has made the entry
+    monkeypatch.setattr(cache_files, "write_entry", None)
+    assert same(prepare(corpus_of(texts), VOCAB), first)
+    monkeypatch.setattr(core.data.prepare, "train", None)
+    assert same(prepare(corpus_of(texts), VOCAB), first)
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_state_folder_every_start_verifies(
+    corpus_of: MakeCorpus,
+    texts: dict[str, bytes],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOELOOM_STATE", str(tmp_path / "file"))
+    first = prepare(corpus_of(texts), VOCAB)
+    replace_tokens(cache / first.fingerprint)
+    assert same(prepare(corpus_of(texts), VOCAB), first)
+    assert not records.contains("data", "")
+
+
+class Marks:
+    """A pickle of it makes a file when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["train.tokens.npy", "train.starts.npy"])
+def test_a_pickle_in_the_place_of_an_array_is_not_loaded(
+    corpus_of: MakeCorpus, texts: dict[str, bytes], cache: Path, tmp_path: Path, name: str
+) -> None:
+    entry = cache / prepare(corpus_of(texts), VOCAB).fingerprint
+    evil = np.array([Marks(tmp_path / "it-ran")], dtype=object)
+    for write in (
+        lambda file: np.save(file, evil, allow_pickle=True),
+        lambda file: pickle.dump(evil, file),
+    ):
+        (entry / name).unlink()
+        with (entry / name).open("xb") as file:
+            write(file)
+        with pytest.raises(ValueError, match=r"allow_pickle|Python objects"):
+            open_store(entry / "train.tokens.npy", entry / "train.starts.npy", 1)
+    assert not (tmp_path / "it-ran").exists()

@@ -1,0 +1,82 @@
+"""Which recipes may name code: the user's own, and those of runs that this user's machine has made.
+
+A recipe may name modules under `plugins`, which are imported. A file in a run folder may have come from somebody else,
+so its modules are imported only if an installed distribution registers them, if this machine has recorded the file, or
+if the user trusts it. A record is the hash of the file's contents: a run that was moved or copied is still known, an
+edited recipe is not.
+"""
+
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+
+from core.contracts.errors import UserError
+from core.extension.loader import installed_registry
+from core.storage import records
+from core.storage.files import check_links
+
+RECIPES = "recipes"
+"""The kind of the records of recipes that this machine has written."""
+
+RUN_FILES = ("provenance.json", "checkpoints", "weights")
+"""Beside `recipe.yaml`, any of these makes a folder a run folder."""
+
+
+def record(file: Path) -> None:
+    """Records that this machine has written a recipe or a sweep file."""
+    records.add(RECIPES, _digest(file))
+
+
+def is_recorded(file: Path) -> bool:
+    """Whether this machine has written a file with these contents."""
+    try:
+        return records.contains(RECIPES, _digest(file))
+    except OSError:
+        return False
+
+
+def is_of_a_run(file: Path) -> bool:
+    """Whether a file lies in a run folder or a sweep's folder, at any depth; links are looked at from both ends."""
+    folders = {*file.absolute().parents, *file.resolve().parents}
+    return any(map(_is_run_folder, folders))
+
+
+def _is_run_folder(folder: Path) -> bool:
+    if (folder / "recipe.yaml").exists():
+        return any((folder / name).exists() for name in RUN_FILES)
+    return (folder / "sweep.json").exists() and (folder / "recipes").is_dir()
+
+
+def check_modules(file: Path, key: str, modules: Collection[str]) -> None:
+    """Checks the modules that a file names which this machine may not have made.
+
+    Raises:
+        UserError: no installed distribution registers one of them, and the file is not recorded.
+    """
+    if not modules or is_recorded(file):
+        return
+    installed = installed_registry()
+    owners = [*installed.disabled, *(broken.owner for broken in installed.broken)]
+    registered = installed.modules() | {owner.module for owner in owners}
+    for module in modules:
+        if module not in registered:
+            raise UserError(
+                f"{file}: {key}: the module {module!r} would run, which no installed distribution registers, "
+                "and this run was not made here; --trust allows it"
+            )
+
+
+def check_run_links(folder: Path) -> None:
+    """Checks that no symbolic link in a run folder leads out of it: commands would read or write what it names.
+
+    Raises:
+        UserError: one does; the message names `--trust`.
+    """
+    try:
+        check_links(folder)
+    except UserError as cause:
+        raise UserError(f"{cause}; --trust allows it") from cause
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
