@@ -68,7 +68,12 @@ class _Sources:
         """Adds a file that was read."""
         if not self.trust and (of_a_run or is_of_a_run(file)):
             self.checked[str(file)] = file
-            self.checked[_smoke_of(file)] = file
+
+    def add_smoke(self, file: Path, layers: Layers) -> None:
+        """Adds the `smoke` section that a file's recipe has, which may come from the file that it extends."""
+        origin = layers.origin("smoke.plugins.0")
+        if origin in self.checked:
+            self.checked[_smoke_of(file)] = self.checked[origin]
 
     def check_plugins(self, layers: Layers) -> None:
         """Raises `UserError` for a module that would run because a run's recipe, which is not trusted, names it."""
@@ -107,7 +112,7 @@ def compose_run(file: Path, *, trust: bool = False, named: Collection[str] = ())
 
     Args:
         file: the run's `recipe.yaml`.
-        trust: as in `compose`.
+        trust: whether the recipe may name modules that this machine has not recorded, and links may lead elsewhere.
         named: modules that the user's own recipe names, so that this one may name them too.
 
     Raises:
@@ -134,6 +139,7 @@ def _compose(
     if isinstance(section, dict) and "extends" in section:
         raise UserError(f"{file}: smoke.extends: only a file can extend another")
     if smoke and isinstance(section, dict):
+        sources.add_smoke(file, layers)
         layers.add(section, _smoke_of(file))
     layers.override(overrides)
     sources.check_plugins(layers)
@@ -197,7 +203,7 @@ def _resolve(file: Path, layers: Layers) -> Recipe:
     # the core's own keys, then the names, then components: an error in a key of the core needs no import of torch
     resolver = Resolver(installed_registry(), layers.origin, layers.inherited, defer=True)
     core = resolver.section(RecipeSchema, values, "", beside=["extends"])
-    if core.plugins:
+    if not installed_registry().modules().issuperset(core.plugins):
         search_current_folder()
     try:
         registry = registry_for(core.plugins)

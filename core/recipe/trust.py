@@ -19,7 +19,7 @@ RECIPES = "recipes"
 """The kind of the records of recipes that this machine has written."""
 
 RUN_FILES = ("provenance.json", "checkpoints", "weights")
-"""Beside `recipe.yaml`, any of these makes a folder a run folder."""
+"""The names of which any one, beside `recipe.yaml`, makes a folder a run folder."""
 
 
 def record(file: Path) -> None:

@@ -155,7 +155,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "another width": (
         change_config(hidden_size=32),
-        ("tensor model.embed_tokens.weight has the shape [300, 24]", "asks for [300, 32]"),
+        ("tensor model.embed_tokens.weight has the shape [300, 24]", "needs [300, 32]"),
     ),
     "another number of experts": (
         change_config(n_routed_experts=8),

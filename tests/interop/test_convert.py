@@ -397,27 +397,3 @@ def test_a_converted_run_that_is_written_anew_keeps_its_markers_formats_and_file
     convert(lab, "from-hf", tmp_path / "main", tmp_path / "again")
     one, two = core.load(tmp_path / "run").state_dict(), core.load(tmp_path / "again").state_dict()
     assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
-
-
-def test_a_downloaded_run_reads_and_writes_no_file_elsewhere(lab: Lab, tmp_path: Path) -> None:
-    """Its links would bring the user's own files into an export, and its names of files lead out of it."""
-    source = write(tmp_path / "source", V3, tensors_of(V3))
-    run = tmp_path / "run"
-    convert(lab, "from-hf", source, run)
-    secret = tmp_path / "secret"
-    secret.write_text("of the user")
-    link = run / "hf" / "link"
-    link.symlink_to(secret)
-    said = lab.command("convert", "to-hf", run, tmp_path / "back")
-    assert said.sentence == f"{link}: must be a plain file, as it is written to the export"
-    link.unlink()
-    layout = json.loads((run / "hf/layout.json").read_text())
-    (names,) = layout["files"].values()
-    layout["files"] = {"../outside": names}
-    (run / "hf/layout.json").write_text(json.dumps(layout))
-    said = lab.command("convert", "to-hf", run, tmp_path / "back")
-    assert said.sentence == (
-        f"{run}/hf/layout.json: files: '../outside' must be the name of a file"
-    )
-    assert not (tmp_path / "back").exists()
-    assert not (tmp_path / "outside").exists()

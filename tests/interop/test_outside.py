@@ -35,10 +35,10 @@ def run(converted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(converted, tmp_path / "run"))
 
 
-def export(run: Path, target: Path) -> list[str]:
+def export(run: Path, target: Path, *, trust: bool = False) -> list[str]:
     """Converts a run back; returns the notes."""
     notes: list[str] = []
-    to_hf(run, newest_checkpoint(run), target, ExportOptions(), say=notes.append)
+    to_hf(run, newest_checkpoint(run), target, ExportOptions(), trust=trust, say=notes.append)
     return notes
 
 
@@ -158,7 +158,9 @@ def test_a_cache_whose_blobs_are_elsewhere_is_not(source: Path, tmp_path: Path) 
 def test_a_link_in_a_converted_run_is_not_copied_out(run: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text("secret")
     (run / "hf/extra.json").symlink_to(tmp_path / "secret.json")
-    (note,) = export(run, tmp_path / "out")
+    with pytest.raises(UserError, match="leads out of .*; --trust allows it"):
+        export(run, tmp_path / "out")
+    (note,) = export(run, tmp_path / "out", trust=True)
     assert "symbolic link that leads out" in note
     assert not (tmp_path / "out/extra.json").exists()
 

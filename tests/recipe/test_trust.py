@@ -112,6 +112,9 @@ def test_every_way_to_name_a_module_asks(
         run.write_text(text.replace("smoke: {", "smoke: {plugins: [loom_evil], "))
         assert compose(run).plugins == []
         assert message_of(run, smoke=True) == why(run)
+        own = write("extends: run/recipe.yaml\nsmoke: {seed: 1}\n")
+        assert message_of(own, smoke=True) == why(run)
+        assert message_of(own, "smoke.plugins=[]", smoke=True) == why(run)
     elif where == "item":
         run.write_text(text.replace("[loom_evil]", "[plugins.mla, loom_evil]"))
         assert message_of(run, "plugins.0=plugins.mha") == why(run)
@@ -139,7 +142,10 @@ def test_what_the_user_names_runs_without_a_flag(run: Path, marker: Path, write:
     assert marker.exists()
 
 
-def test_installed_plugins_need_no_flag(run: Path) -> None:
+def test_installed_plugins_need_no_flag_and_no_search_of_the_current_folder(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.recipe.compose.search_current_folder", None)
     run.write_text(run.read_text().replace("[loom_evil]", "[plugins.mla]"))
     assert compose_run(run).plugins == ["plugins.mla"]
 
