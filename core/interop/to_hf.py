@@ -18,6 +18,7 @@ from core.contracts.errors import UserError
 from core.data.tokenizer import END, END_TEXT, Tokenizer
 from core.interop.accounting import check_ours, wanted
 from core.interop.blocks import INVERSE, grid_spec
+from core.interop.finite import FiniteTensors
 from core.interop.formats import config_for, format_named, read_json
 from core.interop.run_weights import model_specs, weights_of
 from core.interop.tensor_ops import Copy, Quantise, TensorOp, inverse
@@ -45,12 +46,14 @@ class ExportOptions:
         fp8: quantise matrices to FP8 blocks.
         keep_fp8: write matrices in the FP8 blocks that they were converted from.
         main_only: leave out the modules of loss heads, such as multi-token prediction.
+        allow_non_finite: write numbers that are not finite, with a note, instead of an error.
     """
 
     dtype: str | None = None
     fp8: bool = False
     keep_fp8: bool = False
     main_only: bool = False
+    allow_non_finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def to_hf(
 
     Raises:
         UserError: no architecture can express the model, or the target exists; the target is as before.
+        NotFiniteError: a weight is not finite, or too large for its format; likewise.
     """
     check_target(target, "name another folder")
     folder = RunFolder(run)
@@ -125,9 +129,12 @@ def to_hf(
         config,
         sorted(map(str, theirs.items())),
     ]
+    if options.allow_non_finite:
+        identity.append("allow-non-finite")
+    checked = FiniteTensors.to_convert(weights, checkpoint, say, allow=options.allow_non_finite)
     conversion = Conversion(target, identity, say)
     with conversion.partial_folder(plan.bytes) as place:
-        conversion.run(ops, weights, plan, place)
+        conversion.run(ops, checked, plan, place)
         _write_companions(RunFolder(place), folder, config, source)
     if source is None and options.dtype is None:
         say(
