@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from core.command import print_json, recipe_arguments, run_command
+from core.contracts.errors import RunFailed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
         show(recipe, as_json=arguments.json)
         return
     _silence_libraries()
+    from core.run.divergence import divergence_in
     from core.run.training import fit
     from core.training.ranks import is_rank_zero, joined_folder
     from core.training.run_folder import RunFolder, resumable, start_folder
@@ -59,12 +61,17 @@ def main(arguments: argparse.Namespace) -> None:
         summary = fit(recipe, RunFolder(folder), resume=resume, say=print)
     if not is_rank_zero():
         return
+    diverged = divergence_in(summary)
     if arguments.json:
         print_json(summary)
     else:
         print(_summary_line(summary))
         for notice in summary["notices"]:
-            print(f"note: {notice}")
+            if notice != diverged:
+                print(f"note: {notice}")
+    if diverged:
+        sys.stdout.flush()  # the sentence about it comes last, whatever stdout and stderr are
+        raise RunFailed(diverged)
 
 
 def _silence_libraries() -> None:

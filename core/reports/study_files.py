@@ -17,6 +17,7 @@ import yaml
 
 from core.contracts.errors import UserError
 from core.reports.lock import is_locked
+from core.run.divergence import divergence_in
 
 KEPT = ("step", "tokens", "tokens_per_second", "load/max_vio_batch", "skipped_steps")
 """Columns of `metrics.csv` that the report reads, beside those of losses and of validation."""
@@ -204,7 +205,10 @@ class _Reader:
         recipe = self.parsed(folder / "recipe.yaml", self.text(folder / "recipe.yaml"))
         if seed is None:
             seed = recipe.get("seed")
-        if summary:
+        diverged = divergence_in(summary)
+        if diverged:
+            state = "failed"
+        elif summary:
             state = "done"
         elif (folder / "recipe.yaml").exists():
             state = "running"
@@ -215,7 +219,7 @@ class _Reader:
             seed=seed,
             path=folder,
             state=str(status.get("state") or state),
-            reason=status.get("reason"),
+            reason=status.get("reason") if status else diverged,
             seconds=finite(status.get("seconds")) or finite(summary.get("wall_seconds")),
             recipe=recipe,
             summary=summary,

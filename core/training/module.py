@@ -70,6 +70,7 @@ class TrainingModule(L.LightningModule):
         self.windows_done = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        self.not_finite_since: int | None = None
         self.step_load: dict[str, Tensor] = {}
         self.step_values: dict[str, Any] = {}
         self.seconds = 0.0
@@ -288,7 +289,15 @@ class TrainingModule(L.LightningModule):
                 parts.append(scaled)
         values.update(_means(by_label))
         values["loss/total"] = torch.stack(parts).sum()
+        self._note_finiteness(values["loss/total"])
         return values
+
+    def _note_finiteness(self, loss: Tensor) -> None:
+        """Remembers the step since which the loss has not been finite; None while it is finite."""
+        if bool(loss.isfinite()):
+            self.not_finite_since = None
+        elif self.not_finite_since is None:
+            self.not_finite_since = self.windows_done
 
     def _balancer_metrics(self) -> dict[str, Tensor]:
         """Each balancer's own metrics, as means over layers."""
@@ -326,6 +335,7 @@ class TrainingModule(L.LightningModule):
             "windows_done": self.windows_done,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "not_finite_since": self.not_finite_since,
             "seconds": self.seconds,
             "wall_seconds": self.wall_seconds,
             "assigned": self.assigned,
@@ -352,6 +362,7 @@ class TrainingModule(L.LightningModule):
         self.windows_done = own["windows_done"]
         self.skipped_steps = own["skipped_steps"]
         self.skipped_in_a_row = own["skipped_in_a_row"]
+        self.not_finite_since = own.get("not_finite_since")
         self.seconds = own["seconds"]
         self.wall_before = own["wall_seconds"]
         self.assigned = own["assigned"]

@@ -1,5 +1,6 @@
 """Weights, predictions and scores that are not finite end a command with one sentence that names them."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,12 @@ import core
 from core.contracts.errors import NotFiniteError
 from core.model.language_model import LanguageModel
 from core.model.sampling import sample
+from core.reports.study_files import read
+from core.run.divergence import divergence_in
+from core.run.summary import divergence
+from core.run.training import fit
 from core.training.checkpoints import checkpoints_in, read_checkpoint
+from core.training.run_folder import RunFolder
 
 WEIGHT = "blocks.1.ffn.routed.down.weight"
 
@@ -124,3 +130,51 @@ def test_sampling_rejects_one_logit_that_is_not_finite(
     monkeypatch.setattr(LanguageModel, "decode", spoiled)
     with pytest.raises(NotFiniteError, match=r"logits are not finite \(-inf for token 7\)"):
         next(sample(model, [0], tokens=1))
+
+
+def test_a_run_that_diverges_has_a_summary_and_its_last_sentence_says_so(
+    lab: Lab, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    steps = ("optimizer.lr=1e20", "budget.steps=3")
+    said = lab.command("fit", lab.file, *steps, "--out", run)
+    assert said.code == 1, said.err
+    assert said.sentence.startswith("the run diverged: the training loss is nan since step 2, ")
+    assert "val_loss = nan" in said.sentence
+    assert "try a lower optimizer.lr" in said.sentence
+    assert said.err.splitlines()[-1] == f"moeloom: {said.sentence}"
+    (line,) = said.out.splitlines()
+    assert "wall_seconds" in line
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert (summary["val_loss"], summary["val_bits_per_byte"]) == (None, None)
+    assert summary["mtp_acceptance"] is None
+    assert summary["notices"] == [said.sentence]
+    assert not (run / "sample.txt").exists()
+    again = lab.command("fit", lab.file, *steps, "--resume", run, "--json")
+    assert (again.code, again.sentence) == (1, said.sentence)
+    assert json.loads(again.out) == summary
+    assert divergence_in(fit(lab.recipe(*steps), RunFolder(run), resume=True)) == said.sentence
+    (row,) = read(run).runs
+    assert (row.state, row.reason) == ("failed", said.sentence)
+
+
+def test_a_sound_run_did_not_diverge(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert divergence_in(summary) is None
+    assert (finished / "sample.txt").exists()
+
+
+def test_without_a_validation_the_last_loss_decides(lab: Lab) -> None:
+    module = lab.train("budget.steps=2", "optimizer.lr=1e20")
+    module.validated = {}
+    sentence = divergence(module, None)
+    assert sentence is not None
+    assert "the training loss is nan since step 2; try" in sentence
+    module.validated = {"val_loss": 2.0}
+    assert divergence(module, None) is None
+    with torch.no_grad():
+        module.model.norm.weight[3] = math.inf
+    sentence = divergence(module, None)
+    assert sentence is not None
+    assert "tensor norm.weight holds a number that is not finite (inf at [3])" in sentence
