@@ -5,7 +5,8 @@ looks at the numbers as they are asked for, after the cast to another format: a 
 make new infinities.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +17,17 @@ from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader
 from core.numerics.finite import at, first_not_finite
 
 FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Lets torch use one thread: waiting for a second one takes longer than the check where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class FiniteTensors(TensorReader):
@@ -60,12 +72,13 @@ class FiniteTensors(TensorReader):
         """Returns rows as numbers.
 
         Raises:
-            NotFiniteError: a number is not finite, or too large for `dtype`; the message names tensor, number and place.
+            NotFiniteError: a number is not finite, or too large for `dtype`; tensor, number and place are named.
         """
         rows = self._tensors.values(name, begin, end, dtype)
         if self._reported:
             return rows
-        index = first_not_finite(rows)
+        with _one_thread():
+            index = first_not_finite(rows)
         if index is None:
             return rows
         found = self._sentence(name, begin + index[0], index[1], dtype)
