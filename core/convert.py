@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
         choices=FORMATS,
         help="keep weights in this format (default: as they come, FP8 blocks included)",
     )
+    _add_allow_non_finite(read)
     write = commands.add_parser("to-hf", help="a run to a Hugging Face folder")
     write.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint file")
     write.add_argument("dir", type=Path, metavar="DIR", help="the new folder")
@@ -50,7 +51,17 @@ def parser() -> argparse.ArgumentParser:
         help="leave the modules of multi-token prediction out: the main model alone",
     )
     trust_argument(write)
+    _add_allow_non_finite(write)
     return p
+
+
+def _add_allow_non_finite(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that both directions share."""
+    parser.add_argument(
+        "--allow-non-finite",
+        action="store_true",
+        help="convert weights that are NaN, infinite or too large for their format: a note instead of an error",
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -63,7 +74,13 @@ def main(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     if arguments.command == "from-hf":
         target = arguments.run
-        made = from_hf(arguments.dir, target, dtype=arguments.dtype, say=_say)
+        made = from_hf(
+            arguments.dir,
+            target,
+            dtype=arguments.dtype,
+            allow_non_finite=arguments.allow_non_finite,
+            say=_say,
+        )
     else:
         target = arguments.dir
         checkpoint = newest_checkpoint(arguments.run)
@@ -72,6 +89,7 @@ def main(arguments: argparse.Namespace) -> None:
             fp8=arguments.fp8,
             keep_fp8=arguments.keep_fp8,
             main_only=arguments.main_only,
+            allow_non_finite=arguments.allow_non_finite,
         )
         run = run_of(checkpoint).path
         made = to_hf(run, checkpoint, target, options, trust=arguments.trust, say=_say)

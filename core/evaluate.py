@@ -72,7 +72,7 @@ def _validate(arguments: argparse.Namespace) -> None:
 def _benchmark(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from core.contracts.errors import UserError
+    from core.contracts.errors import NotFiniteError, UserError
 
     if arguments.xz:
         raise UserError("--xz is for validation and cannot be combined with --tasks")
@@ -97,7 +97,10 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     for notice in notices:
         _say(f"note: {notice}")
     model = move_model(load(checkpoint, trust=arguments.trust), arguments.device or "cpu", recipe)
-    results = run_tasks(loaded, folder, model, options, say=_say)
+    try:
+        results = run_tasks(loaded, folder, model, options, say=_say)
+    except NotFiniteError as cause:
+        raise NotFiniteError(f"{checkpoint}: {cause}") from cause
     if arguments.json:
         print_json({"checkpoint": checkpoint.name, **results, "notices": notices})
         return

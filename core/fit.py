@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from core.command import print_json, recipe_arguments, run_command, trust_argument
+from core.contracts.errors import RunFailed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +48,7 @@ def main(arguments: argparse.Namespace) -> None:
         show(recipe, as_json=arguments.json)
         return
     _silence_libraries()
+    from core.run.divergence import divergence_in
     from core.run.training import fit
     from core.training.choose_folder import resumable, start_folder
     from core.training.ranks import is_rank_zero, joined_folder
@@ -63,12 +65,17 @@ def main(arguments: argparse.Namespace) -> None:
         summary = fit(recipe, folder, resume=resume, trust=arguments.trust, say=print)
     if not is_rank_zero():
         return
+    diverged = divergence_in(summary)
     if arguments.json:
         print_json(summary)
     else:
         print(_summary_line(summary))
         for notice in summary["notices"]:
-            print(f"note: {notice}")
+            if notice != diverged:
+                print(f"note: {notice}")
+    if diverged:
+        sys.stdout.flush()  # the sentence about it comes last, whatever stdout and stderr are
+        raise RunFailed(diverged)
 
 
 def _silence_libraries() -> None:

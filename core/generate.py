@@ -44,12 +44,14 @@ def main(arguments: argparse.Namespace) -> None:
     """Loads the model, continues the prompt, and prints the text and the speed."""
     from pathlib import Path
 
-    from core.contracts.errors import UserError
+    from core.contracts.errors import NotFiniteError, UserError
 
     if arguments.tokens is not None and arguments.tokens < 1:
         raise UserError(f"--tokens = {arguments.tokens}: must be at least 1")
-    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
-        raise UserError("--temperature must be at least 0, and --top-p in (0, 1]")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise UserError(f"--temperature = {arguments.temperature}: must be a number of at least 0")
+    if not 0 < arguments.top_p <= 1:
+        raise UserError(f"--top-p = {arguments.top_p}: must be more than 0 and at most 1")
     from core.harness.markers import markers_of
     from core.model.sampling import sample
     from core.recipe.compose import compose_run
@@ -82,7 +84,10 @@ def main(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         stop=markers.end,
     )
-    written = list(tokens)
+    try:
+        written = list(tokens)
+    except NotFiniteError as cause:
+        raise NotFiniteError(f"{checkpoint}: {cause}") from cause
     seconds = time.perf_counter() - begin
     text = tokenizer.decode(written)
     rate = len(written) / seconds

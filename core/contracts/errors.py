@@ -15,6 +15,10 @@ class UserError(Exception):
     """A mistake in what the user gave; the message is one sentence that names it and what is allowed."""
 
 
+class NotFiniteError(UserError):
+    """A number that must be finite and is NaN or infinite: of a weight, a prediction or a score."""
+
+
 class ConfigError(Exception):
     """A value of one key of a component's `Config` that is not allowed.
 

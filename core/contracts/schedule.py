@@ -108,7 +108,9 @@ class Schedule:
         begin = 0.0
         for index, segment in enumerate(self.segments):
             where = f"segments.{index}"
-            if not begin < segment.until < math.inf:
+            if math.isinf(segment.until):
+                raise ConfigError(f"{where}.until", "must be finite")
+            if not begin < segment.until:
                 why = f"must be more than {begin:g}, where the segment begins"
                 raise ConfigError(f"{where}.until", why)
             if self.unit == "fraction" and segment.until > 1:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from core.model.language_model import LanguageModel
+from core.model.sampling import check_logits
 
 
 @torch.no_grad()
@@ -28,6 +29,9 @@ def write(
 
     Returns:
         The continuation of each prompt, its last token included.
+
+    Raises:
+        NotFiniteError: the model's logits are not finite.
     """
     assert len(set(map(len, prompts))) == 1, "prompts of one batch are equally long"
     device = model.embedding.weight.device
@@ -36,7 +40,9 @@ def write(
     written: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for _ in range(tokens):
-        chosen_B = model.decode(fed_BL, caches)[:, -1].argmax(dim=-1)
+        logits_BV = model.decode(fed_BL, caches)[:, -1]
+        check_logits(logits_BV)
+        chosen_B = logits_BV.argmax(dim=-1)
         for row, token in enumerate(chosen_B.tolist()):
             if row in going:
                 written[row].append(token)

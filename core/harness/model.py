@@ -4,6 +4,7 @@ Every text that is scored or continued begins with a marker, as every document d
 tokenizer has it for the harness's own `hf` model. A marker that a text spells out is text.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -14,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from core.contracts.errors import UserError
+from core.contracts.errors import NotFiniteError, UserError
 from core.data.tokenizer import Tokenizer
 from core.harness.generation import write
 from core.harness.markers import Markers
@@ -167,7 +168,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Scores (texts, ids of the context, ids of the continuation); contexts are cut from the left where needed."""
+        """Scores (texts, ids of the context, ids of the continuation); contexts are cut from the left where needed.
+
+        Raises:
+            UserError: a continuation is longer than the model's longest input.
+            NotFiniteError: a score is NaN or infinite.
+        """
         shortened = []
         cut = 0
         for (_, continuation), before, after in requests:
@@ -187,6 +193,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
             scores: list[Score] = score(
                 self.model, shortened, batch_size=self.batch_size, done=bar.update
             )
+        for (texts, _, _), found in zip(requests, scores, strict=True):
+            if not math.isfinite(found.log_likelihood):
+                raise NotFiniteError(
+                    f"the model's log-likelihood of an answer is not finite ({found.log_likelihood} "
+                    f"for {texts[1][:40]!r})"
+                )
         return [(found.log_likelihood, found.greedy) for found in scores]
 
     def _settings(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -197,6 +209,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
             raise UserError(
                 f"unknown generation settings {', '.join(unknown)}; known: {', '.join(sorted(WRITES))}"
             )
+        for key in ("temperature", "top_p"):
+            value = settings.get(key, 1.0)
+            if not 0 <= value < math.inf:
+                raise UserError(f"{key} = {value}: must be a finite number of at least 0")
         if not 0 < settings["max_gen_toks"] < self.max_length:
             raise UserError(
                 f"max_gen_toks = {settings['max_gen_toks']} leaves no tokens for question or answer: "

@@ -1,7 +1,8 @@
 """Finds the format that reads a folder, and the format that can write a recipe."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 
     Raises:
-        UserError: it cannot be read as one.
+        UserError: it cannot be read as one, or holds NaN or Infinity, which Python's reader takes and JSON has not.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -64,7 +65,27 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read as JSON: {cause}") from cause
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object")
+    found = _not_finite(value)
+    if found:
+        key, number = found
+        raise UserError(f"{file}: {key} = {number}: must be a finite number")
     return value
+
+
+def _not_finite(value: Any, key: str = "") -> tuple[str, float] | None:
+    """Returns the key path and the value of the first number that is not finite; None without one."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return key, value
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for name, item in items:
+        found = _not_finite(item, f"{key}.{name}" if key else str(name))
+        if found:
+            return found
+    return None
 
 
 def format_of(config: Mapping[str, Any], file: Path) -> CheckpointFormat:

@@ -24,6 +24,7 @@ from core.data.tokenizer import Tokenizer
 from core.extension.checks import format_error_at
 from core.interop.accounting import check_ours, check_theirs, owners, wanted
 from core.interop.blocks import INVERSE, ReadBlocks
+from core.interop.finite import FiniteTensors
 from core.interop.format_lookup import format_named, format_of, read_config, read_json
 from core.interop.shards import Shards, shards_of
 from core.interop.source_folder import check_inside, small_files
@@ -39,7 +40,12 @@ PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16"}
 
 
 def from_hf(
-    source: Path, target: Path, *, dtype: str | None = None, say: Callable[[str], None] = print
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    allow_non_finite: bool = False,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Converts a Hugging Face folder to a run folder.
 
@@ -47,6 +53,7 @@ def from_hf(
         source: a folder with config.json and safetensors files.
         target: the run folder; must not exist, or be empty.
         dtype: the format of all weights but selection biases, a key of `DTYPES`; None: their own formats.
+        allow_non_finite: convert numbers that are not finite, with a note, instead of an error.
         say: called with each message for the user.
 
     Returns:
@@ -54,6 +61,7 @@ def from_hf(
 
     Raises:
         UserError: something is wrong with the folder; the target is as before.
+        NotFiniteError: a weight is not finite, or too large for its format; likewise.
     """
     check_target(target, "name another folder")
     config_file = source / "config.json"
@@ -84,11 +92,15 @@ def from_hf(
         say(f"note: {sentence}")
     _warn_about_tokenizer(source, recipe.data.tokenizer.vocab, say)
     described = [f"{name} {spec.dtype} {spec.shape}" for name, spec in specs.items()]
-    conversion = Conversion(target, ["from-hf", _file_stamps(source), layout, described], say)
+    identity = ["from-hf", _file_stamps(source), layout, described]
+    if allow_non_finite:
+        identity.append("allow-non-finite")
+    checked = FiniteTensors.to_convert(theirs, source, say, allow=allow_non_finite)
+    conversion = Conversion(target, identity, say)
     with conversion.partial_folder(plan.bytes) as folder:
         run = RunFolder(folder)
         _write_companions(source, run, layout, say)
-        conversion.run(ops, theirs, plan, run.converted_weights.parent)
+        conversion.run(ops, checked, plan, run.converted_weights.parent)
         _write_run(run, recipe, checkpoint_format, marked, source, translation.notices)
     return {
         "format": checkpoint_format.label,

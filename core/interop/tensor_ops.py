@@ -88,7 +88,8 @@ class Quantise:
             rows = source.values(self.source, self.begin + low, self.begin + high, torch.float32)
             if not rows.isfinite().all():
                 raise UserError(
-                    f"tensor {self.source} holds numbers that are not finite: FP8 blocks cannot"
+                    f"tensor {self.source} holds a number that is not finite, which FP8 blocks cannot hold; "
+                    "leave out --fp8"
                 )
             if self.order is not None:
                 rows = _reordered(rows, self.order)
@@ -122,7 +123,7 @@ class Compare:
         for low, high in chunks(self.spec, 0, self.spec.rows):
             original = source.values(self.owner, low, high, dtype)
             copy = source.values(self.source, low, high, dtype)
-            if not torch.equal(original, copy):
+            if not _same(original, copy):
                 raise UserError(
                     f"{self.where}: tensor {self.source} must be a copy of {self.owner}, and differs"
                 )
@@ -139,6 +140,16 @@ def inverse(order: tuple[int, ...] | None) -> tuple[int, ...] | None:
     for place, row in enumerate(order):
         back[row] = place
     return tuple(back)
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; a NaN is equal to one with the same bits."""
+    if torch.equal(one, two):
+        return True
+    if one.shape != two.shape:
+        return False
+    equal_bits = one.contiguous().view(torch.uint8) == two.contiguous().view(torch.uint8)
+    return bool(((one == two) | equal_bits.unflatten(-1, (-1, one.itemsize)).all(-1)).all())
 
 
 def _reordered(rows: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -19,6 +19,7 @@ from core.contracts.errors import UserError
 from core.data.tokenizer import END, END_TEXT
 from core.interop.accounting import check_ours, wanted
 from core.interop.blocks import INVERSE, grid_spec
+from core.interop.finite import FiniteTensors
 from core.interop.format_lookup import config_for, format_named, read_json
 from core.interop.layout_file import read_layout
 from core.interop.run_weights import model_specs, weights_of
@@ -48,12 +49,14 @@ class ExportOptions:
         fp8: quantise matrices to FP8 blocks.
         keep_fp8: write matrices in the FP8 blocks that they were converted from.
         main_only: leave out the modules of loss heads, such as multi-token prediction.
+        allow_non_finite: write numbers that are not finite, with a note, instead of an error.
     """
 
     dtype: str | None = None
     fp8: bool = False
     keep_fp8: bool = False
     main_only: bool = False
+    allow_non_finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def to_hf(
 
     Raises:
         UserError: no architecture can express the model, or the target exists; the target is as before.
+        NotFiniteError: a weight is not finite, or too large for its format; likewise.
     """
     check_target(target, "name another folder")
     folder = RunFolder(run)
@@ -114,9 +118,13 @@ def to_hf(
     theirs = _export_specs(mappings, ours, options, source)
     plan = _file_plan(theirs, source)
     config = _with_formats(config, theirs, checkpoint_format, options, source)
-    conversion = Conversion(target, _identity(checkpoint, config, theirs), say)
+    identity = _identity(checkpoint, config, theirs)
+    if options.allow_non_finite:
+        identity.append("allow-non-finite")
+    checked = FiniteTensors.to_convert(weights, checkpoint, say, allow=options.allow_non_finite)
+    conversion = Conversion(target, identity, say)
     with conversion.partial_folder(plan.bytes) as place:
-        conversion.run(export_ops(mappings, ours, theirs), weights, plan, place)
+        conversion.run(export_ops(mappings, ours, theirs), checked, plan, place)
         _write_companions(RunFolder(place), folder, config, source, say)
     if source is None and options.dtype is None:
         say(

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from core.contracts.errors import NotFiniteError
 from core.model.language_model import LanguageModel
+from core.numerics.finite import first_not_finite
 
 
 @torch.no_grad()
@@ -28,6 +30,9 @@ def sample(
         top_p: sample from the smallest set of tokens whose probabilities add up to this.
         seed: seed of the draws.
         stop: a token that ends the text and is not yielded.
+
+    Raises:
+        NotFiniteError: the model's logits are not finite, so that no token is more likely than another.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -35,11 +40,20 @@ def sample(
     new_tokens = list(prompt)
     for _ in range(tokens):
         logits_V = model.decode(torch.tensor([new_tokens], device=device), caches)[0, -1]
+        check_logits(logits_V)
         token = _choose(logits_V.double().cpu(), temperature, top_p, generator)
         if token == stop:
             return
         yield token
         new_tokens = [token]
+
+
+def check_logits(logits: torch.Tensor) -> None:
+    """Raises `NotFiniteError` for logits that are not finite, whose `argmax` would be an arbitrary token."""
+    index = first_not_finite(logits)
+    if index is not None:
+        value = float(logits[index])
+        raise NotFiniteError(f"the model's logits are not finite ({value} for token {index[-1]})")
 
 
 def _choose(

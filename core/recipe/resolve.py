@@ -23,7 +23,9 @@ from core.recipe.values import (
     fits,
     hints_of,
     nested_section,
+    not_finite,
     show_value,
+    takes_floats,
     tidy,
 )
 
@@ -141,24 +143,38 @@ class Resolver:
             # a literal `${...}` must not be resolved among the other values of the section
             together = "${" not in repr(values)
             if together and all(fits(value, hints[key]) for key, value in values.items()):
-                return convert(schema, values)
+                converted = convert(schema, values)
+                if not not_finite(converted):
+                    return converted
         except OmegaConfBaseException:
             pass
-        converted: dict[str, Any] = {}
+        converted = {}
         for key, value in values.items():
             cause: OmegaConfBaseException | None = None
             try:
                 if fits(value, hints[key]):
-                    converted |= convert(schema, {key: value})
+                    one = convert(schema, {key: value})
+                    self._check_finite(one, path, hints[key])  # the string "inf" becomes a number
+                    converted |= one
                     continue
             except OmegaConfBaseException as error:
                 cause = error
             except ConfigError as error:
                 where = _join(path, key)
                 raise UserError(f"{self.origin(where)}: {where}: {error.why}") from error
+            self._check_finite({key: value}, path, hints[key])
             why = f"must be {describe_type(hints[key])}"
             raise self.error(_join(path, key), value, why) from cause
         return converted
+
+    def _check_finite(self, values: Mapping[str, Any], path: str, hint: Any) -> None:
+        """Raises `UserError` for the first NaN or infinity in a value that may hold numbers with fractions."""
+        found = not_finite(values)
+        if found and takes_floats(hint):
+            keys, number = found
+            for key in keys:
+                path = _join(path, key)
+            raise self.error(path, number, "must be finite")
 
     def _sections(self, kind: Any, form: str, value: Any, path: str, parent: Any) -> Any:
         """The core's own sections that a field holds: one, a list or a mapping of them."""

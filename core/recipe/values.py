@@ -1,7 +1,7 @@
 """Plain values of a section: the types that a schema allows, conversion by OmegaConf, and texts for error messages."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import cache
@@ -129,9 +129,11 @@ def tidy(value: Any, hint: Any) -> Any:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value has one of the types of a hint.
 
-    OmegaConf would convert true to 1 and 3 to true, fails on lists in a union, and takes nan as a number; all three
-    are errors here.
+    OmegaConf would convert true to 1 and 3 to true, fails on lists in a union, and takes nan and inf as numbers; all
+    are errors here. No key of any section may be infinite: null stands for "no limit" where there is one.
     """
+    if not_finite(value):
+        return False
     kinds = _kinds(hint)
     if Any in kinds:
         return True
@@ -146,7 +148,34 @@ def fits(value: Any, hint: Any) -> bool:
         return bool in kinds
     if isinstance(value, int | float) and bool in kinds:
         return int in kinds or float in kinds
-    return not (isinstance(value, float) and math.isnan(value))
+    return True
+
+
+def not_finite(value: Any) -> tuple[list[str], float] | None:
+    """Returns the keys that lead to the first NaN or infinity in a plain value, and that number; None without one."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ([], value)
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, item in items:
+        found = not_finite(item)
+        if found:
+            keys, number = found
+            return [str(key), *keys], number
+    return None
+
+
+def takes_floats(hint: Any) -> bool:
+    """Whether a type allows a number with a fraction, by itself or in a list or a section."""
+    for kind in _kinds(hint):
+        if kind in (float, Any):
+            return True
+        if any(takes_floats(inner) for inner in get_args(kind) if get_origin(kind) in (list, dict)):
+            return True
+    return False
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from core.contracts.errors import UserError
+from core.run.divergence import divergence_in
 from core.storage.files import is_plain_name, leaves
 from core.storage.lock import LOCK, is_locked
 
@@ -209,7 +210,10 @@ class _Reader:
         recipe = self.parsed(folder / "recipe.yaml", self.text(folder / "recipe.yaml"))
         if seed is None:
             seed = recipe.get("seed")
-        if summary:
+        diverged = divergence_in(summary)
+        if diverged:
+            state = "failed"
+        elif summary:
             state = "done"
         elif (folder / "recipe.yaml").exists():
             state = "running"
@@ -220,7 +224,7 @@ class _Reader:
             seed=seed,
             path=folder,
             state=str(status.get("state") or state),
-            reason=status.get("reason"),
+            reason=status.get("reason") if status else diverged,
             seconds=finite(status.get("seconds")) or finite(summary.get("wall_seconds")),
             recipe=recipe,
             summary=summary,

@@ -1,5 +1,6 @@
 """The validation loss of a trained model."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from core.analysis.budget import plan_of
 from core.assemble import make
 from core.contracts.corpus import TokenCorpus
-from core.contracts.errors import UserError
+from core.contracts.errors import NotFiniteError, UserError
 from core.data.baseline import xz_bits_per_byte
 from core.data.documents import read_split
 from core.data.loaders import ValidationLoader
@@ -38,6 +39,7 @@ def evaluate(
 
     Raises:
         UserError: no run, a damaged checkpoint, data that differs from the run's, or no validation split.
+        NotFiniteError: a weight or a loss is not finite.
     """
     folder = run_of(checkpoint)
     check_trained(folder, "score it with --tasks")
@@ -67,7 +69,10 @@ def evaluate(
     assert isinstance(loader, ValidationLoader)
     for index, batch in enumerate(loader):
         module.validation_step(batch, index)
-    values: dict[str, Any] = {"checkpoint": checkpoint.name, **module.validation.compute()}
+    measured = module.validation.compute()
+    losses = ["val_loss", *(f"val/{term.label}" for term in module.ledger.heads)]
+    _check_losses(measured, losses, checkpoint)
+    values: dict[str, Any] = {"checkpoint": checkpoint.name, **measured}
     values["notices"] = recipe.notices()
     if xz:
         split = read_split(corpus)
@@ -75,3 +80,13 @@ def evaluate(
         validation = b"".join(document.data for document in split.validation)
         values["xz_bits_per_byte"] = xz_bits_per_byte(train, validation)
     return finite(values)
+
+
+def _check_losses(values: dict[str, float], names: list[str], checkpoint: Path) -> None:
+    """Raises `NotFiniteError` for the first loss that is NaN or infinite; a component's metrics may be."""
+    for name in names:
+        value = values.get(name, 0.0)
+        if not math.isfinite(value):
+            raise NotFiniteError(
+                f"{checkpoint}: {name} = {value} over the validation split: the model has no score"
+            )

@@ -7,13 +7,18 @@ import torch
 from torch import nn
 
 from core.assemble import build
-from core.contracts.errors import UserError
+from core.contracts.errors import NotFiniteError, UserError
+from core.interop.finite import FiniteTensors
 from core.interop.run_weights import is_converted, model_specs, state_of, weights_of
 from core.interop.tensors import TensorReader, chunks
 from core.model.language_model import LanguageModel
+from core.numerics.finite import not_finite_in
 from core.recipe.compose import compose_run
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
+
+NOT_FINITE = "such weights predict nothing: name another checkpoint"
+"""The end of the error message for weights that are not finite."""
 
 
 def load(run_or_checkpoint: str | Path, *, trust: bool = False) -> LanguageModel:
@@ -25,6 +30,7 @@ def load(run_or_checkpoint: str | Path, *, trust: bool = False) -> LanguageModel
 
     Raises:
         UserError: no run there, a damaged checkpoint, or a recipe that names a module which may not run.
+        NotFiniteError: a weight that is not finite.
     """
     checkpoint = newest_checkpoint(Path(run_or_checkpoint))
     model = build(compose_run(run_of(checkpoint).recipe, trust=trust))
@@ -43,17 +49,25 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
     Raises:
         UserError: the first missing, unexpected or differently shaped tensor, by name.
+        NotFiniteError: the first tensor that holds a number which is not finite, or is too large for the model's
+            format; the model may then hold some of the weights.
     """
     if is_converted(checkpoint):
         weights = weights_of(checkpoint)
         shapes = {name: spec.shape for name, spec in model_specs(weights).items()}
         _check_shapes(model, shapes, checkpoint)
-        _copy_rows(model, weights)
+        _copy_rows(model, FiniteTensors(weights, str(checkpoint), NOT_FINITE))
     else:
         state = state_of(checkpoint)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         _check_shapes(model, shapes, checkpoint)
+        found = not_finite_in({name: state[name] for name in model.state_dict()})
+        if found:
+            raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")
         model.load_state_dict(state)
+        found = not_finite_in(model.state_dict())
+        if found:
+            raise NotFiniteError(f"{checkpoint}: {found} in the format of this recipe's precision")
 
 
 def _check_shapes(

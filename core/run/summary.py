@@ -9,6 +9,8 @@ import torch
 
 from core.analysis.size import Size
 from core.data.module import TextData
+from core.numerics.finite import not_finite_in
+from core.run.divergence import DIVERGED
 from core.training.module import TrainingModule
 from core.training.setup import RunCallbacks
 
@@ -19,6 +21,8 @@ def summarise(
     """The run's results under the names that `summary.json` promises; null where something was not measured."""
     values = module.validated
     acceptances = [value for name, value in values.items() if name.endswith("acceptance_1")]
+    if not math.isfinite(values.get("val_loss", 0.0)):
+        acceptances = []  # tokens were compared that no prediction had chosen
     tokens = module.plan.progress(module.windows_done - 1).tokens
     rate = tokens / module.seconds if module.seconds else None
     peak = callbacks.throughput.available_flops
@@ -52,6 +56,41 @@ def summarise(
         "notices": notices,
     }
     return finite(results)
+
+
+def divergence(module: TrainingModule, sample_error: str | None) -> str | None:
+    """The notice that a run diverged: what is not finite, since which step, and what to try; None if it did not.
+
+    A loss that was NaN in the last step alone is no divergence if the validation after it is finite.
+
+    Args:
+        module: the module after its last step.
+        sample_error: why no text could be sampled; None: it could.
+    """
+    found: list[str] = []
+    weight = not_finite_in(module.model.state_dict())
+    if weight:
+        found.append(weight)
+    validated = _validated_losses(module)
+    for name, value in validated.items():
+        if not math.isfinite(value):
+            found.append(f"{name} = {value}")
+            break
+    if sample_error:
+        found.append(sample_error)
+    loss = module.step_values.get("loss/total")
+    if loss is not None and not math.isfinite(loss) and (found or not validated):
+        since = module.not_finite_since
+        found.insert(0, f"the training loss is {float(loss)} since step {since}")
+    if not found:
+        return None
+    return f"{DIVERGED}{', '.join(found)}; try a lower optimizer.lr or a longer warm-up"
+
+
+def _validated_losses(module: TrainingModule) -> dict[str, float]:
+    """The losses of the last validation; a component's metrics are left out, since they may be infinite."""
+    names = ["val_loss", *(f"val/{term.label}" for term in module.ledger.heads)]
+    return {name: module.validated[name] for name in names if name in module.validated}
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:

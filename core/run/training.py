@@ -12,13 +12,14 @@ from core.analysis.budget import plan_of
 from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
 from core.assemble import build, compile_parts, make
-from core.contracts.errors import Interrupted, RunFailed, UserError
+from core.contracts.errors import Interrupted, NotFiniteError, RunFailed, UserError
 from core.data.module import TextData
+from core.data.tokenizer import Tokenizer
 from core.model.sampling import sample
 from core.recipe.compose import Recipe
 from core.run.data import text_data
 from core.run.loading import load_weights
-from core.run.summary import summarise
+from core.run.summary import divergence, summarise
 from core.training.checkpoints import is_disk_full
 from core.training.module import TrainingModule
 from core.training.ranks import is_rank_zero, process_group_scope
@@ -44,7 +45,8 @@ def fit(
 ) -> dict[str, Any]:
     """Trains a recipe into a run folder and returns its summary.
 
-    User errors are found before training begins: in the environment, the folder, the data and the shapes.
+    User errors are found before training begins: in the environment, the folder, the data and the shapes. The notices
+    of the summary say so if the run diverged: it is complete, and its model predicts nothing.
 
     Args:
         recipe: a validated recipe.
@@ -213,13 +215,26 @@ def _finish(
     """Writes the results of the run; the summary last, because its presence makes the run complete."""
     callbacks.loads.write()
     module.eval()
-    opening = data.tokenizer.end
-    length = min(128, module.model.max_length)
-    text = sample(module.model, [opening], tokens=length, temperature=0.8, top_p=0.9, stop=opening)
-    folder.write_text("sample.txt", data.tokenizer.decode(list(text)) + "\n")
+    sample_error = _write_sample(folder, module, data.tokenizer)
+    diverged = divergence(module, sample_error)
+    if diverged:
+        notices = [*notices, diverged]
     summary = summarise(module, data, size, callbacks, notices)
     folder.write_json("summary.json", summary)
     return summary
+
+
+def _write_sample(folder: RunFolder, module: TrainingModule, tokenizer: Tokenizer) -> str | None:
+    """Writes a text of the model to `sample.txt`; returns why there is none if the model can write none."""
+    opening = tokenizer.end
+    length = min(128, module.model.max_length)
+    text = sample(module.model, [opening], tokens=length, temperature=0.8, top_p=0.9, stop=opening)
+    try:
+        written = list(text)
+    except NotFiniteError as cause:
+        return str(cause)
+    folder.write_text("sample.txt", tokenizer.decode(written) + "\n")
+    return None
 
 
 def check_environment(recipe: Recipe) -> None:

@@ -69,6 +69,7 @@ class TrainingModule(L.LightningModule):
         self.windows_done = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        self.not_finite_since: int | None = None
         self.step_load: dict[str, Tensor] = {}
         self.step_values: dict[str, Any] = {}
         self.seconds = 0.0
@@ -246,6 +247,7 @@ class TrainingModule(L.LightningModule):
         """Logs the values of the step, and adds its assignments to those of the run."""
         values: dict[str, Any] = {"tokens": float(progress.tokens)}
         values.update(losses(self.ledger, totals, counts, progress))
+        self._note_finiteness(values["loss/total"])
         loads = measures(list(totals.loads.values()))
         for name, value in loads.items():
             label = "max_vio_batch" if name == "max_vio" else name
@@ -264,6 +266,13 @@ class TrainingModule(L.LightningModule):
         self.log("loss", as_scalar(values["loss/total"]), prog_bar=True, logger=False, batch_size=1)
         if loads:
             self.log("MaxVio", loads["max_vio"].float(), prog_bar=True, logger=False, batch_size=1)
+
+    def _note_finiteness(self, loss: Tensor) -> None:
+        """Remembers the step since which the loss has not been finite; None while it is finite."""
+        if bool(loss.isfinite()):
+            self.not_finite_since = None
+        elif self.not_finite_since is None:
+            self.not_finite_since = self.windows_done
 
     def on_validation_epoch_start(self) -> None:
         """Starts the totals of a validation at zero."""
@@ -292,6 +301,7 @@ class TrainingModule(L.LightningModule):
             "windows_done": self.windows_done,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "not_finite_since": self.not_finite_since,
             "seconds": self.seconds,
             "wall_seconds": self.wall_seconds,
             "assigned": self.assigned,
@@ -318,6 +328,7 @@ class TrainingModule(L.LightningModule):
         self.windows_done = own["windows_done"]
         self.skipped_steps = own["skipped_steps"]
         self.skipped_in_a_row = own["skipped_in_a_row"]
+        self.not_finite_since = own.get("not_finite_since")
         self.seconds = own["seconds"]
         self.wall_before = own["wall_seconds"]
         self.assigned = own["assigned"]

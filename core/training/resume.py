@@ -2,14 +2,15 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from core.contracts.errors import UserError
+from core.contracts.errors import NotFiniteError, UserError
+from core.numerics.finite import holds_nan, not_finite_in
 from core.recipe.compose import Recipe, compose_run
 from core.storage.lock import LOCK, is_locked
 from core.training.checkpoints import checkpoints_in, read_checkpoint
@@ -105,12 +106,37 @@ def newest(folder: RunFolder) -> Resume | None:
 
     Raises:
         UserError: a damaged checkpoint.
+        NotFiniteError: weights or moments with which every further step would fail.
     """
     files = checkpoints_in(folder.path)
     if not files:
         return None
-    own = read_checkpoint(files[-1])["moeloom"]
-    return Resume(files[-1], own["windows_done"])
+    content = read_checkpoint(files[-1])
+    check_finite_state(content, files[-1])
+    return Resume(files[-1], content["moeloom"]["windows_done"])
+
+
+def check_finite_state(content: Mapping[str, Any], file: Path) -> None:
+    """Raises `NotFiniteError` for a weight that is not finite, or a NaN in the state of an optimizer.
+
+    An infinity in an optimizer's state is allowed: a squared gradient can overflow in a run that goes on.
+    """
+    found = not_finite_in(content["state_dict"])
+    if found is None:
+        found = _nan_in_optimizers(content.get("optimizer_states", []))
+    if found:
+        how = "the run has diverged, and cannot be continued from here"
+        raise NotFiniteError(f"{file}: {found}; {how}: start it again with a lower optimizer.lr")
+
+
+def _nan_in_optimizers(optimizers: Sequence[Mapping[str, Any]]) -> str | None:
+    """A sentence about the first tensor of an optimizer's state that holds a NaN; None without one."""
+    for number, optimizer in enumerate(optimizers):
+        for parameter, values in optimizer.get("state", {}).items():
+            for key, value in values.items():
+                if isinstance(value, torch.Tensor) and holds_nan(value):
+                    return f"optimizer {number} has a NaN in {key} of parameter {parameter}"
+    return None
 
 
 def _first_difference_in(

@@ -85,9 +85,12 @@ def test_a_stop_token_ends_the_text_and_is_not_written(finished: Path) -> None:
     ("arguments", "sentence"),
     [
         (["--tokens", "0"], "--tokens = 0: must be at least 1"),
-        (["--temperature", "-1"], "--temperature must be at least 0"),
-        (["--top-p", "0"], "--top-p in (0, 1]"),
-        (["--top-p", "1.5"], "--top-p in (0, 1]"),
+        (["--temperature", "-1"], "--temperature = -1.0: must be a number of at least 0"),
+        (["--temperature", "nan"], "--temperature = nan: must be a number of at least 0"),
+        (["--temperature", "inf"], "--temperature = inf: must be a number of at least 0"),
+        (["--top-p", "nan"], "--top-p = nan: must be more than 0 and at most 1"),
+        (["--top-p", "0"], "--top-p = 0.0: must be more than 0 and at most 1"),
+        (["--top-p", "1.5"], "--top-p = 1.5: must be more than 0 and at most 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(

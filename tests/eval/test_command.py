@@ -227,3 +227,21 @@ def test_validation_imports_no_harness(lab: Lab, finished: Path) -> None:
     result = forked(run)
     assert result.code == 0, result.err
     assert "found []" in result.err
+
+
+@pytest.mark.full
+def test_a_score_that_is_not_finite_is_an_error(
+    lab: Lab, finished: Path, folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    file = run / "checkpoints/step-00000012.ckpt"
+    content = torch.load(file, weights_only=True)
+    content["state_dict"]["model.output.weight"].fill_(3e38)
+    content["state_dict"]["model.norm.weight"].fill_(3e38)
+    torch.save(content, file)
+    result = lab.command(
+        "evaluate", run, "--tasks", "chosen", "--task-path", folder, "--limit", "1"
+    )
+    assert result.code == 2, result.err
+    assert f"{file}: the model's log-likelihood of an answer is not finite (" in result.sentence

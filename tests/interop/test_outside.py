@@ -158,7 +158,7 @@ def test_a_cache_whose_blobs_are_elsewhere_is_not(source: Path, tmp_path: Path) 
 def test_a_link_in_a_converted_run_is_not_copied_out(run: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text("secret")
     (run / "hf/extra.json").symlink_to(tmp_path / "secret.json")
-    with pytest.raises(UserError, match="leads out of .*; --trust allows it"):
+    with pytest.raises(UserError, match=r"leads out of .*; --trust allows it"):
         export(run, tmp_path / "out")
     (note,) = export(run, tmp_path / "out", trust=True)
     assert "symbolic link that leads out" in note

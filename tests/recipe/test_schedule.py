@@ -194,7 +194,7 @@ BAD = {
     ),
     "endless": (
         [Segment(until=math.inf)],
-        "segments.0.until = inf: must be more than 0, where the segment begins",
+        "segments.0.until = inf: must be finite",
     ),
     "negative target": ([Segment(until=1, to=-1)], "segments.0.to = -1: must be at least 0"),
 }

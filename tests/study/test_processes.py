@@ -186,6 +186,20 @@ def test_how_a_run_ended(job: Job, monkeypatch: pytest.MonkeyPatch, code: str, r
     assert 100 < status.seconds < 110
 
 
+def test_a_run_that_diverged_has_failed_in_spite_of_its_summary(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clock is finite, so it would count as done where a sweep compares speed."""
+    (job.path / "summary.json").write_text('{"val_loss": 2.5}', encoding="utf-8")
+    code = "print('moeloom: the run diverged: val_loss = nan'); raise SystemExit(1)"
+    monkeypatch.setattr("core.study.runner.command_of", lambda *_: [sys.executable, "-uc", code])
+    folder = SweepFolder(job.path.parents[2])
+    alone(job, folder)
+    status = folder.status(job)
+    reason = "exit code 1: the run diverged: val_loss = nan"
+    assert (status.state, status.reason) == ("failed", reason)
+
+
 def test_what_does_not_end_is_killed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.study.runner.GRACE", 0.2)
     pool = LocalPool(1, lambda *_: None)

@@ -75,6 +75,25 @@ def test_a_failed_run_is_reported_with_its_reason_and_stops_nobody(crashed: Path
     assert not (crashed / "runs/crash/seed-3/summary.json").exists()
 
 
+@pytest.mark.full
+def test_a_run_that_diverged_is_failed_and_again_after_a_resume(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core.study.sweep, "_pool", lambda *_: ForkPool())
+    file = tmp_path / "question.yaml"
+    text = CRASHING.replace("1.0e+30, max_skipped_steps: 1", "1.0e+20")
+    file.write_text(text.format(base=lab.file), encoding="utf-8")
+    for resume in (False, True):
+        run_sweep(read_sweep(file), tmp_path / "out", resume=resume)
+        status = read(tmp_path / "out/runs/crash/seed-3/status.json")
+        assert status["state"] == "failed"
+        assert status["reason"].startswith(
+            "exit code 1: the run diverged: the training loss is nan"
+        )
+        assert (tmp_path / "out/runs/crash/seed-3/summary.json").exists()
+    assert states(tmp_path / "out")["bias/seed-3"] == "done"
+
+
 def test_results_are_what_the_runs_measured(crashed: Path) -> None:
     results = read(crashed / "results.json")
     assert set(results) == {"metric", "baseline", "rows", "warnings"}

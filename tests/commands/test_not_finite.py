@@ -1,0 +1,180 @@
+"""Weights, predictions and scores that are not finite end a command with one sentence that names them."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lab import Lab
+
+import core
+from core.contracts.errors import NotFiniteError
+from core.model.language_model import LanguageModel
+from core.model.sampling import sample
+from core.reports.study_files import read
+from core.run.divergence import divergence_in
+from core.run.summary import divergence
+from core.run.training import fit
+from core.training.checkpoints import checkpoints_in, read_checkpoint
+from core.training.run_folder import RunFolder
+
+WEIGHT = "blocks.1.ffn.routed.down.weight"
+
+
+def changed(run: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Copies a run, with its newest checkpoint changed and without its summary."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("summary.json"))
+    file = checkpoints_in(folder)[-1]
+    content = read_checkpoint(file)
+    change(content)
+    torch.save(content, file)
+    return folder
+
+
+def spoil_weight(value: float) -> Callable[[dict[str, Any]], None]:
+    """Puts a value into one expert's weight."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["state_dict"][f"model.{WEIGHT}"][1, 2, 3] = value
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def spoilt(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a NaN in one expert's weight."""
+    return changed(finished, tmp_path_factory.mktemp("spoilt") / "run", spoil_weight(math.nan))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loading_names_the_first_weight_that_is_not_finite(
+    finished: Path, tmp_path: Path, value: float
+) -> None:
+    run = changed(finished, tmp_path / "run", spoil_weight(value))
+    named = rf"step-00000012\.ckpt: tensor {WEIGHT} holds a number that is not finite \({value} at "
+    with pytest.raises(NotFiniteError, match=named + r"\[1, 2, 3\]\)"):
+        core.load(run)
+
+
+def test_every_reader_of_a_run_names_it(lab: Lab, spoilt: Path, tmp_path: Path) -> None:
+    commands = [
+        ("generate", spoilt, "--prompt", "a"),
+        ("evaluate", spoilt),
+        ("fit", lab.file, f"initial_weights={spoilt}", "--out", tmp_path / "new"),
+        ("fit", lab.file, "--resume", spoilt),
+    ]
+    for name, *arguments in commands:
+        said = lab.command(name, *arguments)
+        assert said.code == 2, said.err
+        assert f"{WEIGHT} holds a number that is not finite (nan at [1, 2, 3])" in said.sentence
+        assert str(spoilt / "checkpoints") in said.sentence
+    assert not (tmp_path / "new/recipe.yaml").exists()
+
+
+def test_a_moment_may_be_infinite_and_not_nan(lab: Lab, finished: Path, tmp_path: Path) -> None:
+    from core.training.resume import newest
+    from core.training.run_folder import RunFolder
+
+    def spoil(value: float) -> Callable[[dict[str, Any]], None]:
+        def change(content: dict[str, Any]) -> None:
+            content["optimizer_states"][0]["state"][4]["exp_avg_sq"].view(-1)[0] = value
+
+        return change
+
+    run = changed(finished, tmp_path / "inf", spoil(math.inf))
+    resumed = newest(RunFolder(run))
+    assert resumed is not None
+    assert resumed.step == 12
+    run = changed(finished, tmp_path / "nan", spoil(math.nan))
+    with pytest.raises(NotFiniteError, match=r"optimizer 0 has a NaN in exp_avg_sq of parameter 4"):
+        newest(RunFolder(run))
+
+
+def overflow(content: dict[str, Any]) -> None:
+    """Makes weights finite and so large that every prediction overflows."""
+    content["state_dict"]["model.output.weight"].fill_(3e38)
+    content["state_dict"]["model.norm.weight"].fill_(3e38)
+
+
+def test_predictions_and_scores_that_overflow_are_no_text_and_no_score(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
+    run = changed(finished, tmp_path / "run", overflow)
+    said = lab.command("generate", run, "--prompt", "a")
+    assert said.code == 2, said.err
+    assert (
+        f"{run}/checkpoints/step-00000012.ckpt: the model's logits are not finite" in said.sentence
+    )
+    said = lab.command("generate", run, "--prompt", "a", "--temperature", "1")
+    assert said.code == 2, said.err
+    said = lab.command("evaluate", run)
+    assert said.code == 2, said.err
+    assert "step-00000012.ckpt: val_loss = " in said.sentence
+
+
+def test_sampling_rejects_one_logit_that_is_not_finite(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = core.load(finished)
+    decode = LanguageModel.decode
+
+    def spoiled(self: LanguageModel, *arguments: Any) -> torch.Tensor:
+        logits: torch.Tensor = decode(self, *arguments)
+        logits[..., 7] = -math.inf
+        return logits
+
+    monkeypatch.setattr(LanguageModel, "decode", spoiled)
+    with pytest.raises(NotFiniteError, match=r"logits are not finite \(-inf for token 7\)"):
+        next(sample(model, [0], tokens=1))
+
+
+def test_a_run_that_diverges_has_a_summary_and_its_last_sentence_says_so(
+    lab: Lab, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    steps = ("optimizer.lr=1e20", "budget.steps=3")
+    said = lab.command("fit", lab.file, *steps, "--out", run)
+    assert said.code == 1, said.err
+    assert said.sentence.startswith("the run diverged: the training loss is nan since step 2, ")
+    assert "val_loss = nan" in said.sentence
+    assert "try a lower optimizer.lr" in said.sentence
+    assert said.err.splitlines()[-1] == f"moeloom: {said.sentence}"
+    (line,) = said.out.splitlines()
+    assert "wall_seconds" in line
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert (summary["val_loss"], summary["val_bits_per_byte"]) == (None, None)
+    assert summary["mtp_acceptance"] is None
+    assert summary["notices"] == [said.sentence]
+    assert not (run / "sample.txt").exists()
+    again = lab.command("fit", lab.file, *steps, "--resume", run, "--json")
+    assert (again.code, again.sentence) == (1, said.sentence)
+    assert json.loads(again.out) == summary
+    assert divergence_in(fit(lab.recipe(*steps), RunFolder(run), resume=True)) == said.sentence
+    (row,) = read(run).runs
+    assert (row.state, row.reason) == ("failed", said.sentence)
+
+
+def test_a_sound_run_did_not_diverge(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert divergence_in(summary) is None
+    assert (finished / "sample.txt").exists()
+
+
+def test_without_a_validation_the_last_loss_decides(lab: Lab) -> None:
+    module = lab.train("budget.steps=2", "optimizer.lr=1e20")
+    module.validated = {}
+    sentence = divergence(module, None)
+    assert sentence is not None
+    assert "the training loss is nan since step 2; try" in sentence
+    module.validated = {"val_loss": 2.0}
+    assert divergence(module, None) is None
+    with torch.no_grad():
+        module.model.norm.weight[3] = math.inf
+    sentence = divergence(module, None)
+    assert sentence is not None
+    assert "tensor norm.weight holds a number that is not finite (inf at [3])" in sentence
