@@ -57,12 +57,29 @@ class FiniteTensors(TensorReader):
 
     @classmethod
     def to_convert(
-        cls, tensors: TensorReader, source: Path, say: Callable[[str], None], *, allow: bool
+        cls,
+        tensors: TensorReader,
+        source: Path,
+        say: Callable[[str], None],
+        *,
+        allow: bool,
+        fp8: bool = False,
     ) -> "FiniteTensors":
-        """Makes the reader of a conversion from `source`; `allow` is its argument `allow_non_finite`."""
+        """Makes the reader of a conversion.
+
+        Args:
+            tensors: the reader of the source.
+            source: the file or folder, for messages.
+            say: called with each message for the user.
+            allow: whether numbers that are not finite are converted.
+            fp8: whether matrices are quantised to FP8 blocks, which cannot hold such numbers.
+        """
         if allow:
             return cls(tensors, str(source), allow=say)
-        return cls(tensors, str(source), "--allow-non-finite converts it all the same")
+        hint = "--allow-non-finite converts it all the same"
+        if fp8:
+            hint = "FP8 blocks cannot hold it; without --fp8, --allow-non-finite converts it all the same"
+        return cls(tensors, str(source), hint)
 
     def read_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Returns rows as they are stored, unchecked."""

@@ -121,7 +121,9 @@ def to_hf(
     identity = _identity(checkpoint, config, theirs)
     if options.allow_non_finite:
         identity.append("allow-non-finite")
-    checked = FiniteTensors.to_convert(weights, checkpoint, say, allow=options.allow_non_finite)
+    checked = FiniteTensors.to_convert(
+        weights, checkpoint, say, allow=options.allow_non_finite, fp8=options.fp8
+    )
     conversion = Conversion(target, identity, say)
     with conversion.partial_folder(plan.bytes) as place:
         conversion.run(export_ops(mappings, ours, theirs), checked, plan, place)

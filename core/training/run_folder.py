@@ -117,7 +117,7 @@ class RunFolder:
             raise UserError(f"--out {self.path}: holds a run already; {how}")
         check_links(self.path)
         try:
-            (self.path / "checkpoints").mkdir(exist_ok=True)
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as cause:
             raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
 

@@ -217,8 +217,14 @@ def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_is_done(
 def test_numbers_that_blocks_cannot_hold_leave_nothing(lab: Lab, tmp_path: Path) -> None:
     theirs = tensors_of(V3)
     theirs["model.layers.1.mlp.experts.2.up_proj.weight"][3, 3] = torch.inf
-    lab.command("convert", "from-hf", write(tmp_path / "infinite", V3, theirs), tmp_path / "run")
-    result = lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "out", "--fp8")
-    assert result.code == 2
-    assert "blocks.1.ffn.routed.gate_up.weight holds numbers that are not finite" in result.sentence
+    source = write(tmp_path / "infinite", V3, theirs)
+    lab.command("convert", "from-hf", source, tmp_path / "run", "--allow-non-finite")
+    for allow in ([], ["--allow-non-finite"]):
+        result = lab.command(
+            "convert", "to-hf", tmp_path / "run", tmp_path / "out", "--fp8", *allow
+        )
+        assert result.code == 2
+        found = "blocks.1.ffn.routed.gate_up.weight holds a number that is not finite"
+        assert found in result.sentence
+        assert "FP8 blocks cannot hold" in result.sentence
     assert sorted(f.name for f in tmp_path.iterdir()) == ["infinite", "run"]
