@@ -19,6 +19,9 @@ from typing import Any
 
 from core.contracts.errors import Interrupted, RunFailed, UserError
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Signals that end a command, beside SIGINT; schedulers send SIGUSR1 and SIGUSR2 as warnings."""
+
 _programs: list[str] = []
 """The program's name in usage lines, `moeloom fit` or `python -m core.fit`; empty while no command runs."""
 
@@ -28,7 +31,7 @@ def run_command(
 ) -> None:
     """Parses the arguments, runs the command, and exits with the documented exit code."""
     arguments = _parsed(parser)
-    before = signal.signal(signal.SIGTERM, _terminated)
+    before = _handle_signals()
     try:
         with _started_as(parser.prog), _one_line_warnings(), _current_folder_last():
             main(arguments)
@@ -47,7 +50,8 @@ def run_command(
         traceback.print_exc()
         leave(1, "")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -127,8 +131,20 @@ def _current_folder_last() -> Iterator[None]:
         sys.path[:] = before
 
 
-def _terminated(signum: int, frame: FrameType | None) -> None:
-    """Exits at SIGTERM: nothing has to be saved before a run has begun."""
+def _handle_signals() -> dict[signal.Signals, Any]:
+    """Lets signals that would kill this process end it as an exit does; returns the handlers from before.
+
+    A signal that is ignored (`nohup`), or that another program handles, stays so; SIGTERM is always handled.
+    """
+    before = {}
+    for signum in STOPPING:
+        if signum == signal.SIGTERM or signal.getsignal(signum) == signal.SIG_DFL:
+            before[signum] = signal.signal(signum, terminated)
+    return before
+
+
+def terminated(signum: int, frame: FrameType | None) -> None:
+    """Exits at a signal: nothing has to be saved before a run has begun."""
     raise SystemExit(128 + signum)
 
 

@@ -46,13 +46,20 @@ class Recipe(RecipeSchema):
         return values
 
 
-def compose(path: str | Path, overrides: Iterable[str] = (), *, smoke: bool = False) -> Recipe:
+def compose(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    smoke: bool = False,
+    check_source: bool = False,
+) -> Recipe:
     """Reads, extends, overrides, resolves and validates a recipe.
 
     Args:
         path: a file, or the name of a shipped recipe.
         overrides: `KEY.PATH=VALUE` each; list items as `balance.0.rate=0.01`.
         smoke: whether the recipe's `smoke` section is merged over it.
+        check_source: whether the corpus checks that its text is there.
 
     Raises:
         UserError: something in the recipe or the overrides is wrong; the message is one sentence.
@@ -70,7 +77,7 @@ def compose(path: str | Path, overrides: Iterable[str] = (), *, smoke: bool = Fa
     if smoke and isinstance(section, dict):
         layers.add(section, f"{file} (smoke)")
     layers.override(overrides)
-    return _resolve(file, layers)
+    return _resolve(file, layers, check_source)
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -118,12 +125,18 @@ def _shipped(path: str, prefix: str) -> Path:
     raise UserError(f"{prefix}{why}; {nearest(name, shipped)}")
 
 
-def _resolve(file: Path, layers: Layers) -> Recipe:
+def _resolve(file: Path, layers: Layers, check_source: bool) -> Recipe:
     """The validated recipe of merged layers."""
     values = _interpolated(layers)
     _check_trainer(values.get("trainer"), layers)
     # the core's own keys, then the names, then components: an error in a key of the core needs no import of torch
-    resolver = Resolver(installed_registry(), layers.origin, layers.inherited, defer=True)
+    resolver = Resolver(
+        installed_registry(),
+        layers.origin,
+        layers.inherited,
+        defer=True,
+        check_source=check_source,
+    )
     core = resolver.section(RecipeSchema, values, "", beside=["extends"])
     try:
         registry = registry_for(core.plugins)
