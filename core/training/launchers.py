@@ -46,19 +46,17 @@ class _Launcher:
         name: the program.
         rank: the variable with the number of the task; without it, the program started nothing.
         world: variables with the number of tasks, the first that is set counts.
-        local_world: variables with the number of tasks on this machine.
         supported: whether its tasks can be the ranks of a run.
     """
 
     name: str
     rank: str
     world: tuple[str, ...]
-    local_world: tuple[str, ...] = ()
     supported: bool = False
 
 
 _LAUNCHERS = (
-    _Launcher("torchrun", "RANK", ("WORLD_SIZE",), ("LOCAL_WORLD_SIZE",), supported=True),
+    _Launcher("torchrun", "RANK", ("WORLD_SIZE",), supported=True),
     _Launcher("mpirun", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",)),
     _Launcher("jsrun", "JSM_NAMESPACE_RANK", ("JSM_NAMESPACE_SIZE",)),
     _Launcher("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), supported=True),
@@ -147,7 +145,7 @@ def without_launcher(environment: Mapping[str, str], launch: Launch) -> dict[str
         return dict(environment)
     names = set(_OTHERS)
     for launcher in _LAUNCHERS:
-        names.update((launcher.rank, *launcher.world, *launcher.local_world))
+        names.update((launcher.rank, *launcher.world))
     if launch.parent is not None:
         names -= {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"}
     return {name: value for name, value in environment.items() if name not in names}
@@ -177,7 +175,7 @@ def _task_of(launcher: _Launcher, ranks: int, environment: Mapping[str, str]) ->
     if not launcher.supported:
         found = f"{launcher.rank} = {environment[launcher.rank]} in the environment"
         raise UserError(
-            f"strategy.ranks = {ranks}: {found}: not a task of {launcher.name}; {instead}"
+            f"strategy.ranks = {ranks}: {found}: not a task of torchrun or srun; {instead}"
         )
     world = _first(launcher.world, environment)
     rank_value = environment[launcher.rank]
@@ -195,16 +193,25 @@ def _task_of(launcher: _Launcher, ranks: int, environment: Mapping[str, str]) ->
 
 def _check_one_machine(launcher: _Launcher, ranks: int, environment: Mapping[str, str]) -> None:
     """Raises `UserError` for tasks on several machines."""
-    name = _first(launcher.local_world, environment)
-    expected = str(ranks)
-    if launcher.name == "srun":
-        name = _first(("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"), environment)
-        expected = "1"
-    if name is not None and environment[name] != expected:
-        raise UserError(
-            f"strategy.ranks = {ranks}: {name} = {environment[name]} in the environment: must be {expected}, because "
-            "all ranks work on one machine"
+    expected: dict[str, str] = {}
+    if launcher.name == "torchrun":
+        expected["LOCAL_RANK"] = environment[launcher.rank]
+        if "LOCAL_WORLD_SIZE" in environment:
+            expected["LOCAL_WORLD_SIZE"] = str(ranks)
+    else:
+        machines = _first(
+            ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"), environment
         )
+        if machines is not None:
+            expected[machines] = "1"
+    for name, value in expected.items():
+        found = environment.get(name)
+        if found != value:
+            shown = "is not set" if found is None else f"= {found}"
+            raise UserError(
+                f"strategy.ranks = {ranks}: {name} {shown} in the environment: must be {value}, because all ranks "
+                "work on one machine"
+            )
 
 
 def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:

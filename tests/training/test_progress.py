@@ -10,7 +10,6 @@ import sys
 from fcntl import ioctl
 from pathlib import Path
 from termios import TIOCSWINSZ
-from typing import Any
 
 import pytest
 from lab import Lab, forked, run_command_here
@@ -135,5 +134,3 @@ def test_the_report_of_the_profiler_is_printed(lab: Lab, tmp_path: Path) -> None
 )
 def test_times_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
