@@ -22,6 +22,7 @@ from core.run.summary import summarise
 from core.training.checkpoints import is_disk_full
 from core.training.launchers import launch_of
 from core.training.module import TrainingModule
+from core.training.rank_processes import RankLost
 from core.training.ranks import is_rank_zero, process_group_scope, set_rank
 from core.training.resume import (
     Resume,
@@ -100,6 +101,8 @@ def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
     start = newest(folder) if resume else None
     try:
         return _fit(recipe, folder, start, say=lambda _: None)
+    except RankLost:
+        raise
     except (Interrupted, RunFailed):
         return {}
 

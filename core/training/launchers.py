@@ -62,7 +62,7 @@ _LAUNCHERS = (
     _Launcher("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), supported=True),
     _Launcher("mpirun", "PMI_RANK", ("PMI_SIZE",)),
 )
-"""In order of precedence: torchrun and mpirun may be started by srun."""
+"""The launchers by precedence: torchrun and mpirun may be started by srun."""
 
 _SLURM_STEP = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS")
 """Set by srun. The script of a batch job is task 0 too, but it is not one of several tasks."""

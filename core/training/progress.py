@@ -14,13 +14,13 @@ from rich.text import Text
 from core.training.module import TrainingModule
 
 LINE_SECONDS = 30.0
-"""Without a terminal, a line is written after so many seconds."""
+"""Seconds after which a line is written where there is no terminal."""
 
 LINE_PARTS = 20
-"""Without a terminal, a line is also written after each such part of the steps: 5%."""
+"""Parts of the steps, 5% each, after which a line is also written where there is no terminal."""
 
 SHORTEST = 5.0
-"""Without a terminal, seconds between two lines at least."""
+"""Seconds between two lines at least, where there is no terminal."""
 
 REDRAWS = 5
 """Times in a second that the line is redrawn on a terminal."""
@@ -131,7 +131,7 @@ class ProgressLine(L.Callback):
         yield Text(self.line(options.max_width), no_wrap=True, overflow="crop")
 
     def line(self, width: int) -> str:
-        """The line for a terminal of some columns: what has no room is left out, and a bar fills the rest."""
+        """The line for a terminal of some columns: what does not fit is left out, and a bar fills the rest."""
         parts = [f"step {self.step}/{self.steps}", *self._shown()]
         parts.append(self.status or self._time_left())
         optional = []
@@ -143,11 +143,11 @@ class ProgressLine(L.Callback):
         for part in optional:
             if len(line) + len(part) + 2 <= width:
                 line = f"{line}  {part}"
-        room = width - len(line) - 3
-        if room < _BAR:
+        free = width - len(line) - 3
+        if free < _BAR:
             return line[:width]
-        filled = room * self.step // max(self.steps, 1)
-        return f"{'━' * filled}{'┄' * (room - filled)}  {line}"
+        filled = free * self.step // max(self.steps, 1)
+        return f"{'━' * filled}{'┄' * (free - filled)}  {line}"
 
     def _shown(self) -> list[str]:
         """Loss, learning rate and speed, where they are known."""
@@ -174,7 +174,7 @@ class ProgressLine(L.Callback):
         return LINE_PARTS * self.step // max(self.steps, 1)
 
     def _write_line_if_due(self) -> None:
-        """Without a terminal: writes a line after some seconds or some part of the steps."""
+        """Writes a line after some seconds or some part of the steps, where there is no terminal."""
         if self._live is not None:
             return
         now = time.monotonic()

@@ -36,6 +36,10 @@ SHOW_CURSOR = b"\x1b[?25h"
 """Shows the cursor of a terminal, which a progress bar hides."""
 
 
+class RankLost(RunFailed):
+    """Another rank ended before the run was done; each rank that is left says so."""
+
+
 class RunEnvironment(LightningEnvironment):
     """The ranks as Lightning sees them; nothing else in the environment counts."""
 
@@ -96,7 +100,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         """Calls the function in every rank.
 
         Raises:
-            RunFailed: another rank ended before the function did.
+            RankLost: another rank ended before the function did.
         """
         environment = self.cluster_environment
         assert isinstance(environment, RunEnvironment)
@@ -118,7 +122,7 @@ class RankLauncher(_SubprocessScriptLauncher):
             watch.end_children()
             if lost is None:
                 raise
-            raise RunFailed(lost) from error
+            raise RankLost(lost) from error
         finally:
             watch.stop()
 

@@ -1,6 +1,7 @@
 """What a run prints while it trains: one line on a terminal, a line now and then elsewhere, and no greetings."""
 
 import io
+import logging
 import os
 import pty
 import re
@@ -13,6 +14,7 @@ from termios import TIOCSWINSZ
 
 import pytest
 from lab import Lab, forked, run_command_here
+from tiers import first_by_default
 
 from core.training import progress
 from core.training.progress import ProgressLine, duration
@@ -56,7 +58,7 @@ def on_terminal(lab: Lab, run: Path, columns: int) -> str:
     return printed.decode()
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", first_by_default([80, 120]))
 def test_on_a_terminal_the_run_is_one_line(lab: Lab, tmp_path: Path, columns: int) -> None:
     printed = on_terminal(lab, tmp_path / "run", columns)
     frames = [ESCAPES.sub("", frame) for frame in re.split(r"[\r\n]+", printed)]
@@ -121,8 +123,13 @@ def test_a_recipe_can_ask_for_silence(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_the_report_of_the_profiler_is_printed(lab: Lab, tmp_path: Path) -> None:
-    profiler = ("trainer.profiler=simple", "budget.steps=1")
-    result = lab.command("fit", lab.file, *profiler, "--out", tmp_path / "run")
+    def work() -> None:
+        # pytest takes what is logged, so Lightning adds no handler of its own.
+        logging.getLogger().addHandler(logging.StreamHandler(sys.stderr))
+        profiler = ("trainer.profiler=simple", "budget.steps=1")
+        run_command_here("fit", lab.file, *profiler, "--out", tmp_path / "run")
+
+    result = forked(work)
     assert "FIT Profiler Report" in result.err
     assert "run_training_batch" in result.err
     assert "GPU available" not in result.err
