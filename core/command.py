@@ -34,6 +34,7 @@ def run_command(
     before = _handle_signals()
     try:
         with _started_as(parser.prog), _one_line_warnings(), _current_folder_last():
+            _check_rank_variables()
             main(arguments)
     except UserError as error:
         leave(2, str(error))
@@ -52,6 +53,16 @@ def run_command(
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _check_rank_variables() -> None:
+    """Raises `UserError` for a variable that Lightning reads as a number when it is imported, and that is none."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise UserError(
+                f"{name} = {value!r} in the environment: must be a whole number, or not set"
+            )
 
 
 def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:

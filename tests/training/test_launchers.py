@@ -154,6 +154,18 @@ def test_libraries_do_not_see_what_is_not_used() -> None:
     assert without_launcher(TORCHRUN, by_torchrun) == TORCHRUN
 
 
+def test_a_rank_that_is_no_number_is_an_error_in_every_command(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "one")
+    for command in ("fit", "describe"):
+        result = lab.command(command, lab.file)
+        assert result.code == 2
+        assert (
+            result.sentence == "RANK = 'one' in the environment: must be a whole number, or not set"
+        )
+
+
 def test_another_world_than_asked_for_is_an_error_before_the_first_step() -> None:
     with pytest.raises(
         UserError, match=r"strategy.name = ddp: 1 ranks would train, and .* asks for 2"
