@@ -22,6 +22,9 @@ from core.contracts.errors import Interrupted, RunFailed, UserError
 OUR_FOLDER = Path(__file__).resolve().parents[1]
 """The folder that holds `core` and `plugins`: site-packages, or a checkout."""
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Signals that end a command, beside SIGINT; schedulers send SIGUSR1 and SIGUSR2 as warnings."""
+
 _programs: list[str] = []
 """The program's name in usage lines, `moeloom fit` or `python -m core.fit`; empty while no command runs."""
 
@@ -31,9 +34,10 @@ def run_command(
 ) -> None:
     """Parses the arguments, runs the command, and exits with the documented exit code."""
     arguments = _parsed(parser)
-    before = signal.signal(signal.SIGTERM, _terminated)
+    before = _handle_signals()
     try:
         with _started_as(parser.prog), _one_line_warnings(), _without_current_folder():
+            _check_rank_variables()
             main(arguments)
     except UserError as error:
         leave(2, str(error))
@@ -50,7 +54,18 @@ def run_command(
         traceback.print_exc()
         leave(1, "")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _check_rank_variables() -> None:
+    """Raises `UserError` for a variable that Lightning reads as a number when it is imported, and that is none."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise UserError(
+                f"{name} = {value!r} in the environment: must be a whole number, or not set"
+            )
 
 
 def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -141,8 +156,20 @@ def search_current_folder() -> None:
         sys.path += [str(OUR_FOLDER), current]
 
 
-def _terminated(signum: int, frame: FrameType | None) -> None:
-    """Exits at SIGTERM: nothing has to be saved before a run has begun."""
+def _handle_signals() -> dict[signal.Signals, Any]:
+    """Lets signals that would kill this process end it as an exit does; returns the handlers from before.
+
+    A signal that is ignored (`nohup`), or that another program handles, stays so; SIGTERM is always handled.
+    """
+    before = {}
+    for signum in STOPPING:
+        if signum == signal.SIGTERM or signal.getsignal(signum) == signal.SIG_DFL:
+            before[signum] = signal.signal(signum, terminated)
+    return before
+
+
+def terminated(signum: int, frame: FrameType | None) -> None:
+    """Exits at a signal: nothing has to be saved before a run has begun."""
     raise SystemExit(128 + signum)
 
 

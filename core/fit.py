@@ -1,10 +1,7 @@
 """python -m core.fit RECIPE [KEY=VALUE ...]: train a recipe into a run folder."""
 
 import argparse
-import logging
-import os
 import sys
-import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -37,9 +34,23 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> None:
     """Composes and validates the recipe; only then are the modules that train imported."""
     from core.recipe.compose import compose
+    from core.training.early_checks import check_folders, check_initial_weights
+    from core.training.launchers import (
+        check_folder_named,
+        joined_folder,
+        launch_of,
+        launcher_notice,
+    )
+    from core.training.libraries import ignore_warnings, silence_greetings
 
-    recipe = compose(arguments.recipe, arguments.overrides, trust=arguments.trust)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    start = not arguments.dry_run
+    if start:
+        check_folders(arguments.out, arguments.resume)
+    recipe = compose(
+        arguments.recipe, arguments.overrides, trust=arguments.trust, check_source=start
+    )
+    launch = launch_of(recipe.strategy)
+    if launch.rank == 0:
         for key in recipe.dropped:
             print(f"dropped {key}: the component now named there has no such key", file=sys.stderr)
     if arguments.dry_run:
@@ -47,13 +58,20 @@ def main(arguments: argparse.Namespace) -> None:
 
         show(recipe, as_json=arguments.json)
         return
-    _silence_libraries()
+    check_initial_weights(recipe)
+    check_folder_named(launch, out=arguments.out, resume=arguments.resume)
+    notice = launcher_notice(launch)
+    if notice is not None:
+        print(f"note: {notice}", file=sys.stderr)
+    ignore_warnings()
     from core.run.divergence import divergence_in
     from core.run.training import fit
     from core.training.choose_folder import resumable, start_folder
-    from core.training.ranks import is_rank_zero, joined_folder
+    from core.training.ranks import is_rank_zero, set_rank
     from core.training.run_folder import RunFolder
 
+    silence_greetings()
+    set_rank(launch)
     resume = arguments.resume is not None
     existing = joined_folder() or resumable(arguments.resume, arguments.out, recipe.name)
     if existing is None:
@@ -76,13 +94,6 @@ def main(arguments: argparse.Namespace) -> None:
     if diverged:
         sys.stdout.flush()  # the sentence about it comes last, whatever stdout and stderr are
         raise RunFailed(diverged)
-
-
-def _silence_libraries() -> None:
-    """Suppresses Lightning's greetings and tips, and a deprecation warning inside it."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec")
 
 
 def _summary_line(summary: dict[str, object]) -> str:

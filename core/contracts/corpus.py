@@ -38,6 +38,12 @@ class Corpus(Component, ABC):
     def documents(self) -> Iterator[Document]:
         """Yields every document, in any order."""
 
+    def check_source(self) -> None:
+        """Raises `UserError` where it is plain, before anything is read, that there is nothing to read.
+
+        A run calls it before torch is imported, so a wrong path is reported at once. The default checks nothing.
+        """
+
 
 @dataclass(frozen=True)
 class TokenBlock:

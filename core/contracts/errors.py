@@ -51,7 +51,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run ended as req
     """A signal stopped the run, which has saved its state (exit code 128 + the signal's number).
 
     Args:
-        signum: SIGINT or SIGTERM.
+        signum: the signal.
         step: the last step that is done.
         folder: the run folder.
     """

@@ -69,7 +69,11 @@ class OptimizerFactory(Component, ABC):
 
 
 class StrategyFactory(Component, ABC):
-    """Says on which devices a run works and how they share the work."""
+    """Says on which devices a run works and how they share the work.
+
+    A strategy with several processes has the key `ranks` in its `Config`, their number; without it, one process trains.
+    A run with another number of processes is an error. They are started by the first one, by torchrun or by srun.
+    """
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.build import Rope
+from core.numerics.compiling import assume_constant_result
 from core.numerics.promotion import at_least_fp32
 
 
@@ -28,7 +29,7 @@ def correction_range(dim: int, theta: float, yarn: Any) -> tuple[int, int]:
     return max(low, 0), min(high, dim - 1)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _frequencies(dim: int, theta: float, yarn: tuple[float, ...] | None) -> tuple[float, ...]:
     """The frequencies as a constant for the compiler, which would otherwise trace into the cache and warn."""
     return _cached_frequencies(dim, theta, yarn)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts.precision import KernelLog, plain_path
+from core.numerics.compiling import assume_constant_result
 from core.numerics.draw import draw_normal, draw_stack
 from core.numerics.grouped import grouped_product
 
@@ -55,7 +56,7 @@ class ProductLayer(nn.Module):
         """Draws the weight from N(0, std)."""
         draw_normal(self.weight, self.std)
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @assume_constant_result
     def note(self, path: str) -> None:
         """Notes which code takes this product; a compiled forward notes it once, while it is traced."""
         if self.kernels_used is not None:

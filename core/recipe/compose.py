@@ -91,7 +91,12 @@ class _Sources:
 
 
 def compose(
-    path: str | Path, overrides: Iterable[str] = (), *, smoke: bool = False, trust: bool = False
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    smoke: bool = False,
+    trust: bool = False,
+    check_source: bool = False,
 ) -> Recipe:
     """Reads, extends, overrides, resolves and validates a recipe.
 
@@ -100,11 +105,13 @@ def compose(
         overrides: `KEY.PATH=VALUE` each; list items as `balance.0.rate=0.01`.
         smoke: whether the recipe's `smoke` section is merged over it.
         trust: whether a file of a run that this machine has not made may name modules in `plugins`, which then run.
+        check_source: whether the corpus checks that its text is there.
 
     Raises:
         UserError: something in the recipe or the overrides is wrong; the message is one sentence.
     """
-    return _compose(find_recipe(path), overrides, _Sources(trust), smoke=smoke)
+    sources = _Sources(trust)
+    return _compose(find_recipe(path), overrides, sources, smoke=smoke, check_source=check_source)
 
 
 def compose_run(file: Path, *, trust: bool = False, named: Collection[str] = ()) -> Recipe:
@@ -125,7 +132,12 @@ def compose_run(file: Path, *, trust: bool = False, named: Collection[str] = ())
 
 
 def _compose(
-    file: Path, overrides: Iterable[str], sources: _Sources, *, smoke: bool = False
+    file: Path,
+    overrides: Iterable[str],
+    sources: _Sources,
+    *,
+    smoke: bool = False,
+    check_source: bool = False,
 ) -> Recipe:
     layers = Layers(str(file))
     own = _read(file)
@@ -143,7 +155,7 @@ def _compose(
         layers.add(section, _smoke_of(file))
     layers.override(overrides)
     sources.check_plugins(layers)
-    return _resolve(file, layers)
+    return _resolve(file, layers, check_source=check_source)
 
 
 def _smoke_of(file: Path) -> str:
@@ -196,12 +208,18 @@ def _shipped(path: str, prefix: str) -> Path:
     raise UserError(f"{prefix}{why}; {nearest(name, shipped)}")
 
 
-def _resolve(file: Path, layers: Layers) -> Recipe:
+def _resolve(file: Path, layers: Layers, check_source: bool) -> Recipe:
     """The validated recipe of merged layers."""
     values = _interpolated(layers)
     _check_trainer(values.get("trainer"), layers)
     # the core's own keys, then the names, then components: an error in a key of the core needs no import of torch
-    resolver = Resolver(installed_registry(), layers.origin, layers.inherited, defer=True)
+    resolver = Resolver(
+        installed_registry(),
+        layers.origin,
+        layers.inherited,
+        defer=True,
+        check_source=check_source,
+    )
     core = resolver.section(RecipeSchema, values, "", beside=["extends"])
     if not installed_registry().modules().issuperset(core.plugins):
         search_current_folder()

@@ -294,6 +294,9 @@ OWNED_TRAINER_KEYS = {
 }
 """Keys of `lightning.Trainer` that the recipe sets elsewhere, each with that place."""
 
+PROFILERS = ("simple", "advanced", "pytorch")
+"""Values of `trainer.profiler`."""
+
 FREE_TRAINER_KEYS = frozenset(
     {
         "benchmark",
@@ -350,6 +353,9 @@ class RecipeSchema:
         every = self.trainer.get("log_every_n_steps", 1)
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ConfigError("trainer", "log_every_n_steps must be a whole number of at least 1")
+        profiler = self.trainer.get("profiler")
+        if profiler not in (None, *PROFILERS):
+            raise ConfigError("trainer", f"profiler must be null or one of {', '.join(PROFILERS)}")
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
             raise ConfigError("gradient_clip", "must be more than 0, or null for no clipping")
         if self.data.sequence_length > self.model.rope.max_length:

@@ -40,6 +40,7 @@ class Resolver:
             not have are dropped.
         defer: whether the sections of components are kept until `read_components`, so that no component is imported
             before; a `check` that runs before finds null in their place.
+        check_source: whether the corpus also checks that its text is there, before components that import torch.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Resolver:
         inherited: Mapping[str, set[str]],
         *,
         defer: bool = False,
+        check_source: bool = False,
     ) -> None:
         self.registry = registry
         self.origin = origin
         self.inherited = inherited
         self.dropped: list[str] = []
         self._defer = defer
+        self._check_source = check_source
         self._deferred: list[_Deferred] = []
         self._component = ""  # the component whose section is being read
 
@@ -236,8 +239,12 @@ class Resolver:
         self._defer = False
         for one in self._deferred:
             self._find(one.slot, one.raw["name"], one.path)
-        for one in self._deferred:
-            one.holder[one.key] = self.component(one.slot, one.raw, one.path, one.parent)
+        for one in sorted(self._deferred, key=_is_corpus, reverse=True):
+            section = self.component(one.slot, one.raw, one.path, one.parent)
+            one.holder[one.key] = section
+            if _is_corpus(one) and self._check_source:
+                with self._error_at(one.path):
+                    section.component(section.config).check_source()
         self._deferred.clear()
         with self._component_errors("check_components", "", recipe):
             recipe.check_components()
@@ -354,6 +361,11 @@ class _Deferred:
     raw: Mapping[str, Any]
     path: str
     parent: Any
+
+
+def _is_corpus(section: _Deferred) -> bool:
+    """Whether a section is that of the corpus: it is read first, because a corpus imports no torch."""
+    return section.slot == "corpus"
 
 
 def to_dict(value: Any) -> Any:

@@ -21,8 +21,10 @@ from core.run.data import text_data
 from core.run.loading import load_weights
 from core.run.summary import divergence, summarise
 from core.training.checkpoints import is_disk_full
+from core.training.launchers import launch_of
 from core.training.module import TrainingModule
-from core.training.ranks import is_rank_zero, process_group_scope
+from core.training.rank_processes import RankLost
+from core.training.ranks import is_rank_zero, process_group_scope, set_rank
 from core.training.resume import (
     Resume,
     check_data,
@@ -61,6 +63,7 @@ def fit(
         RunFailed: too many steps in a row had a gradient that was not finite.
         Interrupted: the run stopped at a signal, with a checkpoint.
     """
+    set_rank(launch_of(recipe.strategy))
     try:
         if not is_rank_zero():
             return _join(recipe, folder, resume=resume)
@@ -108,6 +111,8 @@ def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
     start = newest(folder) if resume else None
     try:
         return _fit(recipe, folder, start, say=lambda _: None)
+    except RankLost:
+        raise
     except (Interrupted, RunFailed):
         return {}
 
@@ -183,6 +188,7 @@ def _train(
     say: Callable[[str], None],
 ) -> RunCallbacks:
     """Runs Lightning's Trainer; it validates after the last step too."""
+    launch = launch_of(recipe.strategy)
     own = make_run_callbacks(folder.path, peak)
     callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
     resumed_at = start.step if start else None
@@ -195,11 +201,12 @@ def _train(
         callbacks=[own.throughput, own.loads, *callbacks],
         stop=own.stop,
         strategy=make(recipe.strategy).trainer_arguments(),
+        launch=launch,
     )
     resumed = f" (resumed after step {start.step})" if start else ""
     say(f"run folder: {folder.path}{resumed}")
     checkpoint = str(start.path) if start else None
-    with own.stop.listening(), process_group_scope(folder.path):
+    with own.stop.listening(), process_group_scope(folder.path, launch):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return own
 

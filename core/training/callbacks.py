@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save
 from torch import Tensor
 
+from core.command import STOPPING, terminated
 from core.contracts.errors import Interrupted
 from core.training.checkpoints import checkpoints_in
 from core.training.module import TrainingModule
@@ -164,9 +165,10 @@ class _StepEnd(Checkpoint):
 
 
 class StopOnSignal(_StepEnd):
-    """SIGINT and SIGTERM end the run after the step under way, with a checkpoint; a second one ends it at once.
+    """A signal ends the run after the batch under way, with a checkpoint; a second one ends it at once.
 
-    A signal to one rank is enough: all ranks stop after the same step.
+    A signal to one rank is enough: all ranks stop after the same batch. A validation is given up, and repeated by the
+    resumed run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -175,19 +177,20 @@ class StopOnSignal(_StepEnd):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle both signals within the context and restore their handlers afterwards; for the main thread only."""
+        """Handles signals within the context and restores their handlers afterwards; for the main thread only.
+
+        SIGINT and SIGTERM are always handled, others only where neither the user nor another program does.
+        """
         before = {}
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.signal(signum, self._note)
+        for signum in (signal.SIGINT, *STOPPING):
+            always = signum in (signal.SIGINT, signal.SIGTERM)
+            if always or signal.getsignal(signum) in (signal.SIG_DFL, terminated):
+                before[signum] = signal.signal(signum, self._note)
         try:
             yield
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replaces the SIGTERM handler of Lightning, which contacts the other ranks in the middle of a step."""
-        signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
@@ -202,6 +205,49 @@ class StopOnSignal(_StepEnd):
         if signum:
             save_step(trainer, module, self.folder)
             raise Interrupted(signum, module.windows_done, self.folder)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stops before the first batch of a validation."""
+        self._validation_batch_ended(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stops after a batch of a validation."""
+        self._validation_batch_ended(trainer, pl_module)
+
+    def _validation_batch_ended(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Saves the step and stops if some rank has received a signal; the validation is repeated after a resume."""
+        assert isinstance(module, TrainingModule)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        signum = max_over_ranks(self.signum, module.device)
+        if signum:
+            module.validation_pending = True
+            rewind_validation(trainer)
+            save_step(trainer, module, self.folder)
+            raise Interrupted(signum, module.windows_done, self.folder)
+
+
+def rewind_validation(trainer: L.Trainer) -> None:
+    """Sets Lightning's counters of the validation under way to those of one that is in its first batch.
+
+    A resumed run goes on with a validation that such a checkpoint was in, here from its first batch.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    progress.total.ready = progress.total.completed + 1
+    progress.total.started = progress.total.ready
+    progress.total.processed = progress.total.completed
+    progress.current.ready = 1
+    progress.current.started = 1
+    progress.current.processed = 0
+    progress.current.completed = 0
 
 
 class KeepLatest(_StepEnd):
@@ -222,8 +268,9 @@ class KeepLatest(_StepEnd):
         self.keep = keep
 
     def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """Saves after every `every` steps and after the last one."""
-        if module.windows_done % self.every == 0 or module.windows_done == module.plan.steps:
+        """Saves after every `every` steps and after the last one, and replaces a checkpoint without its validation."""
+        due = module.windows_done % self.every == 0 or module.windows_done == module.plan.steps
+        if due or module.windows_done == module.pending_step:
             self._save(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -240,10 +287,16 @@ class KeepLatest(_StepEnd):
 
 
 def save_step(trainer: L.Trainer, module: TrainingModule, folder: Path) -> None:
-    """Saves the checkpoint of the step just done, unless it exists; the loggers write to disk before it."""
+    """Saves the checkpoint of the step just done, unless it exists; the loggers write to disk before it.
+
+    One that was saved before the step's validation is replaced after it.
+    """
     path = folder / "checkpoints" / checkpoint_name(module.windows_done)
-    if trainer.strategy.broadcast(path.exists()):
+    validated = module.windows_done == module.pending_step and not module.validation_pending
+    if trainer.strategy.broadcast(path.exists() and not validated):
         return
+    if validated:
+        module.pending_step = None
     for logger in trainer.loggers:
         logger.save()
     trainer.save_checkpoint(path, weights_only=False)  # weights_only here: save nothing but weights

@@ -78,6 +78,9 @@ class TrainingModule(L.LightningModule):
         self.assigned = 0
         self.dropped = 0
         self.validated: dict[str, float] = {}
+        self.validation_pending = False
+        self.pending_step: int | None = None
+        self._interval: int | float | None = None
         self.ledger = Ledger.of(model)
         self.validation = ValidationTotals(model, self.ledger, validation_bytes)
 
@@ -129,10 +132,6 @@ class TrainingModule(L.LightningModule):
             first_sequence=(index * world + rank) * len(batch.tokens_BL),
             reduce_sum=reduce_sum,
         )
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Starts the clock of this step."""
-        self._began = time.perf_counter()
 
     def training_step(self, batches: list[Batch], _: int) -> None:
         """One optimizer step: denominators, forwards and backwards, load, norm, guard, clip, update, balance, log."""
@@ -274,6 +273,22 @@ class TrainingModule(L.LightningModule):
         elif self.not_finite_since is None:
             self.not_finite_since = self.windows_done
 
+    def on_train_start(self) -> None:
+        """Lets Lightning validate first where the run was stopped in a validation, be it due by the interval or not."""
+        if self.validation_pending:
+            self._interval = self.trainer.val_check_batch
+            self.trainer.val_check_batch = self.windows_done
+
+    def on_validation_end(self) -> None:
+        """Returns to the interval after a validation that was due at a resume."""
+        if self._interval is not None:
+            self.trainer.val_check_batch = self._interval
+            self._interval = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Starts the clock of this step."""
+        self._began = time.perf_counter()
+
     def on_validation_epoch_start(self) -> None:
         """Starts the totals of a validation at zero."""
         self.validation.reset()
@@ -286,6 +301,7 @@ class TrainingModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the values over the whole validation split."""
         self.validated = self.validation.compute()
+        self.validation_pending = False
         self.write_row(self.validated)
         # The totals are equal on all ranks already, but Lightning warns where several ranks log without sync_dist.
         several = rank_and_world()[1] > 1
@@ -307,6 +323,7 @@ class TrainingModule(L.LightningModule):
             "assigned": self.assigned,
             "dropped": self.dropped,
             "validated": dict(self.validated),
+            "validation_pending": self.validation_pending,
             "threads": torch.get_num_threads(),
             "paths": paths,
             "step_states": states,
@@ -334,6 +351,9 @@ class TrainingModule(L.LightningModule):
         self.assigned = own["assigned"]
         self.dropped = own["dropped"]
         self.validated = dict(own["validated"])
+        self.validation_pending = own.get("validation_pending", False)
+        if self.validation_pending:
+            self.pending_step = self.windows_done
         for role, ways in own.get("paths", {}).items():
             for way in ways:
                 self.model.kernels_used().note(role, way)

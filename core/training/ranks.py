@@ -11,8 +11,12 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-JOINED = "MOELOOM_JOINED_RUN"
-"""The environment variable in which the first rank passes the run folder to the ranks that it starts."""
+from core.training.launchers import JOINED, Launch, without_launcher
+
+
+def set_rank(launch: Launch) -> None:
+    """Makes this process the rank that it was started as; Lightning reads one from a launcher's variables."""
+    rank_zero_only.rank = launch.rank  # type: ignore[attr-defined]
 
 
 def is_rank_zero() -> bool:
@@ -20,17 +24,13 @@ def is_rank_zero() -> bool:
     return not getattr(rank_zero_only, "rank", 0)
 
 
-def joined_folder() -> Path | None:
-    """The run folder of the rank that started this one; None where no rank did."""
-    folder = os.environ.get(JOINED)
-    return Path(folder) if folder and not is_rank_zero() else None
-
-
 @contextmanager
-def process_group_scope(folder: Path) -> Iterator[None]:
+def process_group_scope(folder: Path, launch: Launch) -> Iterator[None]:
     """A context in which ranks may be started; afterwards the process group is closed and the environment restored."""
     before = dict(os.environ)
     alone = not dist.is_initialized()
+    for name in before.keys() - without_launcher(before, launch).keys():
+        del os.environ[name]
     os.environ[JOINED] = str(folder.resolve())
     try:
         yield

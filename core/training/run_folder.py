@@ -106,15 +106,19 @@ class RunFolder:
                         (self.path / "checkpoints").rmdir()
                 raise
 
+    def check_free(self) -> None:
+        """Raises `UserError` if the run folder holds a run already."""
+        if self.recipe.exists():
+            how = f"continue it with --resume {self.path}, or name another"
+            raise UserError(f"--out {self.path}: holds a run already; {how}")
+
     def create(self) -> None:
         """Makes the folder of the checkpoints; the run folder must be locked.
 
         Raises:
             UserError: the run folder holds a run already, or a link that leads out of it, or cannot be written.
         """
-        if self.recipe.exists():
-            how = f"continue it with --resume {self.path}, or name another"
-            raise UserError(f"--out {self.path}: holds a run already; {how}")
+        self.check_free()
         check_links(self.path)
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -5,28 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from core.contracts.errors import UserError
 from core.recipe.recipe_schema import RecipeSchema
 from core.training.callbacks import KeepLatest, LoadLog, StepLog, StopOnSignal
 from core.training.checkpoints import AtomicCheckpointIO
+from core.training.launchers import Launch
+from core.training.progress import ProgressLine
+from core.training.rank_processes import RankLauncher, RunEnvironment
+from core.training.ranks import rank_and_world
 from core.training.throughput import Throughput
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's progress bar with loss, MaxVio, tokens per second and time left; written to stderr."""
-
-    def __init__(self) -> None:
-        super().__init__(leave=True, console_kwargs={"stderr": True})
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The numbers of the progress bar under short names."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        if "tokens_per_second" in metrics:
-            metrics["tokens/s"] = round(float(metrics.pop("tokens_per_second")))  # type: ignore[arg-type]
-        return metrics
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -46,6 +39,7 @@ def make_trainer(
     callbacks: list[L.Callback],
     stop: StopOnSignal,
     strategy: dict[str, Any],
+    launch: Launch,
 ) -> L.Trainer:
     """The Trainer of a run.
 
@@ -57,23 +51,77 @@ def make_trainer(
         callbacks: callbacks of the run and of the recipe.
         stop: saves and stops the run when a signal arrives.
         strategy: accelerator, devices and strategy.
+        launch: this process among the ranks.
+
+    Raises:
+        UserError: the strategy makes another number of ranks than the recipe says.
     """
+    environment = RunEnvironment(launch)
+    world = WorldCheck(recipe.strategy.name, launch.world)
     options = dict(recipe.trainer)
-    if options.get("enable_progress_bar", True):
-        callbacks = [*callbacks, ProgressBar()]
-    return L.Trainer(
+    if options.pop("enable_progress_bar", True):
+        callbacks = [*callbacks, ProgressLine()]
+    trainer = _trainer(
         **strategy,
         **{"log_every_n_steps": 1, "enable_model_summary": False, **options},
         default_root_dir=folder,
         logger=loggers,
-        callbacks=[*callbacks, StepLog(), *_checkpoints(recipe, folder), stop],
-        plugins=[AtomicCheckpointIO()],
+        callbacks=[world, *callbacks, StepLog(), *_checkpoints(recipe, folder), stop],
+        plugins=[AtomicCheckpointIO(), environment],
+        enable_progress_bar=False,
         max_epochs=1,
         check_val_every_n_epoch=None,
         val_check_interval=recipe.validation.every_steps or steps,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    trainer._signal_connector = _NoSignals(trainer)
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        trainer.strategy._launcher = RankLauncher(environment, launch.world, 1)
+    world.compare(trainer.num_devices)
+    return trainer
+
+
+def _trainer(**options: Any) -> L.Trainer:
+    """Makes a Trainer.
+
+    Raises:
+        UserError: Lightning does not take the options: a device that is missing, a key of `trainer` with another value.
+    """
+    try:
+        return L.Trainer(**options)
+    except MisconfigurationException as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"strategy or trainer: Lightning cannot start with these keys: {why}"
+        ) from error
+
+
+class _NoSignals(_SignalConnector):
+    """Handles no signal: Lightning's handlers talk to other ranks in the middle of a step, and requeue SLURM jobs."""
+
+    def register_signal_handlers(self) -> None:
+        """Leaves all signals to `StopOnSignal`."""
+
+
+class WorldCheck(L.Callback):
+    """Compares the ranks that train with those that the recipe asks for, before the first step."""
+
+    def __init__(self, name: str, asked: int) -> None:
+        self.name = name
+        self.asked = asked
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Counts the members of the process group; there is none where one rank trains."""
+        self.compare(rank_and_world()[1])
+
+    def compare(self, world: int) -> None:
+        """Raises `UserError` if the number of ranks is another one."""
+        if world != self.asked:
+            raise UserError(
+                f"strategy.name = {self.name}: {world} ranks would train, and the recipe asks for {self.asked} "
+                "(strategy.ranks; 1 without that key)"
+            )
 
 
 def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:

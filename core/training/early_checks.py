@@ -1,0 +1,27 @@
+"""Mistakes that are found before torch is imported, which takes seconds."""
+
+from pathlib import Path
+
+from core.contracts.errors import UserError
+from core.recipe.compose import Recipe
+from core.training.launchers import is_first_task
+from core.training.run_folder import RunFolder
+
+
+def check_folders(out: Path | None, resume: str | None) -> None:
+    """Raises `UserError` if `--out` holds a run, or `--resume` names a folder without one; makes and locks nothing."""
+    if not is_first_task():  # the first one may have made the folder
+        return
+    if resume is None and out is not None:
+        RunFolder(out).check_free()
+    if resume not in (None, "auto"):
+        RunFolder(Path(str(resume))).never_started()
+
+
+def check_initial_weights(recipe: Recipe) -> None:
+    """Raises `UserError` if `initial_weights` names nothing."""
+    weights = recipe.initial_weights
+    if weights and not Path(weights).exists():
+        raise UserError(
+            f"{recipe.source}: initial_weights = {weights}: must be a run folder or a checkpoint"
+        )

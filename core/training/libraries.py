@@ -1,0 +1,32 @@
+"""What other libraries print during a run, and which of it is left out."""
+
+import logging
+import warnings
+
+IGNORED_WARNINGS = (
+    r".*LeafSpec",
+    r"Checkpoint directory .* exists and is not empty",
+    r"FLOPs not found for",
+    r"`broadcast_buffers` is deprecated",
+    r"The `srun` command is available on your system but is not used",
+)
+"""Beginnings of warnings that say nothing about a run of moeloom.
+
+Run folders hold several checkpoints; a missing peak is null in `summary.json`; strategies read no variables of SLURM.
+"""
+
+
+def ignore_warnings() -> None:
+    """Ignores the warnings in `IGNORED_WARNINGS`; all others are printed."""
+    for beginning in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=beginning)
+
+
+def silence_greetings() -> None:
+    """Leaves out Lightning's greetings and tips, but not the report of `trainer.profiler`.
+
+    To be called after Lightning has been imported, which sets the levels itself.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
