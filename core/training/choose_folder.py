@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from core.contracts.errors import UserError
+from core.training.early_checks import check_same_folder
 from core.training.ranks import is_rank_zero
 from core.training.run_folder import RunFolder
 
@@ -52,8 +53,7 @@ def resumable(resume: str | None, out: Path | None, name: str) -> Path | None:
     if resume is None:
         return None
     if resume != "auto":
-        if out is not None and out.resolve() != Path(resume).resolve():
-            raise UserError(f"--out {out}: a resumed run stays in its own folder, {resume}")
+        check_same_folder(resume, out)
         return Path(resume)
     if out is not None:
         return out if (out / "recipe.yaml").exists() else None

@@ -12,16 +12,24 @@ def check_folders(out: Path | None, resume: str | None) -> None:
     """Raises `UserError` if `--out` holds a run, or `--resume` names a folder without one; makes and locks nothing."""
     if not is_first_task():  # the first one may have made the folder
         return
+    check_same_folder(resume, out)
     if resume is None and out is not None:
         RunFolder(out).check_free()
     if resume not in (None, "auto"):
         RunFolder(Path(str(resume))).never_started()
 
 
+def check_same_folder(resume: str | None, out: Path | None) -> None:
+    """Raises `UserError` for a run named with `--resume` and another folder with `--out`."""
+    if resume in (None, "auto") or out is None:
+        return
+    if out.resolve() != Path(str(resume)).resolve():
+        raise UserError(f"--out {out}: a resumed run stays in its own folder, {resume}")
+
+
 def check_initial_weights(recipe: Recipe) -> None:
     """Raises `UserError` if `initial_weights` names nothing."""
     weights = recipe.initial_weights
     if weights and not Path(weights).exists():
-        raise UserError(
-            f"{recipe.source}: initial_weights = {weights}: must be a run folder or a checkpoint"
-        )
+        why = "no checkpoint here: give a run folder or a checkpoint file"
+        raise UserError(f"{recipe.source}: initial_weights = {weights}: {why}")

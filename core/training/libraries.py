@@ -7,12 +7,14 @@ IGNORED_WARNINGS = (
     r".*LeafSpec",
     r"Checkpoint directory .* exists and is not empty",
     r"FLOPs not found for",
+    r"Total length of `list` across ranks is zero",
     r"`broadcast_buffers` is deprecated",
     r"The `srun` command is available on your system but is not used",
 )
 """Beginnings of warnings that say nothing about a run of moeloom.
 
-Run folders hold several checkpoints; a missing peak is null in `summary.json`; strategies read no variables of SLURM.
+Run folders hold several checkpoints; a small corpus has no validation split; a missing peak is null
+in `summary.json`; strategies read no variables of SLURM.
 """
 
 

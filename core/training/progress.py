@@ -47,6 +47,7 @@ class ProgressLine(L.Callback):
         self._read = 0.0
         self._last_line = 0.0
         self._last_part = 0
+        self._written = 0
         self._live: Live | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -55,9 +56,12 @@ class ProgressLine(L.Callback):
         if not trainer.is_global_zero:
             return
         stream = self.stream or sys.stderr
-        self._first = self.step = pl_module.windows_done
+        self.step = pl_module.windows_done
+        self._first = self.step
+        self._written = self.step
         self.steps = pl_module.plan.steps
-        self._began = self._last_line = time.monotonic()
+        self._began = time.monotonic()
+        self._last_line = self._began
         self._last_part = self._part()
         if stream.isatty() and os.environ.get("TERM") != "dumb":
             console = Console(file=stream)
@@ -111,7 +115,9 @@ class ProgressLine(L.Callback):
             self._values["val_bits_per_byte"] = bits
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves the last line on the terminal."""
+        """Leaves the last line on the terminal; without one, writes it."""
+        if self._live is None and self._written < self.step:
+            self._write_line()
         self.stop()
 
     def on_exception(
@@ -182,8 +188,13 @@ class ProgressLine(L.Callback):
         next_part = self._part() > self._last_part and passed >= SHORTEST
         if passed < LINE_SECONDS and not next_part:
             return
-        self._last_line = now
+        self._write_line()
+
+    def _write_line(self) -> None:
+        """Writes a line."""
+        self._last_line = time.monotonic()
         self._last_part = self._part()
+        self._written = self.step
         left = self._time_left()
         if left:
             left = f"about {left}"

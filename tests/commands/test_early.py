@@ -71,7 +71,7 @@ def test_missing_initial_weights_are_found_before_a_run_folder_is_made(
     result = lab.command("fit", lab.file, f"initial_weights={weights}", "--out", run)
     assert result.code == 2
     assert result.sentence.endswith(
-        f"initial_weights = {weights}: must be a run folder or a checkpoint"
+        f"initial_weights = {weights}: no checkpoint here: give a run folder or a checkpoint file"
     )
     assert not run.exists()
 

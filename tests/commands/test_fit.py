@@ -1,6 +1,7 @@
 """`fit`: its JSON, and every mistake as one sentence with exit code 2 that leaves nothing in the way."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,12 @@ def test_json_is_the_summary_and_nothing_else_on_stdout(chatty_run: tuple[Any, P
     assert json.loads(done.out) == json.loads((run / "summary.json").read_text())
 
 
-def test_the_progress_bar_shows_loss_max_vio_and_speed_on_stderr(
+def test_the_last_line_of_progress_shows_loss_and_speed_on_stderr(
     chatty_run: tuple[Any, Path],
 ) -> None:
     done, run = chatty_run
     assert f"run folder: {run}" in done.err
-    for word in ("6/6", "loss", "MaxVio", "tokens/s"):
-        assert word in done.err
+    assert re.search(r"^step 6/6  loss \d.*  lr 0.003  [\d,]+ tokens/s$", done.err, re.MULTILINE)
 
 
 def test_without_json_one_line_sums_up(lab: Lab, tmp_path: Path) -> None:
