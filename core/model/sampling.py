@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from core.contracts.errors import UserError
 from core.model.language_model import LanguageModel
 
 
@@ -28,6 +29,9 @@ def sample(
         top_p: sample from the smallest set of tokens whose probabilities add up to this.
         seed: seed of the draws.
         stop: a token that ends the text and is not yielded.
+
+    Raises:
+        UserError: the model's logits are not finite, so that no token can be chosen.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -35,6 +39,8 @@ def sample(
     new_tokens = list(prompt)
     for _ in range(tokens):
         logits_V = model.decode(torch.tensor([new_tokens], device=device), caches)[0, -1]
+        if not bool(logits_V.isfinite().all()):
+            raise UserError("the model's logits are not finite: its training has diverged")
         token = _choose(logits_V.double().cpu(), temperature, top_p, generator)
         if token == stop:
             return

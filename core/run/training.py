@@ -77,6 +77,8 @@ def _start_or_resume(
     """Trains in a folder whose lock this process holds."""
     check_environment(recipe)
     if not resume or folder.never_started():
+        if recipe.initial_weights:
+            newest_checkpoint(Path(recipe.initial_weights))
         folder.create()
         return _fit(recipe, folder, None, say)
     if folder.summary.exists():  # the process that held the lock has just completed the run
@@ -139,7 +141,7 @@ def _fit(
         _write_identity(recipe, folder, data)
     callbacks = _train(recipe, folder, module, data, peak, start, say)
     if is_rank_zero():
-        return _finish(folder, module, data, size, callbacks, recipe.notices())
+        return _finish(folder, module, data, size, callbacks, recipe.notices(), say)
     return {}
 
 
@@ -201,6 +203,7 @@ def _finish(
     size: Size,
     callbacks: RunCallbacks,
     notices: list[str],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes the results of the run; the summary last, because its presence makes the run complete."""
     callbacks.loads.write()
@@ -208,7 +211,12 @@ def _finish(
     opening = data.tokenizer.end
     length = min(128, module.model.max_length)
     text = sample(module.model, [opening], tokens=length, temperature=0.8, top_p=0.9, stop=opening)
-    folder.write_text("sample.txt", data.tokenizer.decode(list(text)) + "\n")
+    try:
+        written = data.tokenizer.decode(list(text))
+    except UserError as error:  # the last update ruined the weights; the results are written all the same
+        written = f"no sample: {error}"
+        say(f"note: {written}")
+    folder.write_text("sample.txt", f"{written}\n")
     summary = summarise(module, data, size, callbacks, notices)
     folder.write_json("summary.json", summary)
     return summary
