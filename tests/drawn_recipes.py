@@ -158,7 +158,9 @@ class RecipeDraw:
 
     def _schedule(self, *, is_size: bool) -> dict[str, Any]:
         """A schedule of one or two segments."""
-        unit = self.random.choice(("steps", "tokens") if is_size else ("fraction", "steps", "tokens"))
+        unit = self.random.choice(
+            ("steps", "tokens") if is_size else ("fraction", "steps", "tokens")
+        )
         knots = {"fraction": (0.5, 1.0), "steps": (1, 2), "tokens": (8, 64)}[unit]
         segments = []
         for until in knots[: self.random.choice((1, 2))]:
