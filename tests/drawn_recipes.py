@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -25,10 +25,18 @@ checkpoint: {{every_steps: 100}}
 """What every drawn recipe shares: nothing here starts a process or needs a device."""
 
 NOT_DRAWN = {
-    "": (
-        "plugins strategy callbacks loggers initial_weights trainer smoke checkpoint compile"
-        " max_skipped_steps"
-    ).split(),
+    "": [
+        "plugins",
+        "strategy",
+        "callbacks",
+        "loggers",
+        "initial_weights",
+        "trainer",
+        "smoke",
+        "checkpoint",
+        "compile",
+        "max_skipped_steps",
+    ],
     "data": ["corpus"],
     "budget": ["tokens", "flops"],
 }

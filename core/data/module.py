@@ -70,8 +70,8 @@ class TextData(LightningDataModule):
         Call it before anything expensive, because every error in the data is reported here.
 
         Raises:
-            UserError: the corpus cannot be read, is too short or not the recorded one, the vocabulary does not fit it, or the cache
-                cannot be written.
+            UserError: the corpus cannot be read, is too short, or is not the recorded one; the vocabulary
+                does not fit it; the cache cannot be written.
         """
         count_sequences(self._prepared.train, self.plan.length)
 

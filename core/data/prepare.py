@@ -12,7 +12,7 @@ from core.contracts.corpus import Corpus, Document, TokenCorpus
 from core.data import cache
 from core.data.documents import Split, bytes_in, fingerprint, read_split, text_of
 from core.data.prepared import Prepared
-from core.data.recorded import FORMAT, RecordedData, identity, list_documents
+from core.data.recorded import RecordedData, identity, list_documents
 from core.data.store import TokenStore, open_store, pack
 from core.data.token_blocks import prepare_tokens
 from core.data.tokenizer import LONGEST_PIECE, Tokenizer, has_long_piece, train

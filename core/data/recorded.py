@@ -1,7 +1,7 @@
 """The data of a run that was started before, and the comparison of a corpus with it.
 
-Two things identify a run's data: the names and bytes of its documents, and the tokenizer in the run folder. The place of
-the corpus, the version of the library `tokenizers` and the machine do not.
+Two things identify a run's data: the names and bytes of its documents, and the tokenizer in the run folder. The place
+of the corpus, the version of the library `tokenizers` and the machine do not.
 """
 
 import hashlib

@@ -73,7 +73,7 @@ def check_recipe_unchanged(recipe: Recipe, folder: RunFolder, say: Callable[[str
         say(
             "without trainer.deterministic a GPU does not promise the same bits as if the run had never stopped"
         )
-    return corpora[0] != corpora[1]
+    return bool(corpora[0] != corpora[1])
 
 
 def check_trained(folder: RunFolder, instead: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from drawn_recipes import RecipeDraw, write_fixed
 from lab import Lab
 
@@ -18,6 +19,7 @@ import plugins.fp8_native.precision
 from core.contracts.errors import UserError
 from core.model.sampling import sample
 from core.recipe.compose import Recipe, compose
+from core.recipe.recipe_schema import TAKEN
 from core.run.training import check_environment, fit
 from core.training.run_folder import RunFolder
 
@@ -32,6 +34,8 @@ def fixed(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(core.run.training, "sample", short)
     tried_once = cache(plugins.fp8_native.precision.missing)
     monkeypatch.setattr(plugins.fp8_native.precision, "missing", tried_once)
+    # Looking up the commit and the packages takes 0.1 s a run.
+    monkeypatch.setattr(core.run.training, "provenance", lambda sections, **rest: rest)
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -76,6 +80,18 @@ def test_what_is_accepted_trains(fixed: Path) -> None:
 @pytest.mark.full
 def test_more_of_what_is_accepted_trains(fixed: Path) -> None:
     train_drawn(fixed, range(40, 1040))
+
+
+def test_no_head_can_have_the_name_of_an_attribute_of_torchs_module_dict() -> None:
+    public = {name for name in dir(torch.nn.ModuleDict()) if not name.startswith("_")}
+    assert public <= TAKEN
+
+
+def test_initial_weights_that_do_not_exist_are_found_before_the_corpus_is_read(
+    lab: Lab, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no checkpoint here"):
+        lab.fit(tmp_path / "run", f"initial_weights={tmp_path}/none", "data.corpus.paths=[none]")
 
 
 def test_draws_repeat_and_differ() -> None:
