@@ -146,7 +146,7 @@ def _length(run: re.Pattern[str], text: str) -> int:
 def train(texts: Iterable[str], vocab: int) -> Tokenizer:
     """Learn a vocabulary of exactly `vocab` entries; the same texts give the same bytes of JSON.
 
-    Pieces of more than `LONGEST_PIECE` characters are cut for training; encoding takes them whole. Texts without such
+    A piece of more than `LONGEST_PIECE` characters is cut for training; encoding takes it whole. Texts without such
     pieces give the same vocabulary as if there were no bound.
 
     Raises:
