@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts.build import BuildContext, Init, Rope
+from core.contracts.errors import SectionError, UserError
 from core.contracts.loss_head import LossHead
 from core.contracts.precision import Precision, declared_roles
 from core.contracts.schema import Section
@@ -20,6 +21,7 @@ from core.model.language_model import Embedding, LanguageModel
 from core.model.norm import RMSNorm
 from core.recipe.compose import Recipe
 from core.recipe.recipe_schema import RopeSection
+from core.recipe.values import show_value
 
 
 class TiedOutput(nn.Module):
@@ -58,17 +60,53 @@ def build(
             built from it call it.
         parallelize: shards the weights of the model, which is built on the meta device first; each rank then draws
             the weights that it owns.
+
+    Raises:
+        UserError: a component cannot be built with its settings in this model; the message names the key.
     """
     context = _context(recipe, precision or make(recipe.precision))
     context = replace(context, token_counts=token_counts)
     with torch.device("meta" if parallelize else device), _float_default():
-        model = _model(recipe, context)
+        try:
+            model = _model(recipe, context)
+        except SectionError as error:
+            raise _at_its_key(recipe, error) from error
     if parallelize is not None:
         parallelize(model)
         model.to_empty(device=device)
     if device != "meta":
         initialise(model, recipe.seed)
     return model
+
+
+def _at_its_key(recipe: Recipe, error: SectionError) -> UserError:
+    """The error of a component's constructor with the key path and the value that it is about."""
+    path = _path_to(recipe, error.section)
+    if path is None:
+        return error
+    key = error.error.key
+    value = show_value(getattr(error.section.config, key, None))
+    return UserError(f"{path}.{key} = {value}: {error.error.why}")
+
+
+def _path_to(value: Any, section: Section) -> str | None:
+    """The key path of a section inside a recipe or a part of one; None where it is not there."""
+    if value is section:
+        return ""
+    inner: dict[Any, Any] = {}
+    if isinstance(value, Section):
+        inner = vars(value.config)
+    elif isinstance(value, dict):
+        inner = value
+    elif isinstance(value, list):
+        inner = dict(enumerate(value))
+    elif is_dataclass(value):
+        inner = vars(value)
+    for key, item in inner.items():
+        below = _path_to(item, section)
+        if below is not None:
+            return f"{key}.{below}".rstrip(".")
+    return None
 
 
 def _context(recipe: Recipe, precision: Precision) -> BuildContext:

@@ -36,9 +36,16 @@ CONVENTION = (
 
 
 def document_of(recipe: Recipe, options: DescribeOptions | None = None) -> dict[str, Any]:
-    """The description of a recipe, which is built on the meta device with a precision that records its roles."""
+    """The description of a recipe, which is built on the meta device with a precision that records its roles.
+
+    Raises:
+        UserError: a part of the model cannot take its shapes or settings.
+    """
     precision = RecordingPrecision(make(recipe.precision))
-    model = build(recipe, device="meta", precision=precision)
+    try:
+        model = build(recipe, device="meta", precision=precision)
+    except UserError as error:
+        raise UserError(f"{recipe.source}: {error}") from error
     return describe(recipe, model, plan_of(recipe, model), precision, options)
 
 

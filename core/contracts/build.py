@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from core.contracts.errors import UserError, nearest
+from core.contracts.errors import ConfigError, SectionError, UserError, nearest
 from core.contracts.precision import ROLES, Precision
 from core.contracts.schema import Section
 
@@ -83,8 +83,14 @@ class BuildContext:
         Args:
             section: the value of a `child` key of the `Config`.
             shared: keyword arguments that the slot's contract adds, `experts` of a router for example.
+
+        Raises:
+            SectionError: the constructor raised `ConfigError` for a key that does not fit the model around it.
         """
-        made = section.component(section.config, self, **shared)
+        try:
+            made = section.component(section.config, self, **shared)
+        except ConfigError as error:
+            raise SectionError(section, error) from error
         made.label = section.name
         return made
 

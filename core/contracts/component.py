@@ -51,7 +51,8 @@ class Component:
     Class attributes:
         Config: the schema of the component's recipe section, a keyword-only dataclass (`core.contracts.schema`). Its
             optional `check(parent)` raises `ConfigError` for values that cannot be right; `parent` is the `Config` of
-            the section around it, or the recipe's own section. `check` must not need torch.
+            the section around it, or the recipe's own section. `check` must not need torch. A key that depends on the
+            rest of the model (the `BuildContext`) is checked by the constructor, which raises `ConfigError` as well.
         capabilities: words that other components may require, so that impossible combinations are found although
             no component knows another one's name.
         example: a section that the catalog prints and the conformance kit builds.

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -31,6 +32,20 @@ class ConfigError(Exception):
         super().__init__(f"{key}: {why}")
         self.key = key
         self.why = why
+
+
+class SectionError(UserError):
+    """A key that a component's constructor does not accept; `core.assemble` adds the path of its section.
+
+    Args:
+        section: the component's section of the recipe.
+        error: what the constructor raised.
+    """
+
+    def __init__(self, section: Any, error: ConfigError) -> None:
+        super().__init__(f"{section.slot} {section.name}: {error}")
+        self.section = section
+        self.error = error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

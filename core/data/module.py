@@ -12,6 +12,7 @@ from core.contracts.corpus import Corpus
 from core.data.loaders import ValidationLoader, WindowLoader
 from core.data.prepare import prepare
 from core.data.prepared import Prepared
+from core.data.recorded import RecordedData
 from core.data.tokenizer import Tokenizer
 from core.data.windows import count_sequences
 from core.recipe.plan import TrainingPlan
@@ -38,6 +39,7 @@ class TextData(LightningDataModule):
         rank_and_world: returns this data rank and how many there are; called when loaders are made, because the
             process group exists by then.
         validation_sequences: sequences in a validation batch, all data ranks together.
+        recorded: the data of the run that reads the corpus again; None: a new run.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TextData(LightningDataModule):
         seed: int,
         rank_and_world: Callable[[], tuple[int, int]] = _alone,
         validation_sequences: int,
+        recorded: RecordedData | None = None,
     ) -> None:
         super().__init__()
         assert length == plan.length, f"sequences of {length} tokens in a plan for {plan.length}"
@@ -59,6 +62,7 @@ class TextData(LightningDataModule):
         self._seed = seed
         self._rank_and_world = rank_and_world
         self._validation_sequences = validation_sequences
+        self._recorded = recorded
 
     def prepare(self) -> None:
         """Reads the corpus and prepares its tokens; a second call does nothing.
@@ -66,14 +70,14 @@ class TextData(LightningDataModule):
         Call it before anything expensive, because every error in the data is reported here.
 
         Raises:
-            UserError: the corpus cannot be read or is too short, the vocabulary does not fit it, or the cache
-                cannot be written.
+            UserError: the corpus cannot be read, is too short, or is not the recorded one; the vocabulary
+                does not fit it; the cache cannot be written.
         """
         count_sequences(self._prepared.train, self.plan.length)
 
     @cached_property
     def _prepared(self) -> Prepared:
-        return prepare(self._corpus, self._vocab)
+        return prepare(self._corpus, self._vocab, self._recorded)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -84,6 +88,11 @@ class TextData(LightningDataModule):
     def fingerprint(self) -> str:
         """The hash of everything that made the tokens; two runs with the same fingerprint read the same data."""
         return self._prepared.fingerprint
+
+    @property
+    def documents(self) -> str | None:
+        """The list of documents that a run folder keeps; None for a corpus of tokens, or of very many documents."""
+        return self._prepared.documents
 
     def token_counts(self) -> Tensor:
         """How often each token occurs in the training stream, int64 V; counted once and kept."""

@@ -12,41 +12,83 @@ from core.contracts.corpus import Corpus, Document, TokenCorpus
 from core.data import cache
 from core.data.documents import Split, bytes_in, fingerprint, read_split, text_of
 from core.data.prepared import Prepared
+from core.data.recorded import RecordedData, identity, list_documents
 from core.data.store import TokenStore, open_store, pack
 from core.data.token_blocks import prepare_tokens
-from core.data.tokenizer import VERSION, Tokenizer, train
-
-FORMAT = 1
-"""Raise this when the way in which tokens are packed changes: old cache entries are then not found."""
+from core.data.tokenizer import LONGEST_PIECE, Tokenizer, has_long_piece, train
 
 AT_ONCE = 64
 """Documents that are encoded together: enough for every core, few enough that their encodings fit in memory."""
 
 
-def prepare(corpus: Corpus, vocab: int) -> Prepared:
+def prepare(corpus: Corpus, vocab: int, recorded: RecordedData | None = None) -> Prepared:
     """Reads a corpus and returns it as tokens.
 
+    Args:
+        corpus: the source of the documents, or of tokens.
+        vocab: entries of the tokenizer.
+        recorded: the data of the run that reads the corpus again; its tokenizer then makes the tokens.
+
     Raises:
-        UserError: the corpus cannot be read, the vocabulary does not fit it, or the cache cannot be written.
+        UserError: the corpus cannot be read or is not the recorded one, the vocabulary does not fit it, or the cache
+            cannot be written.
     """
     if isinstance(corpus, TokenCorpus):
-        return prepare_tokens(corpus, vocab)
+        return _checked(prepare_tokens(corpus, vocab), recorded)
     split = read_split(corpus)
-    key = fingerprint(split.documents, FORMAT, VERSION, vocab)
-    folder = cache.cache_folder() / key
-    cache.ensure(folder, lambda: _files(split, vocab))
+    if recorded is not None:
+        recorded.check_documents(split.documents, vocab)
+    key = identity(split.documents, vocab)
+    folder = _entry(key, split, vocab, recorded)
     return Prepared(
         tokenizer=Tokenizer.load(folder / "tokenizer.json"),
         train=_open(folder, "train", split.train),
         validation=_open(folder, "validation", split.validation),
         fingerprint=key,
         dropped=split.dropped,
+        documents=list_documents(split.documents),
     )
 
 
-def _files(split: Split, vocab: int) -> dict[str, cache.Writer]:
-    """The writers of the entry's files: the tokenizer, and for each side its tokens and where documents start."""
-    tokenizer = train(map(text_of, split.train), vocab)
+def _checked(prepared: Prepared, recorded: RecordedData | None) -> Prepared:
+    """The data of a corpus of tokens, after a comparison with what a run recorded."""
+    if recorded is not None:
+        recorded.check_fingerprint(prepared.fingerprint)
+    return prepared
+
+
+def _entry(key: str, split: Split, vocab: int, recorded: RecordedData | None) -> Path:
+    """The cache entry of the documents' tokens, which is made if it does not exist.
+
+    A tokenizer that is trained here is that of almost every recorded run; another library's version, or a bound on long
+    pieces that did not exist, can have made another one, and its tokens have an entry of their own.
+    """
+    if any(has_long_piece(text_of(document)) for document in split.train):
+        key = fingerprint([], key, "pieces", LONGEST_PIECE)
+    folder = cache.cache_folder() / key
+    own = None if recorded is None else recorded.tokenizer
+    if own is not None and not _has_tokenizer(folder, own):
+        folder = cache.cache_folder() / fingerprint([], key, own.to_json())
+    cache.ensure(folder, lambda: _files(split, own, vocab))
+    return folder
+
+
+def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a cache entry exists and its tokens are those of a tokenizer."""
+    if not cache.intact(folder):
+        return False
+    return Tokenizer.load(folder / "tokenizer.json").to_json() == tokenizer.to_json()
+
+
+def _files(split: Split, own: Tokenizer | None, vocab: int) -> dict[str, cache.Writer]:
+    """The writers of an entry's files: the tokenizer, and for each side its tokens and where documents start.
+
+    Args:
+        split: the documents.
+        own: the tokenizer of the run that reads them again; None: one is trained on the documents.
+        vocab: entries of the tokenizer.
+    """
+    tokenizer = own or train(map(text_of, split.train), vocab)
     files: dict[str, cache.Writer] = {
         "tokenizer.json": lambda stream: stream.write(tokenizer.to_json().encode())
     }

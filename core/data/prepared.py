@@ -16,6 +16,7 @@ class Prepared:
         validation: the validation stream; empty where the corpus has fewer than 11 documents.
         fingerprint: SHA-256 of documents, vocabulary size and formats; equal if and only if the data are equal.
         dropped: empty documents that were left out.
+        documents: the list that a run folder keeps, a line with hash and name for each document; None: none.
     """
 
     tokenizer: Tokenizer
@@ -23,3 +24,4 @@ class Prepared:
     validation: TokenStore
     fingerprint: str
     dropped: int
+    documents: str | None = None

@@ -11,6 +11,7 @@ text that spells it out, so id 0 in a stream is always a document boundary.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,6 +29,12 @@ SMALLEST = 257
 
 VERSION = tokenizers.__version__
 """The library's version: it is part of the cache's key, because merges may differ between versions."""
+
+LONGEST_PIECE = 1000
+"""Characters that training merges at most within one piece; its time grows with the square of a piece's length."""
+
+_RUNS = [re.compile(pattern) for pattern in (r"[^\W\d_]*", r"(?:[^\w\s]|_)*", r"\s*")]
+"""Runs of letters, of signs and of space: a long piece contains a long one of these."""
 
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English endings after an apostrophe
@@ -119,8 +126,28 @@ class Tokenizer:
             raise UserError(f"{path} cannot be read as a tokenizer: {cause}") from cause
 
 
+def has_long_piece(text: str) -> bool:
+    """Whether a text may hold a piece of more than `LONGEST_PIECE` characters, which training cuts."""
+    for middle in range(0, len(text), LONGEST_PIECE):  # one of these places is in every long run
+        before = text[max(0, middle - LONGEST_PIECE) : middle][::-1]
+        after = text[middle : middle + LONGEST_PIECE]
+        for run in _RUNS:
+            if _length(run, before) + _length(run, after) >= LONGEST_PIECE:
+                return True
+    return False
+
+
+def _length(run: re.Pattern[str], text: str) -> int:
+    """The length of the run that a text begins with."""
+    match = run.match(text)
+    return match.end() if match else 0
+
+
 def train(texts: Iterable[str], vocab: int) -> Tokenizer:
     """Learn a vocabulary of exactly `vocab` entries; the same texts give the same bytes of JSON.
+
+    A piece of more than `LONGEST_PIECE` characters is cut for training; encoding takes it whole. Texts without such
+    pieces give the same vocabulary as if there were no bound.
 
     Raises:
         UserError: `vocab` is below 257, or the texts run out of pairs to merge before `vocab` is reached.
@@ -131,7 +158,12 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
     engine = tokenizers.Tokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    engine.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    texts = list(texts)
+    if any(map(has_long_piece, texts)):
+        bound = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_PIECE}}}"), behavior="isolated")
+        engine.pre_tokenizer = pre_tokenizers.Sequence([cut, bound, to_bytes])
+    else:
+        engine.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
@@ -140,6 +172,7 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
         show_progress=False,
     )
     engine.train_from_iterator(texts, trainer)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
     tokenizer = Tokenizer(engine)
     if tokenizer.size != vocab:
         most = f"at most {tokenizer.size} entries"

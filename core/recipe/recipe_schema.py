@@ -45,7 +45,9 @@ class YarnSection:
     def check(self, parent: Any) -> None:
         """Raises `ConfigError` for values from which no table can be computed."""
         _at_least(self, 1, "factor", "original_length")
-        _positive(self, "beta_slow")
+        _positive(self, "beta_slow", "beta_fast")
+        for key in ("mscale", "mscale_all_dim"):
+            _at_least(self, 0, key)
         if not self.beta_fast > self.beta_slow:
             raise ConfigError("beta_fast", f"must be more than beta_slow = {self.beta_slow:g}")
 
@@ -61,6 +63,9 @@ class RopeSection:
     def check(self, parent: Any) -> None:
         """Raises `ConfigError` for a table without positions, or one that is longer than YaRN reaches."""
         _positive(self, "theta")
+        if self.yarn is not None and self.theta <= 1:
+            why = "must be more than 1 with yarn, which counts the rotations of each frequency"
+            raise ConfigError("theta", why)
         _at_least(self, 1, "max_length")
         reach = self.yarn.factor * self.yarn.original_length if self.yarn else math.inf
         if self.max_length > reach:
@@ -101,23 +106,71 @@ class BlockSection:
 
 TAKEN = frozenset(
     [
+        "attention",
+        "ffn",
+        "T_destination",
+        "add_module",
+        "apply",
+        "bfloat16",
+        "buffers",
+        "call_super_init",
+        "children",
         "clear",
+        "compile",
+        "cpu",
+        "cuda",
+        "double",
+        "dump_patches",
+        "eval",
+        "extra_repr",
+        "float",
+        "forward",
+        "get_buffer",
+        "get_extra_state",
+        "get_parameter",
+        "get_submodule",
+        "half",
+        "ipu",
         "items",
         "keys",
+        "load_state_dict",
+        "modules",
+        "mtia",
+        "named_buffers",
+        "named_children",
+        "named_modules",
+        "named_parameters",
+        "parameters",
         "pop",
+        "register_backward_hook",
+        "register_buffer",
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+        "register_load_state_dict_post_hook",
+        "register_load_state_dict_pre_hook",
+        "register_module",
+        "register_parameter",
+        "register_state_dict_post_hook",
+        "register_state_dict_pre_hook",
+        "requires_grad_",
+        "set_extra_state",
+        "set_submodule",
+        "share_memory",
+        "state_dict",
+        "to",
+        "to_empty",
+        "train",
+        "training",
         "type",
         "update",
         "values",
-        "train",
-        "eval",
-        "forward",
-        "apply",
-        "to",
-        "attention",
-        "ffn",
+        "xpu",
+        "zero_grad",
     ]
 )
-"""Names that a head cannot have: methods of torch's ModuleDict, and names under which layers' metrics are logged."""
+"""Names that a head cannot have: attributes of torch's ModuleDict, and names under which layers' metrics are logged."""
 
 
 @dataclass(kw_only=True)
@@ -151,10 +204,12 @@ class ModelSection:
             raise ConfigError("blocks", "must hold at least one block")
         if not self.heads:
             raise ConfigError("heads", "must hold at least one loss head")
-        taken = ", ".join(sorted(TAKEN))
         for name in self.heads:
-            if not name.isidentifier() or name in TAKEN:
-                allowed = f"use letters, digits and _, and none of {taken}"
+            if name in TAKEN:
+                why = "torch's modules or our logs use this name"
+                raise ConfigError("heads", f"{name!r} cannot name a head: {why}; choose another")
+            if not name.isidentifier() or name.startswith("_"):
+                allowed = "use letters, digits and _, and begin with a letter"
                 raise ConfigError("heads", f"{name!r} cannot name a head: {allowed}")
 
 
@@ -313,6 +368,32 @@ FREE_TRAINER_KEYS = frozenset(
 """Keys of `lightning.Trainer` that a recipe's `trainer` may hold."""
 
 
+PROFILERS = ("simple", "advanced", "pytorch")
+"""Profilers of `lightning.Trainer` that are chosen by name and run on any machine."""
+
+
+def _check_trainer_values(trainer: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a value of `trainer` at which Lightning would stop, or which it would not understand."""
+    for key, value in trainer.items():
+        if key == "log_every_n_steps":
+            is_right = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            allowed = "a whole number of at least 1"
+        elif key == "profiler":
+            is_right = value is None or value in PROFILERS
+            allowed = f"null or one of {', '.join(PROFILERS)}"
+        elif key == "deterministic":
+            is_right = value is None or isinstance(value, bool) or value == "warn"
+            allowed = "true, false or warn"
+        elif key in ("inference_mode", "detect_anomaly", "sync_batchnorm"):
+            is_right = isinstance(value, bool)
+            allowed = "true or false"
+        else:
+            is_right = value is None or isinstance(value, bool)
+            allowed = "true, false or null"
+        if not is_right:
+            raise ConfigError(f"trainer.{key}", f"must be {allowed}")
+
+
 @dataclass(kw_only=True)
 class RecipeSchema:
     """A whole recipe."""
@@ -350,12 +431,7 @@ class RecipeSchema:
         """Raises `ConfigError` for keys of different sections that contradict each other."""
         _at_least(self, 0, "seed")
         _at_least(self, 1, "max_skipped_steps")
-        every = self.trainer.get("log_every_n_steps", 1)
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ConfigError("trainer", "log_every_n_steps must be a whole number of at least 1")
-        profiler = self.trainer.get("profiler")
-        if profiler not in (None, *PROFILERS):
-            raise ConfigError("trainer", f"profiler must be null or one of {', '.join(PROFILERS)}")
+        _check_trainer_values(self.trainer)
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
             raise ConfigError("gradient_clip", "must be more than 0, or null for no clipping")
         if self.data.sequence_length > self.model.rope.max_length:

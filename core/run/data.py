@@ -5,10 +5,17 @@ from core.data.module import TextData
 from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
 from core.training.ranks import rank_and_world
+from core.training.run_folder import RunFolder
 
 
-def text_data(recipe: Recipe, plan: TrainingPlan) -> TextData:
-    """The training and validation data of a recipe; nothing is read before `prepare()`."""
+def text_data(recipe: Recipe, plan: TrainingPlan, run: RunFolder | None = None) -> TextData:
+    """The training and validation data of a recipe; nothing is read before `prepare()`.
+
+    Args:
+        recipe: its data section decides.
+        plan: the recipe's steps.
+        run: the folder of a run that was started on this data; None: a new run.
+    """
     return TextData(
         make(recipe.data.corpus),
         vocab=recipe.data.tokenizer.vocab,
@@ -17,4 +24,5 @@ def text_data(recipe: Recipe, plan: TrainingPlan) -> TextData:
         seed=recipe.seed,
         rank_and_world=rank_and_world,
         validation_sequences=recipe.validation.sequences,
+        recorded=None if run is None else run.recorded_data(),
     )

@@ -19,7 +19,7 @@ from core.run.data import text_data
 from core.run.loading import load, run_of
 from core.run.summary import finite
 from core.training.module import TrainingModule
-from core.training.resume import check_data, check_trained
+from core.training.resume import check_trained
 
 
 @torch.no_grad()
@@ -46,9 +46,8 @@ def evaluate(
     recipe = compose_run(folder.recipe, trust=trust)
     for notice in recipe.notices():
         say(f"note: {notice}")
-    data = text_data(recipe, plan_of(recipe))
+    data = text_data(recipe, plan_of(recipe), folder)
     data.prepare()
-    check_data(folder, data.fingerprint)
     corpus = make(recipe.data.corpus)
     if not data.validation_documents:
         why = "" if isinstance(corpus, TokenCorpus) else " (fewer than 11 documents)"

@@ -16,7 +16,7 @@ from core.contracts.errors import Interrupted, NotFiniteError, RunFailed, UserEr
 from core.data.module import TextData
 from core.data.tokenizer import Tokenizer
 from core.model.sampling import sample
-from core.recipe.compose import Recipe
+from core.recipe.compose import Recipe, compose
 from core.run.data import text_data
 from core.run.loading import load_weights
 from core.run.summary import divergence, summarise
@@ -27,7 +27,6 @@ from core.training.rank_processes import RankLost
 from core.training.ranks import is_rank_zero, process_group_scope, set_rank
 from core.training.resume import (
     Resume,
-    check_data,
     check_recipe_unchanged,
     newest,
     newest_checkpoint,
@@ -88,20 +87,23 @@ def _start_or_resume(
     """Trains in a folder whose lock this process holds."""
     check_environment(recipe)
     if not resume or folder.never_started():
+        if recipe.initial_weights:
+            newest_checkpoint(Path(recipe.initial_weights))
         folder.create()
         return _fit(recipe, folder, None, say)
     if folder.summary.exists():  # the process that held the lock has just completed the run
         return _completed(recipe, folder, say, trust=trust)
-    check_recipe_unchanged(recipe, folder, say, trust=trust)
+    moved = check_recipe_unchanged(recipe, folder, say, trust=trust)
     folder.remove_partial_files()
-    return _fit(recipe, folder, newest(folder), say)
+    return _fit(recipe, folder, newest(folder), say, moved=moved)
 
 
 def _completed(
     recipe: Recipe, folder: RunFolder, say: Callable[[str], None], *, trust: bool
 ) -> dict[str, Any]:
     """Returns the summary of a run that is complete; nothing is written."""
-    check_recipe_unchanged(recipe, folder, say, trust=trust)
+    if check_recipe_unchanged(recipe, folder, say, trust=trust):
+        text_data(recipe, plan_of(recipe), folder).prepare()
     say(f"run folder: {folder.path} (this run is complete)")
     return dict(json.loads(folder.summary.read_text(encoding="utf-8")))
 
@@ -118,14 +120,25 @@ def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
 
 
 def _fit(
-    recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[[str], None]
+    recipe: Recipe,
+    folder: RunFolder,
+    start: Resume | None,
+    say: Callable[[str], None],
+    *,
+    moved: bool = False,
 ) -> dict[str, Any]:
+    """Prepares data and model, trains, and writes the results; `moved`: the corpus is named in another way now."""
     started = time.perf_counter()
     for notice in recipe.notices():
         say(f"note: {notice}")
     plan = plan_of(recipe)
-    data = text_data(recipe, plan)
+    is_started = folder.recipe.exists()
+    data = text_data(recipe, plan, folder if is_started else None)
     data.prepare()
+    if moved:  # the documents are the same, so the run finds them again where they are now
+        values = compose(folder.recipe).to_dict()
+        values["data"]["corpus"] = recipe.to_dict()["data"]["corpus"]
+        folder.write_recipe(values)
     model = build(recipe, token_counts=data.token_counts)
     size = size_of(model)
     if recipe.compile:
@@ -148,13 +161,11 @@ def _fit(
         validation_bytes=data.validation_bytes,
     )
     module.started = started
-    if folder.recipe.exists():
-        check_data(folder, data.fingerprint)
-    elif is_rank_zero():
+    if not is_started and is_rank_zero():
         _write_identity(recipe, folder, data)
     callbacks = _train(recipe, folder, module, data, peak, start, say)
     if is_rank_zero():
-        return _finish(folder, module, data, size, callbacks, recipe.notices())
+        return _finish(folder, module, data, size, callbacks, recipe.notices(), say)
     return {}
 
 
@@ -174,6 +185,8 @@ def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
     )
     folder.write_json("provenance.json", shaped_by)
     data.tokenizer.save(folder.tokenizer)
+    if data.documents is not None:
+        folder.write_text(folder.documents.name, data.documents)
     folder.write_digests()
     folder.write_recipe(recipe.to_dict())
 
@@ -218,6 +231,7 @@ def _finish(
     size: Size,
     callbacks: RunCallbacks,
     notices: list[str],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes the results of the run; the summary last, because its presence makes the run complete."""
     callbacks.loads.write()

@@ -1,6 +1,5 @@
 """Resuming a run: which checkpoint it continues from, and whether it is still the same run."""
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,8 +52,13 @@ class Resume:
 
 def check_recipe_unchanged(
     recipe: Recipe, folder: RunFolder, say: Callable[[str], None], *, trust: bool = False
-) -> None:
+) -> bool:
     """Compares a recipe with the one that the run was started with, and warns where the bits may differ.
+
+    The corpus is not compared here, because its documents decide: the folder that holds them may have moved.
+
+    Returns:
+        Whether the recipe names the corpus in another way.
 
     Raises:
         UserError: another recipe (the first difference is named), or a run that cannot be continued.
@@ -62,6 +66,7 @@ def check_recipe_unchanged(
     check_trained(folder, "start a run from its weights with initial_weights")
     before = compose_run(folder.recipe, trust=trust, named=recipe.plugins).to_dict()
     now = recipe.to_dict()
+    corpora = (before["data"].pop("corpus"), now["data"].pop("corpus"))
     difference = _first_difference_in(REPRODUCED, before, now)
     if difference:
         path, old, new = difference
@@ -78,6 +83,7 @@ def check_recipe_unchanged(
         say(
             "without trainer.deterministic a GPU does not promise the same bits as if the run had never stopped"
         )
+    return bool(corpora[0] != corpora[1])
 
 
 def check_trained(folder: RunFolder, instead: str) -> None:
@@ -85,20 +91,6 @@ def check_trained(folder: RunFolder, instead: str) -> None:
     if folder.converted_weights.exists():
         why = "was converted from another program's files, which say nothing of its training"
         raise UserError(f"{folder.path}: {why}; {instead}")
-
-
-def check_data(folder: RunFolder, fingerprint: str) -> None:
-    """Compares the data's fingerprint with the one that the run was started with.
-
-    Raises:
-        UserError: the corpus has changed.
-    """
-    before = json.loads(folder.provenance.read_text(encoding="utf-8"))["data"]
-    if before != fingerprint:
-        raise UserError(
-            f"{folder.path}: the corpus has changed since this run began: its fingerprint is {fingerprint[:12]}, "
-            f"and was {before[:12]}"
-        )
 
 
 def newest(folder: RunFolder) -> Resume | None:

@@ -13,6 +13,7 @@ import yaml
 from core.command import command_line
 from core.contracts.errors import UserError
 from core.contracts.schema import Section
+from core.data.recorded import RecordedData, read_documents
 from core.data.tokenizer import Tokenizer
 from core.recipe import trust
 from core.storage.digests import check_digests, write_digests
@@ -50,6 +51,11 @@ class RunFolder:
     def provenance(self) -> Path:
         """The components, versions, commit, machine and command that shaped the run."""
         return self.path / "provenance.json"
+
+    @property
+    def documents(self) -> Path:
+        """The names of the corpus's documents, each with the beginning of its hash."""
+        return self.path / "documents.txt"
 
     @property
     def summary(self) -> Path:
@@ -155,6 +161,24 @@ class RunFolder:
         if self.tokenizer.exists():
             check_digests(self.path, self.tokenizer.name)
         return Tokenizer.load(self.tokenizer)
+
+    def recorded_data(self) -> RecordedData:
+        """Reads what the run recorded of its data.
+
+        Raises:
+            UserError: the tokenizer has changed since it was written.
+        """
+        found = json.loads(self.provenance.read_text(encoding="utf-8"))
+        documents = None
+        if self.documents.exists():
+            documents = read_documents(self.documents.read_text(encoding="utf-8"))
+        return RecordedData(
+            folder=self.path,
+            fingerprint=found["data"],
+            version=found["packages"]["tokenizers"],
+            tokenizer=self.load_tokenizer() if self.tokenizer.exists() else None,
+            documents=documents,
+        )
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file under a temporary name and moves it into place."""

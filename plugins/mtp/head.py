@@ -80,6 +80,9 @@ class MultiTokenPrediction(LossHead):
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)
+        if config.depth >= build.length:
+            why = f"must be less than data.sequence_length = {build.length}"
+            raise ConfigError("depth", f"{why}: depth k has sequence_length - k tokens to predict")
         self.config = config
         self.output_size = build.vocabulary * build.dim
         self.depths = nn.ModuleList(

@@ -1,13 +1,15 @@
 """The tokenizer: exact size, exact round trip, the same bytes every time."""
 
 import json
+import random
+import time
 from pathlib import Path
 
 import pytest
 import tokenizers
 
 from core.contracts.errors import UserError
-from core.data.tokenizer import Tokenizer, train
+from core.data.tokenizer import LONGEST_PIECE, Tokenizer, has_long_piece, train
 
 PROSE = [
     "The state of the Union is strong, and the Union's people are strong.\n\nIt's 1789!\r\n"
@@ -127,3 +129,36 @@ def test_a_vocabulary_below_the_bytes() -> None:
     assert str(error.value) == (
         "data.tokenizer.vocab = 256 is too small: it must be at least 257 (256 bytes, <|endoftext|>)"
     )
+
+
+@pytest.mark.parametrize("kind", ["letters", "signs", "spaces"])
+def test_a_piece_of_300_kb_takes_seconds(kind: str) -> None:
+    """Without a bound on pieces in training each of these took minutes."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=5)) for _ in range(3000)]
+    alphabet = {"letters": "abcdefgh", "signs": "=-+#", "spaces": " \t"}[kind]
+    long = "".join(draw.choices(alphabet, k=300_000))
+    began = time.process_time()
+    tokenizer = train([" ".join(words), f"before {long} after"], 400)
+    ids = tokenizer.encode(long)
+    assert time.process_time() - began < 10
+    assert tokenizer.decode(ids) == long
+    assert tokenizers.Tokenizer.from_str(tokenizer.to_json()).encode(long).ids == ids
+
+
+def test_a_bound_changes_nothing_for_shorter_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    texts = [" ".join("".join(draw.choices("abcdefgh", k=k)) for k in range(1, 300, 7))] * 3
+    assert not any(map(has_long_piece, texts))
+    without = train(texts, 400).to_json()
+    monkeypatch.setattr("core.data.tokenizer.has_long_piece", lambda text: True)
+    assert train(texts, 400).to_json() == without
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "語", "=", "_", " ", "\n"])
+@pytest.mark.parametrize("place", [0, 1, 499, 999, 1000, 1001, 5432])
+def test_long_pieces_are_found_wherever_they_are(letter: str, place: int) -> None:
+    other = "a1" if letter in "=_" else "=1"
+    around = (other * place)[:place]
+    assert has_long_piece(around + letter * LONGEST_PIECE + other)
+    assert not has_long_piece(around + letter * (LONGEST_PIECE - 1) + "1")

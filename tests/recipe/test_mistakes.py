@@ -69,11 +69,23 @@ CORE = {
     "model.dim=0": "{o}: model.dim = 0: must be at least 1",
     "model.heads={next_token: null}": "{o}: model.heads: must hold at least one loss head",
     "model.heads={a/b: {name: next_token}}": "{o}: model.heads: 'a/b' cannot name a head: use letters, digits and _, "
-    "and none of apply, attention, clear, eval, ffn, forward, items, keys, pop, to, train, type, update, values",
-    "model.heads={keys: {name: next_token}}": "{o}: model.heads: 'keys' cannot name a head: use letters, digits and _, "
-    "and none of apply, attention, clear, eval, ffn, forward, items, keys, pop, to, train, type, update, values",
+    "and begin with a letter",
+    "model.heads={_modules: {name: next_token}}": "{o}: model.heads: '_modules' cannot name a head: use letters, "
+    "digits and _, and begin with a letter",
+    "model.heads={parameters: {name: next_token}}": "{o}: model.heads: 'parameters' cannot name a head: "
+    "torch's modules or our logs use this name; choose another",
+    "model.heads={keys: {name: next_token}}": "{o}: model.heads: 'keys' cannot name a head: "
+    "torch's modules or our logs use this name; choose another",
     "seed=-1": "{o}: seed = -1: must be at least 0",
-    "trainer.log_every_n_steps=0": "{o}: trainer: log_every_n_steps must be a whole number of at least 1",
+    "trainer.log_every_n_steps=0": "{o}: trainer.log_every_n_steps = 0: must be a whole number of at least 1",
+    "trainer.profiler=fast": "{o}: trainer.profiler = 'fast': must be null or one of simple, advanced, pytorch",
+    "trainer.benchmark=yes please": "{o}: trainer.benchmark = 'yes please': must be true, false or null",
+    "trainer.detect_anomaly=1": "{o}: trainer.detect_anomaly = 1: must be true or false",
+    "trainer.deterministic=maybe": "{o}: trainer.deterministic = 'maybe': must be true, false or warn",
+    "model.rope={theta: 1, yarn: {factor: 40}}": "{o}: model.rope.theta = 1: must be more than 1 with yarn, which "
+    "counts the rotations of each frequency",
+    "model.rope.yarn={factor: 40, beta_fast: .inf}": "{o}: model.rope.yarn.beta_fast = inf: must be more than 0",
+    "model.rope.yarn={factor: 40, mscale: .inf}": "{o}: model.rope.yarn.mscale = inf: must be finite",
     "model.heads=null": "{o}: model.heads = null: must map names to sections",
     "data.tokenizer.vocab=256": "{o}: data.tokenizer.vocab = 256: must be at least 257",
     "data.sequence_length=4097": "{o}: data.sequence_length = 4097: must be at most model.rope.max_length = 4096",

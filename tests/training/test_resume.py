@@ -22,7 +22,11 @@ from tiers import first_by_default
 
 import core.run.training
 from core.analysis.budget import plan_of
+from core.assemble import make
 from core.contracts.errors import UserError
+from core.data.documents import read_split
+from core.data.recorded import identity
+from core.recipe.compose import compose
 from core.run.data import text_data
 from core.training import callbacks, checkpoints
 from core.training.checkpoints import checkpoints_in, read_checkpoint
@@ -275,6 +279,40 @@ def test_another_corpus_is_refused(lab: Lab, stopped: Path) -> None:
             lab.fit(stopped, resume=True)
     finally:
         text.write_bytes(kept)
+
+
+def test_a_corpus_that_has_moved_is_the_same(
+    lab: Lab, stopped: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Also by a run that another version of `tokenizers` began, and that has no list of documents."""
+    shutil.copytree(lab.texts, tmp_path / "moved")
+    moved = f"data.corpus.paths=[{tmp_path}/moved/*.txt]"
+    provenance = json.loads((stopped / "provenance.json").read_text())
+    documents = read_split(make(lab.recipe().data.corpus)).documents
+    provenance["packages"]["tokenizers"] = "0.0.1"
+    provenance["data"] = identity(documents, 300, "0.0.1")
+    (stopped / "provenance.json").write_text(json.dumps(provenance))
+    (stopped / "documents.txt").unlink()
+    lab.fit(stopped, moved, resume=True)
+    kept = compose(stopped / "recipe.yaml")
+    assert kept.data.corpus.config.paths == [f"{tmp_path}/moved/*.txt"]
+    assert lab.command("evaluate", stopped).code == 0
+    assert json.loads((stopped / "summary.json").read_text())["steps"] == 12
+    assert_same_run(stopped, finished)
+
+
+def test_a_moved_corpus_with_another_text_is_refused(
+    lab: Lab, stopped: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(lab.texts, tmp_path / "moved")
+    (tmp_path / "moved" / "doc-04.txt").write_text("other")
+    moved = f"data.corpus.paths=[{tmp_path}/moved/*.txt]"
+    for run in (stopped, finished):
+        with pytest.raises(
+            UserError, match=r"document 'doc-04.txt' .*moved/doc-04.txt\) has another"
+        ):
+            lab.fit(run, moved, resume=True)
+    assert compose(stopped / "recipe.yaml").data.corpus.config.paths == [f"{lab.texts}/*.txt"]
 
 
 def test_another_layout_goes_on_and_says_so(lab: Lab, stopped: Path, finished: Path) -> None:

@@ -57,7 +57,14 @@ def test_a_run_folder_holds_what_is_promised(finished: Path) -> None:
     files = {file.name for file in finished.iterdir()}
     assert files == {
         *("recipe.yaml", "tokenizer.json", "provenance.json", "metrics.csv", "loads.safetensors"),
-        *("tensorboard", "checkpoints", "summary.json", "sample.txt", "SHA256SUMS"),
+        *(
+            "tensorboard",
+            "checkpoints",
+            "summary.json",
+            "sample.txt",
+            "SHA256SUMS",
+            "documents.txt",
+        ),
     }
     kept = {file.name for file in (finished / "checkpoints").iterdir()}
     assert kept == {"best.ckpt", "step-00000010.ckpt", "step-00000012.ckpt"}
