@@ -61,7 +61,8 @@ def build(
     """
     context = _context(recipe, precision or make(recipe.precision))
     context = replace(context, token_counts=token_counts)
-    with torch.device("meta" if parallelize else device), _float_default():
+    first_device = "meta" if parallelize else device
+    with torch.device(first_device), _float_default():
         model = _model(recipe, context)
     if parallelize is not None:
         parallelize(model)

@@ -195,8 +195,10 @@ def _table_lines(rows: list[list[str]]) -> list[str]:
     for row in rows:
         cells: list[str] = []
         for index, width in enumerate(widths):
-            left_aligned = index in (0, last)
-            cells.append(row[index].ljust(width) if left_aligned else row[index].rjust(width))
+            if index in (0, last):
+                cells.append(row[index].ljust(width))
+            else:
+                cells.append(row[index].rjust(width))
         lines.append("  ".join(cells).rstrip())
     rule = "-" * max(map(len, lines))
     return [lines[0], rule, *lines[1:]]

@@ -1,4 +1,4 @@
-"""Measure how dense the code is and whether its words are the field's.
+"""Measures how dense the code is and whether its words are the field's.
 
     python tools/readable.py                 figures per 1,000 lines of core, plugins and moeloom, beside their limits
     python tools/readable.py --list          and the place of each docstring, text and word that is over a limit
@@ -127,7 +127,7 @@ class Measure:
 
 
 def measure(root: Path) -> Measure:
-    """Count everything in a checkout."""
+    """Counts everything in a checkout."""
     found = Measure()
     for file in _files(root, CODE, {".py"}):
         source = file.read_text(encoding="utf-8")
@@ -241,7 +241,7 @@ def _lacks_its_subject(text: str) -> bool:
 
 
 def main() -> int:
-    """Print the figures; the exit code says whether they are within their limits."""
+    """Prints the figures; the exit code says whether they are within their limits."""
     parser = argparse.ArgumentParser(
         description="how dense the code is, and whether its words are the field's"
     )

@@ -120,7 +120,7 @@ class Tokenizer:
 
 
 def train(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Learn a vocabulary of exactly `vocab` entries; the same texts give the same bytes of JSON.
+    """Learns a vocabulary of exactly `vocab` entries; the same texts give the same bytes of JSON.
 
     Raises:
         UserError: `vocab` is below 257, or the texts run out of pairs to merge before `vocab` is reached.

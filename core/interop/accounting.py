@@ -95,7 +95,7 @@ def _check_rows(name: str, rows: int, spans: Sequence[tuple[int, int, str]], who
         filled = end
     if filled != rows:
         raise UserError(
-            f"{who}: has no place for tensor {name} of this model (rows {filled} to {rows})"
+            f"{who}: no mapping fills rows {filled} to {rows} of tensor {name} of this model"
         )
 
 

@@ -187,7 +187,7 @@ def shards_of(folder: Path, index: str = WEIGHTS_INDEX) -> Shards:
     for name, listed in weight_map.items():
         if not (folder / listed).is_file():
             raise UserError(
-                f"{written}: gives the file {listed} for tensor {name}, and there is no such file"
+                f"{written}: lists {listed} for tensor {name}, but {listed} does not exist"
             )
     for file in files:
         if file.name not in weight_map.values():

@@ -152,7 +152,8 @@ def tile_amax(x: Tensor, tile: Tile) -> Tensor:
     strips = []
     for rows in down:
         parts = [_fold(size, rows, columns).amax(dim=(-3, -1)) for columns in across]
-        strips.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+        strip = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        strips.append(strip)
     return strips[0] if len(strips) == 1 else torch.cat(strips, dim=-2)
 
 

@@ -13,11 +13,11 @@ from core.reports.style import DASHES, Style, brief, plain, styles
 from core.reports.words import LOSS
 
 MARKS = 10
-"""About how many points of a long line are marked; which ones differs from line to line."""
+"""The approximate number of marked points of a long line; each line marks other points."""
 ALL_MARKED = 40
-"""Up to how many points a line has all of them marked."""
+"""The largest number of points for which a line marks every point."""
 STEEP = 0.1
-"""The fraction of training whose steep fall is left above the frame where the rest would be flattened."""
+"""The first part of training, as a fraction: if its steep fall would flatten the rest, it is left outside the frame."""
 
 
 @dataclass(frozen=True)

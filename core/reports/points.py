@@ -166,7 +166,8 @@ def at_the_end(figure: Figure, study: Study, columns: dict[str, str], title: str
         value = value_of(run)
         if value is not None:
             depth = suffix.removeprefix(", ")
-            shown.append(f"{value:.5g} ({depth})" if depth else f"{value:.5g}")
+            text = f"{value:.5g} ({depth})" if depth else f"{value:.5g}"
+            shown.append(text)
     figure.missing = f"The run was validated only once: {title} {', '.join(shown)}."
     return figure
 

@@ -219,12 +219,13 @@ class _Reader:
             state = "running"
         else:
             state = "waiting"
+        reason = status.get("reason") if status else diverged
         return Run(
             variant=variant,
             seed=seed,
             path=folder,
             state=str(status.get("state") or state),
-            reason=status.get("reason") if status else diverged,
+            reason=reason,
             seconds=finite(status.get("seconds")) or finite(summary.get("wall_seconds")),
             recipe=recipe,
             summary=summary,

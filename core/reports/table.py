@@ -88,7 +88,7 @@ COLUMNS = [
     Column("FLOPs/token", "model", "training, forward and backward"),
     Column("KV bytes", "model", "of cache per token"),
     Column("capacity", "routing", "what an expert takes at most, over its even share"),
-    Column("drops", "routing", "whether assignments may be left undone in training"),
+    Column("drops", "routing", "whether assignments may be dropped in training"),
     Column("causal", "routing", "no output depends on a later token"),
     Column("MaxVio", "measured", "over the held-out split, mean over seeds"),
     Column("dropped", "measured", "fraction of assignments not carried out, mean over seeds"),

@@ -101,7 +101,8 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
         return {path: to_dict(value)}
     found: dict[str, Any] = {}
     for key, item in items:
-        found |= _leaves(item, f"{path}.{key}" if path else str(key))
+        inner = f"{path}.{key}" if path else str(key)
+        found |= _leaves(item, inner)
     return found
 
 

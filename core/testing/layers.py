@@ -144,7 +144,7 @@ def head_counts_are_known_beforehand(subject: Subject) -> None:
 
 
 def _require_plausible(counts: dict[str, Tensor], context: SequenceContext) -> None:
-    """Require that no count is larger than the number of predicted positions."""
+    """Requires that no count is larger than the number of predicted positions."""
     most = int(context.predicted().sum())
     for name, count in counts.items():
         found = f"{int(count)} counted, where {most} positions predict a token"

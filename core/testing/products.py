@@ -73,7 +73,7 @@ def calc_diff(one: Tensor, two: Tensor) -> float:
 def _require_small_difference(
     what: str, own: Tensor, exact: Tensor, roundings: list[torch.dtype]
 ) -> None:
-    """Require that `calc_diff` stays within what some roundings allow; formats from fp32 on are not checked.
+    """Requires that `calc_diff` stays within what some roundings allow; formats from fp32 on are not checked.
 
     Rounding to a format of spacing eps has a squared relative error of about eps^2 / 27, and `calc_diff` counts half
     of it. The limit of eps^2 / 32 for each rounding leaves a margin. For two roundings to E4M3 it is the 1e-3 that the

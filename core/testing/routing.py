@@ -28,7 +28,7 @@ def plain(scores_TE: Tensor) -> Tensor:
 def routed(
     module: Any, context: SequenceContext, adjust_scores: Any = plain, seed: int = 0
 ) -> Routing:
-    """Route random states."""
+    """Routes random states."""
     result: Routing = module(bench.states(context, seed=seed).flatten(0, 1), adjust_scores, context)
     return result
 

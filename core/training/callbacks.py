@@ -141,7 +141,7 @@ class _StepEnd(Checkpoint):
 
     @abstractmethod
     def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """Act on the end of a step; called once for every step."""
+        """Acts on the end of a step; called once for every step."""
 
     def on_train_batch_end(
         self,
@@ -175,7 +175,7 @@ class StopOnSignal(_StepEnd):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle both signals within the context and restore their handlers afterwards; for the main thread only."""
+        """Handles both signals within the context and restores their handlers afterwards; for the main thread only."""
         before = {}
         for signum in (signal.SIGINT, signal.SIGTERM):
             before[signum] = signal.signal(signum, self._note)
@@ -191,8 +191,9 @@ class StopOnSignal(_StepEnd):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
-            show_cursor = b"\x1b[?25h"  # the progress bar has hidden it
-            os.write(2, show_cursor + b"\n" if os.isatty(2) else b"\n")
+            if os.isatty(2):
+                os.write(2, b"\x1b[?25h")  # shows the cursor, which the progress bar has hidden
+            os.write(2, b"\n")
             os._exit(128 + signum)
         self.signum = signum
 

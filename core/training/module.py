@@ -187,7 +187,7 @@ class TrainingModule(L.LightningModule):
         return norm
 
     def _clip(self, norm: Tensor) -> None:
-        """Scale the gradients down to the norm `gradient_clip` where they are larger."""
+        """Scales the gradients down to the norm `gradient_clip` where they are larger."""
         if self.gradient_clip is not None:
             parameters = self.model.parameters()
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
@@ -219,7 +219,7 @@ class TrainingModule(L.LightningModule):
         return int(bad) == 0
 
     def _end_step(self, *, done: bool) -> None:
-        """Advance the product layers that keep state between steps; their maxima are taken over the ranks first."""
+        """Advances the product layers that keep state between steps; their maxima are taken over the ranks first."""
         with torch.no_grad():
             layers = self.model.step_states().values()
             all_reduce_max_([tensor for layer in layers for tensor in layer.maxima()])

@@ -28,9 +28,9 @@ class ForcedBalanceRouter(LearnedRouter):
     )
     example = {"name": "forced_balance", "top_k": 2}
     rejected_keys = {
-        "groups": "experts are taken in turn, so there is no choice to limit",
-        "group_limit": "experts are taken in turn, so there is no choice to limit",
-        "capacity_factor": "the load is even, so there is nothing to cap",
+        "groups": "experts are assigned in turn, so there is no choice to limit",
+        "group_limit": "experts are assigned in turn, so there is no choice to limit",
+        "capacity_factor": "the load is even, so no capacity is needed",
     }
 
     @dataclass(kw_only=True)

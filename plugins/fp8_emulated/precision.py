@@ -30,7 +30,7 @@ class EmulatedFP8(FP8Precision):
 
         scaling: Literal["tile", "tensor", "delayed", "mxfp8"] = setting(
             "tile",
-            doc="what shares a scale: 1x128 and 128x128 tiles; a tensor, now or of earlier steps; 1x32",
+            doc="elements that share a scale: 1x128 and 128x128 tiles; a tensor, now or of earlier steps; 1x32",
         )
         scales: Literal["fp32", "ue8m0"] = setting(
             "fp32", doc="format of scales; ue8m0: powers of two, as mxfp8 needs"

@@ -177,7 +177,9 @@ class FusedRounding(NativeRounding):
             else:
                 dw_OI.zero_()
         cut = dw_EOI[:, : dy.outer, : x.outer]
-        return _dense(cut[0] if ends_E is None else cut)
+        if ends_E is None:
+            cut = cut[0]
+        return _dense(cut)
 
     def path(self, x: Tensor | None) -> str:
         """The code that takes the products of x and, where there is an x, the code that makes the operands."""
@@ -275,7 +277,8 @@ def _compared(
     whole, kept = plain.activation(x_AI, ends_E)
     matrices, kept_w = plain.weight(weight)
     rows = own._rows(x_AI, ends_E)
-    blocks = own._blocks(weight if weight.ndim == 3 else weight[None])
+    weight_EOI = weight if weight.ndim == 3 else weight[None]
+    blocks = own._blocks(weight_EOI)
     turned = own._turned(x_AI, None, len(x_AI), width, ends_E)
     again = own._turned(rows.codes, rows.scales, len(x_AI), width, ends_E)
     flipped = own._flipped(blocks.codes, blocks.scales)

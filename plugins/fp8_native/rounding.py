@@ -145,7 +145,7 @@ class NativeRounding(Rounding):
         return operands
 
     def _split(self, stored: Quantised, ends_E: Tensor | None) -> list[Operand]:
-        """The transpose of each expert's rows, with the codes that they have under one scale for all."""
+        """Splits codes that share one scale into each expert's rows, and transposes them; nothing is rounded again."""
         whole = Operand.of(stored)
         return [whole.part(*span).transposed() for span in spans(len(stored.codes), ends_E)]
 

@@ -82,6 +82,7 @@ def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
     hidden = _same(ffns[:dense])["hidden"] if dense else None
     experts = _same(ffns[dense:]) if dense < len(ffns) else None
     mtp, depths = _multi_token(model["heads"])
+    bias = _bias(experts, ffns[-1][0]) if experts else None
     return HfLayout(
         dim=model["dim"],
         vocabulary=recipe["data"]["tokenizer"]["vocab"],
@@ -90,7 +91,7 @@ def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
         attention=attention,
         hidden=hidden,
         experts=experts,
-        bias=_bias(experts, ffns[-1][0]) if experts else None,
+        bias=bias,
         mtp=mtp,
         depths=depths,
         tied=model["tied_embedding"],

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: Any) -> Any:
-    """Run the command without `torch.compile`, because compiling is slow and not tested here."""
+    """Runs the command without `torch.compile`, because compiling is slow and not tested here."""
     command = [sys.executable, "benchmarks/gpu.py", *map(str, arguments)]
     env = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)

@@ -17,7 +17,7 @@ from core.training.module import TrainingModule
 def run_with_signals(
     lab: Lab, run: Path, step: int, *signals: int, hook: Any = callbacks.LoadLog, name: str = ""
 ) -> CommandResult:
-    """Train in a forked process that sends itself signals when a hook is called for a step."""
+    """Trains in a forked process that sends itself signals when a hook is called for a step."""
 
     def work() -> None:
         function = getattr(hook, name or "on_train_batch_end")
