@@ -114,7 +114,7 @@ class LanguageModel(nn.Module):
         embedding: shared by the heads.
         blocks: the blocks, first to last.
         residual: the stream between them.
-        norm: before the output.
+        norm: applied before the output.
         output: D -> V, no bias.
         heads: loss heads by name.
         max_length: positions that the rotary table holds.
