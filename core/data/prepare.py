@@ -10,7 +10,7 @@ from pathlib import Path
 
 from core.contracts.corpus import Corpus, Document, TokenCorpus
 from core.data import cache
-from core.data.documents import Split, bytes_in, fingerprint, read_split, text_of
+from core.data.documents import CorpusSplit, bytes_in, fingerprint, read_split, text_of
 from core.data.prepared import Prepared
 from core.data.store import TokenStore, open_store, pack
 from core.data.token_blocks import prepare_tokens
@@ -44,7 +44,7 @@ def prepare(corpus: Corpus, vocab: int) -> Prepared:
     )
 
 
-def _files(split: Split, vocab: int) -> dict[str, cache.Writer]:
+def _files(split: CorpusSplit, vocab: int) -> dict[str, cache.Writer]:
     """The writers of the entry's files: the tokenizer, and for each side its tokens and where documents start."""
     tokenizer = train(map(text_of, split.train), vocab)
     files: dict[str, cache.Writer] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from core.reports.figure import Figure, Trace
 from core.reports.study_files import Run, Study, finite
-from core.reports.style import Style, brief, broken, plain, styles
+from core.reports.style import Style, brief, plain, styles, with_line_breaks
 from core.reports.words import time_unit
 from core.statistics.comparison import NOT_AFTER_HOLM
 
@@ -93,7 +93,7 @@ def _interval(difference: dict[str, Any], name: str, look: Style) -> Trace:
         "type": "scatter",
         "mode": "markers",
         "x": [mean],
-        "y": [broken(name)],
+        "y": [with_line_breaks(name)],
         "marker": marker,
         "error_x": bar,
         "showlegend": False,
@@ -105,7 +105,7 @@ def _interval(difference: dict[str, Any], name: str, look: Style) -> Trace:
 
 def _row_axis(names: list[str]) -> dict[str, Any]:
     """The part of a layout that gives each name a row, the first on top, as in the table."""
-    rows = [broken(name) for name in names]
+    rows = [with_line_breaks(name) for name in names]
     axis = {
         "type": "category",
         "categoryorder": "array",
@@ -119,7 +119,7 @@ def _row_axis(names: list[str]) -> dict[str, Any]:
 
 def _height(names: list[str]) -> int:
     """Pixels of a figure in which each row is as high as the longest name needs."""
-    lines = max(broken(name).count("<br>") + 1 for name in names)
+    lines = max(with_line_breaks(name).count("<br>") + 1 for name in names)
     return max(ROW, LINE * lines + 8) * len(names) + 20
 
 
@@ -198,7 +198,7 @@ def _draw_rows(
                 continue
             name = variant + suffix
             names.append(name)
-            row = broken(name)
+            row = with_line_breaks(name)
             mean = (sum(numbers) / len(numbers), row)
             figure.traces += _marks(name, looks[variant], runs, numbers, [row] * len(runs), mean)
     if names:

@@ -17,7 +17,7 @@ import yaml
 
 from core.contracts.errors import UserError
 from core.run.divergence import divergence_in
-from core.storage.files import is_plain_name, leaves
+from core.storage.files import is_plain_name, leads_out_of
 from core.storage.lock import LOCK, is_locked
 
 KEPT = ("step", "tokens", "tokens_per_second", "load/max_vio_batch", "skipped_steps")
@@ -298,7 +298,7 @@ class _Reader:
 
         The folder may be somebody else's, and the page would show what is in the file.
         """
-        if not leaves(file, self.path):
+        if not leads_out_of(file, self.path):
             return False
         self._could_not(file, "a symbolic link leads out of the folder")
         return True

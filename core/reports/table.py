@@ -9,7 +9,7 @@ from typing import Any
 
 from core.analysis.compare_recipes import short
 from core.reports.study_files import Run, Study, finite
-from core.reports.words import NONE, caveats, duration, number, signed, yes_no
+from core.reports.words import NONE, duration, number, signed, verdict_notes, yes_no
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Table:
     """Columns and rows of cells.
 
     Args:
-        cut: after how many columns it is cut in two for paper, on which nothing scrolls; the first column is in
-            both. No group of columns is cut.
+        cut: the number of columns after which it is cut in two for paper, on which nothing scrolls; the first column
+            is in both. No group of columns is cut.
     """
 
     columns: list[Column]
@@ -96,7 +96,7 @@ COLUMNS = [
 ]
 
 
-def results(study: Study) -> Table:
+def results_table(study: Study) -> Table:
     """A row for each variant."""
     sweep = study.sweep or {}
     found = {str(row.get("variant")): row for row in study.results.get("rows") or []}
@@ -111,7 +111,7 @@ def results(study: Study) -> Table:
         )
         cells = [
             Cell(name, value=name, kind="name"),
-            replace(verdict, under=caveats(study, name)),
+            replace(verdict, under=verdict_notes(study, name)),
             *statistics,
             *_facts(facts.get(name, {})),
             *_measured(runs),

@@ -154,21 +154,21 @@ def in_short(study: Study) -> list[str]:
 
 
 def _by_verdict(study: Study, baseline: str) -> dict[str | None, list[str]]:
-    """Names of the variants that have runs, with their caveats, under their verdict; None where there is none."""
+    """The variants that have runs, by verdict (None: without one); each name is followed by its verdict notes."""
     found: dict[str | None, list[str]] = {}
     for row in study.results.get("rows") or []:
         if row.get("variant") == baseline or not row.get("n"):
             continue
         name = str(row.get("variant"))
-        caveat = caveats(study, name)
-        if caveat:
-            name = f"{name} ({caveat})"
+        notes = verdict_notes(study, name)
+        if notes:
+            name = f"{name} ({notes})"
         verdict = (row.get("difference") or {}).get("verdict")
         found.setdefault(verdict, []).append(name)
     return found
 
 
-def caveats(study: Study, name: str) -> str:
+def verdict_notes(study: Study, name: str) -> str:
     """The reservations printed beside a variant's verdict, in a few words; the warnings give them in full."""
     fact = _recorded(study, name)
     found = [seeds_without(study, name)]

@@ -40,7 +40,7 @@ HELD_OUT = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance")
 """Metrics that are measured on validation text."""
 
 
-def identity(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
+def sweep_document(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
     """The document `sweep.json`: the question, what was held equal, and what each variant is."""
     schema = sweep.schema
     base = next(variant for variant in sweep.variants if variant.name == schema.baseline)
@@ -140,7 +140,7 @@ def never_measured(job: Job, metric: str) -> str | None:
     return None
 
 
-def results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[str, Any]:
+def sweep_results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[str, Any]:
     """The document `results.json`: each variant's runs, mean and interval, and its difference to the baseline."""
     metric = sweep.schema.metric
     baseline = sweep.schema.baseline

@@ -13,7 +13,7 @@ LOSS = "loss/next_token"
 """The column of `metrics.csv`: nats per token of the main model."""
 
 
-def losses(run: Path, column: str = LOSS) -> dict[int, float]:
+def losses_by_step(run: Path, column: str = LOSS) -> dict[int, float]:
     """The training losses of a run by step, without values that are not finite or half written.
 
     Args:
@@ -48,7 +48,7 @@ def against(base: Mapping[int, Path], mine: Mapping[int, Path]) -> dict[str, Any
     """
     curves = []
     for seed in sorted(base.keys() & mine.keys()):
-        curve = relative(losses(mine[seed]), losses(base[seed]))
+        curve = relative(losses_by_step(mine[seed]), losses_by_step(base[seed]))
         if curve:
             curves.append(curve)
     if not curves:

@@ -14,7 +14,7 @@ from core.training.totals import HEADS, WindowTotals
 from core.training.window import contribution
 
 
-def losses(
+def loss_metrics(
     ledger: Ledger, totals: WindowTotals, counts: Mapping[Term, Tensor], progress: Progress
 ) -> dict[str, Tensor]:
     """Every term's mean under its own name, and the one sum that was minimised, in fp64.

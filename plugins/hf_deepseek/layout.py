@@ -14,7 +14,7 @@ _TRAINING_KEYS = ("balance", "dispatcher", "token_dropping")
 
 
 @dataclass(frozen=True)
-class Bias:
+class BiasPosition:
     """The balancer that holds a layer's selection bias, as an index into its list of balancers."""
 
     index: int
@@ -44,7 +44,7 @@ class HfLayout:
     attention: Mapping[str, Any]
     hidden: int | None
     experts: Mapping[str, Any] | None
-    bias: Bias | None
+    bias: BiasPosition | None
     mtp: str | None
     depths: int
     tied: bool
@@ -118,7 +118,7 @@ def _compared(section: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _bias(experts: Mapping[str, Any], path: str) -> Bias | None:
+def _bias(experts: Mapping[str, Any], path: str) -> BiasPosition | None:
     """Returns the selection bias of the layers with experts; raises `ConfigError` if it is not additive."""
     for index, balancer in enumerate(experts["balance"]):
         if balancer["name"] == "bias":
@@ -127,7 +127,7 @@ def _bias(experts: Mapping[str, Any], path: str) -> Bias | None:
                     f"{path}.balance.{index}.form",
                     "must be additive: the architecture adds its bias",
                 )
-            return Bias(index)
+            return BiasPosition(index)
     return None
 
 
