@@ -146,7 +146,7 @@ class Display:
             status: how that run ended.
             done: how many runs have ended.
             total: how many runs the sweep has.
-            left: seconds until the end of the sweep, estimated; None where there is no estimate.
+            left: seconds until the end of the sweep, estimated; None if there is no estimate.
         """
         if job is None:
             self.bar.update(self.task, completed=done, total=total)

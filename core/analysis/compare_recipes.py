@@ -84,7 +84,7 @@ def _row(name: str, document: dict[str, Any], first: dict[str, Any]) -> list[str
 
 
 def against(value: float, base: float) -> str:
-    """The distance of a value from another: in percent, as a factor from twice on, "-" where one of them is 0."""
+    """The distance of a value from another: in percent, as a factor from twice on, "-" if one of them is 0."""
     if not value or not base:
         return "-"
     if value >= 2 * base:

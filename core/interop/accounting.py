@@ -50,7 +50,7 @@ def check_theirs(
 def check_ours(
     mappings: Sequence[TensorMapping], ours: Mapping[str, tuple[int, ...]], who: str
 ) -> None:
-    """Checks that every row of our model is filled by exactly one mapping that is no copy.
+    """Checks that every row of our model is filled by exactly one mapping that is not a copy.
 
     Args:
         mappings: all mappings of a checkpoint.

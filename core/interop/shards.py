@@ -49,7 +49,7 @@ class Shards(TensorReader):
         files: only the header of each is read at first.
 
     Raises:
-        UserError: a file cannot be read, is truncated or is no safetensors file, or a tensor is in two files.
+        UserError: a file cannot be read, is truncated or is not a safetensors file, or a tensor is in two files.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -105,7 +105,7 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
     """Returns each tensor's specification and the byte of the file at which it begins, by name.
 
     Raises:
-        UserError: the file cannot be read, is truncated, or is no safetensors file.
+        UserError: the file cannot be read, is truncated, or is not a safetensors file.
     """
     try:
         with file.open("rb") as stream:

@@ -20,7 +20,7 @@ WEIGHT_SUFFIXES = frozenset(
 
 
 def check_inside(file: Path) -> Path:
-    """Returns a file of a Hugging Face folder, after checking that it is no link to a place outside.
+    """Returns a file of a Hugging Face folder, after checking that it is not a link to a place outside.
 
     Raises:
         UserError: it is one.

@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
         self._check_reads()
 
     def _check_reads(self) -> None:
-        """Raises `UserError` where a head reads the state after a block that does not exist."""
+        """Raises `UserError` if a head reads the state after a block that does not exist."""
         last = len(self.blocks) - 1
         for name, head in self.loss_heads():
             for index in head.reads_blocks:

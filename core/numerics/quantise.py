@@ -184,7 +184,7 @@ class _Stretch:
 
 
 def _stretches(size: int, tile: int) -> list[_Stretch]:
-    """The whole tiles of an axis, and the smaller tile at its edge, where there are any."""
+    """The whole tiles of an axis, and the smaller tile at its edge, if there are any."""
     tile = tile or max(size, 1)
     whole = size // tile * tile
     found = []

@@ -361,7 +361,7 @@ class RecipeSchema:
                 raise ConfigError("recompute.blocks", why)
         ramp = self.batch.accumulate
         if isinstance(ramp, Schedule) and ramp.unit == "fraction" and self.budget.steps is not None:
-            why = "must be tokens or steps where the run's length is given in steps (budget.steps)"
+            why = "must be tokens or steps if the run's length is given in steps (budget.steps)"
             raise ConfigError("batch.accumulate.unit", why)
 
     def check_components(self) -> None:

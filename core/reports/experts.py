@@ -35,7 +35,7 @@ class ExpertLoads:
 
 
 def experts(study: Study) -> ExpertLoads:
-    """Reads the loads of all runs; where they exceed `VALUES`, later seeds are left out first."""
+    """Reads the loads of all runs; if they exceed `VALUES`, later seeds are left out first."""
     read: list[tuple[Run, dict[str, Any]]] = []
     for run in study.runs:
         tensors = _read(study, run)
@@ -62,7 +62,7 @@ def _values_per_snapshot(tensors: dict[str, Any]) -> int:
 
 
 def _read(study: Study, run: Run) -> dict[str, Any] | None:
-    """The tensors of a run's file; None where it has none, or where it cannot be read, which the study notes."""
+    """The tensors of a run's file; None if it has none, or if it cannot be read, which the study notes."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

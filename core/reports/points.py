@@ -185,7 +185,7 @@ def _draw_rows(
     """Gives each variant a row for each kind of value: a mark for each run, and one for their mean.
 
     Args:
-        figure: is filled; where no run has a value it stays as it is.
+        figure: is filled; if no run has a value it stays as it is.
         values: what is added to a variant's name, and the function that gives a run's value.
         title: title of the axis of values.
     """
@@ -275,7 +275,7 @@ def _scatter(
         figure: is filled.
         metric: a key of `summary.json`.
         words: its meaning.
-        cost: gives a run's cost; None where it is not known.
+        cost: gives a run's cost; None if it is not known.
         axis: plotly's description of the axis of costs.
     """
     looks = styles(study.variants, (study.sweep or {}).get("baseline"))

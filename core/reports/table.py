@@ -182,7 +182,7 @@ def _verdict(difference: dict[str, Any], count: int) -> Cell:
 def _from_to(
     interval: dict[str, Any], decimals: int, write: Callable[[float | None, int], str] = number
 ) -> str:
-    """The limits of an interval; "" where it has none."""
+    """The limits of an interval; "" if it has none."""
     low = finite(interval.get("low"))
     high = finite(interval.get("high"))
     if low is None or high is None:
@@ -266,7 +266,7 @@ def _average(values: list[float], decimals: int) -> Cell:
 
 
 def every_run(study: Study, metric_words: str) -> Table:
-    """A row for each run: its state, and the reason where it failed."""
+    """A row for each run: its state, and the reason if it failed."""
     titles = ["variant", "seed", "state", metric_words, "time", "folder"]
     some_failed = any(run.reason for run in study.runs)
     if some_failed:

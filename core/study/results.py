@@ -91,7 +91,7 @@ def _compared_values(variant: Variant) -> dict[str, Any]:
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Every plain value by its key path; a whole list where it holds no sections."""
+    """Every plain value by its key path; a whole list if it holds no sections."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(value, dict):
         items = value.items()
@@ -107,7 +107,7 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _summary(job: Job) -> Any:
-    """A finished run's `summary.json`; None where it cannot be read."""
+    """A finished run's `summary.json`; None if it cannot be read."""
     try:
         return json.loads((job.path / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -115,7 +115,7 @@ def _summary(job: Job) -> Any:
 
 
 def value_of(job: Job, metric: str) -> float | None:
-    """The metric of a finished run; None where it has none or it is not a finite number."""
+    """The metric of a finished run; None if it has none or it is not a finite number."""
     summary = _summary(job)
     if summary is None:
         return None

@@ -136,7 +136,7 @@ def _beginning(folder: SweepFolder, command: str) -> dict[str, str]:
 
 
 def _pool(folder: SweepFolder, workers: int, ray: str | None) -> Pool:
-    """A Ray cluster where an address is given, else processes on this machine."""
+    """A Ray cluster if an address is given, else processes on this machine."""
     if ray is not None:
         return RayPool(ray)
 

@@ -136,7 +136,7 @@ class SweepSchema:
 
 
 def _replaced(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:
-    """The reason why one of the overrides would be silently replaced; None where none would be."""
+    """The reason why one of the overrides would be silently replaced; None if none would be."""
     for key in keys:
         if key == "seed":
             return "seed is given by `seeds`"

@@ -34,7 +34,7 @@ def routed(
 
 
 def kept(routing: Routing) -> Tensor:
-    """The mask `kept_A` of a routing, all True where it is None."""
+    """The mask `kept_A` of a routing, all True if it is None."""
     if routing.kept_A is None:
         return torch.ones_like(routing.token_A, dtype=torch.bool)
     return routing.kept_A

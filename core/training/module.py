@@ -187,7 +187,7 @@ class TrainingModule(L.LightningModule):
         return norm
 
     def _clip(self, norm: Tensor) -> None:
-        """Scales the gradients down to the norm `gradient_clip` where they are larger."""
+        """Scales the gradients down to the norm `gradient_clip` if they are larger."""
         if self.gradient_clip is not None:
             parameters = self.model.parameters()
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)

@@ -74,7 +74,7 @@ def component_metrics(totals: WindowTotals) -> dict[str, Tensor]:
 
 
 def as_scalar(value: Tensor | float) -> Tensor:
-    """A scalar for the loggers: a tensor as fp32, a number as fp64 with NaN where it is not finite."""
+    """A scalar for the loggers: a tensor as fp32, a number as fp64 with NaN if it is not finite."""
     if isinstance(value, Tensor):
         return value.detach().float()
     if not math.isfinite(value):

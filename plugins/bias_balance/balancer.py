@@ -70,7 +70,7 @@ class Bias(ExactState, Balancer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets biases that change no selection: zeros, or ones where they multiply."""
+        """Sets biases that change no selection: zeros, or ones if they multiply."""
         neutral = 0.0 if self.config.form == "additive" else 1.0
         self.bias.fill_(neutral)
 

@@ -45,7 +45,7 @@ class ForcedBalanceRouter(LearnedRouter):
             if not 1 <= self.top_k <= parent.experts:
                 raise ConfigError("top_k", f"must be between 1 and experts = {parent.experts}")
             if not 0 < self.scale < float("inf"):
-                raise ConfigError("scale", "must be positive and finite")
+                raise ConfigError("scale", "must be more than 0 and finite")
 
     def route(
         self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext

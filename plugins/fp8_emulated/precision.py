@@ -133,7 +133,7 @@ class EmulatedFP8(FP8Precision):
         return found
 
     def _saved(self, role: str) -> Format | None:
-        """The format in which a role's input is saved; None where it is saved as it is."""
+        """The format in which a role's input is saved; None if it is saved as it is."""
         if self.config.weight_gradient == "te":
             return None
         if any(fnmatchcase(role, pattern) for pattern in self.config.e5m6):

@@ -150,7 +150,7 @@ class NativeRounding(Rounding):
         return [whole.part(*span).transposed() for span in spans(len(stored.codes), ends_E)]
 
     def _owned(self, x_AI: Tensor, ends_E: Tensor | None) -> Tensor:
-        """x with the rows of no expert set to 0, where they would change the one scale of all."""
+        """x with the rows of no expert set to 0, if they would change the one scale of all."""
         if ends_E is None or self.tiles.rows != WHOLE:
             return x_AI
         rows_A = torch.arange(len(x_AI), device=x_AI.device)

@@ -52,7 +52,7 @@ class GShardRouter(TokenGroupRouter):
         )
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` for a negative capacity, or where there are no two experts."""
+            """Raises `ConfigError` for a negative capacity, or if there are no two experts."""
             if not 0 <= self.capacity_factor < float("inf"):
                 raise ConfigError("capacity_factor", "must be at least 0 and finite")
             if parent.experts < 2:

@@ -225,7 +225,8 @@ def test_an_unknown_part_is_refused_with_those_there_are(tmp_path: Path) -> None
     done = run("speeed", "--quick", "--device", "cpu", "--out", tmp_path / "out")
     assert done.returncode == 2
     assert (
-        "speeed: is no part; allowed: tests, correctness, fp8, speed, layer, profile" in done.stderr
+        "speeed: is not a part; allowed: tests, correctness, fp8, speed, layer, profile"
+        in done.stderr
     )
 
 
