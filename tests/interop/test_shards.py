@@ -1,4 +1,4 @@
-"""Reading and writing safetensors, held against the safetensors library."""
+"""Reading and writing safetensors, compared with the safetensors library."""
 
 from pathlib import Path
 
