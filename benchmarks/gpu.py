@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     for part in arguments.parts:
         if part not in PARTS:
-            raise UserError(f"{part}: is no part; allowed: {', '.join(PARTS)}")
+            raise UserError(f"{part}: is not a part; allowed: {', '.join(PARTS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: there is no GPU that torch can use; --device cpu --quick is a dry run"

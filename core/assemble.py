@@ -66,7 +66,8 @@ def build(
     """
     context = _context(recipe, precision or make(recipe.precision))
     context = replace(context, token_counts=token_counts)
-    with torch.device("meta" if parallelize else device), _float_default():
+    first_device = "meta" if parallelize else device
+    with torch.device(first_device), _float_default():
         try:
             model = _model(recipe, context)
         except SectionError as error:

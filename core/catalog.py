@@ -149,7 +149,8 @@ def _capabilities(slot: str, meanings: dict[str, str]) -> Iterator[str]:
     explained = any(meanings.values())
     yield f"capabilities: a {slot} that" if explained else "capabilities:"
     for word, meaning in meanings.items():
-        yield from _wrapped(f"  {word}: {meaning}" if meaning else f"  {word}", "      ")
+        line = f"  {word}: {meaning}" if meaning else f"  {word}"
+        yield from _wrapped(line, "      ")
 
 
 def _keys(schema: dict[str, Any], indent: str) -> Iterator[str]:

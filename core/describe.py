@@ -282,7 +282,8 @@ def _block_ranges(blocks: list[str]) -> str:
             ranges.append([number])
     texts: list[str] = []
     for first, *rest in ranges:
-        texts.append(f"{first}-{rest[-1]}" if rest else str(first))
+        text = f"{first}-{rest[-1]}" if rest else str(first)
+        texts.append(text)
     shown = ",".join(texts)
     of_heads = len(blocks) - len(numbers)
     if of_heads > 0:

@@ -146,7 +146,7 @@ class Display:
             status: how that run ended.
             done: how many runs have ended.
             total: how many runs the sweep has.
-            left: seconds until the end of the sweep, estimated; None where there is no estimate.
+            left: seconds until the end of the sweep, estimated; None if there is no estimate.
         """
         if job is None:
             self.bar.update(self.task, completed=done, total=total)
@@ -195,8 +195,10 @@ def _table_lines(rows: list[list[str]]) -> list[str]:
     for row in rows:
         cells: list[str] = []
         for index, width in enumerate(widths):
-            left_aligned = index in (0, last)
-            cells.append(row[index].ljust(width) if left_aligned else row[index].rjust(width))
+            if index in (0, last):
+                cells.append(row[index].ljust(width))
+            else:
+                cells.append(row[index].rjust(width))
         lines.append("  ".join(cells).rstrip())
     rule = "-" * max(map(len, lines))
     return [lines[0], rule, *lines[1:]]

@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> None:
 def command_names() -> list[str]:
     """Returns the names of the modules of `core` that are commands: those that define `main` and `parser`.
 
-    The modules are read, not imported, because importing one that is no command may import torch.
+    The modules are read, not imported, because importing one that is not a command may import torch.
     """
     return [file.stem for file in sorted(Path(*core.__path__).glob("*.py")) if _is_command(file)]
 

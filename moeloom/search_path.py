@@ -15,7 +15,7 @@ def leave_out_current_folder() -> None:
 
     PYTHONSAFEPATH does the same in the Python processes that a command starts: the runs of a sweep, and further ranks.
     In a checkout the current folder stays first, because `core` is imported from there. Modules of the current folder
-    can still be imported where a recipe names one: the folder is then put at the end of the search path.
+    can still be imported if a recipe names one: the folder is then put at the end of the search path.
     """
     current = Path.cwd().resolve()
     if sys.path and Path(sys.path[0]).resolve() == current:

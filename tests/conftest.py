@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Do not import files whose every test is in the tier `full` when it is not run; None lets pytest decide."""
+    """Ignores files whose every test is in the tier `full` if it is not run; None lets pytest decide."""
     named = {Path(argument.partition("::")[0]).resolve() for argument in config.args}
     if config.option.markexpr == "not full" and collection_path not in named:
         return True if is_full(collection_path) else None
@@ -29,7 +29,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the files that `tests/tiers.py` lists; `pytest -m full` runs them, plain `pytest` all others."""
+    """Marks the files that `tests/tiers.py` lists; `pytest -m full` runs them, plain `pytest` all others."""
     for item in items:
         if is_full(item.path):
             item.add_marker(pytest.mark.full)

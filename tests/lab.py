@@ -70,7 +70,7 @@ trainer: {{enable_progress_bar: false}}
 
 
 def write_texts(folder: Path, count: int = 31, words: int = 14) -> None:
-    """Write made-up documents, of which number 10 and number 30 are held out."""
+    """Writes made-up documents, of which number 10 and number 30 are held out."""
     folder.mkdir(parents=True)
     draw = random.Random(0)
     vocabulary = ["".join(draw.choices("abcdefghijkl", k=draw.randint(2, 6))) for _ in range(60)]
@@ -123,11 +123,11 @@ class Lab:
         self.file.write_text(SMALL.format(texts=self.texts), encoding="utf-8")
 
     def recipe(self, *overrides: str) -> Recipe:
-        """Compose the small recipe with overrides."""
+        """Composes the small recipe with overrides."""
         return compose(self.file, overrides)
 
     def fit(self, folder: Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
-        """Train a whole run in this process; returns its summary."""
+        """Trains a whole run in this process; returns its summary."""
         return fit(self.recipe(*overrides), RunFolder(folder), resume=resume, say=lambda _: None)
 
     def train(
@@ -137,7 +137,7 @@ class Lab:
         callbacks: Sequence[L.Callback] = (),
         model: Callable[[Any], None] = lambda _: None,
     ) -> TrainingModule:
-        """Train without a run folder, on the recipe's own windows or on given ones.
+        """Trains without a run folder, on the recipe's own windows or on given ones.
 
         Args:
             windows: windows to read instead of the corpus.
@@ -181,19 +181,19 @@ class Lab:
         return module
 
     def command(self, name: str, *arguments: str | Path) -> CommandResult:
-        """Run `python -m core.NAME ...` in a forked process."""
+        """Runs `python -m core.NAME ...` in a forked process."""
         return forked(lambda: run_command_here(name, *arguments))
 
 
 def run_command_here(name: str, *arguments: str | Path) -> None:
-    """Run a command in this process as `python -m core.NAME ...` would; it ends with SystemExit."""
+    """Runs a command in this process as `python -m core.NAME ...` would; it ends with SystemExit."""
     command = importlib.import_module(f"core.{name}")
     sys.argv = [f"core/{name}.py", *map(str, arguments)]
     importlib.import_module("core.command").run_command(command.main, command.parser())
 
 
 def forked(work: Callable[[], object], seconds: float = 120.0) -> CommandResult:
-    """Do something in a forked process; if a signal ends it, the code is 128 + its number, as in a shell."""
+    """Does something in a forked process; if a signal ends it, the code is 128 + its number, as in a shell."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -212,7 +212,7 @@ def forked(work: Callable[[], object], seconds: float = 120.0) -> CommandResult:
 
 
 def _child(work: Callable[[], object], seconds: float) -> int:
-    """Do the work in the forked process, within some seconds; returns its exit code."""
+    """Does the work in the forked process, within some seconds; returns its exit code."""
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -232,7 +232,7 @@ def _child(work: Callable[[], object], seconds: float) -> int:
 
 @contextmanager
 def small_disk(folder: Path, *, kilobytes: int) -> Iterator[Path]:
-    """Mount a file system of that size at `folder`; the test is skipped where none can be mounted."""
+    """Mounts a file system of that size at `folder`; the test is skipped where none can be mounted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
     if os.geteuid() != 0:
@@ -247,7 +247,7 @@ def small_disk(folder: Path, *, kilobytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """Fill a disk to the last byte."""
+    """Fills a disk to the last byte."""
     with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
         while filler.write(bytes(1 << 12)) == 1 << 12:
             pass
@@ -286,7 +286,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Assert that nested containers hold the same tensors, bit by bit, and the same other values."""
+    """Asserts that nested containers hold the same tensors, bit by bit, and the same other values."""
     one = flat(actual)
     two = flat(expected)
     assert one.keys() == two.keys()
@@ -299,7 +299,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 def assert_same_run(actual: Path, expected: Path) -> None:
-    """Assert that two run folders hold the same bits, the same rows and the same checkpoints."""
+    """Asserts that two run folders hold the same bits, the same rows and the same checkpoints."""
     one = last_checkpoint(actual)
     two = last_checkpoint(expected)
     for key in ("state_dict", "optimizer_states"):

@@ -30,7 +30,7 @@ BINS = 16
 
 @hookimpl
 def register(registry: Any) -> None:
-    """Register all components of this module."""
+    """Registers all components of this module."""
     registry.attention("watched", "own_parts:WatchedAttention")
     registry.ffn("watched", "own_parts:WatchedDense")
     registry.balancer("histogram", "own_parts:Histogram")
@@ -40,7 +40,7 @@ class Watched(LayerExtras):
     """A layer with a loss that keeps its output small, with metrics, and with a tally of token ids by residue."""
 
     def start_watching(self, alpha: float) -> None:
-        """Set up the loss and the counters; the part of `__init__` that all watched layers share."""
+        """Sets up the loss and the counters; the part of `__init__` that all watched layers share."""
         self.alpha = alpha
         self.ended: list[tuple[StepTotals, Progress]] = []
         self.residues_R: Tensor

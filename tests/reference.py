@@ -74,7 +74,7 @@ class Outcome:
     loads: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, kind: str, name: str, value: Tensor, count: int) -> None:
-        """Add to a loss's sum and count; `kind` is terms or balance."""
+        """Adds to a loss's sum and count; `kind` is terms or balance."""
         table = getattr(self, kind)
         total, counted = table.get(name, (torch.zeros((), dtype=torch.float64), 0))
         table[name] = (total + value, counted + count)

@@ -1,4 +1,4 @@
-"""Measure how dense the code is and whether its words are the field's.
+"""Measures how dense the code is and whether its words are the field's.
 
     python tools/readable.py                 figures per 1,000 lines of core, plugins and moeloom, beside their limits
     python tools/readable.py --list          and the place of each docstring, text and word that is over a limit
@@ -30,9 +30,14 @@ TEXT = (
     "examples",
     "tools",
     "recipes",
+    "records",
     "README.md",
+    "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "pyproject.toml",
 )
+"""Folders and files that are searched for retired words and names; the fields of JSON files stay as they are."""
+ENDINGS = {".py", ".md", ".yaml", ".j2", ".js", ".txt", ".toml"}
 LONG = 105
 LIMITS = {
     "packed assignments": 5,
@@ -43,10 +48,13 @@ LIMITS = {
 """Per 1,000 lines. Docstrings and texts that begin with a preposition, and retired words, may not occur at all."""
 
 PREPOSITION = re.compile(
-    r"(Of|By|In|With|Without|As|For|Off|From|To|At|Under|Over|Beside|Between|Twice)\b"
+    r"(Of|By|In|With|Without|As|For|Off|From|To|At|Under|Over|Beside|Between|Twice"
+    r"|Before|After|On|Up to|About|Against|Until|Since)\b"
 )
-QUANTITY = re.compile(r"At (least|most)\b")
-"""What begins with a preposition and is a noun phrase nevertheless ("at most 16 characters")."""
+"""The first line of alternatives gives the figures of the base (commit 44f368f^): 76 docstrings of functions and
+classes, 120 other explanations. The second line was added later; with both, the base has 86 and 125."""
+QUANTITY = re.compile(r"At (least|most)\b|(Up to|About|Over|Under) \d")
+"""What begins with a preposition and is a noun phrase nevertheless ("at most 16 characters", "up to 16")."""
 
 EXPLANATIONS = ("doc", "help", "description")
 """Arguments that hold the explanation of a recipe's key, of an option or of a command."""
@@ -84,17 +92,38 @@ NAMES = (
 )
 """Identifiers that have a plain name now; in documentation they count between backticks."""
 
+DEFINITIONS = (
+    "Seen",
+    "Move",
+    "Kind",
+    "Piece",
+    "Origin",
+    "Loaded",
+    "Tensors",
+    "Paths",
+    "Best",
+    "Bar",
+    "Shared",
+    "Formats",
+    "denominators",
+    "_in_scope",
+    "refuses",
+)
+"""Names that are retired too, but are also words of a sentence: only what defines them counts (`class X`, `def X`)."""
+
 FILES = ("door", "asked", "moves", "capacity")
 """Names of modules that are called something else now."""
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "tools/readable.py": (*WORDS, *NAMES),
     "docs/migration.md": NAMES,
+    "CHANGELOG.md": ("deepseek_routing", "lightning_parts"),
 }
 """Files that have to name what was retired, with what they may name."""
 
 _WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(WORDS)})(?![A-Za-z])", re.IGNORECASE)
 _NAME = re.compile(rf"\b({'|'.join(NAMES)})\b")
+_DEFINITION = re.compile(rf"\b(?:class|def) +(?:{'|'.join(DEFINITIONS)})\b|^ *refuses *[:=]")
 
 
 @dataclass
@@ -127,7 +156,7 @@ class Measure:
 
 
 def measure(root: Path) -> Measure:
-    """Count everything in a checkout."""
+    """Counts everything in a checkout."""
     found = Measure()
     for file in _files(root, CODE, {".py"}):
         source = file.read_text(encoding="utf-8")
@@ -145,7 +174,7 @@ def measure(root: Path) -> Measure:
                 found.prepositions.append(f"{file.relative_to(root)}:{node.lineno} {node.name}")
         if file.stem in FILES:
             found.retired.append(f"{file.relative_to(root)} (the name of the file)")
-    for file in _files(root, TEXT, {".py", ".md", ".yaml", ".j2", ".js", ".txt"}):
+    for file in _files(root, TEXT, ENDINGS):
         found.retired += retired_in(file.relative_to(root).as_posix(), file.read_text("utf-8"))
     return found
 
@@ -164,7 +193,7 @@ def retired_in(name: str, text: str) -> list[str]:
         code = line
         if not name.endswith(".py"):
             code = " ".join(re.findall("`([^`]*)`", line))
-        words += _NAME.findall(code)
+        words += _NAME.findall(code) + _DEFINITION.findall(line)
         places += [f"{name}:{number} {word}" for word in words if word.lower() not in allowed]
     return places
 
@@ -241,7 +270,7 @@ def _lacks_its_subject(text: str) -> bool:
 
 
 def main() -> int:
-    """Print the figures; the exit code says whether they are within their limits."""
+    """Prints the figures; the exit code says whether they are within their limits."""
     parser = argparse.ArgumentParser(
         description="how dense the code is, and whether its words are the field's"
     )

@@ -31,7 +31,7 @@ class Command(TypedDict):
 
 
 def run_forked(command: Command, out: Path, err: Path) -> int:
-    """Run a command in a forked process with its output in two files; returns its exit code."""
+    """Runs a command in a forked process with its output in two files; returns its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -42,7 +42,7 @@ def run_forked(command: Command, out: Path, err: Path) -> int:
 
 
 def _run_here(command: Command, out: Path, err: Path) -> int:
-    """Run a command in this process with its output in two files; returns its exit code."""
+    """Runs a command in this process with its output in two files; returns its exit code."""
     with out.open("w", encoding="utf-8") as stdout, err.open("w", encoding="utf-8") as stderr:
         os.dup2(stdout.fileno(), 1)
         os.dup2(stderr.fileno(), 2)
@@ -60,14 +60,14 @@ def _run_here(command: Command, out: Path, err: Path) -> int:
 
 
 def run_process(command: Command, out: Path, err: Path) -> int:
-    """Run a command as a process of its own; returns its exit code."""
+    """Runs a command as a process of its own; returns its exit code."""
     line = [sys.executable, "-m", command["module"], *command["arguments"]]
     with out.open("wb") as stdout, err.open("wb") as stderr:
         return subprocess.run(line, stdout=stdout, stderr=stderr, check=False).returncode
 
 
 def main() -> None:
-    """Run the commands that a folder's `commands.json` lists; write `exit_codes.json` and their logs there."""
+    """Runs the commands that a folder's `commands.json` lists; writes `exit_codes.json` and their logs there."""
     import lightning  # noqa: F401 - imported once, for every forked command
     import torch  # noqa: F401
 

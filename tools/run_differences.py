@@ -117,7 +117,8 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
         return {path: value}
     found = {}
     for key, item in items:
-        found.update(leaves(item, f"{path}.{key}" if path else str(key)))
+        inner = f"{path}.{key}" if path else str(key)
+        found.update(leaves(item, inner))
     return found
 
 

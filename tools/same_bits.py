@@ -1,4 +1,4 @@
-"""Show that a change moved no number: train a base commit and the working tree on this machine and compare the bits.
+"""Shows that a change moved no number: trains a base commit and the working tree on this machine, compares the bits.
 
     python tools/same_bits.py main~3                     every case
     python tools/same_bits.py HEAD --only dsv3_small     one case, against the uncommitted changes
@@ -109,7 +109,7 @@ class Side:
         return {**os.environ, **fixed, **own, "PYTHONDONTWRITEBYTECODE": "1"}
 
     def write_metadata(self) -> None:
-        """Register this version's plugins as an installed distribution would, in place of the installed one."""
+        """Registers this version's plugins as an installed distribution would, in place of the installed one."""
         text = (self.source / "pyproject.toml").read_text(encoding="utf-8")
         project = tomllib.loads(text)["project"]
         info = self.folder / "site" / "moeloom-0.dist-info"
@@ -120,7 +120,7 @@ class Side:
         (info / "entry_points.txt").write_text("[moeloom.plugins]\n" + "".join(lines))
 
     def run(self, commands: Sequence[Command]) -> "subprocess.Popen[bytes]":
-        """Start a worker that runs some commands one after the other and writes their exit codes."""
+        """Starts a worker that runs some commands one after the other and writes their exit codes."""
         (self.folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
         worker = [sys.executable, str(TOOLS / "run_cases.py"), str(self.folder)]
         return subprocess.Popen(worker, cwd=self.source, env=self.environment())
@@ -169,7 +169,7 @@ def both_sides(base: str, folder: Path) -> Iterator[tuple[Side, Side]]:
 
 
 def write_corpus(folder: Path) -> None:
-    """Write 31 made-up documents; the 11th and the 31st are the validation split."""
+    """Writes 31 made-up documents; the 11th and the 31st are the validation split."""
     folder.mkdir(parents=True)
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijkl", k=draw.randint(2, 6))) for _ in range(80)]
@@ -221,7 +221,7 @@ def fit_arguments(case: Case, corpus: Path, steps: int, out: Path) -> list[str]:
 
 
 def train_both(sides: tuple[Side, Side], cases: Sequence[Case], corpus: Path, steps: int) -> None:
-    """Run every case on both sides, both sides at once."""
+    """Runs every case on both sides, both sides at once."""
     workers = []
     for side in sides:
         commands = []
@@ -306,7 +306,7 @@ def _second_differences(
 
 
 def _forget_second_half(folder: Path) -> None:
-    """Reduce a finished run folder to what a kill after its first checkpoint would leave."""
+    """Reduces a finished run folder to what a kill after its first checkpoint would leave."""
     checkpoints = sorted((folder / "checkpoints").glob("step-*.ckpt"))
     for file in checkpoints[1:]:
         file.unlink()
@@ -336,7 +336,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Compare both versions and print a report; returns the exit code."""
+    """Compares both versions and prints a report; returns the exit code."""
     arguments = parser().parse_args()
     if arguments.steps < 2 or arguments.steps % 2:
         parser().error(f"--steps {arguments.steps}: must be an even number of at least 2")

@@ -45,7 +45,7 @@ def section_of(text: str) -> Section:
 
 
 def obstacle(section: Section, device: str) -> str | None:
-    """The reason why a precision cannot run on this device, in the words of the precision; None where it can."""
+    """The reason why a precision cannot run on this device, in the words of the precision; None if it can."""
     cuda = device == "cuda"
     capability = torch.cuda.get_device_capability() if cuda else None
     why: str | None = section.component.requires(

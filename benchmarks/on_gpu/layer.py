@@ -90,9 +90,8 @@ def measure(lab: Lab, load: str) -> dict[str, Any]:
     context = SequenceContext.of(torch.zeros(1, _tokens(lab), dtype=torch.int64, device=lab.device))
     forwards, both, left_out, paths, load_E = {}, {}, {}, {}, None
     for name, (section, compiled) in VERSIONS.items():
-        made = attempt(
-            make_layer, lab, load, "{name: fp32}" if lab.device == "cpu" else section, owner
-        )
+        on_device = "{name: fp32}" if lab.device == "cpu" else section
+        made = attempt(make_layer, lab, load, on_device, owner)
         if failed(made):
             left_out[name] = made
             continue

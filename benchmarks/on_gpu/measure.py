@@ -170,7 +170,8 @@ def ceilings(device: str, *, quick: bool) -> dict[str, Any]:
     found["fp32"] = matmul_rate(device, torch.float32, side)
     found["fp8"] = fp8_rate(side) if device == "cuda" else found["bf16"]
     found["fp8_tiles"] = tile_rate(side) if device == "cuda" else None
-    found["bytes"] = copy_rate(device, 2**22 if quick else 2**32)
+    size = 2**22 if quick else 2**32
+    found["bytes"] = copy_rate(device, size)
     release()
     return found
 

@@ -42,15 +42,14 @@ def run(lab: Lab) -> dict[str, Any]:
 
 def one_step(lab: Lab, name: str) -> dict[str, Any]:
     """The seconds of each kind, the longest kernels, and the gaps, largest first."""
-    recipe = SHAPES[name].compose(
-        "{name: bf16}" if lab.device == "cuda" else "{name: fp32}", quick=lab.quick
-    )
+    section = "{name: bf16}" if lab.device == "cuda" else "{name: fp32}"
+    recipe = SHAPES[name].compose(section, quick=lab.quick)
     stepper = Stepper.of(recipe, lab.device, compiled=True)
-    for _ in range(1 if lab.quick else 4):
+    warmups = 1 if lab.quick else 4
+    repetitions = 1 if lab.quick else 5
+    for _ in range(warmups):
         stepper.step()
-    wall = statistics.median(
-        seconds_of(stepper.step, lab.device) for _ in range(1 if lab.quick else 5)
-    )
+    wall = statistics.median(seconds_of(stepper.step, lab.device) for _ in range(repetitions))
     flops = _flops(stepper)
     with profiled(lab.device) as found:
         seconds_of(stepper.step, lab.device)

@@ -66,7 +66,7 @@ class Process:
             self.running.wait()
 
     def last_line(self) -> str:
-        """The last line of the output, or the last error message of a command where there is one."""
+        """The last line of the output, or the last error message of a command if there is one."""
         lines = [
             line.strip()
             for line in self.log.read_text("utf-8", "replace").splitlines()

@@ -48,10 +48,10 @@ def export(recipe: Recipe, stepper: Stepper, folder: Path) -> None:
         {name: tensor.detach().cpu() for name, tensor in stepper.model.state_dict().items()}
     )
     pieces, specs = list(made.tensor_mappings(config, values, None)), model_specs(weights)
-    theirs = {
-        piece.theirs: TensorSpec(torch.float32 if piece.exact else torch.bfloat16, piece.shape)
-        for piece in pieces
-    }
+    theirs = {}
+    for piece in pieces:
+        dtype = torch.float32 if piece.exact else torch.bfloat16
+        theirs[piece.theirs] = TensorSpec(dtype, piece.shape)
     memory = _Memory(theirs)
     for op in export_ops(pieces, specs, theirs):
         op.run(weights, memory)

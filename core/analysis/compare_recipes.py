@@ -29,7 +29,7 @@ LEGEND = (
     "excluded, output included. FLOPs: training, causal attention, all loss heads; dropped assignments count as done. "
     "±%: against the first recipe. KV: bytes of cache per token, 2 an element. top k: assignments per token. "
     "capacity: what an expert or a device takes in training at most, over its even share. "
-    "drops: assignments may be left undone in training. causal: no output depends on what a later token is. "
+    "drops: assignments may be dropped in training. causal: no output depends on what a later token is. "
     "batch dep.: an output may depend on other sequences of its micro-batch."
 )
 """What the columns mean."""
@@ -71,17 +71,20 @@ def _row(name: str, document: dict[str, Any], first: dict[str, Any]) -> list[str
             cells.append("")
         else:
             cells.append(against(document[key], first[key]))
-    capacity = document["capacity_factor"]
     cells.append(str(document["kv_bytes_per_token"]))
     cells.append(str(document["top_k"] or "-"))
-    cells.append("none" if capacity is None else f"{capacity:g}")
+    capacity = "none"
+    if document["capacity_factor"] is not None:
+        capacity = f"{document['capacity_factor']:g}"
+    cells.append(capacity)
     for promise in PROMISES:
-        cells.append("yes" if document[promise] else "no")
+        answer = "yes" if document[promise] else "no"
+        cells.append(answer)
     return cells
 
 
 def against(value: float, base: float) -> str:
-    """The distance of a value from another: in percent, as a factor from twice on, "-" where one of them is 0."""
+    """The distance of a value from another: in percent, as a factor from twice on, "-" if one of them is 0."""
     if not value or not base:
         return "-"
     if value >= 2 * base:

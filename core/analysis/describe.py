@@ -305,7 +305,7 @@ def plugins(recipe: Recipe) -> list[dict[str, str]]:
 
 
 def unmet_requirements(recipe: Recipe) -> list[str]:
-    """The reasons why the recipe cannot run on this machine; empty where it can."""
+    """The reasons why the recipe cannot run on this machine; empty if it can."""
     environment = Environment("cpu", None, torch.version.cuda)
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()

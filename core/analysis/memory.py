@@ -47,7 +47,7 @@ CONVENTION = (
 
 
 @dataclass
-class States:
+class StateBytes:
     """Parameters and bytes on one GPU that do not depend on the batch.
 
     Args:
@@ -60,8 +60,8 @@ class States:
     gradients: int = 0
     optimizer: int = 0
 
-    def __add__(self, other: "States") -> "States":
-        return States(
+    def __add__(self, other: "StateBytes") -> "StateBytes":
+        return StateBytes(
             self.parameters + other.parameters,
             self.weights + other.weights,
             self.gradients + other.gradients,
@@ -80,7 +80,7 @@ class Stage:
     """
 
     blocks: list[str] = field(default_factory=list)
-    states: States = field(default_factory=States)
+    states: StateBytes = field(default_factory=StateBytes)
     activations: ActivationBytes = field(default_factory=ActivationBytes)
 
 
@@ -208,15 +208,15 @@ class _Counter:
             last.activations += head_activations(head, output, self.products, self.widths)
         return stages
 
-    def states(self, module: nn.Module, without: Collection[nn.Parameter] = ()) -> States:
+    def states(self, module: nn.Module, without: Collection[nn.Parameter] = ()) -> StateBytes:
         """The states of a part of the model on one GPU; what is spread unevenly is rounded up."""
-        total = States()
+        total = StateBytes()
         for parameter in module.parameters():
             if parameter not in without:
                 total += self._parameter_states(parameter)
         return total
 
-    def _parameter_states(self, parameter: nn.Parameter) -> States:
+    def _parameter_states(self, parameter: nn.Parameter) -> StateBytes:
         """The states of one parameter by ZeRO-1 (Rajbhandari et al., arXiv 1910.02054, section 5.1).
 
         A working copy in another format than the parameter's leaves the parameter itself to the optimizer, as its
@@ -233,7 +233,7 @@ class _Counter:
         master = held * own_bytes if working_bytes != own_bytes else 0
         moments = self.optimizer.state_bytes(parameter) * held // parameter.numel()
         optimizer = -(-(master + moments) // (ranks * self.copies))  # rounded up
-        return States(held, held * working_bytes, held * own_bytes, optimizer)
+        return StateBytes(held, held * working_bytes, held * own_bytes, optimizer)
 
 
 def _row(
@@ -253,7 +253,7 @@ def _row(
         mirror = layout.pipeline - 1 - index
         waiting = {index: layout.pipeline - index, mirror: index + 1}
     held = [stages[stage] for stage in waiting]
-    states = sum((stage.states for stage in held), start=States())
+    states = sum((stage.states for stage in held), start=StateBytes())
     fixed = states.weights + states.gradients + states.optimizer
     activations = {}
     total = {}

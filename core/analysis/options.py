@@ -13,8 +13,8 @@ class DescribeOptions:
         layout: GPUs to lay the model out over; None: none.
         sequences: how many a GPU takes at once; None: as `core.analysis.parallel_layout.traffic` says.
         schedule: the pipeline's schedule.
-        mfu: the part of the peak that training gets; None: the published one, where it fits.
-        tflops: a GPU's dense peak in TFLOPS; None: an H800's, where it fits.
+        mfu: the part of the peak that training gets; None: the published one, if it fits.
+        tflops: a GPU's dense peak in TFLOPS; None: an H800's, if it fits.
     """
 
     layout: ParallelLayout | None = None

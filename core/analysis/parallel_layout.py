@@ -39,7 +39,7 @@ def parse(text: str) -> ParallelLayout:
     """Parses `data=128,expert=64,pipeline=16`; an axis that is left out has size 1.
 
     Raises:
-        UserError: an unknown or repeated axis, or a size that is no whole number of at least 1.
+        UserError: an unknown or repeated axis, or a size that is not a whole number of at least 1.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -153,7 +153,7 @@ def traffic(
 
 
 def _check_dualpipe(stages: int, batches: int, sequences: int) -> None:
-    """Raises `UserError` where DualPipe cannot run micro-batches of so many sequences on the stages."""
+    """Raises `UserError` if DualPipe cannot run micro-batches of so many sequences on the stages."""
     if stages % 2:
         raise UserError(
             f"--schedule: dualpipe needs an even number of stages, and pipeline = {stages}"

@@ -124,7 +124,7 @@ def _slot_page(slot: str) -> str:
 
 
 def _capabilities(slot: str, words: dict[str, str]) -> Iterator[str]:
-    """The table of the capabilities that a slot's contract lists; nothing where it lists none."""
+    """The table of the capabilities that a slot's contract lists; nothing if it lists none."""
     if words:
         yield "## Capabilities"
         yield f"A {slot} that declares a word"

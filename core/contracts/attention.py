@@ -59,7 +59,7 @@ class Cache(ABC):
     def slots(self, new: int) -> Tensor | None:
         """The positions of each row's last `new` tokens in what `append` returned: int64 B x new.
 
-        None where they are the last `new` of the S positions in every row, which never holds under `constant_shapes`.
+        None if they are the last `new` of the S positions in every row, which never holds under `constant_shapes`.
         """
 
     def truncate(self, lengths_B: Tensor) -> None:

@@ -30,7 +30,7 @@ class Balancer(nn.Module, Component, ABC):
     Class attributes:
         scope: the tokens over which one loss is formed; an instance may set its own. `none`: no loss. `token` and
             `sequence`: each token or sequence by itself, so splitting a batch changes nothing. `batch`: all tokens of
-            the step, over micro-batches and data ranks, so splitting changes nothing either; where a step has several
+            the step, over micro-batches and data ranks, so splitting changes nothing either; if a step has several
             micro-batches, they are all read once more beforehand. `micro_batch`: all data ranks of one
             micro-batch, so accumulation does change it.
         needs: capabilities that the layer's router must have.
@@ -79,7 +79,7 @@ class Balancer(nn.Module, Component, ABC):
         """Updates the state from the int64 load and tallies of the whole step; called for every balancer."""
 
     def selection_bias(self) -> Tensor | None:
-        """The bias b_E that `adjust_scores` adds, for the run's log; None where there is none."""
+        """The bias b_E that `adjust_scores` adds, for the run's log; None if there is none."""
         return None
 
     def metrics(self) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class BuildContext:
         rope: rotary positions.
         norm_eps: epsilon of every RMSNorm.
         seed: the run's seed; with a layer, a step and a token's number it is the address of a random choice.
-        token_counts: returns how often each token occurs in the training data, int64 V; None where no data is at hand.
+        token_counts: returns how often each token occurs in the training data, int64 V; None if no data is at hand.
         block: builds one more block of the last kind, for heads that own blocks.
         residual: the recipe section of the residual stream between blocks.
         ropes: further rotary positions, by name.

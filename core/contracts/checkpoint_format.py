@@ -106,7 +106,7 @@ class CheckpointFormat(Component, ABC):
         Args:
             config: their configuration.
             recipe: ours, resolved: the one that `recipe_of` gave, or the one that gave `config`.
-            names: the tensors of the files where there are some: a format may have several layouts. None: the layout
+            names: the tensors of the files if there are some: a format may have several layouts. None: the layout
                 that other programs expect, without FP8 scales.
         """
 

@@ -32,7 +32,7 @@ class Costs:
 class Environment:
     """The machine that a run would use.
 
-    `fit`, `sweep` and `evaluate --device cuda` refuse to start where a component cannot run on it.
+    `fit`, `sweep` and `evaluate --device cuda` end with an error if a component cannot run on it.
 
     Args:
         device: the kind of device, `cpu` or `cuda`.

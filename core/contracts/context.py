@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """Returns the tensor itself, which is the sum over data ranks where there is one rank."""
+    """Returns the tensor itself, which is the sum over data ranks if there is one rank."""
     return tensor
 
 
@@ -22,9 +22,9 @@ class SequenceContext:
 
     Args:
         tokens_BL: int64 token ids.
-        positions_BL: int64 positions, B x L, or 1 x L where all sequences share them; in decoding they start at each
+        positions_BL: int64 positions, B x L, or 1 x L if all sequences share them; in decoding they start at each
             row's length in the cache.
-        targets_BL: the token that follows each token; None where nothing is to be predicted.
+        targets_BL: the token that follows each token; None if nothing is to be predicted.
         valid_BL: bool, False for padding, which counts nowhere: not in losses, load, capacity or FLOPs.
             None: every token is valid.
         documents_BM: int64 document of every input token and of the last target; None: attention and
@@ -57,7 +57,7 @@ class SequenceContext:
         return cls(tokens_BL, positions_L[None], **rest)
 
     def valid(self) -> Tensor:
-        """The mask valid_BL, all True where it is not given."""
+        """The mask valid_BL, all True if it is not given."""
         if self.valid_BL is None:
             return torch.ones_like(self.tokens_BL, dtype=torch.bool)
         return self.valid_BL

@@ -27,7 +27,7 @@ class Document:
 class Corpus(Component, ABC):
     """Yields documents; it knows nothing of tokens, splits or order.
 
-    A corpus is made from its `Config` alone. It raises `UserError` where the text cannot be read or
+    A corpus is made from its `Config` alone. It raises `UserError` if the text cannot be read or
     there is none. It must not import torch.
     """
 
@@ -53,7 +53,7 @@ class TokenBlock:
         tokens: ids, at least one; they are written into the stream as they are.
         learned: whether each token is learned where it is a target; None: all are.
         source: number of the source that the block comes from, from 0.
-        text_bytes: bytes of the text that the tokens stand for, for bits per byte; 0 where it is not known.
+        text_bytes: bytes of the text that the tokens stand for, for bits per byte; 0 if it is not known.
     """
 
     tokens: Sequence[int]
@@ -82,7 +82,7 @@ class TokenCorpus(Corpus):
 
     @abstractmethod
     def blocks(self, split: Split) -> Iterator[TokenBlock]:
-        """Yields every block of one side of the split, in order; none for `validation` where nothing is held out."""
+        """Yields every block of one side of the split, in order; none for `validation` if nothing is held out."""
 
     def documents(self) -> Iterator[Document]:
         """Yields nothing, because there is no text."""

@@ -39,7 +39,7 @@ ROLES = {
 """The usual roles: what a matrix product is for. A component declares others as its `roles`."""
 
 NEVER_LOW = ("embedding", "norm", "router")
-"""Roles that no recipe can make low: two are no products, and the router's contract requires fp32 or wider."""
+"""Roles that no recipe can make low: two are not products, and the router's contract requires fp32 or wider."""
 
 HIGH = ("embedding", "head", "router", "norm", "mtp.projection")
 """Roles that stay in high precision unless the recipe says otherwise.
@@ -128,13 +128,13 @@ class StepState(ABC):
     """A layer that keeps more than its weight from one optimizer step to the next: the largest values, for example.
 
     A forward or backward may only update this state by a maximum, so that recomputation, accumulation and a second
-    reading of a batch change nothing; only `end_step` may change what the next product does. The state is no part of
+    reading of a batch change nothing; only `end_step` may change what the next product does. The state is not part of
     the state dict, whose names are the same in every precision: checkpoints hold it beside the weights.
     """
 
     @abstractmethod
     def end_step(self, *, done: bool) -> None:
-        """Ends an optimizer step; where it was skipped (`done` is False), its values must be forgotten."""
+        """Ends an optimizer step; if it was skipped (`done` is False), its values must be forgotten."""
 
     def maxima(self) -> list[Tensor]:
         """The fp32 tensors that are set to their maximum over all data ranks before `end_step`."""
@@ -190,7 +190,7 @@ class Precision(Component, ABC):
         """
 
     def gradient_dtype(self, role: str) -> torch.dtype:
-        """The format of the output's gradient where it is an operand; by default that of the other operands."""
+        """The format of the output's gradient if it is an operand; by default that of the other operands."""
         return self.compute_dtype(role)
 
     def path(self, role: str) -> str:

@@ -40,7 +40,7 @@ class MeanMetric:
         return MeanMetric(self.sum + other.sum, self.count + other.count)
 
     def value(self) -> Tensor:
-        """The mean, fp64; 0 where nothing was counted."""
+        """The mean, fp64; 0 if nothing was counted."""
         return self.sum.double() / self.count.clamp(min=1)
 
 

@@ -88,8 +88,8 @@ CAPABILITIES = {
     "causal": "lets no token's output depend on what a later token is",
     "batch_dependent": "lets a token's output depend on the other sequences of its micro-batch",
     "learned": "learns which experts to choose",
-    "drops": "leaves some of its assignments undone",
-    "ordered": "treats experts by their number",
+    "drops": "drops some of its assignments",
+    "ordered": "treats experts differently by their index",
     "token_choice": "gives every token the same number of experts",
 }
 """What a router may declare, as the end of a sentence that begins with "a router that"."""

@@ -104,7 +104,7 @@ class Schedule:
         return named
 
     def check(self, parent: Any = None) -> None:
-        """Raises `ConfigError` where the knots do not rise, leave the run, or a moving segment has no target."""
+        """Raises `ConfigError` if the knots do not rise, leave the run, or a moving segment has no target."""
         begin = 0.0
         for index, segment in enumerate(self.segments):
             where = f"segments.{index}"
@@ -117,7 +117,7 @@ class Schedule:
                 why = "must be at most 1, the end of the run (unit: fraction)"
                 raise ConfigError(f"{where}.until", why)
             if segment.shape != "constant" and segment.to is None:
-                why = f"must be given where the shape is {segment.shape}"
+                why = f"must be given if the shape is {segment.shape}"
                 raise ConfigError(f"{where}.to", why)
             begin = segment.until
 

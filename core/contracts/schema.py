@@ -50,7 +50,8 @@ def children(slot: str, many: str, default: Any = NO_DEFAULT, *, doc: str) -> An
     """Declares a key that holds several components of `slot`; `many` is "list" or "mapping"."""
     metadata = {"doc": doc, "slot": slot, "many": many}
     if default is NO_DEFAULT:
-        return field(default_factory=list if many == "list" else dict, metadata=metadata)
+        container: type[Any] = list if many == "list" else dict
+        return field(default_factory=container, metadata=metadata)
     return field(default_factory=lambda: type(default)(default), metadata=metadata)
 
 

@@ -29,7 +29,7 @@ class NamedParameter:
         name: its name in the state dict.
         parameter: the weight.
         role: what the layer that owns it is for (`core.contracts.precision.ROLES`, or a component's `roles`); empty
-            where no layer with a role owns it.
+            if no layer with a role owns it.
         kind: the form of the weight.
     """
 
@@ -43,7 +43,7 @@ class OptimizerFactory(Component, ABC):
     """Makes torch optimizers and says which learning rate each step uses.
 
     Every weight is in exactly one group of one optimizer. Before each step a group's `lr` is set to the schedule's
-    value times the group's `lr_scale`, 1 where it has none.
+    value times the group's `lr_scale`, 1 if it has none.
 
     Class attributes:
         needs_whole_matrices: whether an update reads whole matrices (Muon, for example). A strategy that shards them

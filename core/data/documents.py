@@ -19,7 +19,7 @@ HELD_OUT = 10
 
 
 @dataclass(frozen=True)
-class Split:
+class CorpusSplit:
     """The documents of a corpus in order, split into training and validation.
 
     Args:
@@ -45,7 +45,7 @@ class Split:
         return self.documents[HELD_OUT::PERIOD]
 
 
-def read_split(corpus: Corpus) -> Split:
+def read_split(corpus: Corpus) -> CorpusSplit:
     """Reads and checks every document of a corpus, sorted by name.
 
     Empty documents are dropped before anything is counted. All bytes are held in memory, so a corpus of text
@@ -66,7 +66,7 @@ def read_split(corpus: Corpus) -> Split:
             )
     for document in kept:
         text_of(document)
-    return Split(kept, dropped=len(found) - len(kept))
+    return CorpusSplit(kept, dropped=len(found) - len(kept))
 
 
 def text_of(document: Document) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from core.contracts.corpus import Corpus, Document, TokenCorpus
 from core.data import cache
-from core.data.documents import Split, bytes_in, fingerprint, read_split, text_of
+from core.data.documents import CorpusSplit, bytes_in, fingerprint, read_split, text_of
 from core.data.prepared import Prepared
 from core.data.recorded import RecordedData, identity, list_documents
 from core.data.store import TokenStore, open_store, pack
@@ -57,7 +57,7 @@ def _checked(prepared: Prepared, recorded: RecordedData | None) -> Prepared:
     return prepared
 
 
-def _entry(key: str, split: Split, vocab: int, recorded: RecordedData | None) -> Path:
+def _entry(key: str, split: CorpusSplit, vocab: int, recorded: RecordedData | None) -> Path:
     """The cache entry of the documents' tokens, which is made if it does not exist.
 
     A tokenizer that is trained here is that of almost every recorded run; another library's version, or a bound on long
@@ -80,7 +80,7 @@ def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     return Tokenizer.load(folder / "tokenizer.json").to_json() == tokenizer.to_json()
 
 
-def _files(split: Split, own: Tokenizer | None, vocab: int) -> dict[str, cache.Writer]:
+def _files(split: CorpusSplit, own: Tokenizer | None, vocab: int) -> dict[str, cache.Writer]:
     """The writers of an entry's files: the tokenizer, and for each side its tokens and where documents start.
 
     Args:

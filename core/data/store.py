@@ -46,14 +46,14 @@ class TokenStore:
 def pack(
     documents: Iterable[Sequence[int]], vocab: int
 ) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
-    """Join encoded documents into one array of tokens, a marker before each; also returns the array of their starts."""
+    """Joins encoded documents into one array of tokens, a marker before each; also returns their starts."""
     return join((np.array([END, *ids]) for ids in documents), vocab)
 
 
 def join(
     pieces: Iterable[NDArray[Any]], vocab: int
 ) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
-    """Join arrays of ids into one, in the smallest format that holds the vocabulary; also returns their starts."""
+    """Joins arrays of ids into one, in the smallest format that holds the vocabulary; also returns their starts."""
     width = np.uint16 if vocab <= 1 << 16 else np.uint32
     narrow = [piece.astype(width) for piece in pieces]
     ends = np.cumsum([0, *(len(piece) for piece in narrow)], dtype=np.int64)
@@ -68,12 +68,18 @@ def open_store(
     sources: Path | None = None,
 ) -> TokenStore:
     """Maps a packed stream (two `.npy` files, or four where targets have masks and sources) from disk."""
+    mask = None
+    if learned is not None:
+        mask = _mapped(learned)
+    numbers = None
+    if sources is not None:
+        numbers = np.load(sources, allow_pickle=False)
     return TokenStore(
         _mapped(tokens),
         np.load(starts, allow_pickle=False),
         text_bytes,
-        learned=None if learned is None else _mapped(learned),
-        sources=None if sources is None else np.load(sources, allow_pickle=False),
+        learned=mask,
+        sources=numbers,
     )
 
 

@@ -79,7 +79,7 @@ def _arrays(
     if not len(tokens):
         raise UserError(f"the corpus's {name} is empty")
     if tokens.min() < 0 or tokens.max() >= vocab:
-        worst = int(tokens.max() if tokens.max() >= vocab else tokens.min())
+        worst = tokens.max() if tokens.max() >= vocab else tokens.min()
         raise UserError(
             f"the corpus's {name} holds the id {worst}, which is not in a vocabulary of {vocab}"
         )

@@ -144,7 +144,7 @@ def _length(run: re.Pattern[str], text: str) -> int:
 
 
 def train(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Learn a vocabulary of exactly `vocab` entries; the same texts give the same bytes of JSON.
+    """Learns a vocabulary of exactly `vocab` entries; the same texts give the same bytes of JSON.
 
     A piece of more than `LONGEST_PIECE` characters is cut for training; encoding takes it whole. Texts without such
     pieces give the same vocabulary as if there were no bound.

@@ -58,7 +58,7 @@ def _installed() -> Iterator[Provenance]:
 
 
 def _checkout() -> Iterator[Provenance]:
-    """Yields our own entry points, where this package runs from a checkout that is not installed."""
+    """Yields our own entry points, if this package runs from a checkout that is not installed."""
     file = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if not file.is_file():
         return

@@ -45,7 +45,7 @@ class Entry:
 
         Raises:
             UserError: the module cannot be imported, the class is missing or not of the slot's kind, or its `Config`
-                is no schema.
+                is not a schema.
         """
         who = f"{self.slot} {self.name!r} of {self.owner.distribution} ({self.target})"
         module_name, _, attribute = self.target.partition(":")

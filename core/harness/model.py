@@ -24,7 +24,7 @@ from core.model.language_model import LanguageModel
 from core.model.sampling import sample
 
 NEW_TOKENS = 256
-"""Longest answer where a task does not limit it; the harness's own models have the same default."""
+"""Longest answer if a task does not limit it; the harness's own models have the same default."""
 
 WRITES = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 """Supported settings of generation, by the names that the harness gives to synonyms."""

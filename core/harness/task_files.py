@@ -120,7 +120,7 @@ def find_code(folder: Path) -> list[Finding]:
 
 
 def _harness_folder() -> Path | None:
-    """The folder of the installed harness; None where it is not installed."""
+    """The folder of the installed harness; None if it is not installed."""
     spec = find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         return None

@@ -88,7 +88,7 @@ def load_tasks(options: TaskOptions, *, say: Callable[[str], None] = print) -> A
 
 
 def _check_code(folder: Path, trust: bool, say: Callable[[str], None]) -> None:
-    """Says what the task files of a folder run, or raises `UserError` where they are not trusted."""
+    """Says what the task files of a folder run, or raises `UserError` if they are not trusted."""
     found = find_code(folder)
     if not found:
         return
@@ -236,7 +236,7 @@ def table_lines(results: dict[str, Any]) -> list[str]:
 
 
 def _number(metric: dict[str, Any]) -> str:
-    """Returns the value of a metric, with its standard error where there is one."""
+    """Returns the value of a metric, with its standard error if there is one."""
     value = metric.get("value")
     error = metric.get("stderr")
     text = "-" if value is None else f"{value:.4f}"

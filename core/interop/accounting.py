@@ -50,7 +50,7 @@ def check_theirs(
 def check_ours(
     mappings: Sequence[TensorMapping], ours: Mapping[str, tuple[int, ...]], who: str
 ) -> None:
-    """Checks that every row of our model is filled by exactly one mapping that is no copy.
+    """Checks that every row of our model is filled by exactly one mapping that is not a copy.
 
     Args:
         mappings: all mappings of a checkpoint.
@@ -95,7 +95,7 @@ def _check_rows(name: str, rows: int, spans: Sequence[tuple[int, int, str]], who
         filled = end
     if filled != rows:
         raise UserError(
-            f"{who}: has no place for tensor {name} of this model (rows {filled} to {rows})"
+            f"{who}: no mapping fills rows {filled} to {rows} of tensor {name} of this model"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from core.contracts.errors import UserError
 from core.interop.shards import Shards
 from core.interop.tensors import BLOCK, CODES, SCALE, TensorReader, TensorSpec, scale_spec
-from core.interop.writing import Writer
+from core.interop.writing import ShardWriter
 
 INVERSE = "_scale_inv"
 """Suffix of the name of a grid; in spite of this name the codes are multiplied by the scale."""
@@ -79,7 +79,7 @@ class WriteBlocks:
         writer: its plan holds the grids.
     """
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: ShardWriter) -> None:
         self.writer = writer
 
     def write(self, name: str, first: int, rows: Tensor) -> None:

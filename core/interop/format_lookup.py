@@ -82,7 +82,8 @@ def _not_finite(value: Any, key: str = "") -> tuple[str, float] | None:
     elif isinstance(value, list):
         items = enumerate(value)
     for name, item in items:
-        found = _not_finite(item, f"{key}.{name}" if key else str(name))
+        path = f"{key}.{name}" if key else str(name)
+        found = _not_finite(item, path)
         if found:
             return found
     return None

@@ -166,7 +166,7 @@ def import_specs(
 ) -> dict[str, TensorSpec]:
     """Returns the specifications of our tensors in the order of the model.
 
-    Each has the widest number format of the tensors that fill it, or `override` where that is given.
+    Each has the widest number format of the tensors that fill it, or `override` if that is given.
 
     Raises:
         UserError: a tensor is not of floating-point numbers, or only some of the tensors that fill one are FP8 blocks.
@@ -179,7 +179,7 @@ def import_specs(
         if not found.is_floating_point:
             raise UserError(
                 f"{source}: tensor {mapping.theirs} is {_dtype_name(found)}, "
-                "which is no format of weights"
+                "which is not a format of weights"
             )
         if override is not None:
             found = override
@@ -290,7 +290,7 @@ def _write_companions(
 
 
 def _warn_about_tokenizer(source: Path, vocabulary: int, say: Callable[[str], None]) -> None:
-    """Warns of a tokenizer that is missing or unusable; that is no error, as the weights can be used without it."""
+    """Warns of a tokenizer that is missing or unusable; that is not an error, as the weights can be used without it."""
     file = source / "tokenizer.json"
     if not file.is_file():
         say(f"note: {source} holds no tokenizer.json: the run takes tokens, and no text")
@@ -334,7 +334,7 @@ def markers(source: Path, config: Mapping[str, Any]) -> dict[str, int | None]:
     """Returns the ids that begin and end a text, from generation_config.json, or else from config.json.
 
     Raises:
-        UserError: an id is no whole number, or generation_config.json cannot be read.
+        UserError: an id is not a whole number, or generation_config.json cannot be read.
     """
     file = source / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}

@@ -49,7 +49,7 @@ class Shards(TensorReader):
         files: only the header of each is read at first.
 
     Raises:
-        UserError: a file cannot be read, is truncated or is no safetensors file, or a tensor is in two files.
+        UserError: a file cannot be read, is truncated or is not a safetensors file, or a tensor is in two files.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -105,7 +105,7 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
     """Returns each tensor's specification and the byte of the file at which it begins, by name.
 
     Raises:
-        UserError: the file cannot be read, is truncated, or is no safetensors file.
+        UserError: the file cannot be read, is truncated, or is not a safetensors file.
     """
     try:
         with file.open("rb") as stream:
@@ -187,7 +187,7 @@ def shards_of(folder: Path, index: str = WEIGHTS_INDEX) -> Shards:
     for name, listed in weight_map.items():
         if not (folder / listed).is_file():
             raise UserError(
-                f"{written}: gives the file {listed} for tensor {name}, and there is no such file"
+                f"{written}: lists {listed} for tensor {name}, but {listed} does not exist"
             )
     for file in files:
         if file.name not in weight_map.values():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from core.contracts.errors import UserError
-from core.storage.files import leaves
+from core.storage.files import leads_out_of
 
 LARGEST_COMPANION = 128 * 2**20
 """Size in bytes of the largest file beside the weights that is copied."""
@@ -20,7 +20,7 @@ WEIGHT_SUFFIXES = frozenset(
 
 
 def check_inside(file: Path) -> Path:
-    """Returns a file of a Hugging Face folder, after checking that it is no link to a place outside.
+    """Returns a file of a Hugging Face folder, after checking that it is not a link to a place outside.
 
     Raises:
         UserError: it is one.
@@ -53,8 +53,8 @@ def small_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
 
 def _leads_away(file: Path) -> bool:
     """Whether a file is a link out of its folder, and not one to the blobs of Hugging Face's cache."""
-    if not file.is_symlink() or not leaves(file, file.parent):
+    if not file.is_symlink() or not leads_out_of(file, file.parent):
         return False
     snapshots = file.parent.resolve().parent
     blobs = snapshots.parent / "blobs"
-    return snapshots.name != "snapshots" or blobs.is_symlink() or leaves(file, blobs)
+    return snapshots.name != "snapshots" or blobs.is_symlink() or leads_out_of(file, blobs)

@@ -28,7 +28,7 @@ from core.contracts.errors import UserError
 from core.interop.blocks import WriteBlocks
 from core.interop.tensor_ops import TensorOp
 from core.interop.tensors import TensorReader
-from core.interop.writing import FilePlan, Writer
+from core.interop.writing import FilePlan, ShardWriter
 from core.storage.lock import AlreadyLocked, hold
 
 JOURNAL = "journal"
@@ -157,7 +157,7 @@ class Conversion:
             folder: the folder for the weights: the hidden folder, or a folder inside it.
         """
         folder.mkdir(exist_ok=True)
-        writer = Writer(folder, plan)
+        writer = ShardWriter(folder, plan)
         if not self.resumed:
             writer.create()
             self._note([self._identity])

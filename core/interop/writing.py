@@ -72,7 +72,7 @@ def planned(
     return FilePlan(files, True)
 
 
-class Writer:
+class ShardWriter:
     """Preallocated safetensors files in a folder.
 
     Args:

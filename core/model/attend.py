@@ -99,7 +99,7 @@ def attend(
         k_BSHR: keys of the queries' own tokens and of those before them.
         v_BSHV: values.
         scale: factor of the scores.
-        context: keeps documents apart where it says so.
+        context: keeps documents apart if it says so.
         slots_BL: which of the S slots is each query's own, from `Cache.slots`; None: the last L slots of every row.
 
     Returns:

@@ -114,7 +114,7 @@ class LanguageModel(nn.Module):
         embedding: shared by the heads.
         blocks: the blocks, first to last.
         residual: the stream between them.
-        norm: before the output.
+        norm: applied before the output.
         output: D -> V, no bias.
         heads: loss heads by name.
         max_length: positions that the rotary table holds.
@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
         self._check_reads()
 
     def _check_reads(self) -> None:
-        """Raises `UserError` where a head reads the state after a block that does not exist."""
+        """Raises `UserError` if a head reads the state after a block that does not exist."""
         last = len(self.blocks) - 1
         for name, head in self.loss_heads():
             for index in head.reads_blocks:

@@ -47,7 +47,7 @@ class Term(ABC):
     def count(
         self, context: SequenceContext, inner: Mapping[str, SequenceContext]
     ) -> Tensor | None:
-        """The term's denominator for one micro-batch, from the data alone; None where it has none.
+        """The term's denominator for one micro-batch, from the data alone; None if it has none.
 
         Args:
             context: the micro-batch.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 FIRST_SPECIAL_CODE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
-"""Formats of 8 bits: the smallest positive code that is no finite number."""
+"""Formats of 8 bits: the smallest positive code that is not a finite number."""
 
 
 def is_finite(x: Tensor) -> bool:
@@ -52,7 +52,7 @@ def at(value: float, index: tuple[int, ...]) -> str:
 def not_finite_in(tensors: Mapping[str, object]) -> str | None:
     """Returns `tensor NAME holds a number that is not finite (nan at [3, 17])` for the first such tensor, or None.
 
-    Values that are no tensors of floating-point numbers are passed over.
+    Values that are not tensors of floating-point numbers are passed over.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):

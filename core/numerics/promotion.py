@@ -5,5 +5,5 @@ from torch import Tensor
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32, or in its own format where that is wider, so that fp64 references stay fp64."""
+    """`x` in fp32, or in its own format if that is wider, so that fp64 references stay fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -152,7 +152,8 @@ def tile_amax(x: Tensor, tile: Tile) -> Tensor:
     strips = []
     for rows in down:
         parts = [_fold(size, rows, columns).amax(dim=(-3, -1)) for columns in across]
-        strips.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+        strip = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        strips.append(strip)
     return strips[0] if len(strips) == 1 else torch.cat(strips, dim=-2)
 
 
@@ -183,7 +184,7 @@ class _Stretch:
 
 
 def _stretches(size: int, tile: int) -> list[_Stretch]:
-    """The whole tiles of an axis, and the smaller tile at its edge, where there are any."""
+    """The whole tiles of an axis, and the smaller tile at its edge, if there are any."""
     tile = tile or max(size, 1)
     whole = size // tile * tile
     found = []

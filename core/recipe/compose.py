@@ -197,7 +197,7 @@ def _shipped_files() -> dict[str, Path]:
 
 
 def _shipped(path: str, prefix: str) -> Path:
-    """The file of a shipped recipe; `prefix` begins the error message where there is none."""
+    """The file of a shipped recipe; `prefix` begins the error message if there is none."""
     shipped = shipped_recipes()
     name = path.removesuffix(".yaml").removeprefix("recipes/")
     if name in shipped:

@@ -11,7 +11,7 @@ from core.contracts.schedule import Progress, Schedule, Scheduled, value_at
 
 
 @dataclass(frozen=True)
-class Window:
+class WindowSpan:
     """The micro-batches [first, first + count) that one optimizer step reads."""
 
     first: int
@@ -56,12 +56,12 @@ class TrainingPlan:
             self.micro_batches = last.first + last.count
         self.tokens = self.micro_batches * per_micro
 
-    def window(self, step: int) -> Window:
+    def window(self, step: int) -> WindowSpan:
         """Returns the micro-batches of step `step`, counted from 0."""
         if self._ends is None:
-            return Window(step * self._size, self._size)
+            return WindowSpan(step * self._size, self._size)
         first = self._ends[step - 1] if step else 0
-        return Window(first, self._ends[step] - first)
+        return WindowSpan(first, self._ends[step] - first)
 
     def progress(self, step: int) -> Progress:
         """Returns the position of the run at the end of step `step`, counted from 0."""

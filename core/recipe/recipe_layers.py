@@ -156,7 +156,7 @@ def _with_value(below: Any, path: list[str], value: Any, done: str = "") -> Any:
 
 
 def _with_defaults(schema: Any, values: dict[str, Any], path: list[str]) -> dict[str, Any]:
-    """The values with the default list or mapping of components that a key path leads into, where none is given."""
+    """The values with the default list or mapping of components that a key path leads into, if none is given."""
     key = path[0]
     rest = path[1:]
     f = schema.__dataclass_fields__.get(key)

@@ -229,7 +229,7 @@ class DataSection:
     """The data that is read."""
 
     corpus: Child = child("corpus", {"name": "package_text"}, doc="where text comes from")
-    tokenizer: TokenizerSection = setting(doc="how it is cut")
+    tokenizer: TokenizerSection = setting(doc="how text is split into tokens")
     sequence_length: int = setting(doc="tokens in a training sequence")
     mask_documents: bool = setting(
         False, doc="keep attention and predictions inside documents (DeepSeek: false)"
@@ -404,7 +404,7 @@ class RecipeSchema:
     plugins: list[str] = setting([], doc="modules to load beyond the installed plugins")
     model: ModelSection = setting(doc="the model")
     precision: Child = child("precision", {"name": "fp32"}, doc="number formats")
-    data: DataSection = setting(doc="what is read")
+    data: DataSection = setting(doc="corpus, tokenizer and sequence length")
     optimizer: Child = child("optimizer", doc="how weights are updated")
     batch: BatchSection = setting(doc="what one step reads")
     budget: BudgetSection = setting(doc="how long the run is")
@@ -417,7 +417,7 @@ class RecipeSchema:
     recompute: RecomputeSection = setting({}, doc="activation recomputation")
     compile: bool = setting(False, doc="compile every block and loss head with torch.compile")
     strategy: Child = child(
-        "strategy", {"name": "single"}, doc="on which devices, and how they share the work"
+        "strategy", {"name": "single"}, doc="the devices, and how they share the work"
     )
     callbacks: Child = children("callback", "list", doc="further Lightning callbacks")
     loggers: Child = children(
@@ -443,7 +443,7 @@ class RecipeSchema:
                 raise ConfigError("recompute.blocks", why)
         ramp = self.batch.accumulate
         if isinstance(ramp, Schedule) and ramp.unit == "fraction" and self.budget.steps is not None:
-            why = "must be tokens or steps where the run's length is given in steps (budget.steps)"
+            why = "must be tokens or steps if the run's length is given in steps (budget.steps)"
             raise ConfigError("batch.accumulate.unit", why)
 
     def check_components(self) -> None:

@@ -287,7 +287,7 @@ class Resolver:
         Args:
             method: the component's method, for the error message.
             path: the key path of the section.
-            config: the instance in which a `ConfigError` names a key; None where there is none yet.
+            config: the instance in which a `ConfigError` names a key; None if there is none yet.
 
         Raises:
             UserError: for a `ConfigError`, the sentence about its key; for any other exception, that the component is

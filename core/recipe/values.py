@@ -22,7 +22,7 @@ HARMLESS_RESOLVERS = frozenset(
 
 
 def convert(schema: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Converts plain values to the types of a schema; OmegaConf raises its own exception where it cannot.
+    """Converts plain values to the types of a schema; OmegaConf raises its own exception if it cannot.
 
     Raises:
         ConfigError: a value reads the environment.
@@ -130,7 +130,7 @@ def fits(value: Any, hint: Any) -> bool:
     """Whether a value has one of the types of a hint.
 
     OmegaConf would convert true to 1 and 3 to true, fails on lists in a union, and takes nan and inf as numbers; all
-    are errors here. No key of any section may be infinite: null stands for "no limit" where there is one.
+    are errors here. No key of any section may be infinite: null stands for "no limit" if there is one.
     """
     if not_finite(value):
         return False
@@ -179,7 +179,7 @@ def takes_floats(hint: Any) -> bool:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; the type itself where it is none."""
+    """The types of a union; the type itself if it is none."""
     if get_origin(hint) in (Union, UnionType):
         return get_args(hint)
     return (hint,)

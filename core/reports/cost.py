@@ -46,7 +46,7 @@ def against_time(study: Study) -> Figure:
 
 
 def seconds_of(run: Run) -> Any:
-    """A column of the seconds since training began; None where it is not known.
+    """A column of the seconds since training began; None if it is not known.
 
     The first steps, whose speed was not logged, count with that of the first step whose speed was.
     """
@@ -62,7 +62,7 @@ def _over(study: Study, axis: str, cost: Callable[[Run], Any], missing: str) -> 
 
     Args:
         axis: the name of the cost, and the title of the axis.
-        cost: gives a column of costs for the rows of `metrics.csv`; None where they are not known.
+        cost: gives a column of costs for the rows of `metrics.csv`; None if they are not known.
         missing: why there is no figure then.
     """
     (run,) = study.runs

@@ -31,7 +31,7 @@ class Curve:
 
 
 def axis_of(runs: list[Run]) -> str:
-    """The column that measures training: tokens, or steps where some run did not log tokens."""
+    """The column that measures training: tokens, or steps if some run did not log tokens."""
     read = [run for run in runs if run.metrics is not None]
     if read and all(run.has("tokens") for run in read):
         return "tokens"
@@ -39,14 +39,14 @@ def axis_of(runs: list[Run]) -> str:
 
 
 def end_of(runs: list[Run], axis: str) -> float:
-    """Where the longest run ends on the axis; 0 where no run has a value."""
+    """Where the longest run ends on the axis; 0 if no run has a value."""
     return max((float(run.metrics[axis].max()) for run in runs if run.has(axis)), default=0.0)
 
 
 def curve(runs: list[Run], column: str, *, axis: str, end: float) -> Curve | None:
-    """A column over the runs together; None where none has a value.
+    """A column over the runs together; None if none has a value.
 
-    Values that are no finite numbers are left out. Above `POINTS` values the axis is cut into equal parts: a point
+    Values that are not finite numbers are left out. Above `POINTS` values the axis is cut into equal parts: a point
     is the mean of its part, at the position of the part's last value.
 
     Args:
@@ -68,7 +68,7 @@ def curve(runs: list[Run], column: str, *, axis: str, end: float) -> Curve | Non
 
 
 def paired(pairs: list[tuple[Run, Run]], column: str, *, axis: str, end: float) -> Curve | None:
-    """How far a column of each run lies above that of its partner; None where no two have values in one part.
+    """How far a column of each run lies above that of its partner; None if no two have values in one part.
 
     The axis is always cut, into `SMOOTH` parts: what a batch happens to hold goes through both runs of a pair alike,
     and what is left of it is averaged out.

@@ -20,7 +20,7 @@ SNAPSHOTS = (8, 100)
 
 
 @dataclass
-class Experts:
+class ExpertLoads:
     """Loads and biases by run.
 
     Args:
@@ -34,8 +34,8 @@ class Experts:
     missing: str | None
 
 
-def experts(study: Study) -> Experts:
-    """Reads the loads of all runs; where they exceed `VALUES`, later seeds are left out first."""
+def experts(study: Study) -> ExpertLoads:
+    """Reads the loads of all runs; if they exceed `VALUES`, later seeds are left out first."""
     read: list[tuple[Run, dict[str, Any]]] = []
     for run in study.runs:
         tensors = _read(study, run)
@@ -45,7 +45,7 @@ def experts(study: Study) -> Experts:
         missing = (
             "No run has recorded its experts' loads: there are no expert layers, or no checkpoint."
         )
-        return Experts([], "", missing)
+        return ExpertLoads([], "", missing)
     sizes = {id(run): _values_per_snapshot(tensors) for run, tensors in read}
     kept, together = _runs_that_fit(study, [run for run, _ in read], sizes)
     count = min(SNAPSHOTS[1], VALUES // max(1, together))
@@ -54,7 +54,7 @@ def experts(study: Study) -> Experts:
     note = ""
     if left:
         note = f"{left} runs are left out to keep this file small."
-    return Experts(packed, note, None)
+    return ExpertLoads(packed, note, None)
 
 
 def _values_per_snapshot(tensors: dict[str, Any]) -> int:
@@ -62,7 +62,7 @@ def _values_per_snapshot(tensors: dict[str, Any]) -> int:
 
 
 def _read(study: Study, run: Run) -> dict[str, Any] | None:
-    """The tensors of a run's file; None where it has none, or where it cannot be read, which the study notes."""
+    """The tensors of a run's file; None if it has none, or if it cannot be read, which the study notes."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

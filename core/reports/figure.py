@@ -19,7 +19,7 @@ class Figure:
         title: its heading.
         note: how to read it.
         traces, layout: plotly's; what `layout` leaves open is the page's.
-        height: pixels of the plotting area; of one panel where there are several.
+        height: pixels of the plotting area; of one panel if there are several.
         panels: how many plots share the axes, side by side as far as the page is wide; the traces of the second name
             `x2` and `y2`, and so on.
         missing: why there is nothing to draw.

@@ -13,11 +13,11 @@ from core.reports.style import DASHES, Style, brief, plain, styles
 from core.reports.words import LOSS
 
 MARKS = 10
-"""About how many points of a long line are marked; which ones differs from line to line."""
+"""The approximate number of marked points of a long line; each line marks other points."""
 ALL_MARKED = 40
-"""Up to how many points a line has all of them marked."""
+"""The largest number of points for which a line marks every point."""
 STEEP = 0.1
-"""The fraction of training whose steep fall is left above the frame where the rest would be flattened."""
+"""The first part of training, as a fraction: if its steep fall would flatten the rest, it is left outside the frame."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Drawn:
 
     @property
     def last(self) -> float:
-        """The value at which the line ends; the highest one where it is only single runs."""
+        """The value at which the line ends; the highest one if it is only single runs."""
         if self.whole:
             return self.whole.mean[-1]
         return max(part.mean[-1] for _, part in self.parts)
@@ -174,7 +174,7 @@ class OverTraining:
         return sorted(found)
 
     def figure(self, blank: Figure, lines: list[Line], *, y: str, bands: bool = True) -> Figure:
-        """Fills a figure with the lines that have values; where none has, it is returned as it is.
+        """Fills a figure with the lines that have values; if none has, it is returned as it is.
 
         Args:
             blank: a figure whose `missing` says why it would be empty.
@@ -204,7 +204,7 @@ class OverTraining:
         return {"tokens": "training tokens", "step": "steps"}.get(self.axis, self.axis)
 
     def _curves(self, line: Line) -> tuple[Curve | None, list[tuple[Run, Curve]]]:
-        """The curve of the finished runs together (all runs where there is no sweep), and those of the others."""
+        """The curve of the finished runs together (all runs if there is no sweep), and those of the others."""
         done = []
         parts = []
         for run in line.runs:
@@ -237,7 +237,7 @@ def _reading(drawn: list[Drawn], *, bands: bool) -> Iterable[str]:
 
 
 def training_loss(over: OverTraining) -> Figure:
-    """The training loss of each variant; the losses of all multi-token depths too where there is a single run.
+    """The training loss of each variant; the losses of all multi-token depths too if there is a single run.
 
     Several variants have no bands here: what a batch happens to hold is wider than what sets them apart, and
     `against_baseline` shows that.
@@ -314,7 +314,7 @@ def violation(over: OverTraining) -> Figure:
 
 
 def _log_axis(lowest: float, highest: float) -> dict[str, Any]:
-    """A logarithmic axis with marks at 1, 2 and 5 of each decade; at 1 alone where it spans more than three decades."""
+    """A logarithmic axis with marks at 1, 2 and 5 of each decade; at 1 alone if it spans more than three decades."""
     factors: tuple[int, ...] = (1, 2, 5)
     if highest >= 1e3 * lowest:
         factors = (1,)

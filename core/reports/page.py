@@ -87,7 +87,7 @@ def context(study: Study) -> dict[str, Any]:
     if study.sweep is None:
         numbers = table.key_numbers(study.runs[0])
     else:
-        results = table.results(study)
+        results = table.results_table(study)
         runs = table.every_run(study, metric)
     drawn = [figure.document() for figure in figures if not figure.missing]
     return {

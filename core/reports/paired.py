@@ -103,7 +103,7 @@ def _limits(traces: list[Trace], end: float) -> list[float] | None:
 
 def _note(over: OverTraining, baseline: str, drawn: list[Drawn]) -> str:
     sentences = [
-        f"Below 0 is better than {baseline}. Each run is held against that of the same seed, which reads the same "
+        f"Below 0 is better than {baseline}. Each run is compared with that of the same seed, which reads the same "
         f"tokens, in {SMOOTH} parts of training. Lines are means over the seeds, bands reach from the lowest seed's "
         "difference to the highest; differences in the first tenth may lie outside the frame."
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from core.reports.figure import Figure, Trace
 from core.reports.study_files import Run, Study, finite
-from core.reports.style import Style, brief, broken, plain, styles
+from core.reports.style import Style, brief, plain, styles, with_line_breaks
 from core.reports.words import time_unit
 from core.statistics.comparison import NOT_AFTER_HOLM
 
@@ -93,7 +93,7 @@ def _interval(difference: dict[str, Any], name: str, look: Style) -> Trace:
         "type": "scatter",
         "mode": "markers",
         "x": [mean],
-        "y": [broken(name)],
+        "y": [with_line_breaks(name)],
         "marker": marker,
         "error_x": bar,
         "showlegend": False,
@@ -105,7 +105,7 @@ def _interval(difference: dict[str, Any], name: str, look: Style) -> Trace:
 
 def _row_axis(names: list[str]) -> dict[str, Any]:
     """The part of a layout that gives each name a row, the first on top, as in the table."""
-    rows = [broken(name) for name in names]
+    rows = [with_line_breaks(name) for name in names]
     axis = {
         "type": "category",
         "categoryorder": "array",
@@ -119,7 +119,7 @@ def _row_axis(names: list[str]) -> dict[str, Any]:
 
 def _height(names: list[str]) -> int:
     """Pixels of a figure in which each row is as high as the longest name needs."""
-    lines = max(broken(name).count("<br>") + 1 for name in names)
+    lines = max(with_line_breaks(name).count("<br>") + 1 for name in names)
     return max(ROW, LINE * lines + 8) * len(names) + 20
 
 
@@ -166,7 +166,8 @@ def at_the_end(figure: Figure, study: Study, columns: dict[str, str], title: str
         value = value_of(run)
         if value is not None:
             depth = suffix.removeprefix(", ")
-            shown.append(f"{value:.5g} ({depth})" if depth else f"{value:.5g}")
+            text = f"{value:.5g} ({depth})" if depth else f"{value:.5g}"
+            shown.append(text)
     figure.missing = f"The run was validated only once: {title} {', '.join(shown)}."
     return figure
 
@@ -184,7 +185,7 @@ def _draw_rows(
     """Gives each variant a row for each kind of value: a mark for each run, and one for their mean.
 
     Args:
-        figure: is filled; where no run has a value it stays as it is.
+        figure: is filled; if no run has a value it stays as it is.
         values: what is added to a variant's name, and the function that gives a run's value.
         title: title of the axis of values.
     """
@@ -197,7 +198,7 @@ def _draw_rows(
                 continue
             name = variant + suffix
             names.append(name)
-            row = broken(name)
+            row = with_line_breaks(name)
             mean = (sum(numbers) / len(numbers), row)
             figure.traces += _marks(name, looks[variant], runs, numbers, [row] * len(runs), mean)
     if names:
@@ -274,7 +275,7 @@ def _scatter(
         figure: is filled.
         metric: a key of `summary.json`.
         words: its meaning.
-        cost: gives a run's cost; None where it is not known.
+        cost: gives a run's cost; None if it is not known.
         axis: plotly's description of the axis of costs.
     """
     looks = styles(study.variants, (study.sweep or {}).get("baseline"))

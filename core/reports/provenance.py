@@ -63,7 +63,7 @@ def _facts_of_components(components: list[Any]) -> list[tuple[str, str]]:
 
 
 def _counted(gpus: list[Any]) -> str:
-    """The names of GPUs, with their number where a name occurs more than once."""
+    """The names of GPUs, with their number if a name occurs more than once."""
     found = []
     for name, count in Counter(map(str, gpus)).items():
         if count > 1:
@@ -74,7 +74,7 @@ def _counted(gpus: list[Any]) -> str:
 
 
 def command(study: Study) -> str | None:
-    """The command that makes these runs again; None where it was not recorded."""
+    """The command that makes these runs again; None if it was not recorded."""
     if study.sweep is not None:
         recorded = study.sweep.get("command")
     else:
@@ -87,7 +87,7 @@ def command(study: Study) -> str | None:
 
 
 def _as_typed(recorded: str) -> str:
-    """The command as it was typed, `python -m core.fit RECIPE` where an earlier version recorded `fit.py RECIPE`."""
+    """The command as it was typed, `python -m core.fit RECIPE` if an earlier version recorded `fit.py RECIPE`."""
     try:
         first, *rest = shlex.split(recorded)
     except ValueError:

@@ -17,7 +17,7 @@ import yaml
 
 from core.contracts.errors import UserError
 from core.run.divergence import divergence_in
-from core.storage.files import is_plain_name, leaves
+from core.storage.files import is_plain_name, leads_out_of
 from core.storage.lock import LOCK, is_locked
 
 KEPT = ("step", "tokens", "tokens_per_second", "load/max_vio_batch", "skipped_steps")
@@ -44,7 +44,7 @@ class Run:
 
     Args:
         variant: its variant's name; the folder's for a run on its own.
-        seed: None where it was not recorded.
+        seed: None if it was not recorded.
         path: the folder.
         state: waiting, running, interrupted (its runner is gone), done or failed.
         reason: why it failed.
@@ -52,7 +52,7 @@ class Run:
         recipe: `recipe.yaml`.
         summary: `summary.json`.
         provenance: `provenance.json`.
-        metrics: a pandas frame of `metrics.csv`; None where there is none.
+        metrics: a pandas frame of `metrics.csv`; None if there is none.
     """
 
     variant: str
@@ -67,7 +67,7 @@ class Run:
     metrics: Any = None
 
     def number(self, key: str) -> float | None:
-        """The number that the summary has under a key; None where it has no finite one."""
+        """The number that the summary has under a key; None if it has no finite one."""
         return finite(self.summary.get(key))
 
     def has(self, column: str) -> bool:
@@ -204,7 +204,7 @@ class _Reader:
                 yield folder / f"seed-{seed}", name, seed
 
     def run(self, folder: Path, variant: str, seed: int | None) -> Run:
-        """One run; where it has no `status.json`, its state follows from the files that exist."""
+        """One run; if it has no `status.json`, its state follows from the files that exist."""
         status = self.mapping(folder / "status.json")
         summary = self.mapping(folder / "summary.json")
         recipe = self.parsed(folder / "recipe.yaml", self.text(folder / "recipe.yaml"))
@@ -219,12 +219,13 @@ class _Reader:
             state = "running"
         else:
             state = "waiting"
+        reason = status.get("reason") if status else diverged
         return Run(
             variant=variant,
             seed=seed,
             path=folder,
             state=str(status.get("state") or state),
-            reason=status.get("reason") if status else diverged,
+            reason=reason,
             seconds=finite(status.get("seconds")) or finite(summary.get("wall_seconds")),
             recipe=recipe,
             summary=summary,
@@ -233,7 +234,7 @@ class _Reader:
         )
 
     def text(self, file: Path) -> str:
-        """The text of a file; "" where it is absent or cannot be read."""
+        """The text of a file; "" if it is absent or cannot be read."""
         if self._leads_away(file):
             return ""
         try:
@@ -258,7 +259,7 @@ class _Reader:
         return self._could_not(file, "it is not a mapping")
 
     def parsed(self, file: Path, text: str) -> dict[str, Any]:
-        """The mapping in the text of a YAML file; {} where it is empty or holds something else."""
+        """The mapping in the text of a YAML file; {} if it is empty or holds something else."""
         if not text:
             return {}
         try:
@@ -272,7 +273,7 @@ class _Reader:
     def metrics(self, file: Path) -> Any:
         """A frame of the columns that the report reads; None without a line.
 
-        Infinities and cells that are no numbers count as missing.
+        Infinities and cells that are not numbers count as missing.
         """
         import pandas as pd  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
@@ -297,7 +298,7 @@ class _Reader:
 
         The folder may be somebody else's, and the page would show what is in the file.
         """
-        if not leaves(file, self.path):
+        if not leads_out_of(file, self.path):
             return False
         self._could_not(file, "a symbolic link leads out of the folder")
         return True

@@ -74,8 +74,8 @@ def brief(text: str, most: int = 36) -> str:
     return plain(text)
 
 
-def broken(text: str, width: int = 18) -> str:
-    """A name for an axis, in several lines where it is longer than `width` characters."""
+def with_line_breaks(text: str, width: int = 18) -> str:
+    """A name for an axis, in several lines if it is longer than `width` characters."""
     lines = [""]
     for piece in re.findall(rf"[^+_/= ]{{1,{width}}}[+_/= ]?|[+_/= ]", text):
         if lines[-1] and len(lines[-1]) + len(piece) > width:

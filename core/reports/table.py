@@ -9,7 +9,7 @@ from typing import Any
 
 from core.analysis.compare_recipes import short
 from core.reports.study_files import Run, Study, finite
-from core.reports.words import NONE, caveats, duration, number, signed, yes_no
+from core.reports.words import NONE, duration, number, signed, verdict_notes, yes_no
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Table:
     """Columns and rows of cells.
 
     Args:
-        cut: after how many columns it is cut in two for paper, on which nothing scrolls; the first column is in
-            both. No group of columns is cut.
+        cut: the number of columns after which it is cut in two for paper, on which nothing scrolls; the first column
+            is in both. No group of columns is cut.
     """
 
     columns: list[Column]
@@ -88,7 +88,7 @@ COLUMNS = [
     Column("FLOPs/token", "model", "training, forward and backward"),
     Column("KV bytes", "model", "of cache per token"),
     Column("capacity", "routing", "what an expert takes at most, over its even share"),
-    Column("drops", "routing", "whether assignments may be left undone in training"),
+    Column("drops", "routing", "whether assignments may be dropped in training"),
     Column("causal", "routing", "no output depends on a later token"),
     Column("MaxVio", "measured", "over the held-out split, mean over seeds"),
     Column("dropped", "measured", "fraction of assignments not carried out, mean over seeds"),
@@ -96,7 +96,7 @@ COLUMNS = [
 ]
 
 
-def results(study: Study) -> Table:
+def results_table(study: Study) -> Table:
     """A row for each variant."""
     sweep = study.sweep or {}
     found = {str(row.get("variant")): row for row in study.results.get("rows") or []}
@@ -111,7 +111,7 @@ def results(study: Study) -> Table:
         )
         cells = [
             Cell(name, value=name, kind="name"),
-            replace(verdict, under=caveats(study, name)),
+            replace(verdict, under=verdict_notes(study, name)),
             *statistics,
             *_facts(facts.get(name, {})),
             *_measured(runs),
@@ -182,7 +182,7 @@ def _verdict(difference: dict[str, Any], count: int) -> Cell:
 def _from_to(
     interval: dict[str, Any], decimals: int, write: Callable[[float | None, int], str] = number
 ) -> str:
-    """The limits of an interval; "" where it has none."""
+    """The limits of an interval; "" if it has none."""
     low = finite(interval.get("low"))
     high = finite(interval.get("high"))
     if low is None or high is None:
@@ -266,7 +266,7 @@ def _average(values: list[float], decimals: int) -> Cell:
 
 
 def every_run(study: Study, metric_words: str) -> Table:
-    """A row for each run: its state, and the reason where it failed."""
+    """A row for each run: its state, and the reason if it failed."""
     titles = ["variant", "seed", "state", metric_words, "time", "folder"]
     some_failed = any(run.reason for run in study.runs)
     if some_failed:

@@ -22,7 +22,7 @@ UNFINISHED = ("running", "interrupted", "failed", "waiting")
 
 
 def metric_words(key: str) -> str:
-    """The meaning of a metric in words; the key itself where it is not one of `METRICS`."""
+    """The meaning of a metric in words; the key itself if it is not one of `METRICS`."""
     return METRICS.get(key, key)
 
 
@@ -40,7 +40,7 @@ def number(value: float | None, decimals: int | None = None) -> str:
 
 
 def signed(value: float | None, decimals: int) -> str:
-    """A difference with its sign, also where it is positive; what is rounded to 0 has no sign."""
+    """A difference with its sign, also if it is positive; what is rounded to 0 has no sign."""
     if value is None:
         return NONE
     shown = round(value, decimals) or 0.0
@@ -51,7 +51,7 @@ def signed(value: float | None, decimals: int) -> str:
 
 
 def yes_no(value: Any) -> str:
-    """A truth value in words; a dash where it was not recorded."""
+    """A truth value in words; a dash if it was not recorded."""
     if value is None:
         return NONE
     elif value:
@@ -89,7 +89,7 @@ def time_unit(longest: float) -> tuple[str, float]:
 
 
 def progress(study: Study) -> str | None:
-    """A sentence on how much is done; None where nothing is left to do."""
+    """A sentence on how much is done; None if nothing is left to do."""
     if study.sweep is None:
         (run,) = study.runs
         if run.state in ("running", "waiting"):
@@ -122,7 +122,7 @@ def _progress_of_run(run: Run) -> str:
 
 
 def _budgeted(run: Run, key: str) -> float | None:
-    """A number of the recipe's section `budget`; None where it has none."""
+    """A number of the recipe's section `budget`; None if it has none."""
     budget = run.recipe.get("budget")
     if isinstance(budget, dict):
         return finite(budget.get(key))
@@ -154,21 +154,21 @@ def in_short(study: Study) -> list[str]:
 
 
 def _by_verdict(study: Study, baseline: str) -> dict[str | None, list[str]]:
-    """Names of the variants that have runs, with their caveats, under their verdict; None where there is none."""
+    """The variants that have runs, by verdict (None: without one); each name is followed by its verdict notes."""
     found: dict[str | None, list[str]] = {}
     for row in study.results.get("rows") or []:
         if row.get("variant") == baseline or not row.get("n"):
             continue
         name = str(row.get("variant"))
-        caveat = caveats(study, name)
-        if caveat:
-            name = f"{name} ({caveat})"
+        notes = verdict_notes(study, name)
+        if notes:
+            name = f"{name} ({notes})"
         verdict = (row.get("difference") or {}).get("verdict")
         found.setdefault(verdict, []).append(name)
     return found
 
 
-def caveats(study: Study, name: str) -> str:
+def verdict_notes(study: Study, name: str) -> str:
     """The reservations printed beside a variant's verdict, in a few words; the warnings give them in full."""
     fact = _recorded(study, name)
     found = [seeds_without(study, name)]
@@ -183,7 +183,7 @@ def caveats(study: Study, name: str) -> str:
 
 
 def _recorded(study: Study, name: str) -> dict[str, Any]:
-    """The entry of `sweep.json` on a variant; {} where it has none."""
+    """The entry of `sweep.json` on a variant; {} if it has none."""
     for variant in (study.sweep or {}).get("variants") or []:
         if variant["name"] == name:
             return dict(variant)
@@ -289,7 +289,7 @@ def _notices(study: Study) -> list[str]:
         says_so = any("causal" in notice.lower() for notice in own)
         if variant.get("causal") is False and not says_so:
             own.append(
-                "not causal: an output may depend on later tokens, so its loss is no measure of prediction"
+                "not causal: an output may depend on later tokens, so its loss does not measure prediction"
             )
         for notice in own:
             owners.setdefault(notice, []).append(str(variant["name"]))

@@ -1,6 +1,6 @@
 """Groups of tokens, and which choices are within an expert's capacity in each.
 
-Integers throughout; padding takes no place.
+Integers throughout; padding uses no capacity.
 """
 
 import math
@@ -18,7 +18,7 @@ def within_capacity(
 ) -> Tensor:
     """Whether each choice is within its expert's capacity: bool T x K, False for padding.
 
-    Within a group of S valid tokens an expert has ceil(factor x K S / E) places. They are taken in token order, all
+    Within a group of S valid tokens an expert's capacity is ceil(factor x K S / E). It is filled in token order, all
     first choices before any second one, and a counter grows on overflow too.
 
     Args:
@@ -88,7 +88,7 @@ def token_groups(context: SequenceContext, *, by_sequence: bool) -> TokenGroups:
 def even_share(assigned: Tensor, parts: int, factor: float) -> Tensor:
     """ceil(factor * assigned / parts), int64: what one of several equal parts may take.
 
-    Rounded up, so that a group of one token has a place; a factor of 0 leaves none.
+    Rounded up, so that a single token is within capacity; with a factor of 0 the result is 0.
     """
     share = factor * assigned.to(torch.float64) / parts
     rounded_up = (share - 1e-9).ceil()  # 1.1 * 10 is 11.000000000000002, and means 11

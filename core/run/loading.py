@@ -102,7 +102,8 @@ def run_of(path: Path) -> RunFolder:
     Raises:
         UserError: there is no recipe.
     """
-    folder = RunFolder(path if path.is_dir() else path.parent.parent)
+    place = path if path.is_dir() else path.parent.parent
+    folder = RunFolder(place)
     if not folder.recipe.exists():
         raise UserError(f"{path}: no run here (no {folder.recipe})")
     return folder

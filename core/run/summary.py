@@ -61,7 +61,7 @@ def summarise(
 def divergence(module: TrainingModule, sample_error: str | None) -> str | None:
     """The notice that a run diverged: what is not finite, since which step, and what to try; None if it did not.
 
-    A loss that was NaN in the last step alone is no divergence if the validation after it is finite.
+    A loss that was NaN in the last step alone is not a divergence if the validation after it is finite.
 
     Args:
         module: the module after its last step.
@@ -103,7 +103,7 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """The peak memory of this process in bytes: on the GPU where there is one, else resident."""
+    """The peak memory of this process in bytes: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

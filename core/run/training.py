@@ -68,7 +68,8 @@ def fit(
             return _join(recipe, folder, resume=resume)
         if resume and not folder.never_started() and folder.summary.exists():
             return _completed(recipe, folder, say, trust=trust)
-        with folder.locked("--resume" if resume else "--out"):
+        option = "--resume" if resume else "--out"
+        with folder.locked(option):
             return _start_or_resume(recipe, folder, say, resume=resume, trust=trust)
     except OSError as error:
         if not is_disk_full(error):

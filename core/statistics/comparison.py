@@ -36,10 +36,10 @@ class Difference:
 
     Args:
         interval: that of the mean difference, variant minus baseline.
-        effect_size: the mean difference over the standard deviation of the differences (Cohen's d_z); None where they
+        effect_size: the mean difference over the standard deviation of the differences (Cohen's d_z); None if they
             do not spread.
         p: two-sided, of a paired t test; None below two seeds. Differences that do not spread are its limit: 0, or 1
-            where they are 0 themselves.
+            if they are 0 themselves.
     """
 
     interval: Interval
@@ -71,7 +71,7 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def paired(baseline: Mapping[int, float], variant: Mapping[int, float]) -> Difference | None:
-    """A paired t test of the differences at the seeds that both have; None where they have none in common.
+    """A paired t test of the differences at the seeds that both have; None if they have none in common.
 
     Args:
         baseline, variant: a metric by seed.
@@ -114,7 +114,7 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 def verdict(difference: Difference, p_holm: float | None, better: str) -> str | None:
     """`better`, `worse`, `NOTHING_SHOWN` or `NOT_AFTER_HOLM`; None below two seeds.
 
-    A difference is shown where its interval excludes 0 and its corrected p is below ALPHA.
+    A difference is shown if its interval excludes 0 and its corrected p is below ALPHA.
 
     Args:
         difference: the variant's, to the baseline.
@@ -146,7 +146,7 @@ def compare(
         better: "lower" or "higher".
 
     Returns:
-        A row by variant; None for the baseline, and where no seed is common.
+        A row by variant; None for the baseline, and if no seed is common.
     """
     base = values.get(baseline, {})
     found: dict[str, Difference] = {}

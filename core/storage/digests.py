@@ -48,8 +48,8 @@ def check_digests(folder: Path, name: str) -> None:
         UserError: a file has changed, or is missing, or the list is damaged.
     """
     if not (folder / DIGESTS).exists():
-        why = f"it holds no {DIGESTS}, which was not written at that time"
-        warnings.warn(f"{folder}: its files are read unchecked: {why}", DigestWarning, stacklevel=1)
+        why = f"{DIGESTS} is missing (written by an older version), so the files are not verified"
+        warnings.warn(f"{folder}: {why}", DigestWarning, stacklevel=1)
         return
     for listed, expected in _read_digests(folder / DIGESTS).items():
         is_named = listed == name or listed.startswith(f"{name}/")
@@ -68,7 +68,7 @@ def _read_digests(file: Path) -> dict[str, str]:
     for line in lines:
         match = _LINE.fullmatch(line)
         if match is None or not all(map(is_plain_name, match[2].split("/"))):
-            raise UserError(f"{file}: is damaged: {line[:80]!r} is no checksum and file name")
+            raise UserError(f"{file}: is damaged: {line[:80]!r}; expected lines `SHA256  FILE`")
         found[match[2]] = match[1]
     return found
 

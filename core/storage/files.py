@@ -1,4 +1,4 @@
-"""Writing files that a kill leaves whole, and names and links that must not lead out of a folder."""
+"""Writes files so that a kill never leaves half of one; checks names and links that must not lead out of a folder."""
 
 import os
 import secrets
@@ -36,7 +36,7 @@ def is_plain_name(value: object) -> bool:
     return not any(character in value for character in "/\\\0")
 
 
-def leaves(link: Path, folder: Path) -> bool:
+def leads_out_of(link: Path, folder: Path) -> bool:
     """Whether a path leads, through symbolic links, out of a folder."""
     return not link.resolve().is_relative_to(folder.resolve())
 
@@ -48,7 +48,7 @@ def check_links(folder: Path) -> None:
         UserError: one does.
     """
     for link in _links(folder):
-        if leaves(link, folder):
+        if leads_out_of(link, folder):
             raise UserError(
                 f"{link}: is a symbolic link that leads out of {folder}, to {os.readlink(link)}"
             )

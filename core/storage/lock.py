@@ -24,8 +24,8 @@ LOCK = ".lock"
 SYSTEM_LOCKS = Path("/proc/locks")
 """Linux's list of locks, a line for each: number, kind, ..., process, major:minor:inode of the file, range."""
 
-PATIENCE = (0.1, 0.2, 0.0)
-"""Seconds between attempts: `is_locked` of another process may hold a free lock for a moment, a holder keeps it."""
+RETRY_DELAYS = (0.1, 0.2, 0.0)
+"""Delays between attempts, because `is_locked` in another process may briefly take a lock that is free; in seconds."""
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -134,11 +134,11 @@ def _acquire(file: Path, waiting: Callable[[str], None] | None) -> int:
 
 def _try_lock(descriptor: int, file: Path) -> bool:
     """Tries a few times to lock a file; on a file system without locks it warns, and goes on unlocked."""
-    for patience in PATIENCE:
+    for delay in RETRY_DELAYS:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(patience)
+            time.sleep(delay)
         except OSError as cause:
             if cause.errno not in _UNSUPPORTED:
                 raise
@@ -206,8 +206,8 @@ def is_locked(file: Path) -> bool:
 def _is_listed(file: Path) -> bool:
     """Whether the system's list names a lock on the file.
 
-    Stacked file systems (device numbers without a driver) give the list another device than they give the file, so
-    there the number of the file decides alone.
+    On overlay file systems (their major device number is 0) /proc/locks shows another device number than stat(), so
+    only the inode is compared.
     """
     try:
         known = file.stat()

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Microseconds of all cores together in a period, and the period; `max` where there is no quota (cgroup v2)."""
+"""Microseconds of all cores together in a period, and the period; `max` if there is no quota (cgroup v2)."""
 
 
 def cores() -> int:

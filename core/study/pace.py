@@ -29,7 +29,7 @@ class Pace:
         self._done = 0.0  # their work
 
     def begin(self, run: str, *, fresh: bool) -> None:
-        """Notes that a run is under way; it is not `fresh` where an earlier runner has done a part of it."""
+        """Notes that a run is under way; it is not `fresh` if an earlier runner has done a part of it."""
         self._began[run] = self.clock()
         if not fresh:
             self._resumed.add(run)

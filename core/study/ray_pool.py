@@ -88,7 +88,7 @@ class RayPool:
 
 
 def resources(job: Job) -> tuple[int, int]:
-    """CPUs and GPUs of a run, from its strategy's ranks and accelerator; one CPU where it has neither."""
+    """CPUs and GPUs of a run, from its strategy's ranks and accelerator; one CPU if it has neither."""
     accelerator = getattr(job.variant.recipe.strategy.config, "accelerator", "cpu")
     gpus = job.ranks if accelerator in ("gpu", "cuda") else 0
     return job.ranks, gpus

@@ -40,7 +40,7 @@ HELD_OUT = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance")
 """Metrics that are measured on validation text."""
 
 
-def identity(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
+def sweep_document(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
     """The document `sweep.json`: the question, what was held equal, and what each variant is."""
     schema = sweep.schema
     base = next(variant for variant in sweep.variants if variant.name == schema.baseline)
@@ -91,7 +91,7 @@ def _compared_values(variant: Variant) -> dict[str, Any]:
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Every plain value by its key path; a whole list where it holds no sections."""
+    """Every plain value by its key path; a whole list if it holds no sections."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(value, dict):
         items = value.items()
@@ -101,12 +101,13 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
         return {path: to_dict(value)}
     found: dict[str, Any] = {}
     for key, item in items:
-        found |= _leaves(item, f"{path}.{key}" if path else str(key))
+        inner = f"{path}.{key}" if path else str(key)
+        found |= _leaves(item, inner)
     return found
 
 
 def _summary(job: Job) -> Any:
-    """A finished run's `summary.json`; None where it cannot be read."""
+    """A finished run's `summary.json`; None if it cannot be read."""
     try:
         return json.loads((job.path / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -114,7 +115,7 @@ def _summary(job: Job) -> Any:
 
 
 def value_of(job: Job, metric: str) -> float | None:
-    """The metric of a finished run; None where it has none or it is not a finite number."""
+    """The metric of a finished run; None if it has none or it is not a finite number."""
     summary = _summary(job)
     if summary is None:
         return None
@@ -139,7 +140,7 @@ def never_measured(job: Job, metric: str) -> str | None:
     return None
 
 
-def results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[str, Any]:
+def sweep_results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[str, Any]:
     """The document `results.json`: each variant's runs, mean and interval, and its difference to the baseline."""
     metric = sweep.schema.metric
     baseline = sweep.schema.baseline

@@ -47,7 +47,7 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """Processes on this machine, which share its cores: each gets its part, or OMP_NUM_THREADS where that is less.
+    """Processes on this machine, which share its cores: each gets its part, or OMP_NUM_THREADS if that is less.
 
     A run that was begun keeps its number of threads, since its results would differ in their bits with another.
 
@@ -138,7 +138,7 @@ def start(command: list[str], log: IO[bytes], threads: int) -> "subprocess.Popen
 
 
 def threads_begun_with(job: Job) -> int | None:
-    """The number of threads that a run began with, from its provenance; None where it has not begun."""
+    """The number of threads that a run began with, from its provenance; None if it has not begun."""
     try:
         provenance = json.loads((job.path / "provenance.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

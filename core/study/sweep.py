@@ -14,13 +14,13 @@ from core.run.data import text_data
 from core.study.matching import Matched, match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
-from core.study.results import HELD_OUT, NOTHING_HELD_OUT, identity, results
+from core.study.results import HELD_OUT, NOTHING_HELD_OUT, sweep_document, sweep_results
 from core.study.runner import LocalPool, Pool, run_jobs
 from core.study.sweep_file import Sweep
 from core.study.sweep_folder import Job, Status, SweepFolder
 from core.training.checkpoints import is_disk_full
 
-Progress = Callable[[Job | None, Status | None, int, int, float | None], None]
+ProgressCallback = Callable[[Job | None, Status | None, int, int, float | None], None]
 """A callback that reports a run, its status, the number of ended runs and of all, and seconds left (`run_sweep`)."""
 
 
@@ -32,7 +32,7 @@ def run_sweep(
     ray: str | None = None,
     resume: bool = False,
     command: str = "",
-    progress: Progress = lambda *_: None,
+    progress: ProgressCallback = lambda *_: None,
 ) -> dict[str, Any]:
     """Runs what is not done yet, and returns the document `results.json`.
 
@@ -55,7 +55,7 @@ def run_sweep(
         with folder.locked():
             folder.open(sweep, resume=resume)
             began = _beginning(folder, command or command_line())
-            folder.write_json("sweep.json", identity(sweep, matched, **began))
+            folder.write_json("sweep.json", sweep_document(sweep, matched, **began))
             jobs = folder.jobs(sweep)
             left = [job for job in jobs if folder.status(job).state != "done"]
             progress(None, None, len(jobs) - len(left), len(jobs), None)
@@ -63,7 +63,7 @@ def run_sweep(
                 if ray is None:
                     _prepare(sweep)
                 _work_on(left, _pool(folder, workers, ray), sweep, folder, matched, progress)
-            found = results(sweep, folder, matched)
+            found = sweep_results(sweep, folder, matched)
             folder.write_json("results.json", found)
             return found
     except OSError as error:
@@ -79,7 +79,7 @@ def _work_on(
     sweep: Sweep,
     folder: SweepFolder,
     matched: Matched,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> None:
     """Works on every run that is left; after each, writes the results so far and reports the time that is left."""
     pace = Pace({job.name: _flops(matched.documents[job.variant.name]) for job in left}, pool.slots)
@@ -93,7 +93,7 @@ def _work_on(
         nonlocal ended
         ended += 1
         pace.end(job.name, whole=status.state == "done")
-        folder.write_json("results.json", results(sweep, folder, matched))
+        folder.write_json("results.json", sweep_results(sweep, folder, matched))
         progress(job, status, ended, jobs, pace.left())
 
     metric = sweep.schema.metric
@@ -136,7 +136,7 @@ def _beginning(folder: SweepFolder, command: str) -> dict[str, str]:
 
 
 def _pool(folder: SweepFolder, workers: int, ray: str | None) -> Pool:
-    """A Ray cluster where an address is given, else processes on this machine."""
+    """A Ray cluster if an address is given, else processes on this machine."""
     if ray is not None:
         return RayPool(ray)
 

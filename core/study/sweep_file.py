@@ -226,7 +226,7 @@ class _Reader:
         return Variant(name, recipe, str(found), tuple(overrides))
 
     def _check_plugins(self, overrides: Mapping[str, Any]) -> None:
-        """Raises `UserError` for a module that this file names, where it is a sweep's that was made elsewhere."""
+        """Raises `UserError` for a module that this file names, if it is a sweep's that was made elsewhere."""
         if self.trust or not is_of_a_run(self.file):
             return
         for key, value in overrides.items():

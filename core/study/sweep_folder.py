@@ -118,7 +118,7 @@ class SweepFolder:
         self._write_yaml(file, describe_file(sweep))
 
     def _check_same(self, sweep: Sweep, file: Path) -> None:
-        """Raises `UserError` where the folder holds another sweep."""
+        """Raises `UserError` if the folder holds another sweep."""
         theirs = _without_paths(self._read(file))
         mine = _without_paths(describe_file(sweep))
         if theirs != mine:
@@ -127,7 +127,7 @@ class SweepFolder:
             raise UserError(f"--out {self.path}: holds another sweep ({difference})")
 
     def _check_recipes(self, sweep: Sweep) -> None:
-        """Raises `UserError` where a variant's recipe has been changed since its runs were begun."""
+        """Raises `UserError` if a variant's recipe has been changed since its runs were begun."""
         for variant in sweep.variants:
             theirs = self._read(self.recipe(variant))
             mine = yaml.safe_load(yaml.safe_dump(variant.recipe.to_dict()))
@@ -137,7 +137,7 @@ class SweepFolder:
                 raise UserError(f"--out {self.path}: {change}; name another folder")
 
     def _check_empty(self) -> None:
-        """Raises `UserError` where the folder holds more than hidden files and recipes."""
+        """Raises `UserError` if the folder holds more than hidden files and recipes."""
         for file in sorted(self.path.iterdir()):
             if file.name != "recipes" and not file.name.startswith("."):
                 raise UserError(
@@ -149,7 +149,7 @@ class SweepFolder:
         trust.record(file)
 
     def _read(self, file: Path) -> dict[str, Any]:
-        """Reads one of the sweep's own files; raises `UserError` where it is lost or damaged."""
+        """Reads one of the sweep's own files; raises `UserError` if it is lost or damaged."""
         unreadable = f"--out {self.path}: {file.relative_to(self.path)} cannot be read"
         try:
             document = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -172,7 +172,7 @@ class SweepFolder:
             yield
 
     def status(self, job: Job) -> Status:
-        """The state of a run as its file has it; "waiting" where there is none."""
+        """The state of a run as its file has it; "waiting" if there is none."""
         try:
             return Status(**json.loads(job.status_file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):

@@ -80,9 +80,11 @@ class SweepSchema:
     grid: dict[str, list[Any]] = setting(
         {}, doc="KEY.PATH: [values]; every variant with every combination"
     )
-    baseline: str = setting(doc="the variant that all others are held against")
+    baseline: str = setting(doc="the variant that all others are compared with")
     metric: str = setting("val_bits_per_byte", doc="a key of summary.json")
-    better: Literal["lower", "higher"] = setting("lower", doc="values of the metric")
+    better: Literal["lower", "higher"] = setting(
+        "lower", doc="whether lower or higher values are better"
+    )
     budget: dict[str, Any] = setting(
         {}, doc="the recipe's budget for every run; empty: each recipe's own"
     )
@@ -134,7 +136,7 @@ class SweepSchema:
 
 
 def _replaced(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:
-    """The reason why one of the overrides would be silently replaced; None where none would be."""
+    """The reason why one of the overrides would be silently replaced; None if none would be."""
     for key in keys:
         if key == "seed":
             return "seed is given by `seeds`"

@@ -13,11 +13,11 @@ LOSS = "loss/next_token"
 """The column of `metrics.csv`: nats per token of the main model."""
 
 
-def losses(run: Path, column: str = LOSS) -> dict[int, float]:
+def losses_by_step(run: Path, column: str = LOSS) -> dict[int, float]:
     """The training losses of a run by step, without values that are not finite or half written.
 
     Args:
-        run: its folder; the losses are empty where it logged none.
+        run: its folder; the losses are empty if it logged none.
         column: a column of `metrics.csv`.
     """
     found: dict[int, float] = {}
@@ -44,11 +44,11 @@ def against(base: Mapping[int, Path], mine: Mapping[int, Path]) -> dict[str, Any
 
     Returns:
         `mean` over training and `last`, at the last step, each over the seeds with a 95% interval; `largest`: the
-        largest absolute difference after the first tenth, of any seed. None where no seed is common.
+        largest absolute difference after the first tenth, of any seed. None if no seed is common.
     """
     curves = []
     for seed in sorted(base.keys() & mine.keys()):
-        curve = relative(losses(mine[seed]), losses(base[seed]))
+        curve = relative(losses_by_step(mine[seed]), losses_by_step(base[seed]))
         if curve:
             curves.append(curve)
     if not curves:

@@ -99,5 +99,6 @@ def end_step(slot: str, module: Any, load: list[int]) -> None:
         own: tuple[Any, ...] = ()
         if isinstance(record, Record | HeadOutput):
             own = (record.tallies, record.metrics)
-        totals = StepTotals(load_E if getattr(module, "experts", 0) else None, *own)
+        its_load = load_E if getattr(module, "experts", 0) else None
+        totals = StepTotals(its_load, *own)
     module.train(training).on_step_end(totals, bench.START)

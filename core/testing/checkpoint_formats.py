@@ -150,4 +150,4 @@ class _MemoryTarget:
         self.tensors[name].view(spec.rows, spec.width)[first : first + len(rows)] = rows
 
     def sync(self) -> None:
-        """Do nothing: memory has no disk to write to."""
+        """Does nothing: memory has no disk to write to."""

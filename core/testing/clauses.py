@@ -55,7 +55,7 @@ def check(*slots: str, clause: str, where: str) -> Callable[[F], F]:
 
 
 def require(holds: Any, found: str) -> None:
-    """Require that the clause under check holds.
+    """Requires that the clause under check holds.
 
     Args:
         holds: whether it does.
@@ -69,7 +69,7 @@ def require(holds: Any, found: str) -> None:
 
 
 def skip_unless(applies: Any, why: str) -> None:
-    """Skip the check unless its clause applies to this component.
+    """Skips the check unless its clause applies to this component.
 
     Args:
         applies: whether it does.

@@ -144,10 +144,10 @@ def head_counts_are_known_beforehand(subject: Subject) -> None:
 
 
 def _require_plausible(counts: dict[str, Tensor], context: SequenceContext) -> None:
-    """Require that no count is larger than the number of predicted positions."""
+    """Requires that no count is larger than the number of predicted positions."""
     most = int(context.predicted().sum())
     for name, count in counts.items():
-        found = f"{int(count)} counted, where {most} positions predict a token"
+        found = f"{int(count)} counted, but only {most} positions predict a token"
         require(0 <= int(count) <= most, f"{name}: {found}")
 
 
@@ -273,7 +273,7 @@ def targets_that_are_not_learned_are_left_out(subject: Subject) -> None:
 
 @check(
     "loss_head",
-    clause="`draft` gives logits for each row where `drafts` says so, and raises NotImplementedError elsewhere",
+    clause="`draft` gives logits for each row if `drafts` says so, and raises NotImplementedError elsewhere",
     where=HEAD,
 )
 def drafting_is_as_declared(subject: Subject) -> None:

@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """Collect the kit instead of the tests that pytest finds by itself, and in addition to paths that were named."""
+    """Collects the kit instead of the tests that pytest finds by itself, and in addition to paths that were named."""
     packages: list[str] = session.config.getoption(OPTION)
     if not packages:
         return

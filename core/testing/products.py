@@ -58,7 +58,7 @@ def products_are_as_exact_as_declared(subject: Subject) -> None:
         bound = 2 * torch.finfo(computed).eps + 4 * INPUTS**0.5 * torch.finfo(_wide(computed)).eps
         for y, exact, size in (_product(layer, x), _grouped(grouped, x, ends_E)):
             error = float(((y.detach().double() - exact).abs() / size).max())
-            found = f"an error of {error:.1e} of |x| |W|, where {computed} allows {bound:.1e}"
+            found = f"an error of {error:.1e} of |x| |W|, but {computed} allows {bound:.1e}"
             require(error <= bound, f"{role}: {found}")
             _require_small_difference(role, y.detach(), exact, [computed, computed])
 
@@ -73,7 +73,7 @@ def calc_diff(one: Tensor, two: Tensor) -> float:
 def _require_small_difference(
     what: str, own: Tensor, exact: Tensor, roundings: list[torch.dtype]
 ) -> None:
-    """Require that `calc_diff` stays within what some roundings allow; formats from fp32 on are not checked.
+    """Requires that `calc_diff` stays within what some roundings allow; formats from fp32 on are not checked.
 
     Rounding to a format of spacing eps has a squared relative error of about eps^2 / 27, and `calc_diff` counts half
     of it. The limit of eps^2 / 32 for each rounding leaves a margin. For two roundings to E4M3 it is the 1e-3 that the
@@ -84,7 +84,7 @@ def _require_small_difference(
     limit = sum(torch.finfo(dtype).eps ** 2 for dtype in roundings) / 32
     difference = calc_diff(own, exact)
     formats = " and ".join(str(dtype) for dtype in dict.fromkeys(roundings))
-    found = f"calc_diff is {difference:.1e}, where {formats} allows {limit:.1e}"
+    found = f"calc_diff is {difference:.1e}, but {formats} allows {limit:.1e}"
     require(difference <= limit, f"{what}: {found}")
 
 
@@ -111,7 +111,7 @@ def _layers(precision: Precision, role: str) -> tuple[Any, Any]:
 
 
 def _inputs(precision: Precision, role: str) -> Tensor:
-    """Rows in the format of the residual stream, or in that of the product where it is wider."""
+    """Rows in the format of the residual stream, or in that of the product if it is wider."""
     draw = torch.Generator().manual_seed(1)
     stream = precision.compute_dtype("embedding")
     computed = precision.compute_dtype(role)
@@ -238,7 +238,7 @@ def what_ran_is_noted(subject: Subject) -> None:
         skip_unless(precision.kernels_used.ran, "its layers record nothing")
         ran = precision.kernels_used.table().get(role)
         announced = precision.path(role)
-        require(ran == announced, f"{role}: {ran!r} ran, where path says {announced!r}")
+        require(ran == announced, f"{role}: {ran!r} ran, but path says {announced!r}")
 
 
 @check(

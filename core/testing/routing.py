@@ -28,13 +28,13 @@ def plain(scores_TE: Tensor) -> Tensor:
 def routed(
     module: Any, context: SequenceContext, adjust_scores: Any = plain, seed: int = 0
 ) -> Routing:
-    """Route random states."""
+    """Routes random states."""
     result: Routing = module(bench.states(context, seed=seed).flatten(0, 1), adjust_scores, context)
     return result
 
 
 def kept(routing: Routing) -> Tensor:
-    """The mask `kept_A` of a routing, all True where it is None."""
+    """The mask `kept_A` of a routing, all True if it is None."""
     if routing.kept_A is None:
         return torch.ones_like(routing.token_A, dtype=torch.bool)
     return routing.kept_A

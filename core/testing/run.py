@@ -78,7 +78,8 @@ def cases(package: str) -> list[Case]:
 
 def cases_of(entry: Entry, package: str) -> list[Case]:
     """Every check of one component."""
-    installed = installed_registry()
-    known = entry in installed.entries.get((entry.slot, entry.name), [])
-    subject = Subject(entry, installed if known else registry_for([package]))
+    registry = installed_registry()
+    if entry not in registry.entries.get((entry.slot, entry.name), []):
+        registry = registry_for([package])
+    subject = Subject(entry, registry)
     return [Case(subject, check) for check in CHECKS if entry.slot in check.slots]

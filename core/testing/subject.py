@@ -177,7 +177,8 @@ class Subject:
 
     @staticmethod
     def _initialised(make: Callable[[], M], seed: int, *, meta: bool = False) -> M:
-        with torch.device("meta" if meta else "cpu"):
+        device = "meta" if meta else "cpu"
+        with torch.device(device):
             module = make()
         if isinstance(module, nn.Module) and not meta:
             initialise(module, seed)
@@ -204,7 +205,7 @@ def surroundings(slot: str) -> Any:
 
 
 def perturbed(module: M) -> M:
-    """Change every floating-point weight of a module a little, in place, so that a forgotten one shows."""
+    """Changes every floating-point weight of a module a little, in place, so that a forgotten one shows."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in module.state_dict().values():

@@ -142,7 +142,7 @@ class _StepEnd(Checkpoint):
 
     @abstractmethod
     def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """Act on the end of a step; called once for every step."""
+        """Acts on the end of a step; called once for every step."""
 
     def on_train_batch_end(
         self,
@@ -194,8 +194,9 @@ class StopOnSignal(_StepEnd):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
-            show_cursor = b"\x1b[?25h"  # the progress bar has hidden it
-            os.write(2, show_cursor + b"\n" if os.isatty(2) else b"\n")
+            if os.isatty(2):
+                os.write(2, b"\x1b[?25h")  # shows the cursor, which the progress bar has hidden
+            os.write(2, b"\n")
             os._exit(128 + signum)
         self.signum = signum
 

@@ -43,7 +43,7 @@ def _made(folder: Path) -> bool:
 
 
 def resumable(resume: str | None, out: Path | None, name: str) -> Path | None:
-    """The folder of the run to continue; None where a new run is to start.
+    """The folder of the run to continue; None if a new run is to start.
 
     `auto` means `out` if it holds a run, without `out` the newest run of this recipe that has no summary.
 

@@ -1,7 +1,7 @@
 """Measures of expert load, all computed from the same int64 counts that balancers read.
 
 MaxVio (arXiv 2408.15664, section 4.1) of a layer is (max load - mean load) / mean load: 0 where the load is
-uniform, E / K - 1 where one expert receives every token. Reported values are means over layers.
+uniform, E / K - 1 if one expert receives every token. Reported values are means over layers.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def max_vio(load_E: Tensor) -> Tensor:
-    """MaxVio of one layer, fp64 scalar; 0 where nothing was assigned."""
+    """MaxVio of one layer, fp64 scalar; 0 if nothing was assigned."""
     load = load_E.to(torch.float64)
     mean = load.mean()
     return torch.where(mean > 0, load.max() / mean.clamp(min=1e-300) - 1, torch.zeros_like(mean))
@@ -23,7 +23,7 @@ def measures(loads: list[Tensor]) -> dict[str, Tensor]:
 
     Returns:
         `max_vio`; `cv`, the coefficient of variation; `dead_fraction`, experts that received nothing;
-        `entropy` of the load, 1 where it is uniform.
+        `entropy` of the load, 1 if it is uniform.
     """
     by_name: dict[str, list[Tensor]] = {}
     for load_E in loads:

@@ -25,7 +25,7 @@ from core.model.parameters import check_groups, named_parameters
 from core.recipe.plan import TrainingPlan
 from core.training.load import measures
 from core.training.ranks import all_reduce_max_, rank_and_world, reduce_sum
-from core.training.step_metrics import as_scalar, balancer_metrics, component_metrics, losses
+from core.training.step_metrics import as_scalar, balancer_metrics, component_metrics, loss_metrics
 from core.training.totals import WindowTotals, call_on_step_end
 from core.training.validation import ValidationTotals
 from core.training.window import Window, objective
@@ -186,7 +186,7 @@ class TrainingModule(L.LightningModule):
         return norm
 
     def _clip(self, norm: Tensor) -> None:
-        """Scale the gradients down to the norm `gradient_clip` where they are larger."""
+        """Scales the gradients down to the norm `gradient_clip` if they are larger."""
         if self.gradient_clip is not None:
             parameters = self.model.parameters()
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
@@ -218,7 +218,7 @@ class TrainingModule(L.LightningModule):
         return int(bad) == 0
 
     def _end_step(self, *, done: bool) -> None:
-        """Advance the product layers that keep state between steps; their maxima are taken over the ranks first."""
+        """Advances the product layers that keep state between steps; their maxima are taken over the ranks first."""
         with torch.no_grad():
             layers = self.model.step_states().values()
             all_reduce_max_([tensor for layer in layers for tensor in layer.maxima()])
@@ -245,7 +245,7 @@ class TrainingModule(L.LightningModule):
     ) -> None:
         """Logs the values of the step, and adds its assignments to those of the run."""
         values: dict[str, Any] = {"tokens": float(progress.tokens)}
-        values.update(losses(self.ledger, totals, counts, progress))
+        values.update(loss_metrics(self.ledger, totals, counts, progress))
         self._note_finiteness(values["loss/total"])
         loads = measures(list(totals.loads.values()))
         for name, value in loads.items():

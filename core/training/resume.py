@@ -17,7 +17,7 @@ from core.training.run_folder import RunFolder
 
 
 class RunningWarning(UserWarning):
-    """A run whose checkpoint is read while it is still going; the commands print it in one line."""
+    """A checkpoint of a run that is still training; the commands print it in one line."""
 
 
 REPRODUCED = (
@@ -33,7 +33,7 @@ REPRODUCED = (
 )
 """Sections that a resumed run must share with the one it continues; otherwise it would be another run."""
 
-LAYOUT = ("strategy", "compile", "trainer")
+MAY_CHANGE = ("strategy", "compile", "trainer")
 """Sections that may change; the resumed run then reaches other bits."""
 
 
@@ -73,7 +73,7 @@ def check_recipe_unchanged(
         raise UserError(
             f"--resume {folder.path}: {path} = {new} here, but the run was started with {old}"
         )
-    difference = _first_difference_in(LAYOUT, before, now)
+    difference = _first_difference_in(MAY_CHANGE, before, now)
     if difference:
         path, old, new = difference
         say(
@@ -158,7 +158,7 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
 def newest_checkpoint(path: Path) -> Path:
     """The newest checkpoint of a run folder, or the index of a converted run's weights; a file is returned as it is.
 
-    A run that is still going is one warning: its results change, and it replaces its checkpoints.
+    Warns if the run is still training, because it replaces its checkpoints.
 
     Raises:
         UserError: there is none.
@@ -173,5 +173,5 @@ def newest_checkpoint(path: Path) -> Path:
         raise UserError(f"{path}: no checkpoint here: give a run folder or a checkpoint file")
     if is_locked(path / LOCK):
         why = f"its newest checkpoint, {files[-1].name}, is used"
-        warnings.warn(f"{path}: this run is still going: {why}", RunningWarning, stacklevel=1)
+        warnings.warn(f"{path}: this run is still training: {why}", RunningWarning, stacklevel=1)
     return files[-1]

@@ -14,7 +14,7 @@ from core.training.totals import HEADS, WindowTotals
 from core.training.window import contribution
 
 
-def losses(
+def loss_metrics(
     ledger: Ledger, totals: WindowTotals, counts: Mapping[Term, Tensor], progress: Progress
 ) -> dict[str, Tensor]:
     """Every term's mean under its own name, and the one sum that was minimised, in fp64.
@@ -74,7 +74,7 @@ def component_metrics(totals: WindowTotals) -> dict[str, Tensor]:
 
 
 def as_scalar(value: Tensor | float) -> Tensor:
-    """A scalar for the loggers: a tensor as fp32, a number as fp64 with NaN where it is not finite."""
+    """A scalar for the loggers: a tensor as fp32, a number as fp64 with NaN if it is not finite."""
     if isinstance(value, Tensor):
         return value.detach().float()
     if not math.isfinite(value):

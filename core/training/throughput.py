@@ -41,7 +41,7 @@ class Throughput(ThroughputMonitor):
         self.peak_flops = peak_flops
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Sets up Lightning's monitor, with the measured peak where its table has none."""
+        """Sets up Lightning's monitor, with the measured peak if its table has none."""
         super().setup(trainer, pl_module, stage)
         if not self.available_flops:
             self.available_flops = int(self.peak_flops) if self.peak_flops else None

@@ -25,7 +25,7 @@ class Window:
 
     Args:
         counts: each term's denominator, over micro-batches and data ranks.
-        whole: sums of balancers of scope `batch` over the whole window; none where it is one micro-batch.
+        whole: sums of balancers of scope `batch` over the whole window; none if it is one micro-batch.
         micro_batches: how many the window has.
     """
 
@@ -127,7 +127,7 @@ def objective(
 
 
 def contribution(term: Term, value: Tensor, count: Tensor, progress: Progress) -> Tensor:
-    """A term's share of the objective: coefficient x sum / denominator; 0 where there is nothing to average."""
+    """A term's share of the objective: coefficient x sum / denominator; 0 if there is nothing to average."""
     return term.coefficient(progress) * value / count.clamp(min=1)
 
 

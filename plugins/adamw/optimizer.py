@@ -38,7 +38,7 @@ class AdamW(OptimizerFactory):
             if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
                 raise ConfigError("betas", "must be two numbers in [0, 1)")
             if self.eps <= 0:
-                raise ConfigError("eps", "must be positive")
+                raise ConfigError("eps", "must be more than 0")
             if self.weight_decay < 0:
                 raise ConfigError("weight_decay", "must be at least 0")
             if self.moments == "bf16" and max(self.betas) > LARGEST_BETA:

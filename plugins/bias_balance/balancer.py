@@ -50,7 +50,8 @@ class Bias(ExactState, Balancer):
             "additive", doc="affinity + bias from 0, or affinity x bias from 1"
         )
         centre: bool = setting(
-            False, doc="take the mean change off every change, so that the biases keep their mean"
+            False,
+            doc="subtract the mean change from every change, so that the biases keep their mean",
         )
 
         def check(self, parent: Any) -> None:
@@ -69,8 +70,9 @@ class Bias(ExactState, Balancer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets biases that change no selection: zeros, or ones where they multiply."""
-        self.bias.fill_(0.0 if self.config.form == "additive" else 1.0)
+        """Sets biases that change no selection: zeros, or ones if they multiply."""
+        neutral = 0.0 if self.config.form == "additive" else 1.0
+        self.bias.fill_(neutral)
 
     def adjust_scores(self, scores_TE: Tensor) -> Tensor:
         """The scores for selection, s + b or s b."""

@@ -26,7 +26,7 @@ class TokenDropping:
     )
 
     def check(self, parent: Any) -> None:
-        """Raises `ConfigError` where the devices do not divide the experts, or a factor or fraction is out of range."""
+        """Raises `ConfigError` if the devices do not divide the experts, or a factor or fraction is out of range."""
         if self.devices < 1 or parent.experts % self.devices:
             raise ConfigError("devices", f"must divide experts = {parent.experts}")
         if not 0 <= self.capacity_factor < float("inf"):

@@ -207,7 +207,7 @@ class MixtureOfExperts(FeedForward):
 
 
 def _parameters(module: nn.Module | None) -> int:
-    """The number of parameters of a module; 0 where there is none."""
+    """The number of parameters of a module; 0 if there is none."""
     if module is None:
         return 0
     return sum(p.numel() for p in module.parameters())

@@ -52,7 +52,7 @@ class DeviceLoss(ShareLoss):
         devices: int = setting(doc="devices that the experts are divided over (D)")
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` where the devices do not divide the experts or are not the router's."""
+            """Raises `ConfigError` if the devices do not divide the experts or are not the router's."""
             super().check(parent)
             _check_devices(self.devices, parent)
 
@@ -83,7 +83,7 @@ class CommunicationLoss(ShareLoss):
         device_limit: int = setting(doc="devices that one token may reach (M)")
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` where devices or their limit are not the router's."""
+            """Raises `ConfigError` if devices or their limit are not the router's."""
             super().check(parent)
             _check_devices(self.devices, parent)
             if not 1 <= self.device_limit <= self.devices:
@@ -122,7 +122,7 @@ class CommunicationLoss(ShareLoss):
 
 
 def _check_devices(devices: int, parent: Any) -> None:
-    """Raises `ConfigError` unless the devices divide the experts and are the router's groups, where it has any."""
+    """Raises `ConfigError` unless the devices divide the experts and are the router's groups, if it has any."""
     if devices < 1 or parent.experts % devices:
         raise ConfigError("devices", f"must divide experts = {parent.experts}")
     groups = _router_setting(parent, "groups", 1)
@@ -131,5 +131,5 @@ def _check_devices(devices: int, parent: Any) -> None:
 
 
 def _router_setting(parent: Any, key: str, otherwise: Any) -> Any:
-    """A setting of the layer's router; `otherwise` where it has none of that name."""
+    """A setting of the layer's router; `otherwise` if it has none of that name."""
     return getattr(getattr(getattr(parent, "router", None), "config", None), key, otherwise)

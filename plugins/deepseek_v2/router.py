@@ -48,7 +48,7 @@ class DeepSeekV2Router(LearnedRouter):
             return self.group_limit
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` where the devices do not divide the experts or leave too few to choose from."""
+            """Raises `ConfigError` if the devices do not divide the experts or leave too few to choose from."""
             experts = parent.experts
             if self.groups < 1 or experts % self.groups:
                 raise ConfigError("groups", f"must divide experts = {experts}")
@@ -59,7 +59,7 @@ class DeepSeekV2Router(LearnedRouter):
                 why = "the experts that the group limit leaves"
                 raise ConfigError("top_k", f"must be between 1 and {left}, {why}")
             if not 0 < self.scale < float("inf"):
-                raise ConfigError("scale", "must be positive and finite")
+                raise ConfigError("scale", "must be more than 0 and finite")
 
     def route(
         self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext

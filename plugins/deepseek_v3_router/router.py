@@ -60,10 +60,10 @@ class DeepSeekV3Router(LearnedRouter):
             return self.group_score
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` where the groups do not divide the experts or leave too few to choose from."""
+            """Raises `ConfigError` if the groups do not divide the experts or leave too few to choose from."""
             experts = parent.experts
             if not 0 < self.scale < float("inf"):
-                raise ConfigError("scale", "must be positive and finite")
+                raise ConfigError("scale", "must be more than 0 and finite")
             if self.groups < 1 or experts % self.groups:
                 raise ConfigError("groups", f"must divide experts = {experts}")
             if not 1 <= self.reachable_groups <= self.groups:

@@ -28,12 +28,12 @@ class ExpertChoiceRouter(TokenGroupRouter):
     caveat = (
         "expert_choice is not causal: an expert chooses among all tokens of a group, later ones included, so losses "
         "in training and validation are not those of a causal model, and text that is read in chunks or token by "
-        "token is routed otherwise"
+        "token gets other experts"
     )
     example = {"name": "expert_choice", "top_k": 2}
     rejected_keys = {
-        "capacity_factor": f"{_FIXED}, so there is nothing to cap; the paper's capacity factor c is top_k here",
-        "eval_capacity_factor": f"{_FIXED}, so there is nothing to cap",
+        "capacity_factor": f"{_FIXED}, so no capacity is needed; the paper's capacity factor c is top_k here",
+        "eval_capacity_factor": f"{_FIXED}, so no capacity is needed",
         "groups": "experts choose tokens here, so no token is limited to groups of experts",
         "group_limit": "experts choose tokens here, so no token is limited to groups of experts",
     }

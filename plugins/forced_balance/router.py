@@ -28,9 +28,9 @@ class ForcedBalanceRouter(LearnedRouter):
     )
     example = {"name": "forced_balance", "top_k": 2}
     rejected_keys = {
-        "groups": "experts are taken in turn, so there is no choice to limit",
-        "group_limit": "experts are taken in turn, so there is no choice to limit",
-        "capacity_factor": "the load is even, so there is nothing to cap",
+        "groups": "experts are assigned in turn, so there is no choice to limit",
+        "group_limit": "experts are assigned in turn, so there is no choice to limit",
+        "capacity_factor": "the load is even, so no capacity is needed",
     }
 
     @dataclass(kw_only=True)
@@ -45,7 +45,7 @@ class ForcedBalanceRouter(LearnedRouter):
             if not 1 <= self.top_k <= parent.experts:
                 raise ConfigError("top_k", f"must be between 1 and experts = {parent.experts}")
             if not 0 < self.scale < float("inf"):
-                raise ConfigError("scale", "must be positive and finite")
+                raise ConfigError("scale", "must be more than 0 and finite")
 
     def route(
         self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext

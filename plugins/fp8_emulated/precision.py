@@ -30,7 +30,7 @@ class EmulatedFP8(FP8Precision):
 
         scaling: Literal["tile", "tensor", "delayed", "mxfp8"] = setting(
             "tile",
-            doc="what shares a scale: 1x128 and 128x128 tiles; a tensor, now or of earlier steps; 1x32",
+            doc="elements that share a scale: 1x128 and 128x128 tiles; a tensor, now or of earlier steps; 1x32",
         )
         scales: Literal["fp32", "ue8m0"] = setting(
             "fp32", doc="format of scales; ue8m0: powers of two, as mxfp8 needs"
@@ -133,7 +133,7 @@ class EmulatedFP8(FP8Precision):
         return found
 
     def _saved(self, role: str) -> Format | None:
-        """The format in which a role's input is saved; None where it is saved as it is."""
+        """The format in which a role's input is saved; None if it is saved as it is."""
         if self.config.weight_gradient == "te":
             return None
         if any(fnmatchcase(role, pattern) for pattern in self.config.e5m6):

@@ -39,7 +39,7 @@ class Tiles:
         row: tile of activations and gradients, along the contraction of forward and input gradient.
         column: tile of both along tokens, for the weight gradient.
         weight: tile of the weight in the forward.
-        weight_back: tile of the weight in the input gradient; where it is the same, so are the codes.
+        weight_back: tile of the weight in the input gradient; if it is the same, so are the codes.
     """
 
     row: Tile
@@ -58,7 +58,7 @@ TILES = {
 
 @dataclass(frozen=True)
 class EmulatedRounding(Rounding):
-    """Operands on the FP8 grid, held in fp32; every format that is no argument is E4M3.
+    """Operands on the FP8 grid, held in fp32; every format that is not an argument is E4M3.
 
     Args:
         inputs: width of the activations.
@@ -166,7 +166,7 @@ class EmulatedRounding(Rounding):
         return self.operand(x_AI, self.tiles.column, form, which, ends_E, power_of_two=power_of_two)
 
     def _owned(self, x_AI: Tensor, ends_E: Tensor | None) -> Tensor:
-        """x with the rows of no expert set to 0, where they would change the one scale of all."""
+        """x with the rows of no expert set to 0, if they would change the one scale of all."""
         if ends_E is None or self.tiles.row != WHOLE:
             return x_AI
         rows_A = torch.arange(len(x_AI), device=x_AI.device)

@@ -34,7 +34,7 @@ def kernels() -> ModuleType | None:
 
 
 def takes(x: Tensor, power_of_two: bool) -> bool:
-    """Whether the kernels quantise x: on a GPU, where they are available and have been verified.
+    """Whether the kernels quantise x: on a GPU, if they are available and have been verified.
 
     The answer is the same for all operands of a layer, whatever their format: `product` and `outer` take no mixture.
     """
@@ -85,7 +85,7 @@ class Turned:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Matrices in 128x128 blocks, as `kernels.quantise_blocks` returns them; `outer` of their rows are no padding."""
+    """Matrices in 128x128 blocks, as `kernels.quantise_blocks` returns them; `outer` of their rows are not padding."""
 
     codes: Tensor
     scales: Tensor
@@ -101,7 +101,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class FusedRounding(NativeRounding):
-    """`NativeRounding` in tiles, whose operands kernels make where they can run."""
+    """`NativeRounding` in tiles, whose operands kernels make if they can run."""
 
     def activation(self, x_AI: Tensor, ends_E: Tensor | None) -> tuple[Any, Kept]:
         """Q(X) by rows, and what is saved: its codes and scales, or X."""
@@ -177,10 +177,12 @@ class FusedRounding(NativeRounding):
             else:
                 dw_OI.zero_()
         cut = dw_EOI[:, : dy.outer, : x.outer]
-        return _dense(cut[0] if ends_E is None else cut)
+        if ends_E is None:
+            cut = cut[0]
+        return _dense(cut)
 
     def path(self, x: Tensor | None) -> str:
-        """The code that takes the products of x and, where there is an x, the code that makes the operands."""
+        """The code that takes the products of x and, if there is an x, the code that makes the operands."""
         products = super().path(x)
         if x is None:
             return products
@@ -275,7 +277,8 @@ def _compared(
     whole, kept = plain.activation(x_AI, ends_E)
     matrices, kept_w = plain.weight(weight)
     rows = own._rows(x_AI, ends_E)
-    blocks = own._blocks(weight if weight.ndim == 3 else weight[None])
+    weight_EOI = weight if weight.ndim == 3 else weight[None]
+    blocks = own._blocks(weight_EOI)
     turned = own._turned(x_AI, None, len(x_AI), width, ends_E)
     again = own._turned(rows.codes, rows.scales, len(x_AI), width, ends_E)
     flipped = own._flipped(blocks.codes, blocks.scales)
@@ -326,7 +329,7 @@ def _kernels() -> ModuleType:
 
 
 def _dense(cut: Tensor) -> Tensor:
-    """A dense tensor that is no view, because autograd would forbid to change a view in place."""
+    """A dense tensor that is not a view, because autograd would forbid to change a view in place."""
     return cut.contiguous().detach()
 
 

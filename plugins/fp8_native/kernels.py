@@ -55,7 +55,7 @@ PAD = tl.constexpr(ROWS)
 
 @triton.jit
 def _owner(ends_ptr, slot, rows, experts, S: tl.constexpr, EXPERTS: tl.constexpr):
-    """The expert of a slot, the begin and end of its rows, and the slot's first row: the end, where it is empty."""
+    """The expert of a slot, the begin and end of its rows, and the slot's first row: the end, if it is empty."""
     if EXPERTS:
         each = tl.arange(0, EXPERTS)
         ends = tl.load(ends_ptr + each, mask=each < experts, other=0).to(tl.int32)

@@ -74,7 +74,7 @@ class NativeFP8(FP8Precision):
         )
         scaling: Literal["tile", "row", "tensor"] = setting(
             "tile",
-            doc="what shares a scale: 1x128 and 128x128 tiles (Hopper); a row of each operand; a tensor",
+            doc="elements that share a scale: 1x128 and 128x128 tiles (Hopper); a row of each operand; a tensor",
         )
         scales: Literal["fp32", "ue8m0"] = setting(
             "fp32", doc="format of scales; ue8m0: powers of two"

@@ -145,12 +145,12 @@ class NativeRounding(Rounding):
         return operands
 
     def _split(self, stored: Quantised, ends_E: Tensor | None) -> list[Operand]:
-        """The transpose of each expert's rows, with the codes that they have under one scale for all."""
+        """Splits codes that share one scale into each expert's rows, and transposes them; nothing is rounded again."""
         whole = Operand.of(stored)
         return [whole.part(*span).transposed() for span in spans(len(stored.codes), ends_E)]
 
     def _owned(self, x_AI: Tensor, ends_E: Tensor | None) -> Tensor:
-        """x with the rows of no expert set to 0, where they would change the one scale of all."""
+        """x with the rows of no expert set to 0, if they would change the one scale of all."""
         if ends_E is None or self.tiles.rows != WHOLE:
             return x_AI
         rows_A = torch.arange(len(x_AI), device=x_AI.device)

@@ -17,18 +17,18 @@ from core.routing.groups import within_capacity
 
 
 class GShardRouter(TokenGroupRouter):
-    """Two experts a token, each with a limited number of places; the second one is kept by chance.
+    """Two experts a token, each with a capacity; the second one is kept by chance.
 
-    Within a local group all first choices take their places before any second choice, in token order. A counter
-    grows whether or not a place was left, and whether or not chance kept the second choice. Gates are normalised
-    over the two before anything is dropped; what is dropped passes by the residual.
+    Within a local group all first choices are placed before any second choice, in token order. An expert's counter
+    grows even if its capacity is used up, and even if chance drops the second choice. Gates are normalised over the
+    two before anything is dropped; a dropped token passes through the residual connection alone.
     """
 
     paper = "GShard (arXiv 2006.16668), algorithm 1"
     capabilities = frozenset({"capacity", "drops", "learned", "token_choice"})
     caveat = (
-        "gshard leaves undone what finds no place, in evaluation too, and is not causal: first choices of later tokens "
-        "go before second choices; read token by token every choice finds a place, so decoding gives other results"
+        "gshard drops assignments beyond an expert's capacity, in evaluation too, and is not causal: first choices of "
+        "later tokens are placed before second choices. Token-by-token decoding drops nothing, so its results differ."
     )
     example = {"name": "gshard", "capacity_factor": 1.0}
     rejected_keys = {
@@ -42,17 +42,17 @@ class GShardRouter(TokenGroupRouter):
         """Settings of GShard's gating."""
 
         capacity_factor: float = setting(
-            1.0, doc="places of an expert over its even share 2 S / E of S tokens"
+            1.0, doc="an expert's capacity over its even share 2 S / E of S tokens"
         )
         group: Literal["sequence", "batch"] = setting(
             "sequence", doc="local group: each sequence, or a whole batch"
         )
         second: Literal["random", "always"] = setting(
-            "random", doc="the second expert: by chance, or always"
+            "random", doc="whether the second expert is kept by chance, or always"
         )
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` for a negative capacity, or where there are no two experts."""
+            """Raises `ConfigError` for a negative capacity, or if there are no two experts."""
             if not 0 <= self.capacity_factor < float("inf"):
                 raise ConfigError("capacity_factor", "must be at least 0 and finite")
             if parent.experts < 2:

@@ -19,7 +19,7 @@ from core.contracts.schema import setting
 from core.numerics.promotion import at_least_fp32
 from core.routing.chance import uniform
 
-_NO_CHOICE = "a token's id decides alone"
+_NO_CHOICE = "a token's id alone selects its expert"
 
 
 class HashRouter(Router):
@@ -41,7 +41,7 @@ class HashRouter(Router):
         """Settings of hash routing."""
 
         map: Literal["random", "balanced"] = setting(
-            "random", doc="ids to experts: drawn, or even on the training text"
+            "random", doc="map from ids to experts: drawn, or balanced on the training text"
         )
 
     def __init__(self, config: Config, build: BuildContext, *, experts: int) -> None:

@@ -7,6 +7,6 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer the components of this package."""
+    """Offers the components of this package."""
     registry.checkpoint_format("deepseek_v3", "plugins.hf_deepseek.v3:DeepSeekV3")
     registry.checkpoint_format("deepseek_v2", "plugins.hf_deepseek.v2:DeepSeekV2")

@@ -65,7 +65,7 @@ class HfConfig:
         """Returns a whole number of at least `low`.
 
         Raises:
-            ConfigError: the key is missing, or its value is no whole number or too small.
+            ConfigError: the key is missing, or its value is not a whole number, or too small.
         """
         value = self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -76,7 +76,7 @@ class HfConfig:
         """Returns a number.
 
         Raises:
-            ConfigError: the key is missing, or its value is no number.
+            ConfigError: the key is missing, or its value is not a number.
         """
         value = self.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool):

@@ -14,7 +14,7 @@ _TRAINING_KEYS = ("balance", "dispatcher", "token_dropping")
 
 
 @dataclass(frozen=True)
-class Bias:
+class BiasPosition:
     """The balancer that holds a layer's selection bias, as an index into its list of balancers."""
 
     index: int
@@ -44,7 +44,7 @@ class HfLayout:
     attention: Mapping[str, Any]
     hidden: int | None
     experts: Mapping[str, Any] | None
-    bias: Bias | None
+    bias: BiasPosition | None
     mtp: str | None
     depths: int
     tied: bool
@@ -82,6 +82,7 @@ def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
     hidden = _same(ffns[:dense])["hidden"] if dense else None
     experts = _same(ffns[dense:]) if dense < len(ffns) else None
     mtp, depths = _multi_token(model["heads"])
+    bias = _bias(experts, ffns[-1][0]) if experts else None
     return HfLayout(
         dim=model["dim"],
         vocabulary=recipe["data"]["tokenizer"]["vocab"],
@@ -90,7 +91,7 @@ def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
         attention=attention,
         hidden=hidden,
         experts=experts,
-        bias=_bias(experts, ffns[-1][0]) if experts else None,
+        bias=bias,
         mtp=mtp,
         depths=depths,
         tied=model["tied_embedding"],
@@ -117,7 +118,7 @@ def _compared(section: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _bias(experts: Mapping[str, Any], path: str) -> Bias | None:
+def _bias(experts: Mapping[str, Any], path: str) -> BiasPosition | None:
     """Returns the selection bias of the layers with experts; raises `ConfigError` if it is not additive."""
     for index, balancer in enumerate(experts["balance"]):
         if balancer["name"] == "bias":
@@ -126,7 +127,7 @@ def _bias(experts: Mapping[str, Any], path: str) -> Bias | None:
                     f"{path}.balance.{index}.form",
                     "must be additive: the architecture adds its bias",
                 )
-            return Bias(index)
+            return BiasPosition(index)
     return None
 
 

@@ -180,7 +180,7 @@ def _swiglu(
 
 @lru_cache(maxsize=8)
 def _pairs_from_halves(heads: int, kept: int, rotated: int) -> tuple[int, ...]:
-    """Returns the checkpoint's row for each of our rows, where its rotated rows are stored in halves.
+    """Returns the checkpoint's row for each of our rows, if its rotated rows are stored in halves.
 
     Args:
         heads: number of heads.

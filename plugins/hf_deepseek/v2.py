@@ -61,7 +61,7 @@ class DeepSeekV2(DeepSeek):
         return [{"name": "expert"}]
 
     def routing_of(self, layout: HfLayout) -> dict[str, Any]:
-        """Returns the keys of the router; `topk_method` is `greedy` where no groups are limited."""
+        """Returns the keys of the router; `topk_method` is `greedy` if no groups are limited."""
         if layout.depths:
             raise ConfigError(
                 "model.heads", "DeepSeek-V2 has no multi-token module (--main-only leaves it out)"

@@ -38,7 +38,7 @@ class DeepSeekV3(DeepSeek):
         return {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)}
 
     def interleaved(self, config: Mapping[str, Any]) -> bool:
-        """Returns `rope_interleave`, which is true where it is missing."""
+        """Returns `rope_interleave`, which is true if it is missing."""
         return config.get("rope_interleave") in (True, None)
 
     def router_of(self, given: HfConfig) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Two numbers decide: the factor on cos and sin, and the factor on the softmax scale. With s the factor of the context
 and m(x) = 0.1 x ln s + 1,
 
-    transformers:  cos, sin: m(mscale) / m(mscale_all_dim) where both are given, else m(1), or `attention_factor`
-                   scale:    m(mscale_all_dim)^2 where it is given, else 1
+    transformers:  cos, sin: m(mscale) / m(mscale_all_dim) if both are given, else m(1), or `attention_factor`
+                   scale:    m(mscale_all_dim)^2 if it is given, else 1
     here:          cos, sin: m(mscale) / m(mscale_all_dim), m of a missing one being 1
                    scale:    m(mscale_all_dim)^2, likewise
 
@@ -79,7 +79,7 @@ def rope_of(config: Mapping[str, Any], max_length: int) -> tuple[dict[str, Any],
 
 
 def _checked(given: Any, where: str) -> dict[str, Any]:
-    """Returns a section of the configuration; raises `ConfigError` if it is none, or a value is no number."""
+    """Returns a section of the configuration; raises `ConfigError` if it is not one, or a value is not a number."""
     if not isinstance(given, Mapping):
         raise ConfigError(where, "must be a section")
     for key in NUMBERS:
@@ -117,7 +117,7 @@ def _coefficient(factor: float, wanted: float, where: str) -> float | None:
     if wanted == 1.0:
         return None
     if factor <= 1:
-        raise ConfigError(where, "attention_factor must be 1 where the factor is 1")
+        raise ConfigError(where, "attention_factor must be 1 if the factor is 1")
     return (wanted - 1.0) / (0.1 * math.log(factor))
 
 

@@ -1,4 +1,4 @@
-"""Dispatch within one device: sort assignments by expert, and put the results back in token order.
+"""Dispatch within one device: assignments are sorted by expert, and results are put back in token order.
 
 Rows are moved by `index_select` along a permutation, and moved back along its inverse, so that forward and
 backward are gathers: deterministic on every device, no atomic additions.

@@ -62,7 +62,7 @@ class LatentAttention(Attention):
                 if value is not None and value < 1:
                     raise ConfigError(key, "must be at least 1")
             if self.norm_eps is not None and not 0 < self.norm_eps < float("inf"):
-                raise ConfigError("norm_eps", "must be positive and finite")
+                raise ConfigError("norm_eps", "must be more than 0 and finite")
             if self.rope_dim % 2:
                 raise ConfigError("rope_dim", "must be even, because positions rotate pairs")
 

@@ -67,7 +67,7 @@ class MultiTokenPrediction(LossHead):
     class Config:
         """Settings of multi-token prediction."""
 
-        depth: int = setting(1, doc="further tokens predicted (D)")
+        depth: int = setting(1, doc="number of further tokens to predict (D)")
         weight: Scheduled = setting(
             0.3, doc="coefficient (lambda; DeepSeek-V3: 0.3, then 0.1 after 10T tokens)"
         )

@@ -71,12 +71,12 @@ class _HeadAttention(Attention):
 
 
 def _check(heads: int, head_dim: int | None, parent: Any) -> None:
-    """Raises `ConfigError` where the heads leave no even width for each."""
+    """Raises `ConfigError` if the heads leave no even width for each."""
     if heads < 1:
         raise ConfigError("heads", "must be at least 1")
     dim = getattr(parent, "dim", None)
     if head_dim is None and dim is not None and dim % heads:
-        raise ConfigError("heads", f"must divide model.dim = {dim} where head_dim is not given")
+        raise ConfigError("heads", f"must divide model.dim = {dim} if head_dim is not given")
     width = head_dim if head_dim is not None else (dim or 0) // heads
     if width % 2:
         key = "heads" if head_dim is None else "head_dim"
@@ -97,7 +97,7 @@ class MultiHeadAttention(_HeadAttention):
         head_dim: int | None = setting(None, doc="width per head; null: model.dim / heads")
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` where the heads do not divide the width."""
+            """Raises `ConfigError` if the heads do not divide the width."""
             _check(self.heads, self.head_dim, parent)
 
     def __init__(self, config: Config, build: BuildContext) -> None:
@@ -121,7 +121,7 @@ class GroupedQueryAttention(_HeadAttention):
         head_dim: int | None = setting(None, doc="width per head; null: model.dim / heads")
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` where heads, groups and width do not divide."""
+            """Raises `ConfigError` if heads, groups and width do not divide."""
             _check(self.heads, self.head_dim, parent)
             if self.kv_heads < 1 or self.heads % self.kv_heads:
                 raise ConfigError("kv_heads", f"must divide heads = {self.heads}")
@@ -146,7 +146,7 @@ class MultiQueryAttention(_HeadAttention):
         head_dim: int | None = setting(None, doc="width per head; null: model.dim / heads")
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` where the heads do not divide the width."""
+            """Raises `ConfigError` if the heads do not divide the width."""
             _check(self.heads, self.head_dim, parent)
 
     def __init__(self, config: Config, build: BuildContext) -> None:

@@ -65,7 +65,7 @@ class PackageText(Corpus):
 
 
 def _shipped(package: str) -> list[PackagePath]:
-    """The files that an installed distribution lists; raises `UserError` where it is not installed."""
+    """The files that an installed distribution lists; raises `UserError` if it is not installed."""
     try:
         return files(package) or []
     except PackageNotFoundError:

@@ -27,7 +27,7 @@ class SequenceLoss(ShareLoss):
 class BatchLoss(ShareLoss):
     """The share loss of all tokens of the step, over micro-batches and data ranks.
 
-    Where a step has several micro-batches, each is read once more beforehand, because f is known only then.
+    If a step has several micro-batches, each is read once more beforehand, because f is known only then.
     """
 
     paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 4.5.3"

@@ -17,7 +17,7 @@ def _missing_gpu(config: Any, environment: Environment) -> str | None:
 
 
 class Single(StrategyFactory):
-    """Trains on one device: the GPU where there is one, else the CPU."""
+    """Trains on one device: the GPU if there is one, else the CPU."""
 
     example = {"name": "single"}
 
@@ -54,7 +54,7 @@ class DataParallel(StrategyFactory):
         )
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` where the ranks cannot share a micro-batch, or one of validation, evenly."""
+            """Raises `ConfigError` if the ranks cannot share a micro-batch, or one of validation, evenly."""
             for key in ("batch", "validation"):
                 section = getattr(parent, key, None)
                 sequences = self.ranks if section is None else section.sequences

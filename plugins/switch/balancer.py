@@ -22,5 +22,5 @@ class SwitchLoss(FirstChoiceLoss):
             0.01, doc="coefficient, and the value at an even load (Switch: 0.01)"
         )
         over: Literal["sequence", "batch", "micro_batch"] = setting(
-            "micro_batch", doc="the tokens it is formed over"
+            "micro_batch", doc="the tokens over which the loss is formed"
         )

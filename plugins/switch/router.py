@@ -1,4 +1,4 @@
-"""Switch routing (arXiv 2101.03961, section 2): one expert a token, with a limited number of places."""
+"""Switch routing (arXiv 2101.03961, section 2): one expert a token, with a capacity for each expert."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,13 +17,13 @@ from core.routing.groups import within_capacity
 
 
 class SwitchRouter(TokenGroupRouter):
-    """The expert of highest probability, and that probability as its gate; places are given in token order."""
+    """The expert of highest probability, and that probability as its gate; earlier tokens have priority."""
 
     paper = "Switch Transformers (arXiv 2101.03961), section 2"
     capabilities = frozenset({"capacity", "causal", "drops", "learned", "token_choice"})
     caveat = (
-        "switch leaves undone what finds no place, in evaluation too; read token by token every token finds one, so "
-        "decoding gives other results"
+        "switch drops assignments beyond an expert's capacity, in evaluation too. Token-by-token decoding drops "
+        "nothing, so its results differ."
     )
     example = {"name": "switch", "capacity_factor": 1.25}
     rejected_keys = {
@@ -37,7 +37,7 @@ class SwitchRouter(TokenGroupRouter):
         """Settings of Switch routing."""
 
         capacity_factor: float = setting(
-            1.25, doc="places of an expert over its even share S / E of S tokens"
+            1.25, doc="an expert's capacity over its even share S / E of S tokens"
         )
         eval_capacity_factor: float | None = setting(
             None, doc="the same in evaluation; null: as in training"
@@ -46,7 +46,7 @@ class SwitchRouter(TokenGroupRouter):
             0.0, doc="e: in training the router's input is multiplied by U(1 - e, 1 + e)"
         )
         group: Literal["sequence", "batch"] = setting(
-            "batch", doc="the tokens that share places: a sequence, or a whole batch"
+            "batch", doc="the tokens that share a capacity: a sequence, or a whole batch"
         )
 
         def check(self, parent: Any) -> None:
@@ -90,7 +90,7 @@ class SwitchRouter(TokenGroupRouter):
     def route(
         self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
     ) -> Routing:
-        """The expert of highest probability, kept where it has a place left; the first one wins ties."""
+        """The expert of highest probability, kept if it is within capacity; the first one wins ties."""
         scores_TE = logits_TE.softmax(dim=1)
         with torch.no_grad():
             expert_T1 = scores_TE.argmax(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The modules of Transformer Engine that this package uses, and the reason where one cannot be used.
+"""The modules of Transformer Engine that this package uses, and the reason if one cannot be used.
 
 Nothing of it is imported before a product runs on a GPU, or `fit` checks whether one could: describing, loading and
 sampling need no Transformer Engine. Written against its 2.13 to 2.20.

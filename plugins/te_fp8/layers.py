@@ -182,7 +182,8 @@ class _LentWeights(StepState):
         for half, name, kept in _memories(module):
             stored = state.get(f"{half}.{name}")
             if stored is None:
-                stored = torch.full_like(kept, 1.0 if name == "scale" else 0.0)
+                value = 1.0 if name == "scale" else 0.0
+                stored = torch.full_like(kept, value)
             kept.copy_(stored)
 
 

@@ -60,7 +60,7 @@ class TransformerEngineFP8(FP8Precision):
 
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
-        """The GPU, CUDA or Transformer Engine that this scaling lacks, as a sentence; None where nothing is missing."""
+        """The GPU, CUDA or Transformer Engine that this scaling lacks, as a sentence; None if nothing is missing."""
         return unmet_requirement(config.scaling, environment)
 
     @cached_property

@@ -26,7 +26,7 @@ class TextFiles(Corpus):
         text_key: str = setting("text", doc="the key that holds a document's text in .jsonl files")
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` where there is no glob."""
+            """Raises `ConfigError` if there is no glob."""
             if not self.paths:
                 raise ConfigError("paths", "must hold at least one glob, such as texts/*.txt")
 
@@ -88,7 +88,7 @@ class TextFiles(Corpus):
             return str(record[key]).encode("utf-8")
         except UnicodeEncodeError as cause:
             raise UserError(
-                f"{source} holds half a surrogate pair, which is no text: {cause.reason}"
+                f"{source} holds half a surrogate pair, which is not text: {cause.reason}"
             ) from cause
 
 

@@ -212,7 +212,7 @@ def test_one_component_is_shown_in_full(lab: Lab) -> None:
     for line in (
         "source: Switch Transformers (arXiv 2101.03961), section 2",
         "capabilities: a router that",
-        "  drops: leaves some of its assignments undone",
+        "  drops: drops some of its assignments",
         "  capacity_factor: float  [default 1.25]",
         "  eval_capacity_factor: float | None  [default null]",
         "      the same in evaluation; null: as in training",

@@ -98,7 +98,7 @@ def test_what_the_routing_promises_is_reported(lab: Lab, small: dict[str, Any]) 
     ]
     *promised, notices = [documents[0][key] for key in ROUTING]
     assert promised == [1, 1.5, True, True, True]
-    assert "finds no place" in notices[0]
+    assert "drops assignments beyond an expert's capacity" in notices[0]
     *_, causal, batch_dependent, notices = [documents[1][key] for key in ROUTING]
     assert (causal, batch_dependent, len(notices)) == (False, True, 1)
 

@@ -60,7 +60,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def exit_code(*arguments: str) -> int:
-    """Run the command in this process; 0 where it returns."""
+    """Runs the command in this process; 0 where it returns."""
     try:
         run(list(arguments))
     except SystemExit as leaving:
@@ -70,7 +70,7 @@ def exit_code(*arguments: str) -> int:
 
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restore what a command changes in its process."""
+    """Restores what a command changes in its process."""
     monkeypatch.setattr(sys, "argv", ["moeloom"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", sys.modules["__main__"].__spec__)
 

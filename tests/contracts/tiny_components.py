@@ -38,7 +38,7 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offer all of them."""
+    """Offers all of them."""
     registry.residual("two_lanes", f"{__name__}:TwoLanes")
     registry.optimizer("by_kind", f"{__name__}:ByKind")
     registry.attention("two_ropes", f"{__name__}:TwoRopes")

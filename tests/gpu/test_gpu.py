@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: Any) -> Any:
-    """Run the command without `torch.compile`, because compiling is slow and not tested here."""
+    """Runs the command without `torch.compile`, because compiling is slow and not tested here."""
     command = [sys.executable, "benchmarks/gpu.py", *map(str, arguments)]
     env = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
@@ -225,7 +225,8 @@ def test_an_unknown_part_is_refused_with_those_there_are(tmp_path: Path) -> None
     done = run("speeed", "--quick", "--device", "cpu", "--out", tmp_path / "out")
     assert done.returncode == 2
     assert (
-        "speeed: is no part; allowed: tests, correctness, fp8, speed, layer, profile" in done.stderr
+        "speeed: is not a part; allowed: tests, correctness, fp8, speed, layer, profile"
+        in done.stderr
     )
 
 

@@ -265,7 +265,7 @@ def random_model(case: Case) -> Any:
 
 @torch.no_grad()
 def fill(model: Any, seed: int) -> None:
-    """Give every parameter and every selection bias random values."""
+    """Gives every parameter and every selection bias random values."""
     draw = torch.Generator().manual_seed(seed)
     named = [
         *model.named_parameters(),
@@ -309,7 +309,7 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Any:
 
 
 def save(case: Case, model: Any, folder: Path) -> Path:
-    """Write a model as transformers does, in the case's layout and style."""
+    """Writes a model as transformers does, in the case's layout and style."""
     options: dict[str, Any] = {
         "packed": {"save_original_format": False},
         "sharded": {"max_shard_size": "30KB"},
@@ -376,7 +376,7 @@ def meaning(folder: Path) -> dict[str, Any]:
 
 
 def change_config(folder: Path, **keys: Any) -> None:
-    """Set keys of config.json; one that is set to `...` goes."""
+    """Sets keys of config.json; one that is set to `...` goes."""
     config = {**read_config(folder), **keys}
     text = json.dumps({k: v for k, v in config.items() if v is not ...})
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -406,7 +406,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, files: int = 1) -> None:
-    """Replace a checkpoint's weights, spread over so many files."""
+    """Replaces a checkpoint's weights, spread over so many files."""
     for old in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
         old.unlink()
     names = sorted(tensors)

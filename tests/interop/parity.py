@@ -25,7 +25,7 @@ FP32, FP64 = 1e-5, 2e-6
 
 
 @dataclass(frozen=True)
-class Seen:
+class Outputs:
     """One forward: logits B x L x V, and for every layer with experts who was chosen, T x K, in any order."""
 
     logits: Tensor
@@ -33,7 +33,7 @@ class Seen:
 
 
 @torch.no_grad()
-def ours(model: Any, tokens_BL: Tensor) -> Seen:
+def ours(model: Any, tokens_BL: Tensor) -> Outputs:
     """What a model of this repository does; only the main model runs."""
     layers: list[Tensor] = []
 
@@ -41,14 +41,14 @@ def ours(model: Any, tokens_BL: Tensor) -> Seen:
         layers.append(routing.expert_A.unflatten(0, (tokens_BL.numel(), -1)))
 
     hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, Router)]
-    seen = Seen(model.logits(tokens_BL), layers)
+    seen = Outputs(model.logits(tokens_BL), layers)
     for hook in hooks:
         hook.remove()
     return seen
 
 
 @torch.no_grad()
-def theirs(model: Any, tokens_BL: Tensor) -> tuple[Seen, list[tuple[Tensor, Tensor | None]]]:
+def theirs(model: Any, tokens_BL: Tensor) -> tuple[Outputs, list[tuple[Tensor, Tensor | None]]]:
     """What a model of transformers does, and every layer's router logits T x E with its selection bias."""
     layers: list[Tensor] = []
     routers: list[tuple[Tensor, Tensor | None]] = []
@@ -62,7 +62,7 @@ def theirs(model: Any, tokens_BL: Tensor) -> tuple[Seen, list[tuple[Tensor, Tens
         for m in model.modules()
         if type(m).__name__.endswith("TopkRouter")
     ]
-    seen = Seen(model(tokens_BL).logits, layers)
+    seen = Outputs(model(tokens_BL).logits, layers)
     for hook in hooks:
         hook.remove()
     return seen, routers
@@ -91,8 +91,8 @@ def assert_same_model(our_model: Any, hf_model: Any, tokens_BL: Tensor, toleranc
 
 
 def _strays(
-    found: Seen,
-    expected: Seen,
+    found: Outputs,
+    expected: Outputs,
     routers: list[tuple[Tensor, Tensor | None]],
     config: Mapping[str, Any],
     shape: Any,

@@ -51,7 +51,7 @@ def lengthen(folder: Path) -> None:
 
 
 def shift(folder: Path) -> None:
-    """Give the second tensor the place of the first."""
+    """Gives the second tensor the place of the first."""
     data = (folder / FILE).read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
@@ -120,7 +120,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "an index that names a missing file": (
         change_index(name_missing_file),
-        (INDEX, "model-00009", "no such file"),
+        (INDEX, "model-00009", "does not exist"),
     ),
     "a file that the index lacks": (
         change_index(forget_file),

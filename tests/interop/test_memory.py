@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from core.interop.tensors import TensorSpec
-from core.interop.writing import Writer, planned
+from core.interop.writing import ShardWriter, planned
 
 from .checkpoints import V3, block_shapes
 
@@ -56,7 +56,7 @@ def large(folder: Path, shard: int, **sizes: int) -> Path:
         "lm_head.weight": shapes["model.embed_tokens.weight"],
     }
     folder.mkdir()
-    Writer(
+    ShardWriter(
         folder, planned({n: TensorSpec(torch.bfloat16, s) for n, s in shapes.items()}, shard)
     ).create()
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors, held against the safetensors library."""
+"""Reading and writing safetensors, compared with the safetensors library."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from core.interop.tensors import (
     dequantised,
     quantised,
 )
-from core.interop.writing import Writer, planned
+from core.interop.writing import ShardWriter, planned
 
 
 def random(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -54,7 +54,7 @@ def test_the_library_reads_what_is_written_in_any_order_and_in_parts(tmp_path: P
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in ALL.items()}
     plan = planned(specs, limit=400)
     assert len(plan.files) > 2
-    writer = Writer(tmp_path, plan)
+    writer = ShardWriter(tmp_path, plan)
     writer.create()
     for name, tensor in reversed(ALL.items()):
         rows = tensor.reshape(specs[name].rows, specs[name].width)
@@ -79,7 +79,7 @@ def test_every_tensor_begins_where_its_format_is_aligned(tmp_path: Path) -> None
         "b": TensorSpec(torch.float64, (1,)),
         "c": TensorSpec(torch.bfloat16, (1,)),
     }
-    writer = Writer(tmp_path, planned(specs))
+    writer = ShardWriter(tmp_path, planned(specs))
     writer.create()
     for spec, begin in read_header(tmp_path / "model.safetensors").values():
         assert begin % spec.dtype.itemsize == 0
@@ -166,7 +166,7 @@ def test_a_grid_is_seen_by_row_and_written_back(tmp_path: Path, begin: int, end:
     )
     assert torch.equal(view.values("x.weight", begin, end, torch.float32), values)
     (tmp_path / "out").mkdir()
-    writer = Writer(
+    writer = ShardWriter(
         tmp_path / "out", planned({"x.weight_scale_inv": TensorSpec(torch.float32, (3, 2))})
     )
     writer.create()

@@ -61,7 +61,7 @@ BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in F
 
 @hookimpl
 def register(registry: Any) -> None:
-    """Register all broken components."""
+    """Registers all broken components."""
     for (slot, name), cls in zip(BROKEN, CLASSES, strict=True):
         registry.add(slot, name, f"broken_plugins:{cls.__name__}")
 

@@ -84,7 +84,7 @@ def test_a_broken_plugin_fails_exactly_its_check(slot: str, name: str) -> None:
 
 
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run pytest in a process of its own, in a folder without tests."""
+    """Runs pytest in a process of its own, in a folder without tests."""
     installed = any(
         point.value == "core.testing.plugin" for point in entry_points(group="pytest11")
     )

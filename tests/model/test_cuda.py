@@ -100,7 +100,7 @@ class Pair:
         biases: selection biases by the layer's path.
     """
 
-    seen: tiny.Seen
+    seen: tiny.Observed
     gradients: dict[str, Tensor]
     routed: dict[str, Routing]
     expected: Outcome

@@ -487,7 +487,7 @@ IMPOSSIBLE = {
     "a capacity with expert choice": (
         (section("expert_choice", top_k=2, capacity_factor=1.0), UNBALANCED),
         "router.capacity_factor",
-        "nothing to cap",
+        "no capacity is needed",
     ),
     "groups with switch": (
         (section("switch", groups=2), UNBALANCED),

@@ -59,7 +59,7 @@ class Pair:
     """What the model gave and what the reference gives, with both gradients."""
 
     logits: Tensor
-    seen: tiny.Seen
+    seen: tiny.Observed
     gradients: dict[str, Tensor]
     expected: Outcome
     expected_gradients: dict[str, Tensor]

@@ -143,7 +143,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observed:
     """Every loss term, the heads' and the balancers', and every layer's load."""
 
     terms: dict[str, Term]
@@ -165,12 +165,12 @@ def weighted(values: dict[str, Tensor]) -> Tensor:
     ).sum()
 
 
-def see(model: LanguageModel, given: SequenceContext) -> Seen:
+def see(model: LanguageModel, given: SequenceContext) -> Observed:
     """One forward; balance losses are named `balance/<path>`."""
     return seen(model, given, model(given))
 
 
-def seen(model: LanguageModel, given: SequenceContext, losses: Losses) -> Seen:
+def seen(model: LanguageModel, given: SequenceContext, losses: Losses) -> Observed:
     """The terms and loads of a forward that was made: sums from the forward, counts from the context alone."""
     ledger, inner = Ledger.of(model), model.contexts(given)
     sums = {term: (term.label, term.sum_in(losses)) for term in ledger.heads}
@@ -180,7 +180,9 @@ def seen(model: LanguageModel, given: SequenceContext, losses: Losses) -> Seen:
         if loss is not None:
             sums[term] = (f"balance/{term.layer}", loss)
     terms = {name: Term(value, term.count(given, inner)) for term, (name, value) in sums.items()}
-    return Seen(terms, {path: record.load_E for path, record in losses.expert_records().items()})
+    return Observed(
+        terms, {path: record.load_E for path, record in losses.expert_records().items()}
+    )
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ CORE = {
     "batch.accumulate=0": "{o}: batch.accumulate = 0: must be at least 1",
     "batch.accumulate=1.5": "{o}: batch.accumulate = 1.5: must be a whole number",
     "batch.accumulate={start: 1, segments: [{until: 0.5, to: 2, shape: linear}]}": "{o}: batch.accumulate.unit = "
-    "'fraction': must be tokens or steps where the run's length is given in steps (budget.steps)",
+    "'fraction': must be tokens or steps if the run's length is given in steps (budget.steps)",
     "model.attention=mla": "{o}: model.attention = 'mla': must be a section with a `name` (attention: …",
     "model.attention={name: 3}": "{o}: model.attention: must be a section with a `name` (attention: …",
     "optimizer=null": "{o}: optimizer = null: must be a section with a `name` (optimizer: …",
@@ -151,9 +151,9 @@ COMPONENTS = {
     f"{ROUTER}.group_limit=5": f"{{o}}: {ROUTER}.group_limit = 5: must be between 1 and groups = 4",
     "model.blocks.moe.ffn.experts=7": f"{{f}}: {ROUTER}.groups = 4: must divide experts = 7",
     "model.blocks.dense.ffn.hidden=-48": "{o}: model.blocks.dense.ffn.hidden = -48: must be at least 1",
-    "model.attention.heads=5": "{o}: model.attention.heads = 5: must divide model.dim = 32 where head_dim is not given",
+    "model.attention.heads=5": "{o}: model.attention.heads = 5: must divide model.dim = 32 if head_dim is not given",
     "model.blocks.dense.attention={name: mha, heads: 5}": "{o}: model.blocks.dense.attention.heads = 5: "
-    "must divide model.dim = 32 where head_dim is not given",
+    "must divide model.dim = 32 if head_dim is not given",
     "model.attention={name: gqa, kv_heads: 3}": "{o}: model.attention.kv_heads = 3: must divide heads = 4",
     "model.attention.name=mla": "{o}: model.attention.kv_rank: required key is missing "
     "(width of the key-value latent (d_c))",

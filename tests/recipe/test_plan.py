@@ -9,7 +9,7 @@ import pytest
 from core.analysis.budget import plan_of
 from core.contracts.schedule import Schedule, Segment
 from core.recipe.compose import compose
-from core.recipe.plan import TrainingPlan, Window
+from core.recipe.plan import TrainingPlan, WindowSpan
 
 LENGTH = 4096
 
@@ -23,7 +23,7 @@ def test_a_constant_plan_by_steps(sequences: int, size: int, steps: int) -> None
         size * steps * sequences * 16,
     )
     assert [plan.window(step) for step in range(steps)] == [
-        Window(size * step, size) for step in range(steps)
+        WindowSpan(size * step, size) for step in range(steps)
     ]
     assert plan.progress(0).step == 1
     assert plan.progress(steps - 1).tokens == plan.tokens
@@ -79,7 +79,7 @@ def v3() -> TrainingPlan:
 
 
 def test_A19_the_batch_goes_from_3072_to_15360_sequences_over_469B_tokens(v3: TrainingPlan) -> None:
-    assert v3.window(0) == Window(0, 1024)
+    assert v3.window(0) == WindowSpan(0, 1024)
     for step in range(0, 16_000, 7):
         window = v3.window(step)
         begin = window.first * SEQUENCES * LENGTH

@@ -182,11 +182,11 @@ BAD = {
     ),
     "line to nowhere": (
         [Segment(until=1, shape="linear")],
-        "segments.0.to = null: must be given where the shape is linear",
+        "segments.0.to = null: must be given if the shape is linear",
     ),
     "cosine to nowhere": (
         [Segment(until=0.1), Segment(until=1, shape="cosine")],
-        "segments.1.to = null: must be given where the shape is cosine",
+        "segments.1.to = null: must be given if the shape is cosine",
     ),
     "past the end": (
         [Segment(until=0.5), Segment(until=1.5)],

@@ -9,7 +9,7 @@ import pytest
 from core.reports import experts as packing
 from core.reports.curves import POINTS, SMOOTH, curve, paired
 from core.reports.study_files import Run, read
-from core.reports.style import DASHES, broken, styles
+from core.reports.style import DASHES, styles, with_line_breaks
 
 from .synthetic import Made, write_sweep
 
@@ -167,5 +167,5 @@ def test_two_of_one_dash_differ_in_lightness_too() -> None:
 
 def test_a_long_name_is_broken_and_loses_nothing() -> None:
     name = "expert_choice+router.top_k=2+" + "x" * 40
-    assert broken(name).replace("<br>", "") == name
-    assert max(map(len, broken(name).split("<br>"))) <= 19
+    assert with_line_breaks(name).replace("<br>", "") == name
+    assert max(map(len, with_line_breaks(name).split("<br>"))) <= 19

@@ -19,7 +19,7 @@ ALLOWED = {"core.contracts", "core.model", "core.routing", "core.numerics", "cor
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run import-linter on the packages of a folder."""
+    """Runs import-linter on the packages of a folder."""
     command = shutil.which("lint-imports", path=sysconfig.get_path("scripts"))
     if command is None:
         pytest.skip("import-linter is not installed beside this Python")

@@ -69,6 +69,8 @@ def test_other_explanations_are_counted_apart_from_docstrings_of_functions(tmp_p
                 '    d: int = setting(doc="from logits to gates")',
                 '    e: int = setting(doc="at least 1")',
                 '    f = option(help="with a help", other="of anything else")',
+                '    g: int = setting(doc="after the last step")',
+                '    h: int = setting(doc="up to 16 characters")',
             ]
         ),
         encoding="utf-8",
@@ -79,6 +81,7 @@ def test_other_explanations_are_counted_apart_from_docstrings_of_functions(tmp_p
         "plugins/text.py:1 In a module.",
         "plugins/text.py:21 from logits to gates",
         "plugins/text.py:23 with a help",
+        "plugins/text.py:24 after the last step",
         "plugins/text.py:3 Of a value.",
         "plugins/text.py:6 from a recipe.",
         "plugins/text.py:6 of the draws,",
@@ -96,6 +99,28 @@ def test_retired_words_are_found_alone_and_inside_of_identifiers() -> None:
         f"core/a.py:1 {name}",
     ]
     assert readable.retired_in("docs/a.md", f"{name} and `{name}`") == [f"docs/a.md:1 {name}"]
+
+
+def test_retired_names_that_are_words_too_count_where_they_are_defined() -> None:
+    name = readable.DEFINITIONS[0]
+    assert readable.retired_in("core/a.py", f"class {name}:\n# {name}\nclass {name}s:") == [
+        f"core/a.py:1 class {name}"
+    ]
+    assert readable.retired_in("core/a.py", "    refuses = {}\nIt refuses: a key") == [
+        "core/a.py:1     refuses ="
+    ]
+
+
+def test_changelog_records_and_packaging_are_searched_too(tmp_path: Path) -> None:
+    word = readable.WORDS[0]
+    (tmp_path / "records").mkdir()
+    for name in ("CHANGELOG.md", "pyproject.toml", "records/README.md", "records/run.json"):
+        (tmp_path / name).write_text(f"the {word}\n", encoding="utf-8")
+    assert sorted(readable.measure(tmp_path).retired) == [
+        f"CHANGELOG.md:1 {word}",
+        f"pyproject.toml:1 {word}",
+        f"records/README.md:1 {word}",
+    ]
 
 
 def test_a_module_under_its_former_name_is_found(tmp_path: Path) -> None:

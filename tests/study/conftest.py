@@ -34,7 +34,7 @@ class ForkPool:
         self.commands: list[list[str]] = []
 
     def submit(self, job: Job, command: list[str]) -> "Future[tuple[int, float]]":
-        """Run it here and now."""
+        """Runs it here and now."""
         self.commands.append(command)
         result = forked(lambda: _fit(command[3:]))
         with job.log.open("a", encoding="utf-8") as log:
@@ -63,7 +63,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> ForkPool:
 
 @pytest.fixture
 def write(lab: Lab, tmp_path: Path) -> Write:
-    """Write a sweep file; `{base}` in it is the small recipe."""
+    """Writes a sweep file; `{base}` in it is the small recipe."""
 
     def to_file(text: str) -> Path:
         file = tmp_path / "question.yaml"

@@ -32,7 +32,7 @@ LONG = (
 
 
 def until(what: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait for something."""
+    """Waits for something."""
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen"
@@ -145,7 +145,7 @@ def test_a_run_that_is_begun_keeps_its_threads(job: Job) -> None:
 
 
 def alone(job: Job, folder: SweepFolder) -> None:
-    """Work on one run and report nothing."""
+    """Works on one run and reports nothing."""
     run_jobs(
         [job],
         folder,

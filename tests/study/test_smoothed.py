@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.statistics.smoothing import largest, relative, smoothed
-from core.study.training_losses import against, losses
+from core.study.training_losses import against, losses_by_step
 
 
 def test_the_average_is_the_sum_that_it_stands_for() -> None:
@@ -67,5 +67,5 @@ def test_runs_without_a_curve_or_without_a_partner_say_nothing(tmp_path: Path) -
     there = write(tmp_path / "there", [3.0])
     assert against({0: there}, {1: there}) is None
     assert against({0: there}, {0: tmp_path / "empty"}) is None
-    assert losses(tmp_path / "nowhere") == {}
-    assert losses(write(tmp_path / "nan", [math.nan, 2.0, math.inf])) == {2: 2.0}
+    assert losses_by_step(tmp_path / "nowhere") == {}
+    assert losses_by_step(write(tmp_path / "nan", [math.nan, 2.0, math.inf])) == {2: 2.0}

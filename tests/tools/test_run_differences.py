@@ -22,7 +22,7 @@ def twin(finished: Path, tmp_path: Path) -> Path:
 
 
 def flip(tensor: torch.Tensor) -> None:
-    """Change the last bit of the first element."""
+    """Changes the last bit of the first element."""
     tensor.view(-1)[:1].view(torch.uint8)[0] ^= 1
 
 
@@ -41,7 +41,7 @@ def change_text(file: Path, old: str, new: str) -> None:
 
 
 def change_column(folder: Path, name: str) -> None:
-    """Put another number into every cell of a column of metrics.csv."""
+    """Puts another number into every cell of a column of metrics.csv."""
     with (folder / "metrics.csv").open(newline="") as file:
         reader = csv.DictReader(file)
         table = list(reader)

@@ -17,7 +17,7 @@ OTHER_ROUNDING = (
 
 
 def git(folder: Path, *arguments: str) -> None:
-    """Run git in a folder, with an identity for machines that have none."""
+    """Runs git in a folder, with an identity for machines that have none."""
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 

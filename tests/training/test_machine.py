@@ -10,7 +10,7 @@ from core.training import machine
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Run git in a folder; returns its output."""
+    """Runs git in a folder; returns its output."""
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     return subprocess.run(
         ["git", "-C", str(folder), *who, *arguments], capture_output=True, text=True, check=True

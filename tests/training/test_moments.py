@@ -35,7 +35,7 @@ def nearest_bf16(value: float) -> float:
 def step_by_hand(
     w: list[float], g: list[float], m: list[float], v: list[float], t: int, decay: float
 ) -> None:
-    """Take one step of every element in Python's floats, in place."""
+    """Takes one step of every element in Python's floats, in place."""
     for i in range(len(w)):
         wide_m = BETA1 * m[i] + (1 - BETA1) * g[i]
         wide_v = BETA2 * v[i] + (1 - BETA2) * g[i] ** 2

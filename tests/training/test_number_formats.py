@@ -11,7 +11,7 @@ from lab import MOE, Lab, last_checkpoint, loads
 import core
 
 
-class Formats(L.Callback):
+class FormatRecorder(L.Callback):
     """Records the formats that a step computes with."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ FORMATS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 @pytest.mark.parametrize("precision", FORMATS)
 def test_P1_training_keeps_biases_in_fp32_and_counts_in_int64(lab: Lab, precision: str) -> None:
-    watch, kept = Formats(), FORMATS[precision]
+    watch, kept = FormatRecorder(), FORMATS[precision]
     module = lab.train(f"precision.name={precision}", "budget.steps=2", callbacks=[watch])
     assert watch.seen == {
         ("32-true", torch.float32),

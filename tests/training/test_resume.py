@@ -35,12 +35,12 @@ from core.training.run_folder import RunFolder
 
 
 def die() -> None:
-    """End this process as `kill -9` does."""
+    """Ends this process as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def before(owner: Any, name: str, when: Callable[..., bool]) -> None:
-    """End the process before a call of a function if `when` is true for its arguments."""
+    """Ends the process before a call of a function if `when` is true for its arguments."""
     function = getattr(owner, name)
 
     def dying(*args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ def before(owner: Any, name: str, when: Callable[..., bool]) -> None:
 
 
 def half_written(step: int) -> None:
-    """End the process when half of a checkpoint's bytes are on disk."""
+    """Ends the process when half of a checkpoint's bytes are on disk."""
 
     def half(content: Any, file: Any) -> None:
         torch_save(content, file)

@@ -49,7 +49,7 @@ def test_a_checkpoint_of_a_run_that_is_still_going_is_read_with_a_warning(finish
     with (
         RunFolder(finished).locked(),
         pytest.warns(
-            RunningWarning, match="still going: its newest checkpoint, step-00000012.ckpt"
+            RunningWarning, match="still training: its newest checkpoint, step-00000012.ckpt"
         ),
     ):
         newest_checkpoint(finished)

@@ -33,7 +33,7 @@ def run_with_signals(
     name: str = "",
     overrides: Sequence[str] = (),
 ) -> CommandResult:
-    """Train in a forked process that sends itself signals when a hook is called for a step."""
+    """Trains in a forked process that sends itself signals when a hook is called for a step."""
 
     def work() -> None:
         function = getattr(hook, name or "on_train_batch_end")

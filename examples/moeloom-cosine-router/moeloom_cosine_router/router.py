@@ -42,7 +42,7 @@ class CosineRouter(LearnedRouter):
                 )
             for key in ("scale", "temperature"):
                 if not 0 < getattr(self, key) < math.inf:
-                    raise ConfigError(key, "must be positive and finite")
+                    raise ConfigError(key, "must be more than 0 and finite")
 
     def __init__(self, config: Config, build: BuildContext, *, experts: int) -> None:
         super().__init__(config, build, experts=experts)

@@ -74,7 +74,7 @@ def test_the_temperature_is_learned() -> None:
             f"{ROUTER}={{name: cosine, top_k: 4, groups: 4}}",
             "cosine lets a token reach every expert",
         ),
-        (f"{ROUTER}.temperature=0", "must be positive and finite"),
+        (f"{ROUTER}.temperature=0", "must be more than 0 and finite"),
     ],
 )
 def test_mistakes_are_reported(override: str, why: str) -> None:
