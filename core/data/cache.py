@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from core.contracts.errors import UserError
 from core.storage import records
+from core.storage.digests import digest_of
+from core.storage.files import is_plain_name
 from core.storage.lock import hold
 
 SEAL = "seal.json"
@@ -38,19 +40,23 @@ Writer = Callable[[IO[bytes]], object]
 def cache_folder() -> Path:
     """The folder of everything that can be built again: `MOELOOM_CACHE`, or `moeloom` in the user's cache folder."""
     chosen = os.environ.get("MOELOOM_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    user_cache = Path(base) if base else Path.home() / ".cache"
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        user_cache = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError as cause:
+        raise UserError(f"MOELOOM_CACHE must name a folder for prepared data: {cause}") from cause
     return user_cache / "moeloom"
 
 
 def intact(folder: Path) -> bool:
     """Whether an entry exists, whole and unchanged."""
     try:
-        checksums = json.loads((folder / SEAL).read_bytes())
+        checksums = json.loads(_seal(folder))
         for name, expected in checksums.items():
-            if _checksum(folder / name) != expected:
+            is_ours = is_plain_name(name) and (folder / name).is_file()
+            if not is_ours or digest_of(folder / name) != expected:
                 return False
         return bool(checksums)
     except (OSError, ValueError, AttributeError):
@@ -67,6 +73,10 @@ def ensure(folder: Path, make: Callable[[], Mapping[str, Writer]]) -> None:
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
+    if folder.is_symlink():
+        raise UserError(
+            f"the cache {folder} is a symbolic link, through which nothing is written: remove it"
+        )
     if _is_own(folder):
         return
     with _held(folder):
@@ -76,7 +86,7 @@ def ensure(folder: Path, make: Callable[[], Mapping[str, Writer]]) -> None:
 
 def _is_own(folder: Path) -> bool:
     """Whether an entry is intact, and this user has recorded its seal."""
-    return intact(folder) and records.contains(SEALS, _record_of(folder))
+    return records.contains(SEALS, _record_of(folder)) and intact(folder)
 
 
 @contextmanager
@@ -134,9 +144,9 @@ def _seal_of(checksums: Mapping[str, str]) -> bytes:
 
 
 def _seal(folder: Path) -> bytes:
-    """The contents of an entry's seal; empty where it has vanished."""
+    """The contents of an entry's seal; empty if there is no such file."""
     try:
-        return (folder / SEAL).read_bytes()
+        return (folder / SEAL).read_bytes() if (folder / SEAL).is_file() else b""
     except OSError:
         return b""
 
@@ -187,14 +197,9 @@ def _replace(path: Path, write: Writer) -> str:
     try:
         with temporary.open("xb") as stream:
             write(stream)
-        checksum = _checksum(temporary)
+        checksum = digest_of(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     return checksum
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -258,6 +258,8 @@ def is_plain_template(text: str) -> bool:
             return False
         if kind == "Const" and isinstance(node.value, str) and "__" in node.value:
             return False
+        if kind == "Getitem" and type(node.arg).__name__ not in ("Const", "Neg", "Slice"):
+            return False
         if kind == "Filter" and node.name not in FILTERS:
             return False
         if kind == "Call" and not _is_plain_call(node):

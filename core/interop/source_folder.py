@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from core.contracts.errors import UserError
-from core.storage.files import leads_out_of
+from core.storage.files import is_plain_name, leads_out_of
 
 LARGEST_COMPANION = 128 * 2**20
 """Size in bytes of the largest file beside the weights that is copied."""
@@ -44,7 +44,9 @@ def small_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
             continue
         if file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json"):
             continue
-        if _leads_away(file):
+        if not is_plain_name(file.name):
+            say(f"note: {str(file)!r} is left out: its name cannot be printed or is not UTF-8")
+        elif _leads_away(file):
             say(f"note: {file} is left out: it is a symbolic link that leads out of its folder")
         elif file.is_file() and file.stat().st_size <= LARGEST_COMPANION:
             found.append(file)

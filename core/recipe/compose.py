@@ -17,11 +17,12 @@ from core.command import search_current_folder
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import REQUIRED
 from core.extension.loader import installed_registry, registry_for
-from core.recipe.recipe_layers import Layers, leaves, with_string_keys
+from core.recipe.recipe_layers import COMMAND_LINE, Layers, leaves, with_string_keys
 from core.recipe.recipe_schema import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS, RecipeSchema
 from core.recipe.resolve import Resolver, to_dict
 from core.recipe.trust import check_modules, check_run_links, is_of_a_run
 from core.recipe.values import environment_hidden, omegaconf_message
+from core.storage.digests import warn_if_edited
 
 SWEEPS = "sweeps/"
 
@@ -56,18 +57,31 @@ class _Sources:
         trust: whether every file may name code.
         of_a_run: whether the first file is a run's recipe, whatever else its folder holds.
         named: modules that the user has named elsewhere.
+        overrides_from: the file that holds the overrides, if that is a sweep's which was made elsewhere.
         checked: the files to check, by their names as origins of keys.
     """
 
     trust: bool = False
     of_a_run: bool = False
     named: Collection[str] = ()
+    overrides_from: Path | None = None
     checked: dict[str, Path] = field(default_factory=dict)
 
     def add(self, file: Path, *, of_a_run: bool = False) -> None:
         """Adds a file that was read."""
         if not self.trust and (of_a_run or is_of_a_run(file)):
             self.checked[str(file)] = file
+
+    def add_base(self, base: Path, file: Path) -> None:
+        """Adds the file that `file` extends: what a run's recipe chooses is the run's, but for shipped recipes."""
+        is_chosen_by_a_run = str(file) in self.checked and not is_shipped(base)
+        self.add(base, of_a_run=is_chosen_by_a_run)
+
+    def file_of(self, origin: str) -> Path | None:
+        """The file to check that an origin of keys belongs to; None for the user's own."""
+        if origin.startswith(COMMAND_LINE):
+            return None if self.trust else self.overrides_from
+        return self.checked.get(origin)
 
     def add_smoke(self, file: Path, layers: Layers) -> None:
         """Adds the `smoke` section that a file's recipe has, which may come from the file that it extends."""
@@ -86,8 +100,9 @@ class _Sources:
             name = str(module)
             if "${" in name:
                 raise UserError(f"{origin}: plugins: {name!r} must be the name of a module itself")
-            if origin in self.checked and name not in self.named:
-                check_modules(self.checked[origin], "plugins", [name])
+            file = self.file_of(origin)
+            if file is not None and name not in self.named:
+                check_modules(file, "plugins", [name])
 
 
 def compose(
@@ -110,7 +125,7 @@ def compose(
     Raises:
         UserError: something in the recipe or the overrides is wrong; the message is one sentence.
     """
-    sources = _Sources(trust)
+    sources = _Sources(trust=trust)
     return _compose(find_recipe(path), overrides, sources, smoke=smoke, check_source=check_source)
 
 
@@ -127,8 +142,36 @@ def compose_run(file: Path, *, trust: bool = False, named: Collection[str] = ())
             folder and the run is not trusted.
     """
     if not trust:
-        check_run_links(file.parent)
-    return _compose(find_recipe(file), (), _Sources(trust, True, named))
+        check_run_links(file)
+    warn_if_edited(file)
+    return _compose(find_recipe(file), (), _Sources(trust=trust, of_a_run=True, named=named))
+
+
+def compose_variant(
+    file: Path, overrides: Iterable[str], sweep: Path, *, smoke: bool = False, trust: bool = False
+) -> Recipe:
+    """Composes a variant of a sweep, whose file chooses the recipe and the overrides.
+
+    Args:
+        file: the recipe.
+        overrides: `KEY.PATH=VALUE` each, from the sweep's file.
+        sweep: the sweep's file.
+        smoke: whether the recipe's `smoke` section is merged over it.
+        trust: whether files of runs and sweeps that were made elsewhere may name modules.
+
+    Raises:
+        UserError: something is wrong, or a module may not run.
+    """
+    sources = _Sources(trust=trust)
+    if is_of_a_run(sweep):
+        sources.of_a_run = not is_shipped(file)
+        sources.overrides_from = sweep
+    return _compose(file, overrides, sources, smoke=smoke)
+
+
+def is_shipped(file: Path) -> bool:
+    """Whether a file is one of the recipes that come with the package."""
+    return file.resolve() in {shipped.resolve() for shipped in _shipped_files().values()}
 
 
 def _compose(
@@ -145,7 +188,7 @@ def _compose(
     if "extends" in own:
         values, base = _base(file, own.pop("extends"))
         layers.add(values, str(base))
-        sources.add(base)
+        sources.add_base(base, file)
     layers.add(own, str(file))
     section = layers.values.get("smoke", {})
     if isinstance(section, dict) and "extends" in section:

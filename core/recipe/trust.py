@@ -7,30 +7,36 @@ edited recipe is not.
 """
 
 import hashlib
+import os
 from collections.abc import Collection
 from pathlib import Path
 
 from core.contracts.errors import UserError
 from core.extension.loader import installed_registry
 from core.storage import records
+from core.storage.digests import digest_of
 from core.storage.files import check_links
 
 RECIPES = "recipes"
 """The kind of the records of recipes that this machine has written."""
+
+PLACES = "places"
+"""The kind of the records of recipes together with their folders."""
 
 RUN_FILES = ("provenance.json", "checkpoints", "weights")
 """The names of which any one, beside `recipe.yaml`, makes a folder a run folder."""
 
 
 def record(file: Path) -> None:
-    """Records that this machine has written a recipe or a sweep file."""
-    records.add(RECIPES, _digest(file))
+    """Records that this machine has written a recipe or a sweep file, and where."""
+    records.add(RECIPES, digest_of(file))
+    records.add(PLACES, _place(file))
 
 
 def is_recorded(file: Path) -> bool:
     """Whether this machine has written a file with these contents."""
     try:
-        return records.contains(RECIPES, _digest(file))
+        return records.contains(RECIPES, digest_of(file))
     except OSError:
         return False
 
@@ -66,17 +72,33 @@ def check_modules(file: Path, key: str, modules: Collection[str]) -> None:
             )
 
 
-def check_run_links(folder: Path) -> None:
+def check_run_links(recipe: Path) -> None:
     """Checks that no symbolic link in a run folder leads out of it: commands would read or write what it names.
 
+    A run that this machine has made, and that is still where it was made, may have such links.
+
+    Args:
+        recipe: the run's `recipe.yaml`.
+
     Raises:
-        UserError: one does; the message names `--trust`.
+        UserError: a link does; the message names `--trust`.
     """
     try:
-        check_links(folder)
+        check_links(recipe.parent)
     except UserError as cause:
-        raise UserError(f"{cause}; --trust allows it") from cause
+        if not _is_recorded_here(recipe):
+            raise UserError(f"{cause}; --trust allows it") from cause
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _is_recorded_here(recipe: Path) -> bool:
+    """Whether this machine has written the recipe at this place."""
+    try:
+        return records.contains(PLACES, _place(recipe))
+    except OSError:
+        return False
+
+
+def _place(recipe: Path) -> str:
+    """A recipe and the folder that it is in, as a record."""
+    folder = hashlib.sha256(os.fsencode(recipe.parent.resolve())).hexdigest()
+    return f"{digest_of(recipe)} {folder}"

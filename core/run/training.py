@@ -16,7 +16,8 @@ from core.contracts.errors import Interrupted, NotFiniteError, RunFailed, UserEr
 from core.data.module import TextData
 from core.data.tokenizer import Tokenizer
 from core.model.sampling import sample
-from core.recipe.compose import Recipe, compose
+from core.recipe.compose import Recipe, compose_run
+from core.recipe.trust import check_run_links
 from core.run.data import text_data
 from core.run.loading import load_weights
 from core.run.summary import divergence, summarise
@@ -90,13 +91,13 @@ def _start_or_resume(
     if not resume or folder.never_started():
         if recipe.initial_weights:
             newest_checkpoint(Path(recipe.initial_weights))
-        folder.create()
-        return _fit(recipe, folder, None, say)
+        folder.create(trust=trust)
+        return _fit(recipe, folder, None, say, trust=trust)
     if folder.summary.exists():  # the process that held the lock has just completed the run
         return _completed(recipe, folder, say, trust=trust)
     moved = check_recipe_unchanged(recipe, folder, say, trust=trust)
     folder.remove_partial_files()
-    return _fit(recipe, folder, newest(folder), say, moved=moved)
+    return _fit(recipe, folder, newest(folder), say, moved=moved, trust=trust)
 
 
 def _completed(
@@ -127,8 +128,18 @@ def _fit(
     say: Callable[[str], None],
     *,
     moved: bool = False,
+    trust: bool = True,
 ) -> dict[str, Any]:
-    """Prepares data and model, trains, and writes the results; `moved`: the corpus is named in another way now."""
+    """Prepares data and model, trains, and writes the results.
+
+    Args:
+        recipe: a validated recipe.
+        folder: the run folder.
+        start: the checkpoint to continue from; None: the run begins.
+        say: prints caveats.
+        moved: whether the recipe names the corpus in another way than the run's recipe.
+        trust: whether links may lead out of the folder of a run that gives the initial weights.
+    """
     started = time.perf_counter()
     for notice in recipe.notices():
         say(f"note: {notice}")
@@ -137,7 +148,7 @@ def _fit(
     data = text_data(recipe, plan, folder if is_started else None)
     data.prepare()
     if moved:  # the documents are the same, so the run finds them again where they are now
-        values = compose(folder.recipe).to_dict()
+        values = compose_run(folder.recipe, trust=True, named=recipe.plugins).to_dict()
         values["data"]["corpus"] = recipe.to_dict()["data"]["corpus"]
         folder.write_recipe(values)
     model = build(recipe, token_counts=data.token_counts)
@@ -146,6 +157,9 @@ def _fit(
         compile_parts(model)
     if recipe.initial_weights and start is None:
         source = newest_checkpoint(Path(recipe.initial_weights))
+        recipe_of_source = RunFolder(source.parent.parent).recipe
+        if recipe_of_source.exists() and not trust:
+            check_run_links(recipe_of_source)
         load_weights(model, source)
         _warn_other_tokenizer(source, data, say)
     peak = None

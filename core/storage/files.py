@@ -30,10 +30,13 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def is_plain_name(value: object) -> bool:
-    """Whether a value is the name of a file, without a folder, so that it cannot lead out of one."""
+    """Whether a value is the name of a file, without a folder, so that it cannot lead out of one.
+
+    Names with characters that cannot be printed, such as line ends, are not plain either.
+    """
     if not isinstance(value, str) or value in ("", ".", ".."):
         return False
-    return not any(character in value for character in "/\\\0")
+    return value.isprintable() and "/" not in value and "\\" not in value
 
 
 def leads_out_of(link: Path, folder: Path) -> bool:

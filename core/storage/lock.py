@@ -30,6 +30,10 @@ RETRY_DELAYS = (0.1, 0.2, 0.0)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+_held: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
 class LockWarning(UserWarning):
     """A file system without locks; the commands print it in one line."""
 
@@ -59,16 +63,32 @@ def hold(file: Path, waiting: Callable[[str], None] | None = None) -> Iterator[N
 
     Raises:
         AlreadyLocked: another process holds the lock.
-        OSError: the file cannot be made, or is a symbolic link.
+        OSError: the file cannot be made, or is a link.
     """
     descriptor = _acquire(file, waiting)
+    _held.add(descriptor)
     try:
         _write_holder(descriptor)
         yield
     finally:
         with suppress(OSError):
-            file.unlink()
+            if _is_at(
+                descriptor, file
+            ):  # the folder may have been moved, and another one made in its place
+                file.unlink()
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _close_in_child() -> None:
+    """Closes the locks of the parent in a forked process, which would keep them when the parent has ended."""
+    for descriptor in _held:
         os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
@@ -116,6 +136,10 @@ def _acquire(file: Path, waiting: Callable[[str], None] | None) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
+            if (
+                os.fstat(descriptor).st_nlink > 1
+            ):  # another name of a file, which would be overwritten
+                raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
             if not _try_lock(descriptor, file):
                 holder, since = _holder(descriptor)
                 if waiting is None:

@@ -44,11 +44,20 @@ def add(kind: str, value: str) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         descriptor = os.open(file, flags, _FILE_MODE)
         try:
-            os.write(descriptor, f"{value}\n".encode())  # one write, so that lines never mix
+            line = f"{value}\n"
+            if _ends_within_a_line(file):
+                line = f"\n{line}"
+            os.write(descriptor, line.encode())  # one write, so that lines never mix
         finally:
             os.close(descriptor)
     except (OSError, RuntimeError) as cause:
         _note_once(cause)
+
+
+def _ends_within_a_line(file: Path) -> bool:
+    """Whether the last write to a file was cut."""
+    text = file.read_bytes()
+    return bool(text) and not text.endswith(b"\n")
 
 
 def contains(kind: str, value: str) -> bool:

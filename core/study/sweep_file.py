@@ -14,9 +14,8 @@ from core.analysis.describe import unmet_requirements
 from core.assemble import build
 from core.contracts.errors import UserError, nearest
 from core.extension.registry import Registry
-from core.recipe.compose import Recipe, compose, find_recipe, shipped_sweeps
+from core.recipe.compose import Recipe, compose_variant, find_recipe, shipped_sweeps
 from core.recipe.resolve import Resolver
-from core.recipe.trust import check_modules, is_of_a_run
 from core.study.sweep_schema import LONGEST, SweepSchema, VariantSection
 
 
@@ -217,22 +216,14 @@ class _Reader:
         beside = self.file.parent / source
         found = beside if beside.is_file() else find_recipe(source)
         layers = {**schema.overrides, **section.overrides, **point}
-        self._check_plugins(layers)
         overrides = [f"{key}={_as_text(value)}" for key, value in layers.items()]
         overrides += [f"budget.{key}={_as_text(value)}" for key, value in schema.budget.items()]
         seed = 0 if "seeds" in self.invalid else schema.seeds[0]
         overrides_and_seed = [*overrides, f"seed={seed}"]
-        recipe = compose(found, overrides_and_seed, smoke=self.smoke, trust=self.trust)
+        recipe = compose_variant(
+            found, overrides_and_seed, self.file, smoke=self.smoke, trust=self.trust
+        )
         return Variant(name, recipe, str(found), tuple(overrides))
-
-    def _check_plugins(self, overrides: Mapping[str, Any]) -> None:
-        """Raises `UserError` for a module that this file names, if it is a sweep's that was made elsewhere."""
-        if self.trust or not is_of_a_run(self.file):
-            return
-        for key, value in overrides.items():
-            if key.partition(".")[0] == "plugins":
-                modules = value if isinstance(value, list) else [value]
-                check_modules(self.file, key, [str(module) for module in modules])
 
     def _check_names(self, names: list[str]) -> None:
         """Adds an error for a variant's name that occurs twice, and for keys that name no variant."""

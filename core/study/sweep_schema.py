@@ -1,5 +1,6 @@
 """The keys of a sweep file, and the checks of their values."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from core.contracts.schema import setting
 
 LONGEST = 200
 """Bytes of a variant's name at most: it names a folder and a file, and a file system takes 255 with suffixes."""
+
+_KEY_PATH = re.compile(r"[^\s=.#]+(\.[^\s=.#]+)*")
 
 METRICS = (
     "val_bits_per_byte",
@@ -126,18 +129,23 @@ class SweepSchema:
                 yield ConfigError("smoke", f"unknown key {key!r}; {nearest(key, known)}")
 
     def _override_errors(self) -> Iterator[ConfigError]:
-        """Errors of overrides that `seeds` or `budget` would replace."""
+        """Errors of overrides that are no key paths, or that `seeds` or `budget` would replace."""
+        for key in self.budget:
+            if not _KEY_PATH.fullmatch(key):
+                yield ConfigError("budget", f"{key!r} is not a key")
         for where, keys in (("overrides", self.overrides), ("grid", self.grid)):
-            if why := _replaced(keys, self.budget):
+            if why := _wrong_override(keys, self.budget):
                 yield ConfigError(where, why)
         for name, section in self.variants.items():
-            if why := _replaced(section.overrides, self.budget):
+            if why := _wrong_override(section.overrides, self.budget):
                 yield ConfigError("variants", f"{name}: {why}")
 
 
-def _replaced(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:
-    """The reason why one of the overrides would be silently replaced; None if none would be."""
+def _wrong_override(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:
+    """The reason why one of the overrides is no key path, or would be silently replaced; None if there is none."""
     for key in keys:
+        if not _KEY_PATH.fullmatch(key):
+            return f"{key!r} must be a key path such as optimizer.lr"
         if key == "seed":
             return "seed is given by `seeds`"
         if budget and key.partition(".")[0] == "budget":

@@ -1,5 +1,6 @@
 """Resuming a run: which checkpoint it continues from, and whether it is still the same run."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,25 +110,39 @@ def newest(folder: RunFolder) -> Resume | None:
 
 
 def check_finite_state(content: Mapping[str, Any], file: Path) -> None:
-    """Raises `NotFiniteError` for a weight that is not finite, or a NaN in the state of an optimizer.
+    """Raises `NotFiniteError` for a weight that is not finite, or such a number in an optimizer.
 
-    An infinity in an optimizer's state is allowed: a squared gradient can overflow in a run that goes on.
+    An infinity in an optimizer's state is allowed, but for first moments: a squared gradient can overflow in a run that
+    goes on.
     """
     found = not_finite_in(content["state_dict"])
     if found is None:
-        found = _nan_in_optimizers(content.get("optimizer_states", []))
+        found = _not_finite_in_optimizers(content.get("optimizer_states", []))
     if found:
         how = "the run has diverged, and cannot be continued from here"
         raise NotFiniteError(f"{file}: {found}; {how}: start it again with a lower optimizer.lr")
 
 
-def _nan_in_optimizers(optimizers: Sequence[Mapping[str, Any]]) -> str | None:
-    """A sentence about the first tensor of an optimizer's state that holds a NaN; None without one."""
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+"""States of torch's optimizers that the next update adds to a weight."""
+
+
+def _not_finite_in_optimizers(optimizers: Sequence[Mapping[str, Any]]) -> str | None:
+    """A sentence about the first number of an optimizer that cannot be continued with; None without one."""
     for number, optimizer in enumerate(optimizers):
         for parameter, values in optimizer.get("state", {}).items():
             for key, value in values.items():
-                if isinstance(value, torch.Tensor) and holds_nan(value):
-                    return f"optimizer {number} has a NaN in {key} of parameter {parameter}"
+                if not isinstance(value, torch.Tensor):
+                    continue
+                where = f"{key} of parameter {parameter}"
+                if holds_nan(value):
+                    return f"optimizer {number} has a NaN in {where}"
+                if key in FIRST_MOMENTS and not bool(value.isfinite().all()):
+                    return f"optimizer {number} has an infinity in {where}"
+        for group in optimizer.get("param_groups", []):
+            for key, value in group.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    return f"optimizer {number} has {key} = {value}"
     return None
 
 
