@@ -37,8 +37,7 @@ def write_digests(folder: Path, names: Iterable[str]) -> None:
 def check_digests(folder: Path, name: str) -> None:
     """Compares a file, or all files of a folder, with the checksums that were written with them.
 
-    A folder without checksums was written before there were any; that is one warning. A file that the list lacks is not
-    checked.
+    Warns if the folder has no checksums, because an older version wrote it. A file that is not listed is not checked.
 
     Args:
         folder: holds the list.
