@@ -114,7 +114,7 @@ def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
     """Trains on a rank other than the first, which alone writes files and prints."""
     start = newest(folder) if resume else None
     try:
-        return _fit(recipe, folder, start, say=lambda _: None)
+        return _fit(recipe, folder, start, say=lambda _: None, trust=True)  # the first rank checks
     except RankLost:
         raise
     except (Interrupted, RunFailed):
@@ -128,7 +128,7 @@ def _fit(
     say: Callable[[str], None],
     *,
     moved: bool = False,
-    trust: bool = True,
+    trust: bool,
 ) -> dict[str, Any]:
     """Prepares data and model, trains, and writes the results.
 
