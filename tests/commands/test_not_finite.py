@@ -75,7 +75,29 @@ def test_every_reader_of_a_run_names_it(lab: Lab, spoilt: Path, tmp_path: Path) 
     assert not (tmp_path / "new/recipe.yaml").exists()
 
 
-def test_a_moment_may_be_infinite_and_not_nan(lab: Lab, finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["first moment", "rate"])
+def test_what_the_next_update_adds_must_be_finite(
+    finished: Path, tmp_path: Path, what: str
+) -> None:
+    from core.training.resume import newest
+    from core.training.run_folder import RunFolder
+
+    def spoil(content: dict[str, Any]) -> None:
+        optimizer = content["optimizer_states"][0]
+        if what == "rate":
+            optimizer["param_groups"][0]["lr"] = math.nan
+        else:
+            optimizer["state"][4]["exp_avg"].view(-1)[0] = math.inf
+
+    run = changed(finished, tmp_path / "run", spoil)
+    found = "optimizer 0 has (lr = nan|an infinity in exp_avg of parameter 4)"
+    with pytest.raises(NotFiniteError, match=found):
+        newest(RunFolder(run))
+
+
+def test_a_second_moment_may_be_infinite_and_not_nan(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
     from core.training.resume import newest
     from core.training.run_folder import RunFolder
 

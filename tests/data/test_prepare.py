@@ -310,3 +310,38 @@ def test_a_pickle_in_the_place_of_an_array_is_not_loaded(
         with pytest.raises(ValueError, match=r"allow_pickle|Python objects"):
             open_store(entry / "train.tokens.npy", entry / "train.starts.npy", 1)
     assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../../../../dev/zero", "/dev/zero", "pipe"])
+def test_the_names_of_a_seal_lead_nowhere(tmp_path: Path, name: str) -> None:
+    entry = tmp_path / "entry"
+    entry.mkdir()
+    os.mkfifo(entry / "pipe")
+    (entry / "seal.json").write_text(json.dumps({name: "0" * 64}))
+    assert not cache_files.intact(entry)
+    (entry / "seal.json").unlink()
+    os.mkfifo(entry / "seal.json")
+    assert not cache_files.intact(entry)
+
+
+def test_an_entry_that_is_a_link_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "entry").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a symbolic link, through which nothing is written"):
+        cache_files.ensure(tmp_path / "entry", dict)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_without_a_home_folder_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELOOM_CACHE", "~nobody-of-that-name/cache")
+    with pytest.raises(UserError, match="MOELOOM_CACHE must name a folder"):
+        cache_files.cache_folder()
+
+
+def test_a_record_after_a_cut_one_is_kept(state: Path) -> None:
+    records.add("data", "one")
+    with (state / "data.txt").open("a") as file:
+        file.write("cut")
+    records.add("data", "two")
+    assert records.contains("data", "one")
+    assert records.contains("data", "two")

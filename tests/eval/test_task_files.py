@@ -116,6 +116,7 @@ def test_templates_of_fields_are_plain(text: str) -> None:
         "{{ broken",
         "{{x[a][b].replace(c, d)}}",
         "{{x['_' + '_class_' + '_'].replace(a, b)}}",
+        "{{x['_' ~ '_class_' ~ '_']}}",
         "{% for y in x %}{{loop}}{% endfor %}",
     ],
 )

@@ -126,6 +126,19 @@ def test_a_link_in_place_of_a_file_that_is_needed_is_an_error(
     assert not (tmp_path / "run").exists()
 
 
+def test_files_whose_names_are_not_plain_are_left_out_with_a_note(
+    source: Path, tmp_path: Path
+) -> None:
+    names = ["two\nlines.md", "para\u2028graph.md", "back\\slash.md", os.fsdecode(b"latin-\xe9.md")]
+    for name in names:
+        (source / name).write_text("text")
+    notes: list[str] = []
+    from_hf(source, tmp_path / "run", say=notes.append)
+    assert len([note for note in notes if "cannot be printed or is not UTF-8" in note]) == 4
+    assert {file.name for file in (tmp_path / "run/hf").iterdir()} == {"config.json", "layout.json"}
+    export(tmp_path / "run", tmp_path / "out")
+
+
 def as_downloaded(source: Path, cache: Path) -> Path:
     """The folder as Hugging Face's library leaves it in its cache: links to files named by their hashes."""
     snapshot = cache / "models--a--b/snapshots/0123"

@@ -84,7 +84,7 @@ CORE = {
     "trainer.deterministic=maybe": "{o}: trainer.deterministic = 'maybe': must be true, false or warn",
     "model.rope={theta: 1, yarn: {factor: 40}}": "{o}: model.rope.theta = 1: must be more than 1 with yarn, which "
     "counts the rotations of each frequency",
-    "model.rope.yarn={factor: 40, beta_fast: .inf}": "{o}: model.rope.yarn.beta_fast = inf: must be more than 0",
+    "model.rope.yarn={factor: 40, beta_fast: .inf}": "{o}: model.rope.yarn.beta_fast = inf: must be finite",
     "model.rope.yarn={factor: 40, mscale: .inf}": "{o}: model.rope.yarn.mscale = inf: must be finite",
     "model.heads=null": "{o}: model.heads = null: must map names to sections",
     "data.tokenizer.vocab=256": "{o}: data.tokenizer.vocab = 256: must be at least 257",

@@ -12,6 +12,7 @@ from core.contracts.errors import UserError
 from core.recipe.compose import compose, compose_run
 from core.recipe.trust import is_of_a_run, record
 from core.storage import records
+from core.study.sweep_file import read_sweep
 from recipe.conftest import MessageOf, Write
 
 EVIL = """\
@@ -122,6 +123,75 @@ def test_every_way_to_name_a_module_asks(
         run.write_text(text.replace("[loom_evil]", "loom_evil"))
         assert message_of(run) == why(run)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("form", ["absolute", "current folder"])
+def test_what_a_run_extends_is_of_the_run_wherever_it_is(
+    run: Path, marker: Path, message_of: MessageOf, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    base = run.parent.parent / "elsewhere" / "base.yaml"
+    base.parent.mkdir()
+    shutil.move(run, base)
+    monkeypatch.chdir(base.parent)
+    named = base if form == "absolute" else "/proc/self/cwd/base.yaml"
+    run.write_text(f"extends: {named}\n")
+    assert "the module 'loom_evil' would run" in message_of(run)
+    run.write_text("extends: dsv3_small\n")
+    assert compose(run).plugins == []
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "overrides: {' plugins': [loom_evil]}",
+        "overrides: {\"plugins=['loom_evil'] #\": 1}",
+        "grid: {' plugins': [[loom_evil]]}",
+        "overrides: {plugins: [loom_evil]}",
+        "budget: {'steps=3 #': 1}",
+    ],
+)
+def test_the_overrides_of_a_downloaded_sweep_name_nothing(
+    base: Path, marker: Path, tmp_path: Path, keys: str
+) -> None:
+    folder = tmp_path / "sweep"
+    (folder / "recipes").mkdir(parents=True)
+    (folder / "sweep.json").write_text("{}")
+    file = folder / "again.yaml"
+    body = f"base: {base}\nseeds: [1]\nvariants: {{a: {{}}}}\nbaseline: a\n{keys}\n"
+    file.write_text(body)
+    with pytest.raises(UserError, match=r"would run|key path|not a key"):
+        read_sweep(file)
+    assert not marker.exists()
+
+
+def test_the_base_of_a_downloaded_sweep_is_the_sweeps(
+    run: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sweep"
+    (folder / "recipes").mkdir(parents=True)
+    (folder / "sweep.json").write_text("{}")
+    shutil.copy(run, tmp_path / "base.yaml")
+    monkeypatch.chdir(tmp_path)
+    file = folder / "again.yaml"
+    file.write_text("base: base.yaml\nseeds: [1]\nvariants: {a: {}}\nbaseline: a\n")
+    with pytest.raises(UserError, match="the module 'loom_evil' would run"):
+        read_sweep(file)
+    assert not marker.exists()
+
+
+def test_a_link_is_followed_in_a_run_where_it_was_made(run: Path, tmp_path: Path) -> None:
+    run.write_text(run.read_text().replace("plugins: [loom_evil]\n", ""))
+    (run.parent / "checkpoints").rmdir()
+    (tmp_path / "scratch").mkdir()
+    (run.parent / "checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(UserError, match=r"leads out of .*; --trust allows it"):
+        compose_run(run)
+    record(run)
+    compose_run(run)
+    shutil.copytree(run.parent, tmp_path / "copy", symlinks=True)
+    with pytest.raises(UserError, match=r"leads out of .*; --trust allows it"):
+        compose_run(tmp_path / "copy" / "recipe.yaml")
 
 
 def test_a_module_cannot_be_named_by_an_interpolation(

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from core.contracts.errors import UserError
-from core.storage.digests import DigestWarning, check_digests, write_digests
+from core.storage.digests import (
+    DigestWarning,
+    check_digests,
+    set_digest,
+    warn_if_edited,
+    write_digests,
+)
 
 
 @pytest.fixture
@@ -32,12 +38,29 @@ def test_every_flipped_bit_of_a_file_is_noticed(folder: Path) -> None:
         check_digests(folder, "two words")
 
 
-def test_a_missing_file_has_changed_and_an_unlisted_one_has_not(folder: Path) -> None:
-    (folder / "weights/new").write_text("new")
-    check_digests(folder, "weights")
+def test_a_missing_file_has_changed(folder: Path) -> None:
     (folder / "weights/one").unlink()
     with pytest.raises(UserError, match="weights/one: has changed"):
         check_digests(folder, "weights")
+
+
+@pytest.mark.parametrize("text", ["", "{second}\n", "{first}\n{second}", "{first}X\n{second}\n"])
+def test_a_damaged_list_does_not_switch_the_check_off(folder: Path, text: str) -> None:
+    """It is empty, lacks a line or its end, or a name in it has changed."""
+    first, second = (folder / "SHA256SUMS").read_text().splitlines()
+    (folder / "SHA256SUMS").write_text(text.format(first=first, second=second))
+    with pytest.raises(UserError):
+        check_digests(folder, "weights")
+
+
+def test_an_edited_file_is_a_warning(folder: Path) -> None:
+    set_digest(folder, "recipe.yaml", b"seed: 1")
+    (folder / "recipe.yaml").write_text("seed: 1")
+    warn_if_edited(folder / "recipe.yaml")
+    check_digests(folder, "weights")
+    (folder / "recipe.yaml").write_text("seed: 2")
+    with pytest.warns(DigestWarning, match="has been edited since it was written"):
+        warn_if_edited(folder / "recipe.yaml")
 
 
 def test_a_folder_from_before_is_one_warning(folder: Path) -> None:

@@ -141,6 +141,50 @@ def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
     assert mine.read_text() == "mine"
 
 
+def test_another_name_of_a_file_is_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".lock").hardlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="Too many links"), hold(tmp_path / ".lock"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_lock_in_the_place_of_a_moved_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with hold(tmp_path / "run/.lock"):
+        (tmp_path / "run").rename(tmp_path / "old")
+        (tmp_path / "run").mkdir()
+        with another_holder(tmp_path / "run/.lock") as pid:
+            assert is_locked(tmp_path / "run/.lock")
+            os.kill(pid, 0)
+            second = tmp_path / "run/.lock"
+            assert second.exists()
+    assert second.exists()  # that holder was killed; the first one did not remove its file
+
+
+def test_a_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:
+    file = tmp_path / ".lock"
+    ready, tell = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        with hold(file):
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.write(tell, f"{child}\n".encode())
+            time.sleep(60)
+        os._exit(0)
+    child = int(os.read(ready, 20))
+    try:
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+        with hold(file):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_a_file_system_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
