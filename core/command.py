@@ -4,6 +4,7 @@ This module and every command import nothing heavy before the arguments are read
 """
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -21,6 +22,27 @@ from core.contracts.errors import Interrupted, RunFailed, UserError
 
 OUR_FOLDER = Path(__file__).resolve().parents[1]
 """The folder that holds `core` and `plugins`: site-packages, or a checkout."""
+
+_OF_SYSTEM = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.EMFILE,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ESTALE,
+    }
+)
+"""Errors about a path that are the machine's or the user's, and never the program's."""
+
+_SHOWN = 200
+"""Characters of a path in an error message."""
 
 _programs: list[str] = []
 """The program's name in usage lines, `moeloom fit` or `python -m core.fit`; empty while no command runs."""
@@ -46,11 +68,27 @@ def run_command(
         leave(141, "")
     except Interrupted as stopped:
         leave(128 + stopped.signum, str(stopped))
-    except Exception:
+    except Exception as error:
+        sentence = system_error(error)
+        if sentence:
+            leave(2, sentence)
         traceback.print_exc()
         leave(1, "")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def system_error(error: BaseException) -> str | None:
+    """A sentence about a path that the system cannot read or write; None for any other exception.
+
+    Such errors depend on the machine and not on the program: a name that is too long, a read-only disk, a right that
+    is missing, a folder in the place of a file.
+    """
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _OF_SYSTEM:
+        return None
+    path = os.fsdecode(error.filename) if not isinstance(error.filename, int) else "a file"
+    shown = path if len(path) <= _SHOWN else f"{path[:_SHOWN]}..."
+    return f"{shown}: cannot be used: {error.strerror}"
 
 
 def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:

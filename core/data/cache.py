@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from core.contracts.errors import UserError
 from core.storage import records
+from core.storage.documents import read_object
+from core.storage.files import is_plain_name
 from core.storage.lock import hold
 
 SEAL = "seal.json"
@@ -48,12 +50,14 @@ def cache_folder() -> Path:
 def intact(folder: Path) -> bool:
     """Whether an entry exists, whole and unchanged."""
     try:
-        checksums = json.loads((folder / SEAL).read_bytes())
+        checksums = read_object(folder / SEAL)
         for name, expected in checksums.items():
+            if not is_plain_name(name) or not (folder / name).is_file():
+                return False
             if _checksum(folder / name) != expected:
                 return False
         return bool(checksums)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, UserError):
         return False
 
 

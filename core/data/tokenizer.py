@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from core.contracts.errors import UserError
+from core.storage.documents import read_text
 
 END = 0
 """The id of the end marker."""
@@ -114,7 +115,9 @@ class Tokenizer:
             UserError: there is none, or it cannot be read as one.
         """
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            return cls(tokenizers.Tokenizer.from_str(read_text(path)))
+        except UserError:
+            raise
         except Exception as cause:  # the library raises a bare `Exception` for any broken file
             raise UserError(f"{path} cannot be read as a tokenizer: {cause}") from cause
 

@@ -1,6 +1,5 @@
 """Training of a recipe into a run folder, from the start or from where a stopped run was."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,8 +98,9 @@ def _completed(
 ) -> dict[str, Any]:
     """Returns the summary of a run that is complete; nothing is written."""
     check_recipe_unchanged(recipe, folder, say, trust=trust)
+    summary = folder.read_summary()
     say(f"run folder: {folder.path} (this run is complete)")
-    return dict(json.loads(folder.summary.read_text(encoding="utf-8")))
+    return summary
 
 
 def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:

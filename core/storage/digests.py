@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from core.contracts.errors import UserError
+from core.storage.documents import read_text
 from core.storage.files import is_plain_name, write_text
 
 DIGESTS = "SHA256SUMS"
@@ -61,11 +62,7 @@ def check_digests(folder: Path, name: str) -> None:
 def _read_digests(file: Path) -> dict[str, str]:
     """The checksum of each file, by name."""
     found: dict[str, str] = {}
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UserError(f"{file}: cannot be read: {cause}") from cause
-    for line in lines:
+    for line in read_text(file).splitlines():
         match = _LINE.fullmatch(line)
         if match is None or not all(map(is_plain_name, match[2].split("/"))):
             raise UserError(f"{file}: is damaged: {line[:80]!r} is no checksum and file name")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from core.contracts.errors import UserError
 
+LONGEST_NAME = 255
+"""Bytes of the longest name of a file."""
+
 
 def write_text(target: Path, text: str) -> None:
     """Writes a file under a temporary name and moves it into place.
@@ -30,15 +33,24 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def is_plain_name(value: object) -> bool:
-    """Whether a value is the name of a file, without a folder, so that it cannot lead out of one."""
+    """Whether a value is the name of a file, without a folder, so that it cannot lead out of one.
+
+    A name that no file can have, such as one of 300 characters, is none.
+    """
     if not isinstance(value, str) or value in ("", ".", ".."):
         return False
-    return not any(character in value for character in "/\\\0")
+    if any(character in value for character in "/\\\0"):
+        return False
+    try:
+        return len(value.encode("utf-8")) <= LONGEST_NAME
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 def leaves(link: Path, folder: Path) -> bool:
     """Whether a path leads, through symbolic links, out of a folder."""
-    return not link.resolve().is_relative_to(folder.resolve())
+    # unlike `Path.resolve`, `realpath` takes links that lead to each other
+    return not Path(os.path.realpath(link)).is_relative_to(os.path.realpath(folder))
 
 
 def check_links(folder: Path) -> None:

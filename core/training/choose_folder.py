@@ -1,5 +1,7 @@
 """Chooses the run folder of a command: a new one, or that of the run to continue."""
 
+import glob
+import os
 from pathlib import Path
 
 from core.contracts.errors import UserError
@@ -52,13 +54,14 @@ def resumable(resume: str | None, out: Path | None, name: str) -> Path | None:
     if resume is None:
         return None
     if resume != "auto":
-        if out is not None and out.resolve() != Path(resume).resolve():
+        same = out is None or os.path.realpath(out) == os.path.realpath(resume)
+        if not same:
             raise UserError(f"--out {out}: a resumed run stays in its own folder, {resume}")
         return Path(resume)
     if out is not None:
         return out if (out / "recipe.yaml").exists() else None
     incomplete = []
-    for recipe in RUNS.glob(f"{name}*/recipe.yaml"):
+    for recipe in RUNS.glob(f"{glob.escape(name)}*/recipe.yaml"):
         run = recipe.parent
         if _is_named_after(run.name, name) and not (run / "summary.json").exists():
             incomplete.append(run)

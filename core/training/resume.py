@@ -1,6 +1,5 @@
 """Resuming a run: which checkpoint it continues from, and whether it is still the same run."""
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,7 +92,10 @@ def check_data(folder: RunFolder, fingerprint: str) -> None:
     Raises:
         UserError: the corpus has changed.
     """
-    before = json.loads(folder.provenance.read_text(encoding="utf-8"))["data"]
+    before = folder.read_provenance().get("data")
+    if not isinstance(before, str):
+        missing = "data: the fingerprint of the run's data is missing"
+        raise UserError(f"{folder.provenance}: {missing}, so the run cannot be continued")
     if before != fingerprint:
         raise UserError(
             f"{folder.path}: the corpus has changed since this run began: its fingerprint is {fingerprint[:12]}, "

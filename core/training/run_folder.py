@@ -16,6 +16,7 @@ from core.contracts.schema import Section
 from core.data.tokenizer import Tokenizer
 from core.recipe import trust
 from core.storage.digests import check_digests, write_digests
+from core.storage.documents import DocumentError, read_object
 from core.storage.files import check_links, remove_partial_files, write_text
 from core.storage.lock import locked_folder
 from core.training.machine import code, machine
@@ -151,6 +152,34 @@ class RunFolder:
         if self.tokenizer.exists():
             check_digests(self.path, self.tokenizer.name)
         return Tokenizer.load(self.tokenizer)
+
+    def read_provenance(self) -> dict[str, Any]:
+        """Reads the provenance.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        try:
+            return read_object(self.provenance)
+        except DocumentError as cause:
+            how = "put the file back from a copy, or start a run from its weights (initial_weights)"
+            raise UserError(f"{cause}; it says which data the run was started with: {how}") from cause
+
+    def read_summary(self) -> dict[str, Any]:
+        """Reads the summary.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            summary = read_object(self.summary)
+            notices = summary.get("notices")
+            if not isinstance(notices, list) or not all(isinstance(n, str) for n in notices):
+                raise DocumentError(self.summary, "is damaged: notices must be a list of sentences")
+        except DocumentError as cause:
+            how = f"move the file away, and --resume {self.path} writes it again"
+            raise UserError(f"{cause}; {how}") from cause
+        return summary
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file under a temporary name and moves it into place."""

@@ -72,6 +72,8 @@ class TextFiles(Corpus):
         key = self.config.text_key
         try:
             record = json.loads(line.decode("utf-8"))
+        except RecursionError as cause:
+            raise UserError(f"{source} is nested too deep") from cause
         except ValueError as cause:
             raise UserError(f"{source} is not JSON: {cause}") from cause
         if not isinstance(record, dict) or not isinstance(record.get(key), str):

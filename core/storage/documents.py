@@ -1,0 +1,147 @@
+"""Reads files whose content may be anything: bounded in size and depth, and with every error in one sentence.
+
+A file that is replaced by a pipe or a device is an error at once: it is opened without waiting, and only what is a
+regular file is read.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from core.contracts.errors import UserError
+
+LARGEST = 256 * 2**20
+"""Bytes of the largest document that is read."""
+
+DEEPEST = 100
+"""Levels of the deepest document that is read; what works through one recurses at each level."""
+
+
+class DocumentError(UserError):
+    """A file that cannot be read as what it should be.
+
+    Args:
+        file: the file.
+        why: the end of the sentence.
+    """
+
+    def __init__(self, file: Path, why: str) -> None:
+        super().__init__(f"{file}: {why}")
+        self.file = file
+        self.why = why
+
+
+def read_bytes(file: Path, largest: int = LARGEST) -> bytes:
+    """Reads a whole file.
+
+    Raises:
+        DocumentError: it is missing, no regular file, or larger than `largest` bytes, or the system cannot read it.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as cause:
+        raise DocumentError(file, "there is no such file") from cause
+    except OSError as cause:
+        raise DocumentError(file, f"cannot be read: {cause.strerror}") from cause
+    with os.fdopen(descriptor, "rb") as stream:
+        try:
+            found = os.fstat(stream.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise DocumentError(file, f"is {_kind_of(found.st_mode)} and no file")
+            if found.st_size > largest:
+                raise DocumentError(file, f"has {found.st_size} bytes; at most {largest} are read")
+            return stream.read(largest)
+        except OSError as cause:
+            raise DocumentError(file, f"cannot be read: {cause.strerror}") from cause
+
+
+def _kind_of(mode: int) -> str:
+    """What a path is that is no regular file."""
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    return "a device"
+
+
+def check_regular(file: Path) -> None:
+    """Raises `DocumentError` for a path that is no regular file: opening a pipe would wait for its other end."""
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError as cause:
+        raise DocumentError(file, "there is no such file") from cause
+    except OSError as cause:
+        raise DocumentError(file, f"cannot be read: {cause.strerror}") from cause
+    if not stat.S_ISREG(mode):
+        raise DocumentError(file, f"is {_kind_of(mode)} and no file")
+
+
+def read_text(file: Path, largest: int = LARGEST) -> str:
+    """Reads a whole file of UTF-8 text.
+
+    Raises:
+        DocumentError: it cannot be read (see `read_bytes`), or is no UTF-8.
+    """
+    content = read_bytes(file, largest)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as cause:
+        why = f"byte 0x{content[cause.start]:02x} at offset {cause.start}"
+        raise DocumentError(file, f"is damaged, or no text: it is not UTF-8 ({why})") from cause
+
+
+def read_object(file: Path, largest: int = LARGEST) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+        DocumentError: it cannot be read, is no JSON, is nested too deep, or holds something else than an object.
+    """
+    return parse_object(read_bytes(file, largest), file)
+
+
+def parse_object(content: bytes, file: Path, what: str = "") -> dict[str, Any]:
+    """Parses one JSON object.
+
+    Args:
+        content: the text.
+        file: names the text in error messages.
+        what: the part of the file that the text is, if it is not the whole: "its header".
+
+    Raises:
+        DocumentError: it is no JSON, is nested too deep, or is something else than an object.
+    """
+    begin = f"{what}: " if what else ""
+    if not content.strip():
+        raise DocumentError(file, f"{begin}is empty, and must hold a JSON object")
+    try:
+        value = json.loads(content)
+    except RecursionError as cause:
+        raise DocumentError(file, f"{begin}{_TOO_DEEP}") from cause
+    except ValueError as cause:
+        raise DocumentError(file, f"{begin}cannot be read as JSON: {cause}") from cause
+    if not isinstance(value, dict):
+        raise DocumentError(file, f"{begin}must hold a JSON object")
+    if is_too_deep(value):
+        raise DocumentError(file, f"{begin}{_TOO_DEEP}")
+    return value
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether containers are nested more than `DEEPEST` levels deep."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+        if not below:
+            return False
+        level = below
+    return True
+
+
+_TOO_DEEP = f"is nested more than {DEEPEST} levels deep"

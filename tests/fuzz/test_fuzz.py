@@ -1,0 +1,63 @@
+"""Random damages of runs, checkpoints, caches and recipes: every command works as before, or says why in a sentence.
+
+A failure prints the seed of its damage; `python -m pytest tests/fuzz -m full -k one --damage-seed N` does not exist on
+purpose: `damage_once(subjects, scratch, N)` in a Python shell is all there is to it.
+"""
+
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fuzz.damages import damage
+from fuzz.subjects import Subjects, contents, draw_command, faults, run_here
+
+QUICK = 40
+WHOLE = 520
+SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def subjects(lab: object, tmp_path_factory: pytest.TempPathFactory) -> Subjects:
+    """The whole folders; they share the cache of the lab."""
+    return Subjects(tmp_path_factory.mktemp("subjects"))
+
+
+def damage_once(subjects: Subjects, scratch: Path, seed: int) -> tuple[int, list[str]]:
+    """Damages a copy of a folder and runs a command on it; returns its exit code and its faults."""
+    draw = random.Random(seed)
+    command = draw_command(draw)
+    with subjects.copy(command, scratch) as (copy, arguments):
+        done = damage(copy, draw)
+        before = contents(copy)
+        result = run_here(arguments)
+        found = faults(command, result, before, contents(copy))
+    where = f"seed {seed}: {' '.join(command.arguments)}: {done}"
+    return result.code, [f"{where}: {', '.join(found)}\n{result.err[-1500:]}"] if found else []
+
+
+def damage_many(subjects: Subjects, scratch: Path, seeds: range) -> None:
+    """Runs all seeds, and prints how many damages were survived and how many were explained."""
+    began = time.monotonic()
+    codes: Counter[int] = Counter()
+    failures = []
+    for seed in seeds:
+        code, found = damage_once(subjects, scratch, seed)
+        codes[code] += 1
+        failures += found
+    seconds = time.monotonic() - began
+    print(f"{len(seeds)} damages in {seconds:.0f} s: {codes[0]} work, {codes[2]} in a sentence")
+    assert not failures, f"{len(failures)} of {len(seeds)}:\n" + "\n".join(failures)
+    assert seconds < SECONDS
+
+
+def test_forty_damages_end_in_a_sentence(subjects: Subjects, tmp_path: Path) -> None:
+    damage_many(subjects, tmp_path / "scratch", range(QUICK))
+
+
+@pytest.mark.full
+def test_hundreds_of_damages_end_in_a_sentence(subjects: Subjects, tmp_path: Path) -> None:
+    first = int(os.environ.get("MOELOOM_FUZZ_SEED", "1000"))
+    damage_many(subjects, tmp_path / "scratch", range(first, first + WHOLE))
