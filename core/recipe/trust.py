@@ -7,12 +7,14 @@ edited recipe is not.
 """
 
 import hashlib
+import os
 from collections.abc import Collection
 from pathlib import Path
 
 from core.contracts.errors import UserError
 from core.extension.loader import installed_registry
 from core.storage import records
+from core.storage.documents import DocumentError, read_bytes
 from core.storage.files import check_links
 
 RECIPES = "recipes"
@@ -31,13 +33,13 @@ def is_recorded(file: Path) -> bool:
     """Whether this machine has written a file with these contents."""
     try:
         return records.contains(RECIPES, _digest(file))
-    except OSError:
+    except DocumentError:
         return False
 
 
 def is_of_a_run(file: Path) -> bool:
     """Whether a file lies in a run folder or a sweep's folder, at any depth; links are looked at from both ends."""
-    folders = {*file.absolute().parents, *file.resolve().parents}
+    folders = {*file.absolute().parents, *Path(os.path.realpath(file)).parents}
     return any(map(_is_run_folder, folders))
 
 
@@ -79,4 +81,4 @@ def check_run_links(folder: Path) -> None:
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(file)).hexdigest()

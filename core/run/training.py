@@ -1,7 +1,8 @@
 """Training of a recipe into a run folder, from the start or from where a stopped run was."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from core.recipe.compose import Recipe
 from core.run.data import text_data
 from core.run.loading import load_weights
 from core.run.summary import divergence, summarise
+from core.training.checkpoint_content import check_model, check_optimizers
 from core.training.checkpoints import is_disk_full
 from core.training.module import TrainingModule
 from core.training.ranks import is_rank_zero, process_group_scope
@@ -90,7 +92,16 @@ def _start_or_resume(
         return _completed(recipe, folder, say, trust=trust)
     check_recipe_unchanged(recipe, folder, say, trust=trust)
     folder.remove_partial_files()
-    return _fit(recipe, folder, newest(folder), say)
+    folder.check_files()
+    start = newest(folder)
+    lost: list[str] = []
+    if start:
+        every = int(recipe.trainer.get("log_every_n_steps", 1))
+        for section in recipe.loggers:
+            lost += make(section).check_resume(folder.path, step=start.step, every=every)
+    for note in lost:
+        say(f"note: {note}")
+    return _fit(recipe, folder, start, say, lost)
 
 
 def _completed(
@@ -113,8 +124,13 @@ def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
 
 
 def _fit(
-    recipe: Recipe, folder: RunFolder, start: Resume | None, say: Callable[[str], None]
+    recipe: Recipe,
+    folder: RunFolder,
+    start: Resume | None,
+    say: Callable[[str], None],
+    lost: Sequence[str] = (),
 ) -> dict[str, Any]:
+    """Trains to the end; `lost` says what is missing from the log of a run that is continued."""
     started = time.perf_counter()
     for notice in recipe.notices():
         say(f"note: {notice}")
@@ -143,13 +159,21 @@ def _fit(
         validation_bytes=data.validation_bytes,
     )
     module.started = started
+    if start:
+        check_model(model, start.content, start.path)
+        made = module.configure_optimizers()
+        check_optimizers(made if isinstance(made, list) else [made], start.content, start.path)
+        start = replace(
+            start, content={}
+        )  # it is as large as the model, and Lightning reads it again
     if folder.recipe.exists():
         check_data(folder, data.fingerprint)
     elif is_rank_zero():
         _write_identity(recipe, folder, data)
     callbacks = _train(recipe, folder, module, data, peak, start, say)
     if is_rank_zero():
-        return _finish(folder, module, data, size, callbacks, recipe.notices())
+        notices = [*recipe.notices(), *lost]
+        return _finish(folder, module, data, size, callbacks, notices)
     return {}
 
 
@@ -200,7 +224,15 @@ def _train(
     say(f"run folder: {folder.path}{resumed}")
     checkpoint = str(start.path) if start else None
     with own.stop.listening(), process_group_scope(folder.path):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
+            if start is None or own.stop.has_begun:
+                raise
+            why = " ".join(f"{type(cause).__name__}: {cause}".split())
+            raise UserError(
+                f"{start.path}: the run cannot continue from it: {why[:300]}"
+            ) from cause
     return own
 
 

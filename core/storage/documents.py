@@ -10,6 +10,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from core.contracts.errors import UserError
 
 LARGEST = 256 * 2**20
@@ -17,6 +19,15 @@ LARGEST = 256 * 2**20
 
 DEEPEST = 100
 """Levels of the deepest document that is read; what works through one recurses at each level."""
+
+
+LARGEST_YAML = 16 * 2**20
+"""Bytes of the largest recipe or sweep file."""
+
+MOST_NODES = 1_000_000
+"""Most values of a YAML file."""
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class DocumentError(UserError):
@@ -145,3 +156,66 @@ def is_too_deep(value: Any) -> bool:
 
 
 _TOO_DEEP = f"is nested more than {DEEPEST} levels deep"
+
+
+def read_yaml(file: Path) -> str:
+    """Reads the text of a YAML file that holds a section of keys, or nothing, and is small enough to be worked through.
+
+    A text with a mistake of syntax is returned too, for its reader to name the line.
+
+    Raises:
+        DocumentError: it cannot be read, is nested too deep, grows too large where its aliases are filled in, or is
+            something else than a section; what it says is not repeated.
+    """
+    text = read_text(file, LARGEST_YAML)
+    check_yaml(text, file)
+    return text
+
+
+def check_yaml(text: str, file: Path) -> None:
+    """Checks the text of a YAML file as `read_yaml` does; a mistake of syntax is left to its reader."""
+    try:
+        top = yaml.compose(text, Loader=_LOADER)
+    except RecursionError as cause:
+        raise DocumentError(file, _TOO_DEEP) from cause
+    except (yaml.YAMLError, ValueError):
+        return
+    if top is None:
+        return
+    if not isinstance(top, yaml.MappingNode):
+        raise DocumentError(file, "must be a section of keys")
+    _check_nodes(top, file)
+
+
+def _check_nodes(top: yaml.Node, file: Path) -> None:
+    """Raises `DocumentError` for nodes that are nested too deep, or of which aliases make too many."""
+    count = 0
+    level = [top]
+    for _ in range(DEEPEST + 1):
+        below: list[yaml.Node] = []
+        for node in level:
+            if isinstance(node, yaml.MappingNode):
+                for key, value in node.value:
+                    below += [key, value]
+            elif isinstance(node, yaml.SequenceNode):
+                below += node.value
+            elif not is_text(str(node.value)):
+                where = f"line {node.start_mark.line + 1}"
+                raise DocumentError(file, f"{where}: holds half a surrogate pair, which is no text")
+            count += 1
+            if count + len(below) > MOST_NODES:
+                why = f"holds more than {MOST_NODES} values, aliases filled in"
+                raise DocumentError(file, why)
+        if not below:
+            return
+        level = below
+    raise DocumentError(file, _TOO_DEEP)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8, which half a surrogate pair cannot."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -17,6 +17,7 @@ from core.extension.registry import Registry
 from core.recipe.compose import Recipe, compose, find_recipe, shipped_sweeps
 from core.recipe.resolve import Resolver
 from core.recipe.trust import check_modules, is_of_a_run
+from core.storage.documents import read_yaml
 from core.study.sweep_schema import LONGEST, SweepSchema, VariantSection
 
 
@@ -281,8 +282,8 @@ def find_sweep(path: str | Path) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """The values of a sweep file by key."""
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as cause:
+        values = yaml.load(read_yaml(file), Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as cause:
         raise UserError(f"{file}: cannot be read: {' '.join(str(cause).split())}") from cause
     if not isinstance(values, dict):
         known = ", ".join(SweepSchema.__dataclass_fields__)

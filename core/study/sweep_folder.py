@@ -13,7 +13,7 @@ import yaml
 from core.contracts.errors import UserError
 from core.recipe import trust
 from core.recipe.resolve import to_dict
-from core.storage.documents import DocumentError, read_object, read_text
+from core.storage.documents import DocumentError, read_object, read_yaml
 from core.storage.files import write_text
 from core.storage.lock import locked_folder
 from core.study.sweep_file import Sweep, Variant
@@ -164,7 +164,7 @@ class SweepFolder:
         """Reads one of the sweep's own files; raises `UserError` where it is lost or damaged."""
         unreadable = f"--out {self.path}: {file.relative_to(self.path)} cannot be read"
         try:
-            document = yaml.safe_load(read_text(file))
+            document = yaml.safe_load(read_yaml(file))
         except DocumentError as cause:
             raise UserError(f"{unreadable}: it {cause.why}") from cause
         except (yaml.YAMLError, RecursionError, ValueError) as cause:

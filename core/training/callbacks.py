@@ -115,9 +115,17 @@ class LoadLog(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues the log of a checkpoint."""
-        self.stride = state_dict["stride"]
-        self.snapshots = [(step, dict(tensors)) for step, tensors in state_dict["snapshots"]]
-        self.recent = deque(state_dict["recent"], maxlen=100)
+        self.stride = int(state_dict["stride"])
+        self.snapshots = [(int(step), dict(tensors)) for step, tensors in state_dict["snapshots"]]
+        self.recent = deque(map(float, state_dict["recent"]), maxlen=100)
+        if self.stride < 1:
+            raise ValueError(f"LoadLog.stride = {self.stride}: must be at least 1")
+        shapes = {
+            tuple((name, tensor.shape) for name, tensor in sorted(tensors.items()))
+            for _, tensors in self.snapshots
+        }
+        if len(shapes) > 1:
+            raise ValueError("LoadLog.snapshots: hold other tensors from step to step")
 
 
 def _snapshot(module: TrainingModule) -> dict[str, Tensor]:
@@ -172,6 +180,7 @@ class StopOnSignal(_StepEnd):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.signum = 0
+        self.has_begun = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -188,6 +197,7 @@ class StopOnSignal(_StepEnd):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Replaces the SIGTERM handler of Lightning, which contacts the other ranks in the middle of a step."""
         signal.signal(signal.SIGTERM, self._note)
+        self.has_begun = True
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:

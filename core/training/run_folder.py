@@ -16,13 +16,29 @@ from core.contracts.schema import Section
 from core.data.tokenizer import Tokenizer
 from core.recipe import trust
 from core.storage.digests import check_digests, write_digests
-from core.storage.documents import DocumentError, read_object
+from core.storage.documents import DocumentError, check_regular, read_object
 from core.storage.files import check_links, remove_partial_files, write_text
 from core.storage.lock import locked_folder
 from core.training.machine import code, machine
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 """The file that names the safetensors file of every tensor, in a converted run as in other programs' folders."""
+
+
+FILES = (
+    "recipe.yaml",
+    "provenance.json",
+    "tokenizer.json",
+    "SHA256SUMS",
+    "metrics.csv",
+    "loads.safetensors",
+    "sample.txt",
+    "summary.json",
+)
+"""The files of a run that was trained here."""
+
+FOLDERS = ("checkpoints", "tensorboard")
+"""Its folders."""
 
 
 class RunFolder:
@@ -117,10 +133,26 @@ class RunFolder:
             how = f"continue it with --resume {self.path}, or name another"
             raise UserError(f"--out {self.path}: holds a run already; {how}")
         check_links(self.path)
+        self.check_files()
         try:
             (self.path / "checkpoints").mkdir(exist_ok=True)
         except OSError as cause:
             raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
+
+    def check_files(self) -> None:
+        """Checks that no folder, pipe or device is in the place of a file of the run, nor a file in that of a folder.
+
+        Raises:
+            UserError: one is.
+        """
+        for name in FILES:
+            path = self.path / name
+            if path.is_symlink() or path.exists():
+                check_regular(path)
+        for name in FOLDERS:
+            path = self.path / name
+            if (path.is_symlink() or path.exists()) and not path.is_dir():
+                raise UserError(f"{path}: must be a folder, in which the run writes")
 
     def remove_partial_files(self) -> None:
         """Deletes the half-written files that a kill left; the checkpoints among them can be large."""
@@ -163,7 +195,9 @@ class RunFolder:
             return read_object(self.provenance)
         except DocumentError as cause:
             how = "put the file back from a copy, or start a run from its weights (initial_weights)"
-            raise UserError(f"{cause}; it says which data the run was started with: {how}") from cause
+            raise UserError(
+                f"{cause}; it says which data the run was started with: {how}"
+            ) from cause
 
     def read_summary(self) -> dict[str, Any]:
         """Reads the summary.

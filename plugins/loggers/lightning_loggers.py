@@ -1,7 +1,6 @@
 """Lightning's CSV and TensorBoard loggers, made to continue a resumed run instead of starting over."""
 
 import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from core.contracts.training import LoggerFactory
+from core.training.metrics_file import METRICS, STEP, check_metrics, read_metrics, write_metrics
 
 
 class _Writer(ExperimentWriter):
@@ -21,35 +21,35 @@ class _Writer(ExperimentWriter):
 
     def __init__(self, log_dir: str, resumed_at: int | None) -> None:
         self._resumed_at = resumed_at
+        self._has_begun = False
         super().__init__(log_dir=log_dir)
 
     def _check_log_dir_exists(self) -> None:
+        """Does nothing: an earlier part of the run is looked at when the first row comes."""
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Adds a row; before the first one, drops the rows that an earlier part wrote after its checkpoint."""
+        if not self._has_begun:
+            self._continue()
+            self._has_begun = True
+        super().log_metrics(metrics_dict, step)
+
+    def _continue(self) -> None:
         file = Path(self.metrics_file_path)
-        if not file.is_file():
+        if self._resumed_at is None:
+            file.unlink(missing_ok=True)  # a run that starts anew makes all rows again
             return
-        with file.open(newline="") as text:
-            # A full disk cuts the last row short.
-            whole = [line for line in text if line.endswith("\n")]
-        reader = csv.DictReader(whole)
-        kept = []
-        for row in reader:
-            if self._resumed_at is not None and int(row["step"]) <= self._resumed_at:
-                kept.append(row)
-        self.metrics_keys = list(reader.fieldnames or [])
-        self._replace(self.metrics_keys, kept)
+        found = read_metrics(file)
+        if found is None:
+            return
+        kept = [row for row in found.rows if int(row[STEP]) <= self._resumed_at]
+        self.metrics_keys = list(found.columns)
+        write_metrics(file, self.metrics_keys, kept)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with open(self.metrics_file_path, newline="") as rows:
             kept = list(csv.DictReader(rows))
-        self._replace(fieldnames, kept)
-
-    def _replace(self, fieldnames: list[str], rows: list[dict[str, Any]]) -> None:
-        temporary = f"{self.metrics_file_path}.tmp"
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=fieldnames)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.metrics_file_path)
+        write_metrics(Path(self.metrics_file_path), fieldnames, kept)
 
 
 class _CSVLogger(CSVLogger):
@@ -94,6 +94,10 @@ class CSV(LoggerFactory):
     def make(self, folder: Path, *, resumed_at: int | None) -> Logger:
         """The logger; rows after step `resumed_at` are dropped."""
         return _CSVLogger(folder, resumed_at)
+
+    def check_resume(self, folder: Path, *, step: int, every: int) -> list[str]:
+        """Checks that the rows of the steps before are there; a file that was removed costs a note."""
+        return check_metrics(folder / METRICS, step=step, every=every)
 
 
 class TensorBoard(LoggerFactory):

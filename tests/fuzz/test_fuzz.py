@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from fuzz.damages import damage
 from fuzz.subjects import Subjects, contents, draw_command, faults, run_here
 
