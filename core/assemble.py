@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts.build import BuildContext, Init, Rope
+from core.contracts.errors import UserError
 from core.contracts.loss_head import LossHead
 from core.contracts.precision import Precision, declared_roles
 from core.contracts.schema import Section
@@ -62,13 +63,28 @@ def build(
     context = _context(recipe, precision or make(recipe.precision))
     context = replace(context, token_counts=token_counts)
     with torch.device("meta" if parallelize else device), _float_default():
-        model = _model(recipe, context)
+        try:
+            model = _model(recipe, context)
+        except (RuntimeError, OverflowError, MemoryError) as cause:
+            if not _is_of_sizes(cause):
+                raise
+            why = "its sizes are too large: a tensor of it cannot be addressed, or not be held here"
+            raise UserError(f"model: {why} ({' '.join(str(cause).split())[:120]})") from cause
     if parallelize is not None:
         parallelize(model)
         model.to_empty(device=device)
     if device != "meta":
         initialise(model, recipe.seed)
     return model
+
+
+def _is_of_sizes(cause: BaseException) -> bool:
+    """Whether torch or Python reports that a size does not fit into memory or into a number."""
+    text = str(cause).lower()
+    return not isinstance(cause, RuntimeError) or any(part in text for part in _SIZES)
+
+
+_SIZES = ("overflow", "allocate memory", "out of memory", "bad_alloc", "invalid sizes")
 
 
 def _context(recipe: Recipe, precision: Precision) -> BuildContext:

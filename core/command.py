@@ -41,6 +41,9 @@ _OF_SYSTEM = frozenset(
 )
 """Errors about a path that are the machine's or the user's, and never the program's."""
 
+_OF_MEMORY = ("can't allocate memory", "out of memory")
+"""How torch reports that memory is too small."""
+
 _SHOWN = 200
 """Characters of a path in an error message."""
 
@@ -61,8 +64,8 @@ def run_command(
         leave(2, str(error))
     except RunFailed as error:
         leave(1, str(error))
-    except KeyboardInterrupt:
-        leave(130, "interrupted")
+    except KeyboardInterrupt as interrupt:
+        leave(130, str(interrupt) or "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(141, "")
@@ -79,11 +82,16 @@ def run_command(
 
 
 def system_error(error: BaseException) -> str | None:
-    """A sentence about a path that the system cannot read or write; None for any other exception.
+    """A sentence about memory that is too small, or a path that cannot be used; None for any other exception.
 
     Such errors depend on the machine and not on the program: a name that is too long, a read-only disk, a right that
     is missing, a folder in the place of a file.
     """
+    text = " ".join(str(error).split())
+    is_memory = any(sign in text for sign in _OF_MEMORY)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_memory):
+        how = "try smaller batches (batch.sequences), shorter sequences or a smaller model"
+        return f"the memory is too small for a tensor of this run; {how} ({text[:160] or 'Python'})"
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _OF_SYSTEM:
         return None
     path = os.fsdecode(error.filename) if not isinstance(error.filename, int) else "a file"

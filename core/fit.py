@@ -83,6 +83,7 @@ def _silence_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec")
+    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # a note says it
 
 
 def _summary_line(summary: dict[str, object]) -> str:

@@ -27,6 +27,9 @@ END_TEXT = "<|endoftext|>"
 SMALLEST = 257
 """256 bytes and the end marker."""
 
+LARGEST = 1 << 22
+"""Largest vocabulary that is trained; the library reserves memory for all entries at once."""
+
 VERSION = tokenizers.__version__
 """The library's version: it is part of the cache's key, because merges may differ between versions."""
 
@@ -131,6 +134,9 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
     if vocab < SMALLEST:
         least = f"it must be at least {SMALLEST} (256 bytes, {END_TEXT})"
         raise UserError(f"data.tokenizer.vocab = {vocab} is too small: {least}")
+    if vocab > LARGEST:
+        most = f"a tokenizer with at most {LARGEST} entries is trained"
+        raise UserError(f"data.tokenizer.vocab = {vocab} is too large: {most}")
     engine = tokenizers.Tokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

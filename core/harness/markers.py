@@ -37,15 +37,12 @@ def markers_of(folder: RunFolder) -> Markers:
         raise UserError(f"{folder.provenance}: converted: must be a section of keys")
     begin = _id_in(converted, "begin", folder)
     end = _id_in(converted, "end", folder)
-    if begin is None and end is None:
+    known = [marker for marker in (begin, end) if marker is not None]
+    if not known:
         raise UserError(
             f"{folder.provenance}: converted.begin and converted.end are null: no marker begins a text"
         )
-    if begin is None:
-        begin = end
-    if end is None:
-        end = begin
-    return Markers(begin, end)
+    return Markers(known[0], known[-1])
 
 
 def _id_in(converted: dict[str, Any], key: str, folder: RunFolder) -> int | None:

@@ -9,7 +9,7 @@ import math
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ FORMATS = {
 }
 LARGEST_HEADER = 100_000_000
 OPEN_FILES = 64
+ADAPTER = "adapter_"
+"""What the names of files begin with that hold an adapter (PEFT), which a model is used with and can be without."""
+
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -169,14 +172,26 @@ def _check_extent(file: Path, places: dict[str, tuple[TensorSpec, int]], size: i
         )
 
 
-def shards_of(folder: Path, index: str = WEIGHTS_INDEX) -> Shards:
+def shards_of(
+    folder: Path, index: str = WEIGHTS_INDEX, say: Callable[[str], None] | None = None
+) -> Shards:
     """Returns the tensors of a folder: those of its index, or those of its one file.
+
+    Args:
+        folder: the folder.
+        index: the name of its index.
+        say: called with a note on each file of an adapter, which is left out; None: such a file is an error.
 
     Raises:
         UserError: a file is a link to a place outside, there are no safetensors (pickled weights are never read), or
             files and index contradict each other.
     """
-    files = [check_inside(file) for file in sorted(folder.glob("*.safetensors"))]
+    files: list[Path] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        if say is not None and file.name.startswith(ADAPTER):
+            say(f"note: {file} is left out: an adapter is no part of the model's weights")
+        else:
+            files.append(check_inside(file))
     written = check_inside(folder / index)
     if not written.exists():
         if len(files) == 1:

@@ -5,11 +5,12 @@ cache of Hugging Face's own downloads: its folders `snapshots/REVISION` consist 
 `snapshots`.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from core.contracts.errors import UserError
-from core.storage.files import leaves
+from core.storage.files import is_plain_name, leaves
 
 LARGEST_COMPANION = 128 * 2**20
 """Size in bytes of the largest file beside the weights that is copied."""
@@ -26,7 +27,7 @@ def check_inside(file: Path) -> Path:
         UserError: it is one.
     """
     if _leads_away(file):
-        why = f"is a symbolic link that leads out of its folder, to {file.resolve()}"
+        why = f"is a symbolic link that leads out of its folder, to {os.path.realpath(file)}"
         raise UserError(f"{file}: {why}; put a copy of the file in its place")
     return file
 
@@ -46,6 +47,8 @@ def small_files(folder: Path, say: Callable[[str], None]) -> list[Path]:
             continue
         if _leads_away(file):
             say(f"note: {file} is left out: it is a symbolic link that leads out of its folder")
+        elif not is_plain_name(file.name):
+            say(f"note: {str(file)!r} is left out: its name is no UTF-8")
         elif file.is_file() and file.stat().st_size <= LARGEST_COMPANION:
             found.append(file)
     return found
@@ -55,6 +58,6 @@ def _leads_away(file: Path) -> bool:
     """Whether a file is a link out of its folder, and not one to the blobs of Hugging Face's cache."""
     if not file.is_symlink() or not leaves(file, file.parent):
         return False
-    snapshots = file.parent.resolve().parent
+    snapshots = Path(os.path.realpath(file.parent)).parent
     blobs = snapshots.parent / "blobs"
     return snapshots.name != "snapshots" or blobs.is_symlink() or leaves(file, blobs)

@@ -278,7 +278,7 @@ def _base(file: Path, extends: Any) -> tuple[dict[str, Any], Path]:
 
 def _read(file: Path) -> dict[str, Any]:
     """The values of a YAML file, which must be a mapping."""
-    text = read_yaml(file)
+    text = read_yaml(file, RecipeSchema.__dataclass_fields__)
     try:
         values = with_string_keys(OmegaConf.to_container(OmegaConf.load(StringIO(text))))
     except yaml.MarkedYAMLError as cause:

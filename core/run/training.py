@@ -1,5 +1,6 @@
 """Training of a recipe into a run folder, from the start or from where a stopped run was."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from core.analysis.budget import plan_of
 from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
 from core.assemble import build, compile_parts, make
+from core.contracts.corpus import TokenCorpus
 from core.contracts.errors import Interrupted, NotFiniteError, RunFailed, UserError
 from core.data.module import TextData
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import SMALLEST, Tokenizer
 from core.model.sampling import sample
 from core.recipe.compose import Recipe
 from core.run.data import text_data
@@ -34,6 +37,9 @@ from core.training.resume import (
 from core.training.run_folder import RunFolder, provenance
 from core.training.setup import RunCallbacks, make_run_callbacks, make_trainer
 from core.training.throughput import measured_peak_flops
+
+NO_VALIDATION = "no document is held out for validation, which takes at least 11 documents: the run has no validation loss"
+"""The note of a run that trains on all of its text."""
 
 
 def fit(
@@ -137,6 +143,10 @@ def _fit(
     plan = plan_of(recipe)
     data = text_data(recipe, plan)
     data.prepare()
+    notices = [*recipe.notices(), *lost]
+    if not data.validation_documents:
+        notices.append(NO_VALIDATION)
+        say(f"note: {NO_VALIDATION}")
     model = build(recipe, token_counts=data.token_counts)
     size = size_of(model)
     if recipe.compile:
@@ -172,7 +182,6 @@ def _fit(
         _write_identity(recipe, folder, data)
     callbacks = _train(recipe, folder, module, data, peak, start, say)
     if is_rank_zero():
-        notices = [*recipe.notices(), *lost]
         return _finish(folder, module, data, size, callbacks, notices)
     return {}
 
@@ -272,9 +281,28 @@ def _write_sample(folder: RunFolder, module: TrainingModule, tokenizer: Tokenize
 def check_environment(recipe: Recipe) -> None:
     """Raises `UserError` for shapes that a part of the model cannot take, and for components that cannot run here."""
     try:
-        build(recipe, device="meta")
+        model = build(recipe, device="meta")
     except UserError as error:
         raise UserError(f"{recipe.source}: {error}") from error
+    _check_vocabulary(recipe)
+    _check_memory(recipe, model)
     found = unmet_requirements(recipe)
     if found:
         raise UserError(f"{recipe.source}: cannot run here: {'; '.join(found)}")
+
+
+def _check_vocabulary(recipe: Recipe) -> None:
+    """Raises `UserError` for a vocabulary that no tokenizer of this program can have, where one is to be trained."""
+    vocab = recipe.data.tokenizer.vocab
+    if vocab < SMALLEST and not issubclass(recipe.data.corpus.component, TokenCorpus):
+        allowed = f"must be at least {SMALLEST}, as the corpus is text: 256 bytes and the marker"
+        raise UserError(f"{recipe.source}: data.tokenizer.vocab = {vocab}: {allowed}")
+
+
+def _check_memory(recipe: Recipe, model: nn.Module) -> None:
+    """Raises `UserError` for a model whose weights alone are larger than this machine's memory."""
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > held:
+        sizes = f"{needed / 1e9:.3g} GB, and this machine has {held / 1e9:.3g} GB of memory"
+        raise UserError(f"{recipe.source}: model: its weights need {sizes}")

@@ -7,6 +7,7 @@ regular file is read.
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def read_text(file: Path, largest: int = LARGEST) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as cause:
         why = f"byte 0x{content[cause.start]:02x} at offset {cause.start}"
-        raise DocumentError(file, f"is damaged, or no text: it is not UTF-8 ({why})") from cause
+        raise DocumentError(file, f"cannot be read: it is no UTF-8 text ({why})") from cause
 
 
 def read_object(file: Path, largest: int = LARGEST) -> dict[str, Any]:
@@ -158,21 +159,25 @@ def is_too_deep(value: Any) -> bool:
 _TOO_DEEP = f"is nested more than {DEEPEST} levels deep"
 
 
-def read_yaml(file: Path) -> str:
+def read_yaml(file: Path, keys: Iterable[str] = ()) -> str:
     """Reads the text of a YAML file that holds a section of keys, or nothing, and is small enough to be worked through.
 
     A text with a mistake of syntax is returned too, for its reader to name the line.
+
+    Args:
+        file: the file.
+        keys: the keys that the section may have, for the error message about something else than a section.
 
     Raises:
         DocumentError: it cannot be read, is nested too deep, grows too large where its aliases are filled in, or is
             something else than a section; what it says is not repeated.
     """
     text = read_text(file, LARGEST_YAML)
-    check_yaml(text, file)
+    check_yaml(text, file, keys)
     return text
 
 
-def check_yaml(text: str, file: Path) -> None:
+def check_yaml(text: str, file: Path, keys: Iterable[str] = ()) -> None:
     """Checks the text of a YAML file as `read_yaml` does; a mistake of syntax is left to its reader."""
     try:
         top = yaml.compose(text, Loader=_LOADER)
@@ -183,7 +188,8 @@ def check_yaml(text: str, file: Path) -> None:
     if top is None:
         return
     if not isinstance(top, yaml.MappingNode):
-        raise DocumentError(file, "must be a section of keys")
+        known = ", ".join(keys)
+        raise DocumentError(file, f"must be a section of keys{': ' if known else ''}{known}")
     _check_nodes(top, file)
 
 

@@ -282,7 +282,7 @@ def find_sweep(path: str | Path) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """The values of a sweep file by key."""
     try:
-        values = yaml.load(read_yaml(file), Loader=_UniqueKeys)
+        values = yaml.load(read_yaml(file, SweepSchema.__dataclass_fields__), Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as cause:
         raise UserError(f"{file}: cannot be read: {' '.join(str(cause).split())}") from cause
     if not isinstance(values, dict):

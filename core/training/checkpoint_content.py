@@ -1,4 +1,4 @@
-"""Checks what a checkpoint holds before a run continues from it, so that nothing is found out in the middle of a step."""
+"""Checks what a checkpoint holds before a run continues from it, so that no step finds out."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -8,6 +8,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from core.contracts.errors import UserError
@@ -151,6 +152,6 @@ def check_metrics(file: Path, *, step: int, every: int) -> list[str]:
 def _widest(steps: list[int]) -> int:
     """The widest distance between neighbouring steps: parts of a run may have logged at other intervals."""
     widest = 1
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         widest = max(widest, after - before)
     return widest

@@ -53,7 +53,7 @@ class TextFiles(Corpus):
         for path in paths:
             name = path.relative_to(root).as_posix()
             try:
-                if path.suffix == ".txt":
+                if path.suffix.lower() == ".txt":
                     yield Document(name=name, data=path.read_bytes(), source=str(path))
                 else:
                     yield from self._lines(path, name)
@@ -88,7 +88,8 @@ class TextFiles(Corpus):
 
 def _matches(pattern: str) -> list[Path]:
     """The files that a glob matches; raises `UserError` for none, or for one of another kind."""
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    expanded = os.path.expanduser(pattern)
+    found = glob.glob(expanded, recursive=True) or glob.glob(_literal(expanded), recursive=True)
     paths = [Path(os.path.abspath(name)) for name in found]
     files = [path for path in paths if path.is_file()]
     if not files:
@@ -96,8 +97,18 @@ def _matches(pattern: str) -> list[Path]:
             f"the glob {pattern!r} (data.corpus.paths) matches no file in {os.getcwd()}"
         )
     for path in files:
-        if path.suffix not in (".txt", ".jsonl"):
+        if path.suffix.lower() not in (".txt", ".jsonl"):
             raise UserError(
                 f"{path} is matched by {pattern!r} (data.corpus.paths), but only .txt and .jsonl can be read"
             )
     return files
+
+
+def _literal(pattern: str) -> str:
+    """The pattern in which each folder that exists under its very name (`[web] crawl`) stands for itself."""
+    folder, separator, rest = pattern.rpartition("/")
+    if not separator:
+        return pattern
+    if os.path.isdir(folder):
+        return f"{glob.escape(folder)}/{rest}"
+    return f"{_literal(folder)}/{rest}"

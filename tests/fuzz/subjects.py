@@ -215,6 +215,7 @@ def faults(
     for name, content in before.items():
         if after.get(name) != content and not name.startswith(changes or "\0"):
             found.append(f"{name} has changed")
-    if result.code and set(after) - set(before) and command.subject != "cache":
-        found.append(f"left behind: {sorted(set(after) - set(before))}")
+    left = [name for name in after if name not in before and not name.startswith("tensorboard")]
+    if result.code and left and command.subject != "cache":
+        found.append(f"left behind: {left}")
     return found

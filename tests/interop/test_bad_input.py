@@ -116,7 +116,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "tensors overlap": (shift, (FILE, "does not begin where the one before it ends")),
     "no JSON": (
         lambda f: (f / FILE).write_bytes(struct.pack("<Q", 4) + b"{{{{"),
-        (FILE, "is not JSON"),
+        (FILE, "cannot be read as JSON"),
     ),
     "an index that names a missing file": (
         change_index(name_missing_file),
