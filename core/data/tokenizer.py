@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from core.contracts.errors import UserError
-from core.storage.documents import read_text
+from core.storage.documents import DocumentError, read_text
 
 END = 0
 """The id of the end marker."""
@@ -119,8 +119,8 @@ class Tokenizer:
         """
         try:
             return cls(tokenizers.Tokenizer.from_str(read_text(path)))
-        except UserError:
-            raise
+        except DocumentError as cause:
+            raise UserError(f"{path} cannot be read as a tokenizer: {cause.why}") from cause
         except Exception as cause:  # the library raises a bare `Exception` for any broken file
             raise UserError(f"{path} cannot be read as a tokenizer: {cause}") from cause
 

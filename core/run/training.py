@@ -38,7 +38,10 @@ from core.training.run_folder import RunFolder, provenance
 from core.training.setup import RunCallbacks, make_run_callbacks, make_trainer
 from core.training.throughput import measured_peak_flops
 
-NO_VALIDATION = "no document is held out for validation, which takes at least 11 documents: the run has no validation loss"
+NO_VALIDATION = (
+    "no document is held out for validation, which takes at least 11 documents: "
+    "the run has no validation loss"
+)
 """The note of a run that trains on all of its text."""
 
 

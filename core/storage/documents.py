@@ -57,16 +57,18 @@ def read_bytes(file: Path, largest: int = LARGEST) -> bytes:
         raise DocumentError(file, "there is no such file") from cause
     except OSError as cause:
         raise DocumentError(file, f"cannot be read: {cause.strerror}") from cause
-    with os.fdopen(descriptor, "rb") as stream:
-        try:
-            found = os.fstat(stream.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise DocumentError(file, f"is {_kind_of(found.st_mode)} and no file")
-            if found.st_size > largest:
-                raise DocumentError(file, f"has {found.st_size} bytes; at most {largest} are read")
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise DocumentError(file, f"is {_kind_of(found.st_mode)} and no file")
+        if found.st_size > largest:
+            raise DocumentError(file, f"has {found.st_size} bytes; at most {largest} are read")
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
             return stream.read(largest)
-        except OSError as cause:
-            raise DocumentError(file, f"cannot be read: {cause.strerror}") from cause
+    except OSError as cause:
+        raise DocumentError(file, f"cannot be read: {cause.strerror}") from cause
+    finally:
+        os.close(descriptor)
 
 
 def _kind_of(mode: int) -> str:

@@ -64,9 +64,9 @@ def _check_progress(content: Mapping[str, Any], file: Path) -> None:
     loop = content["loops"].get("fit_loop")
     progress = loop.get("epoch_loop.batch_progress") if isinstance(loop, dict) else None
     counted = progress.get("current") if isinstance(progress, dict) else None
-    completed = counted.get("completed") if isinstance(counted, dict) else None
-    if completed != step:
-        raise _damaged(file, f"loops: counts {completed!r} steps, and {step} are done")
+    begun = counted.get("ready") if isinstance(counted, dict) else None
+    if begun != step:
+        raise _damaged(file, f"loops: counts {begun!r} steps, and {step} are done")
 
 
 def check_model(model: nn.Module, content: Mapping[str, Any], file: Path) -> None:

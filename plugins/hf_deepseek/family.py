@@ -249,12 +249,12 @@ def _check_against_files(given: HfConfig, layers: int, depths: int, names: Colle
         raise ConfigError("n_routed_experts", f"is more than there can be: {files}")
     beyond = sorted({number for number in map(_layer_of, names) if number >= layers + depths})
     if beyond:
-        listed = ", ".join(str(number) for number in beyond[:5])
-        raise ConfigError(
-            "num_nextn_predict_layers",
-            f"the files hold layers that are not counted ({listed}), after num_hidden_layers = {layers}: "
-            f"give {beyond[-1] + 1 - layers} if they are modules of multi-token prediction",
-        )
+        listed = ", ".join(map(str, beyond[:5]))
+        found = f"the files hold layers that are not counted ({listed})"
+        if any(name == f"model.layers.{beyond[0]}.eh_proj.weight" for name in names):
+            why = f"{found}, modules of multi-token prediction: give {beyond[-1] + 1 - layers}"
+            raise ConfigError("num_nextn_predict_layers", why)
+        raise ConfigError("num_hidden_layers", found)
 
 
 def _layer_of(name: str) -> int:

@@ -93,7 +93,7 @@ class Subjects:
         self.recipe.parent.mkdir()
         text = SMALL.format(texts=folder / "texts")
         text = text.replace("steps: 12", "steps: 3").replace("every_steps: 5", "every_steps: 2")
-        text = text.replace("every_steps: 6", "every_steps: 2").replace(
+        text = text.replace("every_steps: 6", "every_steps: 3").replace(
             "accumulate: 2", "accumulate: 1"
         )
         self.recipe.write_text(text, encoding="utf-8")
