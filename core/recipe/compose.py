@@ -23,7 +23,7 @@ from core.recipe.recipe_schema import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS, Rec
 from core.recipe.resolve import Resolver, to_dict
 from core.recipe.trust import check_modules, check_run_links, is_of_a_run
 from core.recipe.values import environment_hidden, omegaconf_message
-from core.storage.documents import read_yaml
+from core.storage.documents import TOO_DEEP, read_yaml
 
 SWEEPS = "sweeps/"
 
@@ -281,6 +281,8 @@ def _read(file: Path) -> dict[str, Any]:
     text = read_yaml(file, RecipeSchema.__dataclass_fields__)
     try:
         values = with_string_keys(OmegaConf.to_container(OmegaConf.load(StringIO(text))))
+    except RecursionError as cause:
+        raise UserError(f"{file}: {TOO_DEEP}") from cause
     except yaml.MarkedYAMLError as cause:
         where = str(file)
         mark = cause.problem_mark or cause.context_mark

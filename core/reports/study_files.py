@@ -17,6 +17,7 @@ import yaml
 from core.contracts.errors import UserError
 from core.run.divergence import divergence_in
 from core.storage.documents import (
+    TOO_DEEP,
     DocumentError,
     check_yaml,
     parse_object,
@@ -271,6 +272,8 @@ class _Reader:
             document = yaml.safe_load(text)
         except DocumentError as cause:
             return self._could_not(file, f"it {cause.why}")
+        except RecursionError:
+            return self._could_not(file, f"it {TOO_DEEP}")
         except (yaml.YAMLError, ValueError, TypeError, OverflowError):
             return self._could_not(file, "it is no YAML")
         if isinstance(document, dict):

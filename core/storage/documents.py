@@ -6,6 +6,7 @@ regular file is read.
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,9 @@ LARGEST_YAML = 16 * 2**20
 
 MOST_NODES = 1_000_000
 """Most values of a YAML file."""
+
+_HALF = re.compile(r"\\(?:u|U0000)[dD][89a-fA-F][0-9a-fA-F]{2}")
+"""An escape for half a surrogate pair, which libyaml rejects and PyYAML's own reader takes."""
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -132,13 +136,13 @@ def parse_object(content: bytes, file: Path, what: str = "") -> dict[str, Any]:
     try:
         value = json.loads(content)
     except RecursionError as cause:
-        raise DocumentError(file, f"{begin}{_TOO_DEEP}") from cause
+        raise DocumentError(file, f"{begin}{TOO_DEEP}") from cause
     except ValueError as cause:
         raise DocumentError(file, f"{begin}cannot be read as JSON: {cause}") from cause
     if not isinstance(value, dict):
         raise DocumentError(file, f"{begin}must hold a JSON object")
     if is_too_deep(value):
-        raise DocumentError(file, f"{begin}{_TOO_DEEP}")
+        raise DocumentError(file, f"{begin}{TOO_DEEP}")
     return value
 
 
@@ -158,7 +162,7 @@ def is_too_deep(value: Any) -> bool:
     return True
 
 
-_TOO_DEEP = f"is nested more than {DEEPEST} levels deep"
+TOO_DEEP = f"is nested more than {DEEPEST} levels deep"
 
 
 def read_yaml(file: Path, keys: Iterable[str] = ()) -> str:
@@ -184,8 +188,10 @@ def check_yaml(text: str, file: Path, keys: Iterable[str] = ()) -> None:
     try:
         top = yaml.compose(text, Loader=_LOADER)
     except RecursionError as cause:
-        raise DocumentError(file, _TOO_DEEP) from cause
-    except (yaml.YAMLError, ValueError):
+        raise DocumentError(file, TOO_DEEP) from cause
+    except (yaml.YAMLError, ValueError) as cause:
+        if _HALF.search(text):
+            raise DocumentError(file, "holds half a surrogate pair, which is no text") from cause
         return
     if top is None:
         return
@@ -217,7 +223,7 @@ def _check_nodes(top: yaml.Node, file: Path) -> None:
         if not below:
             return
         level = below
-    raise DocumentError(file, _TOO_DEEP)
+    raise DocumentError(file, TOO_DEEP)
 
 
 def is_text(value: str) -> bool:

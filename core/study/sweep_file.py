@@ -17,7 +17,7 @@ from core.extension.registry import Registry
 from core.recipe.compose import Recipe, compose, find_recipe, shipped_sweeps
 from core.recipe.resolve import Resolver
 from core.recipe.trust import check_modules, is_of_a_run
-from core.storage.documents import read_yaml
+from core.storage.documents import TOO_DEEP, read_yaml
 from core.study.sweep_schema import LONGEST, SweepSchema, VariantSection
 
 
@@ -283,6 +283,8 @@ def _read(file: Path) -> dict[str, Any]:
     """The values of a sweep file by key."""
     try:
         values = yaml.load(read_yaml(file, SweepSchema.__dataclass_fields__), Loader=_UniqueKeys)
+    except RecursionError as cause:
+        raise UserError(f"{file}: {TOO_DEEP}") from cause
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as cause:
         raise UserError(f"{file}: cannot be read: {' '.join(str(cause).split())}") from cause
     if not isinstance(values, dict):

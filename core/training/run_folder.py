@@ -149,6 +149,11 @@ class RunFolder:
             path = self.path / name
             if path.is_symlink() or path.exists():
                 check_regular(path)
+        for path in sorted((self.path / "checkpoints").glob("*.ckpt")):
+            check_regular(path)
+        for path in sorted(self.path.rglob("*")):
+            if path.exists() and not path.is_dir():
+                check_regular(path)  # a logger that opened a pipe would wait for its other end
         for name in FOLDERS:
             path = self.path / name
             if (path.is_symlink() or path.exists()) and not path.is_dir():

@@ -8,8 +8,9 @@ import random
 import shutil
 import signal
 import stat
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ from typing import Any
 
 import pytest
 from interop.checkpoints import V3, tensors_of
-from lab import SMALL, CommandResult, run_command_here, write_texts
+from lab import ROOT, SMALL, CommandResult, run_command_here, write_texts
 from safetensors.torch import save_file
 
-PATIENCE = 30
+PATIENCE = 60
 """Seconds after which a command counts as hanging."""
 
 
@@ -219,3 +220,12 @@ def faults(
     if result.code and left and command.subject != "cache":
         found.append(f"left behind: {left}")
     return found
+
+
+def run_as_process(arguments: Sequence[str]) -> CommandResult:
+    """Runs a command as a process of its own."""
+    command = [sys.executable, "-m", f"core.{arguments[0]}", *arguments[1:]]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT
+    )
+    return CommandResult(done.returncode, done.stdout, done.stderr)

@@ -1,19 +1,21 @@
 """Random damages of runs, checkpoints, caches and recipes: every command works as before, or says why in a sentence.
 
-A failure prints the seed of its damage; `python -m pytest tests/fuzz -m full -k one --damage-seed N` does not exist on
-purpose: `damage_once(subjects, scratch, N)` in a Python shell is all there is to it.
+A failure prints the seed of its damage, which `MOELOOM_FUZZ_SEED=N python -m pytest tests/fuzz -m full -k hundreds`
+repeats first.
 """
 
 import os
 import random
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from lab import CommandResult
 
 from fuzz.damages import damage
-from fuzz.subjects import Subjects, contents, draw_command, faults, run_here
+from fuzz.subjects import Subjects, contents, draw_command, faults, run_as_process, run_here
 
 QUICK = 40
 WHOLE = 520
@@ -26,14 +28,20 @@ def subjects(lab: object, tmp_path_factory: pytest.TempPathFactory) -> Subjects:
     return Subjects(tmp_path_factory.mktemp("subjects"))
 
 
-def damage_once(subjects: Subjects, scratch: Path, seed: int) -> tuple[int, list[str]]:
+def damage_once(
+    subjects: Subjects,
+    scratch: Path,
+    seed: int,
+    run: Callable[[Sequence[str]], CommandResult] = run_here,
+) -> tuple[int, list[str]]:
     """Damages a copy of a folder and runs a command on it; returns its exit code and its faults."""
     draw = random.Random(seed)
     command = draw_command(draw)
     with subjects.copy(command, scratch) as (copy, arguments):
         done = damage(copy, draw)
+        print(f"seed {seed}: {' '.join(command.arguments)}: {done}")
         before = contents(copy)
-        result = run_here(arguments)
+        result = run(arguments)
         found = faults(command, result, before, contents(copy))
     where = f"seed {seed}: {' '.join(command.arguments)}: {done}"
     return result.code, [f"{where}: {', '.join(found)}\n{result.err[-1500:]}"] if found else []
@@ -62,3 +70,12 @@ def test_forty_damages_end_in_a_sentence(subjects: Subjects, tmp_path: Path) -> 
 def test_hundreds_of_damages_end_in_a_sentence(subjects: Subjects, tmp_path: Path) -> None:
     first = int(os.environ.get("MOELOOM_FUZZ_SEED", "1000"))
     damage_many(subjects, tmp_path / "scratch", range(first, first + WHOLE))
+
+
+@pytest.mark.full
+def test_twenty_damages_by_real_commands(subjects: Subjects, tmp_path: Path) -> None:
+    failures = []
+    for seed in range(100, 120):
+        _, found = damage_once(subjects, tmp_path / "scratch", seed, run_as_process)
+        failures += found
+    assert not failures, "\n".join(failures)
