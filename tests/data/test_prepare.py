@@ -307,7 +307,7 @@ def test_a_pickle_in_the_place_of_an_array_is_not_loaded(
         (entry / name).unlink()
         with (entry / name).open("xb") as file:
             write(file)
-        with pytest.raises(ValueError, match=r"allow_pickle|Python objects"):
+        with pytest.raises(UserError, match="holds no row of numbers"):
             open_store(entry / "train.tokens.npy", entry / "train.starts.npy", 1)
     assert not (tmp_path / "it-ran").exists()
 

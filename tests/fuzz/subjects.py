@@ -49,7 +49,7 @@ class Command:
 
 RUN = ("metrics.csv", "loads.safetensors", "checkpoints", "summary.json", "sample.txt")
 COMMANDS = [
-    Command("stopped", ("fit", "RECIPE", "--resume", "FOLDER"), (*RUN, "tensorboard"), 6),
+    Command("stopped", ("fit", "RECIPE", "--resume", "FOLDER"), (*RUN, "tensorboard"), 5),
     Command("stopped", ("report", "FOLDER", "--out", "NEW"), (), 1),
     Command("stopped", ("evaluate", "FOLDER"), (), 1),
     Command("done", ("fit", "RECIPE", "--resume", "FOLDER"), (*RUN, "tensorboard"), 2),
@@ -67,6 +67,9 @@ COMMANDS = [
     Command("recipe", ("fit", "FOLDER/small.yaml", "--dry-run"), (), 2),
     Command("recipe", ("sweep", "FOLDER/sweep.yaml", "--dry-run"), (), 2),
 ]
+
+QUICK = [c for c in COMMANDS if c.subject != "stopped" and c.arguments[0] != "report"]
+"""The commands that neither train nor write a report."""
 
 SWEEP = """\
 title: two rates
@@ -155,9 +158,9 @@ class Subjects:
             yield copy, arguments
 
 
-def draw_command(draw: random.Random) -> Command:
+def draw_command(draw: random.Random, commands: Sequence[Command] = COMMANDS) -> Command:
     """A command, drawn by the weights."""
-    return draw.choices(COMMANDS, [command.weight for command in COMMANDS])[0]
+    return draw.choices(commands, [command.weight for command in commands])[0]
 
 
 def run_here(arguments: Any) -> CommandResult:
