@@ -72,6 +72,11 @@ def build(
             model = _model(recipe, context)
         except SectionError as error:
             raise _at_its_key(recipe, error) from error
+        except (RuntimeError, OverflowError, MemoryError) as cause:
+            if not _is_of_sizes(cause):
+                raise
+            why = "its sizes are too large: a tensor of it cannot be addressed, or not be held here"
+            raise UserError(f"model: {why} ({' '.join(str(cause).split())[:120]})") from cause
     if parallelize is not None:
         parallelize(model)
         model.to_empty(device=device)
@@ -108,6 +113,15 @@ def _path_to(value: Any, section: Section) -> str | None:
         if below is not None:
             return f"{key}.{below}".rstrip(".")
     return None
+
+
+def _is_of_sizes(cause: BaseException) -> bool:
+    """Whether torch or Python reports that a size does not fit into memory or into a number."""
+    text = str(cause).lower()
+    return not isinstance(cause, RuntimeError) or any(part in text for part in _SIZES)
+
+
+_SIZES = ("overflow", "allocate memory", "out of memory", "bad_alloc", "invalid sizes")
 
 
 def _context(recipe: Recipe, precision: Precision) -> BuildContext:

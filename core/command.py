@@ -4,6 +4,7 @@ This module and every command import nothing heavy before the arguments are read
 """
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -25,6 +26,30 @@ OUR_FOLDER = Path(__file__).resolve().parents[1]
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """Signals that end a command, beside SIGINT; schedulers send SIGUSR1 and SIGUSR2 as warnings."""
 
+_OF_SYSTEM = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.EMFILE,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ESTALE,
+    }
+)
+"""Errors about a path that are the machine's or the user's, and never the program's."""
+
+_OF_MEMORY = ("can't allocate memory", "out of memory")
+"""How torch reports that memory is too small."""
+
+_SHOWN = 200
+"""Characters of a path in an error message."""
+
 _programs: list[str] = []
 """The program's name in usage lines, `moeloom fit` or `python -m core.fit`; empty while no command runs."""
 
@@ -43,14 +68,17 @@ def run_command(
         leave(2, str(error))
     except RunFailed as error:
         leave(1, str(error))
-    except KeyboardInterrupt:
-        leave(130, "interrupted")
+    except KeyboardInterrupt as interrupt:
+        leave(130, str(interrupt) or "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(141, "")
     except Interrupted as stopped:
         leave(128 + stopped.signum, str(stopped))
-    except Exception:
+    except Exception as error:
+        sentence = system_error(error)
+        if sentence:
+            leave(2, sentence)
         traceback.print_exc()
         leave(1, "")
     finally:
@@ -66,6 +94,24 @@ def _check_rank_variables() -> None:
             raise UserError(
                 f"{name} = {value!r} in the environment: must be a whole number, or not set"
             )
+
+
+def system_error(error: BaseException) -> str | None:
+    """A sentence about memory that is too small, or a path that cannot be used; None for any other exception.
+
+    Such errors depend on the machine and not on the program: a name that is too long, a read-only disk, a right that
+    is missing, a folder in the place of a file.
+    """
+    text = " ".join(str(error).split())
+    is_memory = any(sign in text for sign in _OF_MEMORY)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_memory):
+        how = "try smaller batches (batch.sequences), shorter sequences or a smaller model"
+        return f"the memory is too small for a tensor of this run; {how} ({text[:160] or 'Python'})"
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _OF_SYSTEM:
+        return None
+    path = os.fsdecode(error.filename) if not isinstance(error.filename, int) else "a file"
+    shown = path if len(path) <= _SHOWN else f"{path[:_SHOWN]}..."
+    return f"{shown}: cannot be used: {error.strerror}"
 
 
 def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -106,7 +106,7 @@ def _summary_line(summary: dict[str, object]) -> str:
         "tokens_per_second",
         "wall_seconds",
     )
-    measured = [key for key in shown if isinstance(summary[key], float)]
+    measured = [key for key in shown if isinstance(summary.get(key), float)]
     return "  ".join(f"{key} {summary[key]:.4g}" for key in measured)
 
 

@@ -3,6 +3,8 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def main(arguments: argparse.Namespace) -> None:
         workers = available
     name = f"{sweep.name}-smoke" if arguments.smoke else sweep.name
     path = arguments.out or Path("sweeps") / name
-    with Display(sys.stderr) as display:
+    with Display(sys.stderr) as display, _resumption_named(path):
         found = run_sweep(
             sweep,
             path,
@@ -90,6 +92,19 @@ def main(arguments: argparse.Namespace) -> None:
     print("\n".join(_result_lines(found)))
     report = f"{command_prefix('report')} {shlex.quote(str(path))}"
     print(f"sweep folder: {path}  ({report})")
+
+
+@contextmanager
+def _resumption_named(path: Path) -> Iterator[None]:
+    """Says, where a signal ends the sweep, that it can go on and how."""
+    how = f"what is done is kept in {path}: the same command with --resume goes on"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {how}") from None
+    except SystemExit:
+        print(f"moeloom: stopped by SIGTERM; {how}", file=sys.stderr)
+        raise
 
 
 def _dry_run(sweep: Any) -> None:

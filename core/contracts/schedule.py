@@ -156,6 +156,8 @@ def check_scheduled(setting: Scheduled, key: str, *, low: float, high: float = m
             why = f"must be at least {low:g}"
             if value == math.inf:
                 why = "must be finite"
-            elif high != math.inf:
+            elif high != math.inf and value > high and high > 1:
+                why = f"must be at most {high:.10g}"
+            elif high != math.inf and high <= 1:
                 why = f"must be between {low:g} and {high:g}"
             raise ConfigError(where, why)

@@ -115,4 +115,23 @@ class LoggerFactory(Component, ABC):
 
     @abstractmethod
     def make(self, folder: Path, *, resumed_at: int | None) -> "Logger":
-        """Makes the logger; in a run resumed at a step it continues its files and removes what came after that step."""
+        """Makes the logger; in a run resumed at a step it continues its files and removes what came after that step.
+
+        No file is touched before the first number is logged.
+        """
+
+    def check_resume(self, folder: Path, *, step: int, every: int) -> list[str]:
+        """Checks the logger's files before a run continues; the default finds nothing.
+
+        Args:
+            folder: the run folder.
+            step: the last step that is done.
+            every: steps between two rows.
+
+        Returns:
+            Notes about what is missing from the log although the run goes on.
+
+        Raises:
+            UserError: a file is damaged, or cut short.
+        """
+        return []

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from core.contracts.errors import UserError
 from core.storage import records
 from core.storage.digests import digest_of
+from core.storage.documents import read_object
 from core.storage.files import is_plain_name
 from core.storage.lock import hold
 
@@ -53,13 +54,13 @@ def cache_folder() -> Path:
 def intact(folder: Path) -> bool:
     """Whether an entry exists, whole and unchanged."""
     try:
-        checksums = json.loads(_seal(folder))
+        checksums = read_object(folder / SEAL)
         for name, expected in checksums.items():
             is_ours = is_plain_name(name) and (folder / name).is_file()
             if not is_ours or digest_of(folder / name) != expected:
                 return False
         return bool(checksums)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, UserError):
         return False
 
 

@@ -7,12 +7,14 @@ one token to start from, and it ends a document by predicting the marker of the 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.contracts.errors import UserError
 from core.data.tokenizer import END
+from core.storage.documents import check_regular
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,10 @@ def open_store(
         mask = _mapped(learned)
     numbers = None
     if sources is not None:
-        numbers = np.load(sources, allow_pickle=False)
+        numbers = _loaded(sources)
     return TokenStore(
         _mapped(tokens),
-        np.load(starts, allow_pickle=False),
+        _loaded(starts),
         text_bytes,
         learned=mask,
         sources=numbers,
@@ -85,5 +87,23 @@ def open_store(
 
 def _mapped(file: Path) -> NDArray[Any]:
     """An array of a `.npy` file, mapped from disk."""
-    array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    array: NDArray[Any] = _loaded(file, "r").view(np.ndarray)
+    return array
+
+
+def _loaded(file: Path, mode: Literal["r"] | None = None) -> NDArray[Any]:
+    """The array of a `.npy` file.
+
+    Raises:
+        UserError: it holds no row of numbers; what is pickled in it is not read, because that can run code.
+    """
+    check_regular(file)
+    try:
+        array: NDArray[Any] = np.load(file, mmap_mode=mode, allow_pickle=False)
+        is_row = array.ndim == 1 and array.dtype.kind in "biu"
+    except (OSError, ValueError, EOFError, AttributeError):
+        is_row = False
+    if not is_row:
+        how = "remove its folder, and the data are prepared again"
+        raise UserError(f"{file}: is damaged: it holds no row of numbers; {how}")
     return array

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from core.contracts.errors import UserError
+from core.storage.documents import DocumentError, read_text
 
 END = 0
 """The id of the end marker."""
@@ -26,6 +27,9 @@ END = 0
 END_TEXT = "<|endoftext|>"
 SMALLEST = 257
 """256 bytes and the end marker."""
+
+LARGEST = 1 << 22
+"""Largest vocabulary that is trained; the library reserves memory for all entries at once."""
 
 VERSION = tokenizers.__version__
 """The library's version: it is part of the cache's key, because merges may differ between versions."""
@@ -121,7 +125,9 @@ class Tokenizer:
             UserError: there is none, or it cannot be read as one.
         """
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            return cls(tokenizers.Tokenizer.from_str(read_text(path)))
+        except DocumentError as cause:
+            raise UserError(f"{path} cannot be read as a tokenizer: {cause.why}") from cause
         except Exception as cause:  # the library raises a bare `Exception` for any broken file
             raise UserError(f"{path} cannot be read as a tokenizer: {cause}") from cause
 
@@ -155,6 +161,9 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
     if vocab < SMALLEST:
         least = f"it must be at least {SMALLEST} (256 bytes, {END_TEXT})"
         raise UserError(f"data.tokenizer.vocab = {vocab} is too small: {least}")
+    if vocab > LARGEST:
+        most = f"a tokenizer with at most {LARGEST} entries is trained"
+        raise UserError(f"data.tokenizer.vocab = {vocab} is too large: {most}")
     engine = tokenizers.Tokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

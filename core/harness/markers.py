@@ -1,10 +1,11 @@
 """Finds the tokens that begin and end a text."""
 
-import json
 from dataclasses import dataclass
+from typing import Any
 
 from core.contracts.errors import UserError
 from core.data.tokenizer import END
+from core.storage.documents import read_object
 from core.training.run_folder import RunFolder
 
 
@@ -29,17 +30,29 @@ def markers_of(folder: RunFolder) -> Markers:
     """
     if not folder.provenance.exists():
         return Markers()
-    converted = json.loads(folder.provenance.read_text(encoding="utf-8")).get("converted")
+    converted = read_object(folder.provenance).get("converted")
     if converted is None:
         return Markers()
-    begin = converted["begin"]
-    end = converted["end"]
-    if begin is None and end is None:
+    if not isinstance(converted, dict):
+        raise UserError(f"{folder.provenance}: converted: must be a section of keys")
+    begin = _id_in(converted, "begin", folder)
+    end = _id_in(converted, "end", folder)
+    known = [marker for marker in (begin, end) if marker is not None]
+    if not known:
         raise UserError(
             f"{folder.provenance}: converted.begin and converted.end are null: no marker begins a text"
         )
-    if begin is None:
-        begin = end
-    if end is None:
-        end = begin
-    return Markers(begin, end)
+    return Markers(known[0], known[-1])
+
+
+def _id_in(converted: dict[str, Any], key: str, folder: RunFolder) -> int | None:
+    """The id under a key of the section `converted` in a run's provenance.
+
+    Raises:
+        UserError: it is no token's number.
+    """
+    value = converted.get(key)
+    if value is not None and (type(value) is not int or value < 0):
+        allowed = "must be a token's number, or null"
+        raise UserError(f"{folder.provenance}: converted.{key} = {value!r}: {allowed}")
+    return value

@@ -1,6 +1,5 @@
 """Finds the format that reads a folder, and the format that can write a recipe."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from core.contracts.schema import Provenance
 from core.extension.checks import format_error_at
 from core.extension.loader import installed_registry
 from core.interop.source_folder import check_inside
+from core.storage.documents import read_object
 
 SLOT = "checkpoint_format"
 
@@ -59,12 +59,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read as one, or holds NaN or Infinity, which Python's reader takes and JSON has not.
     """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise UserError(f"{file}: cannot be read as JSON: {cause}") from cause
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: must hold a JSON object")
+    value = read_object(file)
     found = _not_finite(value)
     if found:
         key, number = found

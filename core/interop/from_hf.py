@@ -69,7 +69,7 @@ def from_hf(
     for name in ("tokenizer.json", "generation_config.json"):
         check_inside(source / name)
     checkpoint_format = format_of(config, config_file)
-    shards = shards_of(source)
+    shards = shards_of(source, say=say)
     override = DTYPES[dtype] if dtype else None
     plain = override or plain_format(shards)
     precision = PRECISIONS.get(plain, "fp32")
@@ -110,6 +110,12 @@ def from_hf(
     }
 
 
+def shown(value: Any) -> str:
+    """A value of a configuration in an error message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def _translated(
     checkpoint_format: CheckpointFormat,
     config: Mapping[str, Any],
@@ -121,7 +127,7 @@ def _translated(
     try:
         return checkpoint_format.recipe_of(config, list(names), precision)
     except ConfigError as error:
-        value = f" = {config[error.key]!r}" if error.key in config else ""
+        value = f" = {shown(config[error.key])}" if error.key in config else ""
         raise UserError(f"{file}: {error.key}{value}: {error.why}") from error
     except Exception as cause:
         who = f"checkpoint_format {checkpoint_format.label}"

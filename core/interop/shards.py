@@ -5,12 +5,11 @@ tensor, and then the tensors without gaps. Rows are read with `pread` into new m
 count everything that was ever read as memory of the process.
 """
 
-import json
 import math
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from core.contracts.errors import UserError
 from core.interop.source_folder import check_inside
 from core.interop.tensors import TensorReader, TensorSpec
+from core.storage.documents import check_regular, parse_object, read_object
 from core.storage.files import is_plain_name
 from core.training.run_folder import WEIGHTS_INDEX
 
@@ -39,6 +39,9 @@ FORMATS = {
 }
 LARGEST_HEADER = 100_000_000
 OPEN_FILES = 64
+ADAPTER = "adapter_"
+"""What the names of files begin with that hold an adapter (PEFT), which a model is used with and can be without."""
+
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -107,6 +110,7 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
     Raises:
         UserError: the file cannot be read, is truncated, or is not a safetensors file.
     """
+    check_regular(file)
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -116,13 +120,10 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
                 raise UserError(
                     f"{file}: is truncated, or no safetensors file: its header does not fit into {size} bytes"
                 )
-            header = json.loads(stream.read(length))
+            written = stream.read(length)
     except OSError as cause:
         raise UserError(f"{file}: cannot be read: {cause.strerror}") from cause
-    except ValueError as cause:
-        raise UserError(f"{file}: no safetensors file: its header is not JSON") from cause
-    if not isinstance(header, dict):
-        raise UserError(f"{file}: no safetensors file: its header is no JSON object")
+    header = parse_object(written, file, "no safetensors file: its header")
     header.pop("__metadata__", None)
     places = {name: _place(file, name, entry) for name, entry in header.items()}
     _check_extent(file, places, size - 8 - length)
@@ -135,7 +136,8 @@ def _place(file: Path, name: str, entry: Any) -> tuple[TensorSpec, int]:
         written = entry["dtype"]
         shape = tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        numbers = (*shape, begin, end)
+        whole = isinstance(written, str) and all(type(n) is int and n >= 0 for n in numbers)
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
@@ -170,14 +172,26 @@ def _check_extent(file: Path, places: dict[str, tuple[TensorSpec, int]], size: i
         )
 
 
-def shards_of(folder: Path, index: str = WEIGHTS_INDEX) -> Shards:
+def shards_of(
+    folder: Path, index: str = WEIGHTS_INDEX, say: Callable[[str], None] | None = None
+) -> Shards:
     """Returns the tensors of a folder: those of its index, or those of its one file.
+
+    Args:
+        folder: the folder.
+        index: the name of its index.
+        say: called with a note on each file of an adapter, which is left out; None: such a file is an error.
 
     Raises:
         UserError: a file is a link to a place outside, there are no safetensors (pickled weights are never read), or
             files and index contradict each other.
     """
-    files = [check_inside(file) for file in sorted(folder.glob("*.safetensors"))]
+    files: list[Path] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        if say is not None and file.name.startswith(ADAPTER):
+            say(f"note: {file} is left out: an adapter is no part of the model's weights")
+        else:
+            files.append(check_inside(file))
     written = check_inside(folder / index)
     if not written.exists():
         if len(files) == 1:
@@ -221,12 +235,7 @@ def _without_index(folder: Path, index: str, count: int) -> str:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Returns the file of each tensor, by name, as an index gives it."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except OSError as cause:
-        raise UserError(f"{index}: cannot be read: {cause.strerror}") from cause
-    except (ValueError, KeyError, TypeError) as cause:
-        raise UserError(f"{index}: cannot be read: it is no JSON with a weight_map") from cause
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(is_file_name, weight_map.values())):
         raise UserError(
             f"{index}: weight_map must give the name of a .safetensors file beside it for every tensor"

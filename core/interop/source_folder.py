@@ -5,6 +5,7 @@ cache of Hugging Face's own downloads: its folders `snapshots/REVISION` consist 
 `snapshots`.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def check_inside(file: Path) -> Path:
         UserError: it is one.
     """
     if _leads_away(file):
-        why = f"is a symbolic link that leads out of its folder, to {file.resolve()}"
+        why = f"is a symbolic link that leads out of its folder, to {os.path.realpath(file)}"
         raise UserError(f"{file}: {why}; put a copy of the file in its place")
     return file
 
@@ -57,6 +58,6 @@ def _leads_away(file: Path) -> bool:
     """Whether a file is a link out of its folder, and not one to the blobs of Hugging Face's cache."""
     if not file.is_symlink() or not leads_out_of(file, file.parent):
         return False
-    snapshots = file.parent.resolve().parent
+    snapshots = Path(os.path.realpath(file.parent)).parent
     blobs = snapshots.parent / "blobs"
     return snapshots.name != "snapshots" or blobs.is_symlink() or leads_out_of(file, blobs)

@@ -6,6 +6,7 @@ requested, and the command line's `KEY.PATH=VALUE`.
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from core.recipe.resolve import Resolver, to_dict
 from core.recipe.trust import check_modules, check_run_links, is_of_a_run
 from core.recipe.values import environment_hidden, omegaconf_message
 from core.storage.digests import warn_if_edited
+from core.storage.documents import TOO_DEEP, read_yaml
 
 SWEEPS = "sweeps/"
 
@@ -327,6 +329,8 @@ def _base(file: Path, extends: Any) -> tuple[dict[str, Any], Path]:
     beside = file.parent / extends
     where = f"{file}: extends = {extends!r}: "
     base = beside if beside.is_file() else _shipped(extends, where)
+    if base.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{where}must be a recipe file, whose name ends in .yaml or .yml")
     values = _read(base)
     if "extends" in values:
         raise UserError(f"{where}that file extends another one, and only one level is allowed")
@@ -335,15 +339,18 @@ def _base(file: Path, extends: Any) -> tuple[dict[str, Any], Path]:
 
 def _read(file: Path) -> dict[str, Any]:
     """The values of a YAML file, which must be a mapping."""
+    text = read_yaml(file, RecipeSchema.__dataclass_fields__)
     try:
-        values = with_string_keys(OmegaConf.to_container(OmegaConf.load(file)))
+        values = with_string_keys(OmegaConf.to_container(OmegaConf.load(StringIO(text))))
+    except RecursionError as cause:
+        raise UserError(f"{file}: {TOO_DEEP}") from cause
     except yaml.MarkedYAMLError as cause:
         where = str(file)
         mark = cause.problem_mark or cause.context_mark
         if mark:
             where = f"{file}, line {mark.line + 1}, column {mark.column + 1}"
         raise UserError(f"{where}: cannot be read: {cause.problem or cause.context}") from cause
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as cause:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, TypeError) as cause:
         raise UserError(f"{file}: cannot be read: {omegaconf_message(cause)}") from cause
     if not isinstance(values, dict):
         keys = ", ".join(RecipeSchema.__dataclass_fields__)

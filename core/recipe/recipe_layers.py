@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core.contracts.errors import ConfigError, UserError
 from core.recipe.recipe_schema import RecipeSchema
 from core.recipe.values import omegaconf_message
+from core.storage.documents import is_text
 
 BUDGETS = frozenset({"steps", "tokens", "flops"})
 COMMAND_LINE = "command line"
@@ -99,10 +100,15 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     path = key.strip().split(".")
     if not equals or not all(path):
         raise UserError(f"{COMMAND_LINE}: {text!r}: an override must have the form KEY.PATH=VALUE")
+    if not is_text(text):
+        raise UserError(f"{COMMAND_LINE}: {text!r}: holds bytes that are no UTF-8")
     if path == ["extends"]:
         raise UserError(f"{COMMAND_LINE}: {text!r}: only a file can extend another")
     try:
         held = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={written}"]))
+    except RecursionError as cause:
+        why = "the value is nested too deep"
+        raise UserError(f"{COMMAND_LINE}: {text[:60]!r}...: {why}") from cause
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as cause:
         why = omegaconf_message(cause)
         if isinstance(cause, yaml.MarkedYAMLError):

@@ -8,6 +8,15 @@ from core.contracts.errors import ConfigError
 from core.contracts.schedule import Schedule, Scheduled, check_scheduled
 from core.contracts.schema import Child, Section, child, children, sections_in, setting
 
+LONGEST = 2**53
+"""Most steps or tokens of a run."""
+
+MOST_MICRO_BATCHES = 1_000_000
+"""Most micro-batches of a step."""
+
+MOST_LAYERS = 10_000
+"""Most blocks of a model: each is an object, so a million of them take minutes before anything is checked."""
+
 
 def _at_least(config: Any, low: int, *keys: str) -> None:
     for key in keys:
@@ -200,8 +209,13 @@ class ModelSection:
         """Raises `ConfigError` for a model without blocks or without width."""
         _at_least(self, 1, "dim")
         _positive(self, "norm_eps")
-        if sum(block.count for block in self.blocks.values()) < 1:
+        layers = sum(block.count for block in self.blocks.values())
+        if layers < 1:
             raise ConfigError("blocks", "must hold at least one block")
+        if layers > MOST_LAYERS:
+            raise ConfigError(
+                "blocks", f"holds {layers} blocks, and at most {MOST_LAYERS} are built"
+            )
         if not self.heads:
             raise ConfigError("heads", "must hold at least one loss head")
         for name in self.heads:
@@ -220,8 +234,8 @@ class TokenizerSection:
     vocab: int = setting(doc="entries, the end-of-text marker included")
 
     def check(self, parent: Any) -> None:
-        """Raises `ConfigError` below the 256 bytes and the marker."""
-        _at_least(self, 257, "vocab")
+        """Raises `ConfigError` for no entry; a vocabulary that is trained needs 257, which training checks."""
+        _at_least(self, 1, "vocab")
 
 
 @dataclass(kw_only=True)
@@ -250,7 +264,7 @@ class BatchSection:
     def check(self, parent: Any) -> None:
         """Raises `ConfigError` for an empty or fractional batch."""
         _at_least(self, 1, "sequences")
-        check_scheduled(self.accumulate, "accumulate", low=1)
+        check_scheduled(self.accumulate, "accumulate", low=1, high=MOST_MICRO_BATCHES)
         if not isinstance(self.accumulate, Schedule) and self.accumulate != int(self.accumulate):
             raise ConfigError("accumulate", "must be a whole number")
 
@@ -267,6 +281,10 @@ class BudgetSection:
 
     def check(self, parent: Any) -> None:
         """Raises `ConfigError` unless one budget is given."""
+        for key in ("steps", "tokens"):
+            value = getattr(self, key)
+            if value is not None and value > LONGEST:
+                raise ConfigError(key, f"must be at most {LONGEST}")
         given = [key for key in ("steps", "tokens", "flops") if getattr(self, key) is not None]
         if len(given) != 1:
             key = "steps"

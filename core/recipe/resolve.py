@@ -29,6 +29,12 @@ from core.recipe.values import (
     tidy,
 )
 
+SIZED = frozenset({"model", "data", "batch", "validation", "checkpoint", "recompute"})
+"""Sections of a recipe whose whole numbers are sizes and counts."""
+
+LARGEST_SIZE = 2**31 - 1
+"""The largest size of a dimension."""
+
 
 class Resolver:
     """Reads one composed recipe.
@@ -335,7 +341,18 @@ class Resolver:
                 raise UserError(f"{self.origin(path)}: {path}: {why}")
         return {key: item for key, item in value.items() if item is not None}
 
+    def _check_sizes(self, instance: Any, path: str) -> None:
+        """Raises `UserError` for a size that no tensor can have; seeds and budgets may be larger."""
+        if path.partition(".")[0] not in SIZED:
+            return
+        for f in fields(instance):
+            value = getattr(instance, f.name)
+            if type(value) is int and abs(value) > LARGEST_SIZE and f.name != "seed":
+                why = f"must be at most {LARGEST_SIZE}"
+                raise self.error(_join(path, f.name), value, why)
+
     def _check(self, instance: Any, path: str, parent: Any) -> None:
+        self._check_sizes(instance, path)
         if not hasattr(instance, "check"):
             return
         with self._component_errors("check", path, instance):

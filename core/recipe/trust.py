@@ -14,7 +14,7 @@ from pathlib import Path
 from core.contracts.errors import UserError
 from core.extension.loader import installed_registry
 from core.storage import records
-from core.storage.digests import digest_of
+from core.storage.documents import DocumentError, read_bytes
 from core.storage.files import check_links
 
 RECIPES = "recipes"
@@ -29,21 +29,21 @@ RUN_FILES = ("provenance.json", "checkpoints", "weights")
 
 def record(file: Path) -> None:
     """Records that this machine has written a recipe or a sweep file, and where."""
-    records.add(RECIPES, digest_of(file))
+    records.add(RECIPES, _digest(file))
     records.add(PLACES, _place(file))
 
 
 def is_recorded(file: Path) -> bool:
     """Whether this machine has written a file with these contents."""
     try:
-        return records.contains(RECIPES, digest_of(file))
-    except OSError:
+        return records.contains(RECIPES, _digest(file))
+    except DocumentError:
         return False
 
 
 def is_of_a_run(file: Path) -> bool:
     """Whether a file lies in a run folder or a sweep's folder, at any depth; links are looked at from both ends."""
-    folders = {*file.absolute().parents, *file.resolve().parents}
+    folders = {*file.absolute().parents, *Path(os.path.realpath(file)).parents}
     return any(map(_is_run_folder, folders))
 
 
@@ -94,11 +94,15 @@ def _is_recorded_here(recipe: Path) -> bool:
     """Whether this machine has written the recipe at this place."""
     try:
         return records.contains(PLACES, _place(recipe))
-    except OSError:
+    except DocumentError:
         return False
 
 
 def _place(recipe: Path) -> str:
     """A recipe and the folder that it is in, as a record."""
-    folder = hashlib.sha256(os.fsencode(recipe.parent.resolve())).hexdigest()
-    return f"{digest_of(recipe)} {folder}"
+    folder = hashlib.sha256(os.fsencode(os.path.realpath(recipe.parent))).hexdigest()
+    return f"{_digest(recipe)} {folder}"
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(read_bytes(file)).hexdigest()

@@ -29,13 +29,13 @@ def facts(study: Study) -> list[tuple[str, list[str]]]:
 def _facts_of(run: Run) -> list[tuple[str, str]]:
     """Pairs of a heading and a value of one run; a recorded value without special treatment is listed under its key."""
     recorded = run.provenance
-    pairs = _facts_of_components(recorded.get("components") or [])
+    pairs = _facts_of_components(recorded.get("components"))
     if recorded.get("commit"):
         commit = str(recorded["commit"])
         if recorded.get("dirty"):
             commit += ", with changes"
         pairs.append(("commit", commit))
-    pairs.append(("GPU", _counted(recorded.get("gpus") or [])))
+    pairs.append(("GPU", _counted(_items(recorded.get("gpus")))))
     for key, value in recorded.items():
         if key in SHOWN_ELSEWHERE or value in (None, [], {}):
             continue
@@ -48,11 +48,11 @@ def _facts_of(run: Run) -> list[tuple[str, str]]:
     return [(heading, value) for heading, value in pairs if value]
 
 
-def _facts_of_components(components: list[Any]) -> list[tuple[str, str]]:
+def _facts_of_components(components: Any) -> list[tuple[str, str]]:
     """All distributions in one value, and one value for each component."""
     owners = set()
     parts = set()
-    for component in components:
+    for component in _items(components):
         if isinstance(component, dict):
             distribution = component.get("distribution")
             owners.add(f"{distribution} {component.get('version')}")
@@ -60,6 +60,11 @@ def _facts_of_components(components: list[Any]) -> list[tuple[str, str]]:
     pairs = [("distributions", ", ".join(sorted(owners)))]
     pairs += [("parts", part) for part in sorted(parts)]
     return pairs
+
+
+def _items(value: Any) -> list[Any]:
+    """The list that a value is; an empty one for anything else."""
+    return value if isinstance(value, list) else []
 
 
 def _counted(gpus: list[Any]) -> str:

@@ -5,9 +5,8 @@ absent and is named in the report.
 """
 
 import csv
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +16,14 @@ import yaml
 
 from core.contracts.errors import UserError
 from core.run.divergence import divergence_in
+from core.storage.documents import (
+    TOO_DEEP,
+    DocumentError,
+    check_yaml,
+    parse_object,
+    read_bytes,
+    read_text,
+)
 from core.storage.files import is_plain_name, leads_out_of
 from core.storage.lock import LOCK, is_locked
 
@@ -166,15 +173,17 @@ class _Reader:
         declared = self.parsed(self.path / "sweep.yaml", text)
         about = {key: declared.get(key) for key in IDENTITY} | identity
         variants = []
-        for variant in identity.get("variants") or []:
+        for variant in _list_of(identity, "variants"):
             if isinstance(variant, dict) and "name" in variant:
                 variants.append(variant)
         about["variants"] = variants
         names = [str(variant["name"]) for variant in variants]
-        names = names or list(declared.get("recipes") or self._folders())
+        if not names:
+            recipes = declared.get("recipes")
+            names = list(recipes) if isinstance(recipes, dict) else self._folders()
         results = self.mapping(self.path / "results.json")
         runs = []
-        seeds = [seed for seed in about.get("seeds") or [] if isinstance(seed, int)]
+        seeds = [seed for seed in _list_of(about, "seeds") if type(seed) is int]
         for folder, variant, seed in self._places(names, seeds):
             runs.append(self.run(folder, variant, seed))
         self._mark_interrupted(runs)
@@ -209,7 +218,8 @@ class _Reader:
         summary = self.mapping(folder / "summary.json")
         recipe = self.parsed(folder / "recipe.yaml", self.text(folder / "recipe.yaml"))
         if seed is None:
-            seed = recipe.get("seed")
+            recorded = recipe.get("seed")
+            seed = recorded if type(recorded) is int else None
         diverged = divergence_in(summary)
         if diverged:
             state = "failed"
@@ -219,13 +229,12 @@ class _Reader:
             state = "running"
         else:
             state = "waiting"
-        reason = status.get("reason") if status else diverged
         return Run(
             variant=variant,
             seed=seed,
             path=folder,
-            state=str(status.get("state") or state),
-            reason=reason,
+            state=_known_state(status.get("state")) or state,
+            reason=_text_of(status.get("reason")) if status else diverged,
             seconds=finite(status.get("seconds")) or finite(summary.get("wall_seconds")),
             recipe=recipe,
             summary=summary,
@@ -238,11 +247,10 @@ class _Reader:
         if self._leads_away(file):
             return ""
         try:
-            return file.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return ""
-        except (OSError, UnicodeDecodeError) as cause:
-            self._could_not(file, cause)
+            return read_text(file)
+        except DocumentError as cause:
+            if file.is_symlink() or file.exists():
+                self._could_not(file, cause.why)
             return ""
 
     def mapping(self, file: Path) -> dict[str, Any]:
@@ -251,20 +259,22 @@ class _Reader:
         if not text:
             return {}
         try:
-            document = json.loads(text)
-        except ValueError as cause:
-            return self._could_not(file, cause)
-        if isinstance(document, dict):
-            return document
-        return self._could_not(file, "it is not a mapping")
+            return parse_object(text.encode(), file)
+        except DocumentError as cause:
+            return self._could_not(file, cause.why)
 
     def parsed(self, file: Path, text: str) -> dict[str, Any]:
         """The mapping in the text of a YAML file; {} if it is empty or holds something else."""
         if not text:
             return {}
         try:
+            check_yaml(text, file)
             document = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except DocumentError as cause:
+            return self._could_not(file, f"it {cause.why}")
+        except RecursionError:
+            return self._could_not(file, f"it {TOO_DEEP}")
+        except (yaml.YAMLError, ValueError, TypeError, OverflowError):
             return self._could_not(file, "it is no YAML")
         if isinstance(document, dict):
             return document
@@ -277,17 +287,20 @@ class _Reader:
         """
         import pandas as pd  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-        if not file.exists() or self._leads_away(file):
+        if not file.is_file() or self._leads_away(file):
             return None
         try:
             # The line after the last break is still being written.
-            whole = file.read_bytes().rpartition(b"\n")[0]
+            whole = read_bytes(file).rpartition(b"\n")[0]
             if not whole:
                 return None
             frame = pd.read_csv(
                 BytesIO(whole), usecols=_is_kept, on_bad_lines="skip", quoting=csv.QUOTE_NONE
             )
-        except (OSError, ValueError) as cause:  # pandas' own errors are ValueErrors
+        except DocumentError as cause:
+            self._could_not(file, cause.why)
+            return None
+        except (OSError, ValueError, TypeError) as cause:  # pandas' own errors are ValueErrors
             self._could_not(file, cause)
             return None
         frame = frame.apply(pd.to_numeric, errors="coerce")
@@ -310,6 +323,25 @@ class _Reader:
         if sentence not in self.unread:
             self.unread.append(sentence)
         return {}
+
+
+STATES = ("waiting", "running", "interrupted", "done", "failed")
+"""The states of a run."""
+
+
+def _list_of(document: Mapping[str, Any], key: str) -> list[Any]:
+    """The list under a key; an empty one where something else is there."""
+    value = document.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _known_state(value: Any) -> str | None:
+    """A state as it was recorded; None where it is none."""
+    return value if isinstance(value, str) and value in STATES else None
+
+
+def _text_of(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _seeds_in(folder: Path) -> list[int]:

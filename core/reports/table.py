@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import mean
@@ -317,7 +318,19 @@ def _shown(value: Any) -> str:
 
 def key_numbers(run: Run) -> list[tuple[str, str]]:
     """The keys of a run's summary with their values, without the notices, which are among the warnings."""
-    return [(key, _plain(value)) for key, value in run.summary.items() if key != "notices"]
+    numbers = []
+    for key, value in run.summary.items():
+        if isinstance(value, dict):
+            numbers.append((key, _counted_values(value)))
+        elif key != "notices":
+            numbers.append((key, _plain(value)))
+    return numbers
+
+
+def _counted_values(section: dict[str, Any]) -> str:
+    """The different values of a section, with the number of its keys where there are several."""
+    counts = Counter(_plain(value) for value in section.values())
+    return "; ".join(f"{value} ({count})" for value, count in counts.most_common())
 
 
 def _plain(value: Any) -> str:

@@ -1,26 +1,30 @@
 """Training of a recipe into a run folder, from the start or from where a stopped run was."""
 
-import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from core.analysis.budget import plan_of
 from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
 from core.assemble import build, compile_parts, make
+from core.contracts.corpus import TokenCorpus
 from core.contracts.errors import Interrupted, NotFiniteError, RunFailed, UserError
 from core.data.module import TextData
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import SMALLEST, Tokenizer
 from core.model.sampling import sample
 from core.recipe.compose import Recipe, compose_run
 from core.recipe.trust import check_run_links
 from core.run.data import text_data
 from core.run.loading import load_weights
 from core.run.summary import divergence, summarise
+from core.training.checkpoint_content import check_model, check_optimizers
 from core.training.checkpoints import is_disk_full
 from core.training.launchers import launch_of
 from core.training.module import TrainingModule
@@ -35,6 +39,12 @@ from core.training.resume import (
 from core.training.run_folder import RunFolder, provenance
 from core.training.setup import RunCallbacks, make_run_callbacks, make_trainer
 from core.training.throughput import measured_peak_flops
+
+NO_VALIDATION = (
+    "no document is held out for validation, which takes at least 11 documents: "
+    "the run has no validation loss"
+)
+"""The note of a run that trains on all of its text."""
 
 
 def fit(
@@ -97,17 +107,28 @@ def _start_or_resume(
         return _completed(recipe, folder, say, trust=trust)
     moved = check_recipe_unchanged(recipe, folder, say, trust=trust)
     folder.remove_partial_files()
-    return _fit(recipe, folder, newest(folder), say, moved=moved, trust=trust)
+    folder.check_files()
+    start = newest(folder)
+    lost: list[str] = []
+    if start:
+        every = int(recipe.trainer.get("log_every_n_steps", 1))
+        for section in recipe.loggers:
+            lost += make(section).check_resume(folder.path, step=start.step, every=every)
+    for note in lost:
+        say(f"note: {note}")
+    return _fit(recipe, folder, start, say, moved=moved, trust=trust, lost=lost)
 
 
 def _completed(
     recipe: Recipe, folder: RunFolder, say: Callable[[str], None], *, trust: bool
 ) -> dict[str, Any]:
     """Returns the summary of a run that is complete; nothing is written."""
-    if check_recipe_unchanged(recipe, folder, say, trust=trust):
+    moved = check_recipe_unchanged(recipe, folder, say, trust=trust)
+    summary = folder.read_summary()
+    if moved:
         text_data(recipe, plan_of(recipe), folder).prepare()
     say(f"run folder: {folder.path} (this run is complete)")
-    return dict(json.loads(folder.summary.read_text(encoding="utf-8")))
+    return summary
 
 
 def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
@@ -129,6 +150,7 @@ def _fit(
     *,
     moved: bool = False,
     trust: bool,
+    lost: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Prepares data and model, trains, and writes the results.
 
@@ -139,6 +161,7 @@ def _fit(
         say: prints caveats.
         moved: whether the recipe names the corpus in another way than the run's recipe.
         trust: whether links may lead out of the folder of a run that gives the initial weights.
+        lost: what is missing from the log of a run that is continued.
     """
     started = time.perf_counter()
     for notice in recipe.notices():
@@ -151,6 +174,10 @@ def _fit(
         values = compose_run(folder.recipe, trust=True, named=recipe.plugins).to_dict()
         values["data"]["corpus"] = recipe.to_dict()["data"]["corpus"]
         folder.write_recipe(values)
+    notices = [*recipe.notices(), *lost]
+    if not data.validation_documents:
+        notices.append(NO_VALIDATION)
+        say(f"note: {NO_VALIDATION}")
     model = build(recipe, token_counts=data.token_counts)
     size = size_of(model)
     if recipe.compile:
@@ -176,11 +203,18 @@ def _fit(
         validation_bytes=data.validation_bytes,
     )
     module.started = started
+    if start:
+        check_model(model, start.content, start.path)
+        made = module.configure_optimizers()
+        check_optimizers(made if isinstance(made, list) else [made], start.content, start.path)
+        start = replace(
+            start, content={}
+        )  # it is as large as the model, and Lightning reads it again
     if not is_started and is_rank_zero():
         _write_identity(recipe, folder, data)
     callbacks = _train(recipe, folder, module, data, peak, start, say)
     if is_rank_zero():
-        return _finish(folder, module, data, size, callbacks, recipe.notices(), say)
+        return _finish(folder, module, data, size, callbacks, notices, say)
     return {}
 
 
@@ -235,7 +269,15 @@ def _train(
     say(f"run folder: {folder.path}{resumed}")
     checkpoint = str(start.path) if start else None
     with own.stop.listening(), process_group_scope(folder.path, launch):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
+            if start is None or own.stop.has_begun:
+                raise
+            why = " ".join(f"{type(cause).__name__}: {cause}".split())
+            raise UserError(
+                f"{start.path}: the run cannot continue from it: {why[:300]}"
+            ) from cause
     return own
 
 
@@ -276,9 +318,28 @@ def _write_sample(folder: RunFolder, module: TrainingModule, tokenizer: Tokenize
 def check_environment(recipe: Recipe) -> None:
     """Raises `UserError` for shapes that a part of the model cannot take, and for components that cannot run here."""
     try:
-        build(recipe, device="meta")
+        model = build(recipe, device="meta")
     except UserError as error:
         raise UserError(f"{recipe.source}: {error}") from error
+    _check_vocabulary(recipe)
+    _check_memory(recipe, model)
     found = unmet_requirements(recipe)
     if found:
         raise UserError(f"{recipe.source}: cannot run here: {'; '.join(found)}")
+
+
+def _check_vocabulary(recipe: Recipe) -> None:
+    """Raises `UserError` for a vocabulary that no tokenizer of this program can have, where one is to be trained."""
+    vocab = recipe.data.tokenizer.vocab
+    if vocab < SMALLEST and not issubclass(recipe.data.corpus.component, TokenCorpus):
+        allowed = f"must be at least {SMALLEST}, as the corpus is text: 256 bytes and the marker"
+        raise UserError(f"{recipe.source}: data.tokenizer.vocab = {vocab}: {allowed}")
+
+
+def _check_memory(recipe: Recipe, model: nn.Module) -> None:
+    """Raises `UserError` for a model whose weights alone are larger than this machine's memory."""
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > held:
+        sizes = f"{needed / 1e9:.3g} GB, and this machine has {held / 1e9:.3g} GB of memory"
+        raise UserError(f"{recipe.source}: model: its weights need {sizes}")

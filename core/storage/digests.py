@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from core.contracts.errors import UserError
+from core.storage.documents import read_text
 from core.storage.files import is_plain_name, write_text
 
 DIGESTS = "SHA256SUMS"
@@ -107,10 +108,7 @@ def warn_if_edited(file: Path) -> None:
 def _read_digests(file: Path) -> dict[str, str]:
     """The checksum of each file, by name."""
     found: dict[str, str] = {}
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UserError(f"{file}: cannot be read: {cause}") from cause
+    lines = read_text(file).split("\n")
     if lines.pop() != "":
         raise UserError(f"{file}: is damaged: its last line is not whole")
     for line in lines:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from core.contracts.errors import UserError
 
+LONGEST_NAME = 255
+"""Bytes of the longest name of a file."""
+
 
 def write_text(target: Path, text: str) -> None:
     """Writes a file under a temporary name and moves it into place.
@@ -32,16 +35,20 @@ def remove_partial_files(folder: Path) -> None:
 def is_plain_name(value: object) -> bool:
     """Whether a value is the name of a file, without a folder, so that it cannot lead out of one.
 
-    Names with characters that cannot be printed, such as line ends, are not plain either.
+    Names with characters that cannot be printed, such as line ends, are not plain either, nor is one that no file can
+    have, such as one of 300 characters.
     """
     if not isinstance(value, str) or value in ("", ".", ".."):
         return False
-    return value.isprintable() and "/" not in value and "\\" not in value
+    if not value.isprintable() or "/" in value or "\\" in value:
+        return False
+    return len(value.encode("utf-8")) <= LONGEST_NAME
 
 
 def leads_out_of(link: Path, folder: Path) -> bool:
     """Whether a path leads, through symbolic links, out of a folder."""
-    return not link.resolve().is_relative_to(folder.resolve())
+    # unlike `Path.resolve`, `realpath` takes links that lead to each other
+    return not Path(os.path.realpath(link)).is_relative_to(os.path.realpath(folder))
 
 
 def check_links(folder: Path) -> None:

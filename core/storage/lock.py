@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from core.contracts.errors import UserError
+from core.storage.documents import parse_object
 
 LOCK = ".lock"
 """Name of the lock file of a folder."""
@@ -108,11 +108,12 @@ def locked_folder(
     Raises:
         UserError: another process holds the lock, or the folder cannot be written.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    if is_new:
-        made = [folder]
+    made: list[Path] = []
     with ExitStack() as stack:
         try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            if is_new:
+                made = [folder]
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold(folder / LOCK))
         except AlreadyLocked as cause:
@@ -199,12 +200,12 @@ def _write_holder(descriptor: int) -> None:
 def _holder(descriptor: int) -> tuple[str, str]:
     """The process that the lock file names, and when it took the lock; the time is empty if that is not known."""
     try:
-        holder: dict[str, Any] = json.loads(os.pread(descriptor, 65536, 0))
+        holder = parse_object(os.pread(descriptor, 65536, 0), Path(LOCK))
         name = f"process {int(holder['process'])}"
         if holder["host"] != socket.gethostname():
             name += f" on {holder['host']}"
         return name, str(holder["since"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, ValueError, KeyError, TypeError, OverflowError):
         return "another process", ""
 
 

@@ -1,6 +1,5 @@
 """The results of a sweep so far, as the documents that its report is made of."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from core.recipe.resolve import to_dict
 from core.statistics.comparison import compare, interval
+from core.storage.documents import DocumentError, read_object
 from core.study.matching import Matched
 from core.study.sweep_file import Sweep, Variant
 from core.study.sweep_folder import Job, SweepFolder
@@ -106,11 +106,11 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def _summary(job: Job) -> Any:
+def _summary(job: Job) -> dict[str, Any] | None:
     """A finished run's `summary.json`; None if it cannot be read."""
     try:
-        return json.loads((job.path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(job.path / "summary.json")
+    except DocumentError:
         return None
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from core.contracts.errors import UserError
+from core.storage.documents import DocumentError, read_object
 from core.study.child import NO_SPACE, ORPHANED
 from core.study.cores import cores
 from core.study.results import never_measured, value_of
@@ -140,8 +141,8 @@ def start(command: list[str], log: IO[bytes], threads: int) -> "subprocess.Popen
 def threads_begun_with(job: Job) -> int | None:
     """The number of threads that a run began with, from its provenance; None if it has not begun."""
     try:
-        provenance = json.loads((job.path / "provenance.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        provenance = read_object(job.path / "provenance.json")
+    except DocumentError:
         return None
     threads = provenance.get("threads")
     if isinstance(threads, int) and threads > 0:

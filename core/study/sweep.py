@@ -1,6 +1,5 @@
 """Runs a sweep from its file to its results: validate, match, run, compare."""
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +10,7 @@ from core.command import command_line
 from core.contracts.errors import UserError
 from core.recipe.resolve import to_dict
 from core.run.data import text_data
+from core.storage.documents import DocumentError, read_object
 from core.study.matching import Matched, match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
@@ -129,9 +129,9 @@ def _flops(document: dict[str, Any]) -> float:
 def _beginning(folder: SweepFolder, command: str) -> dict[str, str]:
     """The time and the command that first began the sweep, which a resumption keeps."""
     try:
-        before = json.loads((folder.path / "sweep.json").read_text(encoding="utf-8"))
+        before = read_object(folder.path / "sweep.json")
         return {key: str(before[key]) for key in ("command", "started")}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (DocumentError, KeyError):
         return {"command": command, "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
 

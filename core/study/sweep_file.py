@@ -16,6 +16,7 @@ from core.contracts.errors import UserError, nearest
 from core.extension.registry import Registry
 from core.recipe.compose import Recipe, compose_variant, find_recipe, shipped_sweeps
 from core.recipe.resolve import Resolver
+from core.storage.documents import TOO_DEEP, read_yaml
 from core.study.sweep_schema import LONGEST, SweepSchema, VariantSection
 
 
@@ -272,8 +273,10 @@ def find_sweep(path: str | Path) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """The values of a sweep file by key."""
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as cause:
+        values = yaml.load(read_yaml(file, SweepSchema.__dataclass_fields__), Loader=_UniqueKeys)
+    except RecursionError as cause:
+        raise UserError(f"{file}: {TOO_DEEP}") from cause
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as cause:
         raise UserError(f"{file}: cannot be read: {' '.join(str(cause).split())}") from cause
     if not isinstance(values, dict):
         known = ", ".join(SweepSchema.__dataclass_fields__)

@@ -1,6 +1,7 @@
 """A sweep's folder: it admits one runner at a time, and always holds the current state of every run."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ import yaml
 from core.contracts.errors import UserError
 from core.recipe import trust
 from core.recipe.resolve import to_dict
+from core.storage.documents import DocumentError, read_object, read_yaml
 from core.storage.files import write_text
 from core.storage.lock import locked_folder
 from core.study.sweep_file import Sweep, Variant
@@ -68,6 +70,16 @@ class Status:
     reason: str | None = None
     seconds: float = 0.0
     process: int | None = None
+
+    def is_valid(self) -> bool:
+        """Whether every value is of its kind; a damaged file may hold any."""
+        number = type(self.seconds) in (int, float) and math.isfinite(self.seconds)
+        return (
+            self.state in ("waiting", "running", "done", "failed")
+            and isinstance(self.reason, str | None)
+            and number
+            and (self.process is None or (type(self.process) is int and self.process > 0))
+        )
 
 
 class SweepFolder:
@@ -152,10 +164,10 @@ class SweepFolder:
         """Reads one of the sweep's own files; raises `UserError` if it is lost or damaged."""
         unreadable = f"--out {self.path}: {file.relative_to(self.path)} cannot be read"
         try:
-            document = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except OSError as cause:
-            raise UserError(f"{unreadable}: {cause.strerror}") from cause
-        except (UnicodeDecodeError, yaml.YAMLError) as cause:
+            document = yaml.safe_load(read_yaml(file))
+        except DocumentError as cause:
+            raise UserError(f"{unreadable}: it {cause.why}") from cause
+        except (yaml.YAMLError, RecursionError, ValueError) as cause:
             raise UserError(f"{unreadable}: it is damaged") from cause
         if not isinstance(document, dict):
             raise UserError(f"{unreadable}: it is damaged")
@@ -174,9 +186,10 @@ class SweepFolder:
     def status(self, job: Job) -> Status:
         """The state of a run as its file has it; "waiting" if there is none."""
         try:
-            return Status(**json.loads(job.status_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            status = Status(**read_object(job.status_file))
+        except (DocumentError, TypeError):
             return Status("waiting")
+        return status if status.is_valid() else Status("waiting")
 
     def write_status(self, job: Job, status: Status) -> None:
         """Writes the state of a run."""

@@ -116,9 +116,15 @@ class LoadLog(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues the log of a checkpoint."""
-        self.stride = state_dict["stride"]
-        self.snapshots = [(step, dict(tensors)) for step, tensors in state_dict["snapshots"]]
-        self.recent = deque(state_dict["recent"], maxlen=100)
+        self.stride = int(state_dict["stride"])
+        self.snapshots = [(int(step), dict(tensors)) for step, tensors in state_dict["snapshots"]]
+        self.recent = deque(map(float, state_dict["recent"]), maxlen=100)
+        if self.stride < 1:
+            raise ValueError(f"LoadLog.stride = {self.stride}: must be at least 1")
+        for _, tensors in self.snapshots:
+            for name, first in self.snapshots[0][1].items():
+                if tensors[name].shape != first.shape:
+                    raise ValueError(f"LoadLog.snapshots: {name} changes its shape")
 
 
 def _snapshot(module: TrainingModule) -> dict[str, Tensor]:
@@ -174,6 +180,7 @@ class StopOnSignal(_StepEnd):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.signum = 0
+        self.has_begun = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -191,6 +198,10 @@ class StopOnSignal(_StepEnd):
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes that the first step begins: what the checkpoint holds was taken."""
+        self.has_begun = True
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:

@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from core.contracts.errors import UserError
+from core.storage.documents import DocumentError, check_regular
 
 STEP = re.compile(r"step-(\d+)\.ckpt")
 
@@ -65,23 +66,35 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: it is missing, truncated, changed since it was written, or not a checkpoint of this program.
     """
     try:
+        check_regular(path)
+    except DocumentError as cause:
+        if isinstance(cause.__cause__, FileNotFoundError):
+            why = f"there is no such checkpoint{other_checkpoints(path)}"
+            raise UserError(f"{path}: {why}") from None
+        raise UserError(f"{cause}{other_checkpoints(path)}") from cause
+    try:
         changed = _changed_record(path)
         if changed is not None:
             why = f"the checksum of its record {changed} is another one"
-            raise UserError(f"{path}: has changed since it was written: {why}{_others(path)}")
+            raise UserError(
+                f"{path}: has changed since it was written: {why}{other_checkpoints(path)}"
+            )
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such checkpoint{_others(path)}") from None
     except PermissionError as cause:
         raise UserError(f"{path}: cannot be read: {cause.strerror}") from cause
     except Exception as cause:  # a damaged file can make the reader raise anything
         why = "it is truncated, damaged or of another program"
-        raise UserError(f"{path}: not a whole checkpoint: {why}{_others(path)}") from cause
+        raise UserError(
+            f"{path}: not a whole checkpoint: {why}{other_checkpoints(path)}"
+        ) from cause
+    others = other_checkpoints(path)
     if not isinstance(content, dict) or "moeloom" not in content or "state_dict" not in content:
-        others = _others(path)
         raise UserError(f"{path}: a file of another program: it holds no moeloom run{others}")
+    state = content["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path}: is damaged: its part state_dict holds no tensors by name{others}")
     return content
 
 
@@ -113,7 +126,10 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def _others(path: Path) -> str:
+def other_checkpoints(path: Path) -> str:
     """The end of an error message that lists the folder's other checkpoints, from which the run can continue."""
-    others = [file.name for file in sorted(path.parent.glob("*.ckpt")) if file != path]
+    others: list[str] = []
+    for file in sorted(path.parent.glob("*.ckpt")):
+        if file.name != path.name and file.is_file():
+            others.append(file.name)
     return f"; others here: {', '.join(others)}" if others else ""

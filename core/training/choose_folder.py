@@ -1,5 +1,6 @@
 """Chooses the run folder of a command: a new one, or that of the run to continue."""
 
+import glob
 from pathlib import Path
 
 from core.contracts.errors import UserError
@@ -58,7 +59,7 @@ def resumable(resume: str | None, out: Path | None, name: str) -> Path | None:
     if out is not None:
         return out if (out / "recipe.yaml").exists() else None
     incomplete = []
-    for recipe in RUNS.glob(f"{name}*/recipe.yaml"):
+    for recipe in RUNS.glob(f"{glob.escape(name)}*/recipe.yaml"):
         run = recipe.parent
         if _is_named_after(run.name, name) and not (run / "summary.json").exists():
             incomplete.append(run)

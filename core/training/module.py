@@ -22,6 +22,7 @@ from core.data.batch import Batch
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger, Term
 from core.model.parameters import check_groups, named_parameters
+from core.numerics.finite import not_finite_in
 from core.recipe.plan import TrainingPlan
 from core.training.load import measures
 from core.training.ranks import all_reduce_max_, rank_and_world, reduce_sum
@@ -154,7 +155,9 @@ class TrainingModule(L.LightningModule):
             self.skipped_in_a_row = 0
         else:
             self._end_step(done=False)
-            self._skip(norm)
+            self._skip(
+                norm, loss_metrics(self.ledger, totals, window.counts, progress)["loss/total"]
+            )
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.windows_done += 1
@@ -225,15 +228,33 @@ class TrainingModule(L.LightningModule):
             for layer in layers:
                 layer.end_step(done=done)
 
-    def _skip(self, norm: Tensor) -> None:
+    def _skip(self, norm: Tensor, loss: Tensor) -> None:
         """Counts a skipped step: a non-finite gradient changes no weight, no moment and no bias."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.max_skipped:
             raise RunFailed(
                 f"the gradient norm was {norm.item()} for {self.skipped_in_a_row} steps in a row, the last one step "
-                f"{self.windows_done + 1}; the run stops with its last checkpoint as it is: try a lower optimizer.lr"
+                f"{self.windows_done + 1}; the run stops with its last checkpoint as it is: {self._known(loss)}"
             )
+
+    def _known(self, loss: Tensor) -> str:
+        """What is known about gradients that are not finite, and what to look at."""
+        weight = not_finite_in(self.model.state_dict())
+        done = self.windows_done + 1 - self.skipped_in_a_row
+        known = f"its loss is {float(loss):.4g}, {weight or 'all weights are finite'}"
+        if weight:
+            return f"{known}, so the weights had diverged before: try a lower optimizer.lr"
+        if not done:
+            return (
+                f"{known}, and no step had a finite gradient, so optimizer.lr is not the cause: "
+                "look at the data, model.init and the precision"
+            )
+        if bool(loss.isfinite()):
+            return (
+                f"{known}, so a backward overflowed: try another precision, or a lower optimizer.lr"
+            )
+        return f"{known}, and steps before had finite gradients: try a lower optimizer.lr"
 
     def _log(
         self,

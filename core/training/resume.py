@@ -13,6 +13,7 @@ from core.contracts.errors import NotFiniteError, UserError
 from core.numerics.finite import holds_nan, not_finite_in
 from core.recipe.compose import Recipe, compose_run
 from core.storage.lock import LOCK, is_locked
+from core.training.checkpoint_content import check_content
 from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.run_folder import RunFolder
 
@@ -45,10 +46,12 @@ class Resume:
     Args:
         path: the file.
         step: windows that were done when it was saved.
+        content: what the file holds.
     """
 
     path: Path
     step: int
+    content: Mapping[str, Any]
 
 
 def check_recipe_unchanged(
@@ -105,8 +108,9 @@ def newest(folder: RunFolder) -> Resume | None:
     if not files:
         return None
     content = read_checkpoint(files[-1])
+    check_content(content, files[-1])
     check_finite_state(content, files[-1])
-    return Resume(files[-1], content["moeloom"]["windows_done"])
+    return Resume(files[-1], content["moeloom"]["windows_done"], content)
 
 
 def check_finite_state(content: Mapping[str, Any], file: Path) -> None:

@@ -14,15 +14,32 @@ from core.command import command_line
 from core.contracts.errors import UserError
 from core.contracts.schema import Section
 from core.data.recorded import RecordedData, read_documents
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import VERSION, Tokenizer
 from core.recipe import trust
 from core.storage.digests import check_digests, set_digest, write_digests
+from core.storage.documents import DocumentError, check_regular, read_object, read_text
 from core.storage.files import check_links, remove_partial_files, write_text
 from core.storage.lock import locked_folder
 from core.training.machine import code, machine
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 """The file that names the safetensors file of every tensor, in a converted run as in other programs' folders."""
+
+
+FILES = (
+    "recipe.yaml",
+    "provenance.json",
+    "tokenizer.json",
+    "SHA256SUMS",
+    "metrics.csv",
+    "loads.safetensors",
+    "sample.txt",
+    "summary.json",
+)
+"""The files of a run that was trained here."""
+
+FOLDERS = ("checkpoints", "tensorboard")
+"""Its folders."""
 
 
 class RunFolder:
@@ -127,10 +144,31 @@ class RunFolder:
         self.check_free()
         if not trust:
             check_links(self.path)
+        self.check_files()
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as cause:
             raise UserError(f"--out {self.path}: cannot be written: {cause.strerror}") from cause
+
+    def check_files(self) -> None:
+        """Checks that no folder, pipe or device is in the place of a file of the run, nor a file in that of a folder.
+
+        Raises:
+            UserError: one is.
+        """
+        for name in FILES:
+            path = self.path / name
+            if path.is_symlink() or path.exists():
+                check_regular(path)
+        for path in sorted((self.path / "checkpoints").glob("*.ckpt")):
+            check_regular(path)
+        for path in sorted(self.path.rglob("*")):
+            if path.exists() and not path.is_dir():
+                check_regular(path)  # a logger that opened a pipe would wait for its other end
+        for name in FOLDERS:
+            path = self.path / name
+            if (path.is_symlink() or path.exists()) and not path.is_dir():
+                raise UserError(f"{path}: must be a folder, in which the run writes")
 
     def remove_partial_files(self) -> None:
         """Deletes the half-written files that a kill left; the checkpoints among them can be large."""
@@ -167,19 +205,55 @@ class RunFolder:
         """Reads what the run recorded of its data.
 
         Raises:
-            UserError: the tokenizer has changed since it was written.
+            UserError: the provenance is missing or damaged, or the tokenizer has changed since it was written.
         """
-        found = json.loads(self.provenance.read_text(encoding="utf-8"))
+        found = self.read_provenance()
+        fingerprint = found.get("data")
+        if not isinstance(fingerprint, str):
+            missing = "data: the fingerprint of the run's data is missing"
+            raise UserError(f"{self.provenance}: {missing}, so the run cannot be continued")
+        packages = found.get("packages")
+        version = packages.get("tokenizers") if isinstance(packages, dict) else None
         documents = None
         if self.documents.exists():
-            documents = read_documents(self.documents.read_text(encoding="utf-8"))
+            documents = read_documents(read_text(self.documents))
         return RecordedData(
             folder=self.path,
-            fingerprint=found["data"],
-            version=found["packages"]["tokenizers"],
+            fingerprint=fingerprint,
+            version=version if isinstance(version, str) else VERSION,
             tokenizer=self.load_tokenizer() if self.tokenizer.exists() else None,
             documents=documents,
         )
+
+    def read_provenance(self) -> dict[str, Any]:
+        """Reads the provenance.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        try:
+            return read_object(self.provenance)
+        except DocumentError as cause:
+            how = "put the file back from a copy, or start a run from its weights (initial_weights)"
+            raise UserError(
+                f"{cause}; it says which data the run was started with: {how}"
+            ) from cause
+
+    def read_summary(self) -> dict[str, Any]:
+        """Reads the summary.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            summary = read_object(self.summary)
+            notices = summary.get("notices")
+            if not isinstance(notices, list) or not all(isinstance(n, str) for n in notices):
+                raise DocumentError(self.summary, "is damaged: notices must be a list of sentences")
+        except DocumentError as cause:
+            how = f"move the file away, and --resume {self.path} writes it again"
+            raise UserError(f"{cause}; {how}") from cause
+        return summary
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file under a temporary name and moves it into place."""

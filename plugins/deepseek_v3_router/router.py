@@ -76,8 +76,15 @@ class DeepSeekV3Router(LearnedRouter):
             if self.top_k == 1 and self.normalise:
                 why = "one gate, normalised, is a constant and has no gradient (normalise: false keeps it as it is)"
                 raise ConfigError("top_k", f"must be at least 2: {why}")
+            limited = f"{self.reachable_groups} of {self.groups} groups of {in_group}"
+            if left < least:
+                key = "group_limit" if self.groups > 1 else "top_k"
+                why = (
+                    f"leaves {left} expert to choose from ({limited}), and two gates are the least"
+                )
+                how = "fewer groups, a larger group_limit, or normalise: false"
+                raise ConfigError(key, f"{why}: give more experts, {how}")
             if not least <= self.top_k <= left:
-                limited = f"{self.reachable_groups} of {self.groups} groups of {in_group}"
                 why = f"the experts that the group limit leaves ({limited})"
                 raise ConfigError("top_k", f"must be between {least} and {left}, {why}")
             self._check_group_score(in_group)

@@ -8,8 +8,14 @@ from core.contracts.errors import ConfigError
 LATENT_EPS = 1e-6
 """Epsilon of the two latent norms: transformers and the released code use it whatever `rms_norm_eps` is."""
 
-SMALLEST_VOCABULARY = 257
-"""Smallest vocabulary of a recipe: 256 bytes and a marker."""
+LARGEST = 100_000_000
+"""Largest width, rank or vocabulary that is read; the largest of a released model is below a million."""
+
+MOST_LAYERS = 10_000
+MOST_EXPERTS = 100_000
+
+MOST_ROWS = 10_000_000
+"""Most rows of a projection of all heads, whose order is listed where rotated rows are in halves."""
 
 COMMON = {
     "rms_norm_eps": 1e-6,
@@ -61,15 +67,17 @@ class HfConfig:
             raise ConfigError(key, "this key is missing")
         return self._defaults[key]
 
-    def count(self, key: str, low: int = 1) -> int:
-        """Returns a whole number of at least `low`.
+    def count(self, key: str, low: int = 1, high: int = LARGEST) -> int:
+        """Returns a whole number from `low` to `high`.
 
         Raises:
-            ConfigError: the key is missing, or its value is not a whole number, or too small.
+            ConfigError: the key is missing, or its value is not a whole number, too small or too large.
         """
         value = self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(key, f"must be a whole number of at least {low}")
+        if value > high:
+            raise ConfigError(key, f"must be at most {high}: no model of that size can be built")
         return value
 
     def number(self, key: str) -> float:

@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 from core.contracts.checkpoint_format import CheckpointFormat, TensorMapping, Translation
 from core.contracts.errors import ConfigError
 from plugins.hf_deepseek import yarn
-from plugins.hf_deepseek.config import FP8, LATENT_EPS, SMALLEST_VOCABULARY, HfConfig
+from plugins.hf_deepseek.config import (
+    FP8,
+    LATENT_EPS,
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    MOST_ROWS,
+    HfConfig,
+)
 from plugins.hf_deepseek.layout import HfLayout, layout_of
 from plugins.hf_deepseek.names import tensor_mappings
 
@@ -62,8 +69,10 @@ class DeepSeek(CheckpointFormat):
         given.check(**self.allowed())
         rope, notices = yarn.rope_of(config, given.count("max_position_embeddings"))
         heads: dict[str, Any] = {"next_token": {"name": "next_token"}}
-        depths = given.count("num_nextn_predict_layers", 0)
-        module = f"model.layers.{given.count('num_hidden_layers')}."
+        depths = given.count("num_nextn_predict_layers", 0, MOST_LAYERS)
+        layers = given.count("num_hidden_layers", 1, MOST_LAYERS)
+        _check_against_files(given, layers, depths, names)
+        module = f"model.layers.{layers}."
         if depths and any(name.startswith(module) for name in names):
             heads["mtp"] = {"name": "mtp", "depth": depths}
         elif depths:
@@ -81,7 +90,7 @@ class DeepSeek(CheckpointFormat):
             "heads": heads,
         }
         data = {
-            "tokenizer": {"vocab": given.count("vocab_size", SMALLEST_VOCABULARY)},
+            "tokenizer": {"vocab": given.count("vocab_size")},
             "sequence_length": min(rope["max_length"], TRAINING_LENGTH),
         }
         recipe = {
@@ -96,7 +105,7 @@ class DeepSeek(CheckpointFormat):
 
     def _blocks(self, given: HfConfig) -> dict[str, Any]:
         """Returns our `model.blocks`: dense layers, then layers with experts."""
-        layers = given.count("num_hidden_layers")
+        layers = given.count("num_hidden_layers", 1, MOST_LAYERS)
         dense = given.count("first_k_dense_replace", 0)
         if given.get("n_routed_experts") is None:
             dense = layers
@@ -110,7 +119,7 @@ class DeepSeek(CheckpointFormat):
                 shared = given.count("n_shared_experts", 0)
             ffn = {
                 "name": "moe",
-                "experts": given.count("n_routed_experts"),
+                "experts": given.count("n_routed_experts", 1, MOST_EXPERTS),
                 "expert_hidden": given.count("moe_intermediate_size"),
                 "shared_experts": shared,
                 "router": self.router_of(given),
@@ -210,6 +219,50 @@ class DeepSeek(CheckpointFormat):
     @abstractmethod
     def routing_of(self, layout: HfLayout) -> dict[str, Any]:
         """Returns the configuration's keys of the router, and those that only this generation has."""
+
+
+def _check_against_files(given: HfConfig, layers: int, depths: int, names: Collection[str]) -> None:
+    """Compares the numbers of layers and experts with the tensors in the files, before a model is built from them.
+
+    Args:
+        given: the configuration.
+        layers: its layers.
+        depths: its modules of multi-token prediction.
+        names: the tensors; none where only a configuration is read.
+
+    Raises:
+        ConfigError: there are more layers or experts than tensors, or files hold a layer that is not counted.
+    """
+    rows = given.count("num_attention_heads") * (
+        given.count("qk_nope_head_dim") + given.count("qk_rope_head_dim")
+    )
+    if rows > MOST_ROWS:
+        raise ConfigError("num_attention_heads", f"gives {rows} rows of queries, over {MOST_ROWS}")
+    if not names:
+        return
+    files = f"the files hold {len(names)} tensors"
+    if layers > len(names):
+        raise ConfigError("num_hidden_layers", f"is more than there can be: {files}")
+    experts = given.get("n_routed_experts")
+    packed = any(name.endswith(".experts.gate_up_proj") for name in names)
+    if isinstance(experts, int) and experts > len(names) and not packed:
+        raise ConfigError("n_routed_experts", f"is more than there can be: {files}")
+    beyond = sorted({number for number in map(_layer_of, names) if number >= layers + depths})
+    if beyond:
+        listed = ", ".join(map(str, beyond[:5]))
+        found = f"the files hold layers that are not counted ({listed})"
+        if any(name == f"model.layers.{beyond[0]}.eh_proj.weight" for name in names):
+            why = f"{found}, modules of multi-token prediction: give {beyond[-1] + 1 - layers}"
+            raise ConfigError("num_nextn_predict_layers", why)
+        raise ConfigError("num_hidden_layers", found)
+
+
+def _layer_of(name: str) -> int:
+    """The number of the layer that a tensor belongs to; -1 for one that belongs to none."""
+    number = name.removeprefix("model.layers.").partition(".")[0]
+    if name.startswith("model.layers.") and number.isdecimal():
+        return int(number[:9])
+    return -1
 
 
 def _check_latent_eps(model: Mapping[str, Any], attention: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.contracts.training import LoggerFactory
+from core.training.metrics_file import METRICS, check_metrics
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -24,6 +25,10 @@ class CSV(LoggerFactory):
         from plugins.loggers.resumable import ResumableCSV
 
         return ResumableCSV(folder, resumed_at)
+
+    def check_resume(self, folder: Path, *, step: int, every: int) -> list[str]:
+        """Checks that the rows of the steps before are there; a file that was removed costs a note."""
+        return check_metrics(folder / METRICS, step=step, every=every)
 
 
 class TensorBoard(LoggerFactory):

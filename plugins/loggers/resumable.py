@@ -1,13 +1,14 @@
 """Lightning's CSV and TensorBoard loggers, made to continue a resumed run instead of starting over."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from core.training.metrics_file import STEP, read_metrics, write_metrics
 
 
 class _Writer(ExperimentWriter):
@@ -18,54 +19,54 @@ class _Writer(ExperimentWriter):
 
     def __init__(self, log_dir: str, resumed_at: int | None) -> None:
         self._resumed_at = resumed_at
+        self._has_begun = False
         super().__init__(log_dir=log_dir)
 
     def _check_log_dir_exists(self) -> None:
-        file = Path(self.metrics_file_path)
-        if not file.is_file():
-            return
-        with file.open(newline="") as text:
-            # A full disk cuts the last row short.
-            whole = [line for line in text if line.endswith("\n")]
-        reader = csv.DictReader(whole)
-        kept = []
-        for row in reader:
-            if self._resumed_at is not None and int(row["step"]) <= self._resumed_at:
-                kept.append(row)
-        self.metrics_keys = list(reader.fieldnames or [])
-        self._replace(self.metrics_keys, kept)
+        """Does nothing: an earlier part of the run is looked at when the first row comes."""
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Records a row; if the earlier part of the run has one with the same columns at this step, it is replaced."""
+        """Records a row; if the earlier part of the run has one with the same columns at this step, it is replaced.
+
+        Before the first row, those that an earlier part wrote after its checkpoint are dropped.
+        """
+        if not self._has_begun:
+            self._continue()
+            self._has_begun = True
         if step is not None and self._resumed_at is not None and step <= self._resumed_at:
             self._drop(step, set(metrics_dict))
         super().log_metrics(metrics_dict, step)
 
+    def _continue(self) -> None:
+        """Keeps the rows up to the checkpoint; a run that starts anew makes all rows again."""
+        file = Path(self.metrics_file_path)
+        if self._resumed_at is None:
+            file.unlink(missing_ok=True)
+            return
+        found = read_metrics(file)
+        if found is None:
+            return
+        kept = [row for row in found.rows if int(row[STEP]) <= self._resumed_at]
+        self.metrics_keys = list(found.columns)
+        write_metrics(file, self.metrics_keys, kept)
+
     def _drop(self, step: int, columns: set[str]) -> None:
         """Removes the row of a step that holds these columns."""
         file = Path(self.metrics_file_path)
-        if not file.is_file():
+        found = read_metrics(file)
+        if found is None:
             return
         kept = []
-        with file.open(newline="") as text:
-            for row in csv.DictReader(text):
-                filled = {name for name, value in row.items() if value != ""} - {"step"}
-                if int(row["step"]) != step or filled != columns:
-                    kept.append(row)
-        self._replace(list(self.metrics_keys), kept)
+        for row in found.rows:
+            filled = {name for name, value in row.items() if value != ""} - {STEP}
+            if int(row[STEP]) != step or filled != columns:
+                kept.append(row)
+        write_metrics(file, list(self.metrics_keys), kept)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with open(self.metrics_file_path, newline="") as rows:
             kept = list(csv.DictReader(rows))
-        self._replace(fieldnames, kept)
-
-    def _replace(self, fieldnames: list[str], rows: list[dict[str, Any]]) -> None:
-        temporary = f"{self.metrics_file_path}.tmp"
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=fieldnames)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.metrics_file_path)
+        write_metrics(Path(self.metrics_file_path), fieldnames, kept)
 
 
 class ResumableCSV(CSVLogger):

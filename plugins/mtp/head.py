@@ -29,6 +29,9 @@ from core.contracts.schema import setting
 from core.model.loss import cross_entropy_sum
 from core.model.norm import RMSNorm
 
+MOST_DEPTHS = 1000
+"""Most depths; DeepSeek-V3 has one."""
+
 
 class Depth(nn.Module):
     """One multi-token module: two norms, the projection M, a block, and the norm before the shared output."""
@@ -76,6 +79,8 @@ class MultiTokenPrediction(LossHead):
             """Raises `ConfigError` for no depth or a negative weight."""
             if self.depth < 1:
                 raise ConfigError("depth", "must be at least 1; leave the head out for none")
+            if self.depth > MOST_DEPTHS:
+                raise ConfigError("depth", f"must be at most {MOST_DEPTHS}: each is a module")
             check_scheduled(self.weight, "weight", low=0)
 
     def __init__(self, config: Config, build: BuildContext) -> None:

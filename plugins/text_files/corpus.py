@@ -61,7 +61,7 @@ class TextFiles(Corpus):
         for path in paths:
             name = path.relative_to(root).as_posix()
             try:
-                if path.suffix == ".txt":
+                if path.suffix.lower() == ".txt":
                     yield Document(name=name, data=path.read_bytes(), source=str(path))
                 else:
                     yield from self._lines(path, name)
@@ -80,6 +80,8 @@ class TextFiles(Corpus):
         key = self.config.text_key
         try:
             record = json.loads(line.decode("utf-8"))
+        except RecursionError as cause:
+            raise UserError(f"{source} is nested too deep") from cause
         except ValueError as cause:
             raise UserError(f"{source} is not JSON: {cause}") from cause
         if not isinstance(record, dict) or not isinstance(record.get(key), str):
@@ -94,7 +96,8 @@ class TextFiles(Corpus):
 
 def _matches(pattern: str) -> list[Path]:
     """The files that a glob matches; raises `UserError` for none, or for one of another kind."""
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    expanded = os.path.expanduser(pattern)
+    found = glob.glob(expanded, recursive=True) or glob.glob(_literal(expanded), recursive=True)
     paths = [Path(os.path.abspath(name)) for name in found]
     files = [path for path in paths if path.is_file()]
     if not files:
@@ -102,8 +105,18 @@ def _matches(pattern: str) -> list[Path]:
             f"the glob {pattern!r} (data.corpus.paths) matches no file in {os.getcwd()}"
         )
     for path in files:
-        if path.suffix not in (".txt", ".jsonl"):
+        if path.suffix.lower() not in (".txt", ".jsonl"):
             raise UserError(
                 f"{path} is matched by {pattern!r} (data.corpus.paths), but only .txt and .jsonl can be read"
             )
     return files
+
+
+def _literal(pattern: str) -> str:
+    """The pattern in which each folder that exists under its very name (`[web] crawl`) stands for itself."""
+    folder, separator, rest = pattern.rpartition("/")
+    if not separator:
+        return pattern
+    if os.path.isdir(folder):
+        return f"{glob.escape(folder)}/{rest}"
+    return f"{_literal(folder)}/{rest}"

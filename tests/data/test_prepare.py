@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -307,7 +307,7 @@ def test_a_pickle_in_the_place_of_an_array_is_not_loaded(
         (entry / name).unlink()
         with (entry / name).open("xb") as file:
             write(file)
-        with pytest.raises(ValueError, match=r"allow_pickle|Python objects"):
+        with pytest.raises(UserError, match="holds no row of numbers"):
             open_store(entry / "train.tokens.npy", entry / "train.starts.npy", 1)
     assert not (tmp_path / "it-ran").exists()
 
@@ -345,3 +345,23 @@ def test_a_record_after_a_cut_one_is_kept(state: Path) -> None:
     records.add("data", "two")
     assert records.contains("data", "one")
     assert records.contains("data", "two")
+
+
+@pytest.mark.parametrize("content", [np.array([{}], dtype=object), np.ones((2, 2)), None])
+def test_a_sealed_file_that_holds_no_tokens_is_a_sentence(
+    corpus_of: MakeCorpus, texts: dict[str, bytes], cache: Path, content: Any
+) -> None:
+    """A pickle could run code, so it is not read even under a seal of this user."""
+    entry = cache / prepare(corpus_of(texts), VOCAB).fingerprint
+    files: dict[str, Any] = {}
+    for name in FILES:
+        whole = (entry / name).read_bytes()
+        files[name] = lambda stream, whole=whole: stream.write(whole)
+    files["train.tokens.npy"] = lambda stream: (
+        stream.write(b"") if content is None else np.save(stream, content, allow_pickle=True)
+    )
+    cache_files.write_entry(entry, files)
+    with pytest.raises(
+        UserError, match=r"train.tokens.npy: is damaged: it holds no row of numbers"
+    ):
+        prepare(corpus_of(texts), VOCAB)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lab import Lab, fill, small_disk
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 from .checkpoints import FP8, V3, in_blocks, tensors_of, write
@@ -33,6 +34,20 @@ def change_index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], No
         (folder / INDEX).write_text(json.dumps(index))
 
     return changed
+
+
+def change_header(key: str, value: Any) -> Callable[[Path], None]:
+    """Replace a value in the entry of the last tensor."""
+
+    def change(folder: Path) -> None:
+        data = (folder / FILE).read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8 : 8 + length])
+        header[sorted(header)[-1]][key] = value
+        text = json.dumps(header).encode()
+        (folder / FILE).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+    return change
 
 
 def cut(folder: Path) -> None:
@@ -116,7 +131,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "tensors overlap": (shift, (FILE, "does not begin where the one before it ends")),
     "no JSON": (
         lambda f: (f / FILE).write_bytes(struct.pack("<Q", 4) + b"{{{{"),
-        (FILE, "is not JSON"),
+        (FILE, "cannot be read as JSON"),
     ),
     "an index that names a missing file": (
         change_index(name_missing_file),
@@ -151,7 +166,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "fewer layers than weights": (
         change_config(num_hidden_layers=2),
-        ("tensor model.layers.2.", "is unexpected"),
+        ("config.json: num_hidden_layers = 2: the files hold layers that are not counted (2)",),
     ),
     "another width": (
         change_config(hidden_size=32),
@@ -177,6 +192,70 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "generation's configuration is no JSON": (
         lambda f: (f / "generation_config.json").write_text("{"),
         ("source/generation_config.json: cannot be read as JSON",),
+    ),
+    "config is nested": (
+        lambda f: (f / "config.json").write_text('{"a":' + "[" * 90_000),
+        ("config.json: is nested more than 100 levels deep",),
+    ),
+    "config is nested, and whole": (
+        lambda f: (f / "config.json").write_text('{"a":' + "[" * 500 + "]" * 500 + "}"),
+        ("config.json: is nested more than 100 levels deep",),
+    ),
+    "index is nested": (
+        lambda f: (f / INDEX).write_text("[" * 90_000),
+        (f"{INDEX}: is nested more than 100 levels deep",),
+    ),
+    "header is nested": (
+        lambda f: (f / FILE).write_bytes(struct.pack("<Q", 90_000) + b"[" * 90_000),
+        (f"{FILE}: no safetensors file: its header: is nested more than 100 levels deep",),
+    ),
+    "a format that is a list": (
+        change_header("dtype", ["F32"]),
+        ("entry in the header is damaged",),
+    ),
+    "a shape of truth values": (
+        change_header("shape", [True]),
+        ("entry in the header is damaged",),
+    ),
+    "a file's name of 300 characters": (
+        change_index(lambda w: w.update({"lm_head.weight": "n" * 300 + ".safetensors"})),
+        (INDEX, "beside it"),
+    ),
+    "a file's name with half a surrogate pair": (
+        change_index(lambda w: w.update({"lm_head.weight": "\udc80.safetensors"})),
+        (INDEX, "beside it"),
+    ),
+    "a pipe in the place of the config": (
+        lambda f: (f / "config.json").unlink() or os.mkfifo(f / "config.json"),
+        ("holds no config.json",),
+    ),
+    "a pipe in the place of the index": (
+        lambda f: (f / INDEX).unlink() or os.mkfifo(f / INDEX),
+        (f"{INDEX}: is a pipe and no file",),
+    ),
+    "a width of 10^12": (
+        change_config(hidden_size=10**12),
+        ("config.json: hidden_size = 1000000000000: must be at most 100000000",),
+    ),
+    "a million layers": (
+        change_config(num_hidden_layers=10**6),
+        ("config.json: num_hidden_layers = 1000000: must be at most 10000",),
+    ),
+    "more layers than tensors": (
+        change_config(num_hidden_layers=9_999),
+        ("config.json: num_hidden_layers = 9999: is more than there can be",),
+    ),
+    "more experts than tensors": (
+        change_config(n_routed_experts=90_000),
+        ("config.json: n_routed_experts = 90000: is more than there can be",),
+    ),
+    "a million heads": (
+        change_config(num_attention_heads=10**6, num_key_value_heads=10**6),
+        ("num_attention_heads = 1000000: gives 16000000 rows",),
+    ),
+    "groups that leave one expert": (
+        change_config(n_group=4, topk_group=1, num_experts_per_tok=2),
+        ("n_group = 4: must leave at least 2 experts in a group",),
     ),
     "a marker that is no number": (
         change_config(eos_token_id=["</s>"]),
@@ -336,3 +415,71 @@ def test_other_commands_say_what_a_converted_run_lacks(
     }
     assert words[command] in result.sentence
     assert os.listdir(tmp_path / "run") != []
+
+
+@pytest.mark.parametrize("given", [..., 0])
+def test_a_multi_token_layer_that_is_not_counted_is_named(
+    lab: Lab, tmp_path: Path, given: Any
+) -> None:
+    config = {key: value for key, value in V3.items() if key != "num_nextn_predict_layers"}
+    if given is not ...:
+        config["num_nextn_predict_layers"] = given
+    source = write(tmp_path / "source", config, tensors_of(V3, depths=1))
+    result = lab.command("convert", "from-hf", source, tmp_path / "run")
+    assert result.code == 2
+    assert "num_nextn_predict_layers" in result.sentence
+    assert (
+        "layers that are not counted (3), modules of multi-token prediction: give 1"
+        in result.sentence
+    )
+
+
+def test_an_adapter_beside_an_index_costs_a_note(
+    lab: Lab, tmp_path: Path, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    source = write(tmp_path / "source", V3, tensors, 3)
+    save_file({"base.lora_A.weight": torch.ones(2, 2)}, source / "adapter_model.safetensors")
+    result = lab.command("convert", "from-hf", source, tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "adapter_model.safetensors is left out: an adapter" in result.err
+
+
+def test_a_small_vocabulary_and_a_name_that_is_no_text_convert(lab: Lab, tmp_path: Path) -> None:
+    config = {**V3, "vocab_size": 99}
+    source = write(tmp_path / "source", config, tensors_of(config))
+    Path(os.fsdecode(os.fsencode(source) + b"/\xff.txt")).write_text("odd")
+    result = lab.command("convert", "from-hf", source, tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "is left out: its name is no UTF-8" in result.err
+
+
+def test_a_layout_without_files_is_named(
+    lab: Lab, tmp_path: Path, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    source = write(tmp_path / "source", V3, tensors)
+    run = tmp_path / "run"
+    assert lab.command("convert", "from-hf", source, run).code == 0
+    layout = run / "hf" / "layout.json"
+    content = json.loads(layout.read_text())
+    del content["files"]
+    layout.write_text(json.dumps(content))
+    (run / "SHA256SUMS").unlink()
+    result = lab.command("convert", "to-hf", run, tmp_path / "out")
+    assert result.code == 2
+    assert "layout.json: files is missing or damaged" in result.sentence
+
+
+def test_names_that_are_too_long_are_one_sentence(lab: Lab, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", V3, tensors_of(V3))
+    name = tmp_path / ("n" * 300)
+    for arguments in (
+        ("convert", "from-hf", source, name),
+        ("fit", lab.file, "--out", name),
+        ("fit", lab.file, "--resume", name),
+        ("generate", name, "--prompt", "a"),
+        ("report", name),
+        ("describe", name),
+    ):
+        result = lab.command(*arguments)
+        assert result.code == 2, result.err
+        assert "too long" in result.sentence

@@ -224,18 +224,18 @@ def test_a_mistake_is_reported_with_the_layer_that_made_it(
 ) -> None:
     file = write("extends: base.yaml\nseed: 2\n")
     assert message_of(base, "seed=x").startswith("command line (seed=x): seed = 'x'")
-    base.write_text(base.read_text().replace("vocab: 300", "vocab: 30"))
-    assert message_of(file).startswith(f"{base}: data.tokenizer.vocab = 30: ")
-    file.write_text("extends: base.yaml\ndata: {tokenizer: {vocab: 31}}\n")
-    assert message_of(file).startswith(f"{file}: data.tokenizer.vocab = 31: ")
-    assert message_of(file, "data.tokenizer={vocab: 32}").startswith(
-        "command line (data.tokenizer={vocab: 32}): data.tokenizer.vocab = 32: "
+    base.write_text(base.read_text().replace("vocab: 300", "vocab: 0"))
+    assert message_of(file).startswith(f"{base}: data.tokenizer.vocab = 0: ")
+    file.write_text("extends: base.yaml\ndata: {tokenizer: {vocab: -1}}\n")
+    assert message_of(file).startswith(f"{file}: data.tokenizer.vocab = -1: ")
+    assert message_of(file, "data.tokenizer={vocab: -2}").startswith(
+        "command line (data.tokenizer={vocab: -2}): data.tokenizer.vocab = -2: "
     )
     file.write_text(
-        "extends: base.yaml\ndata: {tokenizer: {vocab: 400}}\nsmoke: {data: {tokenizer: {vocab: 33}}}\n"
+        "extends: base.yaml\ndata: {tokenizer: {vocab: 400}}\nsmoke: {data: {tokenizer: {vocab: -3}}}\n"
     )
     assert compose(file).data.tokenizer.vocab == 400
-    assert message_of(file, smoke=True).startswith(f"{file} (smoke): data.tokenizer.vocab = 33: ")
+    assert message_of(file, smoke=True).startswith(f"{file} (smoke): data.tokenizer.vocab = -3: ")
 
 
 def test_a_key_that_nobody_set_is_reported_with_the_section_around_it(

@@ -1,6 +1,7 @@
 """`python -m core.report`: what it writes and prints, and its errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 from core import report
 from core.command import run_command
+from core.reports.study_files import Run
+from core.reports.table import key_numbers
 
 pytest.importorskip("pandas", reason="the extra `report` is not installed")
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
@@ -120,3 +123,33 @@ def test_help_imports_nothing_heavy_and_a_report_no_torch(
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     imported = [] if what == "help" else ["jinja2", "numpy", "pandas", "plotly"]
     assert done.stderr.strip().splitlines()[-1] == str(imported)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("recipe.yaml", "a: " + "[" * 5000 + "]" * 5000),
+        ("provenance.json", '{"components": 3, "gpus": {}, "command": [1], "odd": "\\ud800"}'),
+        ("provenance.json", "[" * 90_000),
+        ("summary.json", '{"val_loss": {"a": [1]}, "notices": "none"}'),
+    ],
+)
+def test_a_run_with_an_odd_file_has_a_report(
+    single: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(single, run)
+    (run / name).write_text(text)
+    assert command(monkeypatch, run, "--out", tmp_path / "it.html") == 0, capsys.readouterr().err
+    assert (tmp_path / "it.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_a_section_of_the_summary_is_counted_and_not_printed_as_a_dictionary() -> None:
+    paths = {"router": "float32 product", "head": "float32 product", "experts": "FP8"}
+    run = Run("a", 0, Path("a"), "done", summary={"precision_paths": paths})
+    assert key_numbers(run) == [("precision_paths", "float32 product (2); FP8 (1)")]

@@ -380,7 +380,9 @@ def test_an_interrupt_saves_what_is_under_way(write: Write, tmp_path: Path) -> N
     os.killpg(runner.process.pid, signal.SIGINT)
     code, _, err = runner.end()
     assert code == 130
-    assert err.splitlines()[-1] == "moeloom: interrupted"
+    last = err.splitlines()[-1]
+    assert last.startswith(f"moeloom: interrupted; what is done is kept in {out}: ")
+    assert "--resume goes on" in last
     assert "Traceback" not in err
     assert states(out) == {"bias/seed-3": "waiting"}
     run = out / "runs/bias/seed-3"

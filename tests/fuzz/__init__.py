@@ -1,0 +1,1 @@
+"""Damages files at random and holds every command to one sentence."""
