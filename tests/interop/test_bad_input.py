@@ -450,7 +450,7 @@ def test_a_small_vocabulary_and_a_name_that_is_no_text_convert(lab: Lab, tmp_pat
     Path(os.fsdecode(os.fsencode(source) + b"/\xff.txt")).write_text("odd")
     result = lab.command("convert", "from-hf", source, tmp_path / "run")
     assert result.code == 0, result.err
-    assert "is left out: its name is no UTF-8" in result.err
+    assert "is left out: its name cannot be printed or is not UTF-8" in result.err
 
 
 def test_a_layout_without_files_is_named(

@@ -235,7 +235,7 @@ NOT_SUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"n_group": 4}, "n_group"),
     ("deepseek_v3", {"topk_group": 3}, "topk_group"),
     ("deepseek_v3", {"hidden_size": "24"}, "hidden_size"),
-    ("deepseek_v3", {"vocab_size": 256}, "vocab_size"),
+    ("deepseek_v3", {"vocab_size": 0}, "vocab_size"),
     ("deepseek_v3", {"routed_scaling_factor": None}, "routed_scaling_factor"),
     ("deepseek_v3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
     ("deepseek_v3", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.storage.documents import DocumentError, read_bytes, read_object, read_text, read_yaml
-from core.storage.files import is_plain_name, leaves
+from core.storage.files import is_plain_name, leads_out_of
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_what_is_no_regular_file_is_a_sentence_at_once(tmp_path: Path) -> None:
         with pytest.raises(DocumentError) as caught:
             read_bytes(tmp_path / name, 10)
         assert caught.value.why == why
-    assert not leaves(tmp_path / "loop", tmp_path)
+    assert not leads_out_of(tmp_path / "loop", tmp_path)
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
