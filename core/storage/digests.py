@@ -80,14 +80,16 @@ def _files_of(path: Path) -> Iterator[Path]:
 def set_digest(folder: Path, name: str, content: bytes) -> None:
     """Adds the checksum of a file that is about to be written to the list, or replaces it.
 
+    A folder without a list was written before there were any, and gets none: its other files would not be in it.
+
     Args:
         folder: holds the list.
         name: the file's.
         content: its new content.
     """
-    checksums: dict[str, str] = {}
-    if (folder / DIGESTS).exists():
-        checksums = _read_digests(folder / DIGESTS)
+    if not (folder / DIGESTS).exists():
+        return
+    checksums = _read_digests(folder / DIGESTS)
     checksums[name] = hashlib.sha256(content).hexdigest()
     _write(folder, checksums)
 

@@ -162,15 +162,15 @@ class SweepFolder:
 
     def _read(self, file: Path) -> dict[str, Any]:
         """Reads one of the sweep's own files; raises `UserError` if it is lost or damaged."""
-        unreadable = f"--out {self.path}: {file.relative_to(self.path)} cannot be read"
+        where = f"--out {self.path}: {file.relative_to(self.path)}"
         try:
             document = yaml.safe_load(read_yaml(file))
         except DocumentError as cause:
-            raise UserError(f"{unreadable}: it {cause.why}") from cause
+            raise UserError(f"{where}: {cause.why}") from cause
         except (yaml.YAMLError, RecursionError, ValueError) as cause:
-            raise UserError(f"{unreadable}: it is damaged") from cause
+            raise UserError(f"{where}: is damaged") from cause
         if not isinstance(document, dict):
-            raise UserError(f"{unreadable}: it is damaged")
+            raise UserError(f"{where}: is damaged")
         return document
 
     @contextmanager

@@ -1,6 +1,6 @@
 """Checks what a checkpoint holds before a run continues from it, so that no step finds out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,23 @@ def check_content(content: Mapping[str, Any], file: Path) -> None:
     for name, value in own.get("validated", {}).items():
         if type(value) not in (int, float):
             raise _damaged(file, f"moeloom.validated.{name} = {value!r}: must be a number")
+    for path, value in _leaves(content["loops"], "loops"):
+        if not isinstance(value, int | float | None):
+            raise _damaged(file, f"{path} = {str(value)[:40]!r}: must be a number")
     _check_progress(content, file)
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yields the key path and the value of everything in nested containers that is no container."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value))
+    else:
+        yield path, value
+        return
+    for key, item in items:
+        yield from _leaves(item, f"{path}.{key}")
 
 
 def _check_progress(content: Mapping[str, Any], file: Path) -> None:

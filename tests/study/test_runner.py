@@ -264,11 +264,11 @@ def test_the_same_sweep_by_another_path_is_the_same(
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("sweep.yaml", "seeds: [", "sweep.yaml cannot be read: it is damaged"),
-        ("sweep.yaml", "lost", "sweep.yaml cannot be read: it is damaged"),
-        ("sweep.yaml", b"\xff\xfe", "sweep.yaml cannot be read: it is damaged"),
-        ("recipes/none.yaml", None, "recipes/none.yaml cannot be read: No such file or directory"),
-        ("recipes/none.yaml", "", "recipes/none.yaml cannot be read: it is damaged"),
+        ("sweep.yaml", "seeds: [", "sweep.yaml: is damaged"),
+        ("sweep.yaml", "lost", "sweep.yaml: must be a section of keys"),
+        ("sweep.yaml", b"\xff\xfe", "sweep.yaml: cannot be read: it is no UTF-8 text"),
+        ("recipes/none.yaml", None, "recipes/none.yaml: there is no such file"),
+        ("recipes/none.yaml", "", "recipes/none.yaml: is damaged"),
     ],
 )
 def test_a_damaged_sweep_folder_is_reported(
