@@ -17,6 +17,7 @@ FULL = {
     "eval/test_harness_model.py": "needs lm-eval",
     "eval/test_parity.py": "needs lm-eval and transformers",
     "eval/test_post_training.py": "needs TRL",
+    "fuzz": "damages hundreds of folders",
     "gpu": "starts the GPU benchmark as a process",
     "interop/test_memory.py": "starts processes",
     "interop/test_parity.py": "needs transformers",

@@ -77,13 +77,11 @@ def test_forty_damages_end_in_a_sentence(subjects: Subjects, tmp_path: Path) -> 
     damage_many(subjects, tmp_path / "scratch", range(FEW), QUICK)
 
 
-@pytest.mark.full
 def test_hundreds_of_damages_end_in_a_sentence(subjects: Subjects, tmp_path: Path) -> None:
     first = int(os.environ.get("MOELOOM_FUZZ_SEED", "1000"))
     damage_many(subjects, tmp_path / "scratch", range(first, first + MANY), COMMANDS)
 
 
-@pytest.mark.full
 def test_twenty_damages_by_real_commands(subjects: Subjects, tmp_path: Path) -> None:
     failures = []
     for seed in range(100, 120):

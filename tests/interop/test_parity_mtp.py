@@ -204,7 +204,8 @@ def test_a_multi_token_layer_that_the_configuration_does_not_report_is_refused(
     change_config(folder, num_nextn_predict_layers=0)
     result = lab.command("convert", "from-hf", folder, tmp_path / "run")
     assert result.code == 2
-    assert f"model.layers.{LAYERS}." in result.sentence
+    assert "num_nextn_predict_layers = 0: " in result.sentence
+    assert f"layers that are not counted ({LAYERS})" in result.sentence
 
 
 def test_a_promised_layer_without_weights_means_no_head_and_one_line(

@@ -117,12 +117,14 @@ def test_a_quiet_minute_ends_with_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
+@pytest.mark.full
 def test_a_recipe_can_ask_for_silence(lab: Lab, tmp_path: Path) -> None:
     one = ("loggers=[]", "budget.steps=1")
     result = lab.command("fit", lab.file, *one, "--out", tmp_path / "run")
     assert result.err == f"run folder: {tmp_path / 'run'}\n"
 
 
+@pytest.mark.full
 def test_the_report_of_the_profiler_is_printed(lab: Lab, tmp_path: Path) -> None:
     def work() -> None:
         # pytest takes what is logged, so Lightning adds no handler of its own.

@@ -54,7 +54,7 @@ def run_with_signals(
 STOPPING = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP]
 
 
-@pytest.mark.parametrize("signum", first_by_default(STOPPING, keep=2))
+@pytest.mark.parametrize("signum", first_by_default(STOPPING))
 def test_a_signal_saves_the_step_under_way_and_leaves(
     lab: Lab, finished: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
