@@ -5,7 +5,8 @@ from dataclasses import fields
 
 import pytest
 
-from core.recipe.recipe_schema import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS, RecipeSchema
+from core.recipe.recipe_schema import RecipeSchema
+from core.recipe.trainer_keys import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS
 from moeloom.commands import command_names
 
 KEYS = {f.name for f in fields(RecipeSchema)}

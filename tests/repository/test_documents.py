@@ -16,6 +16,7 @@ from core.contracts.schedule import Schedule, Segment
 from core.extension.loader import find_plugins, load_plugins
 from core.extension.registry import SLOTS, Entry
 from core.recipe import recipe_schema as schema
+from core.recipe import trainer_keys
 
 from .documents import DOCUMENTS, ROOT, blocks, first_cells, section
 
@@ -81,7 +82,7 @@ def test_the_trainer_keys_are_those_that_are_allowed() -> None:
     documented = set(
         re.findall("`([a-z_]+)`", section(RECIPES, "## The trainer").partition("With")[0])
     )
-    assert documented - {"trainer"} == schema.FREE_TRAINER_KEYS
+    assert documented - {"trainer"} == trainer_keys.FREE_TRAINER_KEYS
 
 
 def test_the_printed_learning_rate_is_the_shipped_one() -> None:
