@@ -49,7 +49,7 @@ def _id_in(converted: dict[str, Any], key: str, folder: RunFolder) -> int | None
     """The id under a key of the section `converted` in a run's provenance.
 
     Raises:
-        UserError: it is no token's number.
+        UserError: it is not the number of a token.
     """
     value = converted.get(key)
     if value is not None and (type(value) is not int or value < 0):

@@ -43,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads the config.json of a folder.
 
     Raises:
-        UserError: there is no such file, it is a link to a place outside, or it is no JSON object.
+        UserError: there is no such file, it is a link to a place outside, or it is not a JSON object.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")

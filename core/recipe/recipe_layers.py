@@ -101,7 +101,7 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not all(path):
         raise UserError(f"{COMMAND_LINE}: {text!r}: an override must have the form KEY.PATH=VALUE")
     if not is_text(text):
-        raise UserError(f"{COMMAND_LINE}: {text!r}: holds bytes that are no UTF-8")
+        raise UserError(f"{COMMAND_LINE}: {text!r}: holds bytes that are not UTF-8")
     if path == ["extends"]:
         raise UserError(f"{COMMAND_LINE}: {text!r}: only a file can extend another")
     try:

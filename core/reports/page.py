@@ -35,7 +35,7 @@ def write(folder: Path, file: Path) -> dict[str, Any]:
     study = read(folder)
     text = render(study)
     try:
-        # what is no text in a damaged file is shown as a question mark
+        # what is not text in a damaged file is shown as a question mark
         write_text(file, text.encode("utf-8", "replace").decode("utf-8"))
     except OSError as cause:
         raise UserError(f"--out {file}: cannot be written: {cause.strerror}") from cause

@@ -18,6 +18,7 @@ from core.contracts.corpus import TokenCorpus
 from core.contracts.errors import Interrupted, NotFiniteError, RunFailed, UserError
 from core.data.module import TextData
 from core.data.tokenizer import SMALLEST, Tokenizer
+from core.model.language_model import LanguageModel
 from core.model.sampling import sample
 from core.recipe.compose import Recipe, compose_run
 from core.recipe.trust import check_run_links
@@ -170,10 +171,8 @@ def _fit(
     is_started = folder.recipe.exists()
     data = text_data(recipe, plan, folder if is_started else None)
     data.prepare()
-    if moved:  # the documents are the same, so the run finds them again where they are now
-        values = compose_run(folder.recipe, trust=True, named=recipe.plugins).to_dict()
-        values["data"]["corpus"] = recipe.to_dict()["data"]["corpus"]
-        folder.write_recipe(values)
+    if moved:
+        _record_moved_corpus(recipe, folder)
     notices = [*recipe.notices(), *lost]
     if not data.validation_documents:
         notices.append(NO_VALIDATION)
@@ -183,12 +182,7 @@ def _fit(
     if recipe.compile:
         compile_parts(model)
     if recipe.initial_weights and start is None:
-        source = newest_checkpoint(Path(recipe.initial_weights))
-        recipe_of_source = RunFolder(source.parent.parent).recipe
-        if recipe_of_source.exists() and not trust:
-            check_run_links(recipe_of_source)
-        load_weights(model, source)
-        _warn_other_tokenizer(source, data, say)
+        _load_initial_weights(recipe, model, data, say, trust=trust)
     peak = None
     if not torch.cuda.is_available():
         peak = measured_peak_flops(torch.device("cpu"))
@@ -204,18 +198,48 @@ def _fit(
     )
     module.started = started
     if start:
-        check_model(model, start.content, start.path)
-        made = module.configure_optimizers()
-        check_optimizers(made if isinstance(made, list) else [made], start.content, start.path)
-        start = replace(
-            start, content={}
-        )  # it is as large as the model, and Lightning reads it again
+        _check_start(module, start)
+        # the content is as large as the model, and Lightning reads the file again
+        start = replace(start, content={})
     if not is_started and is_rank_zero():
         _write_identity(recipe, folder, data)
     callbacks = _train(recipe, folder, module, data, peak, start, say)
     if is_rank_zero():
-        return _finish(folder, module, data, size, callbacks, notices, say)
+        return _finish(folder, module, data, size, callbacks, notices)
     return {}
+
+
+def _record_moved_corpus(recipe: Recipe, folder: RunFolder) -> None:
+    """Writes where the corpus is now into the run's recipe, so that later commands find the same documents."""
+    values = compose_run(folder.recipe, trust=True, named=recipe.plugins).to_dict()
+    values["data"]["corpus"] = recipe.to_dict()["data"]["corpus"]
+    folder.write_recipe(values)
+
+
+def _load_initial_weights(
+    recipe: Recipe,
+    model: LanguageModel,
+    data: TextData,
+    say: Callable[[str], None],
+    *,
+    trust: bool,
+) -> None:
+    """Loads the weights that the recipe starts from; without `trust` no link may lead out of their run's folder."""
+    source = newest_checkpoint(Path(str(recipe.initial_weights)))
+    source_recipe = RunFolder(source.parent.parent).recipe
+    if source_recipe.exists() and not trust:
+        check_run_links(source_recipe)
+    load_weights(model, source)
+    _warn_other_tokenizer(source, data, say)
+
+
+def _check_start(module: TrainingModule, start: Resume) -> None:
+    """Raises `UserError` unless a checkpoint fits the model and the optimizers that continue from it."""
+    check_model(module.model, start.content, start.path)
+    optimizers = module.configure_optimizers()
+    if not isinstance(optimizers, list):
+        optimizers = [optimizers]
+    check_optimizers(optimizers, start.content, start.path)
 
 
 def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
@@ -288,7 +312,6 @@ def _finish(
     size: Size,
     callbacks: RunCallbacks,
     notices: list[str],
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes the results of the run; the summary last, because its presence makes the run complete."""
     callbacks.loads.write()

@@ -53,7 +53,7 @@ def read_bytes(file: Path, largest: int = LARGEST) -> bytes:
     """Reads a whole file.
 
     Raises:
-        DocumentError: it is missing, no regular file, or larger than `largest` bytes, or the system cannot read it.
+        DocumentError: it is missing, not a regular file, or larger than `largest` bytes, or the system cannot read it.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -64,7 +64,7 @@ def read_bytes(file: Path, largest: int = LARGEST) -> bytes:
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise DocumentError(file, f"is {_kind_of(found.st_mode)} and no file")
+            raise DocumentError(file, f"is {_kind_of(found.st_mode)}, not a file")
         if found.st_size > largest:
             raise DocumentError(file, f"has {found.st_size} bytes; at most {largest} are read")
         with os.fdopen(descriptor, "rb", closefd=False) as stream:
@@ -76,7 +76,7 @@ def read_bytes(file: Path, largest: int = LARGEST) -> bytes:
 
 
 def _kind_of(mode: int) -> str:
-    """What a path is that is no regular file."""
+    """What a path is that is not a regular file."""
     if stat.S_ISDIR(mode):
         return "a folder"
     if stat.S_ISFIFO(mode):
@@ -85,7 +85,7 @@ def _kind_of(mode: int) -> str:
 
 
 def check_regular(file: Path) -> None:
-    """Raises `DocumentError` for a path that is no regular file: opening a pipe would wait for its other end."""
+    """Raises `DocumentError` for a path that is not a regular file: opening a pipe would wait for its other end."""
     try:
         mode = file.stat().st_mode
     except FileNotFoundError as cause:
@@ -93,28 +93,28 @@ def check_regular(file: Path) -> None:
     except OSError as cause:
         raise DocumentError(file, f"cannot be read: {cause.strerror}") from cause
     if not stat.S_ISREG(mode):
-        raise DocumentError(file, f"is {_kind_of(mode)} and no file")
+        raise DocumentError(file, f"is {_kind_of(mode)}, not a file")
 
 
 def read_text(file: Path, largest: int = LARGEST) -> str:
     """Reads a whole file of UTF-8 text.
 
     Raises:
-        DocumentError: it cannot be read (see `read_bytes`), or is no UTF-8.
+        DocumentError: it cannot be read (see `read_bytes`), or is not UTF-8.
     """
     content = read_bytes(file, largest)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as cause:
         why = f"byte 0x{content[cause.start]:02x} at offset {cause.start}"
-        raise DocumentError(file, f"cannot be read: it is no UTF-8 text ({why})") from cause
+        raise DocumentError(file, f"cannot be read: it is not UTF-8 text ({why})") from cause
 
 
 def read_object(file: Path, largest: int = LARGEST) -> dict[str, Any]:
     """Reads a file that holds one JSON object.
 
     Raises:
-        DocumentError: it cannot be read, is no JSON, is nested too deep, or holds something else than an object.
+        DocumentError: it cannot be read, is not JSON, is nested too deep, or holds something else than an object.
     """
     return parse_object(read_bytes(file, largest), file)
 
@@ -128,7 +128,7 @@ def parse_object(content: bytes, file: Path, what: str = "") -> dict[str, Any]:
         what: the part of the file that the text is, if it is not the whole: "its header".
 
     Raises:
-        DocumentError: it is no JSON, is nested too deep, or is something else than an object.
+        DocumentError: it is not JSON, is nested too deep, or is something else than an object.
     """
     begin = f"{what}: " if what else ""
     if not content.strip():
@@ -191,7 +191,7 @@ def check_yaml(text: str, file: Path, keys: Iterable[str] = ()) -> None:
         raise DocumentError(file, TOO_DEEP) from cause
     except (yaml.YAMLError, ValueError) as cause:
         if _HALF.search(text):
-            raise DocumentError(file, "holds half a surrogate pair, which is no text") from cause
+            raise DocumentError(file, "holds half a surrogate pair, which is not text") from cause
         return
     if top is None:
         return
@@ -215,7 +215,9 @@ def _check_nodes(top: yaml.Node, file: Path) -> None:
                 below += node.value
             elif not is_text(str(node.value)):
                 where = f"line {node.start_mark.line + 1}"
-                raise DocumentError(file, f"{where}: holds half a surrogate pair, which is no text")
+                raise DocumentError(
+                    file, f"{where}: holds half a surrogate pair, which is not text"
+                )
             count += 1
             if count + len(below) > MOST_NODES:
                 why = f"holds more than {MOST_NODES} values, aliases filled in"

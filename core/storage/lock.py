@@ -28,7 +28,7 @@ RETRY_DELAYS = (0.1, 0.2, 0.0)
 """Delays between attempts, because `is_locked` in another process may briefly take a lock that is free; in seconds."""
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-
+"""Errors of a file system that has no locks."""
 
 _held: set[int] = set()
 """Descriptors of the locks that this process holds."""
@@ -72,9 +72,8 @@ def hold(file: Path, waiting: Callable[[str], None] | None = None) -> Iterator[N
         yield
     finally:
         with suppress(OSError):
-            if _is_at(
-                descriptor, file
-            ):  # the folder may have been moved, and another one made in its place
+            # the folder may have been moved, and another one made in its place
+            if _is_at(descriptor, file):
                 file.unlink()
         if descriptor in _held:
             _held.remove(descriptor)
@@ -137,9 +136,8 @@ def _acquire(file: Path, waiting: Callable[[str], None] | None) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            if (
-                os.fstat(descriptor).st_nlink > 1
-            ):  # another name of a file, which would be overwritten
+            # a hard link is another name of a file, which would be overwritten
+            if os.fstat(descriptor).st_nlink > 1:
                 raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
             if not _try_lock(descriptor, file):
                 holder, since = _holder(descriptor)
@@ -152,9 +150,8 @@ def _acquire(file: Path, waiting: Callable[[str], None] | None) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(
-            descriptor
-        )  # the holder before removed the file, and the next one may lock a new file
+        # the holder before removed the file, and the next one may lock a new file
+        os.close(descriptor)
 
 
 def _try_lock(descriptor: int, file: Path) -> bool:
@@ -219,12 +216,17 @@ def is_locked(file: Path) -> bool:
     if _is_listed(file):
         return True
     try:
-        with file.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
+    finally:
+        os.close(descriptor)
     return False
 
 

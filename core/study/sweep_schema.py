@@ -129,7 +129,7 @@ class SweepSchema:
                 yield ConfigError("smoke", f"unknown key {key!r}; {nearest(key, known)}")
 
     def _override_errors(self) -> Iterator[ConfigError]:
-        """Errors of overrides that are no key paths, or that `seeds` or `budget` would replace."""
+        """Errors of overrides that are not key paths, or that `seeds` or `budget` would replace."""
         for key in self.budget:
             if not _KEY_PATH.fullmatch(key):
                 yield ConfigError("budget", f"{key!r} is not a key")
@@ -142,7 +142,7 @@ class SweepSchema:
 
 
 def _wrong_override(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:
-    """The reason why one of the overrides is no key path, or would be silently replaced; None if there is none."""
+    """The reason why one of the overrides is not a key path, or would be silently replaced; None if there is none."""
     for key in keys:
         if not _KEY_PATH.fullmatch(key):
             return f"{key!r} must be a key path such as optimizer.lr"

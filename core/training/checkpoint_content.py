@@ -59,7 +59,7 @@ def check_content(content: Mapping[str, Any], file: Path) -> None:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yields the key path and the value of everything in nested containers that is no container."""
+    """Yields the key path and the value of every value in nested containers that is not a container itself."""
     if isinstance(value, dict):
         items = list(value.items())
     elif isinstance(value, list | tuple):

@@ -90,10 +90,10 @@ def _row(columns: list[str], cells: list[str], file: Path, number: int) -> Row:
     row = dict(zip(columns, cells, strict=True))
     for column, cell in row.items():
         if cell and not _is_number(cell):
-            raise DocumentError(file, f"{where}: {column} = {cell[:40]!r} is no number")
+            raise DocumentError(file, f"{where}: {column} = {cell[:40]!r} is not a number")
     step = float(row[STEP] or "nan")
     if not step.is_integer() or step < 0:
-        raise DocumentError(file, f"{where}: {STEP} = {row[STEP][:40]!r} is no whole number")
+        raise DocumentError(file, f"{where}: {STEP} = {row[STEP][:40]!r} is not a whole number")
     row[STEP] = str(int(step))
     return row
 

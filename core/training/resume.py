@@ -38,6 +38,9 @@ REPRODUCED = (
 MAY_CHANGE = ("strategy", "compile", "trainer")
 """Sections that may change; the resumed run then reaches other bits."""
 
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+"""States of torch's optimizers that the next update adds to a weight."""
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -125,10 +128,6 @@ def check_finite_state(content: Mapping[str, Any], file: Path) -> None:
     if found:
         how = "the run has diverged, and cannot be continued from here"
         raise NotFiniteError(f"{file}: {found}; {how}: start it again with a lower optimizer.lr")
-
-
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-"""States of torch's optimizers that the next update adds to a weight."""
 
 
 def _not_finite_in_optimizers(optimizers: Sequence[Mapping[str, Any]]) -> str | None:

@@ -16,7 +16,7 @@ from core.contracts.schema import Section
 from core.data.recorded import RecordedData, read_documents
 from core.data.tokenizer import VERSION, Tokenizer
 from core.recipe import trust
-from core.storage.digests import check_digests, set_digest, write_digests
+from core.storage.digests import DIGESTS, check_digests, set_digest, write_digests
 from core.storage.documents import DocumentError, check_regular, read_object, read_text
 from core.storage.files import check_links, remove_partial_files, write_text
 from core.storage.lock import locked_folder
@@ -25,12 +25,12 @@ from core.training.machine import code, machine
 WEIGHTS_INDEX = "model.safetensors.index.json"
 """The file that names the safetensors file of every tensor, in a converted run as in other programs' folders."""
 
-
 FILES = (
     "recipe.yaml",
     "provenance.json",
     "tokenizer.json",
-    "SHA256SUMS",
+    "documents.txt",
+    DIGESTS,
     "metrics.csv",
     "loads.safetensors",
     "sample.txt",

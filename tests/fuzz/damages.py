@@ -19,7 +19,7 @@ LONG = "n" * 300
 """A name that no file can have."""
 
 HALF = "\udc9f"
-"""Half of a surrogate pair, which is no text."""
+"""Half of a surrogate pair, which is not text."""
 
 
 def damage(folder: Path, draw: random.Random) -> str:

@@ -231,7 +231,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "a pipe in the place of the index": (
         lambda f: (f / INDEX).unlink() or os.mkfifo(f / INDEX),
-        (f"{INDEX}: is a pipe and no file",),
+        (f"{INDEX}: is a pipe, not a file",),
     ),
     "a width of 10^12": (
         change_config(hidden_size=10**12),

@@ -321,7 +321,7 @@ def test_a_file_that_is_no_recipe(text: str, why: str, write: Write, message_of:
 def test_a_file_that_is_not_utf_8(write: Write, message_of: MessageOf) -> None:
     file = write("")
     file.write_bytes(b"seed: 1 # \xff\xfe\n")
-    assert message_of(file).startswith(f"{file}: cannot be read: it is no UTF-8 text (byte 0xff")
+    assert message_of(file).startswith(f"{file}: cannot be read: it is not UTF-8 text (byte 0xff")
 
 
 def test_a_missing_file_is_reported_with_the_nearest_shipped_names(

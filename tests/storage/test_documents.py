@@ -39,10 +39,10 @@ def test_what_is_no_regular_file_is_a_sentence_at_once(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "large").write_bytes(bytes(20))
     expected = {
-        "pipe": "is a pipe and no file",
-        "endless": "is a device and no file",
+        "pipe": "is a pipe, not a file",
+        "endless": "is a device, not a file",
         "loop": "cannot be read: Too many levels of symbolic links",
-        ".": "is a folder and no file",
+        ".": "is a folder, not a file",
         "none": "there is no such file",
         "large": "has 20 bytes; at most 10 are read",
         "n" * 300: "cannot be read: File name too long",
@@ -56,7 +56,7 @@ def test_what_is_no_regular_file_is_a_sentence_at_once(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc\xff")
-    with pytest.raises(DocumentError, match="no UTF-8 text"):
+    with pytest.raises(DocumentError, match="not UTF-8 text"):
         read_text(tmp_path / "a")
 
 

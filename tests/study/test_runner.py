@@ -266,7 +266,7 @@ def test_the_same_sweep_by_another_path_is_the_same(
     [
         ("sweep.yaml", "seeds: [", "sweep.yaml: is damaged"),
         ("sweep.yaml", "lost", "sweep.yaml: must be a section of keys"),
-        ("sweep.yaml", b"\xff\xfe", "sweep.yaml: cannot be read: it is no UTF-8 text"),
+        ("sweep.yaml", b"\xff\xfe", "sweep.yaml: cannot be read: it is not UTF-8 text"),
         ("recipes/none.yaml", None, "recipes/none.yaml: there is no such file"),
         ("recipes/none.yaml", "", "recipes/none.yaml: is damaged"),
     ],

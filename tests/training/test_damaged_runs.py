@@ -63,7 +63,7 @@ LOGS: dict[str, tuple[Callable[[Path], None], str]] = {
         "line 3 is damaged: it has",
     ),
     "no UTF-8": (damage_line(6, lambda line: b"\xff" + line), "line 6 is damaged: 'utf-8' codec"),
-    "folder": (become_folder, "is a folder and no file"),
+    "folder": (become_folder, "is a folder, not a file"),
     "no header": (damage_line(1, lambda line: b"1,2,3\n"), "line 1 is damaged: it must name"),
 }
 
@@ -148,8 +148,8 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: (run / "provenance.json").write_text("[" * 100_000),
         "is nested more than 100 levels deep",
     ),
-    "loads": (lambda run: become_folder(run / "loads.safetensors"), "is a folder and no file"),
-    "sample": (lambda run: (run / "sample.txt").mkdir(), "sample.txt: is a folder and no file"),
+    "loads": (lambda run: become_folder(run / "loads.safetensors"), "is a folder, not a file"),
+    "sample": (lambda run: (run / "sample.txt").mkdir(), "sample.txt: is a folder, not a file"),
     "tensorboard": (
         lambda run: shutil.rmtree(run / "tensorboard") or (run / "tensorboard").write_text(""),
         "tensorboard: must be a folder",
