@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from foreign_code import downloaded_sweep, sentence, write_module
 from lab import ROOT, SMALL, Lab
 from tiers import first_by_default
 
@@ -12,18 +13,6 @@ from core.contracts.errors import UserError
 from core.run.evaluation import evaluate
 from core.training.resume import newest_checkpoint
 
-EVIL = """\
-from pathlib import Path
-from core.extension.hookspec import hookimpl
-
-CONTRACTS = "2.0"
-Path({marker!r}).touch()
-
-
-@hookimpl
-def register(registry):
-    pass
-"""
 SWEEP = """\
 title: which seed?
 base: base.yaml
@@ -37,7 +26,7 @@ budget: {{steps: 1}}
 @pytest.fixture(autouse=True)
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the module `loom_evil` of the current folder writes when it is imported."""
-    (tmp_path / "loom_evil.py").write_text(EVIL.format(marker=str(tmp_path / "it-ran")))
+    write_module(tmp_path, tmp_path / "it-ran")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOELOOM_STATE", str(tmp_path / "state"))
     return tmp_path / "it-ran"
@@ -53,13 +42,6 @@ def run(finished: Path, tmp_path: Path) -> Path:
     text = (folder / "recipe.yaml").read_text().replace("plugins: []\n", "", 1)
     (folder / "recipe.yaml").write_text(text)
     return folder
-
-
-def why(run: Path) -> str:
-    return (
-        f"{run}/recipe.yaml: plugins: the module 'loom_evil' would run, which no installed distribution registers, "
-        "and this run was not made here; --trust allows it"
-    )
 
 
 @pytest.mark.parametrize(
@@ -81,13 +63,13 @@ def test_no_command_runs_the_code_of_a_downloaded_run(
     lab: Lab, run: Path, marker: Path, arguments: tuple[str, ...]
 ) -> None:
     command = [argument.format(run=run, small=lab.file) for argument in arguments]
-    said = lab.command(*command)
-    assert said.code == 2
-    assert said.sentence == why(run)
+    result = lab.command(*command)
+    assert result.code == 2
+    assert result.sentence == sentence(run / "recipe.yaml")
     assert not marker.exists()
     if command[0] == "generate":
-        said = lab.command(*command, "--trust")
-        assert said.code == 0, said.err
+        result = lab.command(*command, "--trust")
+        assert result.code == 0, result.err
         assert marker.exists()
 
 
@@ -95,7 +77,7 @@ def test_nor_do_the_functions(run: Path, marker: Path) -> None:
     for call in (core.load, core.compose, lambda path: evaluate(newest_checkpoint(path.parent))):
         with pytest.raises(UserError) as caught:
             call(run / "recipe.yaml" if call is not core.load else run)
-        assert str(caught.value) == why(run)
+        assert str(caught.value) == sentence(run / "recipe.yaml")
     assert not marker.exists()
 
 
@@ -108,34 +90,33 @@ def test_an_own_run_never_asks(lab: Lab, tmp_path: Path, marker: Path) -> None:
     assert again.code == 0, again.err
     own = own.rename(tmp_path / "moved")
     marker.unlink()
-    said = lab.command("generate", own, "--prompt", "a", "--tokens", "1")
-    assert said.code == 0, said.err
+    result = lab.command("generate", own, "--prompt", "a", "--tokens", "1")
+    assert result.code == 0, result.err
     assert marker.exists()
 
 
 def test_a_recipe_names_what_the_resumed_run_may_name(lab: Lab, run: Path, marker: Path) -> None:
-    said = lab.command("fit", lab.file, "plugins=[loom_evil]", "--resume", run)
-    assert said.code == 0, said.err
+    result = lab.command("fit", lab.file, "plugins=[loom_evil]", "--resume", run)
+    assert result.code == 0, result.err
+    assert marker.exists()
 
 
 @pytest.mark.parametrize("where", first_by_default(["overrides", "base"]))
 def test_a_downloaded_sweep_runs_no_code(
     lab: Lab, tmp_path: Path, marker: Path, where: str
 ) -> None:
-    folder = tmp_path / "sweep"
-    (folder / "recipes").mkdir(parents=True)
-    (folder / "sweep.json").write_text("{}")
+    folder = downloaded_sweep(tmp_path / "sweep")
     small = SMALL.format(texts=lab.texts)
     overrides = "{plugins: [loom_evil]}" if where == "overrides" else "{}"
     (folder / "sweep.yaml").write_text(SWEEP.format(overrides=overrides))
     named = "plugins: [loom_evil]\n" if where == "base" else ""
     (folder / "base.yaml").write_text(named + small)
-    said = lab.command("sweep", folder / "sweep.yaml", "--dry-run")
-    assert said.code == 2
-    assert "the module 'loom_evil' would run" in said.err
+    result = lab.command("sweep", folder / "sweep.yaml", "--dry-run")
+    assert result.code == 2
+    assert "the module 'loom_evil' would run" in result.err
     assert not marker.exists()
-    said = lab.command("sweep", folder / "sweep.yaml", "--dry-run", "--trust")
-    assert said.code == 0, said.err
+    result = lab.command("sweep", folder / "sweep.yaml", "--dry-run", "--trust")
+    assert result.code == 0, result.err
     assert marker.exists()
 
 
@@ -154,10 +135,10 @@ def test_a_sweep_file_cannot_read_the_environment(
         ("variants.two.overrides", text),
     ):
         file.write_text(sweep)
-        said = lab.command("sweep", file, "--dry-run")
-        assert said.code == 2
-        assert f"{key}: ${{oc.env:LOOM_SECRET}} reads the environment, which" in said.err
-        assert "hidden-value" not in said.err
+        result = lab.command("sweep", file, "--dry-run")
+        assert result.code == 2
+        assert f"{key}: ${{oc.env:LOOM_SECRET}} reads the environment, which" in result.err
+        assert "hidden-value" not in result.err
 
 
 def test_the_example_of_the_page_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

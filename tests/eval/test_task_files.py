@@ -8,8 +8,6 @@ from core.contracts.errors import UserError
 from core.harness.task_files import find_code, is_plain_template
 from core.harness.tasks import TaskOptions, load_tasks
 
-pytest.importorskip("lm_eval", reason="needs the extra eval")
-
 PLAIN = """\
 task: plain
 dataset_path: json
@@ -78,8 +76,7 @@ def test_a_folder_beside_a_script_is_a_script(
 
 
 def test_a_task_of_the_harness_itself_may_be_included(tmp_path: Path) -> None:
-    import lm_eval
-
+    lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
     base = Path(lm_eval.__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml"
     assert "!function" in base.read_text()
     (tmp_path / "task.yaml").write_text(f"include: {base}\ntask: mine\n")
@@ -126,6 +123,7 @@ def test_other_templates_are_not(text: str) -> None:
 
 @pytest.mark.full
 def test_no_code_of_a_task_folder_runs_before_it_is_trusted(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
     marker = tmp_path / "it-ran"
     (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\ndef run(docs): return docs\n")
     file = tmp_path / "task.yaml"

@@ -158,7 +158,7 @@ def test_what_was_begun_otherwise_is_begun_anew(
     total, _ = reads_of("from-hf", source, tmp_path / "whole", *wish)
     again, result = reads_of("from-hf", source, tmp_path / "out", *wish)
     assert (again, result.code) == (total, 0)
-    assert "going on" not in result.err
+    assert "continuing " not in result.err
     same_bits(read(tmp_path / "out/weights"), read(tmp_path / "whole/weights"))
 
 

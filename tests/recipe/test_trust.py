@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from foreign_code import downloaded_sweep, sentence, write_module
 from omegaconf import OmegaConf
 
 from core.contracts.errors import UserError
@@ -14,19 +15,6 @@ from core.recipe.trust import is_of_a_run, record
 from core.storage import records
 from core.study.sweep_file import read_sweep
 from recipe.conftest import MessageOf, Write
-
-EVIL = """\
-from pathlib import Path
-from core.extension.hookspec import hookimpl
-
-CONTRACTS = "2.0"
-Path({marker!r}).touch()
-
-
-@hookimpl
-def register(registry):
-    pass
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +31,7 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     file = tmp_path / "it-ran"
     folder = tmp_path / "site"
     folder.mkdir()
-    (folder / "loom_evil.py").write_text(EVIL.format(marker=str(file)))
+    write_module(folder, file)
     monkeypatch.syspath_prepend(folder)
     sys.modules.pop("loom_evil", None)
     yield file
@@ -60,15 +48,8 @@ def run(base: Path, tmp_path: Path) -> Path:
     return folder / "recipe.yaml"
 
 
-def why(file: Path, key: str = "plugins") -> str:
-    return (
-        f"{file}: {key}: the module 'loom_evil' would run, which no installed distribution registers, "
-        "and this run was not made here; --trust allows it"
-    )
-
-
 def test_a_downloaded_run_runs_no_module(run: Path, marker: Path, message_of: MessageOf) -> None:
-    assert message_of(run) == why(run)
+    assert message_of(run) == sentence(run)
     with pytest.raises(UserError, match="--trust allows it"):
         compose_run(run)
     assert not marker.exists()
@@ -85,10 +66,10 @@ def test_any_file_of_a_run_folder_is_of_the_run(
     other = run.parent / "notes" / "other.yaml"
     other.parent.mkdir()
     shutil.copy(run, other)
-    assert message_of(other) == why(other)
+    assert message_of(other) == sentence(other)
     link = run.parent.parent / "link.yaml"
     link.symlink_to(other)
-    assert message_of(link) == why(link)
+    assert message_of(link) == sentence(link)
     assert not marker.exists()
 
 
@@ -107,21 +88,21 @@ def test_every_way_to_name_a_module_asks(
 ) -> None:
     text = run.read_text()
     if where == "extends":
-        assert message_of(write("extends: run/recipe.yaml\nseed: 1\n")) == why(run)
+        assert message_of(write("extends: run/recipe.yaml\nseed: 1\n")) == sentence(run)
     elif where == "smoke":
         text = text.replace("plugins: [loom_evil]\n", "")
         run.write_text(text.replace("smoke: {", "smoke: {plugins: [loom_evil], "))
         assert compose(run).plugins == []
-        assert message_of(run, smoke=True) == why(run)
+        assert message_of(run, smoke=True) == sentence(run)
         own = write("extends: run/recipe.yaml\nsmoke: {seed: 1}\n")
-        assert message_of(own, smoke=True) == why(run)
-        assert message_of(own, "smoke.plugins=[]", smoke=True) == why(run)
+        assert message_of(own, smoke=True) == sentence(run)
+        assert message_of(own, "smoke.plugins=[]", smoke=True) == sentence(run)
     elif where == "item":
         run.write_text(text.replace("[loom_evil]", "[plugins.mla, loom_evil]"))
-        assert message_of(run, "plugins.0=plugins.mha") == why(run)
+        assert message_of(run, "plugins.0=plugins.mha") == sentence(run)
     else:
         run.write_text(text.replace("[loom_evil]", "loom_evil"))
-        assert message_of(run) == why(run)
+        assert message_of(run) == sentence(run)
     assert not marker.exists()
 
 
@@ -154,9 +135,7 @@ def test_what_a_run_extends_is_of_the_run_wherever_it_is(
 def test_the_overrides_of_a_downloaded_sweep_name_nothing(
     base: Path, marker: Path, tmp_path: Path, keys: str
 ) -> None:
-    folder = tmp_path / "sweep"
-    (folder / "recipes").mkdir(parents=True)
-    (folder / "sweep.json").write_text("{}")
+    folder = downloaded_sweep(tmp_path / "sweep")
     file = folder / "again.yaml"
     body = f"base: {base}\nseeds: [1]\nvariants: {{a: {{}}}}\nbaseline: a\n{keys}\n"
     file.write_text(body)
@@ -168,9 +147,7 @@ def test_the_overrides_of_a_downloaded_sweep_name_nothing(
 def test_the_base_of_a_downloaded_sweep_is_the_sweeps(
     run: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "sweep"
-    (folder / "recipes").mkdir(parents=True)
-    (folder / "sweep.json").write_text("{}")
+    folder = downloaded_sweep(tmp_path / "sweep")
     shutil.copy(run, tmp_path / "base.yaml")
     monkeypatch.chdir(tmp_path)
     file = folder / "again.yaml"
@@ -229,7 +206,7 @@ def test_an_own_run_is_known_wherever_it_is_until_it_is_edited(
     marker.unlink()
     sys.modules.pop("loom_evil")
     moved.write_text(moved.read_text() + "# edited\n")
-    assert message_of(moved) == why(moved)
+    assert message_of(moved) == sentence(moved)
     assert not marker.exists()
 
 
@@ -238,7 +215,7 @@ def test_a_sweeps_recipe_is_asked_about_too(run: Path, message_of: MessageOf) ->
     (sweep / "recipes").mkdir(parents=True)
     (sweep / "sweep.json").write_text("{}")
     file = shutil.copy(run, sweep / "recipes" / "bias.yaml")
-    assert message_of(file) == why(file)
+    assert message_of(file) == sentence(file)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Checksums of a folder's files: what changed is named, what was never listed is read as it is."""
 
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,9 @@ def test_a_damaged_list_does_not_switch_the_check_off(folder: Path, text: str) -
 def test_an_edited_file_is_a_warning(folder: Path) -> None:
     set_digest(folder, "recipe.yaml", b"seed: 1")
     (folder / "recipe.yaml").write_text("seed: 1")
-    warn_if_edited(folder / "recipe.yaml")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_edited(folder / "recipe.yaml")
     check_digests(folder, "weights")
     (folder / "recipe.yaml").write_text("seed: 2")
     with pytest.warns(DigestWarning, match="has been edited since it was written"):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def test_a_checkpoint_of_a_run_that_is_still_going_is_read_with_a_warning(finish
         ),
     ):
         newest_checkpoint(finished)
-    newest_checkpoint(finished)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        newest_checkpoint(finished)
 
 
 def test_runs_that_start_together_get_folders_of_their_own(
