@@ -96,7 +96,7 @@ def fingerprint(documents: Iterable[Document], *settings: object) -> str:
     digest = hashlib.sha256()
     parts = [str(setting).encode() for setting in settings]
     for document in documents:
-        # a file's name may be no UTF-8
+        # a file's name may not be valid UTF-8
         parts += [document.name.encode("utf-8", "surrogateescape"), document.data]
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))

@@ -15,7 +15,7 @@ from core.data.documents import fingerprint
 from core.data.tokenizer import VERSION, Tokenizer
 
 FORMAT = 1
-"""Raise this when the way in which tokens are packed changes: old cache entries are then not found."""
+"""Part of the fingerprint that run folders record: runs that were made with another value cannot be resumed."""
 
 MOST_LISTED = 100_000
 """Documents up to which a run folder lists their names and hashes; a list of these takes about 5 MB."""

@@ -143,7 +143,8 @@ def _snapshot(module: TrainingModule) -> dict[str, Tensor]:
 class _StepEnd(Checkpoint):
     """Acts where a step has ended: after its validation, if it has one.
 
-    A checkpoint taken earlier would never get the step's validation: Lightning does not repeat it after a resume.
+    Lightning by itself does not repeat a validation after a resume; only `StopOnSignal` saves earlier, and marks the
+    validation as pending.
     """
 
     @abstractmethod
@@ -200,7 +201,7 @@ class StopOnSignal(_StepEnd):
                 signal.signal(signum, handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes that the first step begins: what the checkpoint holds was taken."""
+        """Notes that training begins: the checkpoint is restored, so a later exception is not its fault."""
         self.has_begun = True
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

@@ -28,7 +28,7 @@ def check_same_folder(resume: str | None, out: Path | None) -> None:
 
 
 def check_initial_weights(recipe: Recipe) -> None:
-    """Raises `UserError` if `initial_weights` names nothing."""
+    """Raises `UserError` if `initial_weights` names a path that does not exist."""
     weights = recipe.initial_weights
     if weights and not Path(weights).exists():
         why = "no checkpoint here: give a run folder or a checkpoint file"

@@ -107,7 +107,7 @@ def _is_number(cell: str) -> bool:
 
 
 def write_metrics(file: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Replaces the file in one move, so that a kill loses nothing."""
+    """Replaces the file atomically, so that a kill loses nothing."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=columns)
     writer.writeheader()

@@ -51,7 +51,7 @@ EXAMPLE = {
 
 
 class DeepSeek(CheckpointFormat):
-    """Everything but the router, its selection bias, and the modules of multi-token prediction."""
+    """What both generations share; subclasses translate the router, the balancers and the keys of their own."""
 
     defaults: ClassVar[Mapping[str, Any]]
     biased: ClassVar[bool]
