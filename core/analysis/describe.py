@@ -19,7 +19,7 @@ from core.contracts.ffn import RoutingProperties
 from core.contracts.precision import Precision
 from core.contracts.schedule import Progress
 from core.contracts.schema import Section
-from core.contracts.training import StrategyFactory
+from core.contracts.strategy import StrategyFactory
 from core.extension.checks import format_error_at
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger

@@ -60,6 +60,8 @@ class BuildContext:
         residual: the recipe section of the residual stream between blocks.
         ropes: further rotary positions, by name.
         roles: the roles that matrix products of this model may have.
+        dispatcher: the section of the dispatcher that is built in the place of every other one; None: none is
+            replaced.
     """
 
     dim: int
@@ -76,6 +78,7 @@ class BuildContext:
     residual: Section | None = None
     ropes: Mapping[str, Rope] = field(default_factory=dict)
     roles: Collection[str] = frozenset(ROLES)
+    dispatcher: Section | None = None
 
     def make(self, section: Section, **shared: Any) -> Any:
         """Builds the component of a child section.
@@ -87,6 +90,8 @@ class BuildContext:
         Raises:
             SectionError: the constructor raised `ConfigError` for a key that does not fit the model around it.
         """
+        if section.slot == "dispatcher" and self.dispatcher is not None:
+            section = self.dispatcher
         try:
             made = section.component(section.config, self, **shared)
         except ConfigError as error:

@@ -11,6 +11,7 @@ from core.contracts.balancer import Balancer
 from core.contracts.build import BuildContext
 from core.contracts.component import Component, Costs
 from core.contracts.context import SequenceContext
+from core.contracts.dispatcher import Dispatcher
 from core.contracts.layer import LayerExtras
 from core.contracts.record import Record
 
@@ -58,6 +59,11 @@ class FeedForward(LayerExtras, nn.Module, Component, ABC):
     def experts(self) -> int:
         """The number of routed experts; 0 for a dense layer."""
         return 0
+
+    @property
+    def dispatchers(self) -> Sequence[Dispatcher]:
+        """What moves tokens to the experts of this layer; empty for a dense one."""
+        return ()
 
     @property
     def routing_properties(self) -> RoutingProperties | None:

@@ -1,4 +1,4 @@
-"""The slots that hand Lightning and torch their own objects: optimizer, strategy, callback, logger."""
+"""The slots that hand Lightning and torch their own objects: optimizer, callback, logger."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from core.contracts.component import Component
 from core.contracts.schedule import Progress
+from core.contracts.strategy import StrategyFactory as StrategyFactory  # its place before
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
     from lightning.pytorch.loggers import Logger
-    from torch import Tensor, nn
-    from torch.distributed.device_mesh import DeviceMesh
+    from torch import Tensor
     from torch.optim import Optimizer
 
 
@@ -46,8 +46,9 @@ class OptimizerFactory(Component, ABC):
     value times the group's `lr_scale`, 1 if it has none.
 
     Class attributes:
-        needs_whole_matrices: whether an update reads whole matrices (Muon, for example). A strategy that shards them
-            then has to gather them or to raise an error; no strategy of this version does.
+        needs_whole_matrices: whether an update reads whole matrices (Muon, for example). A recipe with such an
+            optimizer and a strategy that shards weights is an error: the optimizer is given the part of each weight
+            that its rank owns.
     """
 
     needs_whole_matrices: ClassVar[bool] = False
@@ -66,34 +67,6 @@ class OptimizerFactory(Component, ABC):
     @abstractmethod
     def learning_rate(self, progress: Progress) -> float:
         """The learning rate of the step that ends at `progress`."""
-
-
-class StrategyFactory(Component, ABC):
-    """Says on which devices a run works and how they share the work.
-
-    A strategy with several processes has the key `ranks` in its `Config`, their number; without it, one process trains.
-    A run with another number of processes is an error. They are started by the first one, by torchrun or by srun.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
-        """Shards the weights of a model that is on the meta device, where each still has its whole shape.
-
-        Weights are drawn afterwards, each from a seed of its own, so that a rank draws only the matrices of a stack
-        that it owns. No parameter is renamed. The default leaves the model whole. `core.assemble.build` calls it
-        (`parallelize=...`); `fit` and `sweep` do not start with a strategy that defines it, because this version cannot
-        train with sharded weights.
-
-        Args:
-            model: a language model.
-            mesh: the devices over which it is sharded.
-        """
-
-    @abstractmethod
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Returns keyword arguments of `lightning.Trainer`: accelerator, devices, strategy."""
 
 
 class CallbackFactory(Component, ABC):

@@ -84,7 +84,7 @@ class Registrar:
         self.add("corpus", name, target)
 
     def strategy(self, name: str, target: str) -> None:
-        """Offers a strategy, a subclass of `core.contracts.training.StrategyFactory`."""
+        """Offers a strategy, a subclass of `core.contracts.strategy.StrategyFactory`."""
         self.add("strategy", name, target)
 
     def callback(self, name: str, target: str) -> None:

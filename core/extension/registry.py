@@ -24,7 +24,7 @@ SLOTS = {
     "checkpoint_format": "core.contracts.checkpoint_format:CheckpointFormat",
     "optimizer": "core.contracts.training:OptimizerFactory",
     "corpus": "core.contracts.corpus:Corpus",
-    "strategy": "core.contracts.training:StrategyFactory",
+    "strategy": "core.contracts.strategy:StrategyFactory",
     "callback": "core.contracts.training:CallbackFactory",
     "logger": "core.contracts.training:LoggerFactory",
 }

@@ -4,7 +4,6 @@ Initial weights are drawn this way (`core.model.initialise`), and random choices
 """
 
 import hashlib
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -39,32 +38,42 @@ def draw_normal(weight: Tensor, std: float, *, seed: int | None = None) -> None:
 
 
 @torch.no_grad()
-def draw_stack(weight: Tensor, std: float) -> None:
-    """Fills a stack of matrices from N(0, std), each from a generator seeded by the current seed and its index.
+def draw_stack(weight: Tensor, std: float, *, first: int = 0) -> None:
+    """Fills a stack of matrices from N(0, std), each from a generator seeded by the current seed and its number.
 
-    If the stack is sharded along its first axis, each rank draws its own matrices and no other.
+    If the stack is sharded along its first axis, each rank draws its own matrices and no other; along another one, it
+    draws every matrix of the stack and keeps its own part of each.
 
     Args:
         weight: [groups, out, in].
         std: standard deviation.
+        first: the number of the stack's first matrix; not 0 where the rest of the stack is on other ranks.
     """
     if weight.is_meta:
         return
     seed = torch.initial_seed()
-    own: Tensor = weight
-    indices: Iterable[int] = range(len(weight))
-    if isinstance(weight, DTensor):
-        assert all(p.is_shard(0) or p.is_replicate() for p in weight.placements), weight.placements
-        own = weight.to_local()
-        indices = own_part(torch.arange(len(weight)), weight).tolist()
-    for index, matrix in zip(indices, own.detach(), strict=True):
-        draw_normal(matrix, std, seed=address(seed, str(index)))
+    numbers = torch.arange(first, first + len(weight))
+    if not isinstance(weight, DTensor):
+        for number, matrix in zip(numbers.tolist(), weight.detach(), strict=True):
+            draw_normal(matrix, std, seed=address(seed, str(number)))
+        return
+    own = weight.to_local()
+    whole = torch.empty(weight.shape[1:], dtype=torch.float32, device=own.device)
+    for number, matrix in zip(own_part(numbers, weight).tolist(), own.detach(), strict=True):
+        draw_normal(whole, std, seed=address(seed, str(number)))
+        matrix.copy_(own_part(whole[None], weight, from_axis=1)[0])
 
 
-def own_part(whole: Tensor, weight: DTensor) -> Tensor:
-    """This rank's part of a tensor that has a sharded weight's shape, or its first axes."""
+def own_part(whole: Tensor, weight: DTensor, *, from_axis: int = 0) -> Tensor:
+    """This rank's part of a tensor, along the axes in which a weight is sharded.
+
+    Args:
+        whole: a tensor of the weight's shape, or of its first axes.
+        weight: the sharded weight.
+        from_axis: the first axis along which a part is taken.
+    """
     for mesh_dim, placement in enumerate(weight.placements):
-        if isinstance(placement, Shard):
+        if isinstance(placement, Shard) and from_axis <= placement.dim < whole.ndim:
             parts = whole.chunk(weight.device_mesh.size(mesh_dim), dim=placement.dim)
             rank = weight.device_mesh.get_local_rank(mesh_dim)
             if rank < len(parts):

@@ -84,17 +84,32 @@ class GroupedLinear(ProductLayer):
 
     Every group's initial weights have an address of their own, so adding experts leaves the others as they were.
     The keyword arguments are `LinearOptions`.
+
+    Attributes:
+        groups: how many groups this layer has.
+        all_groups: how many there are over all ranks; more than `groups` if a strategy has divided them.
+        first_group: the number of this layer's first group among all.
     """
+
+    first_group: int = 0
 
     def __init__(
         self, groups: int, inputs: int, outputs: int, **formats: Unpack[LinearOptions]
     ) -> None:
         super().__init__(groups, outputs, inputs, **formats)
         self.groups = groups
+        self.all_groups = groups
 
     def reset_parameters(self) -> None:
         """Draws the weight from N(0, std), each group from a generator seeded by the current seed and its index."""
-        draw_stack(self.weight, self.std)
+        draw_stack(self.weight, self.std, first=self.first_group)
+
+    def keep_groups(self, first: int, groups: int) -> None:
+        """Keeps `groups` groups from number `first` on; for a layer on the meta device, whose weights follow."""
+        assert self.weight.is_meta
+        self.first_group = first
+        self.groups = groups
+        self.weight = nn.Parameter(self.weight.detach()[first : first + groups])
 
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
         """The products [A, outputs] of rows sorted by group; `ends_E` says where each group ends."""

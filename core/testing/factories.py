@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from core.contracts.corpus import Split, TokenCorpus
 from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
-from core.contracts.training import NamedParameter, ParameterKind, StrategyFactory
+from core.contracts.strategy import StrategyFactory
+from core.contracts.training import NamedParameter, ParameterKind
 from core.model.initialise import initialise
 from core.model.parameters import check_groups
 from core.testing.clauses import check, require, skip_unless

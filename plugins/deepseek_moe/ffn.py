@@ -143,15 +143,21 @@ class MixtureOfExperts(FeedForward):
         return list(self.balance)  # type: ignore[arg-type]
 
     @property
+    def dispatchers(self) -> Sequence[Dispatcher]:
+        """The layer's one dispatcher."""
+        return [self.dispatcher]
+
+    @property
     def experts(self) -> int:
         """The number of routed experts."""
         return self.config.experts
 
     @classmethod
     def traceable_of(cls, config: Config) -> bool:
-        """Whether the router is traceable and nothing is dropped: protected sequences are drawn by the step."""
-        router = config.router
-        return config.token_dropping is None and bool(router.component.traceable_of(router.config))
+        """Whether router and dispatcher are traceable and nothing is dropped: protected sequences are drawn by step."""
+        parts = (config.router, config.dispatcher)
+        traceable = [part.component.traceable_of(part.config) for part in parts]
+        return config.token_dropping is None and all(traceable)
 
     @property
     def routing_properties(self) -> RoutingProperties:
@@ -196,6 +202,7 @@ class MixtureOfExperts(FeedForward):
             dropped=routing.dropped(valid_T),
             sums=[balancer.observe(routing, context) for balancer in self.balancers],
             balancer_tallies=[balancer.tally(routing, context) for balancer in self.balancers],
+            tallies=self.dispatcher.tallies(state),
         )
         return y_TD.view_as(x_BLD), record
 

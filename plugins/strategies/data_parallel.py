@@ -6,7 +6,7 @@ from typing import Any, Literal
 from core.contracts.component import Environment
 from core.contracts.errors import ConfigError
 from core.contracts.schema import setting
-from core.contracts.training import StrategyFactory
+from core.contracts.strategy import StrategyFactory
 
 
 def _missing_gpu(config: Any, environment: Environment) -> str | None:

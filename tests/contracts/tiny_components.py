@@ -26,7 +26,8 @@ from core.contracts.record import MeanMetric, Metric
 from core.contracts.residual import Place, Residual
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
-from core.contracts.training import NamedParameter, OptimizerFactory, StrategyFactory
+from core.contracts.strategy import StrategyFactory
+from core.contracts.training import NamedParameter, OptimizerFactory
 from core.data.tokenizer import train
 from core.extension.hookspec import Registrar, hookimpl
 from core.model.attend import TensorCache, attend

@@ -21,7 +21,7 @@ from core.contracts.record import StepTotals
 from core.contracts.router import AdjustScores, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
-from core.contracts.training import StrategyFactory
+from core.contracts.strategy import StrategyFactory
 from core.extension.hookspec import hookimpl
 from core.model.attend import TensorCache
 from core.numerics.linear import Linear

@@ -1,0 +1,99 @@
+"""The strategy slot: on which devices a run works, and how they share the work."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from core.contracts.component import Component
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class StrategyFactory(Component, ABC):
+    """Says on which devices a run works and how they share the work.
+
+    Several ranks read other sequences of the same global batch. They are started by the first one, by torchrun or by
+    srun; a run with another number of ranks than `ranks_of` is an error.
+
+    A strategy that shards weights sets `shards`. The model is then built on the meta device with whole shapes, and
+    every rank calls `parallelize` as soon as there is a process group. After it each rank draws the weights that it
+    owns. Every weight is divided over the ranks, so that each number of the model has one owner, and the backward of a
+    window's last micro-batch leaves the gradient of what a rank owns, summed over all ranks.
+
+    Class attributes:
+        shards: whether weights are divided over the ranks.
+    """
+
+    shards: ClassVar[bool] = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @classmethod
+    def ranks_of(cls, config: Any) -> int:
+        """The number of processes: by default the key `ranks`, 1 without it."""
+        return int(getattr(config, "ranks", 1))
+
+    @classmethod
+    def nodes_of(cls, config: Any) -> int:
+        """The number of machines, which have equally many ranks: by default the key `nodes`, 1 without it."""
+        return int(getattr(config, "nodes", 1))
+
+    @abstractmethod
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Returns keyword arguments of `lightning.Trainer`: accelerator, devices of each machine, strategy."""
+
+    def make_mesh(self, device: str) -> "DeviceMesh":
+        """Arranges all ranks as a mesh; by default in one dimension.
+
+        Args:
+            device: the kind of device, `cpu` or `cuda`.
+        """
+        from torch.distributed import get_world_size
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(device, (get_world_size(),))
+
+    def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
+        """Shards the weights of a model that is on the meta device, where each still has its whole shape.
+
+        No parameter is renamed. A layer with a matrix for each expert may be given fewer: its weight then holds
+        `groups` of the `all_groups` matrices, from number `first_group` on (`core.numerics.linear.GroupedLinear`).
+        The default leaves the model whole.
+
+        Args:
+            model: a language model.
+            mesh: what `make_mesh` returned.
+        """
+
+    def expert_group(self, mesh: "DeviceMesh") -> "ProcessGroup | None":
+        """The ranks over which experts are divided, this one among them, in the order of the experts; None: none."""
+        return None
+
+    def gradient_scale(self, ranks: int) -> float:
+        """The factor of each rank's loss with which exchanged gradients are the sum over ranks.
+
+        The default is the number of ranks, because DistributedDataParallel takes the mean of their gradients.
+        """
+        return float(ranks)
+
+    def set_gradient_exchange(self, model: "nn.Module", *, wanted: bool) -> None:
+        """Says whether the next backward exchanges gradients; only the last one of a window does.
+
+        Strategies of Lightning with a `block_backward_sync` need nothing here.
+        """
+
+    def gradient_norm(self, gradients: "Sequence[Tensor]") -> "Tensor":
+        """The L2 norm of all gradients together, the same on every rank.
+
+        Args:
+            gradients: those of the weights, or of the parts of weights, that this rank owns. By default every rank
+                owns all.
+        """
+        from torch.nn.utils import get_total_norm
+
+        norm: Tensor = get_total_norm(gradients)
+        return norm
