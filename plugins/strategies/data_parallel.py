@@ -4,16 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from core.contracts.component import Environment
-from core.contracts.errors import ConfigError
 from core.contracts.schema import setting
 from core.contracts.strategy import StrategyFactory
-
-
-def _missing_gpu(config: Any, environment: Environment) -> str | None:
-    """Why a run cannot start, as a sentence: `accelerator` is cuda, and there is no GPU; else None."""
-    if config.accelerator == "cuda" and environment.device != "cuda":
-        return "accelerator is cuda, and torch finds no GPU"
-    return None
+from plugins.strategies.devices import check_share, missing_gpu
 
 
 class Single(StrategyFactory):
@@ -32,7 +25,7 @@ class Single(StrategyFactory):
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
         """The sentence that a GPU is missing, where `accelerator` is cuda."""
-        return _missing_gpu(config, environment)
+        return missing_gpu(config, environment)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The Trainer's arguments for one device and no process group."""
@@ -55,16 +48,12 @@ class DataParallel(StrategyFactory):
 
         def check(self, parent: Any) -> None:
             """Raises `ConfigError` if the ranks cannot share a micro-batch, or one of validation, evenly."""
-            for key in ("batch", "validation"):
-                section = getattr(parent, key, None)
-                sequences = self.ranks if section is None else section.sequences
-                if self.ranks < 1 or sequences % self.ranks:
-                    raise ConfigError("ranks", f"must divide {key}.sequences = {sequences}")
+            check_share(parent, "ranks", self.ranks)
 
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
         """The sentence that GPUs are missing, where `accelerator` is cuda."""
-        return _missing_gpu(config, environment)
+        return missing_gpu(config, environment)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The Trainer's arguments; buffers are not broadcast: every rank updates its bias from the same counts."""

@@ -1,0 +1,34 @@
+"""Checks that the strategies share: of devices, of machines, and of how a batch is shared."""
+
+from typing import Any
+
+from core.contracts.component import Environment
+from core.contracts.errors import ConfigError
+
+
+def missing_gpu(config: Any, environment: Environment) -> str | None:
+    """Why a run cannot start, as a sentence: `accelerator` is cuda, and there is no GPU; else None."""
+    if config.accelerator == "cuda" and environment.device != "cuda":
+        return "accelerator is cuda, and torch finds no GPU"
+    return None
+
+
+def check_nodes(nodes: int, ranks: int) -> None:
+    """Raises `ConfigError` if the machines cannot have equally many of the ranks."""
+    if nodes < 1 or ranks % nodes:
+        raise ConfigError("nodes", f"must divide the number of ranks, {ranks}")
+
+
+def check_share(recipe: Any, key: str, ranks: int) -> None:
+    """Raises `ConfigError` if ranks cannot share a micro-batch, or one of validation, evenly.
+
+    Args:
+        recipe: the recipe, or something without these sections.
+        key: the key that says how many ranks there are.
+        ranks: how many there are.
+    """
+    for name in ("batch", "validation"):
+        section = getattr(recipe, name, None)
+        sequences = ranks if section is None else section.sequences
+        if ranks < 1 or sequences % ranks:
+            raise ConfigError(key, f"must divide {name}.sequences = {sequences}")

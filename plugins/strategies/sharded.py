@@ -1,0 +1,234 @@
+"""Strategies that divide the weights over the ranks: `fsdp`, and `expert_parallel` for the experts of MoE layers.
+
+How weights are divided is in `plugins.strategies.dividing`, which needs torch; this file does not, so that errors in a
+recipe need not wait for it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.contracts.component import Environment
+from core.contracts.errors import ConfigError
+from core.contracts.schema import Child, Section, child, sections_in, setting
+from core.contracts.strategy import StrategyFactory
+from plugins.strategies.devices import check_nodes, check_share, missing_gpu
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class _Sharded(StrategyFactory):
+    """What strategies with divided weights share: FSDP2's exchange, summed gradients, and a norm over all ranks."""
+
+    shards = True
+
+    @classmethod
+    def requires(cls, config: Any, environment: Environment) -> str | None:
+        """The sentence that GPUs are missing, where `accelerator` is cuda."""
+        return missing_gpu(config, environment)
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The Trainer's arguments."""
+        from core.training.sharded import ShardedStrategy
+
+        ranks = self.ranks_of(self.config)
+        nodes = self.nodes_of(self.config)
+        return {
+            "accelerator": self.config.accelerator,
+            "devices": ranks // nodes,
+            "num_nodes": nodes,
+            "strategy": ShardedStrategy(self, offload=self.config.offload),
+        }
+
+    def gradient_scale(self, ranks: int) -> float:
+        """1: FSDP2 is told to add gradients up."""
+        return 1.0
+
+    def set_gradient_exchange(self, model: "nn.Module", *, wanted: bool) -> None:
+        """Lets FSDP2 exchange gradients in the next backward, or add them up on this rank."""
+        model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
+
+    def gradient_norm(self, gradients: "Sequence[Tensor]") -> "Tensor":
+        """The norm over all ranks: every number of a gradient is on one rank."""
+        from core.training.sharded import norm_over_ranks
+
+        return norm_over_ranks(gradients)
+
+
+class FullyShardedDataParallel(_Sharded):
+    """Divides every weight, its gradient and its optimizer state over all ranks, and gathers a block's when it runs.
+
+    Gathered weights have the format of their products; gradients are summed in the format of the weights.
+    """
+
+    paper = "PyTorch FSDP (arXiv 2304.11277); torch's `fully_shard`"
+    example = {"name": "fsdp", "ranks": 2}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The ranks and the kind of device."""
+
+        ranks: int = setting(doc="processes, one device each, over all machines")
+        nodes: int = setting(1, doc="machines, with equally many processes each")
+        accelerator: Literal["auto", "cpu", "cuda"] = setting(
+            "auto", doc="auto: GPUs if there are any"
+        )
+        reshard_after_forward: bool = setting(
+            True, doc="free a block's gathered weights after its forward, and gather them again"
+        )
+        offload: bool = setting(
+            False, doc="keep weights and optimizer states in the memory of the CPU"
+        )
+
+        def check(self, parent: Any) -> None:
+            """Raises `ConfigError` if the ranks cannot share a batch evenly, or the machines the ranks."""
+            check_nodes(self.nodes, self.ranks)
+            check_share(parent, "ranks", self.ranks)
+
+    def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
+        """Divides every weight over the mesh, by `fully_shard` of each block, each loss head and the model."""
+        from plugins.strategies.dividing import Division
+
+        division = Division(
+            mesh,
+            experts_mesh=None,
+            reshard=self.config.reshard_after_forward,
+            offload=self.config.offload,
+        )
+        division.apply(model)
+
+
+class ExpertParallel(_Sharded):
+    """Divides experts over groups of ranks, and everything else over all ranks as `fsdp` does.
+
+    The ranks form a mesh of data ranks x expert ranks; expert ranks of one group follow each other. Each rank reads
+    other sequences. A stack of experts is divided over the expert ranks, and each part over the data ranks.
+    """
+
+    paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 3.2; GShard (arXiv 2006.16668), section 3"
+    example = {"name": "expert_parallel", "expert_ranks": 2}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """The ranks, and how tokens travel between them."""
+
+        expert_ranks: int = setting(doc="ranks over which the experts of a layer are divided")
+        ranks: int | None = setting(
+            None, doc="processes, one device each, over all machines; null: expert_ranks"
+        )
+        nodes: int = setting(1, doc="machines, with equally many processes each")
+        ranks_per_node: int | None = setting(
+            None, doc="ranks with a fast connection to each other; null: those of one machine"
+        )
+        accelerator: Literal["auto", "cpu", "cuda"] = setting(
+            "auto", doc="auto: GPUs if there are any"
+        )
+        reshard_after_forward: bool = setting(
+            True, doc="free a block's gathered weights after its forward, and gather them again"
+        )
+        offload: bool = setting(
+            False, doc="keep weights and optimizer states in the memory of the CPU"
+        )
+        dispatcher: Child = child(
+            "dispatcher", {"name": "all_to_all"}, doc="replaces the dispatcher of every MoE layer"
+        )
+
+        def all_ranks(self) -> int:
+            """The number of processes."""
+            return self.expert_ranks if self.ranks is None else self.ranks
+
+        def node_ranks(self) -> int:
+            """The ranks with a fast connection to each other."""
+            if self.ranks_per_node is None:
+                return self.all_ranks() // self.nodes
+            return self.ranks_per_node
+
+        def check(self, parent: Any) -> None:
+            """Raises `ConfigError` for sizes that do not divide, and for dispatchers that cannot work together."""
+            if self.expert_ranks < 1:
+                raise ConfigError("expert_ranks", "must be at least 1")
+            ranks = self.all_ranks()
+            if ranks < 1 or ranks % self.expert_ranks:
+                raise ConfigError("ranks", f"must be a multiple of expert_ranks = {self.expert_ranks}")
+            check_nodes(self.nodes, ranks)
+            self._check_ranks_per_node(ranks)
+            check_share(parent, "expert_ranks" if self.ranks is None else "ranks", ranks)
+            if "between_ranks" not in _capabilities(self.dispatcher):
+                why = f"{self.dispatcher.name} works on one device; all_to_all moves tokens between ranks"
+                raise ConfigError("dispatcher", why)
+            self._check_layers(parent)
+
+        def _check_ranks_per_node(self, ranks: int) -> None:
+            inside = self.node_ranks()
+            if inside < 1 or ranks % inside:
+                raise ConfigError("ranks_per_node", f"must divide the number of ranks, {ranks}")
+            if inside % self.expert_ranks and self.expert_ranks % inside:
+                why = f"must divide expert_ranks = {self.expert_ranks} or be a multiple of it"
+                raise ConfigError("ranks_per_node", why)
+
+        def _check_layers(self, parent: Any) -> None:
+            layers = list(_layers_with_experts(parent))
+            for layer in layers:
+                if layer.config.experts % self.expert_ranks:
+                    why = f"must divide the {layer.config.experts} experts of a layer"
+                    raise ConfigError("expert_ranks", why)
+            for section in sections_in(getattr(parent, "model", None)):
+                if section.slot != "dispatcher" or section.name == self.dispatcher.name:
+                    continue
+                if "replaceable" not in _capabilities(section):
+                    why = f"cannot replace {section.name}, the dispatcher of a layer in model"
+                    raise ConfigError("dispatcher", why)
+
+    @classmethod
+    def ranks_of(cls, config: Any) -> int:
+        """The number of processes: `ranks`, or `expert_ranks` if it is null."""
+        return int(config.all_ranks())
+
+    def make_mesh(self, device: str) -> "DeviceMesh":
+        """The mesh of data ranks x expert ranks."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        experts = self.config.expert_ranks
+        shape = (self.config.all_ranks() // experts, experts)
+        return init_device_mesh(device, shape, mesh_dim_names=("data", "experts"))
+
+    def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
+        """Divides experts over `experts` and then over `data`, everything else over the whole mesh."""
+        from plugins.strategies.dividing import Division, bind_dispatchers, divide_experts
+
+        divide_experts(model, mesh["experts"])
+        bind_dispatchers(model, mesh["experts"], self.config.node_ranks())
+        division = Division(
+            flattened(mesh),
+            experts_mesh=mesh["data"],
+            reshard=self.config.reshard_after_forward,
+            offload=self.config.offload,
+        )
+        division.apply(model)
+
+    def expert_group(self, mesh: "DeviceMesh") -> "ProcessGroup | None":
+        """The ranks of the mesh's `experts` dimension."""
+        group: ProcessGroup = mesh["experts"].get_group()
+        return group
+
+
+def flattened(mesh: "DeviceMesh") -> "DeviceMesh":
+    """All ranks of a mesh in one dimension."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("all",))
+
+
+def _capabilities(section: Section) -> frozenset[str]:
+    found: frozenset[str] = section.component.capabilities_of(section.config)
+    return found
+
+
+def _layers_with_experts(parent: Any) -> Iterator[Section]:
+    """The sections of feed-forward layers that have experts."""
+    for section in sections_in(getattr(parent, "model", None)):
+        if section.slot == "ffn" and getattr(section.config, "experts", 0):
+            yield section
