@@ -49,6 +49,7 @@ def build(
     precision: Precision | None = None,
     token_counts: Callable[[], Tensor] | None = None,
     parallelize: Callable[[LanguageModel], None] | None = None,
+    dispatcher: Section | None = None,
 ) -> LanguageModel:
     """Builds the recipe's model with its initial weights; on the meta device without any.
 
@@ -60,12 +61,13 @@ def build(
             built from it call it.
         parallelize: shards the weights of the model, which is built on the meta device first; each rank then draws
             the weights that it owns.
+        dispatcher: replaces the dispatcher of every layer; None: those of the recipe.
 
     Raises:
         UserError: a component cannot be built with its settings in this model; the message names the key.
     """
     context = _context(recipe, precision or make(recipe.precision))
-    context = replace(context, token_counts=token_counts)
+    context = replace(context, token_counts=token_counts, dispatcher=dispatcher)
     first_device = "meta" if parallelize else device
     with torch.device(first_device), _float_default():
         try:
@@ -78,11 +80,30 @@ def build(
             why = "its sizes are too large: a tensor of it cannot be addressed, or not be held here"
             raise UserError(f"model: {why} ({' '.join(str(cause).split())[:120]})") from cause
     if parallelize is not None:
-        parallelize(model)
-        model.to_empty(device=device)
-    if device != "meta":
+        divide(model, recipe.seed, parallelize, device=device)
+    elif device != "meta":
         initialise(model, recipe.seed)
     return model
+
+
+def divide(
+    model: LanguageModel,
+    seed: int,
+    parallelize: Callable[[LanguageModel], None],
+    *,
+    device: str = "cpu",
+) -> None:
+    """Divides the weights of a model on the meta device, and draws those that this rank owns.
+
+    Args:
+        model: a model that `build` returned.
+        seed: the recipe's seed.
+        parallelize: shards the weights.
+        device: where the weights are drawn.
+    """
+    parallelize(model)
+    model.to_empty(device=device)
+    initialise(model, seed)
 
 
 def _at_its_key(recipe: Recipe, error: SectionError) -> UserError:
@@ -208,15 +229,19 @@ def _float_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def compile_parts(model: LanguageModel, **options: Any) -> None:
+def compile_parts(model: LanguageModel, *, divided: bool = False, **options: Any) -> None:
     """Compiles every block and every loss head with `torch.compile`, in place; parameters keep their names.
 
     Args:
         model: a model that `build` returned.
+        divided: whether its weights are divided; the hooks that gather them then stay outside of what is compiled.
         options: options of `torch.compile`.
     """
     for part in [*model.blocks, *model.heads.values()]:
-        part.compile(**options)
+        if divided:
+            part.forward = torch.compile(part.forward, **options)
+        else:
+            part.compile(**options)
 
 
 def make(section: Section) -> Any:

@@ -153,6 +153,7 @@ class Lab:
             build(recipe),
             plan=plan,
             optimizer=make(recipe.optimizer),
+            strategy=make(recipe.strategy),
             flops_per_token=1.0,
             mask_documents=recipe.data.mask_documents,
             gradient_clip=recipe.gradient_clip,

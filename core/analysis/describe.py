@@ -19,7 +19,6 @@ from core.contracts.ffn import RoutingProperties
 from core.contracts.precision import Precision
 from core.contracts.schedule import Progress
 from core.contracts.schema import Section
-from core.contracts.strategy import StrategyFactory
 from core.extension.checks import format_error_at
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger
@@ -313,16 +312,9 @@ def unmet_requirements(recipe: Recipe) -> list[str]:
     reasons = []
     for section in recipe.sections():
         why = _requires(section, environment)
-        if section.slot == "strategy" and _shards_weights(section):
-            why = "it shards weights (parallelize), and training with sharded weights is not in this version"
         if why:
             reasons.append(f"{section.slot} {section.name}: {why}")
     return reasons
-
-
-def _shards_weights(strategy: Section) -> bool:
-    """Whether a strategy overrides `parallelize`."""
-    return strategy.component.parallelize is not StrategyFactory.parallelize
 
 
 def _requires(section: Section, environment: Environment) -> str | None:

@@ -48,7 +48,11 @@ class Block(nn.Module):
     def forward(
         self, stream: Tensor, context: SequenceContext, cache: Cache | None = None
     ) -> tuple[Tensor, dict[str, Record]]:
-        """The stream after the block, and the records of its layers that have one, by name: `attention`, `ffn`."""
+        """The stream after the block, and the records of its layers that have one, by name: `attention`, `ffn`.
+
+        Recomputation runs to the end of the block, so that hooks of its modules and exchanges between ranks come in
+        the same order as in the forward.
+        """
         if self.recompute and cache is None and torch.is_grad_enabled():
             result: tuple[Tensor, dict[str, Record]] = checkpoint(
                 self._layers,
@@ -58,6 +62,7 @@ class Block(nn.Module):
                 use_reentrant=False,
                 context_fn=_keep_choices,
                 preserve_rng_state=False,
+                early_stop=False,
             )
             return result
         return self._layers(stream, context, cache)

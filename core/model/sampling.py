@@ -1,6 +1,6 @@
 """Writing text with a model: one token at a time from its caches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -19,6 +19,8 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     stop: int | None = None,
+    device: torch.device | None = None,
+    agreed: Callable[[int], int] = int,
 ) -> Iterator[int]:
     """Yields the tokens that continue a prompt.
 
@@ -30,18 +32,20 @@ def sample(
         top_p: sample from the smallest set of tokens whose probabilities add up to this.
         seed: seed of the draws.
         stop: a token that ends the text and is not yielded.
+        device: where tokens are given to the model; None: where its weights are.
+        agreed: maps each chosen token to the one that is taken; ranks that decode together agree on one by it.
 
     Raises:
         NotFiniteError: the model's logits are not finite, so that no token is more likely than another.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     caches = model.new_caches(1, min(len(prompt) + tokens, model.max_length))
     new_tokens = list(prompt)
     for _ in range(tokens):
         logits_V = model.decode(torch.tensor([new_tokens], device=device), caches)[0, -1]
         check_logits(logits_V)
-        token = _choose(logits_V.double().cpu(), temperature, top_p, generator)
+        token = agreed(_choose(logits_V.double().cpu(), temperature, top_p, generator))
         if token == stop:
             return
         yield token

@@ -393,6 +393,9 @@ class RecipeSchema:
                 f"must be empty under precision {name}: as it is set, a recomputed product differs"
             )
             raise ConfigError("recompute.blocks", why)
+        if self.strategy.component.shards and self.optimizer.component.needs_whole_matrices:
+            why = f"{self.strategy.name} divides the weights, and optimizer {self.optimizer.name} needs whole matrices"
+            raise ConfigError("strategy.name", why)
         if "gpu_only" in able and getattr(self.strategy.config, "accelerator", None) == "cpu":
             why = f"must not be cpu under precision {self.precision.name}"
             raise ConfigError("strategy.accelerator", why)

@@ -60,6 +60,7 @@ def evaluate(
         load(checkpoint, trust=trust),
         plan=data.plan,
         optimizer=make(recipe.optimizer),
+        strategy=make(recipe.strategy),
         flops_per_token=0.0,
         mask_documents=recipe.data.mask_documents,
         validation_bytes=data.validation_bytes,

@@ -1,7 +1,8 @@
 """The model of a run, built from the recipe and the weights in its folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from core.numerics.finite import not_finite_in
 from core.recipe.compose import compose_run
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
+from core.training.sharded import WeightPart, load_whole_state
 
 NOT_FINITE = "such weights predict nothing: name another checkpoint"
 """The end of the error message for weights that are not finite."""
@@ -38,21 +40,44 @@ def load(run_or_checkpoint: str | Path, *, trust: bool = False) -> LanguageModel
     return model.eval()
 
 
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
+def check_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Checks that the tensors of a checkpoint are those of a model, by name and shape; their values are not read.
+
+    Args:
+        model: a whole model, on any device.
+        checkpoint: a checkpoint file, or the index of a converted run's weights.
+
+    Raises:
+        UserError: the first missing, unexpected or differently shaped tensor, by name.
+    """
+    if is_converted(checkpoint):
+        shapes = {name: spec.shape for name, spec in model_specs(weights_of(checkpoint)).items()}
+    else:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_of(checkpoint).items()}
+    _check_shapes(model, shapes, checkpoint)
+
+
+def load_weights(
+    model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightPart] | None = None
+) -> None:
     """Loads a checkpoint's weights into a model, in the model's own formats.
 
-    The tensors of a converted run are read a few rows at a time.
+    The tensors of a converted run are read a few rows at a time, unless they are divided.
 
     Args:
         model: the model whose weights are replaced.
         checkpoint: a checkpoint file, or the index of a converted run's weights.
+        parts: the weights of a model that is divided over ranks, which each take their own parts; None: it is whole.
+            `check_weights` has checked the checkpoint.
 
     Raises:
         UserError: the first missing, unexpected or differently shaped tensor, by name.
         NotFiniteError: the first tensor that holds a number which is not finite, or is too large for the model's
             format; the model may then hold some of the weights.
     """
-    if is_converted(checkpoint):
+    if parts is not None:
+        _load_parts(model, checkpoint, parts)
+    elif is_converted(checkpoint):
         weights = weights_of(checkpoint)
         shapes = {name: spec.shape for name, spec in model_specs(weights).items()}
         _check_shapes(model, shapes, checkpoint)
@@ -68,6 +93,43 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
         found = not_finite_in(model.state_dict())
         if found:
             raise NotFiniteError(f"{checkpoint}: {found} in the format of this recipe's precision")
+
+
+def _load_parts(
+    model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightPart]
+) -> None:
+    """Copies this rank's parts of the weights of a checkpoint into a divided model.
+
+    Raises:
+        NotFiniteError: the first tensor that holds a number which is not finite.
+    """
+    whole: Mapping[str, Any]
+    if is_converted(checkpoint):
+        whole = _WholeTensors(FiniteTensors(weights_of(checkpoint), str(checkpoint), NOT_FINITE))
+    else:
+        whole = state_of(checkpoint)
+        found = not_finite_in(whole)
+        if found:
+            raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")
+    load_whole_state(model, whole, parts)
+
+
+class _WholeTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a reader, each read as a whole when it is asked for."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        spec = self.reader.specs[name]
+        rows = self.reader.values(name, 0, spec.rows, torch.float32)
+        return rows.view(spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.reader.specs)
+
+    def __len__(self) -> int:
+        return len(self.reader.specs)
 
 
 def _check_shapes(

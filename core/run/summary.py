@@ -12,6 +12,7 @@ from core.data.module import TextData
 from core.numerics.finite import not_finite_in
 from core.run.divergence import DIVERGED
 from core.training.module import TrainingModule
+from core.training.own_parameters import local_state
 from core.training.setup import RunCallbacks
 
 
@@ -68,7 +69,7 @@ def divergence(module: TrainingModule, sample_error: str | None) -> str | None:
         sample_error: why no text could be sampled; None: it could.
     """
     found: list[str] = []
-    weight = not_finite_in(module.model.state_dict())
+    weight = not_finite_in(local_state(module.model))
     if weight:
         found.append(weight)
     validated = _validated_losses(module)

@@ -13,17 +13,16 @@ from torch import nn
 from core.analysis.budget import plan_of
 from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
-from core.assemble import build, compile_parts, make
+from core.assemble import build, make
 from core.contracts.corpus import TokenCorpus
-from core.contracts.errors import Interrupted, NotFiniteError, RunFailed, UserError
+from core.contracts.errors import Interrupted, RunFailed, UserError
+from core.contracts.strategy import StrategyFactory
 from core.data.module import TextData
-from core.data.tokenizer import SMALLEST, Tokenizer
-from core.model.language_model import LanguageModel
-from core.model.sampling import sample
+from core.data.tokenizer import SMALLEST
 from core.recipe.compose import Recipe, compose_run
-from core.recipe.trust import check_run_links
 from core.run.data import text_data
-from core.run.loading import load_weights
+from core.run.run_model import RunModel
+from core.run.run_sample import SampleAtEnd
 from core.run.summary import divergence, summarise
 from core.training.checkpoint_content import check_model, check_optimizers
 from core.training.checkpoints import is_disk_full
@@ -177,19 +176,21 @@ def _fit(
     if not data.validation_documents:
         notices.append(NO_VALIDATION)
         say(f"note: {NO_VALIDATION}")
-    model = build(recipe, token_counts=data.token_counts)
-    size = size_of(model)
-    if recipe.compile:
-        compile_parts(model)
+    strategy: StrategyFactory = make(recipe.strategy)
+    run_model = RunModel(recipe, strategy, data)
+    size = size_of(run_model.model)
+    run_model.compile()
     if recipe.initial_weights and start is None:
-        _load_initial_weights(recipe, model, data, say, trust=trust)
+        run_model.load_initial_weights(say, trust=trust)
     peak = None
     if not torch.cuda.is_available():
         peak = measured_peak_flops(torch.device("cpu"))
     module = TrainingModule(
-        model,
+        run_model.model,
         plan=plan,
         optimizer=make(recipe.optimizer),
+        strategy=strategy,
+        divide=run_model.divider,
         flops_per_token=size.flops_per_token,
         mask_documents=recipe.data.mask_documents,
         gradient_clip=recipe.gradient_clip,
@@ -203,9 +204,10 @@ def _fit(
         start = replace(start, content={})
     if not is_started and is_rank_zero():
         _write_identity(recipe, folder, data)
-    callbacks = _train(recipe, folder, module, data, peak, start, say)
+    sample = SampleAtEnd(folder, data.tokenizer)
+    callbacks = _train(recipe, folder, module, data, peak, start, say, sample)
     if is_rank_zero():
-        return _finish(folder, module, data, size, callbacks, notices)
+        return _finish(folder, module, data, size, callbacks, notices, sample.error)
     return {}
 
 
@@ -216,23 +218,6 @@ def _record_moved_corpus(recipe: Recipe, folder: RunFolder) -> None:
     folder.write_recipe(values)
 
 
-def _load_initial_weights(
-    recipe: Recipe,
-    model: LanguageModel,
-    data: TextData,
-    say: Callable[[str], None],
-    *,
-    trust: bool,
-) -> None:
-    """Loads the weights that the recipe starts from; without `trust` no link may lead out of their run's folder."""
-    source = newest_checkpoint(Path(str(recipe.initial_weights)))
-    source_recipe = RunFolder(source.parent.parent).recipe
-    if source_recipe.exists() and not trust:
-        check_run_links(source_recipe)
-    load_weights(model, source)
-    _warn_other_tokenizer(source, data, say)
-
-
 def _check_start(module: TrainingModule, start: Resume) -> None:
     """Raises `UserError` unless a checkpoint fits the model and the optimizers that continue from it."""
     check_model(module.model, start.content, start.path)
@@ -240,15 +225,6 @@ def _check_start(module: TrainingModule, start: Resume) -> None:
     if not isinstance(optimizers, list):
         optimizers = [optimizers]
     check_optimizers(optimizers, start.content, start.path)
-
-
-def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
-    """Warns if the initial weights were trained with another tokenizer, whose ids mean other text."""
-    run = RunFolder(source.parent.parent)
-    if run.tokenizer.is_file() and run.load_tokenizer().entries() != data.tokenizer.entries():
-        say(
-            f"note: {run.tokenizer} is another tokenizer than this run's, so its weights have to learn the tokens anew"
-        )
 
 
 def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
@@ -272,6 +248,7 @@ def _train(
     peak: float | None,
     start: Resume | None,
     say: Callable[[str], None],
+    sample: SampleAtEnd,
 ) -> RunCallbacks:
     """Runs Lightning's Trainer; it validates after the last step too."""
     launch = launch_of(recipe.strategy)
@@ -284,9 +261,9 @@ def _train(
         folder.path,
         steps=module.plan.steps,
         loggers=loggers,
-        callbacks=[own.throughput, own.loads, *callbacks],
+        callbacks=[own.throughput, own.loads, *callbacks, sample],
         stop=own.stop,
-        strategy=make(recipe.strategy).trainer_arguments(),
+        strategy=module.strategy.trainer_arguments(),
         launch=launch,
     )
     resumed = f" (resumed after step {start.step})" if start else ""
@@ -312,30 +289,16 @@ def _finish(
     size: Size,
     callbacks: RunCallbacks,
     notices: list[str],
+    sample_error: str | None,
 ) -> dict[str, Any]:
     """Writes the results of the run; the summary last, because its presence makes the run complete."""
     callbacks.loads.write()
-    module.eval()
-    sample_error = _write_sample(folder, module, data.tokenizer)
     diverged = divergence(module, sample_error)
     if diverged:
         notices = [*notices, diverged]
     summary = summarise(module, data, size, callbacks, notices)
     folder.write_json("summary.json", summary)
     return summary
-
-
-def _write_sample(folder: RunFolder, module: TrainingModule, tokenizer: Tokenizer) -> str | None:
-    """Writes a text of the model to `sample.txt`; returns why there is none if the model can write none."""
-    opening = tokenizer.end
-    length = min(128, module.model.max_length)
-    text = sample(module.model, [opening], tokens=length, temperature=0.8, top_p=0.9, stop=opening)
-    try:
-        written = list(text)
-    except NotFiniteError as cause:
-        return str(cause)
-    folder.write_text("sample.txt", tokenizer.decode(written) + "\n")
-    return None
 
 
 def check_environment(recipe: Recipe) -> None:

@@ -96,7 +96,7 @@ def launch_of(strategy: Any, environment: Mapping[str, str] = os.environ) -> Lau
     Raises:
         UserError: a launcher has started several tasks, and they cannot be the ranks.
     """
-    ranks = int(getattr(strategy.config, "ranks", 1))
+    ranks = strategy.component.ranks_of(strategy.config)
     if ranks == 1:
         return Launch()
     if JOINED in environment and FIRST_RANK in environment:

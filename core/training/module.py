@@ -6,7 +6,7 @@ logged MaxVio read the same integers.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,14 +17,16 @@ from torch import Tensor
 from core.contracts.context import SequenceContext
 from core.contracts.errors import RunFailed, UserError
 from core.contracts.schedule import Progress
+from core.contracts.strategy import StrategyFactory
 from core.contracts.training import OptimizerFactory
 from core.data.batch import Batch
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger, Term
-from core.model.parameters import check_groups, named_parameters
+from core.model.parameters import check_groups
 from core.numerics.finite import not_finite_in
 from core.recipe.plan import TrainingPlan
 from core.training.load import measures
+from core.training.own_parameters import OwnParameters, local_state
 from core.training.ranks import all_reduce_max_, rank_and_world, reduce_sum
 from core.training.step_metrics import as_scalar, balancer_metrics, component_metrics, loss_metrics
 from core.training.totals import WindowTotals, call_on_step_end
@@ -39,6 +41,8 @@ class TrainingModule(L.LightningModule):
         model: the model.
         plan: the steps of the run.
         optimizer: makes the optimizer and gives each step's learning rate.
+        strategy: says how ranks share the work.
+        divide: divides the weights of the model over the ranks, once there is a process group; None: they stay whole.
         flops_per_token: training FLOPs, for MFU.
         mask_documents: keep attention and predictions inside documents.
         gradient_clip: largest global gradient norm, or None.
@@ -52,6 +56,8 @@ class TrainingModule(L.LightningModule):
         *,
         plan: TrainingPlan,
         optimizer: OptimizerFactory,
+        strategy: StrategyFactory,
+        divide: Callable[[Any], None] | None = None,
         flops_per_token: float,
         mask_documents: bool = False,
         gradient_clip: float | None = 1.0,
@@ -63,6 +69,9 @@ class TrainingModule(L.LightningModule):
         self.model = model
         self.plan = plan
         self.optimizer_factory = optimizer
+        self.strategy = strategy
+        self.own = OwnParameters(model)
+        self._divide = divide
         self.flops_per_token = flops_per_token
         self.mask_documents = mask_documents
         self.gradient_clip = gradient_clip
@@ -101,12 +110,19 @@ class TrainingModule(L.LightningModule):
         tokens = window.count * self.plan.sequences * self.plan.length // rank_and_world()[1]
         return int(self.flops_per_token * tokens)
 
+    def configure_model(self) -> None:
+        """Divides the weights over the ranks if the strategy does so; a second call changes nothing."""
+        if self._divide is not None:
+            divide = self._divide
+            self._divide = None
+            divide(self.trainer.strategy.device_mesh)  # type: ignore[attr-defined]
+
     def configure_optimizers(self) -> Any:
-        """The recipe's optimizer over every parameter; selection biases are buffers and not among them."""
-        parameters = named_parameters(self.model)
-        made = self.optimizer_factory.make(parameters)
+        """The recipe's optimizer over every weight that this rank owns; selection biases are buffers, not weights."""
+        self.own = OwnParameters(self.model)
+        made = self.optimizer_factory.make(self.own.named)
         optimizers = made if isinstance(made, list) else [made]
-        check_groups(optimizers, parameters)
+        check_groups(optimizers, self.own.named)
         return made
 
     def _optimizers(self) -> list[Any]:
@@ -141,7 +157,8 @@ class TrainingModule(L.LightningModule):
         contexts = [self.context(batch, index) for index, batch in enumerate(batches)]
         window = Window.of(self.model, self.ledger, contexts)
         totals = self._backward(contexts, window, progress).over_ranks()
-        norm = self._gradient_norm()
+        self.own.take_gradients()
+        norm = self.strategy.gradient_norm(self.own.gradients())
         rate = self.optimizer_factory.learning_rate(progress)
         if self._agreed_finite(norm):
             self._clip(norm)
@@ -160,6 +177,7 @@ class TrainingModule(L.LightningModule):
             )
         for optimizer in optimizers:
             optimizer.zero_grad()
+        self.own.clear_gradients()
         self.windows_done += 1
         self.step_load = totals.loads
         self._log(totals, window.counts, progress, norm, rate)
@@ -175,24 +193,18 @@ class TrainingModule(L.LightningModule):
         """Runs every micro-batch forwards and backwards; returns what this rank's forwards recorded."""
         totals = WindowTotals()
         model = self.model
+        scale = self.strategy.gradient_scale(rank_and_world()[1])
         for index, context in enumerate(contexts):
             with self._synchronised(last=index == len(contexts) - 1):
                 # Nothing else keeps what the forward returned, so its memory is free before the next one.
                 loss = objective(model, self.ledger, model(context), window, progress, totals)
-                self.manual_backward(loss * rank_and_world()[1])
+                self.manual_backward(loss * scale)
         return totals
-
-    def _gradient_norm(self) -> Tensor:
-        """The L2 norm of all gradients together."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm: Tensor = torch.nn.utils.get_total_norm(gradients)
-        return norm
 
     def _clip(self, norm: Tensor) -> None:
         """Scales the gradients down to the norm `gradient_clip` if they are larger."""
         if self.gradient_clip is not None:
-            parameters = self.model.parameters()
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.own.tensors(), self.gradient_clip, norm)
 
     @property
     def validation_follows(self) -> bool:
@@ -209,6 +221,7 @@ class TrainingModule(L.LightningModule):
 
     def _synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
         """A context in which ranks exchange gradients only for the window's last backward."""
+        self.strategy.set_gradient_exchange(self.model, wanted=last)
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         if last or block is None or rank_and_world()[1] == 1:
             return nullcontext()
@@ -240,7 +253,7 @@ class TrainingModule(L.LightningModule):
 
     def _known(self, loss: Tensor) -> str:
         """What is known about gradients that are not finite, and what to look at."""
-        weight = not_finite_in(self.model.state_dict())
+        weight = not_finite_in(local_state(self.model))
         done = self.windows_done + 1 - self.skipped_in_a_row
         known = f"its loss is {float(loss):.4g}, {weight or 'all weights are finite'}"
         if weight:

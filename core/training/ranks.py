@@ -90,6 +90,15 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     return int(largest)
 
 
+def first_ranks_value(value: int, device: torch.device) -> int:
+    """The integer of the first rank, on every rank."""
+    if rank_and_world()[1] == 1:
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.broadcast(tensor, 0)
+    return int(tensor)
+
+
 def all_reduce_max_(tensors: Sequence[Tensor]) -> None:
     """Replaces every element of some fp32 tensors by its maximum over the ranks, in place, by one exchange."""
     if rank_and_world()[1] == 1 or not tensors:

@@ -1,0 +1,62 @@
+"""The text that a run's model writes at its end, before the ranks part."""
+
+from typing import Any
+
+import lightning as L
+
+from core.contracts.errors import NotFiniteError
+from core.data.tokenizer import Tokenizer
+from core.model.sampling import sample
+from core.training.module import TrainingModule
+from core.training.ranks import first_ranks_value, is_rank_zero
+from core.training.run_folder import RunFolder
+
+TOKENS = 128
+"""The most tokens of the text."""
+
+
+class SampleAtEnd(L.Callback):
+    """Writes `sample.txt` when training is done; where weights are divided, every rank takes part.
+
+    Args:
+        folder: the run folder.
+        tokenizer: the run's tokenizer.
+
+    Attributes:
+        error: why there is no text; None if there is one.
+    """
+
+    def __init__(self, folder: RunFolder, tokenizer: Tokenizer) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.error: str | None = None
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Samples a text that begins with the marker, at temperature 0.8 from the tokens that make up 0.9."""
+        assert isinstance(pl_module, TrainingModule)
+        together = pl_module.strategy.shards
+        if not together and not is_rank_zero():
+            return
+        pl_module.eval()
+
+        def agreed(token: int) -> int:
+            return first_ranks_value(token, pl_module.device) if together else token
+
+        opening = self.tokenizer.end
+        length = min(TOKENS, pl_module.model.max_length)
+        options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "stop": opening}
+        text = sample(
+            pl_module.model,
+            [opening],
+            tokens=length,
+            device=pl_module.device,
+            agreed=agreed,
+            **options,
+        )
+        try:
+            written = list(text)
+        except NotFiniteError as cause:
+            self.error = str(cause)
+            return
+        if is_rank_zero():
+            self.folder.write_text("sample.txt", self.tokenizer.decode(written) + "\n")

@@ -1,0 +1,59 @@
+"""The weights, or the parts of divided weights, that this rank owns and updates."""
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from core.contracts.training import NamedParameter
+from core.model.parameters import named_parameters
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank owns, without a gradient; it shares its memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class OwnParameters:
+    """The weights that this rank updates: those of the model, or the parts that it owns where they are divided.
+
+    Optimizers work on these parts as on plain tensors, so that their states and their order are the same under every
+    strategy.
+
+    Args:
+        model: a language model, after its weights have been divided.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.named: list[NamedParameter] = []
+        self._divided: list[tuple[nn.Parameter, Tensor]] = []
+        for named in named_parameters(model):
+            weight = named.parameter
+            if isinstance(weight, DTensor):
+                part = local(weight)
+                self._divided.append((weight, part))  # type: ignore[arg-type]
+                named = NamedParameter(named.name, part, named.role, named.kind)
+            self.named.append(named)
+
+    def tensors(self) -> list[Tensor]:
+        """The weights or parts, in the order of the model."""
+        return [named.parameter for named in self.named]
+
+    def take_gradients(self) -> None:
+        """Gives each part its part of the gradient."""
+        for weight, part in self._divided:
+            part.grad = None if weight.grad is None else local(weight.grad)
+
+    def clear_gradients(self) -> None:
+        """Forgets the gradients of divided weights; optimizers forget those of parts and of whole weights."""
+        for weight, _ in self._divided:
+            weight.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """All gradients."""
+        return [tensor.grad for tensor in self.tensors() if tensor.grad is not None]
+
+
+def local_state(module: nn.Module) -> dict[str, object]:
+    """The state dict of a module with the part of each divided tensor that this rank owns."""
+    state = module.state_dict()
+    return {name: local(v) if isinstance(v, Tensor) else v for name, v in state.items()}

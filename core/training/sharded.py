@@ -1,0 +1,258 @@
+"""Training with weights that are divided over ranks: the parts that a rank owns, and checkpoints of whole weights.
+
+Checkpoints have the same content under every strategy, so a run may continue under another one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from core.contracts.strategy import StrategyFactory
+from core.numerics.draw import own_part
+from core.numerics.promotion import at_least_fp32
+from core.training.own_parameters import OwnParameters, local
+
+
+def norm_over_ranks(gradients: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of gradients whose numbers are divided over all ranks, each on one of them."""
+    device = gradients[0].device
+    if torch.cuda.is_available() and dist.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    own = torch.nn.utils.get_total_norm([at_least_fp32(gradient) for gradient in gradients])
+    square = own.to(device).square()
+    dist.all_reduce(square)
+    return square.sqrt()
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """The part of one weight that this rank owns.
+
+    Args:
+        weight: what the model has: a whole weight, or one that is divided.
+        first: the number of the part's first matrix; of a stack whose matrices are divided over `experts`.
+        experts: the ranks that hold the matrices of the stack, in their order; None: it is no such stack.
+    """
+
+    weight: Tensor
+    first: int = 0
+    experts: "dist.ProcessGroup | None" = None
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether other ranks own other parts."""
+        return self.experts is not None or isinstance(self.weight, DTensor)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Gathers a tensor of the weight's form from its parts; every rank calls this, and gets all of it.
+
+        Args:
+            part: this rank's part: of the weight itself, or of a moment in an optimizer.
+        """
+        weight = self.weight
+        if isinstance(weight, DTensor):
+            divided = DTensor.from_local(
+                part,
+                weight.device_mesh,
+                weight.placements,
+                run_check=False,
+                shape=weight.shape,
+                stride=weight.stride(),
+            )
+            part = divided.full_tensor()
+        if self.experts is None:
+            return part
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(self.experts))]
+        dist.all_gather(parts, part.contiguous(), group=self.experts)
+        return torch.cat(parts)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's part of a whole tensor of the weight's form."""
+        if self.experts is not None:
+            whole = whole.narrow(0, self.first, len(self.weight))
+        if isinstance(self.weight, DTensor):
+            whole = own_part(whole, self.weight)
+        return whole
+
+
+def weight_parts(
+    module: nn.Module, experts: "dist.ProcessGroup | None"
+) -> Iterator[tuple[str, WeightPart]]:
+    """Yields every weight of a module once, by name, in the order of its modules.
+
+    Args:
+        module: a module whose weights have been divided.
+        experts: the ranks over which stacks of experts are divided; None: over none.
+    """
+    known: set[int] = set()
+    for path, owner in module.named_modules():
+        for name, weight in owner.named_parameters(recurse=False):
+            if id(weight) in known:
+                continue
+            known.add(id(weight))
+            full_name = f"{path}.{name}" if path else name
+            if getattr(owner, "all_groups", 0) > getattr(owner, "groups", 0):
+                first = int(owner.first_group)  # type: ignore[arg-type]
+                yield full_name, WeightPart(weight, first, experts)
+            else:
+                yield full_name, WeightPart(weight)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's strategy for models that divide their weights themselves, with checkpoints of whole weights.
+
+    The module divides its model in `configure_model`, by `StrategyFactory.parallelize`.
+
+    Args:
+        factory: the strategy of the recipe.
+        offload: whether weights stay on the CPU.
+    """
+
+    def __init__(self, factory: StrategyFactory, *, offload: bool = False) -> None:
+        super().__init__(1, 1, save_distributed_checkpoint=False)
+        self.factory = factory
+        self.offload = offload
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands the states of the optimizers of a checkpoint to `load_optimizer_state_dict`."""
+        return True
+
+    def setup_environment(self) -> None:
+        """Starts the process group and arranges the ranks as the recipe's strategy says."""
+        self._setup_distributed()
+        self._device_mesh = self.factory.make_mesh(self.root_device.type)
+
+    def model_to_device(self) -> None:
+        """Moves the module to this rank's device; weights that are kept on the CPU stay there."""
+        assert self.model is not None
+        if not self.offload:
+            self.model.to(self.root_device)
+            return
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.root_device)
+
+    def _parts(self) -> dict[str, WeightPart]:
+        assert self.model is not None
+        return dict(weight_parts(self.model, self.factory.expert_group(self.device_mesh)))
+
+    def _optimized_parts(self, optimizer: Optimizer) -> list[WeightPart]:
+        """The parts that an optimizer updates, in the order of its state."""
+        by_memory = {id(part): place for place, part in self._own_parts()}
+        found: list[WeightPart] = []
+        for group in optimizer.param_groups:
+            found += [by_memory[id(tensor)] for tensor in group["params"]]
+        return found
+
+    def _own_parts(self) -> Iterator[tuple[WeightPart, Tensor]]:
+        """Every weight's place with the tensor that optimizers were given for it."""
+        own: OwnParameters = self.lightning_module.own  # type: ignore[union-attr,assignment]
+        parts = weight_parts(
+            self.lightning_module.model,  # type: ignore[union-attr,arg-type]
+            self.factory.expert_group(self.device_mesh),
+        )
+        for (_, part), tensor in zip(parts, own.tensors(), strict=True):
+            yield part, tensor
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole state of the module on the first rank, on the CPU; nothing on the others."""
+        assert self.model is not None
+        parts = self._parts()
+        found: dict[str, Any] = {}
+        for name, value in self.model.state_dict().items():
+            if name in parts and parts[name].is_divided:
+                value = parts[name].whole(local(value))
+            if self.is_global_zero:
+                found[name] = value.cpu() if isinstance(value, Tensor) else value
+        return found
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Copies this rank's parts of the weights of a checkpoint into the module."""
+        assert self.model is not None
+        load_whole_state(self.model, checkpoint["state_dict"], self._parts())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """The whole state of an optimizer on the first rank, on the CPU; nothing on the others."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        state = self._converted(optimizer, optimizer.state_dict(), WeightPart.whole, gathers=True)
+        return state if self.is_global_zero else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Hands the optimizers their parts of the states of a checkpoint."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer = getattr(optimizer, "_optimizer", optimizer)
+            optimizer.load_state_dict(
+                self._converted(optimizer, state, WeightPart.of, gathers=False)
+            )
+
+    def _converted(
+        self,
+        optimizer: Optimizer,
+        state: Mapping[str, Any],
+        convert: Callable[[WeightPart, Tensor], Tensor],
+        *,
+        gathers: bool,
+    ) -> dict[str, Any]:
+        """The state of an optimizer with every tensor of a weight's form converted.
+
+        Args:
+            optimizer: the optimizer.
+            state: what its `state_dict` returned, of parts or of whole weights.
+            convert: makes whole tensors of parts, or parts of whole ones.
+            gathers: whether whole tensors are made, which are kept on the first rank alone.
+        """
+        converted: dict[int, dict[str, Any]] = {}
+        parts = self._optimized_parts(optimizer)
+        for index in sorted(state["state"]):
+            values = {}
+            for name, value in state["state"][index].items():
+                if isinstance(value, Tensor) and value.ndim:
+                    value = convert(parts[index], value)
+                if isinstance(value, Tensor) and gathers:
+                    value = value.cpu() if self.is_global_zero else None
+                values[name] = value
+            converted[index] = values
+        return {**state, "state": converted}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Writes the checkpoint on the first rank."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(
+                checkpoint, filepath, storage_options=storage_options
+            )
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint on every rank; its weights and states are handed over afterwards."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+
+@torch.no_grad()
+def load_whole_state(
+    module: nn.Module, state: Mapping[str, Any], parts: Mapping[str, WeightPart]
+) -> None:
+    """Copies whole tensors into a module, of each divided weight the part that this rank owns.
+
+    Args:
+        module: the module, whose weights may be divided.
+        state: whole tensors by name; every tensor of the module must be among them.
+        parts: the module's weights by name.
+    """
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            continue
+        whole = state[name]
+        if name in parts:
+            whole = parts[name].of(whole)
+        local(value).copy_(whole)

@@ -1,0 +1,187 @@
+"""Divides the weights of a model over ranks, by torch's `fully_shard` (FSDP2), and stacks of experts by hand."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import Shard
+
+from core.contracts.dispatcher import Placement
+from core.model.block import Block
+from core.model.language_model import LanguageModel
+from core.numerics.linear import GroupedLinear, ProductLayer
+
+FORWARD_METHODS = ("hidden", "logits", "decode")
+"""Methods of the model beside `forward` that read its weights."""
+
+
+def divide_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Leaves each rank of a mesh its share of the matrices of every stack of experts.
+
+    Args:
+        model: a language model on the meta device.
+        mesh: the expert ranks, in one dimension.
+    """
+    assert isinstance(model, LanguageModel)
+    for layer in model.expert_layers().values():
+        share = layer.experts // mesh.size()
+        for stack in _stacks(layer):
+            stack.keep_groups(mesh.get_local_rank() * share, share)
+
+
+def bind_dispatchers(model: nn.Module, mesh: DeviceMesh, ranks_per_node: int) -> None:
+    """Tells the dispatcher of every layer on which ranks its experts are.
+
+    Args:
+        model: a language model.
+        mesh: the expert ranks, in one dimension.
+        ranks_per_node: ranks with a fast connection to each other.
+    """
+    assert isinstance(model, LanguageModel)
+    inside = min(ranks_per_node, mesh.size())
+    for layer in model.expert_layers().values():
+        placement = Placement.even(layer.experts, mesh.size(), inside)
+        for dispatcher in layer.dispatchers:
+            dispatcher.bind(mesh, placement)
+
+
+class Division:
+    """How the weights of a model are divided.
+
+    Each block is a unit: its weights are gathered together when it runs. The rest of each loss head is one, and so is
+    the rest of the model, which stays gathered from the forward to the end of the backward, because heads use embedding
+    and output again.
+
+    Within a block, weights of products in bf16 are gathered in bf16, and all others in their own format. Outside of
+    blocks all weights are gathered in their own format: a gradient with several parts must not be summed up in bf16.
+    Inputs are never cast; layers do that.
+
+    Args:
+        mesh: all ranks, in one dimension.
+        experts_mesh: the ranks that hold the same experts, in one dimension; None: experts are not set apart.
+        reshard: whether a block's gathered weights are freed after its forward.
+        offload: whether weights are kept on the CPU.
+    """
+
+    def __init__(
+        self, mesh: DeviceMesh, *, experts_mesh: DeviceMesh | None, reshard: bool, offload: bool
+    ) -> None:
+        self.mesh = mesh
+        self.experts_mesh = experts_mesh
+        self.reshard = reshard
+        self.policy = OffloadPolicy()
+        if offload:
+            self.policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+        self.offload = offload
+        self.whole: set[nn.Parameter] = set()
+
+    def apply(self, model: nn.Module) -> None:
+        """Divides every weight of a model."""
+        assert isinstance(model, LanguageModel)
+        if self.experts_mesh is not None:
+            for layer in model.expert_layers().values():
+                self._divide_stacks(layer, self.experts_mesh)
+        for module in list(model.modules()):
+            if isinstance(module, Block):
+                self._divide_block(module)
+        for _, head in model.loss_heads():
+            if any(True for _ in head.parameters()):
+                self._unit(head, gathered=None)
+        self._unit(model, gathered=None, reshard=False)
+        for name in FORWARD_METHODS:
+            register_fsdp_forward_method(model, name)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+    def _divide_stacks(self, layer: nn.Module, mesh: DeviceMesh) -> None:
+        """Divides the experts that this rank holds over the ranks that hold the same ones."""
+        for stack in _stacks(layer):
+            if mesh.size() == 1 and not self.offload:
+                self.whole.update(stack.parameters())
+                continue
+            self._unit(stack, gathered=_gathered_format(stack), mesh=mesh)
+
+    def _divide_block(self, block: Block) -> None:
+        """Divides a block in one unit, or in two if some of its products are in bf16."""
+        low: list[nn.Module] = []
+        kept: list[nn.Module] = []
+        for module in _owners(block):
+            target = kept if _gathered_format(module) is None else low
+            target.append(module)
+        if not low:
+            self._unit(block, gathered=None)
+            return
+        mixed = all(not any(True for _ in module.children()) for module in kept)
+        if not mixed:
+            self._unit(block, gathered=None)
+            return
+        if kept:
+            self._unit(kept, gathered=None)
+        self._unit(block, gathered=torch.bfloat16)
+
+    def _unit(
+        self,
+        modules: nn.Module | list[nn.Module],
+        *,
+        gathered: torch.dtype | None,
+        mesh: DeviceMesh | None = None,
+        reshard: bool | None = None,
+    ) -> None:
+        """Makes a module, or several as one, a unit whose weights are gathered in a format; None: in their own."""
+        mesh = self.mesh if mesh is None else mesh
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if gathered is not None:
+            policy = MixedPrecisionPolicy(
+                param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        ranks = mesh.size()
+        fully_shard(
+            modules,  # type: ignore[arg-type]
+            mesh=mesh,
+            reshard_after_forward=self.reshard if reshard is None else reshard,
+            shard_placement_fn=lambda parameter: _axis(parameter, ranks),
+            mp_policy=policy,
+            offload_policy=self.policy,
+            ignored_params=self.whole,
+        )
+
+
+def _stacks(layer: nn.Module) -> Iterator[GroupedLinear]:
+    """The layers of a layer with experts that hold a matrix for each expert."""
+    for module in layer.modules():
+        if isinstance(module, GroupedLinear):
+            yield module
+
+
+def _owners(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a block that own weights and are in no unit yet."""
+    for module in block.modules():
+        if isinstance(module, FSDPModule):
+            continue
+        if any(True for _ in module.parameters(recurse=False)):
+            yield module
+
+
+def _gathered_format(module: nn.Module) -> torch.dtype | None:
+    """bf16 for a layer whose product has wider weights and bf16 operands; None: the weights' own format."""
+    if isinstance(module, ProductLayer) and module.compute_dtype == torch.bfloat16:
+        return torch.bfloat16
+    return None
+
+
+def _axis(parameter: Tensor, ranks: int) -> Shard | None:
+    """The axis along which a weight is divided: the first, but a matrix's rows if the ranks do not share a stack."""
+    if parameter.ndim == 3 and parameter.shape[0] % ranks and parameter.shape[1] % ranks == 0:
+        return Shard(1)
+    return None
