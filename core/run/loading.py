@@ -95,9 +95,7 @@ def load_weights(
             raise NotFiniteError(f"{checkpoint}: {found} in the format of this recipe's precision")
 
 
-def _load_parts(
-    model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightPart]
-) -> None:
+def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightPart]) -> None:
     """Copies this rank's parts of the weights of a checkpoint into a divided model.
 
     Raises:

@@ -77,9 +77,7 @@ class RunModel:
         return self._divide if self.strategy.shards else None
 
     def _divide(self, mesh: "DeviceMesh") -> None:
-        divide(
-            self.model, self.recipe.seed, lambda model: self.strategy.parallelize(model, mesh)
-        )
+        divide(self.model, self.recipe.seed, lambda model: self.strategy.parallelize(model, mesh))
         if self.source is not None:
             parts = dict(weight_parts(self.model, self.strategy.expert_group(mesh)))
             load_weights(self.model, self.source, parts)

@@ -28,7 +28,13 @@ from core.recipe.plan import TrainingPlan
 from core.training.load import measures
 from core.training.own_parameters import OwnParameters, local_state
 from core.training.ranks import all_reduce_max_, rank_and_world, reduce_sum
-from core.training.step_metrics import as_scalar, balancer_metrics, component_metrics, loss_metrics
+from core.training.step_metrics import (
+    as_scalar,
+    balancer_metrics,
+    component_metrics,
+    exchange_metrics,
+    loss_metrics,
+)
 from core.training.totals import WindowTotals, call_on_step_end
 from core.training.validation import ValidationTotals
 from core.training.window import Window, objective
@@ -292,6 +298,7 @@ class TrainingModule(L.LightningModule):
             self.dropped += int(totals.dropped)
         values.update(balancer_metrics(self.model))
         values.update(component_metrics(totals))
+        values.update(exchange_metrics(totals))
         values.update({"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped_steps)})
         self.step_values = values
         logged = {name: as_scalar(value) for name, value in values.items()}

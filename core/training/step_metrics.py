@@ -13,6 +13,9 @@ from core.model.ledger import Ledger, Term, head_label
 from core.training.totals import HEADS, WindowTotals
 from core.training.window import contribution
 
+EXCHANGED = ("bytes_between_nodes", "bytes_inside_nodes", "remote_nodes")
+"""Tallies of `core.contracts.dispatcher.Dispatcher.tallies`."""
+
 
 def loss_metrics(
     ledger: Ledger, totals: WindowTotals, counts: Mapping[Term, Tensor], progress: Progress
@@ -71,6 +74,16 @@ def component_metrics(totals: WindowTotals) -> dict[str, Tensor]:
             if before is not metric:
                 found[label] = before.merge(metric)  # type: ignore[arg-type]
     return {label: metric.value() for label, metric in found.items()}
+
+
+def exchange_metrics(totals: WindowTotals) -> dict[str, Tensor]:
+    """What dispatchers moved between ranks in the step, added up over layers; empty where nothing is moved."""
+    found: dict[str, list[Tensor]] = {}
+    for tallies in totals.tallies.values():
+        for name in EXCHANGED:
+            if name in tallies:
+                found.setdefault(f"exchange/{name}", []).append(tallies[name])
+    return {label: torch.stack(values).sum() for label, values in found.items()}
 
 
 def as_scalar(value: Tensor | float) -> Tensor:

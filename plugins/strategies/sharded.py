@@ -152,7 +152,9 @@ class ExpertParallel(_Sharded):
                 raise ConfigError("expert_ranks", "must be at least 1")
             ranks = self.all_ranks()
             if ranks < 1 or ranks % self.expert_ranks:
-                raise ConfigError("ranks", f"must be a multiple of expert_ranks = {self.expert_ranks}")
+                raise ConfigError(
+                    "ranks", f"must be a multiple of expert_ranks = {self.expert_ranks}"
+                )
             check_nodes(self.nodes, ranks)
             self._check_ranks_per_node(ranks)
             check_share(parent, "expert_ranks" if self.ranks is None else "ranks", ranks)
@@ -230,5 +232,5 @@ def _capabilities(section: Section) -> frozenset[str]:
 def _layers_with_experts(parent: Any) -> Iterator[Section]:
     """The sections of feed-forward layers that have experts."""
     for section in sections_in(getattr(parent, "model", None)):
-        if section.slot == "ffn" and getattr(section.config, "experts", 0):
+        if section.slot == "ffn" and getattr(section.config, "experts", None):
             yield section
