@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -113,12 +114,16 @@ class ShardedStrategy(ModelParallelStrategy):
     Args:
         factory: the strategy of the recipe.
         offload: whether weights stay on the CPU.
+
+    Attributes:
+        parts: this rank's part of every weight, by its name in the module.
     """
 
     def __init__(self, factory: StrategyFactory, *, offload: bool = False) -> None:
         super().__init__(1, 1, save_distributed_checkpoint=False)
         self.factory = factory
         self.offload = offload
+        self.parts: dict[str, WeightPart] = {}
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -140,36 +145,31 @@ class ShardedStrategy(ModelParallelStrategy):
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.root_device)
 
-    def _parts(self) -> dict[str, WeightPart]:
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        """Notes where the parts of all weights are, while no unit is gathered, and makes the optimizers."""
         assert self.model is not None
-        return dict(weight_parts(self.model, self.factory.expert_group(self.device_mesh)))
+        group = self.factory.expert_group(self.device_mesh)
+        self.parts = dict(weight_parts(self.model, group))
+        super().setup_optimizers(trainer)
 
-    def _optimized_parts(self, optimizer: Optimizer) -> list[WeightPart]:
+    def optimized_parts(self, optimizer: Optimizer) -> list[WeightPart]:
         """The parts that an optimizer updates, in the order of its state."""
-        by_memory = {id(part): place for place, part in self._own_parts()}
+        own: OwnParameters = self.lightning_module.own  # type: ignore[union-attr,assignment]
+        by_memory: dict[int, WeightPart] = {}
+        for named in own.named:
+            by_memory[id(named.parameter)] = self.parts[f"model.{named.name}"]
         found: list[WeightPart] = []
         for group in optimizer.param_groups:
             found += [by_memory[id(tensor)] for tensor in group["params"]]
         return found
 
-    def _own_parts(self) -> Iterator[tuple[WeightPart, Tensor]]:
-        """Every weight's place with the tensor that optimizers were given for it."""
-        own: OwnParameters = self.lightning_module.own  # type: ignore[union-attr,assignment]
-        parts = weight_parts(
-            self.lightning_module.model,  # type: ignore[union-attr,arg-type]
-            self.factory.expert_group(self.device_mesh),
-        )
-        for (_, part), tensor in zip(parts, own.tensors(), strict=True):
-            yield part, tensor
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole state of the module on the first rank, on the CPU; nothing on the others."""
         assert self.model is not None
-        parts = self._parts()
         found: dict[str, Any] = {}
         for name, value in self.model.state_dict().items():
-            if name in parts and parts[name].is_divided:
-                value = parts[name].whole(local(value))
+            if name in self.parts and self.parts[name].is_divided:
+                value = self.parts[name].whole(local(value))
             if self.is_global_zero:
                 found[name] = value.cpu() if isinstance(value, Tensor) else value
         return found
@@ -177,7 +177,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Copies this rank's parts of the weights of a checkpoint into the module."""
         assert self.model is not None
-        load_whole_state(self.model, checkpoint["state_dict"], self._parts())
+        load_whole_state(self.model, checkpoint["state_dict"], self.parts)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """The whole state of an optimizer on the first rank, on the CPU; nothing on the others."""
@@ -210,7 +210,7 @@ class ShardedStrategy(ModelParallelStrategy):
             gathers: whether whole tensors are made, which are kept on the first rank alone.
         """
         converted: dict[int, dict[str, Any]] = {}
-        parts = self._optimized_parts(optimizer)
+        parts = self.optimized_parts(optimizer)
         for index in sorted(state["state"]):
             values = {}
             for name, value in state["state"][index].items():

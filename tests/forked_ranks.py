@@ -1,0 +1,78 @@
+"""Gloo ranks as forked processes: they start in no time, and a test gets back what each computed."""
+
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GRACE_SECONDS = 5.0
+"""Seconds that the other ranks have to end by themselves once one has failed."""
+
+
+def on_ranks(
+    work: Callable[[int], Any], folder: Path, *, world: int, seconds: float = 600.0
+) -> list[Any]:
+    """The results of a function on gloo ranks, each a forked process; all of them have ended when it returns.
+
+    Args:
+        work: is called with the rank.
+        folder: an empty folder.
+        world: the number of ranks.
+        seconds: the time after which ranks that still run are ended.
+    """
+    children: dict[int, int] = {}
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_rank(work, rank, folder, world))
+        children[pid] = rank
+    codes = _wait(children, seconds)
+    errors = [(folder / f"error-{rank}").read_text() for rank in range(world)]
+    assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(errors)
+    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world)]
+
+
+def _wait(children: dict[int, int], seconds: float) -> list[int]:
+    """The exit codes of processes by their ranks; they are ended soon after one fails, or when their time is over."""
+    codes = [0] * len(children)
+    deadline = time.monotonic() + seconds
+    running = dict(children)
+    while running:
+        for pid, rank in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                continue
+            del running[pid]
+            codes[rank] = os.waitstatus_to_exitcode(status)
+            if codes[rank]:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() > deadline:
+            for pid in running:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return codes
+
+
+def _rank(work: Callable[[int], Any], rank: int, folder: Path, world: int) -> int:
+    (folder / f"error-{rank}").write_text("")
+    try:
+        torch.set_num_threads(1)
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+        )
+        (folder / f"result-{rank}").write_bytes(pickle.dumps(work(rank)))
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        return 1
+    return 0

@@ -1,0 +1,203 @@
+"""Trains a few windows under a strategy, on one rank of several, and records all that must not depend on it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from lab import Lab, Windows
+from torch import Tensor
+
+from core.analysis.budget import plan_of
+from core.assemble import make
+from core.data.batch import Batch
+from core.data.windows import rows_of
+from core.model.sampling import sample
+from core.run.data import text_data
+from core.run.run_model import RunModel
+from core.training.launchers import Launch
+from core.training.module import TrainingModule
+from core.training.rank_processes import RunEnvironment
+from core.training.ranks import first_ranks_value, rank_and_world
+from core.training.sharded import ShardedStrategy, local
+
+UNUSED = 5
+"""The number of an expert that is never chosen."""
+
+
+@dataclass
+class Observed:
+    """What a training run computed, the same on every rank.
+
+    Args:
+        steps: the logged values of each step.
+        loads: the load of each layer in each step.
+        gradients: the gradients of the first step, before clipping.
+        state: weights and buffers after the last step.
+        optimizer: the optimizer's state after the last step.
+        validated: the values of the validation after the last step.
+        text: tokens that the model writes at the end.
+    """
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    loads: list[dict[str, Tensor]] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    validated: dict[str, float] = field(default_factory=dict)
+    text: list[int] = field(default_factory=list)
+
+
+class Observer(L.Callback):
+    """Fills an `Observed` while a Trainer runs."""
+
+    def __init__(self, seen: Observed) -> None:
+        self.seen = seen
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Makes one expert of every layer unreachable, and records the gradients of the first step."""
+        for layer in pl_module.model.expert_layers().values():
+            for balancer in layer.balancers:
+                bias_E = balancer.selection_bias()
+                if bias_E is not None:
+                    bias_E[UNUSED] = -1e3
+        original = pl_module.strategy.gradient_norm
+
+        def recorded(gradients: Sequence[Tensor]) -> Tensor:
+            if not self.seen.steps:
+                self.seen.gradients = whole_gradients(trainer, pl_module)
+            norm: Tensor = original(gradients)
+            return norm
+
+        pl_module.strategy.gradient_norm = recorded
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Records the values of a step."""
+        values = {name: float(value) for name, value in pl_module.step_values.items()}
+        self.seen.steps.append(values)
+        self.seen.loads.append({k: v.clone().cpu() for k, v in pl_module.step_load.items()})
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Records the state after the last step, and lets the model write."""
+        self.seen.validated = dict(pl_module.validated)
+        strategy = trainer.strategy
+        self.seen.state = strategy.lightning_module_state_dict()
+        self.seen.optimizer = strategy.optimizer_state(trainer.optimizers[0]).get("state", {})
+        pl_module.eval()
+        text = sample(
+            pl_module.model,
+            [1, 2, 3],
+            tokens=6,
+            temperature=0.8,
+            device=pl_module.device,
+            agreed=lambda token: first_ranks_value(token, pl_module.device),
+        )
+        self.seen.text = list(text)
+
+
+def whole_gradients(trainer: L.Trainer, module: TrainingModule) -> dict[str, Tensor]:
+    """The gradients that the optimizer is about to read, each gathered from its parts."""
+    found = {}
+    strategy = trainer.strategy
+    if isinstance(strategy, ShardedStrategy):
+        for named in module.own.named:
+            assert named.parameter.grad is not None
+            part = strategy.parts[f"model.{named.name}"]
+            found[named.name] = part.whole(named.parameter.grad).cpu()
+        return found
+    for named in module.own.named:
+        assert named.parameter.grad is not None
+        found[named.name] = local(named.parameter.grad).cpu().clone()
+    return found
+
+
+def observe(
+    lab: Lab,
+    windows: Sequence[Sequence[Batch]],
+    validation: Sequence[Batch],
+    *overrides: str,
+    launch: Launch | None = None,
+) -> Observed:
+    """Trains on whole windows, of which each rank reads its own rows; the ranks' process group exists.
+
+    Args:
+        lab: the small recipe.
+        windows: the micro-batches of each step, for all ranks together.
+        validation: batches of the validation, for all ranks together.
+        overrides: overrides of the recipe, the strategy among them.
+        launch: this process among the ranks; None: it is alone.
+    """
+    launch = launch or Launch()
+    steps = f"budget.steps={len(windows)}"
+    sequences = f"batch.sequences={len(windows[0][0].tokens_BL)}"
+    recipe = lab.recipe(steps, sequences, f"batch.accumulate={len(windows[0])}", *overrides)
+    plan = plan_of(recipe)
+    strategy = make(recipe.strategy)
+    run_model = RunModel(recipe, strategy, text_data(recipe, plan))
+    run_model.compile()
+    module = TrainingModule(
+        run_model.model,
+        plan=plan,
+        optimizer=make(recipe.optimizer),
+        strategy=strategy,
+        divide=run_model.divider,
+        flops_per_token=1.0,
+        gradient_clip=0.5,
+        validation_bytes=100,
+    )
+    seen = Observed()
+    trainer = L.Trainer(
+        **strategy.trainer_arguments(),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        max_epochs=1,
+        check_val_every_n_epoch=None,
+        val_check_interval=len(windows),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        plugins=[RunEnvironment(launch)],
+        callbacks=[Observer(seen)],
+    )
+    own_windows = [[own_rows(batch) for batch in window] for window in windows]
+    trainer.fit(
+        module,
+        train_dataloaders=Windows(own_windows),
+        val_dataloaders=Windows([own_rows(batch) for batch in validation]),  # type: ignore[arg-type]
+    )
+    return seen
+
+
+def own_rows(batch: Batch) -> Batch:
+    """This rank's rows of a global micro-batch."""
+    rank, world = rank_and_world()
+    rows = list(rows_of(rank, world, len(batch.tokens_BL)))
+    return Batch(*(None if part is None else part[rows] for part in batch))
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[tuple[float, str]]:
+    """Every pair of numbers that differs, as (difference over the larger of 1 and the first one, where)."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), (path, set(one) ^ set(other))
+        return [found for key in one for found in differences(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, list):
+        assert len(one) == len(other), path
+        pairs = zip(one, other, strict=True)
+        return [f for i, (a, b) in enumerate(pairs) for f in differences(a, b, f"{path}/{i}")]
+    if one is None or isinstance(one, str):
+        assert one == other, path
+        return []
+    a = torch.as_tensor(one)
+    b = torch.as_tensor(other)
+    assert a.shape == b.shape, (path, a.shape, b.shape)
+    assert a.dtype == b.dtype, (path, a.dtype, b.dtype)
+    if torch.equal(a, b):
+        return []
+    if not a.is_floating_point():
+        return [(float("inf"), path)]
+    scale = max(1.0, float(a.double().abs().max()))
+    return [(float((a.double() - b.double()).abs().max()) / scale, path)]
