@@ -183,7 +183,9 @@ def differences(one: Any, other: Any, path: str = "") -> list[tuple[float, str]]
     """Every pair of numbers that differs, as (difference over the larger of 1 and the first one, where)."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), (path, set(one) ^ set(other))
-        return [found for key in one for found in differences(one[key], other[key], f"{path}/{key}")]
+        return [
+            found for key in one for found in differences(one[key], other[key], f"{path}/{key}")
+        ]
     if isinstance(one, list):
         assert len(one) == len(other), path
         pairs = zip(one, other, strict=True)

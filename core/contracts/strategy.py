@@ -18,16 +18,21 @@ class StrategyFactory(Component, ABC):
     Several ranks read other sequences of the same global batch. They are started by the first one, by torchrun or by
     srun; a run with another number of ranks than `ranks_of` is an error.
 
-    A strategy that shards weights sets `shards`. The model is then built on the meta device with whole shapes, and
-    every rank calls `parallelize` as soon as there is a process group. After it each rank draws the weights that it
-    owns. Every weight is divided over the ranks, so that each number of the model has one owner, and the backward of a
-    window's last micro-batch leaves the gradient of what a rank owns, summed over all ranks.
+    A strategy that divides weights over the ranks overrides `parallelize`. The model is then built on the meta device
+    with whole shapes, and every rank calls `parallelize` as soon as there is a process group. After it each rank draws
+    the weights that it owns. Every weight is divided, so that each number of the model has one owner, and the backward
+    of a window's last micro-batch leaves the gradient of what a rank owns, summed over all ranks. The Trainer's
+    strategy is then `core.training.sharded.ShardedStrategy`, or derived from it.
 
     Class attributes:
-        shards: whether weights are divided over the ranks.
+        shards: whether weights are divided over the ranks; so it is where `parallelize` is overridden.
     """
 
     shards: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.shards = cls.parallelize is not StrategyFactory.parallelize
 
     def __init__(self, config: Any) -> None:
         self.config = config

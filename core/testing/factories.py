@@ -9,20 +9,21 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from core.contracts.corpus import Split, TokenCorpus
 from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
-from core.contracts.strategy import StrategyFactory
 from core.contracts.training import NamedParameter, ParameterKind
 from core.model.initialise import initialise
 from core.model.parameters import check_groups
 from core.testing.clauses import check, require, skip_unless
+from core.testing.forked_ranks import on_ranks
 from core.testing.subject import Subject, state
+from core.training.own_parameters import local
+from core.training.sharded import weight_parts
 
 TRAINING = "core/contracts/training.py"
+STRATEGY = "core/contracts/strategy.py, StrategyFactory"
 CORPUS = "core/contracts/corpus.py, Corpus"
 ARGUMENTS = {"accelerator", "devices", "num_nodes", "strategy", "plugins", "sync_batchnorm"}
 """Keyword arguments of `lightning.Trainer` that choose devices and how they share the work."""
@@ -119,7 +120,7 @@ def token_blocks_are_stable(subject: Subject) -> None:
 @check(
     "strategy",
     clause="`trainer_arguments` are keyword arguments of lightning.Trainer",
-    where=f"{TRAINING}, StrategyFactory",
+    where=STRATEGY,
 )
 def strategy_gives_trainer_arguments(subject: Subject) -> None:
     """Allows only the arguments that choose devices and how they share the work."""
@@ -129,31 +130,33 @@ def strategy_gives_trainer_arguments(subject: Subject) -> None:
 
 @check(
     "strategy",
-    clause="`parallelize` renames no parameter, changes no shape, and leaves every initial weight as it is",
-    where=f"{TRAINING}, StrategyFactory: `parallelize`",
+    clause="`parallelize` renames no parameter, and leaves the shape and initial values of every weight as they are",
+    where=f"{STRATEGY}: `parallelize`",
 )
-def sharded_weights_are_the_whole_models(subject: Subject) -> None:
-    """Builds the kit's model on meta, shards it over one process, draws its weights, and compares an unsharded one."""
+def divided_weights_are_the_whole_models(subject: Subject) -> None:
+    """Divides the weights of the kit's model over forked ranks, draws them, and compares them with a whole model's."""
     factory = subject.factory()
-    shards = type(factory).parallelize is not StrategyFactory.parallelize
-    skip_unless(shards, "it shards no weights")
+    skip_unless(factory.shards, "it divides no weights")
     skip_unless(not dist.is_initialized(), "this process is already part of a process group")
     whole = state(subject.model())
-    sharded = subject.model(meta=True)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
-        factory.parallelize(sharded, init_device_mesh("cpu", (1,)))
-        initialise(sharded.to_empty(device="cpu"), 0)
-        weights: dict[str, Tensor] = {}
-        sharded_weights = 0
-        for name, value in sharded.state_dict().items():
-            if isinstance(value, DTensor):
-                value = value.full_tensor()
-                sharded_weights += 1
-            weights[name] = value
-    finally:
-        dist.destroy_process_group()
-    require(sharded_weights, "no weight was sharded")
+    dispatcher = getattr(factory.config, "dispatcher", None)
+
+    def gathered(rank: int) -> tuple[list[str], dict[str, Tensor]]:
+        mesh = factory.make_mesh("cpu")
+        model = subject.model(meta=True, dispatcher=dispatcher)
+        factory.parallelize(model, mesh)
+        initialise(model.to_empty(device="cpu"), 0)
+        parts = dict(weight_parts(model, factory.expert_group(mesh)))
+        divided = [name for name, part in parts.items() if part.is_divided]
+        weights = {}
+        for name, value in model.state_dict().items():
+            weights[name] = parts[name].whole(local(value)) if name in divided else value
+        return divided, weights
+
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = factory.ranks_of(factory.config)
+        divided, weights = on_ranks(gathered, Path(folder), world=ranks)[0]
+    require(divided, "no weight is divided")
     renamed = ", ".join(sorted(set(weights) ^ set(whole)))
     require(list(weights) == list(whole), f"renamed: {renamed}")
     reshaped = [name for name, value in weights.items() if value.shape != whole[name].shape]

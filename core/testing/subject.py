@@ -134,10 +134,22 @@ class Subject:
             self.factory()
 
     def model(
-        self, dtype: torch.dtype = torch.float64, *, recompute: bool = False, meta: bool = False
+        self,
+        dtype: torch.dtype = torch.float64,
+        *,
+        recompute: bool = False,
+        meta: bool = False,
+        dispatcher: Section | None = None,
     ) -> Any:
-        """Builds a language model with the component in it; on the meta device without weights."""
-        build = self._context(dtype)
+        """Builds a language model with the component in it; on the meta device without weights.
+
+        Args:
+            dtype: format of weights and products.
+            recompute: whether the block's activations are computed again in the backward.
+            meta: whether it is built on the meta device.
+            dispatcher: replaces the dispatcher of the layer with experts; None: it keeps its own.
+        """
+        build = replace(self._context(dtype), dispatcher=dispatcher)
         make = partial(bench.language_model, build, self._layer(), recompute=recompute)
         return self._initialised(make, 0, meta=meta)
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 class _Sharded(StrategyFactory):
     """What strategies with divided weights share: FSDP2's exchange, summed gradients, and a norm over all ranks."""
 
-    shards = True
-
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
         """The sentence that GPUs are missing, where `accelerator` is cuda."""

@@ -15,7 +15,6 @@ from two_ranks import on_two_ranks
 
 from core.assemble import build
 from core.contracts.context import SequenceContext
-from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel
 from core.numerics import draw
@@ -110,12 +109,3 @@ def test_loss_and_gradients_are_those_of_one_device(ranks: list[Any], alone: Lan
         torch.testing.assert_close(both, gradients[name], rtol=1e-10, atol=1e-13, msg=name)
     shared = 2 * torch.cat([rank["shared"] for rank in ranks])  # FSDP takes the mean over ranks
     torch.testing.assert_close(shared, gradients[SHARDED], rtol=1e-10, atol=1e-13)
-
-
-def test_a_run_with_such_a_strategy_is_refused_in_one_sentence_before_it_starts(
-    lab: Lab, tmp_path: Path
-) -> None:
-    sentence = r"cannot run here: strategy share_experts: it shards weights \(parallelize\)"
-    with pytest.raises(UserError, match=sentence):
-        lab.fit(tmp_path / "run", "plugins=[tiny_components]", "strategy={name: share_experts}")
-    assert not (tmp_path / "run").exists()

@@ -52,8 +52,8 @@ BROKEN = {
     ("attention", "idle_role"): "declared_roles_have_products",
     ("attention", "idle_rope"): "named_ropes_are_used",
     ("attention", "secret_rope"): "component_can_be_built",
-    ("strategy", "wrapper"): "sharded_weights_are_the_whole_models",
-    ("strategy", "redrawer"): "sharded_weights_are_the_whole_models",
+    ("strategy", "wrapper"): "divided_weights_are_the_whole_models",
+    ("strategy", "redrawer"): "divided_weights_are_the_whole_models",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 """The one check that each must fail."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_ranks import on_ranks
+from core.testing.forked_ranks import on_ranks
 from lab import Lab
 from observed_run import Observed, differences, observe
 from test_window import cut, padded
