@@ -15,8 +15,8 @@ import core
 from core.contracts.schedule import Schedule, Segment
 from core.extension.loader import find_plugins, load_plugins
 from core.extension.registry import SLOTS, Entry
+from core.recipe import model_schema, trainer_keys
 from core.recipe import recipe_schema as schema
-from core.recipe import trainer_keys
 
 from .documents import DOCUMENTS, ROOT, blocks, first_cells, section
 
@@ -25,11 +25,11 @@ RECIPES, TRAINING, PLUGINS = (
 )
 SECTIONS = {
     schema.RecipeSchema: "## The recipe",
-    schema.ModelSection: "## model",
-    schema.BlockSection: "## model",
-    schema.RopeSection: "## model",
-    schema.YarnSection: "## model",
-    schema.InitSection: "## model",
+    model_schema.ModelSection: "## model",
+    model_schema.BlockSection: "## model",
+    model_schema.RopeSection: "## model",
+    model_schema.YarnSection: "## model",
+    model_schema.InitSection: "## model",
     schema.DataSection: "## data",
     schema.BatchSection: "## batch and budget",
     schema.BudgetSection: "## batch and budget",
@@ -58,8 +58,9 @@ def test_no_section_of_the_schema_is_left_out() -> None:
     named = {schema.TokenizerSection}  # its one key is in the row of `tokenizer`
     own = {
         value
-        for value in vars(schema).values()
-        if is_dataclass(value) and value.__module__ == schema.__name__
+        for module in (schema, model_schema)
+        for value in vars(module).values()
+        if is_dataclass(value) and value.__module__ == module.__name__
     }
     assert own - named <= set(SECTIONS)
     assert all(
