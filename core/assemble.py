@@ -20,7 +20,7 @@ from core.model.initialise import initialise
 from core.model.language_model import Embedding, LanguageModel
 from core.model.norm import RMSNorm
 from core.recipe.compose import Recipe
-from core.recipe.recipe_schema import RopeSection
+from core.recipe.model_schema import RopeSection
 from core.recipe.values import show_value
 
 

@@ -219,6 +219,12 @@ def terminated(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
+def show_cursor() -> None:
+    """Shows the cursor of the terminal on stderr, if there is one: a progress bar has hidden it."""
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h")
+
+
 def leave(code: int, sentence: str) -> None:
     """Prints one sentence on stderr and exits."""
     if sentence:

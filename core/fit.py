@@ -67,11 +67,9 @@ def main(arguments: argparse.Namespace) -> None:
     from core.run.divergence import divergence_in
     from core.run.training import fit
     from core.training.choose_folder import resumable, start_folder
-    from core.training.ranks import is_rank_zero, set_rank
     from core.training.run_folder import RunFolder
 
     silence_greetings()
-    set_rank(launch)
     resume = arguments.resume is not None
     existing = joined_folder() or resumable(arguments.resume, arguments.out, recipe.name)
     if existing is None:
@@ -80,8 +78,10 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         folder = RunFolder(existing)
     with redirect_stdout(sys.stderr):  # what a library or a callback prints is not the result
-        summary = fit(recipe, folder, resume=resume, trust=arguments.trust, say=print)
-    if not is_rank_zero():
+        summary = fit(
+            recipe, folder, resume=resume, trust=arguments.trust, launch=launch, say=print
+        )
+    if launch.rank != 0:
         return
     diverged = divergence_in(summary)
     if arguments.json:

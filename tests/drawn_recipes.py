@@ -154,7 +154,7 @@ class RecipeDraw:
 
     def _blocks(self, path: str) -> dict[str, Any]:
         """One or two kinds of blocks."""
-        from core.recipe.recipe_schema import BlockSection
+        from core.recipe.model_schema import BlockSection
 
         names = self.random.choice((["first"], ["first", "last"], ["first", "last"]))
         blocks = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.recipe.compose import Recipe
-from core.recipe.resolve import to_dict
+from core.recipe.key_paths import to_dict
 
 HEADER = (
     *(("", "recipe"), ("total", "params")),

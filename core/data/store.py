@@ -95,15 +95,16 @@ def _loaded(file: Path, mode: Literal["r"] | None = None) -> NDArray[Any]:
     """The array of a `.npy` file.
 
     Raises:
-        UserError: it holds no row of numbers; what is pickled in it is not read, because that can run code.
+        UserError: it does not hold a one-dimensional array of integers or booleans. Pickled objects are not read,
+            because reading them can run code.
     """
     check_regular(file)
     try:
         array: NDArray[Any] = np.load(file, mmap_mode=mode, allow_pickle=False)
-        is_row = array.ndim == 1 and array.dtype.kind in "biu"
+        is_valid = array.ndim == 1 and array.dtype.kind in "biu"
     except (OSError, ValueError, EOFError, AttributeError):
-        is_row = False
-    if not is_row:
+        is_valid = False
+    if not is_valid:
         how = "remove its folder, and the data are prepared again"
-        raise UserError(f"{file}: is damaged: it holds no row of numbers; {how}")
+        raise UserError(f"{file}: is damaged: must hold a one-dimensional array of integers; {how}")
     return array

@@ -29,13 +29,13 @@ SMALLEST = 257
 """256 bytes and the end marker."""
 
 LARGEST = 1 << 22
-"""Largest vocabulary that is trained; the library reserves memory for all entries at once."""
+"""Most entries of a vocabulary that is trained: the library allocates memory for all of them before it begins."""
 
 VERSION = tokenizers.__version__
 """The library's version: it is part of the cache's key, because merges may differ between versions."""
 
 LONGEST_PIECE = 1000
-"""Characters that training merges at most within one piece; its time grows with the square of a piece's length."""
+"""Most characters of a piece in training, which cuts longer ones: its time grows with the square of their length."""
 
 _RUNS = [re.compile(pattern) for pattern in (r"[^\W\d_]*", r"(?:[^\w\s]|_)*", r"\s*")]
 """Runs of letters, of signs and of space: a long piece contains a long one of these."""

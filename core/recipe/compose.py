@@ -18,9 +18,10 @@ from core.command import search_current_folder
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import REQUIRED
 from core.extension.loader import installed_registry, registry_for
+from core.recipe.key_paths import to_dict
 from core.recipe.recipe_layers import COMMAND_LINE, Layers, leaves, with_string_keys
 from core.recipe.recipe_schema import RecipeSchema
-from core.recipe.resolve import Resolver, to_dict
+from core.recipe.resolve import Resolver
 from core.recipe.trainer_keys import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS
 from core.recipe.trust import check_modules, check_run_links, is_of_a_run
 from core.recipe.values import environment_hidden, omegaconf_message

@@ -7,7 +7,7 @@ and converts the plain values; this module adds the key path and what is allowed
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
@@ -16,6 +16,7 @@ from core.contracts.errors import ConfigError, UserError, nearest
 from core.contracts.schema import REQUIRED, Section
 from core.extension.checks import format_error_at
 from core.extension.registry import Entry, Registry
+from core.recipe.key_paths import join_keys, value_at
 from core.recipe.values import (
     convert,
     default_of,
@@ -87,7 +88,7 @@ class Resolver:
         hints = hints_of(schema)
         for f in fields(schema):
             value = values.get(f.name, default_of(f))
-            where = _join(path, f.name)
+            where = join_keys(path, f.name)
             if "slot" in f.metadata:
                 owner = parent if f.metadata.get("outer") else instance
                 self._read_children(instance, f, value, where, owner)
@@ -115,9 +116,9 @@ class Resolver:
             if key in names:
                 values[key] = value
             elif key in self.inherited.get(path, ()):
-                self.dropped.append(_join(path, key))
+                self.dropped.append(join_keys(path, key))
             else:
-                where = _join(path, key)
+                where = join_keys(path, key)
                 known = nearest(key, [*names, *beside])
                 raise UserError(f"{self.origin(where)}: {where}: unknown key; {known}")
         for f in fields(schema):
@@ -126,8 +127,8 @@ class Resolver:
                 if "doc" in f.metadata:
                     why = f"{why} ({f.metadata['doc']})"
                 # a changed name is what requires other keys
-                origin = self.origin(_join(path, "name"))
-                raise UserError(f"{origin}: {_join(path, f.name)}: {why}")
+                origin = self.origin(join_keys(path, "name"))
+                raise UserError(f"{origin}: {join_keys(path, f.name)}: {why}")
         return values
 
     def _plain(self, schema: Any, values: Mapping[str, Any], path: str) -> Any:
@@ -169,11 +170,11 @@ class Resolver:
             except OmegaConfBaseException as error:
                 cause = error
             except ConfigError as error:
-                where = _join(path, key)
+                where = join_keys(path, key)
                 raise UserError(f"{self.origin(where)}: {where}: {error.why}") from error
             self._check_finite({key: value}, path, hints[key])
             why = f"must be {describe_type(hints[key])}"
-            raise self.error(_join(path, key), value, why) from cause
+            raise self.error(join_keys(path, key), value, why) from cause
         return converted
 
     def _check_finite(self, values: Mapping[str, Any], path: str, hint: Any) -> None:
@@ -182,7 +183,7 @@ class Resolver:
         if found and takes_floats(hint):
             keys, number = found
             for key in keys:
-                path = _join(path, key)
+                path = join_keys(path, key)
             raise self.error(path, number, "must be finite")
 
     def _sections(self, kind: Any, form: str, value: Any, path: str, parent: Any) -> Any:
@@ -193,7 +194,7 @@ class Resolver:
         if form == "mapping":
             sections: dict[str, Any] = {}
             for key, item in self._mapping(value, path).items():
-                sections[key] = self.section(kind, item, _join(path, key), parent)
+                sections[key] = self.section(kind, item, join_keys(path, key), parent)
             return sections
         return self.section(kind, value, path, parent)
 
@@ -219,7 +220,7 @@ class Resolver:
             holder = dict.fromkeys(items)
         setattr(instance, f.name, holder)
         for key, item in items.items():
-            self._read_child(holder, key, slot, item, _join(path, str(key)), parent)
+            self._read_child(holder, key, slot, item, join_keys(path, str(key)), parent)
 
     def _read_child(
         self, holder: Any, key: Any, slot: str, raw: Any, path: str, parent: Any
@@ -272,7 +273,7 @@ class Resolver:
         for key in rest:
             if key in component.rejected_keys and key not in self.inherited.get(path, ()):
                 why = f"{raw['name']} has no {key}: {component.rejected_keys[key]}"
-                raise self.error(_join(path, key), rest[key], why)
+                raise self.error(join_keys(path, key), rest[key], why)
         outer = self._component
         self._component = f"{slot} {raw['name']!r} of {provenance.distribution} ({offer.target})"
         try:
@@ -303,8 +304,8 @@ class Resolver:
             try:
                 yield
             except ConfigError as error:
-                value = {} if config is None else _value_at(config, error.key)
-                raise self.error(_join(path, error.key), value, error.why) from error
+                value = {} if config is None else value_at(config, error.key)
+                raise self.error(join_keys(path, error.key), value, error.why) from error
         except UserError:
             raise
         except Exception as cause:
@@ -349,7 +350,7 @@ class Resolver:
             value = getattr(instance, f.name)
             if type(value) is int and abs(value) > LARGEST_SIZE and f.name != "seed":
                 why = f"must be at most {LARGEST_SIZE}"
-                raise self.error(_join(path, f.name), value, why)
+                raise self.error(join_keys(path, f.name), value, why)
 
     def _check(self, instance: Any, path: str, parent: Any) -> None:
         self._check_sizes(instance, path)
@@ -383,41 +384,3 @@ class _Deferred:
 def _is_corpus(section: _Deferred) -> bool:
     """Whether a section is that of the corpus: it is read first, because a corpus imports no torch."""
     return section.slot == "corpus"
-
-
-def to_dict(value: Any) -> Any:
-    """Converts a resolved recipe to plain containers, as `recipe.yaml` holds them; resolving them gives it again."""
-    if isinstance(value, Section):
-        return {"name": value.name, **to_dict(value.config)}
-    if isinstance(value, dict):
-        return {key: to_dict(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [to_dict(item) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
-    return value
-
-
-def _value_at(value: Any, path: str) -> Any:
-    """The value at a key path of an instance; an empty mapping for sections, which no error message shows."""
-    parts = path.split(".") if path else []
-    for part in parts:
-        if isinstance(value, Section) and not hasattr(value, part):
-            value = value.config
-        if isinstance(value, list):
-            value = value[int(part)]
-        elif isinstance(value, dict):
-            value = value.get(part)
-        else:
-            value = getattr(value, part, None)
-    first = value[0] if isinstance(value, list) and value else value
-    if is_dataclass(first) or isinstance(first, dict):
-        return {}
-    return value
-
-
-def _join(path: str, key: str) -> str:
-    """The path of a key inside the section at `path`; either may be empty."""
-    if path and key:
-        return f"{path}.{key}"
-    return path or key

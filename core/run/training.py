@@ -26,7 +26,7 @@ from core.run.run_sample import SampleAtEnd
 from core.run.summary import divergence, summarise
 from core.training.checkpoint_content import check_model, check_optimizers
 from core.training.checkpoints import is_disk_full
-from core.training.launchers import launch_of
+from core.training.launchers import Launch, launch_of
 from core.training.module import TrainingModule
 from core.training.rank_processes import RankLost
 from core.training.ranks import is_rank_zero, process_group_scope, set_rank
@@ -53,6 +53,7 @@ def fit(
     *,
     resume: bool = False,
     trust: bool = False,
+    launch: Launch | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains a recipe into a run folder and returns its summary.
@@ -66,6 +67,7 @@ def fit(
         resume: continue from the folder's newest checkpoint, to the same bits as if it had never stopped
             (on CPUs with the same number of threads).
         trust: whether a run to continue that was made elsewhere may name modules that `recipe` does not name.
+        launch: this process among the ranks; None: read from the environment.
         say: prints caveats and the path of the run folder.
 
     Raises:
@@ -73,15 +75,16 @@ def fit(
         RunFailed: too many steps in a row had a gradient that was not finite.
         Interrupted: the run stopped at a signal, with a checkpoint.
     """
-    set_rank(launch_of(recipe.strategy))
+    launch = launch or launch_of(recipe.strategy)
+    set_rank(launch)
     try:
         if not is_rank_zero():
-            return _join(recipe, folder, resume=resume)
+            return _join(recipe, folder, launch, resume=resume)
         if resume and not folder.never_started() and folder.summary.exists():
             return _completed(recipe, folder, say, trust=trust)
         option = "--resume" if resume else "--out"
         with folder.locked(option):
-            return _start_or_resume(recipe, folder, say, resume=resume, trust=trust)
+            return _start_or_resume(recipe, folder, launch, say, resume=resume, trust=trust)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -94,7 +97,13 @@ def fit(
 
 
 def _start_or_resume(
-    recipe: Recipe, folder: RunFolder, say: Callable[[str], None], *, resume: bool, trust: bool
+    recipe: Recipe,
+    folder: RunFolder,
+    launch: Launch,
+    say: Callable[[str], None],
+    *,
+    resume: bool,
+    trust: bool,
 ) -> dict[str, Any]:
     """Trains in a folder whose lock this process holds."""
     check_environment(recipe)
@@ -102,7 +111,7 @@ def _start_or_resume(
         if recipe.initial_weights:
             newest_checkpoint(Path(recipe.initial_weights))
         folder.create(trust=trust)
-        return _fit(recipe, folder, None, say, trust=trust)
+        return _fit(recipe, folder, launch, None, say, trust=trust)
     if folder.summary.exists():  # the process that held the lock has just completed the run
         return _completed(recipe, folder, say, trust=trust)
     moved = check_recipe_unchanged(recipe, folder, say, trust=trust)
@@ -116,7 +125,7 @@ def _start_or_resume(
             lost += make(section).check_resume(folder.path, step=start.step, every=every)
     for note in lost:
         say(f"note: {note}")
-    return _fit(recipe, folder, start, say, moved=moved, trust=trust, lost=lost)
+    return _fit(recipe, folder, launch, start, say, moved=moved, trust=trust, lost=lost)
 
 
 def _completed(
@@ -131,11 +140,12 @@ def _completed(
     return summary
 
 
-def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
+def _join(recipe: Recipe, folder: RunFolder, launch: Launch, *, resume: bool) -> dict[str, Any]:
     """Trains on a rank other than the first, which alone writes files and prints."""
     start = newest(folder) if resume else None
     try:
-        return _fit(recipe, folder, start, say=lambda _: None, trust=True)  # the first rank checks
+        # the first rank checks what the run may name, and prints
+        return _fit(recipe, folder, launch, start, say=lambda _: None, trust=True)
     except RankLost:
         raise
     except (Interrupted, RunFailed):
@@ -145,6 +155,7 @@ def _join(recipe: Recipe, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
 def _fit(
     recipe: Recipe,
     folder: RunFolder,
+    launch: Launch,
     start: Resume | None,
     say: Callable[[str], None],
     *,
@@ -157,6 +168,7 @@ def _fit(
     Args:
         recipe: a validated recipe.
         folder: the run folder.
+        launch: this process among the ranks.
         start: the checkpoint to continue from; None: the run begins.
         say: prints caveats.
         moved: whether the recipe names the corpus in another way than the run's recipe.
@@ -204,8 +216,7 @@ def _fit(
         start = replace(start, content={})
     if not is_started and is_rank_zero():
         _write_identity(recipe, folder, data)
-    sample = SampleAtEnd(folder, data.tokenizer)
-    callbacks = _train(recipe, folder, module, data, peak, start, say, sample)
+    callbacks, sample = _train(recipe, folder, launch, module, data, peak, start, say)
     if is_rank_zero():
         return _finish(folder, module, data, size, callbacks, notices, sample.error)
     return {}
@@ -243,15 +254,15 @@ def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
 def _train(
     recipe: Recipe,
     folder: RunFolder,
+    launch: Launch,
     module: TrainingModule,
     data: TextData,
     peak: float | None,
     start: Resume | None,
     say: Callable[[str], None],
-    sample: SampleAtEnd,
-) -> RunCallbacks:
-    """Runs Lightning's Trainer; it validates after the last step too."""
-    launch = launch_of(recipe.strategy)
+) -> tuple[RunCallbacks, SampleAtEnd]:
+    """Runs Lightning's Trainer; it validates after the last step too, and then lets the model write."""
+    sample = SampleAtEnd(folder, data.tokenizer)
     own = make_run_callbacks(folder.path, peak)
     callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
     resumed_at = start.step if start else None
@@ -279,7 +290,7 @@ def _train(
             raise UserError(
                 f"{start.path}: the run cannot continue from it: {why[:300]}"
             ) from cause
-    return own
+    return own, sample
 
 
 def _finish(

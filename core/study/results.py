@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from core.recipe.resolve import to_dict
+from core.recipe.key_paths import to_dict
 from core.statistics.comparison import compare, interval
 from core.storage.documents import DocumentError, read_object
 from core.study.matching import Matched

@@ -8,7 +8,7 @@ from typing import Any
 from core.analysis.budget import plan_of
 from core.command import command_line
 from core.contracts.errors import UserError
-from core.recipe.resolve import to_dict
+from core.recipe.key_paths import to_dict
 from core.run.data import text_data
 from core.storage.documents import DocumentError, read_object
 from core.study.matching import Matched, match

@@ -12,7 +12,7 @@ import yaml
 
 from core.contracts.errors import UserError
 from core.recipe import trust
-from core.recipe.resolve import to_dict
+from core.recipe.key_paths import to_dict
 from core.storage.documents import DocumentError, read_object, read_yaml
 from core.storage.files import write_text
 from core.storage.lock import locked_folder

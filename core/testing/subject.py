@@ -18,7 +18,8 @@ from core.contracts.schema import Section
 from core.extension.loader import installed_registry, registry_for
 from core.extension.registry import Entry, Registry
 from core.model.initialise import initialise
-from core.recipe.resolve import Resolver, to_dict
+from core.recipe.key_paths import to_dict
+from core.recipe.resolve import Resolver
 from core.testing import bench
 from core.testing.clauses import MODULES, require
 

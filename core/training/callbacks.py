@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -22,7 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save
 from torch import Tensor
 
-from core.command import STOPPING, terminated
+from core.command import STOPPING, show_cursor, terminated
 from core.contracts.errors import Interrupted
 from core.training.checkpoints import checkpoints_in
 from core.training.module import TrainingModule
@@ -206,8 +206,7 @@ class StopOnSignal(_StepEnd):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
-            if os.isatty(2):
-                os.write(2, b"\x1b[?25h")  # shows the cursor, which the progress bar has hidden
+            show_cursor()
             os.write(2, b"\n")
             os._exit(128 + signum)
         self.signum = signum
@@ -216,12 +215,11 @@ class StopOnSignal(_StepEnd):
         """Saves and stops if some rank has received a signal."""
         signum = max_over_ranks(self.signum, module.device)
         if signum:
-            save_step(trainer, module, self.folder)
-            raise Interrupted(signum, module.windows_done, self.folder)
+            self._save_and_stop(signum, trainer, module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops before the first batch of a validation."""
-        self._validation_batch_ended(trainer, pl_module)
+        self._stop_validation(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -233,10 +231,10 @@ class StopOnSignal(_StepEnd):
         dataloader_idx: int = 0,
     ) -> None:
         """Stops after a batch of a validation."""
-        self._validation_batch_ended(trainer, pl_module)
+        self._stop_validation(trainer, pl_module)
 
-    def _validation_batch_ended(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Saves the step and stops if some rank has received a signal; the validation is repeated after a resume."""
+    def _stop_validation(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Saves and stops if some rank has received a signal; the validation is repeated after a resume."""
         assert isinstance(module, TrainingModule)
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -244,8 +242,12 @@ class StopOnSignal(_StepEnd):
         if signum:
             module.validation_pending = True
             rewind_validation(trainer)
-            save_step(trainer, module, self.folder)
-            raise Interrupted(signum, module.windows_done, self.folder)
+            self._save_and_stop(signum, trainer, module)
+
+    def _save_and_stop(self, signum: int, trainer: L.Trainer, module: TrainingModule) -> NoReturn:
+        """Saves the step just done, and raises `Interrupted`."""
+        save_step(trainer, module, self.folder)
+        raise Interrupted(signum, module.windows_done, self.folder)
 
 
 def rewind_validation(trainer: L.Trainer) -> None:

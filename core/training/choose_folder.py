@@ -5,7 +5,6 @@ from pathlib import Path
 
 from core.contracts.errors import UserError
 from core.training.early_checks import check_same_folder
-from core.training.ranks import is_rank_zero
 from core.training.run_folder import RunFolder
 
 RUNS = Path("runs")
@@ -22,8 +21,6 @@ def start_folder(out: Path | None, name: str) -> RunFolder:
     """
     if out is not None:
         return RunFolder(out)
-    if not is_rank_zero():
-        return RunFolder(RUNS / name)
     number = 1
     folder = RUNS / name
     while not _made(folder):

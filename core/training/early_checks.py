@@ -16,7 +16,7 @@ def check_folders(out: Path | None, resume: str | None) -> None:
     if resume is None and out is not None:
         RunFolder(out).check_free()
     if resume not in (None, "auto"):
-        RunFolder(Path(str(resume))).never_started()
+        RunFolder(Path(str(resume))).check_has_run()
 
 
 def check_same_folder(resume: str | None, out: Path | None) -> None:

@@ -184,9 +184,8 @@ def _task_of(launcher: _Launcher, ranks: int, environment: Mapping[str, str]) ->
         where = f"and {launcher.rank} = {rank_value} in the environment"
         raise UserError(f"strategy.ranks = {ranks}, but {found} {where}: {instead}")
     if not rank_value.isdecimal() or int(rank_value) >= ranks:
-        raise UserError(
-            f"{launcher.rank} = {rank_value!r} in the environment: must be less than {world} = {ranks}"
-        )
+        allowed = f"must be a whole number less than {world} = {ranks}"
+        raise UserError(f"{launcher.rank} = {rank_value!r} in the environment: {allowed}")
     _check_one_machine(launcher, ranks, environment)
     return Launch(int(rank_value), ranks, launcher.name, port=_port(launcher, environment))
 
@@ -226,7 +225,11 @@ def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:
         step = environment.get("SLURM_STEP_ID", "0")
         digits = "".join(character for character in job + step if character.isdecimal())
         return 15000 + int(digits or "0") % 15000
-    if given is None or not given.isdecimal() or not 0 < int(given) < 65536:
+    if given is None:
+        raise UserError(
+            "MASTER_PORT is not set in the environment: must be the port at which the ranks meet"
+        )
+    if not given.isdecimal() or not 0 < int(given) < 65536:
         raise UserError(
             f"MASTER_PORT = {given!r} in the environment: must be the port at which the ranks meet"
         )

@@ -1,4 +1,4 @@
-"""What other libraries print during a run, and which of it is left out."""
+"""Silences the warnings and greetings of other libraries that say nothing about a run."""
 
 import logging
 import warnings

@@ -90,10 +90,11 @@ def _row(columns: list[str], cells: list[str], file: Path, number: int) -> Row:
     row = dict(zip(columns, cells, strict=True))
     for column, cell in row.items():
         if cell and not _is_number(cell):
-            raise DocumentError(file, f"{where}: {column} = {cell[:40]!r} is not a number")
+            raise DocumentError(file, f"{where}: {column} = {cell[:40]!r}: must be a number")
     step = float(row[STEP] or "nan")
     if not step.is_integer() or step < 0:
-        raise DocumentError(file, f"{where}: {STEP} = {row[STEP][:40]!r} is not a whole number")
+        allowed = "must be a whole number, at least 0"
+        raise DocumentError(file, f"{where}: {STEP} = {row[STEP][:40]!r}: {allowed}")
     row[STEP] = str(int(step))
     return row
 
@@ -127,7 +128,7 @@ def check_metrics(file: Path, *, step: int, every: int) -> list[str]:
         A note where the file was removed, so that the run goes on without the rows.
 
     Raises:
-        UserError: the file is damaged, or cut.
+        UserError: the file is damaged, or rows at its end are missing.
     """
     away = f"or move the file away: the run then goes on, and its log begins with step {step + 1}"
     try:
@@ -145,7 +146,7 @@ def check_metrics(file: Path, *, step: int, every: int) -> list[str]:
         missing = (
             f"the rows of steps {last + 1} to {step} are missing, and no checkpoint holds them"
         )
-        raise UserError(f"{file}: is cut: {missing}; put the whole file back, {away}")
+        raise UserError(f"{file}: is incomplete: {missing}; put the whole file back, {away}")
     return []
 
 

@@ -27,7 +27,12 @@ from core.numerics.finite import not_finite_in
 from core.recipe.plan import TrainingPlan
 from core.training.load import measures
 from core.training.own_parameters import OwnParameters, local_state
-from core.training.ranks import all_reduce_max_, rank_and_world, reduce_sum
+from core.training.ranks import (
+    all_reduce_max_,
+    all_reduce_sum,
+    differentiable_all_reduce_sum,
+    rank_and_world,
+)
 from core.training.step_metrics import (
     as_scalar,
     balancer_metrics,
@@ -153,7 +158,7 @@ class TrainingModule(L.LightningModule):
             source_B=batch.source_B,
             step=step,
             first_sequence=(index * world + rank) * len(batch.tokens_BL),
-            reduce_sum=reduce_sum,
+            reduce_sum=differentiable_all_reduce_sum,
         )
 
     def training_step(self, batches: list[Batch], _: int) -> None:
@@ -236,7 +241,7 @@ class TrainingModule(L.LightningModule):
 
     def _agreed_finite(self, norm: Tensor) -> bool:
         """Whether the norm is finite on every rank."""
-        bad = reduce_sum((~torch.isfinite(norm)).to(torch.int64))
+        bad = all_reduce_sum((~torch.isfinite(norm)).to(torch.int64))
         return int(bad) == 0
 
     def _end_step(self, *, done: bool) -> None:
@@ -252,12 +257,13 @@ class TrainingModule(L.LightningModule):
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.max_skipped:
+            advice = self._non_finite_advice(loss)
             raise RunFailed(
                 f"the gradient norm was {norm.item()} for {self.skipped_in_a_row} steps in a row, the last one step "
-                f"{self.windows_done + 1}; the run stops with its last checkpoint as it is: {self._known(loss)}"
+                f"{self.windows_done + 1}; the run stops with its last checkpoint as it is: {advice}"
             )
 
-    def _known(self, loss: Tensor) -> str:
+    def _non_finite_advice(self, loss: Tensor) -> str:
         """What is known about gradients that are not finite, and what to look at."""
         weight = not_finite_in(local_state(self.model))
         done = self.windows_done + 1 - self.skipped_in_a_row
@@ -301,11 +307,9 @@ class TrainingModule(L.LightningModule):
         values.update(exchange_metrics(totals))
         values.update({"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped_steps)})
         self.step_values = values
+        # `StepLog` writes the row; this is for callbacks of a recipe that read Lightning's metrics.
         logged = {name: as_scalar(value) for name, value in values.items()}
         self.log_dict(logged, logger=False, batch_size=1)
-        self.log("loss", as_scalar(values["loss/total"]), prog_bar=True, logger=False, batch_size=1)
-        if loads:
-            self.log("MaxVio", loads["max_vio"].float(), prog_bar=True, logger=False, batch_size=1)
 
     def _note_finiteness(self, loss: Tensor) -> None:
         """Remembers the step since which the loss has not been finite; None while it is finite."""
@@ -347,8 +351,7 @@ class TrainingModule(L.LightningModule):
         # The totals are equal on all ranks already, but Lightning warns where several ranks log without sync_dist.
         several = rank_and_world()[1] > 1
         for name, value in self.validated.items():
-            shown = name == "val_bits_per_byte"
-            self.log(name, as_scalar(value), prog_bar=shown, logger=False, sync_dist=several)
+            self.log(name, as_scalar(value), logger=False, sync_dist=several)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the module's own state, in plain containers and tensors, to Lightning's."""

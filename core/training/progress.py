@@ -19,13 +19,13 @@ LINE_SECONDS = 30.0
 LINE_PARTS = 20
 """Parts of the steps, 5% each, after which a line is also written where there is no terminal."""
 
-SHORTEST = 5.0
-"""Seconds between two lines at least, where there is no terminal."""
+MIN_LINE_SECONDS = 5.0
+"""Fewest seconds between two lines where there is no terminal."""
 
 REDRAWS = 5
 """Times in a second that the line is redrawn on a terminal."""
 
-_BAR = 10
+MIN_BAR_WIDTH = 10
 """Columns of the shortest bar."""
 
 
@@ -150,7 +150,7 @@ class ProgressLine(L.Callback):
             if len(line) + len(part) + 2 <= width:
                 line = f"{line}  {part}"
         free = width - len(line) - 3
-        if free < _BAR:
+        if free < MIN_BAR_WIDTH:
             return line[:width]
         filled = free * self.step // max(self.steps, 1)
         return f"{'━' * filled}{'┄' * (free - filled)}  {line}"
@@ -185,7 +185,7 @@ class ProgressLine(L.Callback):
             return
         now = time.monotonic()
         passed = now - self._last_line
-        next_part = self._part() > self._last_part and passed >= SHORTEST
+        next_part = self._part() > self._last_part and passed >= MIN_LINE_SECONDS
         if passed < LINE_SECONDS and not next_part:
             return
         self._write_line()

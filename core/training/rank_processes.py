@@ -20,20 +20,18 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from core.command import show_cursor
 from core.contracts.errors import Interrupted, RunFailed, UserError
 from core.training.launchers import FIRST_RANK, Launch
 
-PERIOD = 0.5
+POLL_SECONDS = 0.5
 """Seconds between looks at the other processes."""
 
-GRACE = 2.0
+GRACE_SECONDS = 2.0
 """Seconds that a rank gets to notice by itself that another one is lost."""
 
-PATIENCE = 300.0
+RENDEZVOUS_TIMEOUT = 300.0
 """Seconds within which all ranks have to meet at the start."""
-
-SHOW_CURSOR = b"\x1b[?25h"
-"""Shows the cursor of a terminal, which a progress bar hides."""
 
 
 class RankLost(RunFailed):
@@ -142,7 +140,7 @@ class RankWatch:
         self.world = launch.world
         self.parent = launch.parent
         self.children = children
-        self.deadline = time.monotonic() + PATIENCE
+        self.deadline = time.monotonic() + RENDEZVOUS_TIMEOUT
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="rank-watch")
 
@@ -164,13 +162,14 @@ class RankWatch:
         if self.parent is not None and os.getppid() != self.parent:
             return f"rank 0 (process {self.parent}) ended before the run was done, so rank {self.rank} ends too"
         if not dist.is_initialized() and time.monotonic() > self.deadline:
-            return f"rank {self.rank} has waited {PATIENCE:.0f} s for the {self.world} ranks to meet, and ends"
+            waited = f"has waited {RENDEZVOUS_TIMEOUT:.0f} s for the {self.world} ranks to meet"
+            return f"rank {self.rank} {waited}, and ends"
         return None
 
     def wait_until_lost(self) -> str | None:
         """Stops watching; returns the sentence about a lost rank, which may take a moment to end."""
         self.stop()
-        until = time.monotonic() + GRACE
+        until = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < until:
             lost = self.lost()
             if lost is not None:
@@ -186,16 +185,16 @@ class RankWatch:
                 child.kill()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(PERIOD):
+        while not self._stopped.wait(POLL_SECONDS):
             lost = self.lost()
-            if lost is not None and not self._stopped.wait(GRACE):
+            if lost is not None and not self._stopped.wait(GRACE_SECONDS):
                 self._end(lost)
 
     def _end(self, lost: str) -> None:
         """Ends this process and those that it has started."""
         self.end_children()
-        cursor = SHOW_CURSOR if os.isatty(2) else b""
-        os.write(2, cursor + f"moeloom: {lost}\n".encode())
+        show_cursor()
+        os.write(2, f"moeloom: {lost}\n".encode())
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(1)

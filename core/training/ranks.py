@@ -1,4 +1,7 @@
-"""Sums and maxima over data ranks, the identity where there is only one; and how several ranks share a run folder."""
+"""Reductions over the data ranks, and the context in which ranks train.
+
+Every reduction returns its argument unchanged where there is one rank.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -85,9 +88,7 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     """The largest of an integer over the ranks."""
     if rank_and_world()[1] == 1:
         return value
-    largest = torch.tensor(value, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
+    return int(all_reduce_max(torch.tensor(value, device=device)))
 
 
 def first_ranks_value(value: int, device: torch.device) -> int:
@@ -110,7 +111,7 @@ def all_reduce_max_(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def reduce_sum(tensor: Tensor) -> Tensor:
+def differentiable_all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks, differentiable."""
     if rank_and_world()[1] == 1:
         return tensor

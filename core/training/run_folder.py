@@ -100,13 +100,17 @@ class RunFolder:
         Raises:
             UserError: there is no run in this folder at all, or one without its recipe.
         """
+        self.check_has_run()
+        return not self.recipe.exists()
+
+    def check_has_run(self) -> None:
+        """Raises `UserError` if the folder holds no run; one that was killed at its start has empty `checkpoints`."""
         if self.recipe.exists():
-            return False
-        begun = (self.path / "checkpoints").is_dir()
-        if not begun or any((self.path / "checkpoints").iterdir()):
+            return
+        checkpoints = self.path / "checkpoints"
+        if not checkpoints.is_dir() or any(checkpoints.iterdir()):
             missing = "there is no run in this folder (no recipe.yaml)"
             raise UserError(f"--resume {self.path}: {missing}")
-        return True
 
     @contextmanager
     def locked(self, where: str = "--out") -> Iterator[None]:

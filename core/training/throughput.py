@@ -30,7 +30,7 @@ WINDOW = 5
 
 
 class Throughput(ThroughputMonitor):
-    """`tokens_per_second` and `mfu` over the last steps, in the step's row and on the progress bar.
+    """`tokens_per_second` and `mfu` over the last steps, in the step's row.
 
     Args:
         peak_flops: FLOPs per second of one device; None to use Lightning's table of GPUs.
@@ -58,7 +58,7 @@ class Throughput(ThroughputMonitor):
         if "device/samples_per_sec" in metrics:
             rate = metrics["device/samples_per_sec"] * trainer.world_size
             module.step_values["tokens_per_second"] = rate
-            module.log("tokens_per_second", rate, prog_bar=True, logger=False, batch_size=1)
+            module.log("tokens_per_second", rate, logger=False, batch_size=1)
         if "device/mfu" in metrics:
             module.step_values["mfu"] = metrics["device/mfu"]
 

@@ -15,7 +15,11 @@ from core.contracts.context import SequenceContext
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel, Losses
 from core.model.ledger import BalanceTerm, HeadTerm, LayerTerm, Ledger, Term
-from core.training.ranks import all_reduce_sum, rank_and_world, reduce_sum
+from core.training.ranks import (
+    all_reduce_sum,
+    differentiable_all_reduce_sum,
+    rank_and_world,
+)
 from core.training.totals import WindowTotals
 
 
@@ -150,7 +154,7 @@ def sum_over_scope(
     if whole is not None:
         return {name: value + (whole[name] - value).detach() for name, value in sums.items()}
     if scope in ("batch", "micro_batch"):
-        return {name: reduce_sum(value) for name, value in sums.items()}
+        return {name: differentiable_all_reduce_sum(value) for name, value in sums.items()}
     return sums
 
 

@@ -233,11 +233,6 @@ def _check_against_files(given: HfConfig, layers: int, depths: int, names: Colle
     Raises:
         ConfigError: there are more layers or experts than tensors, or files hold a layer that is not counted.
     """
-    rows = given.count("num_attention_heads") * (
-        given.count("qk_nope_head_dim") + given.count("qk_rope_head_dim")
-    )
-    if rows > MOST_ROWS:
-        raise ConfigError("num_attention_heads", f"gives {rows} rows of queries, over {MOST_ROWS}")
     if "model.embed_tokens.weight" not in names:  # not the whole list
         return
     files = f"the files hold {len(names)} tensors"
@@ -280,15 +275,25 @@ def _check_latent_eps(model: Mapping[str, Any], attention: Mapping[str, Any]) ->
 
 
 def _attention(given: HfConfig) -> dict[str, Any]:
-    """Returns the section of our attention."""
+    """Returns the section of our attention.
+
+    Raises:
+        ConfigError: the heads together have more rows of queries than can be listed.
+    """
     q_rank = given.get("q_lora_rank")
+    heads = given.count("num_attention_heads")
+    nope_dim = given.count("qk_nope_head_dim")
+    rope_dim = given.count("qk_rope_head_dim")
+    rows = heads * (nope_dim + rope_dim)
+    if rows > MOST_ROWS:
+        raise ConfigError("num_attention_heads", f"gives {rows} rows of queries, over {MOST_ROWS}")
     section = {
         "name": "mla",
-        "heads": given.count("num_attention_heads"),
+        "heads": heads,
         "q_rank": None if q_rank is None else given.count("q_lora_rank"),
         "kv_rank": given.count("kv_lora_rank"),
-        "nope_dim": given.count("qk_nope_head_dim"),
-        "rope_dim": given.count("qk_rope_head_dim"),
+        "nope_dim": nope_dim,
+        "rope_dim": rope_dim,
         "value_dim": given.count("v_head_dim"),
     }
     if given.number("rms_norm_eps") == LATENT_EPS:

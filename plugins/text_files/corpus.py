@@ -113,7 +113,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _literal(pattern: str) -> str:
-    """The pattern in which each folder that exists under its very name (`[web] crawl`) stands for itself."""
+    """The pattern with the characters of globs escaped in its longest part that is a folder, such as `[web] crawl`."""
     folder, separator, rest = pattern.rpartition("/")
     if not separator:
         return pattern

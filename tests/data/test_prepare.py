@@ -307,7 +307,7 @@ def test_a_pickle_in_the_place_of_an_array_is_not_loaded(
         (entry / name).unlink()
         with (entry / name).open("xb") as file:
             write(file)
-        with pytest.raises(UserError, match="holds no row of numbers"):
+        with pytest.raises(UserError, match="must hold a one-dimensional array of integers"):
             open_store(entry / "train.tokens.npy", entry / "train.starts.npy", 1)
     assert not (tmp_path / "it-ran").exists()
 
@@ -362,6 +362,7 @@ def test_a_sealed_file_that_holds_no_tokens_is_a_sentence(
     )
     cache_files.write_entry(entry, files)
     with pytest.raises(
-        UserError, match=r"train.tokens.npy: is damaged: it holds no row of numbers"
+        UserError,
+        match=r"train.tokens.npy: is damaged: must hold a one-dimensional array of integers",
     ):
         prepare(corpus_of(texts), VOCAB)

@@ -18,7 +18,7 @@ from core.command import run_command
 from core.contracts import VERSION
 from core.contracts.errors import UserError
 from core.extension.loader import PluginWarning
-from core.recipe.recipe_schema import BlockSection
+from core.recipe.model_schema import BlockSection
 
 Module = Callable[..., str]
 Install = Callable[..., None]

@@ -9,7 +9,8 @@ from core.contracts.errors import ConfigError, UserError
 from core.contracts.schedule import Schedule, Scheduled, Segment
 from core.contracts.schema import setting
 from core.extension.registry import Registry
-from core.recipe.resolve import Resolver, to_dict
+from core.recipe.key_paths import to_dict
+from core.recipe.resolve import Resolver
 
 
 @dataclass(kw_only=True)

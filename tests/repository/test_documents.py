@@ -15,8 +15,9 @@ import core
 from core.contracts.schedule import Schedule, Segment
 from core.extension.loader import find_plugins, load_plugins
 from core.extension.registry import SLOTS, Entry
+from core.recipe import model_schema, trainer_keys
 from core.recipe import recipe_schema as schema
-from core.recipe import trainer_keys
+from core.training.resume import MAY_CHANGE, REPRODUCED
 
 from .documents import DOCUMENTS, ROOT, blocks, first_cells, section
 
@@ -25,11 +26,11 @@ RECIPES, TRAINING, PLUGINS = (
 )
 SECTIONS = {
     schema.RecipeSchema: "## The recipe",
-    schema.ModelSection: "## model",
-    schema.BlockSection: "## model",
-    schema.RopeSection: "## model",
-    schema.YarnSection: "## model",
-    schema.InitSection: "## model",
+    model_schema.ModelSection: "## model",
+    model_schema.BlockSection: "## model",
+    model_schema.RopeSection: "## model",
+    model_schema.YarnSection: "## model",
+    model_schema.InitSection: "## model",
     schema.DataSection: "## data",
     schema.BatchSection: "## batch and budget",
     schema.BudgetSection: "## batch and budget",
@@ -58,8 +59,9 @@ def test_no_section_of_the_schema_is_left_out() -> None:
     named = {schema.TokenizerSection}  # its one key is in the row of `tokenizer`
     own = {
         value
-        for value in vars(schema).values()
-        if is_dataclass(value) and value.__module__ == schema.__name__
+        for module in (schema, model_schema)
+        for value in vars(module).values()
+        if is_dataclass(value) and value.__module__ == module.__name__
     }
     assert own - named <= set(SECTIONS)
     assert all(
@@ -106,8 +108,20 @@ def test_every_column_and_every_key_of_a_run_has_a_unit(finished: Path) -> None:
 def test_the_run_folder_of_the_readme_is_complete(finished: Path) -> None:
     table = section(ROOT / "README.md", "## What you get").partition("Measured")[0]
     listed = {name.rstrip("/") for name in first_cells(table)}
-    unlisted = {"tokenizer.json", "documents.txt", "SHA256SUMS"}
-    assert {file.name for file in finished.iterdir()} - unlisted == listed
+    assert {file.name for file in finished.iterdir()} == listed
+
+
+def test_the_sections_that_may_change_on_resume_are_listed() -> None:
+    """Every section of a recipe is reproduced, may change with a message, or may change without one."""
+    (found,) = re.findall(
+        r"\*\*Sections that may change\.\*\*(.*?)\n- \*\*",
+        TRAINING.read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
+    with_message, without_message = found.split("Without a message", 1)
+    assert set(re.findall(r"`(\w+)`", with_message)) == set(MAY_CHANGE)
+    others = {field.name for field in fields(schema.RecipeSchema)} - {*MAY_CHANGE, *REPRODUCED}
+    assert set(re.findall(r"`(\w+)`", without_message)) == others
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)

@@ -51,7 +51,7 @@ def become_folder(file: Path) -> None:
 
 
 LOGS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut": (cut, "is cut: the rows of steps 7 to 10 are missing"),
+    "cut": (cut, "is incomplete: the rows of steps 7 to 10 are missing"),
     "empty": (lambda file: file.write_bytes(b"") and None, "the rows of steps 1 to 10 are missing"),
     "NULs": (damage_line(4, lambda line: bytes(len(line) - 1) + b"\n"), "line 4 is damaged"),
     "garbage": (

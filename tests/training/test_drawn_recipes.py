@@ -19,7 +19,7 @@ import plugins.fp8_native.precision
 from core.contracts.errors import UserError
 from core.model.sampling import sample
 from core.recipe.compose import Recipe, compose
-from core.recipe.recipe_schema import TAKEN
+from core.recipe.model_schema import RESERVED_HEAD_NAMES
 from core.run.training import check_environment, fit
 from core.training.run_folder import RunFolder
 
@@ -84,7 +84,7 @@ def test_more_of_what_is_accepted_trains(fixed: Path) -> None:
 
 def test_no_head_can_have_the_name_of_an_attribute_of_torchs_module_dict() -> None:
     public = {name for name in dir(torch.nn.ModuleDict()) if not name.startswith("_")}
-    assert public <= TAKEN
+    assert public <= RESERVED_HEAD_NAMES
 
 
 def test_initial_weights_that_do_not_exist_are_found_before_the_corpus_is_read(

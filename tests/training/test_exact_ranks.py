@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core.testing.forked_ranks import on_ranks
 from lab import Lab
 from observed_run import Observed, differences, observe
 from test_window import cut, padded
 
+from core.testing.forked_ranks import on_ranks
 from core.training.launchers import Launch
 
 CLOSE = 1e-9

@@ -116,12 +116,19 @@ def test_tasks_of_torchrun_and_srun_are_the_ranks() -> None:
         ({**SRUN, "SLURM_NNODES": "2"}, r"strategy.ranks = 2: SLURM_NNODES = 2 .*: must be 1,"),
         (
             {**SRUN, "SLURM_PROCID": "2"},
-            r"SLURM_PROCID = '2' .*: must be less than SLURM_NTASKS = 2",
+            r"SLURM_PROCID = '2' .*: must be a whole number less than SLURM_NTASKS = 2",
         ),
         ({**TORCHRUN, "WORLD_SIZE": "16"}, r"strategy.ranks = 2, but WORLD_SIZE = 16 and RANK = 1"),
-        ({**TORCHRUN, "RANK": "one"}, r"RANK = 'one' in the environment: must be less than"),
+        (
+            {**TORCHRUN, "RANK": "one"},
+            r"RANK = 'one' in the environment: must be a whole number less than",
+        ),
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "1"}, r"LOCAL_WORLD_SIZE = 1 .*: must be 2, because"),
         ({**TORCHRUN, "MASTER_PORT": "http"}, r"MASTER_PORT = 'http' in the environment: must be"),
+        (
+            {name: value for name, value in TORCHRUN.items() if name != "MASTER_PORT"},
+            r"^MASTER_PORT is not set in the environment: must be the port",
+        ),
         (
             KUBEFLOW,
             r"strategy.ranks = 2: LOCAL_RANK is not set in the environment: must be 1, because",

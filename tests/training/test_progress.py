@@ -91,7 +91,7 @@ def test_without_a_terminal_a_line_is_written_every_30_seconds_or_5_percent(
     lab: Lab, tmp_path: Path
 ) -> None:
     def work() -> None:
-        progress.SHORTEST = 0.0
+        progress.MIN_LINE_SECONDS = 0.0
         run_command_here("fit", lab.file, BAR, "--out", tmp_path / "run")
 
     result = forked(work)

@@ -123,7 +123,7 @@ def test_rank_0_ends_when_rank_1_is_killed(lab: Lab, tmp_path: Path, while_train
 def test_a_rank_that_nobody_joins_ends(lab: Lab, tmp_path: Path) -> None:
     """The second task of srun does not come."""
     program = (
-        "import runpy, sys, core.training.rank_processes as ranks; ranks.PATIENCE = 3.0; "
+        "import runpy, sys, core.training.rank_processes as ranks; ranks.RENDEZVOUS_TIMEOUT = 3.0; "
         "runpy.run_module('core.fit', run_name='__main__', alter_sys=True)"
     )
     command = [sys.executable, "-c", program, *fit(lab, tmp_path / "run")[2:]]
