@@ -113,13 +113,14 @@ class Lab:
     """A corpus and a recipe, with ways to run it.
 
     Args:
-        folder: the folder to write both into; must not exist.
+        folder: the folder to write both into, or one that holds them already.
     """
 
     def __init__(self, folder: Path) -> None:
         self.texts = folder / "texts"
         self.file = folder / "small.yaml"
-        write_texts(self.texts)
+        if not self.texts.exists():
+            write_texts(self.texts)
         self.file.write_text(SMALL.format(texts=self.texts), encoding="utf-8")
 
     def recipe(self, *overrides: str) -> Recipe:
