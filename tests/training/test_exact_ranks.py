@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from lab import Lab
-from rank_cases import RECOMPUTE, TIED, Case, cases, compare
+from exact_cases import RECOMPUTE, TIED, Case, cases, compare
 
 from core.testing.forked_ranks import on_ranks
 from core.training.launchers import Launch

@@ -3,8 +3,8 @@
 `test_exact_ranks.py` runs them on gloo ranks. On a machine with GPUs they run in two steps, because a process that has
 a process group cannot train alone:
 
-    python tests/training/rank_cases.py alone FOLDER
-    torchrun --nproc-per-node 2 tests/training/rank_cases.py ranks FOLDER
+    python tests/training/exact_cases.py alone FOLDER
+    torchrun --nproc-per-node 2 tests/training/exact_cases.py ranks FOLDER
 """
 
 import os
