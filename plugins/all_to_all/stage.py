@@ -54,8 +54,8 @@ class Stage:
         """How many rows this rank sends to other ranks.
 
         Args:
-            remote: to ranks on other nodes, else to those on this one.
-            back: on the way back, else on the way out.
+            remote: whether ranks on other nodes count, or those on this one.
+            back: whether the way back counts, or the way out.
         """
         splits = self.rows.reversed() if back else self.rows
         total = 0
