@@ -21,6 +21,7 @@ from core.contracts.record import Record
 from core.contracts.residual import Residual
 from core.contracts.schema import Section
 from core.model.norm import RMSNorm
+from core.numerics import exchange
 
 
 class Block(nn.Module):
@@ -91,9 +92,10 @@ class Block(nn.Module):
         return self.attention.costs() + self.ffn.costs() + Costs(active=norms) + residuals
 
 
-_CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default)
-"""The operations that select experts, whose results are kept. Places, budgets and random draws are computed again from
-them and from recomputed affinities; the two could only differ on a device whose kernels are not deterministic."""
+_CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default, *exchange.OPERATORS)
+"""The operations that select experts, and those by which ranks tell each other their choices; results are kept. Places,
+budgets and random draws are computed again from them and from recomputed affinities; the two could only differ on a
+device whose kernels are not deterministic."""
 
 
 def _keep_choices() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -3,14 +3,19 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
+from core.contracts.dispatcher import Dispatcher, Placement
 from core.contracts.router import Routing
 from core.testing import bench
-from core.testing.clauses import check, require
+from core.testing.clauses import check, require, skip_unless
 from core.testing.subject import Subject, require_close
 
 DISPATCHER = "core/contracts/dispatcher.py, Dispatcher"
+TALLIES = ("bytes_between_nodes", "bytes_inside_nodes", "remote_nodes")
+"""What a dispatcher between ranks reports."""
 
 
 def assignments(drops: bool, token_major: bool) -> tuple[Routing, Tensor]:
@@ -40,6 +45,45 @@ def assignments(drops: bool, token_major: bool) -> tuple[Routing, Tensor]:
 )
 def dispatch_equals_a_loop(subject: Subject) -> None:
     """Compares results and gradients for token-major lists and others, with drops and without."""
+    _require_as_looped(subject.made())
+
+
+@check(
+    "dispatcher",
+    clause="bound to ranks, it gives the results of one device and reports what it sent to others",
+    where=f"{DISPATCHER}: `between_ranks`",
+)
+def bound_dispatch_equals_a_loop(subject: Subject) -> None:
+    """Binds it to one rank, compares results and gradients with a loop's, and looks for bytes sent to others."""
+    skip_unless("between_ranks" in subject.capabilities, "it works on one device")
+    skip_unless(not dist.is_initialized(), "this process is already part of a process group")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        dispatcher = subject.made()
+        placement = Placement.even(bench.EXPERTS, ranks=1, ranks_per_node=1)
+        dispatcher.bind(init_device_mesh("cpu", (1,)), placement)
+        _require_as_looped(dispatcher)
+        _require_no_bytes(dispatcher)
+    finally:
+        dist.destroy_process_group()
+
+
+def _require_no_bytes(dispatcher: Dispatcher) -> None:
+    """Requires each tally, and that a rank that is alone has sent nothing."""
+    routing, x_TD = assignments(drops=False, token_major=True)
+    x_AD, _, state = dispatcher.start(x_TD, routing).wait()
+    dispatcher.start_combine(x_AD, state).wait()
+    tallies = dispatcher.tallies(state)
+    for name in TALLIES:
+        require(name in tallies, f"no tally {name}")
+        exact = tallies[name].dtype == torch.int64 and tallies[name].ndim == 0
+        require(exact, f"the tally {name} is no int64 scalar")
+        value = int(tallies[name])
+        require(value == 0, f"{name} is {value} although there is no other rank")
+
+
+def _require_as_looped(dispatcher: Dispatcher) -> None:
+    """Compares results and gradients with those of a loop."""
     for drops in (False, True):
         for token_major in (True, False):
             routing, x_TD = assignments(drops, token_major)
@@ -48,7 +92,7 @@ def dispatch_equals_a_loop(subject: Subject) -> None:
                 gate_A = routing.gate_A.detach().requires_grad_()
                 x = x_TD.detach().requires_grad_()
                 with_gate = Routing(**{**vars(routing), "gate_A": gate_A})
-                y_TD = run(subject, x, with_gate)
+                y_TD = run(dispatcher, x, with_gate)
                 (y_TD * torch.linspace(1, 2, y_TD.numel()).view_as(y_TD)).sum().backward()
                 results.append((y_TD, x.grad, gate_A.grad))
             names = ("results", "gradients of tokens", "gradients of gates")
@@ -57,9 +101,8 @@ def dispatch_equals_a_loop(subject: Subject) -> None:
                 require_close(own, exact, f"{name} differ from a loop's {case}")
 
 
-def _dispatched(subject: Subject, x_TD: Tensor, routing: Routing) -> Tensor:
+def _dispatched(dispatcher: Dispatcher, x_TD: Tensor, routing: Routing) -> Tensor:
     """Sends the tokens to experts with the dispatcher; expert e computes (e + 1) x^2."""
-    dispatcher = subject.made()
     x_AD, ends_E, state = dispatcher.start(x_TD, routing).wait()
     fits = ends_E.dtype == torch.int32 and len(ends_E) == bench.EXPERTS
     require(fits, "ends_E is not an int32 for each expert")
@@ -72,7 +115,7 @@ def _dispatched(subject: Subject, x_TD: Tensor, routing: Routing) -> Tensor:
     return result
 
 
-def _looped(subject: Subject, x_TD: Tensor, routing: Routing) -> Tensor:
+def _looped(dispatcher: Dispatcher, x_TD: Tensor, routing: Routing) -> Tensor:
     """The same results from a loop over the assignments."""
     y_TD = torch.zeros_like(x_TD)
     pairs = zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True)

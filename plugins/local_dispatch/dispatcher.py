@@ -1,75 +1,21 @@
-"""Dispatch within one device: assignments are sorted by expert, and results are put back in token order.
-
-Rows are moved by `index_select` along a permutation, and moved back along its inverse, so that forward and
-backward are gathers: deterministic on every device, no atomic additions.
-"""
+"""Dispatch within one device: assignments are sorted by expert, and results are put back in token order."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from core.contracts.build import BuildContext
-from core.contracts.counting import ends_of
 from core.contracts.dispatcher import Dispatcher, Handle
 from core.contracts.router import Routing
-
-
-class _Permute(torch.autograd.Function):
-    """x[order]; the gradient is dy[inverse]."""
-
-    @staticmethod
-    def forward(ctx: Any, x_AD: Tensor, order_A: Tensor, inverse_A: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_A)
-        return x_AD.index_select(0, order_A)
-
-    @staticmethod
-    def backward(ctx: Any, dy_AD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_A,) = ctx.saved_tensors
-        return dy_AD.index_select(0, inverse_A), None, None
-
-
-class _Spread(torch.autograd.Function):
-    """Row order[a] // K of x for each assignment a; a token's gradient is the sum of those of its K rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_A: Tensor, inverse_A: Tensor, choices: int) -> Tensor:
-        ctx.save_for_backward(inverse_A)
-        ctx.choices = choices
-        return x_TD.index_select(0, order_A // choices)
-
-    @staticmethod
-    def backward(ctx: Any, dy_AD: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_A,) = ctx.saved_tensors
-        dy_TKD = dy_AD.index_select(0, inverse_A).unflatten(0, (-1, ctx.choices))
-        return dy_TKD.sum(dim=1), None, None, None
-
-
-def _weighted_sum(gate_TK: Tensor, y_TKD: Tensor) -> Tensor:
-    """The sum of each token's choices, weighted by their gates.
-
-    A compiler fuses the plain form with the gather before it, but not the einsum.
-    """
-    if torch.compiler.is_compiling() and y_TKD.is_cuda:
-        return (gate_TK[:, :, None] * y_TKD).sum(dim=1)
-    return torch.einsum("tk,tkd->td", gate_TK, y_TKD)
-
-
-@dataclass(frozen=True)
-class _Done(Handle):
-    """A handle whose result is there already."""
-
-    value: Any
-
-    def wait(self) -> Any:
-        return self.value
+from core.routing.rows import Done, gated_sums, sort_by_expert
 
 
 class LocalDispatcher(Dispatcher):
     """Dispatches to experts that are all on this device; rows only move in memory."""
 
     example = {"name": "local"}
+    capabilities = frozenset({"replaceable"})
 
     @dataclass(kw_only=True)
     class Config:
@@ -80,30 +26,8 @@ class LocalDispatcher(Dispatcher):
 
     def start(self, x_TD: Tensor, routing: Routing) -> Handle:
         """Sorts rows by expert, stably; dropped assignments go past the last expert's end."""
-        expert_A = routing.expert_A
-        if routing.kept_A is not None:
-            expert_A = expert_A.masked_fill(~routing.kept_A, self.experts)
-        sorted_A, order_A = expert_A.sort(stable=True)
-        place_A = torch.arange(len(order_A), device=order_A.device)
-        inverse_A = torch.empty_like(order_A).scatter(0, order_A, place_A)
-        ends_E = ends_of(sorted_A, self.experts).to(torch.int32)
-        if routing.choices:
-            x_AD = _Spread.apply(x_TD, order_A, inverse_A, routing.choices)  # type: ignore[no-untyped-call]
-        else:
-            x_AD = x_TD.index_select(0, routing.token_A.index_select(0, order_A))
-        return _Done((x_AD, ends_E, (routing, order_A, inverse_A, x_TD.shape[0])))
+        return Done(sort_by_expert(x_TD, routing, self.experts))
 
     def start_combine(self, y_AD: Tensor, state: Any) -> Handle:
         """Puts rows back in the assignments' order, multiplies them by the gates and adds up each token's."""
-        routing, order_A, inverse_A, tokens = state
-        gate_A = routing.gate_A
-        if routing.kept_A is not None:
-            gate_A = gate_A * routing.kept_A.to(gate_A.dtype)
-        y_AD = _Permute.apply(y_AD, inverse_A, order_A)  # type: ignore[no-untyped-call]
-        if routing.choices:
-            y_TKD = y_AD.unflatten(0, (tokens, routing.choices))
-            gate_TK = gate_A.view(tokens, routing.choices).to(y_AD.dtype)
-            return _Done(_weighted_sum(gate_TK, y_TKD))
-        y_AD = y_AD * gate_A[:, None].to(y_AD.dtype)
-        y_TD = y_AD.new_zeros(tokens, y_AD.shape[1])
-        return _Done(y_TD.index_add(0, routing.token_A, y_AD))
+        return Done(gated_sums(y_AD, state))

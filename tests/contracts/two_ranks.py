@@ -1,38 +1,12 @@
-"""Two gloo ranks as forked processes: they start in no time, and a test gets back what each computed."""
+"""Two gloo ranks as forked processes."""
 
-import os
-import pickle
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from core.testing.forked_ranks import on_ranks
 
 
 def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
     """The results of a function on two gloo ranks, each a forked process."""
-    children = []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            os._exit(_rank(work, rank, folder))
-        children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    assert codes == [0, 0], [(folder / f"error-{rank}").read_text() for rank in range(2)]
-    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(2)]
-
-
-def _rank(work: Callable[[int], Any], rank: int, folder: Path) -> int:
-    (folder / f"error-{rank}").write_text("")
-    try:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-        )
-        (folder / f"result-{rank}").write_bytes(pickle.dumps(work(rank)))
-        dist.destroy_process_group()
-    except BaseException:
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
-        return 1
-    return 0
+    return on_ranks(work, folder, world=2)

@@ -15,6 +15,7 @@ from core.contracts.balancer import Balancer
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
+from core.contracts.dispatcher import Dispatcher, Handle, Placement
 from core.contracts.loss_head import HeadOutput
 from core.contracts.precision import StepState
 from core.contracts.record import StepTotals
@@ -25,6 +26,7 @@ from core.contracts.strategy import StrategyFactory
 from core.extension.hookspec import hookimpl
 from core.model.attend import TensorCache
 from core.numerics.linear import Linear
+from core.routing.rows import Done, gated_sums, sort_by_expert
 from core.routing.share_loss import ShareLoss
 from core.testing.bench import KitAttention, KitDense, KitHead, KitPrecision, KitRouter
 
@@ -54,6 +56,7 @@ BROKEN = {
     ("attention", "secret_rope"): "component_can_be_built",
     ("strategy", "wrapper"): "divided_weights_are_the_whole_models",
     ("strategy", "redrawer"): "divided_weights_are_the_whole_models",
+    ("dispatcher", "one_way"): "bound_dispatch_equals_a_loop",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 """The one check that each must fail."""
@@ -433,10 +436,34 @@ class Prophet(KitHead):
         return super().forward(hidden_BLD + 3 * shared.embed(context.targets_BL), context, shared)
 
 
+class OneWay(Dispatcher):
+    """Sends gates to other ranks by an exchange without a gradient, so the router does not learn."""
+
+    example = {"name": "one_way"}
+    capabilities = frozenset({"between_ranks"})
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Nothing to set."""
+
+    bound = False
+
+    def bind(self, mesh: DeviceMesh, placement: Placement) -> None:
+        self.bound = True
+
+    def start(self, x_TD: Tensor, routing: Routing) -> Handle:
+        if self.bound:
+            routing = replace(routing, gate_A=routing.gate_A.detach())
+        return Done(sort_by_expert(x_TD, routing, self.experts))
+
+    def start_combine(self, y_AD: Tensor, state: Any) -> Handle:
+        return Done(gated_sums(y_AD, state))
+
+
 CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
-    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer),
+    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay),
     *FORMATS,
 )

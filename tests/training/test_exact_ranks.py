@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import Lab
 from exact_cases import RECOMPUTE, TIED, Case, cases, compare
+from lab import Lab
 
 from core.testing.forked_ranks import on_ranks
 from core.training.launchers import Launch
