@@ -7,13 +7,7 @@ from core.contracts.component import Environment
 from core.contracts.errors import ConfigError
 from core.contracts.schema import setting
 from core.contracts.strategy import StrategyFactory
-
-
-def _missing_gpu(config: Any, environment: Environment) -> str | None:
-    """Why a run cannot start, as a sentence: `accelerator` is cuda, and there is no GPU; else None."""
-    if config.accelerator == "cuda" and environment.device != "cuda":
-        return "accelerator is cuda, and torch finds no GPU"
-    return None
+from plugins.strategies.devices import check_nodes, device_arguments, missing_gpu
 
 
 class Single(StrategyFactory):
@@ -32,7 +26,7 @@ class Single(StrategyFactory):
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
         """The sentence that a GPU is missing, where `accelerator` is cuda."""
-        return _missing_gpu(config, environment)
+        return missing_gpu(config, environment)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The Trainer's arguments for one device and no process group."""
@@ -46,9 +40,10 @@ class DataParallel(StrategyFactory):
 
     @dataclass(kw_only=True)
     class Config:
-        """The number of ranks and the kind of device."""
+        """The number of ranks and of nodes, and the kind of device."""
 
-        ranks: int = setting(doc="processes on this machine, one device each")
+        ranks: int = setting(doc="processes of the run, one device each")
+        nodes: int = setting(1, doc="machines, which have ranks / nodes processes each")
         accelerator: Literal["auto", "cpu", "cuda"] = setting(
             "auto", doc="auto: GPUs if there are any"
         )
@@ -60,19 +55,16 @@ class DataParallel(StrategyFactory):
                 sequences = self.ranks if section is None else section.sequences
                 if self.ranks < 1 or sequences % self.ranks:
                     raise ConfigError("ranks", f"must divide {key}.sequences = {sequences}")
+            check_nodes(self)
 
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
         """The sentence that GPUs are missing, where `accelerator` is cuda."""
-        return _missing_gpu(config, environment)
+        return missing_gpu(config, environment)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The Trainer's arguments; buffers are not broadcast: every rank updates its bias from the same counts."""
         from lightning.pytorch.strategies import DDPStrategy
 
         strategy = DDPStrategy(broadcast_buffers=False)
-        return {
-            "accelerator": self.config.accelerator,
-            "devices": self.config.ranks,
-            "strategy": strategy,
-        }
+        return {**device_arguments(self.config), "strategy": strategy}
