@@ -36,6 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
     from core.recipe.compose import compose
     from core.training.early_checks import check_folders, check_initial_weights
     from core.training.launchers import (
+        Launch,
         check_folder_named,
         joined_folder,
         launch_of,
@@ -49,7 +50,9 @@ def main(arguments: argparse.Namespace) -> None:
     recipe = compose(
         arguments.recipe, arguments.overrides, trust=arguments.trust, check_source=start
     )
-    launch = launch_of(recipe.strategy)
+    launch = Launch()
+    if start:
+        launch = launch_of(recipe.strategy)
     if launch.rank == 0:
         for key in recipe.dropped:
             print(f"dropped {key}: the component now named there has no such key", file=sys.stderr)

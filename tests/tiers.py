@@ -35,6 +35,7 @@ FULL = {
     "repository/test_tutorial.py": "starts processes",
     "study/test_processes.py": "starts and kills processes",
     "study/test_ray.py": "needs Ray",
+    "training/test_node_processes.py": "starts the processes of two nodes",
     "training/test_rank_processes.py": "starts and kills the processes of two ranks",
     "training/test_ranks.py": "starts the processes of two ranks",
     "training/test_skew.py": "trains 300 steps three times",

@@ -37,6 +37,7 @@ from core.training.resume import (
     newest_checkpoint,
 )
 from core.training.run_folder import RunFolder, provenance
+from core.training.same_start import SameStart, Start, hash_of
 from core.training.setup import RunCallbacks, make_run_callbacks, make_trainer
 from core.training.throughput import measured_peak_flops
 
@@ -264,6 +265,8 @@ def _train(
     """Runs Lightning's Trainer; it validates after the last step too, and then lets the model write."""
     sample = SampleAtEnd(folder, data.tokenizer)
     own = make_run_callbacks(folder.path, peak)
+    step = start.step if start else 0
+    now = Start(launch.node, step, hash_of(recipe.to_dict()), data.fingerprint)
     callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
     resumed_at = start.step if start else None
     loggers = [make(section).make(folder.path, resumed_at=resumed_at) for section in recipe.loggers]
@@ -272,7 +275,13 @@ def _train(
         folder.path,
         steps=module.plan.steps,
         loggers=loggers,
-        callbacks=[own.throughput, own.loads, *callbacks, sample],
+        callbacks=[
+            SameStart(now, folder.path),
+            own.throughput,
+            own.loads,
+            *callbacks,
+            sample,
+        ],
         stop=own.stop,
         strategy=module.strategy.trainer_arguments(),
         launch=launch,

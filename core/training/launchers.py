@@ -1,7 +1,8 @@
 """What started this process, and which rank it is: read from the environment, before torch is imported.
 
 A strategy with one device ignores what a launcher left in the environment. One with several ranks starts the others
-itself, unless torchrun or srun has started as many tasks as there are ranks. Anything else is an error.
+itself, unless torchrun or srun has started as many tasks as there are ranks, on one machine or on several. Anything
+else is an error.
 """
 
 import os
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from core.contracts.errors import UserError
+from core.training.node_checks import check_nodes, no_launcher
 
 JOINED = "MOELOOM_JOINED_RUN"
 """The environment variable in which the first rank passes the run folder to the ranks that it starts."""
 
 FIRST_RANK = "MOELOOM_FIRST_RANK"
 """The environment variable in which the first rank passes its process id to the ranks that it starts."""
+
+LOOPBACK = "127.0.0.1"
+"""The address at which ranks of one machine meet."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class Launch:
         launcher: the program that started every rank; None if the first rank starts the others.
         parent: the process id of the first rank, if that started this one.
         port: the TCP port at which ranks of a launcher meet; 0 if the first rank chooses it.
+        local_rank: its number among the ranks of its node, from 0.
+        node: the number of its node, from 0.
+        nodes: how many nodes there are; each has equally many ranks.
+        address: the host at which the ranks meet, or SLURM's list of nodes, the first of which is that host.
     """
 
     rank: int = 0
@@ -36,6 +45,15 @@ class Launch:
     launcher: str | None = None
     parent: int | None = None
     port: int = 0
+    local_rank: int = 0
+    node: int = 0
+    nodes: int = 1
+    address: str = LOOPBACK
+
+    @property
+    def ranks_per_node(self) -> int:
+        """How many ranks each node has."""
+        return self.world // self.nodes
 
 
 @dataclass(frozen=True)
@@ -90,22 +108,27 @@ def launch_of(strategy: Any, environment: Mapping[str, str] = os.environ) -> Lau
     """Returns which rank this process is.
 
     Args:
-        strategy: the recipe's section; its key `ranks` is the number of processes, 1 if it has no such key.
+        strategy: the recipe's section; its component says how many processes and nodes there are.
         environment: the environment variables.
 
     Raises:
-        UserError: a launcher has started several tasks, and they cannot be the ranks.
+        UserError: a launcher has started several tasks, and they cannot be the ranks; or several nodes are wanted, and
+            no launcher has started this process.
     """
     ranks = strategy.component.ranks_of(strategy.config)
+    nodes = strategy.component.nodes_of(strategy.config)
     if ranks == 1:
         return Launch()
     if JOINED in environment and FIRST_RANK in environment:
         parent = int(environment[FIRST_RANK])
-        return Launch(int(environment["LOCAL_RANK"]), ranks, parent=parent)
+        rank = int(environment["LOCAL_RANK"])
+        return Launch(rank, ranks, parent=parent, local_rank=rank)
     launcher = _launcher_in(environment)
-    if launcher is None:
-        return Launch(0, ranks)
-    return _task_of(launcher, ranks, environment)
+    if launcher is not None:
+        return _task_of(launcher, ranks, nodes, environment)
+    if nodes > 1:
+        raise UserError(no_launcher(ranks, nodes))
+    return Launch(0, ranks)
 
 
 def joined_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
@@ -167,11 +190,13 @@ def _launcher_in(environment: Mapping[str, str]) -> _Launcher | None:
     return None
 
 
-def _task_of(launcher: _Launcher, ranks: int, environment: Mapping[str, str]) -> Launch:
+def _task_of(launcher: _Launcher, ranks: int, nodes: int, environment: Mapping[str, str]) -> Launch:
     """The rank of a task of a launcher; its tasks must be the ranks."""
     instead = (
         f"start one process, which starts the other ranks, or torchrun or srun with {ranks} tasks"
     )
+    if nodes > 1:
+        instead = f"start torchrun or srun with {ranks // nodes} tasks on each of {nodes} nodes"
     if not launcher.supported:
         found = f"{launcher.rank} = {environment[launcher.rank]} in the environment"
         raise UserError(
@@ -186,31 +211,41 @@ def _task_of(launcher: _Launcher, ranks: int, environment: Mapping[str, str]) ->
     if not rank_value.isdecimal() or int(rank_value) >= ranks:
         allowed = f"must be a whole number less than {world} = {ranks}"
         raise UserError(f"{launcher.rank} = {rank_value!r} in the environment: {allowed}")
-    _check_one_machine(launcher, ranks, environment)
-    return Launch(int(rank_value), ranks, launcher.name, port=_port(launcher, environment))
+    rank = int(rank_value)
+    check_nodes(launcher.name, rank, ranks, nodes, environment)
+    node, local_rank = divmod(rank, ranks // nodes)
+    return Launch(
+        rank,
+        ranks,
+        launcher.name,
+        port=_port(launcher, environment),
+        local_rank=local_rank,
+        node=node,
+        nodes=nodes,
+        address=_address(launcher, nodes, environment),
+    )
 
 
-def _check_one_machine(launcher: _Launcher, ranks: int, environment: Mapping[str, str]) -> None:
-    """Raises `UserError` for tasks on several machines."""
-    expected: dict[str, str] = {}
-    if launcher.name == "torchrun":
-        expected["LOCAL_RANK"] = environment[launcher.rank]
-        if "LOCAL_WORLD_SIZE" in environment:
-            expected["LOCAL_WORLD_SIZE"] = str(ranks)
-    else:
-        machines = _first(
-            ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"), environment
-        )
-        if machines is not None:
-            expected[machines] = "1"
-    for name, value in expected.items():
-        found = environment.get(name)
-        if found != value:
-            shown = "is not set" if found is None else f"= {found}"
-            raise UserError(
-                f"strategy.ranks = {ranks}: {name} {shown} in the environment: must be {value}, because all ranks "
-                "work on one machine"
-            )
+def _address(launcher: _Launcher, nodes: int, environment: Mapping[str, str]) -> str:
+    """The host at which the ranks of a launcher meet, or a list of nodes of SLURM, the first of which is that host.
+
+    Raises:
+        UserError: there are several nodes, and no variable says which is the first.
+    """
+    if launcher.name == "srun" and nodes == 1:
+        return LOOPBACK
+    names: tuple[str, ...] = ("MASTER_ADDR",)
+    if launcher.name == "srun":
+        names = ("MASTER_ADDR", "SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
+    name = _first(names, environment)
+    if name is not None and environment[name]:
+        return environment[name]
+    if nodes == 1:
+        return LOOPBACK
+    raise UserError(
+        f"strategy.nodes = {nodes}: {name or names[0]} is not set in the environment: must be the address of the "
+        "first node, where the ranks meet"
+    )
 
 
 def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
@@ -32,6 +33,15 @@ GRACE_SECONDS = 2.0
 
 RENDEZVOUS_TIMEOUT = 300.0
 """Seconds within which all ranks have to meet at the start."""
+
+
+CONNECTION_LOSS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+)
+"""How gloo and NCCL report that the process of another rank has ended, possibly on another machine."""
 
 
 class RankLost(RunFailed):
@@ -55,10 +65,11 @@ class RunEnvironment(LightningEnvironment):
 
     @property
     def main_address(self) -> str:
-        """The address at which the ranks meet: this machine's."""
-        if self.launch.launcher == "torchrun":
-            return os.environ.get("MASTER_ADDR", "127.0.0.1")
-        return "127.0.0.1"
+        """The address at which the ranks meet: that of the first node."""
+        address: str = self.launch.address
+        if self.launch.launcher == "srun":
+            address = SLURMEnvironment.resolve_root_node_address(address)
+        return address
 
     @property
     def main_port(self) -> int:
@@ -78,12 +89,12 @@ class RunEnvironment(LightningEnvironment):
         """Changes nothing: this process has its rank from the start."""
 
     def local_rank(self) -> int:
-        """The rank, because all ranks are on one machine."""
-        return self.launch.rank
+        """The number of this rank among those of its node, which is that of its device."""
+        return self.launch.local_rank
 
     def node_rank(self) -> int:
-        """The number of the only machine."""
-        return 0
+        """The number of this rank's node."""
+        return self.launch.node
 
     def teardown(self) -> None:
         """Leaves the environment variables alone."""
@@ -118,11 +129,21 @@ class RankLauncher(_SubprocessScriptLauncher):
         except Exception as error:
             lost = watch.wait_until_lost()
             watch.end_children()
+            if lost is None and is_connection_loss(error):
+                lost = f"rank {environment.launch.rank} has lost its connection to another rank, so the run ends"
             if lost is None:
                 raise
             raise RankLost(lost) from error
         finally:
             watch.stop()
+
+
+def is_connection_loss(error: BaseException) -> bool:
+    """Whether a collective failed because the process of another rank has ended."""
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in CONNECTION_LOSS)
 
 
 class RankWatch:
@@ -132,7 +153,7 @@ class RankWatch:
 
     Args:
         launch: this rank.
-        children: the ranks that this process has started, from rank 1 on.
+        children: the ranks that this process has started on its machine, from rank 1 on; none of a launcher's tasks.
     """
 
     def __init__(self, launch: Launch, children: list["subprocess.Popen[Any]"]) -> None:

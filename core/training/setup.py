@@ -77,8 +77,8 @@ def make_trainer(
     )
     trainer._signal_connector = _NoSignals(trainer)
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        trainer.strategy._launcher = RankLauncher(environment, launch.world, 1)
-    world.compare(trainer.num_devices)
+        trainer.strategy._launcher = RankLauncher(environment, launch.ranks_per_node, launch.nodes)
+    world.compare(trainer.num_devices * trainer.num_nodes)
     return trainer
 
 

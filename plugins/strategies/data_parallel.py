@@ -6,7 +6,7 @@ from typing import Any, Literal
 from core.contracts.component import Environment
 from core.contracts.schema import setting
 from core.contracts.strategy import StrategyFactory
-from plugins.strategies.devices import check_share, missing_gpu
+from plugins.strategies.devices import check_nodes, check_share, device_arguments, missing_gpu
 
 
 class Single(StrategyFactory):
@@ -39,9 +39,10 @@ class DataParallel(StrategyFactory):
 
     @dataclass(kw_only=True)
     class Config:
-        """The number of ranks and the kind of device."""
+        """The number of ranks and of nodes, and the kind of device."""
 
-        ranks: int = setting(doc="processes on this machine, one device each")
+        ranks: int = setting(doc="processes of the run, one device each")
+        nodes: int = setting(1, doc="machines, which have ranks / nodes processes each")
         accelerator: Literal["auto", "cpu", "cuda"] = setting(
             "auto", doc="auto: GPUs if there are any"
         )
@@ -49,6 +50,7 @@ class DataParallel(StrategyFactory):
         def check(self, parent: Any) -> None:
             """Raises `ConfigError` if the ranks cannot share a micro-batch, or one of validation, evenly."""
             check_share(parent, "ranks", self.ranks)
+            check_nodes(self.nodes, self.ranks)
 
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
@@ -60,8 +62,6 @@ class DataParallel(StrategyFactory):
         from lightning.pytorch.strategies import DDPStrategy
 
         strategy = DDPStrategy(broadcast_buffers=False)
-        return {
-            "accelerator": self.config.accelerator,
-            "devices": self.config.ranks,
-            "strategy": strategy,
-        }
+        config = self.config
+        devices = device_arguments(config.accelerator, ranks=config.ranks, nodes=config.nodes)
+        return {**devices, "strategy": strategy}

@@ -1,4 +1,4 @@
-"""Checks that the strategies share: of devices, of machines, and of how a batch is shared."""
+"""What the strategies share: checks of devices, machines and batches, and the Trainer's arguments for devices."""
 
 from typing import Any
 
@@ -14,9 +14,14 @@ def missing_gpu(config: Any, environment: Environment) -> str | None:
 
 
 def check_nodes(nodes: int, ranks: int) -> None:
-    """Raises `ConfigError` if the machines cannot have equally many of the ranks."""
+    """Raises `ConfigError` if the ranks cannot be shared equally by the nodes."""
     if nodes < 1 or ranks % nodes:
-        raise ConfigError("nodes", f"must divide the number of ranks, {ranks}")
+        raise ConfigError("nodes", f"must be at least 1, and divide ranks = {ranks}")
+
+
+def device_arguments(accelerator: str, *, ranks: int, nodes: int) -> dict[str, Any]:
+    """The Trainer's arguments that choose the devices: their kind, how many on each node, and how many nodes."""
+    return {"accelerator": accelerator, "devices": ranks // nodes, "num_nodes": nodes}
 
 
 def check_share(recipe: Any, key: str, ranks: int) -> None:

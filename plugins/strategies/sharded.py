@@ -12,7 +12,7 @@ from core.contracts.component import Environment
 from core.contracts.errors import ConfigError
 from core.contracts.schema import Child, Section, child, sections_in, setting
 from core.contracts.strategy import StrategyFactory
-from plugins.strategies.devices import check_nodes, check_share, missing_gpu
+from plugins.strategies.devices import check_nodes, check_share, device_arguments, missing_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,14 +32,10 @@ class _Sharded(StrategyFactory):
         """The Trainer's arguments."""
         from core.training.sharded import ShardedStrategy
 
-        ranks = self.ranks_of(self.config)
-        nodes = self.nodes_of(self.config)
-        return {
-            "accelerator": self.config.accelerator,
-            "devices": ranks // nodes,
-            "num_nodes": nodes,
-            "strategy": ShardedStrategy(self, offload=self.config.offload),
-        }
+        config = self.config
+        ranks = self.ranks_of(config)
+        devices = device_arguments(config.accelerator, ranks=ranks, nodes=config.nodes)
+        return {**devices, "strategy": ShardedStrategy(self, offload=config.offload)}
 
     def gradient_scale(self, ranks: int) -> float:
         """1: FSDP2 is told to add gradients up."""

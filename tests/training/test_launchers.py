@@ -21,6 +21,7 @@ from core.training.launchers import (
 )
 from core.training.ranks import is_rank_zero, set_rank
 from core.training.setup import WorldCheck
+from plugins.strategies.data_parallel import DataParallel
 
 SRUN = {
     "SLURM_JOB_ID": "7",
@@ -49,7 +50,7 @@ LAUNCHERS = [SRUN, TORCHRUN, MPIRUN, JSRUN, KUBEFLOW]
 
 def section(**keys: Any) -> Any:
     """The section of a strategy with these keys."""
-    return SimpleNamespace(config=SimpleNamespace(**keys))
+    return SimpleNamespace(component=DataParallel, config=SimpleNamespace(**keys))
 
 
 @pytest.mark.parametrize("variables", first_by_default(LAUNCHERS))
@@ -99,8 +100,8 @@ def test_one_task_starts_as_many_ranks_as_were_asked_for(tasks: str) -> None:
 def test_tasks_of_torchrun_and_srun_are_the_ranks() -> None:
     by_torchrun = launch_of(section(ranks=2), TORCHRUN)
     by_srun = launch_of(section(ranks=2), SRUN)
-    assert by_torchrun == Launch(1, 2, "torchrun", port=29511)
-    assert by_srun == Launch(1, 2, "srun", port=15070)
+    assert by_torchrun == Launch(1, 2, "torchrun", port=29511, local_rank=1)
+    assert by_srun == Launch(1, 2, "srun", port=15070, local_rank=1)
     with pytest.raises(UserError, match=r"^--out is missing: the 2 tasks of torchrun"):
         check_folder_named(by_torchrun, out=None, resume="auto")
     check_folder_named(by_torchrun, out=None, resume="runs/a")
@@ -147,7 +148,7 @@ def test_other_tasks_are_an_error_in_one_sentence(variables: dict[str, str], sen
 
 def test_the_first_rank_passes_its_folder_and_its_process_on() -> None:
     variables = {JOINED: "/runs/a", FIRST_RANK: "12", "LOCAL_RANK": "1", **SRUN}
-    assert launch_of(section(ranks=2), variables) == Launch(1, 2, parent=12)
+    assert launch_of(section(ranks=2), variables) == Launch(1, 2, parent=12, local_rank=1)
 
 
 def test_libraries_do_not_see_what_is_not_used() -> None:

@@ -1,0 +1,200 @@
+"""Two nodes, played on one machine, train as one node with two ranks does; where one ends, the other does too."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from lab import ROOT, Lab, assert_same_run, rows
+
+ONE_NODE = "strategy={name: ddp, ranks: 2, accelerator: cpu}"
+TWO_NODES = "strategy={name: ddp, ranks: 2, nodes: 2, accelerator: cpu}"
+MARK = "MOELOOM_TEST_NODES"
+"""The environment variable by which the processes of a test are found; torchrun's workers leave its group."""
+
+SECONDS = 240
+"""Seconds within which a run has to end."""
+
+
+@contextmanager
+def started(
+    command: list[str], folder: Path, variables: dict[str, str]
+) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own; it and all that it started have ended after the context."""
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "GLOO_SOCKET_IFNAME": "lo",
+        MARK: mark,
+        **variables,
+    }
+    with subprocess.Popen(
+        [sys.executable, *command],
+        env=environment,
+        cwd=folder,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            yield process
+        finally:
+            for pid in pids_with(f"{MARK}={mark}"):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def pids_with(variable: str) -> list[int]:
+    """The processes with a variable in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"{variable}\0".encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+def fit(lab: Lab, run: Path, *arguments: str) -> list[str]:
+    """The arguments of `python` for a run on two nodes."""
+    return ["-m", "core.fit", str(lab.file), TWO_NODES, *arguments, "--out", str(run), "--json"]
+
+
+def srun(node: int) -> dict[str, str]:
+    """The environment of the only task of a node."""
+    return {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NAME": "train",
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(node),
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": str(node),
+        "SLURM_NNODES": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_STEP_NODELIST": "localhost,elsewhere",
+    }
+
+
+def torchrun(node: int, port: int) -> list[str]:
+    """The beginning of the command of an agent with one worker."""
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        f"--node-rank={node}",
+        "--nproc-per-node=1",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+    ]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@contextmanager
+def both_nodes(
+    lab: Lab, run: Path, launcher: str, *arguments: str
+) -> Iterator[list["subprocess.Popen[str]"]]:
+    """The processes that two nodes run for a launcher."""
+    port = free_port()
+    with ExitStack() as stack:
+        processes = []
+        for node in range(2):
+            command = fit(lab, run, *arguments)
+            variables = {}
+            if launcher == "torchrun":
+                command = [*torchrun(node, port), *command]
+            else:
+                variables = srun(node)
+            processes.append(stack.enter_context(started(command, run.parent, variables)))
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def one_node(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks on one node."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    command = ["-m", "core.fit", str(lab.file), ONE_NODE, "--out", str(run)]
+    with started(command, run.parent, {}) as process:
+        _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, err
+    return run
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_two_nodes_reach_the_bits_of_one(
+    lab: Lab, one_node: Path, tmp_path: Path, launcher: str
+) -> None:
+    """Losses, weights, loads and checkpoints in one folder, written and printed by the first node alone."""
+    run = tmp_path / "run"
+    with both_nodes(lab, run, launcher) as (first, second):
+        out, err = first.communicate(timeout=SECONDS)
+        other_out, other_err = second.communicate(timeout=SECONDS)
+    assert first.returncode == 0, err
+    assert second.returncode == 0, other_err
+    assert other_out == ""
+    assert json.loads(out) == json.loads((run / "summary.json").read_text())
+    assert_same_run(run, one_node)
+
+
+def test_a_node_that_does_not_see_the_run_folder_starts_no_training(
+    lab: Lab, one_node: Path, tmp_path: Path
+) -> None:
+    """Without a shared file system the second node would begin at the first step while the first one continues."""
+    run = tmp_path / "run"
+    with both_nodes(lab, run, "srun", "budget.steps=5000") as (first, second):
+        wait_for_rows(run, 7)
+        first.send_signal(signal.SIGTERM)
+        _, err = first.communicate(timeout=SECONDS)
+        second.communicate(timeout=SECONDS)
+    assert first.returncode == 143, err
+    (tmp_path / "elsewhere").mkdir()
+    continued = [*fit(lab, run, "budget.steps=5000"), "--resume", "auto"]
+    elsewhere = [*fit(lab, tmp_path / "elsewhere", "budget.steps=5000"), "--resume", "auto"]
+    with (
+        started(continued, tmp_path, srun(0)) as first,
+        started(elsewhere, tmp_path, srun(1)) as second,
+    ):
+        _, err = first.communicate(timeout=SECONDS)
+        _, other_err = second.communicate(timeout=SECONDS)
+    assert (first.returncode, second.returncode) == (2, 2), err + other_err
+    for printed in (err, other_err):
+        assert "rank 1 on node 1 would continue after step 0, and rank 0 after step" in printed
+        assert "all nodes must see the same run folder" in printed
+        assert "Traceback" not in printed
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_node_ends_when_another_is_killed(lab: Lab, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with both_nodes(lab, run, "srun", "budget.steps=5000") as (first, second):
+        wait_for_rows(run, 2)
+        second.kill()
+        _, err = first.communicate(timeout=60)
+    assert first.returncode == 1, err
+    assert "rank 0 has lost its connection to another rank, so the run ends" in err
+    assert "Traceback" not in err
+
+
+def wait_for_rows(run: Path, count: int) -> None:
+    """Waits until a run has logged some steps."""
+    until = time.monotonic() + 180
+    while time.monotonic() < until:
+        if (run / "metrics.csv").exists() and len(rows(run)) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError("no step")
