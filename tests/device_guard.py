@@ -1,7 +1,7 @@
 """Shows on CPUs which tensors of a run would not be on its strategy's device, and keeps them from collectives.
 
 NCCL takes no CPU tensor, and gloo takes any. Within `device_guard` the strategy's devices are called `cpu:0`, and the
-plain `cpu` is the host, so that both can be told apart although their memory is the same. Tensors of the host are
+plain `cpu` is the host, so that both can be distinguished although their memory is the same. Tensors of the host are
 those that a factory made without `device` or with `cpu`, those of a checkpoint, and what is computed from them alone.
 A tensor that is sent from one to the other is copied, as it would be on a GPU.
 
