@@ -13,6 +13,7 @@ CLOCK = {
     "wall_seconds",
     "train_seconds",
     "peak_flops",
+    "peak_flops_source",
     "peak_memory_bytes",
 }
 """Columns and fields that depend on the machine's speed and memory."""

@@ -43,7 +43,9 @@ def sample(
     caches = model.new_caches(1, min(len(prompt) + tokens, model.max_length))
     new_tokens = list(prompt)
     for _ in range(tokens):
-        logits_V = model.decode(torch.tensor([new_tokens], device=device), caches)[0, -1]
+        # A compiled model would be compiled anew for every length of the caches.
+        with torch.compiler.set_stance("force_eager"):
+            logits_V = model.decode(torch.tensor([new_tokens], device=device), caches)[0, -1]
         check_logits(logits_V)
         token = agreed(_choose(logits_V.double().cpu(), temperature, top_p, generator))
         if token == stop:

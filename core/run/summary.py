@@ -39,6 +39,7 @@ def summarise(
         "tokens_per_second": rate,
         "mfu": mfu,
         "peak_flops": peak,
+        "peak_flops_source": callbacks.throughput.peak_source,
         "val_loss": values.get("val_loss"),
         "val_bits_per_byte": values.get("val_bits_per_byte"),
         "max_vio_global": values.get("val_max_vio_global"),

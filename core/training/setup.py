@@ -156,5 +156,5 @@ class RunCallbacks:
 
 
 def make_run_callbacks(folder: Path, peak_flops: float | None) -> RunCallbacks:
-    """Makes the callbacks of a run; `peak_flops` is the measured peak, None to use Lightning's table of GPUs."""
+    """Makes the callbacks of a run; `peak_flops` is the measured peak, None to look it up or to measure it."""
     return RunCallbacks(LoadLog(folder), StopOnSignal(folder), Throughput(peak_flops))

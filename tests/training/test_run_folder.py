@@ -94,6 +94,7 @@ def test_the_summary_has_every_promised_number(summary: dict[str, Any]) -> None:
     )
     work = summary["tokens_per_second"] * summary["flops_per_token"]
     assert summary["mfu"] == pytest.approx(work / summary["peak_flops"])
+    assert summary["peak_flops_source"] == "measured"
     assert 0 < summary["mtp_acceptance"] < 1
     assert summary["peak_memory_bytes"] > 50e6
 
