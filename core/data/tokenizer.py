@@ -149,6 +149,18 @@ def _length(run: re.Pattern[str], text: str) -> int:
     return match.end() if match else 0
 
 
+def pre_tokenizer(*, bounded: bool = False) -> pre_tokenizers.PreTokenizer:
+    """Cuts a text into pieces of bytes; `bounded` also cuts those of more than `LONGEST_PIECE` characters."""
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
+    ]
+    if bounded:
+        bound = Regex(rf"[\s\S]{{1,{LONGEST_PIECE}}}")
+        steps.append(pre_tokenizers.Split(bound, behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    return pre_tokenizers.Sequence(steps)
+
+
 def train(texts: Iterable[str], vocab: int) -> Tokenizer:
     """Learns a vocabulary of exactly `vocab` entries; the same texts give the same bytes of JSON.
 
@@ -165,14 +177,8 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
         most = f"a tokenizer with at most {LARGEST} entries is trained"
         raise UserError(f"data.tokenizer.vocab = {vocab} is too large: {most}")
     engine = tokenizers.Tokenizer(models.BPE())
-    cut = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     texts = list(texts)
-    if any(map(has_long_piece, texts)):
-        bound = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_PIECE}}}"), behavior="isolated")
-        engine.pre_tokenizer = pre_tokenizers.Sequence([cut, bound, to_bytes])
-    else:
-        engine.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    engine.pre_tokenizer = pre_tokenizer(bounded=any(map(has_long_piece, texts)))
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
@@ -181,7 +187,7 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
         show_progress=False,
     )
     engine.train_from_iterator(texts, trainer)
-    engine.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    engine.pre_tokenizer = pre_tokenizer()
     tokenizer = Tokenizer(engine)
     if tokenizer.size != vocab:
         most = f"at most {tokenizer.size} entries"

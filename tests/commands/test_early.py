@@ -56,9 +56,9 @@ def test_paths_of_data_and_of_runs_are_checked_before_torch_is_imported(
         check=True,
         timeout=120,
     )
-    said = done.stderr.splitlines()
-    assert said[1::2] == ["exit code 2"] * len(lines), done.stderr
-    for sentence, beginning in zip(said[::2], expected, strict=True):
+    printed = done.stderr.splitlines()
+    assert printed[1::2] == ["exit code 2"] * len(lines), done.stderr
+    for sentence, beginning in zip(printed[::2], expected, strict=True):
         assert sentence.startswith(beginning)
     assert not (tmp_path / "run").exists()
 

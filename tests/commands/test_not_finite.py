@@ -68,10 +68,10 @@ def test_every_reader_of_a_run_names_it(lab: Lab, spoilt: Path, tmp_path: Path) 
         ("fit", lab.file, "--resume", spoilt),
     ]
     for name, *arguments in commands:
-        said = lab.command(name, *arguments)
-        assert said.code == 2, said.err
-        assert f"{WEIGHT} holds a number that is not finite (nan at [1, 2, 3])" in said.sentence
-        assert str(spoilt / "checkpoints") in said.sentence
+        result = lab.command(name, *arguments)
+        assert result.code == 2, result.err
+        assert f"{WEIGHT} holds a number that is not finite (nan at [1, 2, 3])" in result.sentence
+        assert str(spoilt / "checkpoints") in result.sentence
     assert not (tmp_path / "new/recipe.yaml").exists()
 
 
@@ -126,16 +126,17 @@ def test_predictions_and_scores_that_overflow_are_no_text_and_no_score(
     lab: Lab, finished: Path, tmp_path: Path
 ) -> None:
     run = changed(finished, tmp_path / "run", overflow)
-    said = lab.command("generate", run, "--prompt", "a")
-    assert said.code == 2, said.err
+    result = lab.command("generate", run, "--prompt", "a")
+    assert result.code == 2, result.err
     assert (
-        f"{run}/checkpoints/step-00000012.ckpt: the model's logits are not finite" in said.sentence
+        f"{run}/checkpoints/step-00000012.ckpt: the model's logits are not finite"
+        in result.sentence
     )
-    said = lab.command("generate", run, "--prompt", "a", "--temperature", "1")
-    assert said.code == 2, said.err
-    said = lab.command("evaluate", run)
-    assert said.code == 2, said.err
-    assert "step-00000012.ckpt: val_loss = " in said.sentence
+    result = lab.command("generate", run, "--prompt", "a", "--temperature", "1")
+    assert result.code == 2, result.err
+    result = lab.command("evaluate", run)
+    assert result.code == 2, result.err
+    assert "step-00000012.ckpt: val_loss = " in result.sentence
 
 
 def test_sampling_rejects_one_logit_that_is_not_finite(
@@ -159,26 +160,26 @@ def test_a_run_that_diverges_has_a_summary_and_its_last_sentence_says_so(
 ) -> None:
     run = tmp_path / "run"
     steps = ("optimizer.lr=1e20", "budget.steps=3")
-    said = lab.command("fit", lab.file, *steps, "--out", run)
-    assert said.code == 1, said.err
-    assert said.sentence.startswith("the run diverged: the training loss is nan since step 2, ")
-    assert "val_loss = nan" in said.sentence
-    assert "try a lower optimizer.lr" in said.sentence
-    assert said.err.splitlines()[-1] == f"moeloom: {said.sentence}"
-    (line,) = said.out.splitlines()
+    result = lab.command("fit", lab.file, *steps, "--out", run)
+    assert result.code == 1, result.err
+    assert result.sentence.startswith("the run diverged: the training loss is nan since step 2, ")
+    assert "val_loss = nan" in result.sentence
+    assert "try a lower optimizer.lr" in result.sentence
+    assert result.err.splitlines()[-1] == f"moeloom: {result.sentence}"
+    (line,) = result.out.splitlines()
     assert "wall_seconds" in line
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 3
     assert (summary["val_loss"], summary["val_bits_per_byte"]) == (None, None)
     assert summary["mtp_acceptance"] is None
-    assert summary["notices"] == [said.sentence]
+    assert summary["notices"] == [result.sentence]
     assert not (run / "sample.txt").exists()
     again = lab.command("fit", lab.file, *steps, "--resume", run, "--json")
-    assert (again.code, again.sentence) == (1, said.sentence)
+    assert (again.code, again.sentence) == (1, result.sentence)
     assert json.loads(again.out) == summary
-    assert divergence_in(fit(lab.recipe(*steps), RunFolder(run), resume=True)) == said.sentence
+    assert divergence_in(fit(lab.recipe(*steps), RunFolder(run), resume=True)) == result.sentence
     (row,) = read(run).runs
-    assert (row.state, row.reason) == ("failed", said.sentence)
+    assert (row.state, row.reason) == ("failed", result.sentence)
 
 
 def test_a_sound_run_did_not_diverge(finished: Path) -> None:

@@ -2,14 +2,14 @@
 
 import json
 import random
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 
 from core.contracts.errors import UserError
-from core.data.tokenizer import LONGEST_PIECE, Tokenizer, has_long_piece, train
+from core.data.tokenizer import LONGEST_PIECE, Tokenizer, has_long_piece, pre_tokenizer, train
 
 PROSE = [
     "The state of the Union is strong, and the Union's people are strong.\n\nIt's 1789!\r\n"
@@ -132,16 +132,29 @@ def test_a_vocabulary_below_the_bytes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["letters", "signs", "spaces"])
-def test_a_piece_of_300_kb_takes_seconds(kind: str) -> None:
-    """Without a bound on pieces in training each of these took minutes."""
+def test_a_piece_of_300_kb_is_cut_for_training_and_encoded_whole(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The work of training grows with the square of a piece's length: without a bound each of these took minutes."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=5)) for _ in range(3000)]
     alphabet = {"letters": "abcdefgh", "signs": "=-+#", "spaces": " \t"}[kind]
     long = "".join(draw.choices(alphabet, k=300_000))
-    began = time.process_time()
-    tokenizer = train([" ".join(words), f"before {long} after"], 400)
+    texts = [" ".join(words), f"before {long} after"]
+    work = []
+
+    def counted(*, bounded: bool = False) -> Any:
+        made = pre_tokenizer(bounded=bounded)
+        pieces = [piece for text in texts for piece, _ in made.pre_tokenize_str(text)]
+        work.append(sum(len(piece) ** 2 for piece in pieces))
+        return made
+
+    monkeypatch.setattr("core.data.tokenizer.pre_tokenizer", counted)
+    tokenizer = train(texts, 400)
+    in_training, afterwards = work
+    assert in_training < 301 * LONGEST_PIECE**2
+    assert afterwards > 100 * in_training
     ids = tokenizer.encode(long)
-    assert time.process_time() - began < 10
     assert tokenizer.decode(ids) == long
     assert tokenizers.Tokenizer.from_str(tokenizer.to_json()).encode(long).ids == ids
 

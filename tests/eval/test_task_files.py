@@ -134,8 +134,8 @@ def test_no_code_of_a_task_folder_runs_before_it_is_trusted(tmp_path: Path) -> N
         f"{file}: process_docs = '!function evil.run' runs code; --trust allows it"
     )
     assert not marker.exists()
-    said: list[str] = []
+    notes: list[str] = []
     with pytest.raises(UserError, match="cannot be loaded"):  # there are no data
-        load_tasks(TaskOptions(("mine",), folder=tmp_path, trust=True), say=said.append)
-    assert said == [f"note: code runs: {file}: process_docs = '!function evil.run'"]
+        load_tasks(TaskOptions(("mine",), folder=tmp_path, trust=True), say=notes.append)
+    assert notes == [f"note: code runs: {file}: process_docs = '!function evil.run'"]
     assert marker.exists()

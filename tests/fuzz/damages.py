@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from helpers import flip_bit
 
 DEEP = 4000
 """Levels of nesting with which readers that recurse come to their end."""
@@ -50,10 +51,10 @@ def _truncate(file: Path, draw: random.Random, files: list[Path]) -> None:
 
 
 def _flip(file: Path, draw: random.Random, files: list[Path]) -> None:
-    content = bytearray(file.read_bytes())
+    content = file.read_bytes()
     for _ in range(draw.choice((1, 1, 8))):
         if content:
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            content = flip_bit(content, draw.randrange(8 * len(content)))
     file.write_bytes(content)
 
 

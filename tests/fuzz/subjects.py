@@ -22,7 +22,7 @@ from interop.checkpoints import V3, tensors_of
 from lab import ROOT, SMALL, CommandResult, run_command_here, write_texts
 from safetensors.torch import save_file
 
-PATIENCE = 60
+TIMEOUT = 60
 """Seconds after which a command counts as hanging."""
 
 
@@ -39,12 +39,14 @@ class Command:
         arguments: of the command, in which FOLDER stands for the damaged copy and NEW for a path that is free.
         changes: names that begin the files which the command may change if it succeeds.
         weight: how often it is drawn.
+        same_output: whether it must print what it prints on the whole folder, if it succeeds.
     """
 
     subject: str
     arguments: tuple[str, ...]
     changes: tuple[str, ...] = ()
     weight: int = 1
+    same_output: bool = False
 
 
 RUN = ("metrics.csv", "loads.safetensors", "checkpoints", "summary.json", "sample.txt")
@@ -62,13 +64,23 @@ COMMANDS = [
     Command("converted", ("convert", "to-hf", "FOLDER", "NEW"), (), 3),
     Command("converted", ("generate", "FOLDER", "--prompt", "a", "--tokens", "2"), (), 2),
     Command("converted", ("report", "FOLDER", "--out", "NEW"), (), 1),
-    Command("cache", ("evaluate", "DONE"), ("",), 3),
+    Command("cache", ("evaluate", "DONE", "--json"), ("",), 3, same_output=True),
+    Command("cache", ("fit", "RECIPE", "--out", "NEW"), ("",), 1),
     Command("recipe", ("describe", "FOLDER/small.yaml"), (), 3),
     Command("recipe", ("fit", "FOLDER/small.yaml", "--dry-run"), (), 2),
     Command("recipe", ("sweep", "FOLDER/sweep.yaml", "--dry-run"), (), 2),
 ]
 
-QUICK = [c for c in COMMANDS if c.subject != "stopped" and c.arguments[0] != "report"]
+CACHES = [c for c in COMMANDS if c.subject == "cache"]
+"""The commands that read prepared data."""
+
+QUICK = [
+    c
+    for c in COMMANDS
+    if c.subject != "stopped"
+    and c.arguments[0] != "report"
+    and (c.subject, c.arguments[0]) != ("cache", "fit")
+]
 """The commands that neither train nor write a report."""
 
 SWEEP = """\
@@ -92,6 +104,7 @@ class Subjects:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._outputs: dict[Command, str] = {}
         write_texts(folder / "texts")
         self.recipe = folder / "recipe" / "small.yaml"
         self.recipe.parent.mkdir()
@@ -111,6 +124,13 @@ class Subjects:
         self._write_hf(folder / "hf")
         self._run("convert", "from-hf", str(folder / "hf"), str(folder / "converted"))
         shutil.copytree(os.environ["MOELOOM_CACHE"], folder / "cache")
+
+    def output_of(self, command: Command, scratch: Path) -> str:
+        """What a command prints on the whole folder; run once for each command."""
+        if command not in self._outputs:
+            with self.copy(command, scratch) as (_, arguments):
+                self._outputs[command] = run_here(arguments).out
+        return self._outputs[command]
 
     def _run(self, *arguments: str) -> None:
         result = run_here(arguments)
@@ -174,7 +194,7 @@ def run_here(arguments: Any) -> CommandResult:
 
     argv = sys.argv
     before = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(PATIENCE)
+    signal.alarm(TIMEOUT)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run_command_here(*arguments)

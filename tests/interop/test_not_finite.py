@@ -22,18 +22,18 @@ NAN_CODE = 0x7F
 
 def refused(lab: Lab, *arguments: str | Path) -> str:
     """Converts, expects one error message and no target, and returns the message."""
-    said: CommandResult = lab.command("convert", *arguments)
-    assert said.code == 2, said.err
+    result: CommandResult = lab.command("convert", *arguments)
+    assert result.code == 2, result.err
     target = Path(arguments[2])
     assert not target.exists()
     assert not list(target.parent.glob(".*.partial"))
-    return said.sentence
+    return result.sentence
 
 
-def notes(said: CommandResult) -> list[str]:
+def notes(result: CommandResult) -> list[str]:
     """The notes about numbers that are not finite."""
-    assert said.code == 0, said.err
-    return [line for line in said.err.splitlines() if "finite" in line or "too large" in line]
+    assert result.code == 0, result.err
+    return [line for line in result.err.splitlines() if "finite" in line or "too large" in line]
 
 
 def test_from_hf_names_the_tensor_and_the_flag_lets_it_through(lab: Lab, tmp_path: Path) -> None:
@@ -45,16 +45,16 @@ def test_from_hf_names_the_tensor_and_the_flag_lets_it_through(lab: Lab, tmp_pat
     assert f"{EXPERT} holds a number that is not finite (nan at [3, 5])" in sentence
     assert sentence.startswith(f"{source}: tensor ")
     assert sentence.endswith("; --allow-non-finite converts it all the same")
-    said = lab.command("convert", "from-hf", source, tmp_path / "run", "--allow-non-finite")
-    assert len(notes(said)) == 1
+    result = lab.command("convert", "from-hf", source, tmp_path / "run", "--allow-non-finite")
+    assert len(notes(result)) == 1
     with pytest.raises(NotFiniteError, match=r"holds a number that is not finite"):
         core.load(tmp_path / "run")
     sentence = refused(lab, "to-hf", tmp_path / "run", tmp_path / "back")
     assert "holds a number that is not finite" in sentence
-    said = lab.command(
+    result = lab.command(
         "convert", "to-hf", tmp_path / "run", tmp_path / "back", "--allow-non-finite"
     )
-    assert len(notes(said)) == 1
+    assert len(notes(result)) == 1
     same_bits(read(tmp_path / "back"), tensors)
 
 
@@ -72,10 +72,10 @@ def test_a_stopped_conversion_that_allowed_them_is_not_continued_without(tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         from_hf(source, tmp_path / "run", allow_non_finite=True, say=stop)
-    said: list[str] = []
-    with pytest.raises(NotFiniteError):
-        from_hf(source, tmp_path / "run", say=said.append)
-    assert not [sentence for sentence in said if "continuing" in sentence]
+    sentences: list[str] = []
+    with pytest.raises(NotFiniteError, match=rf"tensor {EXPERT} holds a number that is not finite"):
+        from_hf(source, tmp_path / "run", say=sentences.append)
+    assert not [sentence for sentence in sentences if "continuing" in sentence]
 
 
 def test_a_number_that_a_narrower_format_cannot_hold_is_too_large(lab: Lab, tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_copies_with_a_nan_are_not_finite_and_with_the_flag_the_same(
     source = write(tmp_path / "source", MTP, tensors)
     sentence = refused(lab, "from-hf", source, tmp_path / "run")
     assert "embed_tokens.weight holds a number that is not finite (nan at [7, 1])" in sentence
-    said = lab.command("convert", "from-hf", source, tmp_path / "run", "--allow-non-finite")
-    assert len(notes(said)) == 1
+    result = lab.command("convert", "from-hf", source, tmp_path / "run", "--allow-non-finite")
+    assert len(notes(result)) == 1
     tensors["model.layers.3.embed_tokens.weight"][7, 3] += 1
     source = write(tmp_path / "other", MTP, tensors)
     sentence = refused(lab, "from-hf", source, tmp_path / "run-2", "--allow-non-finite")

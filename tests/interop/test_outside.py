@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import flip_bit
 
 from core.contracts.errors import UserError
 from core.interop.from_hf import from_hf
@@ -182,9 +183,7 @@ def test_a_changed_byte_of_a_converted_run_is_one_sentence(run: Path, tmp_path: 
     for name in ("weights/model.safetensors", "hf/config.json"):
         file = run / name
         whole = file.read_bytes()
-        spoilt = bytearray(whole)
-        spoilt[len(whole) // 2] ^= 4
-        file.write_bytes(spoilt)
+        file.write_bytes(flip_bit(whole, 4 * len(whole)))
         with pytest.raises(UserError, match=f"{file}: has changed since it was written"):
             export(run, tmp_path / "out")
         file.write_bytes(whole)

@@ -400,7 +400,7 @@ def test_P11_each_loss_has_its_papers_coefficient(
 
 def test_P11_gshards_coefficient_has_no_default() -> None:
     """Its paper does not print it."""
-    with pytest.raises(UserError, match="alpha"):
+    with pytest.raises(UserError, match=r"balance\.0\.alpha: required key is missing"):
         tiny.compose(*recipe("gshard"))
 
 

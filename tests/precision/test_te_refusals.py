@@ -2,6 +2,7 @@
 
 import builtins
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def test_an_absent_or_broken_transformer_engine_is_one_sentence(
     assert sentence in reason
     assert "\n" not in reason
     assert broken == "its own needs" or "pip install" in reason
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         engine.recipes()
 
 

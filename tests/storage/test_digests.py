@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from helpers import flip_bit
 
 from core.contracts.errors import UserError
 from core.storage.digests import (
@@ -31,9 +32,7 @@ def test_every_flipped_bit_of_a_file_is_noticed(folder: Path) -> None:
     file = folder / "weights/one"
     whole = file.read_bytes()
     for bit in range(0, 8 * len(whole), 7):
-        spoilt = bytearray(whole)
-        spoilt[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(spoilt)
+        file.write_bytes(flip_bit(whole, bit))
         with pytest.raises(UserError, match=f"{file}: has changed since it was written"):
             check_digests(folder, "weights")
         check_digests(folder, "two words")
@@ -45,12 +44,22 @@ def test_a_missing_file_has_changed(folder: Path) -> None:
         check_digests(folder, "weights")
 
 
-@pytest.mark.parametrize("text", ["", "{second}\n", "{first}\n{second}", "{first}X\n{second}\n"])
-def test_a_damaged_list_does_not_switch_the_check_off(folder: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "weights/one: is not listed in"),
+        ("{second}\n", "weights/one: is not listed in"),
+        ("{first}\n{second}", "SHA256SUMS: is damaged: its last line is not whole"),
+        ("{first}X\n{second}\n", "weights/oneX: has changed"),
+    ],
+)
+def test_a_damaged_list_does_not_switch_the_check_off(
+    folder: Path, text: str, sentence: str
+) -> None:
     """It is empty, lacks a line or its end, or a name in it has changed."""
     first, second = (folder / "SHA256SUMS").read_text().splitlines()
     (folder / "SHA256SUMS").write_text(text.format(first=first, second=second))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=sentence):
         check_digests(folder, "weights")
 
 

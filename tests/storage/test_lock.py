@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -61,13 +61,16 @@ def test_a_list_that_names_no_holder_leaves_it_to_the_lock(
     assert not lock.is_locked(file)
 
 
-def test_another_devices_file_of_that_number_is_another_file(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("major", "is_listed"), [(0, True), (8, False)])
+def test_the_devices_number_counts_unless_the_file_system_is_an_overlay(
+    major: int, is_listed: bool, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A lock is listed on the file's inode of another device; an overlay's files have the major number 0."""
     listed = tmp_path / "locks"
     listed.write_text(line(file, device="fe:99"))
     monkeypatch.setattr(lock, "SYSTEM_LOCKS", listed)
-    assert lock.is_locked(file) == (os.major(file.stat().st_dev) == 0)
+    monkeypatch.setattr(lock.os, "major", lambda device: major)
+    assert lock.is_locked(file) == is_listed
 
 
 @contextmanager
@@ -76,18 +79,20 @@ def another_holder(file: Path) -> Iterator[int]:
     ready, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
-        with hold(file):
-            os.write(tell, b"x")
-            time.sleep(60)
-        os._exit(0)
+        try:
+            with hold(file):
+                os.write(tell, b"x")
+                time.sleep(60)
+        finally:
+            os._exit(1)  # whatever was raised: the tests go on in the parent alone
+    os.close(tell)
     try:
-        os.read(ready, 1)
+        assert os.read(ready, 1) == b"x", "the forked process could not take the lock"
         yield pid
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(ready)
-        os.close(tell)
 
 
 def test_a_lock_has_one_holder_which_is_named_and_frees_it_by_dying(tmp_path: Path) -> None:
@@ -167,22 +172,28 @@ def test_a_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None
     ready, tell = os.pipe()
     parent = os.fork()
     if parent == 0:
-        with hold(file):
-            child = os.fork()
-            if child == 0:
+        try:
+            with hold(file):
+                child = os.fork()
+                if child:
+                    os.write(tell, f"{child}\n".encode())
                 time.sleep(60)
-                os._exit(0)
-            os.write(tell, f"{child}\n".encode())
-            time.sleep(60)
-        os._exit(0)
-    child = int(os.read(ready, 20))
+        finally:
+            os._exit(1)  # whatever was raised: the tests go on in the first process alone
+    os.close(tell)
+    child = 0
     try:
+        child = int(os.read(ready, 20))
         os.kill(parent, signal.SIGKILL)
         os.waitpid(parent, 0)
         with hold(file):
             pass
     finally:
-        os.kill(child, signal.SIGKILL)
+        os.close(ready)
+        for pid in (parent, child):
+            with suppress(ProcessLookupError):
+                if pid:
+                    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_file_system_without_locks_is_a_warning(
@@ -201,11 +212,17 @@ def test_a_file_system_without_locks_is_a_warning(
 
 def test_a_start_that_fails_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
     for there in ("a", "a/b/c"):
-        with pytest.raises(UserError, match="no"), locked_folder(tmp_path / "a/b/c", "run"):
-            raise UserError("no")
+        with (
+            pytest.raises(UserError, match=r"^cannot start$"),
+            locked_folder(tmp_path / "a/b/c", "run"),
+        ):
+            raise UserError("cannot start")
         assert list(tmp_path.iterdir()) == ([] if there == "a" else [tmp_path / "a"])
         (tmp_path / "a/b/c").mkdir(parents=True, exist_ok=True)
     (tmp_path / "a/b/c/file").touch()
-    with pytest.raises(UserError, match="no"), locked_folder(tmp_path / "a/b/c", "run"):
-        raise UserError("no")
+    with (
+        pytest.raises(UserError, match=r"^cannot start$"),
+        locked_folder(tmp_path / "a/b/c", "run"),
+    ):
+        raise UserError("cannot start")
     assert (tmp_path / "a/b/c/file").exists()

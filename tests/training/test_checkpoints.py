@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import flip_bit
 from lab import (
     ROOT,
     Lab,
@@ -232,13 +233,6 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     assert_same_run(run, finished)
 
 
-def flipped(whole: bytes, bit: int) -> bytes:
-    """The same bytes with one bit changed."""
-    spoilt = bytearray(whole)
-    spoilt[bit // 8] ^= 1 << bit % 8
-    return bytes(spoilt)
-
-
 def test_no_flipped_bit_of_a_checkpoint_changes_what_is_read(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -249,7 +243,7 @@ def test_no_flipped_bit_of_a_checkpoint_changes_what_is_read(
     draw = random.Random(0)
     noticed = 0
     for _ in range(60):
-        file.write_bytes(flipped(whole, draw.randrange(8 * len(whole))))
+        file.write_bytes(flip_bit(whole, draw.randrange(8 * len(whole))))
         try:
             found = read_checkpoint(file)
         except UserError:
@@ -269,7 +263,7 @@ def test_a_flipped_bit_of_a_weight_is_one_sentence_for_every_command(
     state = read_checkpoint(file)["state_dict"]
     weight = state["model.embedding.weight"].numpy().tobytes()
     whole = file.read_bytes()
-    file.write_bytes(flipped(whole, 8 * whole.index(weight) + 5))
+    file.write_bytes(flip_bit(whole, 8 * whole.index(weight) + 5))
     others = "others here: best.ckpt, step-00000010.ckpt"
     commands: list[list[str | Path]] = [
         ["fit", lab.file, "--resume", run],

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import srun_task
 from lab import Lab, assert_same_run
 from lightning.pytorch.utilities import rank_zero_only
 from tiers import first_by_default
@@ -23,16 +24,7 @@ from core.training.ranks import is_rank_zero, set_rank
 from core.training.setup import WorldCheck
 from plugins.strategies.data_parallel import DataParallel
 
-SRUN = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_JOB_NAME": "train",
-    "SLURM_STEP_ID": "0",
-    "SLURM_NTASKS": "2",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "0",
-    "SLURM_NNODES": "1",
-}
+SRUN = srun_task(1)
 TORCHRUN = {
     "RANK": "1",
     "LOCAL_RANK": "1",

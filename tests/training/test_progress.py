@@ -117,6 +117,29 @@ def test_a_quiet_minute_ends_with_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "steps"),
+    [(2.0, list(range(5, 101, 5))), (0.5, list(range(10, 101, 10)))],
+    ids=["5% take 10 s", "5% take 2.5 s"],
+)
+def test_a_line_is_written_after_5_percent_of_the_steps_and_5_seconds(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, steps: list[int]
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    line = ProgressLine(stream)
+    line.steps, line._began, line._last_line = 100, 1000.0, 1000.0
+    for _ in range(100):
+        now[0] += seconds
+        line.step += 1
+        line._write_line_if_due()
+    written = [
+        int(text.split("/")[0].removeprefix("step ")) for text in stream.getvalue().splitlines()
+    ]
+    assert written == steps
+
+
 @pytest.mark.full
 def test_a_recipe_can_ask_for_silence(lab: Lab, tmp_path: Path) -> None:
     one = ("loggers=[]", "budget.steps=1")

@@ -2,19 +2,23 @@
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import srun_task
 from lab import ROOT, Lab, rows
 
-from core.training.launchers import FIRST_RANK
+from core.training.launchers import FIRST_RANK, launch_of
 
 TWO = "strategy={name: ddp, ranks: 2, accelerator: cpu}"
 LOOPBACK = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "GLOO_SOCKET_IFNAME": "lo"}
@@ -120,6 +124,19 @@ def test_rank_0_ends_when_rank_1_is_killed(lab: Lab, tmp_path: Path, while_train
     assert "Traceback" not in err
 
 
+def job_with_a_free_port() -> str:
+    """A number of a SLURM job whose tasks meet at a port that nobody uses; they derive it from the number."""
+    draw = random.Random()
+    for _ in range(100):
+        job = str(draw.randrange(1, 10**6))
+        strategy = SimpleNamespace(config=SimpleNamespace(ranks=2))
+        port = launch_of(strategy, srun_task(0, job)).port
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return job
+    raise AssertionError("no port is free")
+
+
 def test_a_rank_that_nobody_joins_ends(lab: Lab, tmp_path: Path) -> None:
     """The second task of srun does not come."""
     program = (
@@ -127,30 +144,18 @@ def test_a_rank_that_nobody_joins_ends(lab: Lab, tmp_path: Path) -> None:
         "runpy.run_module('core.fit', run_name='__main__', alter_sys=True)"
     )
     command = [sys.executable, "-c", program, *fit(lab, tmp_path / "run")[2:]]
-    with started(command, tmp_path, srun(0)) as process:
+    with started(command, tmp_path, srun_task(0, job_with_a_free_port())) as process:
         _, err = process.communicate(timeout=180)
     assert process.returncode == 1, err
     assert "rank 0 has waited 3 s for the 2 ranks to meet, and ends" in err
 
 
-def srun(task: int) -> dict[str, str]:
-    """The environment of a task of two."""
-    return {
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NAME": "train",
-        "SLURM_STEP_ID": "0",
-        "SLURM_NTASKS": "2",
-        "SLURM_PROCID": str(task),
-        "SLURM_LOCALID": str(task),
-        "SLURM_NODEID": "0",
-        "SLURM_NNODES": "1",
-    }
-
-
 def test_two_tasks_of_srun_are_the_ranks(lab: Lab, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, *fit(lab, run)]
-    with started(command, tmp_path, srun(0)) as one, started(command, tmp_path, srun(1)) as two:
+    job = job_with_a_free_port()
+    first, second = srun_task(0, job), srun_task(1, job)
+    with started(command, tmp_path, first) as one, started(command, tmp_path, second) as two:
         out, err = one.communicate(timeout=240)
         other_out, other_err = two.communicate(timeout=60)
     assert one.returncode == 0, err
@@ -173,7 +178,7 @@ def test_two_tasks_of_torchrun_are_the_ranks(lab: Lab, tmp_path: Path) -> None:
 def test_one_task_of_a_launcher_starts_the_ranks(lab: Lab, tmp_path: Path) -> None:
     """Variables of one task used to make a world of one, reported as that of two ranks."""
     run = tmp_path / "run"
-    one = {**srun(0), "SLURM_NTASKS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    one = {**srun_task(0), "SLURM_NTASKS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with started([sys.executable, *fit(lab, run)], tmp_path, one) as process:
         child_of(process.pid)
         out, err = process.communicate(timeout=240)
