@@ -5,6 +5,7 @@
   const paper = window.matchMedia("print");
   const PAPER = 960;
   const ABOVE = 32; // the height of the buttons
+  const BELOW = 62; // under a plot: its numbers, the title of its axis, and a little more
   const INK = "#1a1a1a";
 
   // ---- tables: sorted by a heading, filtered by a word ----
@@ -100,7 +101,7 @@
 
   const layoutOf = (figure, width) => {
     const legend = legendOf(figure, width);
-    const below = 62 + legend.rows * 20;
+    const below = BELOW + legend.rows * 20;
     const [side, above] = width >= 760 ? [16, ABOVE] : [8, figure.panels > 1 ? 24 : 10];
     const { xaxis, yaxis, ...rest } = figure.layout;
     const few = width >= 760 ? {} : { nticks: 4, tickangle: 0 }; // else long numbers are slanted into the legend
@@ -114,9 +115,18 @@
       margin: { l: 76, r: side, t: above, b: below }, ...legend.layout, ...plots.layout, ...rest,
     };
     if (legend.rows) {
-      layout.legend = { orientation: "h", x: 0, xanchor: "left", y: -52 / figure.height, yanchor: "top" };
+      layout.legend = { orientation: "h", x: 0, xanchor: "left", y: -BELOW / figure.height, yanchor: "top" };
     }
     return layout;
+  };
+
+  // How high a legend is shows once it is drawn; with less room plotly would make the plot smaller, and move the legend.
+  const fitLegend = (plot) => {
+    const legend = plot.querySelector(".legend");
+    if (!legend || plot.layout.legend.orientation !== "h") return plot;
+    const below = BELOW + Math.ceil(legend.getBoundingClientRect().height) + 12;
+    const { height, margin } = plot.layout;
+    return Plotly.relayout(plot, { height: height - margin.b + below, "margin.b": below });
   };
 
   const widthOf = (id) => (paper.matches || printing ? PAPER : Math.floor(byId(id).parentElement.clientWidth));
@@ -128,7 +138,7 @@
     const id = `plot-${figure.key}`;
     const width = widthOf(id);
     const withButtons = { ...config, displayModeBar: width >= 760 ? "hover" : false };
-    return Plotly.react(id, figure.traces, layoutOf(figure, width), withButtons);
+    return Plotly.react(id, figure.traces, layoutOf(figure, width), withButtons).then(fitLegend);
   };
 
   const refit = () => {

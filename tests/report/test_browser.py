@@ -310,6 +310,37 @@ def test_a_phone_scrolls_the_table_not_the_page(
     page.shot(f"{name}-phone")
 
 
+LEGENDS = """
+return [...document.querySelectorAll(".plot")].filter((plot) => plot.querySelector(".legend")).map((plot) => [
+  plot.id,
+  plot.querySelector(".legend").getBoundingClientRect().top - plot.querySelector(".xtitle").getBoundingClientRect().bottom,
+  plot.getBoundingClientRect().bottom - plot.querySelector(".legend").getBoundingClientRect().bottom,
+])
+"""
+
+
+@pytest.mark.parametrize("name", ["large", "under_way", "single"])
+def test_on_a_phone_a_legend_stands_below_the_title_of_its_axis(
+    name: str, page: Page, reports: dict[str, Path]
+) -> None:
+    page.open(reports[name], PHONE)
+    found = page.run(LEGENDS)
+    assert len(found) >= 4
+    assert [(plot, above) for plot, above, _ in found if not 8 <= above <= 24] == []
+    assert [(plot, below) for plot, _, below in found if below < 0] == []
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_rows_are_whole_pixels_high_so_that_the_rules_of_the_fixed_column_meet_the_others(
+    size: tuple[int, int], page: Page, reports: dict[str, Path]
+) -> None:
+    page.open(reports["under_way"], size)
+    heights = "return [...document.querySelectorAll('.sortable tr')].map((row) => row.getBoundingClientRect().height)"
+    found = page.run(heights)
+    assert len(found) >= 10
+    assert [height for height in found if height % 4] == []
+
+
 def test_paper_has_the_whole_table_all_figures_and_no_controls(
     page: Page, reports: dict[str, Path]
 ) -> None:
