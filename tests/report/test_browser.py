@@ -313,7 +313,8 @@ def test_a_phone_scrolls_the_table_not_the_page(
 LEGENDS = """
 return [...document.querySelectorAll(".plot")].filter((plot) => plot.querySelector(".legend")).map((plot) => [
   plot.id,
-  plot.querySelector(".legend").getBoundingClientRect().top - plot.querySelector(".xtitle").getBoundingClientRect().bottom,
+  plot.querySelector(".legend").getBoundingClientRect().top
+    - plot.querySelector(".xtitle").getBoundingClientRect().bottom,
   plot.getBoundingClientRect().bottom - plot.querySelector(".legend").getBoundingClientRect().bottom,
 ])
 """

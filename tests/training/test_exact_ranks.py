@@ -18,8 +18,9 @@ from core.testing.forked_ranks import on_ranks
 from core.training.launchers import Launch
 
 QUICK = [
-    Case("ddp", 1),
     Case("fsdp", 2, (RECOMPUTE, TIED)),
+    Case("experts", 1, (RECOMPUTE,)),
+    Case("nodes of one rank", 2),
 ]
 """The cases of the default tier, on two ranks."""
 
