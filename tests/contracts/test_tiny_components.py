@@ -472,3 +472,13 @@ def test_a_corpus_that_cannot_be_right_is_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         lab.fit(tmp_path / "run", *ALL["corpus"], override)
+
+
+def test_an_optimizer_that_needs_whole_matrices_is_an_error_of_the_recipe(lab: Lab) -> None:
+    sentence = r"strategy\.name = 'fsdp': .* optimizer by_kind needs whole matrices"
+    with pytest.raises(UserError, match=sentence):
+        lab.recipe(
+            "strategy={name: fsdp, ranks: 2}",
+            "plugins=[tiny_components]",
+            "optimizer={name: by_kind, lr: 0.01}",
+        )

@@ -1,0 +1,157 @@
+"""Whole runs with divided weights: what recipes may say, checkpoints, initial weights, and resuming elsewhere."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lab import Lab, last_checkpoint, rows
+from observed_run import differences
+
+from core.contracts.errors import UserError
+from core.run.training import fit
+from core.testing.forked_ranks import on_ranks
+from core.training.run_folder import RunFolder
+
+FSDP = "strategy={name: fsdp, ranks: 2}"
+EXPERTS = "strategy={name: expert_parallel, expert_ranks: 2}"
+FP64 = "precision.name=fp64"
+ALL_CHECKPOINTS = ("checkpoint.keep=9", "checkpoint.every_steps=5")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sentence"),
+    [
+        ("{name: fsdp, ranks: 3}", "strategy.ranks = 3: must divide batch.sequences = 4"),
+        (
+            "{name: fsdp, ranks: 4, nodes: 3}",
+            "strategy.nodes = 3: must be at least 1, and divide ranks = 4",
+        ),
+        (
+            "{name: expert_parallel, expert_ranks: 0}",
+            "strategy.expert_ranks = 0: must be at least 1",
+        ),
+        (
+            "{name: expert_parallel, expert_ranks: 2, ranks: 3}",
+            "strategy.ranks = 3: must be a multiple of expert_ranks = 2",
+        ),
+        (
+            "{name: expert_parallel, expert_ranks: 3}",
+            "strategy.expert_ranks = 3: must divide batch.sequences = 4",
+        ),
+        (
+            "{name: expert_parallel, expert_ranks: 4, ranks_per_node: 3}",
+            "strategy.ranks_per_node = 3: must divide the number of ranks, 4",
+        ),
+        (
+            "{name: expert_parallel, expert_ranks: 2, dispatcher: {name: local}}",
+            "strategy.dispatcher = {...}: local works on one device; all_to_all moves tokens between ranks",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_are_errors_of_the_recipe(
+    lab: Lab, strategy: str, sentence: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        lab.recipe(f"strategy={strategy}")
+    assert sentence.replace(" = {...}", "") in str(error.value).replace(" = {...}", "")
+
+
+def test_experts_that_the_ranks_cannot_share_are_an_error_of_the_recipe(lab: Lab) -> None:
+    with pytest.raises(UserError, match=r"strategy\.expert_ranks = 4: must divide the 6 experts"):
+        lab.recipe(
+            "strategy={name: expert_parallel, expert_ranks: 4}",
+            "model.blocks.moe.ffn.experts=6",
+            "model.blocks.moe.ffn.router.groups=3",
+        )
+
+
+def fit_on_two_ranks(lab: Lab, run: Path, *overrides: str, resume: bool = False) -> None:
+    """Trains a recipe as two tasks of torchrun do, in forked processes."""
+    recipe = lab.recipe(*overrides)
+
+    def work(rank: int) -> Any:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+        os.environ.update(LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
+        return fit(recipe, RunFolder(run), resume=resume, say=lambda _: None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        on_ranks(work, Path(folder), world=2)
+
+
+def cut_after(run: Path, step: int, to: Path) -> Path:
+    """A copy of a run as if it had been killed after a checkpoint."""
+    shutil.copytree(run, to)
+    for file in (to / "checkpoints").glob("*.ckpt"):
+        if file.name != f"step-{step:08d}.ckpt":
+            file.unlink()
+    (to / "summary.json").unlink()
+    return to
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, optimizer states and logged values of two runs agree to 1e-9."""
+    first, second = last_checkpoint(one), last_checkpoint(other)
+    for part in ("state_dict", "optimizer_states"):
+        far = [found for found in differences(first[part], second[part]) if found[0] > 1e-9]
+        assert not far, far[:3]
+    for a, b in zip(rows(one), rows(other), strict=True):
+        for name in a.keys() & b.keys() - {"mfu", "tokens_per_second"}:
+            if a[name] and b[name]:
+                assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-9, abs=1e-9), name
+
+
+@pytest.fixture(scope="module")
+def alone(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    lab.fit(run, FP64, *ALL_CHECKPOINTS)
+    return run
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", [FSDP, EXPERTS], ids=["fsdp", "expert_parallel"])
+def test_a_run_continues_under_another_strategy(
+    lab: Lab, alone: Path, tmp_path: Path, strategy: str
+) -> None:
+    """From one process to two ranks after step 5, and from there back to one after step 10."""
+    run = cut_after(alone, 5, tmp_path / "divided")
+    fit_on_two_ranks(lab, run, FP64, *ALL_CHECKPOINTS, strategy, resume=True)
+    assert_same_end(alone, run)
+    assert (run / "sample.txt").read_text() == (alone / "sample.txt").read_text()
+    back = cut_after(run, 10, tmp_path / "back")
+    lab.fit(back, FP64, *ALL_CHECKPOINTS, resume=True)
+    assert_same_end(alone, back)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", [FSDP, EXPERTS], ids=["fsdp", "expert_parallel"])
+def test_divided_weights_start_from_those_of_another_run(
+    lab: Lab, alone: Path, tmp_path: Path, strategy: str
+) -> None:
+    start = (FP64, *ALL_CHECKPOINTS, f"initial_weights={alone}")
+    lab.fit(tmp_path / "one", *start)
+    fit_on_two_ranks(lab, tmp_path / "two", *start, strategy)
+    assert_same_end(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.full
+def test_initial_weights_of_another_shape_are_found_before_the_ranks_meet(
+    lab: Lab, alone: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"tensor .* is \(.*\), the model's \(.*\)"):
+        lab.fit(tmp_path / "run", FP64, f"initial_weights={alone}", FSDP, "model.dim=48")
+
+
+@pytest.mark.full
+def test_weights_gathered_in_bf16_change_no_number(lab: Lab, tmp_path: Path) -> None:
+    """`fsdp` gathers operands of bf16 products in bf16, which rounds them as `ddp` does."""
+    bf16 = ("precision.name=bf16", "budget.steps=3", "checkpoint.every_steps=3")
+    fit_on_two_ranks(lab, tmp_path / "whole", *bf16, "strategy={name: ddp, ranks: 2}")
+    fit_on_two_ranks(lab, tmp_path / "divided", *bf16, FSDP)
+    one, two = (last_checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "divided"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
