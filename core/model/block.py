@@ -1,16 +1,8 @@
 """One transformer block: pre-norm attention and feed-forward around a residual stream (report, figure 2)."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 from core.contracts.attention import Attention, Cache
 from core.contracts.build import BuildContext
@@ -21,7 +13,7 @@ from core.contracts.record import Record
 from core.contracts.residual import Residual
 from core.contracts.schema import Section
 from core.model.norm import RMSNorm
-from core.numerics import exchange
+from core.model.recompute import compiled_contexts, contexts
 
 
 class Block(nn.Module):
@@ -55,13 +47,16 @@ class Block(nn.Module):
         the same order as in the forward.
         """
         if self.recompute and cache is None and torch.is_grad_enabled():
+            context_fn = contexts
+            if torch.compiler.is_compiling():
+                context_fn = compiled_contexts
             result: tuple[Tensor, dict[str, Record]] = checkpoint(
                 self._layers,
                 stream,
                 context,
                 None,
                 use_reentrant=False,
-                context_fn=_keep_choices,
+                context_fn=context_fn,
                 preserve_rng_state=False,
                 early_stop=False,
             )
@@ -90,23 +85,3 @@ class Block(nn.Module):
         norms = self.attention_norm.dim + self.ffn_norm.dim
         residuals = self.attention_residual.costs() + self.ffn_residual.costs()
         return self.attention.costs() + self.ffn.costs() + Costs(active=norms) + residuals
-
-
-_CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default, *exchange.OPERATORS)
-"""The operations that select experts, and those by which ranks tell each other their choices; results are kept. Places,
-budgets and random draws are computed again from them and from recomputed affinities; the two could only differ on a
-device whose kernels are not deterministic."""
-
-
-def _keep_choices() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Selective recomputation that saves the chosen experts: a tie may be broken the other way the second time."""
-
-    def policy(
-        _: object, op: Callable[..., object], *args: object, **kwargs: object
-    ) -> CheckpointPolicy:
-        if op in _CHOICES:
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    forward, recompute = create_selective_checkpoint_contexts(policy)
-    return forward, recompute

@@ -1,4 +1,4 @@
-"""Gloo ranks as forked processes: they start in no time, and a test gets back what each computed."""
+"""Ranks as forked processes: they start in no time, and a test gets back what each computed."""
 
 import os
 import pickle
@@ -18,21 +18,27 @@ GRACE_SECONDS = 5.0
 
 
 def on_ranks(
-    work: Callable[[int], Any], folder: Path, *, world: int, seconds: float = 600.0
+    work: Callable[[int], Any],
+    folder: Path,
+    *,
+    world: int,
+    backend: str = "gloo",
+    seconds: float = 600.0,
 ) -> list[Any]:
-    """The results of a function on gloo ranks, each a forked process; all of them have ended when it returns.
+    """The results of a function on ranks, each a forked process; all of them have ended when it returns.
 
     Args:
         work: is called with the rank.
         folder: an empty folder.
         world: the number of ranks.
+        backend: of their process group.
         seconds: the time after which ranks that still run are ended.
     """
     children: dict[int, int] = {}
     for rank in range(world):
         pid = os.fork()
         if pid == 0:
-            os._exit(_rank(work, rank, folder, world))
+            os._exit(_rank(work, rank, folder, world, backend))
         children[pid] = rank
     codes = _wait(children, seconds)
     errors = [(folder / f"error-{rank}").read_text() for rank in range(world)]
@@ -62,13 +68,13 @@ def _wait(children: dict[int, int], seconds: float) -> list[int]:
     return codes
 
 
-def _rank(work: Callable[[int], Any], rank: int, folder: Path, world: int) -> int:
+def _rank(work: Callable[[int], Any], rank: int, folder: Path, world: int, backend: str) -> int:
     (folder / f"error-{rank}").write_text("")
     try:
         torch.set_num_threads(1)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+            backend, init_method=f"file://{folder}/store", rank=rank, world_size=world
         )
         (folder / f"result-{rank}").write_bytes(pickle.dumps(work(rank)))
         dist.destroy_process_group()

@@ -117,6 +117,47 @@ def _largest(number_A: Tensor) -> Tensor:
     return F.pad(number_A, (0, 1)).max()
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """How much goes where, on the device and on the host.
+
+    Args:
+        first_copy_R: how many copies are for ranks before each.
+        received_R3: what each rank sends: copies, assignments, the most assignments of one copy.
+        rows, assignments: what is sent and received, on the host.
+        most_received: the most assignments of one received row.
+        most_sent: the most copies of one row.
+    """
+
+    first_copy_R: Tensor
+    received_R3: Tensor
+    rows: Splits
+    assignments: Splits
+    most_received: int
+    most_sent: int
+
+
+def _counted(peers: Peers, entries: _Sorted) -> _Counts:
+    """Exchanges the counts, and brings them to the host."""
+    copy_ends_R = F.pad(entries.copies_A, (1, 0)).index_select(0, entries.ends_R)
+    zero = copy_ends_R.new_zeros(1)
+    copies_R = copy_ends_R.diff(prepend=zero)
+    longest_R = entries.longest.expand(peers.size)
+    sent_R3 = torch.stack([copies_R, entries.ends_R.diff(prepend=zero), longest_R], dim=1)
+    received_R3 = exchange_counts(sent_R3, peers.group.group_name)
+    columns = torch.cat([sent_R3, received_R3], dim=1).t().flatten()
+    *host, most_sent = torch.cat([columns, entries.widest.view(1)]).tolist()
+    parts = [tuple(host[at : at + peers.size]) for at in range(0, len(host), peers.size)]
+    return _Counts(
+        first_copy_R=copy_ends_R - copies_R,
+        received_R3=received_R3,
+        rows=Splits(parts[0], parts[3]),
+        assignments=Splits(parts[1], parts[4]),
+        most_received=max(parts[5]),
+        most_sent=most_sent,
+    )
+
+
 def plan_stage(peers: Peers, given: Assignments, experts: int) -> Stage:
     """Exchanges how many rows and which assignments go where; all ranks of the group call it together.
 
@@ -128,37 +169,43 @@ def plan_stage(peers: Peers, given: Assignments, experts: int) -> Stage:
         experts: how many experts the layer has.
     """
     entries = _sorted(peers, given)
-    group = peers.group.group_name
-    copy_ends_R = F.pad(entries.copies_A, (1, 0)).index_select(0, entries.ends_R)
-    zero = copy_ends_R.new_zeros(1)
-    copies_R = copy_ends_R.diff(prepend=zero)
-    longest_R = entries.longest.expand(peers.size)
-    sent_R3 = torch.stack([copies_R, entries.ends_R.diff(prepend=zero), longest_R], dim=1)
-    received_R3 = exchange_counts(sent_R3, group)
-    counted = torch.stack([sent_R3, received_R3]).transpose(1, 2)
-    host = torch.cat([counted.flatten(), entries.widest.view(1)]).tolist()
-    columns = [tuple(host[at * peers.size : (at + 1) * peers.size]) for at in range(6)]
-    rows = Splits(columns[0], columns[3])
-    assignments = Splits(columns[1], columns[4])
-
-    total = sum(assignments.sent)
+    counts = _counted(peers, entries)
+    total = sum(counts.assignments.sent)
     order_A = entries.order_A[:total]
-    rank_A = entries.rank_A[:total]
     copies_A = entries.copies_A[:total]
-    number_C = torch.arange(1, sum(rows.sent) + 1, device=order_A.device)
+    number_C = torch.arange(1, sum(counts.rows.sent) + 1, device=order_A.device)
     row_C = entries.row_A.index_select(0, torch.searchsorted(copies_A, number_C))
-    place_A = copies_A - 1 - (copy_ends_R - copies_R).index_select(0, rank_A)
+    place_A = copies_A - 1 - counts.first_copy_R.index_select(0, entries.rank_A[:total])
     message_A = place_A * experts + given.expert_A.index_select(0, order_A)
-    message_A = exchange_integers(message_A, assignments.sent, assignments.received, group)
+    return Stage(
+        peers,
+        order_A,
+        Copies.of(row_C, given.rows, counts.most_sent),
+        counts.rows,
+        counts.assignments,
+        _received(peers, counts, message_A, experts),
+    )
 
-    begin_R = received_R3[:, 0].cumsum(0) - received_R3[:, 0]
-    begin_A = begin_R.repeat_interleave(received_R3[:, 1], output_size=len(message_A))
-    received = Assignments(
-        row_A=message_A // experts + begin_A,
+
+def _received(peers: Peers, counts: _Counts, message_A: Tensor, experts: int) -> Assignments:
+    """Exchanges assignments.
+
+    Args:
+        peers: the ranks.
+        counts: how many go where.
+        message_A: place x experts + expert, where the place is the row's among those for its rank.
+        experts: how many experts the layer has.
+    """
+    splits = counts.assignments
+    group = peers.group.group_name
+    message_A = exchange_integers(message_A, splits.sent, splits.received, group)
+    rows_R, assignments_R, _ = counts.received_R3.unbind(1)
+    first_row_R = rows_R.cumsum(0) - rows_R
+    first_row_A = first_row_R.repeat_interleave(assignments_R, output_size=len(message_A))
+    return Assignments(
+        row_A=message_A // experts + first_row_A,
         expert_A=message_A % experts,
         kept_A=None,
-        rows=sum(rows.received),
-        most=max(columns[5]),
+        rows=sum(counts.rows.received),
+        most=counts.most_received,
     )
-    sent = Copies.of(row_C, given.rows, host[-1])
-    return Stage(peers, order_A, sent, rows, assignments, received)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map_only
 
 from core.contracts.dispatcher import Placement
 from core.contracts.router import Routing
@@ -183,32 +184,39 @@ def experts_of(x_AD: Tensor, ends_E: Tensor, weight_EDD: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def on_this_rank(case: Case, mesh: DeviceMesh, exchanges: Exchanges) -> Outcome:
-    """Dispatches the tokens of this rank and computes the gradients."""
+def on_this_rank(
+    case: Case, mesh: DeviceMesh, exchanges: Exchanges, device: str = "cpu"
+) -> Outcome:
+    """Dispatches the tokens of this rank and computes the gradients, on a device."""
     rank = mesh.get_local_rank()
     dispatcher = AllToAllDispatcher(None, None, experts=case.experts)  # type: ignore[arg-type]
     dispatcher.bind(mesh, case.placement)
     exchanges.sent.clear()
     own = list(case.placement.experts_RS[rank])
-    weight_EDD = case.weights().detach()[own].requires_grad_()
-    x_TD = case.tokens(rank)
-    routing = case.routing(rank)
+    weight_EDD = moved(case.weights()[own], device)
+    x_TD = moved(case.tokens(rank), device)
+    routing = tree_map_only(Tensor, lambda tensor: moved(tensor, device), case.routing(rank))
     x_AD, ends_E, state = dispatcher.start(x_TD, routing).wait()
     assert ends_E.dtype == torch.int32
     y_AD = experts_of(x_AD, ends_E, weight_EDD)
     y_TD = dispatcher.start_combine(y_AD, state).wait()
-    y_TD.backward(case.slopes(rank))
+    y_TD.backward(case.slopes(rank).to(device))
     assert x_TD.grad is not None
     assert routing.gate_A.grad is not None
     assert weight_EDD.grad is not None
     return Outcome(
-        y_TD.detach(),
-        x_TD.grad,
-        routing.gate_A.grad,
-        dict(zip(own, weight_EDD.grad, strict=True)),
+        y_TD.detach().cpu(),
+        x_TD.grad.cpu(),
+        routing.gate_A.grad.cpu(),
+        dict(zip(own, weight_EDD.grad.cpu(), strict=True)),
         dispatcher.tallies(state),
         list(exchanges.sent),
     )
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """A copy on a device; a leaf if the tensor has a gradient."""
+    return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
 
 
 def alone(case: Case) -> list[Outcome]:

@@ -1,5 +1,6 @@
 """Dispatch between ranks: results are those of one process, and a token crosses to a node once."""
 
+import random
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._pytree import tree_leaves
 
 from core.contracts.context import SequenceContext
 from core.contracts.dispatcher import Placement
 from core.model.language_model import LanguageModel
+from core.numerics import exchange
 from core.numerics.grouped import grouped_product
 from core.testing.forked_ranks import on_ranks
+from plugins.all_to_all import dispatcher
 from plugins.all_to_all.dispatcher import AllToAllDispatcher
 
 from . import tiny
@@ -71,22 +75,36 @@ def crossed(world: int) -> dict[str, Case]:
     return found
 
 
-def on_forked_ranks(work: Any, world: int) -> list[Any]:
+def on_forked_ranks(work: Any, world: int, backend: str = "gloo") -> list[Any]:
     """The results of a function on ranks; what the first call of an operator imports is imported before."""
     grouped_product(torch.ones(1, 1), torch.ones(1, 1, 1), torch.tensor([1]))
     with tempfile.TemporaryDirectory() as folder:
-        return on_ranks(work, Path(folder), world=world)
+        return on_ranks(work, Path(folder), world=world, backend=backend)
 
 
-def run_cases(cases: dict[str, Case], world: int) -> list[dict[str, Outcome]]:
-    """The outcomes of all cases on each rank."""
+def run_cases(
+    cases: dict[str, Case], world: int, *, copies: int = 1, device: str = "cpu"
+) -> list[dict[str, Outcome]]:
+    """The outcomes of all cases on each rank.
+
+    Args:
+        cases: the cases by name.
+        world: the ranks of each case.
+        copies: how many such sets of ranks work at the same time.
+        device: `cpu` or `cuda`.
+    """
 
     def work(rank: int) -> dict[str, Outcome]:
-        mesh = init_device_mesh("cpu", (world,))
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+        mesh = init_device_mesh(device, (copies, world), mesh_dim_names=("data", "expert"))
         exchanges = Exchanges()
-        return {name: on_this_rank(case, mesh, exchanges) for name, case in cases.items()}
+        found = {}
+        for name, case in cases.items():
+            found[name] = on_this_rank(case, mesh["expert"], exchanges, device)
+        return found
 
-    return on_forked_ranks(work, world)
+    return on_forked_ranks(work, copies * world, "nccl" if device == "cuda" else "gloo")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +151,61 @@ def test_every_layout_and_list_gives_what_one_process_gives(world: int) -> None:
     outcomes = run_cases(cases, world)
     for name, case in cases.items():
         assert_as_alone(case, [rank[name] for rank in outcomes])
+
+
+@pytest.mark.full
+def test_drawn_cases_give_what_one_process_gives() -> None:
+    draw = random.Random(0)
+    cases = {str(number): drawn(draw) for number in range(40)}
+    outcomes = run_cases(cases, 4)
+    for name, case in cases.items():
+        assert_as_alone(case, [rank[name] for rank in outcomes])
+
+
+def drawn(draw: random.Random) -> Case:
+    """A case on four ranks: any number of tokens, experts anywhere."""
+    experts = draw.randint(1, 12)
+    places: list[list[int]] = [[], [], [], []]
+    for expert in draw.sample(range(experts), experts):
+        places[draw.randrange(4)].append(expert)
+    return Case(
+        tokens_R=tuple(draw.choice((0, 1, 5, 17)) for _ in range(4)),
+        per_node=draw.choice((1, 2, 4)),
+        placed=tuple(tuple(place) for place in places),
+        experts=experts,
+        top_k=draw.randint(1, min(experts, 5)),
+        drops=draw.random() < 0.5,
+        token_major=draw.random() < 0.5,
+    )
+
+
+@pytest.mark.full
+def test_two_sets_of_ranks_share_a_process_group_and_do_not_meet() -> None:
+    """Eight ranks: two copies of four that hold the experts, each on two nodes, with process groups of their own."""
+    case = CASES[4]["two nodes, drops, an idle expert"]
+    outcomes = run_cases({"case": case}, 4, copies=2)
+    for copy in (outcomes[:4], outcomes[4:]):
+        assert_as_alone(case, [rank["case"] for rank in copy])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds fewer than two GPUs")
+def test_two_gpus_give_what_one_process_gives_and_the_same_bits_again() -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("this process has used a GPU and cannot be forked: run this file alone")
+    cases = {**crossed(2), **CASES[2]}
+    again = {f"{name} again": case for name, case in cases.items()}
+    outcomes = run_cases({**cases, **again}, 2, device="cuda")
+    for name, case in cases.items():
+        assert_as_alone(case, [rank[name] for rank in outcomes])
+        for rank in outcomes:
+            first = tree_leaves(vars(rank[name]))
+            second = tree_leaves(vars(rank[f"{name} again"]))
+            assert all(map(torch.equal, tensors_of(first), tensors_of(second)))
+
+
+def tensors_of(leaves: list[Any]) -> list[Tensor]:
+    """The tensors among some values."""
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def test_every_rank_starts_the_same_exchanges_in_the_same_order(
@@ -219,6 +292,15 @@ def test_placements_that_cannot_be_are_refused(placed: Any, per_node: int, messa
         dist.destroy_process_group()
 
 
+def test_a_mesh_of_two_dimensions_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="must have one dimension, not 2"):
+            unbound().bind(init_device_mesh("cpu", (1, 1)), Placement.even(8, 1, 1))
+    finally:
+        dist.destroy_process_group()
+
+
 # ---- the whole model
 
 
@@ -256,6 +338,7 @@ def models() -> list[dict[str, Any]]:
         exchanges = Exchanges()
         given = tiny.part(whole, SEQUENCES[rank])
         found = {}
+        phases = note_phases()
         for name, model in built.items():
             divide(model, mesh, 2)
             exchanges.sent.clear()
@@ -264,12 +347,37 @@ def models() -> list[dict[str, Any]]:
             found[name] = sums_and_gradients(model, given)
             found[name]["sent"] = list(exchanges.sent)
             found[name]["events"] = list(exchanges.events)
+            found[name]["phases"] = sorted(phases)
+            found[name]["groups"] = len(groups_of(model))
         return found
 
     return on_forked_ranks(work, 4)
 
 
 PLANS = {"kept": (), "recomputed": (RECOMPUTE,)}
+
+
+def note_phases() -> set[str]:
+    """The names of the phases that are recorded for profiles from now on."""
+    names = set()
+    original = torch.profiler.record_function
+
+    def noted(name: str) -> Any:
+        names.add(name)
+        return original(name)
+
+    exchange.record_function = noted  # type: ignore[assignment,misc]
+    dispatcher.record_function = noted  # type: ignore[assignment,misc]
+    return names
+
+
+def groups_of(model: LanguageModel) -> set[Any]:
+    """The process groups of all layers."""
+    groups = set()
+    for path in model.expert_layers():
+        layout = tiny.moe(model, path).dispatcher.layout
+        groups |= {peers.group for peers in layout.exchanges}
+    return groups
 
 
 def note_shared(model: LanguageModel, events: list[str]) -> None:
@@ -321,3 +429,15 @@ def test_the_shared_expert_computes_while_tokens_travel(models: list[dict[str, A
         for phase in ("shared forward", "shared backward"):
             at = events.index(phase)
             assert events[at - 2 : at + 3] == ["launch", "launch", phase, "wait", "wait"]
+
+
+def test_phases_have_names_and_layers_share_process_groups(models: list[dict[str, Any]]) -> None:
+    for rank in models:
+        assert rank["kept"]["phases"] == [
+            "combine.between_nodes",
+            "combine.inside_node",
+            "dispatch.between_nodes",
+            "dispatch.counts",
+            "dispatch.inside_node",
+        ]
+        assert rank["kept"]["groups"] == 2
