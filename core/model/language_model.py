@@ -234,14 +234,17 @@ class LanguageModel(nn.Module):
         result: Tensor = self.output(hidden_BLD)
         return result
 
-    def new_caches(self, rows: int, capacity: int) -> list[Cache]:
-        """An empty cache for every block, on the model's device.
+    def new_caches(
+        self, rows: int, capacity: int, device: torch.device | None = None
+    ) -> list[Cache]:
+        """An empty cache for every block.
 
         Args:
             rows: sequences that are decoded together.
             capacity: tokens of each row; at most `max_length` can be used.
+            device: where the model computes; None: where its weights are.
         """
-        device = self.embedding.weight.device
+        device = device or self.embedding.weight.device
         return [block.attention.new_cache(rows, capacity, device) for block in self.blocks]  # type: ignore[union-attr,operator]
 
     def shared(self, head: LossHead | None = None, states: States | None = None) -> SharedModules:

@@ -40,7 +40,7 @@ def sample(
     """
     device = device or next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    caches = model.new_caches(1, min(len(prompt) + tokens, model.max_length))
+    caches = model.new_caches(1, min(len(prompt) + tokens, model.max_length), device)
     new_tokens = list(prompt)
     for _ in range(tokens):
         # A compiled model would be compiled anew for every length of the caches.

@@ -141,9 +141,11 @@ class ShardedStrategy(ModelParallelStrategy):
         if not self.offload:
             self.model.to(self.root_device)
             return
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self.root_device)
+        for module in self.lightning_module.children():  # type: ignore[union-attr]
+            if any(True for _ in module.parameters()):
+                _move_buffers(module, self.root_device)
+            else:
+                module.to(self.root_device)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         """Notes where the parts of all weights are, while no unit is gathered, and makes the optimizers."""
@@ -236,6 +238,13 @@ class ShardedStrategy(ModelParallelStrategy):
     ) -> dict[str, Any]:
         """Reads a checkpoint on every rank; its weights and states are handed over afterwards."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Moves the buffers of a module, and of the modules in it, to a device, and leaves its weights where they are."""
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            owner._buffers[name] = buffer.to(device)
 
 
 @torch.no_grad()
