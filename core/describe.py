@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     compare = "a table of these recipes, measured against the first of all"
     p.add_argument("--compare", nargs="+", default=[], metavar="RECIPE", help=compare)
-    add = p.add_argument_group("one GPU's memory").add_argument
+    add = p.add_argument_group("one GPU's memory, and the exchange of tokens").add_argument
     add(
         "--layout",
         metavar="AXIS=N,...",
@@ -66,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
         help="sequences a GPU takes at once (default: 1 in a pipeline)",
     )
     add("--schedule", choices=("1f1b", "dualpipe"), help="schedule of the pipeline (default: 1f1b)")
+    add(
+        "--gpus-per-node",
+        type=int,
+        metavar="N",
+        help="expert ranks that are one node (default: the strategy's, or 8)",
+    )
     add = p.add_argument_group("GPU-hours").add_argument
     add(
         "--mfu",
@@ -113,8 +119,12 @@ def _options(arguments: argparse.Namespace) -> "DescribeOptions":
         "--microbatch": arguments.microbatch,
         "--schedule": arguments.schedule,
     }
-    of_cost = {"--mfu": arguments.mfu, "--gpu-peak": arguments.gpu_peak}
-    for option, value in (of_layout | of_cost).items():
+    of_one = {
+        "--gpus-per-node": arguments.gpus_per_node,
+        "--mfu": arguments.mfu,
+        "--gpu-peak": arguments.gpu_peak,
+    }
+    for option, value in (of_layout | of_one).items():
         if value is None:
             continue
         if arguments.compare:
@@ -127,6 +137,7 @@ def _options(arguments: argparse.Namespace) -> "DescribeOptions":
         layout=layout,
         sequences=arguments.microbatch,
         schedule=arguments.schedule or "1f1b",
+        gpus_per_node=arguments.gpus_per_node,
         mfu=arguments.mfu,
         tflops=arguments.gpu_peak,
     )
@@ -194,6 +205,8 @@ def show(recipe: "Recipe", *, as_json: bool, options: "DescribeOptions | None" =
     _print_settings(document)
     if document["layout"] is not None:
         _print_layout(document["layout"])
+    if document["exchange"] is not None:
+        _print_exchange(document["exchange"])
     print(document["flops_convention"])
     if document["gpu_hours"] is not None:
         print(_gpu_hours(document["gpu_hours"]))
@@ -262,6 +275,29 @@ def _print_layout(layout: dict[str, Any]) -> None:
         gigabytes = layout["largest_bytes"][mode] / 1e9
         fullest.append(f"{gigabytes:.2f} GB with recompute {mode}")
     print(f"the fullest GPU holds {', '.join(fullest)}; {layout['convention']}")
+
+
+def _print_exchange(exchange: dict[str, Any]) -> None:
+    """Prints how many nodes a token reaches in each layer with experts, and the bytes that it moves."""
+    layers_of: dict[tuple[Any, ...], int] = {}
+    for layer in exchange["layers"].values():
+        key = (layer["nodes_unlimited"], layer["nodes"], layer["most_nodes"], layer["ranks"])
+        layers_of[key] = layers_of.get(key, 0) + 1
+    nodes = f"{exchange['nodes']} nodes of {exchange['ranks_per_node']}"
+    print(f"exchange of tokens between {exchange['expert_ranks']} expert ranks, {nodes}:")
+    for (unlimited, reached, most, ranks), count in layers_of.items():
+        limit = f"{reached:.2f} of {exchange['nodes']} nodes (at most {most})"
+        free = f"{unlimited:.2f} without a limit of groups"
+        print(f"  in {count} layers a token reaches {limit}, {free}, and {ranks:.2f} ranks")
+    copy = exchange["copy_bytes"]
+    print(f"  a copy is {copy['out']:,} bytes out and {copy['back']:,} back")
+    token = exchange["bytes_per_token"]
+    between, inside = token["between_nodes"], token["inside_nodes"]
+    print(f"  a token, forwards: {between:,.0f} bytes between nodes, {inside:,.0f} inside")
+    step = exchange["bytes_per_step"]
+    between, inside = step["between_nodes"] / 1e9, step["inside_nodes"] / 1e9
+    print(f"  a step, all ranks: {between:,.1f} GB between nodes, {inside:,.1f} GB inside")
+    print(f"  {exchange['convention']}")
 
 
 def _batches(layout: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from torch import nn
 
 from core.analysis.budget import plan_of
 from core.analysis.components import components
+from core.analysis.exchange import described
 from core.analysis.gpu_hours import gpu_hours, speed
 from core.analysis.memory import per_gpu
 from core.analysis.options import DescribeOptions
@@ -92,6 +93,7 @@ def describe(
         "batch_dependent": routing.batch_dependent,
         "memory_bytes": memory(recipe, model, size, stream_bytes),
         "layout": _layout(recipe, model, plan, precision, options),
+        "exchange": described(recipe, model, plan, options),
         "steps": plan.steps,
         "tokens": plan.tokens,
         "gpu_hours": gpu_hours(size.flops_per_token_megatron_main, plan.tokens, rate),

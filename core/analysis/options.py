@@ -13,6 +13,7 @@ class DescribeOptions:
         layout: GPUs to lay the model out over; None: none.
         sequences: how many a GPU takes at once; None: as `core.analysis.parallel_layout.traffic` says.
         schedule: the pipeline's schedule.
+        gpus_per_node: ranks that are one node; None: the recipe's strategy says, or 8.
         mfu: the part of the peak that training gets; None: the published one, if it fits.
         tflops: a GPU's dense peak in TFLOPS; None: an H800's, if it fits.
     """
@@ -20,5 +21,6 @@ class DescribeOptions:
     layout: ParallelLayout | None = None
     sequences: int | None = None
     schedule: PipelineSchedule = "1f1b"
+    gpus_per_node: int | None = None
     mfu: float | None = None
     tflops: float | None = None

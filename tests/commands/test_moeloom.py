@@ -92,6 +92,7 @@ def test_it_lists_the_commands(
         "sweep",
         "report",
         "convert",
+        "bench",
     } == set(listed)
     assert listed["fit"] == "  fit       Train a recipe into a run folder"
     assert max(map(len, listed.values())) <= 100
@@ -115,10 +116,10 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("fti", "unknown command 'fti'; did you mean fit? known: catalog, convert, "),
-        ("--fit", "unknown command '--fit'; did you mean fit? known: catalog, convert, "),
-        ("assemble", "unknown command 'assemble'; known: catalog, convert, "),
-        ("", "unknown command ''; known: catalog, convert, "),
+        ("fti", "unknown command 'fti'; did you mean fit? known: bench, catalog, convert, "),
+        ("--fit", "unknown command '--fit'; did you mean fit? known: bench, catalog, convert, "),
+        ("assemble", "unknown command 'assemble'; known: bench, catalog, convert, "),
+        ("", "unknown command ''; known: bench, catalog, convert, "),
     ],
 )
 def test_an_unknown_command_is_one_sentence(

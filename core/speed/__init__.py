@@ -1,0 +1,1 @@
+"""Measures how fast a recipe's work is on this machine."""
