@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from core.contracts.errors import Interrupted, RunFailed, UserError
+from core.contracts.errors import Interrupted, RunFailed, StoppedBySignal, UserError
 
 OUR_FOLDER = Path(__file__).resolve().parents[1]
 """The folder that holds `core` and `plugins`: site-packages, or a checkout."""
@@ -50,6 +50,9 @@ _OF_MEMORY = ("can't allocate memory", "out of memory")
 _SHOWN = 200
 """Characters of a path in an error message."""
 
+_received: list[int] = []
+"""The signals that have ended the command under way."""
+
 _programs: list[str] = []
 """The program's name in usage lines, `moeloom fit` or `python -m core.fit`; empty while no command runs."""
 
@@ -63,7 +66,8 @@ def run_command(
     try:
         with _started_as(parser.prog), _one_line_warnings(), _without_current_folder():
             _check_rank_variables()
-            main(arguments)
+            with _signals_first():
+                main(arguments)
     except UserError as error:
         leave(2, str(error))
     except RunFailed as error:
@@ -84,6 +88,20 @@ def run_command(
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def _signals_first() -> Iterator[None]:
+    """Exits as the signal says where a library has caught `StoppedBySignal` while it was imported, and failed then."""
+    _received.clear()
+    try:
+        yield
+    except (Interrupted, RunFailed):
+        raise
+    except Exception:
+        if _received:
+            raise StoppedBySignal(_received[0]) from None
+        raise
 
 
 def _check_rank_variables() -> None:
@@ -216,7 +234,8 @@ def _handle_signals() -> dict[signal.Signals, Any]:
 
 def terminated(signum: int, frame: FrameType | None) -> None:
     """Exits at a signal: nothing has to be saved before a run has begun."""
-    raise SystemExit(128 + signum)
+    _received.append(signum)
+    raise StoppedBySignal(signum)
 
 
 def show_cursor() -> None:

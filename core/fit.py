@@ -74,7 +74,9 @@ def main(arguments: argparse.Namespace) -> None:
 
     silence_greetings()
     resume = arguments.resume is not None
-    existing = joined_folder() or resumable(arguments.resume, arguments.out, recipe.name)
+    existing = joined_folder() if launch.parent is not None else None
+    if existing is None:
+        existing = resumable(arguments.resume, arguments.out, recipe.name)
     if existing is None:
         folder = start_folder(arguments.out, recipe.name)
         resume = False

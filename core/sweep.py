@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.command import command_line, command_prefix, print_json, run_command, trust_argument
+from core.contracts.errors import StoppedBySignal
 
 MEAN_COLUMNS = ["variant", "n", "mean", "95% interval"]
 DIFFERENCE_COLUMNS = [*MEAN_COLUMNS, "d_z", "p (Holm)", ""]
@@ -102,8 +104,9 @@ def _resumption_named(path: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {how}") from None
-    except SystemExit:
-        print(f"moeloom: stopped by SIGTERM; {how}", file=sys.stderr)
+    except StoppedBySignal as stopped:
+        name = signal.Signals(stopped.signum).name
+        print(f"moeloom: stopped by {name}; {how}", file=sys.stderr)
         raise
 
 

@@ -62,6 +62,18 @@ class RunFailed(Exception):  # noqa: N818
     """A run that cannot go on; the message is one sentence, and what it saved stays as it is (exit code 1)."""
 
 
+class StoppedBySignal(SystemExit):
+    """A signal ended a command before there was anything to save (exit code 128 + the signal's number).
+
+    Args:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+
+
 class Interrupted(Exception):  # noqa: N818 - not an error: the run ended as requested
     """A signal stopped the run, which has saved its state (exit code 128 + the signal's number).
 

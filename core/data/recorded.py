@@ -13,6 +13,7 @@ from core.contracts.corpus import Document
 from core.contracts.errors import UserError
 from core.data.documents import fingerprint
 from core.data.tokenizer import VERSION, Tokenizer
+from core.storage.documents import is_text
 
 FORMAT = 1
 """Part of the fingerprint that run folders record: runs that were made with another value cannot be resumed."""
@@ -88,12 +89,15 @@ def document_hash(document: Document) -> str:
 
 
 def list_documents(documents: list[Document]) -> str | None:
-    """The text of a list of documents, a line with hash and name for each; None for more than `MOST_LISTED`."""
+    """The text of a list of documents, a line with hash and name for each; None for more than `MOST_LISTED`.
+
+    There is none either where a name holds a line end, or is no text: a file's name may be any bytes.
+    """
     if len(documents) > MOST_LISTED:
         return None
     lines = []
     for document in documents:
-        if "\n" in document.name:
+        if "\n" in document.name or not is_text(document.name):
             return None
         lines.append(f"{document_hash(document)}  {document.name}\n")
     return "".join(lines)

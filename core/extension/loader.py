@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pluggy
 
-from core.contracts.errors import UserError, nearest
+from core.contracts.errors import StoppedBySignal, UserError, nearest
 from core.contracts.schema import Provenance
 from core.extension.checks import PluginError, check_plugin, format_error
 from core.extension.hookspec import GROUP, Hooks
@@ -102,6 +102,8 @@ def load_plugins(
             continue
         try:
             _register(registry, owner)
+        except StoppedBySignal:
+            raise
         except (Exception, SystemExit) as cause:
             broken = Broken(owner, format_error(cause))
             registry.broken.append(broken)
@@ -114,6 +116,8 @@ def load_plugins(
         owner = Provenance("recipe", "", name, name)
         try:
             _register(registry, owner)
+        except StoppedBySignal:
+            raise
         except (Exception, SystemExit) as cause:
             why = f"{format_error(cause)}{_not_found_hint(cause, name)}"
             raise UserError(f"plugin {name!r}, which the recipe names, is broken: {why}") from cause

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core.contracts.errors import UserError, nearest
+from core.contracts.errors import StoppedBySignal, UserError, nearest
 from core.contracts.schema import Provenance
 from core.extension.checks import PluginError, UnknownSlotError, check_component, format_error
 from core.extension.hookspec import Registrar
@@ -52,6 +52,8 @@ class Entry:
         with traced(f"{self.slot} {self.name!r}", self.owner, self.target):
             try:
                 module = importlib.import_module(module_name)
+            except StoppedBySignal:
+                raise
             except (Exception, SystemExit) as cause:
                 raise UserError(f"{who} cannot be imported: {format_error(cause)}") from cause
             component = getattr(module, attribute, None)

@@ -128,13 +128,13 @@ class Conversion:
                 f"{self.folder}: is in the way and no unfinished conversion (no {JOURNAL}); remove it"
             )
         self.folder.mkdir(exist_ok=True)
-        return journal.open("a+", encoding="utf-8")
+        return journal.open("a+", encoding="utf-8", errors="replace")
 
     def _read_journal(self) -> None:
         """Reads which operations are done; removes what a conversion with another identity left."""
         self._stream.seek(0)
         lines = self._stream.read().splitlines()
-        self._done = {int(line) for line in lines[1:] if line.isdigit()}
+        self._done = {int(line) for line in lines[1:] if line.isdecimal()}
         self.resumed = bool(lines) and lines[0] == self._identity
         if not self.resumed:
             self._done = set()

@@ -1,5 +1,6 @@
 """Writes the report: one page that holds its data, its style, its script and plotly's, and loads nothing else."""
 
+import math
 import re
 from datetime import UTC, datetime
 from importlib import resources
@@ -106,11 +107,22 @@ def context(study: Study) -> dict[str, Any]:
         "numbers": numbers,
         "figures": figures,
         "experts": loads,
-        "data": {"figures": drawn, "experts": loads.runs},
+        "data": _finite_numbers({"figures": drawn, "experts": loads.runs}),
         "facts": provenance.facts(study),
         "command": provenance.command(study),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _finite_numbers(value: Any) -> Any:
+    """The value with None for numbers that are not finite, which JSON cannot hold; plotly leaves a gap there."""
+    if isinstance(value, dict):
+        return {key: _finite_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_numbers(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def figures_of(study: Study, metric: str) -> list[Figure]:

@@ -5,10 +5,11 @@ from functools import partial
 from typing import Any
 
 from core.reports.figure import Figure, Trace
-from core.reports.study_files import Run, Study, finite
+from core.reports.study_files import Run, Study
 from core.reports.style import Style, brief, plain, styles, with_line_breaks
 from core.reports.words import time_unit
 from core.statistics.comparison import NOT_AFTER_HOLM
+from core.storage.documents import finite_number
 
 MARKED = {"better": "", "worse": "", NOT_AFTER_HOLM: "-open-dot"}
 """What a verdict adds to the name of a marker; all others add `-open`."""
@@ -63,7 +64,7 @@ def _rows_with_interval(study: Study) -> list[dict[str, Any]]:
     found = []
     for row in study.results.get("rows") or []:
         difference = row.get("difference") or {}
-        if finite(difference.get("low")) is not None:
+        if finite_number(difference.get("low")) is not None:
             found.append(row)
     return found
 

@@ -20,6 +20,7 @@ from core.storage.documents import (
     TOO_DEEP,
     DocumentError,
     check_yaml,
+    finite_number,
     parse_object,
     read_bytes,
     read_text,
@@ -75,7 +76,7 @@ class Run:
 
     def number(self, key: str) -> float | None:
         """The number that the summary has under a key; None if it has no finite one."""
-        return finite(self.summary.get(key))
+        return finite_number(self.summary.get(key))
 
     def has(self, column: str) -> bool:
         """Whether a column of `metrics.csv` holds at least one finite number."""
@@ -126,15 +127,6 @@ class Study:
         return str(recorded or "val_bits_per_byte")
 
 
-def finite(value: Any) -> float | None:
-    """The value as a float if it is a finite number (a truth value is none), or else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if math.isfinite(value):
-        return float(value)
-    return None
-
-
 def read(path: Path) -> Study:
     """Reads the folder of a run or of a sweep.
 
@@ -175,13 +167,16 @@ class _Reader:
         variants = []
         for variant in _list_of(identity, "variants"):
             if isinstance(variant, dict) and "name" in variant:
-                variants.append(variant)
+                variants.append(_variant_of(variant))
+        for key in ("seeds", "held_equal", "not_equal"):
+            about[key] = _list_of(about, key)
         about["variants"] = variants
         names = [str(variant["name"]) for variant in variants]
         if not names:
             recipes = declared.get("recipes")
             names = list(recipes) if isinstance(recipes, dict) else self._folders()
         results = self.mapping(self.path / "results.json")
+        results["rows"] = _rows_of(results)
         runs = []
         seeds = [seed for seed in _list_of(about, "seeds") if type(seed) is int]
         for folder, variant, seed in self._places(names, seeds):
@@ -235,7 +230,8 @@ class _Reader:
             path=folder,
             state=_known_state(status.get("state")) or state,
             reason=_text_of(status.get("reason")) if status else diverged,
-            seconds=finite(status.get("seconds")) or finite(summary.get("wall_seconds")),
+            seconds=finite_number(status.get("seconds"))
+            or finite_number(summary.get("wall_seconds")),
             recipe=recipe,
             summary=summary,
             provenance=self.mapping(folder / "provenance.json"),
@@ -335,6 +331,38 @@ def _list_of(document: Mapping[str, Any], key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _variant_of(variant: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant's entry in `sweep.json` without what is not of its kind."""
+    pairs = {}
+    differences = variant.get("differences")
+    for key, pair in differences.items() if isinstance(differences, dict) else ():
+        if isinstance(pair, list) and len(pair) == 2:
+            pairs[key] = pair
+    lists = {key: _list_of(variant, key) for key in ("overrides", "notices")}
+    return {**variant, **lists, "differences": pairs}
+
+
+def _rows_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `results.json` that name a variant, each with a section `difference`.
+
+    An interval whose ends are damaged is left out.
+    """
+    rows = []
+    for row in _list_of(results, "rows"):
+        if isinstance(row, dict) and "variant" in row:
+            difference = row.get("difference")
+            section = difference if isinstance(difference, dict) else {}
+            rows.append({**_with_whole_interval(row), "difference": _with_whole_interval(section)})
+    return rows
+
+
+def _with_whole_interval(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row, with None for `low` and `high` unless they and the mean are numbers."""
+    if all(finite_number(row.get(key)) is not None for key in ("mean", "low", "high")):
+        return dict(row)
+    return {**row, "low": None, "high": None}
+
+
 def _known_state(value: Any) -> str | None:
     """A state as it was recorded; None where it is none."""
     return value if isinstance(value, str) and value in STATES else None
@@ -349,7 +377,7 @@ def _seeds_in(folder: Path) -> list[int]:
     found = []
     for run in folder.glob("seed-*"):
         seed = run.name.removeprefix("seed-")
-        if seed.isdigit():
+        if seed.isdecimal():
             found.append(int(seed))
     return sorted(found)
 

@@ -9,8 +9,9 @@ from statistics import mean
 from typing import Any
 
 from core.analysis.compare_recipes import short
-from core.reports.study_files import Run, Study, finite
+from core.reports.study_files import Run, Study
 from core.reports.words import NONE, duration, number, signed, verdict_notes, yes_no
+from core.storage.documents import finite_number
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _decimals(rows: list[dict[str, Any]]) -> int:
     """The decimals that show two digits of the smallest half of an interval, at most 6; 4 without intervals."""
     halves = []
     for row in rows:
-        if finite(row.get("low")) is not None:
+        if finite_number(row.get("low")) is not None:
             half = (row["high"] - row["low"]) / 2
             if half > 0:
                 halves.append(half)
@@ -139,15 +140,15 @@ def _statistics(
 ) -> list[Cell]:
     """The cells of the group `result`: verdict, seeds, mean, difference, effect size, Holm's p."""
     count = row.get("n") or 0
-    average = finite(row.get("mean"))
+    average = finite_number(row.get("mean"))
     mean_cell = Cell(number(average, decimals), _from_to(row, decimals), average)
     if is_baseline:
         verdict_cell = Cell("baseline", value="baseline", kind="verdict")
         return [verdict_cell, _seeds(count, runs), mean_cell, *[Cell(NONE, value=None)] * 3]
     difference = row.get("difference") or {}
-    value = finite(difference.get("mean"))
-    effect = finite(difference.get("effect_size"))
-    p = finite(difference.get("p_holm"))
+    value = finite_number(difference.get("mean"))
+    effect = finite_number(difference.get("effect_size"))
+    p = finite_number(difference.get("p_holm"))
     return [
         _verdict(difference, count),
         _seeds(count, runs),
@@ -184,8 +185,8 @@ def _from_to(
     interval: dict[str, Any], decimals: int, write: Callable[[float | None, int], str] = number
 ) -> str:
     """The limits of an interval; "" if it has none."""
-    low = finite(interval.get("low"))
-    high = finite(interval.get("high"))
+    low = finite_number(interval.get("low"))
+    high = finite_number(interval.get("high"))
     if low is None or high is None:
         return ""
     return f"{write(low, decimals)} to {write(high, decimals)}"
@@ -203,7 +204,7 @@ def _p(p: float | None) -> str:
 
 def _facts(fact: dict[str, Any]) -> list[Cell]:
     """The cells of the groups `model` and `routing`, from a variant's entry in `sweep.json`."""
-    cache_bytes = finite(fact.get("kv_bytes_per_token"))
+    cache_bytes = finite_number(fact.get("kv_bytes_per_token"))
     return [
         _size(fact, "params_total", "KMBT"),
         _size(fact, "params_active", "KMBT"),
@@ -216,14 +217,14 @@ def _facts(fact: dict[str, Any]) -> list[Cell]:
 
 
 def _size(fact: dict[str, Any], key: str, units: str) -> Cell:
-    value = finite(fact.get(key))
+    value = finite_number(fact.get(key))
     if value is None:
         return Cell(NONE)
     return Cell(short(value, units), value=value)
 
 
 def _capacity(fact: dict[str, Any]) -> Cell:
-    capacity = finite(fact.get("capacity_factor"))
+    capacity = finite_number(fact.get("capacity_factor"))
     if capacity is not None:
         return Cell(f"{capacity:g}", value=capacity)
     if fact:
@@ -278,7 +279,7 @@ def every_run(study: Study, metric_words: str) -> Table:
         folder = run.path.relative_to(study.path)
         cells = [
             Cell(run.variant, value=run.variant, kind="name"),
-            Cell(str(run.seed), value=finite(run.seed)),
+            Cell(str(run.seed), value=finite_number(run.seed)),
             Cell(run.state, value=run.state, kind="word"),
             Cell(number(value, 5), value=value),
             Cell(duration(run.seconds), value=run.seconds),
@@ -336,7 +337,7 @@ def _counted_values(section: dict[str, Any]) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    known = finite(value)
+    known = finite_number(value)
     if known is not None:
         return number(known)
     elif value is None:

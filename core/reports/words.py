@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from core.reports.study_files import Run, Study, finite
+from core.reports.study_files import Run, Study
 from core.statistics.comparison import NOT_AFTER_HOLM, NOTHING_SHOWN
+from core.storage.documents import finite_number
 
 METRICS = {
     "val_bits_per_byte": "validation bits per byte",
@@ -125,7 +126,7 @@ def _budgeted(run: Run, key: str) -> float | None:
     """A number of the recipe's section `budget`; None if it has none."""
     budget = run.recipe.get("budget")
     if isinstance(budget, dict):
-        return finite(budget.get(key))
+        return finite_number(budget.get(key))
     return None
 
 

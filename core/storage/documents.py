@@ -5,6 +5,7 @@ regular file is read.
 """
 
 import json
+import math
 import os
 import re
 import stat
@@ -226,6 +227,17 @@ def _check_nodes(top: yaml.Node, file: Path) -> None:
             return
         level = below
     raise DocumentError(file, TOO_DEEP)
+
+
+def finite_number(value: Any) -> float | None:
+    """A number of a document as a float; None for anything else, and for one that is NaN, infinite or too large."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def is_text(value: str) -> bool:

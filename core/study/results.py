@@ -1,13 +1,12 @@
 """The results of a sweep so far, as the documents that its report is made of."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from core.recipe.key_paths import to_dict
 from core.statistics.comparison import compare, interval
-from core.storage.documents import DocumentError, read_object
+from core.storage.documents import DocumentError, finite_number, read_object
 from core.study.matching import Matched
 from core.study.sweep_file import Sweep, Variant
 from core.study.sweep_folder import Job, SweepFolder
@@ -119,10 +118,7 @@ def value_of(job: Job, metric: str) -> float | None:
     summary = _summary(job)
     if summary is None:
         return None
-    value = summary.get(metric)
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return None
+    return finite_number(summary.get(metric))
 
 
 def never_measured(job: Job, metric: str) -> str | None:

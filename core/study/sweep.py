@@ -14,7 +14,13 @@ from core.storage.documents import DocumentError, read_object
 from core.study.matching import Matched, match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
-from core.study.results import HELD_OUT, NOTHING_HELD_OUT, sweep_document, sweep_results
+from core.study.results import (
+    HELD_OUT,
+    NOTHING_HELD_OUT,
+    sweep_document,
+    sweep_results,
+    value_of,
+)
 from core.study.runner import LocalPool, Pool, run_jobs
 from core.study.sweep_file import Sweep
 from core.study.sweep_folder import Job, Status, SweepFolder
@@ -57,7 +63,7 @@ def run_sweep(
             began = _beginning(folder, command or command_line())
             folder.write_json("sweep.json", sweep_document(sweep, matched, **began))
             jobs = folder.jobs(sweep)
-            left = [job for job in jobs if folder.status(job).state != "done"]
+            left = [job for job in jobs if not _is_done(job, folder, sweep.schema.metric)]
             progress(None, None, len(jobs) - len(left), len(jobs), None)
             if left:
                 if ray is None:
@@ -71,6 +77,11 @@ def run_sweep(
             how = "free some space and go on with --resume"
             raise UserError(f"{path}: no space is left on the disk; {how}") from error
         raise
+
+
+def _is_done(job: Job, folder: SweepFolder, metric: str) -> bool:
+    """Whether a run is done and its result can be read; where that is lost, the run writes it again."""
+    return folder.status(job).state == "done" and value_of(job, metric) is not None
 
 
 def _work_on(

@@ -1,7 +1,6 @@
 """A sweep's folder: it admits one runner at a time, and always holds the current state of every run."""
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ import yaml
 from core.contracts.errors import UserError
 from core.recipe import trust
 from core.recipe.key_paths import to_dict
-from core.storage.documents import DocumentError, read_object, read_yaml
+from core.storage.documents import DocumentError, finite_number, read_object, read_yaml
 from core.storage.files import write_text
 from core.storage.lock import locked_folder
 from core.study.sweep_file import Sweep, Variant
@@ -73,11 +72,10 @@ class Status:
 
     def is_valid(self) -> bool:
         """Whether every value is of its kind; a damaged file may hold any."""
-        number = type(self.seconds) in (int, float) and math.isfinite(self.seconds)
         return (
             self.state in ("waiting", "running", "done", "failed")
             and isinstance(self.reason, str | None)
-            and number
+            and finite_number(self.seconds) is not None
             and (self.process is None or (type(self.process) is int and self.process > 0))
         )
 

@@ -1,38 +1,43 @@
 """The training losses of a sweep's runs, each compared with the baseline's of the same seed."""
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from core.statistics.comparison import interval
 from core.statistics.smoothing import largest, relative
+from core.storage.documents import DocumentError, read_bytes
+from core.training.metrics_file import METRICS
 
 LOSS = "loss/next_token"
 """The column of `metrics.csv`: nats per token of the main model."""
 
 
 def losses_by_step(run: Path, column: str = LOSS) -> dict[int, float]:
-    """The training losses of a run by step, without values that are not finite or half written.
+    """The training losses of a run by step, without values that are not finite, half written or damaged.
 
     Args:
-        run: its folder; the losses are empty if it logged none.
+        run: its folder; the losses are empty if it logged none, or the file cannot be read.
         column: a column of `metrics.csv`.
     """
     found: dict[int, float] = {}
     try:
-        with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                try:
-                    step = int(float(row["step"]))
-                    loss = float(row[column])
-                except (KeyError, TypeError, ValueError):
-                    continue
-                if math.isfinite(loss):
-                    found[step] = loss
-    except OSError:
+        text = read_bytes(run / METRICS).decode("utf-8", "replace")
+    except DocumentError:
         return {}
+    with suppress(csv.Error):
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            try:
+                step = int(float(row["step"]))
+                loss = float(row[column])
+            except (KeyError, OverflowError, TypeError, ValueError):
+                continue
+            if math.isfinite(loss):
+                found[step] = loss
     return found
 
 

@@ -66,4 +66,4 @@ def resumable(resume: str | None, out: Path | None, name: str) -> Path | None:
 def _is_named_after(folder: str, name: str) -> bool:
     """Whether `start_folder` gives this folder name to a recipe: its name, alone or with `-` and a number."""
     rest = folder.removeprefix(name)
-    return rest == "" or (rest.startswith("-") and rest[1:].isdigit())
+    return rest == "" or (rest.startswith("-") and rest[1:].isdecimal())

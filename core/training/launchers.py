@@ -119,10 +119,8 @@ def launch_of(strategy: Any, environment: Mapping[str, str] = os.environ) -> Lau
     nodes = strategy.component.nodes_of(strategy.config)
     if ranks == 1:
         return Launch()
-    if JOINED in environment and FIRST_RANK in environment:
-        parent = int(environment[FIRST_RANK])
-        rank = int(environment["LOCAL_RANK"])
-        return Launch(rank, ranks, parent=parent, local_rank=rank)
+    if joined_folder(environment) is not None:
+        return _joined(ranks, environment)
     launcher = _launcher_in(environment)
     if launcher is not None:
         return _task_of(launcher, ranks, nodes, environment)
@@ -172,6 +170,23 @@ def without_launcher(environment: Mapping[str, str], launch: Launch) -> dict[str
     if launch.parent is not None:
         names -= {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"}
     return {name: value for name, value in environment.items() if name not in names}
+
+
+def _joined(ranks: int, environment: Mapping[str, str]) -> Launch:
+    """The rank that the first one has started; another program may have inherited its variables."""
+    parent = environment[FIRST_RANK]
+    if parent != str(os.getppid()):
+        raise UserError(
+            f"{FIRST_RANK} = {parent!r} in the environment: is not the process that started this one; "
+            "the variable is passed from rank to rank, and must not be set otherwise"
+        )
+    rank = environment.get("LOCAL_RANK", "")
+    if rank not in map(str, range(1, ranks)):
+        shown = f"= {rank!r}" if rank else "is not set"
+        raise UserError(
+            f"LOCAL_RANK {shown} in the environment: must be from 1 to {ranks - 1}, the ranks that the first one starts"
+        )
+    return Launch(int(rank), ranks, parent=int(parent), local_rank=int(rank))
 
 
 def _launcher_in(environment: Mapping[str, str]) -> _Launcher | None:

@@ -4,6 +4,7 @@ A row is a step's numbers, which no checkpoint holds. So a damaged file is an er
 rows are named.
 """
 
+import codecs
 import csv
 import io
 from collections.abc import Sequence
@@ -40,14 +41,14 @@ class MetricsFile:
 def read_metrics(file: Path) -> MetricsFile | None:
     """Reads the file; None where there is none.
 
-    A last line without its end is left out: a full disk cuts it short.
+    A last line without its end is left out: a full disk cuts it short. So is the mark that some editors write first.
 
     Raises:
         DocumentError: the file, or a line of it, is damaged.
     """
     if not file.is_symlink() and not file.exists():
         return None
-    lines = read_bytes(file).splitlines(keepends=True)
+    lines = read_bytes(file).removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
     columns: list[str] = []
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):

@@ -17,7 +17,13 @@ from core.data.recorded import RecordedData, read_documents
 from core.data.tokenizer import VERSION, Tokenizer
 from core.recipe import trust
 from core.storage.digests import DIGESTS, check_digests, set_digest, write_digests
-from core.storage.documents import DocumentError, check_regular, read_object, read_text
+from core.storage.documents import (
+    DocumentError,
+    check_regular,
+    is_text,
+    read_object,
+    read_text,
+)
 from core.storage.files import check_links, remove_partial_files, write_text
 from core.storage.lock import locked_folder
 from core.training.machine import code, machine
@@ -224,7 +230,7 @@ class RunFolder:
         return RecordedData(
             folder=self.path,
             fingerprint=fingerprint,
-            version=version if isinstance(version, str) else VERSION,
+            version=version if isinstance(version, str) and is_text(version) else VERSION,
             tokenizer=self.load_tokenizer() if self.tokenizer.exists() else None,
             documents=documents,
         )

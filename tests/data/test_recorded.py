@@ -103,3 +103,9 @@ def test_long_lists_are_not_kept(
 ) -> None:
     monkeypatch.setattr("core.data.recorded.MOST_LISTED", 24)
     assert prepare(corpus_of(texts), VOCAB).documents is None
+
+
+def test_a_name_that_is_no_text_is_identified_and_not_listed(corpus_of: MakeCorpus) -> None:
+    documents = read_split(corpus_of({"a": b"one", "b-\udcff": b"two"})).documents
+    assert list_documents(documents) is None
+    assert identity(documents, VOCAB) != identity(documents[:1], VOCAB)

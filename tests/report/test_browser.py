@@ -311,11 +311,11 @@ def test_a_phone_scrolls_the_table_not_the_page(
 
 
 LEGENDS = """
+const box = (plot, part) => plot.querySelector(part).getBoundingClientRect();
 return [...document.querySelectorAll(".plot")].filter((plot) => plot.querySelector(".legend")).map((plot) => [
   plot.id,
-  plot.querySelector(".legend").getBoundingClientRect().top
-    - plot.querySelector(".xtitle").getBoundingClientRect().bottom,
-  plot.getBoundingClientRect().bottom - plot.querySelector(".legend").getBoundingClientRect().bottom,
+  box(plot, ".legend").top - box(plot, ".xtitle").bottom,
+  plot.getBoundingClientRect().bottom - box(plot, ".legend").bottom,
 ])
 """
 

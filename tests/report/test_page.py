@@ -493,3 +493,38 @@ def test_a_sweeps_names_lead_to_no_folder_outside(tmp_path: Path) -> None:
     study = read(tmp_path / "s")
     assert [(run.variant, run.seed) for run in study.runs] == [("a", 0)]
     assert study.unread == ["'../../mine' cannot be the name of a variant, so it is left out."]
+
+
+DAMAGES: dict[str, tuple[str, tuple[Any, ...], Any]] = {
+    "held equal": ("sweep.json", ("held_equal",), 10**30),
+    "not equal": ("sweep.json", ("not_equal",), True),
+    "seeds": ("sweep.json", ("seeds",), 3),
+    "a caveat": ("sweep.json", ("variants", 0, "notices"), 3),
+    "a difference of recipes": ("sweep.json", ("variants", 1, "differences"), {"seed": 3}),
+    "a row": ("results.json", ("rows", 0), 3),
+    "the rows": ("results.json", ("rows",), 3),
+    "a row of no variant": ("results.json", ("rows", 1), {"mean": 1.0}),
+    "an end of an interval": ("results.json", ("rows", 0, "high"), "x"),
+    "a difference": ("results.json", ("rows", 1, "difference"), [3]),
+    "a mean difference": ("results.json", ("rows", 1, "difference", "mean"), None),
+    "a state": ("runs/a/seed-0/status.json", ("seconds",), 10**400),
+    "a huge number": ("runs/a/seed-0/summary.json", ("val_bits_per_byte",), 10**400),
+    "a product that is infinite": ("runs/a/seed-0/summary.json", ("flops_per_token",), -1e308),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_report_of_a_damaged_sweep_leaves_out_what_is_damaged(tmp_path: Path, name: str) -> None:
+    file, path, value = DAMAGES[name]
+    folder = tmp_path / "s"
+    write_sweep(folder, {"a": Made(20), "b": Made(20, 4.3)}, [0, 1])
+    (folder / "runs/a/seed-²").mkdir()
+    document = json.loads((folder / file).read_text(encoding="utf-8"))
+    place = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    write_json(folder / file, document)
+    text = words(page(folder))
+    assert "Which of the 1 other variants" in text
+    assert "Every run" in text

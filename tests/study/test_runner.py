@@ -225,6 +225,22 @@ def test_resuming_redoes_nothing_that_is_done_and_tries_again_what_failed(
     assert read(out / "runs/crash/seed-3/status.json")["seconds"] == 2.0
 
 
+@pytest.mark.full
+def test_a_done_run_that_has_lost_its_summary_writes_it_again(
+    write: Write, pool: ForkPool, tmp_path: Path
+) -> None:
+    sweep = read_sweep(
+        write(TWO.replace("steps: 2", "steps: 1").replace("seeds: [3, 4]", "seeds: [3]"))
+    )
+    out = tmp_path / "out"
+    before = run_sweep(sweep, out)
+    commands = len(pool.commands)
+    (out / "runs/none/seed-3/summary.json").unlink()
+    after = run_sweep(sweep, out, resume=True)
+    assert len(pool.commands) == commands + 1
+    assert [row["mean"] for row in after["rows"]] == [row["mean"] for row in before["rows"]]
+
+
 @pytest.mark.parametrize(
     ("text", "resume", "expected"),
     [

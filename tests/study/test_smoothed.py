@@ -69,3 +69,13 @@ def test_runs_without_a_curve_or_without_a_partner_say_nothing(tmp_path: Path) -
     assert against({0: there}, {0: tmp_path / "empty"}) is None
     assert losses_by_step(tmp_path / "nowhere") == {}
     assert losses_by_step(write(tmp_path / "nan", [math.nan, 2.0, math.inf])) == {2: 2.0}
+
+
+def test_damaged_lines_of_a_log_are_left_out(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", [3.0, 2.0])
+    with (run / "metrics.csv").open("ab") as file:
+        file.write(b"\ninf,1.0,\n\xff\xfe,1.0,\n1e400,1.0,\n\0\0,1.0,\n9,1.5,\n")
+    assert losses_by_step(run) == {1: 3.0, 2: 2.0, 9: 1.5}
+    (run / "metrics.csv").unlink()
+    (run / "metrics.csv").mkdir()
+    assert losses_by_step(run) == {}

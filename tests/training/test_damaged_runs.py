@@ -12,7 +12,9 @@ from lab import Lab, rows
 from tiers import first_by_default
 
 from core.contracts.errors import UserError
-from core.training.metrics_file import check_metrics
+from core.data.tokenizer import VERSION
+from core.training.metrics_file import check_metrics, read_metrics
+from core.training.run_folder import RunFolder
 
 STEPS = 10
 """The step of the checkpoint from which the damaged runs continue."""
@@ -116,6 +118,22 @@ def test_steps_may_be_written_as_numbers_with_a_point(
     file.write_text(text, encoding="utf-8")
     lab.fit(stopped, resume=True)
     assert rows(stopped) == rows(finished)
+
+
+def test_the_mark_that_an_editor_writes_first_is_part_of_no_column(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text("\ufeffstep,loss\n1,1.0\n", encoding="utf-8")
+    found = read_metrics(file)
+    assert found is not None
+    assert (found.columns, found.rows) == (["step", "loss"], [{"step": "1", "loss": "1.0"}])
+
+
+def test_a_version_in_the_provenance_that_is_no_text_counts_as_none(stopped: Path) -> None:
+    file = stopped / "provenance.json"
+    provenance = json.loads(file.read_text(encoding="utf-8"))
+    provenance["packages"]["tokenizers"] = "\udc9f"
+    file.write_text(json.dumps(provenance), encoding="utf-8")
+    assert RunFolder(stopped).recorded_data().version == VERSION
 
 
 def test_a_log_of_every_fifth_step_is_whole(tmp_path: Path) -> None:

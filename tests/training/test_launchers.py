@@ -1,5 +1,6 @@
 """What a launcher leaves in the environment is used as documented, or ignored; never half."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,8 +140,28 @@ def test_other_tasks_are_an_error_in_one_sentence(variables: dict[str, str], sen
 
 
 def test_the_first_rank_passes_its_folder_and_its_process_on() -> None:
-    variables = {JOINED: "/runs/a", FIRST_RANK: "12", "LOCAL_RANK": "1", **SRUN}
-    assert launch_of(section(ranks=2), variables) == Launch(1, 2, parent=12, local_rank=1)
+    parent = os.getppid()
+    variables = {JOINED: "/runs/a", FIRST_RANK: str(parent), "LOCAL_RANK": "1", **SRUN}
+    assert launch_of(section(ranks=2), variables) == Launch(1, 2, parent=parent, local_rank=1)
+    for rank in ("0", "2", "x", ""):
+        with pytest.raises(UserError, match=r"LOCAL_RANK .*: must be from 1 to 1, the ranks that"):
+            launch_of(section(ranks=2), {**variables, "LOCAL_RANK": rank})
+
+
+@pytest.mark.parametrize("process", first_by_default(["12", "x"]))
+def test_what_another_run_left_for_its_ranks_is_not_taken_for_ones_own(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: str
+) -> None:
+    monkeypatch.setenv(JOINED, str(tmp_path / "other"))
+    monkeypatch.setenv(FIRST_RANK, process)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    result = lab.command("fit", lab.file, "strategy={name: ddp, ranks: 2}")
+    assert result.code == 2
+    assert result.sentence.startswith(f"{FIRST_RANK} = '{process}' in the environment: is not")
+    result = lab.command("fit", lab.file, "budget.steps=1", "--out", tmp_path / "run")
+    assert result.code == 0
+    assert (tmp_path / "run/summary.json").exists()
+    assert not (tmp_path / "other").exists()
 
 
 def test_libraries_do_not_see_what_is_not_used() -> None:

@@ -196,3 +196,28 @@ def test_in_a_slurm_job_lightning_writes_nothing_and_requeues_nothing(
     assert not called.exists()
     assert not list(run.rglob("hpc_ckpt*"))
     assert checkpoints_in(run)[-1].name == "step-00000007.ckpt"
+
+
+SELF_SENT = "import os, signal\n\n{}"
+KILL = "os.kill(os.getpid(), signal.{})"
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("SIGTERM", KILL),
+        ("SIGUSR1", KILL),
+        ("SIGHUP", f"try:\n    {KILL}\nexcept BaseException:\n    raise ImportError('no')"),
+    ],
+)
+def test_a_signal_while_a_plugin_is_imported_is_no_mistake_of_the_plugin(
+    lab: Lab, tmp_path: Path, name: str, module: str
+) -> None:
+    (tmp_path / "gets_signal.py").write_text(SELF_SENT.format(module.format(name)))
+
+    def work() -> None:
+        sys.path.append(str(tmp_path))
+        run_command_here("describe", lab.file, "plugins=[gets_signal]")
+
+    result = forked(work)
+    assert (result.code, result.out, result.err) == (128 + signal.Signals[name], "", "")
