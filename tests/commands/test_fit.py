@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from lab import Lab, rows, write_texts
+from tiers import first_by_default
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", first_by_default(MISTAKES, keep=9))
 def test_a_mistake_is_one_sentence_and_does_not_block_a_second_try(
     lab: Lab, tmp_path: Path, mistake: str
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_mistake_is_one_sentence_and_does_not_block_a_second_try(
     assert not [file for file in run.rglob("*") if file.is_file()]
 
 
+@pytest.mark.full
 def test_a_second_try_into_the_folder_of_a_failed_one_works(lab: Lab, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert lab.command("fit", lab.file, "data.sequence_length=4000", "--out", run).code == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lab import CommandResult, Lab
+from tiers import first_by_default
 
 import core
 from core.contracts.errors import NotFiniteError
@@ -108,7 +109,7 @@ def test_copies_with_a_nan_are_not_finite_and_with_the_flag_the_same(
     assert "must be a copy of" in sentence
 
 
-@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("negative", first_by_default([False, True]))
 def test_fp8_codes_and_scales_are_checked(lab: Lab, tmp_path: Path, negative: bool) -> None:
     config = {**V3, "quantization_config": FP8}
     tensors = in_blocks(tensors_of(V3))

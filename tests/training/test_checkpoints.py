@@ -25,6 +25,7 @@ from lab import (
     run_command_here,
     small_disk,
 )
+from tiers import first_by_default
 from torch import Tensor
 
 from core.contracts.errors import UserError
@@ -58,7 +59,10 @@ def test_P23_nothing_in_the_code_unpickles_what_it_was_given() -> None:
     """Every `torch.load` passes `weights_only=True`, and no code uses pickle or a library built on it."""
     found = []
     for file in [*ROOT.glob("core/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        source = file.read_text(encoding="utf-8")
+        if not any(word in source for word in (*UNPICKLERS, "load", "allow_pickle")):
+            continue
+        for node in ast.walk(ast.parse(source)):
             where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
@@ -116,7 +120,7 @@ def damaged(finished: Path, tmp_path: Path) -> Path:
     return run
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("how", first_by_default(DAMAGE, keep=4))
 def test_a_damaged_checkpoint_is_one_sentence_that_names_it_and_the_others(
     lab: Lab, damaged: Path, finished: Path, how: str
 ) -> None:

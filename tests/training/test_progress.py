@@ -23,7 +23,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 UP = re.compile(r"\x1b\[[0-9]*A")
 BAR = "trainer.enable_progress_bar=true"
 DOCUMENTED = re.compile(
-    r"step \d+/12  loss \d+\.\d+  lr 0\.003(  [\d,]+ tokens/s)?(  about \d+ s left)?"
+    r"step \d+/12  loss \d+\.\d+  lr 0\.003(  [\d,]+ tokens/s)?(  about \d+ (s|min) left)?"
 )
 
 
@@ -87,6 +87,7 @@ def test_the_longest_line_fits_80_columns() -> None:
     assert shown.endswith("left")
 
 
+@pytest.mark.full
 def test_without_a_terminal_a_line_is_written_every_30_seconds_or_5_percent(
     lab: Lab, tmp_path: Path
 ) -> None:
@@ -130,13 +131,15 @@ def test_a_line_is_written_after_5_percent_of_the_steps_and_5_seconds(
     stream = io.StringIO()
     line = ProgressLine(stream)
     line.steps, line._began, line._last_line = 100, 1000.0, 1000.0
+    line._values = {"loss/total": 3.21, "lr": 0.003, "tokens_per_second": 1234.0}
     for _ in range(100):
         now[0] += seconds
         line.step += 1
         line._write_line_if_due()
-    written = [
-        int(text.split("/")[0].removeprefix("step ")) for text in stream.getvalue().splitlines()
-    ]
+    lines = stream.getvalue().splitlines()
+    documented = re.compile(DOCUMENTED.pattern.replace("/12", "/100"))
+    assert all(documented.fullmatch(line) for line in lines), lines
+    written = [int(line.split("/")[0].removeprefix("step ")) for line in lines]
     assert written == steps
 
 

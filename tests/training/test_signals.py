@@ -154,6 +154,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_blocks_a_second_try(
     assert lab.fit(tmp_path / "run", "budget.steps=1")["steps"] == 1
 
 
+@pytest.mark.full
 def test_afterwards_signals_mean_what_they_meant_before(lab: Lab, tmp_path: Path) -> None:
     before = [signal.getsignal(signum) for signum in STOPPING]
     lab.fit(tmp_path / "run", "budget.steps=1")
@@ -177,6 +178,7 @@ def test_a_signal_that_nohup_or_the_user_took_is_left_alone(
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.full
 def test_in_a_slurm_job_lightning_writes_nothing_and_requeues_nothing(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

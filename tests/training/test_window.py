@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lab import MOE, Lab, flat
+from tiers import first_by_default
 from torch import Tensor
 
 from core.assemble import build
@@ -71,7 +72,7 @@ def after(module: TrainingModule, gradients: Gradients) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("mask", ["false", "true"])
+@pytest.mark.parametrize("mask", first_by_default(["true", "false"]))
 def test_P9_accumulation_changes_no_gradient_weight_bias_or_log(lab: Lab, mask: str) -> None:
     found = []
     for sequences, accumulate in ((8, 1), (2, 4), (1, 8)):
@@ -105,7 +106,7 @@ def test_the_sequences_of_a_step_have_the_same_numbers_however_it_is_split(lab: 
     assert seen == {split: [list(range(8))] * 2 for split in ((8, 1), (2, 4), (1, 8))}
 
 
-@pytest.mark.parametrize("sizes", [(1, 5), (2, 2, 2), (1, 1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("sizes", first_by_default([(1, 5), (2, 2, 2), (1, 1, 1, 1, 1, 1)]))
 def test_P9_micro_batches_with_unequal_padding_give_the_gradient_of_the_whole(
     lab: Lab, sizes: tuple[int, ...]
 ) -> None:
