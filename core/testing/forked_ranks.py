@@ -31,7 +31,7 @@ def on_ranks(
         work: is called with the rank.
         folder: an empty folder.
         world: the number of ranks.
-        backend: of their process group.
+        backend: the backend of their process group.
         seconds: the time after which ranks that still run are ended.
     """
     children: dict[int, int] = {}

@@ -38,7 +38,7 @@ class _Sharded(StrategyFactory):
         return {**devices, "strategy": ShardedStrategy(self, offload=config.offload)}
 
     def gradient_scale(self, ranks: int) -> float:
-        """1: FSDP2 is told to add gradients up."""
+        """1, because FSDP2 is set to add gradients up."""
         return 1.0
 
     def set_gradient_exchange(self, model: "nn.Module", *, wanted: bool) -> None:
