@@ -33,6 +33,9 @@ HOST = torch.device("cpu")
 TORCH = f"{Path(torch.__file__).parent}/"
 """The files of torch, which takes a device from a tensor, a group or a mesh in C++, where `cpu` has no number."""
 
+MODULE = f"{TORCH}nn/modules/module.py"
+"""The file of torch that is handed a device: `to` and `to_empty` of a module."""
+
 COLLECTIVES = ("c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd")
 """The namespaces of collectives in torch's dispatcher."""
 
@@ -195,7 +198,8 @@ def _asked_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def _host_line(device: torch.device, caller: FrameType) -> str | None:
     """The line that names the host as a device; None for another device."""
-    if device != HOST or caller.f_code.co_filename.startswith(TORCH):
+    file = caller.f_code.co_filename
+    if device != HOST or (file.startswith(TORCH) and file != MODULE):
         return None
     return _line(caller)
 
@@ -219,7 +223,8 @@ def _storages(tensor: Tensor) -> list[Any]:
     """The storages of a tensor, or of the tensors within it."""
     if is_traceable_wrapper_subclass(tensor):
         inner, _ = tensor.__tensor_flatten__()
-        return [storage for name in inner for storage in _storages(getattr(tensor, name))]
+        parts = [getattr(tensor, name) for name in inner]  # a mesh may be among them
+        return [storage for part in _tensors(parts) for storage in _storages(part)]
     try:
         return [tensor.untyped_storage()]
     except (NotImplementedError, RuntimeError):  # a sparse tensor has none

@@ -125,6 +125,7 @@ def _process_group(device: torch.device, **options: Any) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "nccl"
+        options["device_id"] = device
     elif sys.platform in LOOPBACK and "rank" in options:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
     dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE), **options)

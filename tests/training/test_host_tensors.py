@@ -12,6 +12,10 @@ from device_guard import DEVICE, HostTensorError, device_guard
 from lab import Lab
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from two_ranks import on_two_ranks
 
 STRATEGIES = {
@@ -86,6 +90,10 @@ def moved() -> Tensor:
     return nn.Linear(2, 2).to(DEVICE).weight.detach()
 
 
+def emptied(device: torch.device | str) -> Tensor:
+    return nn.Linear(2, 2, device="meta").to_empty(device=device).weight.detach()
+
+
 def of_a_file(folder: Path) -> Tensor:
     torch.save({"weight": torch.ones(2, device=DEVICE)}, folder / "tensors.ckpt")
     content: dict[str, Tensor] = torch.load(folder / "tensors.ckpt", weights_only=True)
@@ -104,6 +112,7 @@ ON_HOST: dict[str, Callable[[], Tensor]] = {
     "sent": lambda: torch.ones(2, device=DEVICE).to("cpu"),
     "written into": lambda: torch.zeros(2).copy_(torch.ones(2, device=DEVICE)),
     "parameter": unmoved,
+    "parameter of a module made on the host": lambda: emptied("cpu"),
 }
 ON_DEVICE: dict[str, Callable[[], Tensor]] = {
     "factory": lambda: torch.zeros(2, device=DEVICE),
@@ -113,6 +122,7 @@ ON_DEVICE: dict[str, Callable[[], Tensor]] = {
     "with a host's number": lambda: torch.ones(2, device=DEVICE) * torch.tensor(2.0),
     "written into": lambda: torch.zeros(2, device=DEVICE).copy_(torch.ones(2)),
     "parameter": moved,
+    "parameter of a module made there": lambda: emptied(DEVICE),
 }
 
 
@@ -150,3 +160,28 @@ def test_the_guard_lets_objects_pass_and_sends_copies(group: None) -> None:
         assert host.tolist() == [1.0, 1.0]
     assert found == [{"step": 3}]
     assert collectives
+
+
+def test_the_guard_lets_sharded_weights_pass(tmp_path: Path) -> None:
+    """torch's own sharding calls the device of its mesh `cpu`."""
+
+    def work(rank: int) -> set[str]:
+        with device_guard() as collectives:
+            mesh = init_device_mesh("cpu", (2,))
+            with torch.device("meta"):
+                model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+            fully_shard(model, mesh=mesh)
+            model.to_empty(device=DEVICE)
+            for parameter in model.parameters():
+                nn.init.ones_(parameter)
+            model(torch.ones(3, 4, device=DEVICE)).sum().backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            assert isinstance(norm, DTensor)
+            assert norm.full_tensor() > 0
+            options = StateDictOptions(full_state_dict=True)
+            assert get_model_state_dict(model, options=options)["0.weight"].shape == (4, 4)
+        return {name.split("::")[1] for name in collectives}
+
+    for called in on_two_ranks(work, tmp_path):
+        assert {"_allgather_base_", "_reduce_scatter_base_", "all_gather_into_tensor"} <= called
