@@ -37,8 +37,16 @@ VERSION = tokenizers.__version__
 LONGEST_PIECE = 1000
 """Most characters of a piece in training, which cuts longer ones: its time grows with the square of their length."""
 
-_RUNS = [re.compile(pattern) for pattern in (r"[^\W\d_]*", r"(?:[^\w\s]|_)*", r"\s*")]
-"""Runs of letters, of signs and of space: a long piece contains a long one of these."""
+_RUNS = [
+    re.compile(r"(?:[^\W\d_]|[^\w\s\x00-\x7f])*"),
+    re.compile(r"(?:[^\w\s]|[_\x1c-\x1f])*"),
+    re.compile(r"\s*"),
+]
+"""Runs of letters, of signs and of space: a long piece contains a long one of these.
+
+The library may know letters that are newer than this Python, which takes them for signs; four controls are space in
+Python alone.
+"""
 
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English endings after an apostrophe

@@ -133,13 +133,16 @@ def compose(
     return _compose(find_recipe(path), overrides, sources, smoke=smoke, check_source=check_source)
 
 
-def compose_run(file: Path, *, trust: bool = False, named: Collection[str] = ()) -> Recipe:
+def compose_run(
+    file: Path, *, trust: bool = False, named: Collection[str] = (), check_source: bool = False
+) -> Recipe:
     """Composes the recipe in a run folder, whatever else the folder holds.
 
     Args:
         file: the run's `recipe.yaml`.
         trust: whether the recipe may name modules that this machine has not recorded, and links may lead elsewhere.
         named: modules that the user's own recipe names, so that this one may name them too.
+        check_source: whether the corpus checks that its text is there.
 
     Raises:
         UserError: something in the recipe is wrong, it names a module that may not run, or a link leads out of the run
@@ -148,7 +151,8 @@ def compose_run(file: Path, *, trust: bool = False, named: Collection[str] = ())
     if not trust:
         check_run_links(file)
     warn_if_edited(file)
-    return _compose(find_recipe(file), (), _Sources(trust=trust, of_a_run=True, named=named))
+    sources = _Sources(trust=trust, of_a_run=True, named=named)
+    return _compose(find_recipe(file), (), sources, check_source=check_source)
 
 
 def compose_variant(

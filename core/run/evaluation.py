@@ -43,7 +43,7 @@ def evaluate(
     """
     folder = run_of(checkpoint)
     check_trained(folder, "score it with --tasks")
-    recipe = compose_run(folder.recipe, trust=trust)
+    recipe = compose_run(folder.recipe, trust=trust, check_source=True)
     for notice in recipe.notices():
         say(f"note: {notice}")
     data = text_data(recipe, plan_of(recipe), folder)

@@ -1,6 +1,7 @@
 """`generate` and `evaluate` on the finished small run."""
 
 import json
+import shutil
 from itertools import takewhile
 from pathlib import Path
 
@@ -162,6 +163,19 @@ def test_evaluate_takes_one_checkpoint_too(lab: Lab, finished: Path) -> None:
     logged = {float(row["val_loss"]) for row in rows(finished) if "val_loss" in row}
     assert numbers[0]["val_loss"] == min(logged)
     assert numbers[1]["val_loss"] not in logged
+
+
+def test_evaluate_names_the_recipe_whose_corpus_is_not_there(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    (run / "recipe.yaml").write_text(text.replace(str(lab.texts), "/nowhere"), encoding="utf-8")
+    result = lab.command("evaluate", run)
+    assert result.code == 2
+    where = f"{run}/recipe.yaml: data.corpus: the glob '/nowhere/*.txt'"
+    assert f"moeloom: {where} (data.corpus.paths) matches no file" in result.err
 
 
 def test_evaluate_refuses_another_corpus(lab: Lab, finished: Path) -> None:

@@ -168,6 +168,12 @@ def test_a_bound_changes_nothing_for_shorter_pieces(monkeypatch: pytest.MonkeyPa
     assert train(texts, 400).to_json() == without
 
 
+@pytest.mark.parametrize("pair", ["\x1c!", "\x1f_", "a\U00010d4a"])
+def test_what_python_and_the_library_classify_differently_is_in_a_long_piece(pair: str) -> None:
+    """The library takes U+001C to U+001F for signs, and may know a letter of Unicode 16."""
+    assert has_long_piece(f"before {pair * LONGEST_PIECE} after")
+
+
 @pytest.mark.parametrize("letter", ["a", "é", "語", "=", "_", " ", "\n"])
 @pytest.mark.parametrize("place", [0, 1, 499, 999, 1000, 1001, 5432])
 def test_long_pieces_are_found_wherever_they_are(letter: str, place: int) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from interop.checkpoints import V3, tensors_of
 from lab import ROOT, SMALL, CommandResult, run_command_here, write_texts
+from report.synthetic import Made, write_sweep
 from safetensors.torch import save_file
 
 TIMEOUT = 60
@@ -64,8 +65,13 @@ COMMANDS = [
     Command("converted", ("convert", "to-hf", "FOLDER", "NEW"), (), 3),
     Command("converted", ("generate", "FOLDER", "--prompt", "a", "--tokens", "2"), (), 2),
     Command("converted", ("report", "FOLDER", "--out", "NEW"), (), 1),
+<<<<<<< HEAD
     Command("cache", ("evaluate", "DONE", "--json"), ("",), 3, same_output=True),
     Command("cache", ("fit", "RECIPE", "--out", "NEW"), ("",), 1),
+=======
+    Command("study", ("report", "FOLDER", "--out", "NEW"), (), 3),
+    Command("cache", ("evaluate", "DONE"), ("",), 3),
+>>>>>>> i19a
     Command("recipe", ("describe", "FOLDER/small.yaml"), (), 3),
     Command("recipe", ("fit", "FOLDER/small.yaml", "--dry-run"), (), 2),
     Command("recipe", ("sweep", "FOLDER/sweep.yaml", "--dry-run"), (), 2),
@@ -123,6 +129,7 @@ class Subjects:
             (stopped / name).unlink()
         self._write_hf(folder / "hf")
         self._run("convert", "from-hf", str(folder / "hf"), str(folder / "converted"))
+        write_sweep(folder / "study", {"a": Made(20), "b": Made(20, 4.3)}, [0, 1])
         shutil.copytree(os.environ["MOELOOM_CACHE"], folder / "cache")
 
     def output_of(self, command: Command, scratch: Path) -> str:
