@@ -120,7 +120,7 @@
     return layout;
   };
 
-  // How high a legend is shows once it is drawn; with less room plotly would make the plot smaller, and move the legend.
+  // How high a legend is shows once it is drawn; with less margin plotly would make the plot smaller, and move the legend.
   const fitLegend = (plot) => {
     const legend = plot.querySelector(".legend");
     if (!legend || plot.layout.legend.orientation !== "h") return plot;
