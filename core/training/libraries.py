@@ -9,22 +9,16 @@ IGNORED_WARNINGS = (
     r"FLOPs not found for",
     r"Total length of `list` across ranks is zero",
     r"`broadcast_buffers` is deprecated",
-<<<<<<< HEAD
     r"The AccumulateGrad node's stream does not match",
-=======
     r"The number of training batches .* is smaller than the logging interval",
->>>>>>> i19a
     r"The `srun` command is available on your system but is not used",
 )
 """Beginnings of warnings that say nothing about a run of moeloom.
 
 Run folders hold several checkpoints; a small corpus has no validation split; a missing peak is null
-<<<<<<< HEAD
 in `summary.json`; DistributedDataParallel makes its nodes of the graph on another stream; strategies read no variables
 of SLURM.
-=======
 in `summary.json`; strategies read no variables of SLURM; a run may be shorter than the steps between two rows.
->>>>>>> i19a
 """
 
 

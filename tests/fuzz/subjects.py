@@ -65,13 +65,9 @@ COMMANDS = [
     Command("converted", ("convert", "to-hf", "FOLDER", "NEW"), (), 3),
     Command("converted", ("generate", "FOLDER", "--prompt", "a", "--tokens", "2"), (), 2),
     Command("converted", ("report", "FOLDER", "--out", "NEW"), (), 1),
-<<<<<<< HEAD
     Command("cache", ("evaluate", "DONE", "--json"), ("",), 3, same_output=True),
     Command("cache", ("fit", "RECIPE", "--out", "NEW"), ("",), 1),
-=======
     Command("study", ("report", "FOLDER", "--out", "NEW"), (), 3),
-    Command("cache", ("evaluate", "DONE"), ("",), 3),
->>>>>>> i19a
     Command("recipe", ("describe", "FOLDER/small.yaml"), (), 3),
     Command("recipe", ("fit", "FOLDER/small.yaml", "--dry-run"), (), 2),
     Command("recipe", ("sweep", "FOLDER/sweep.yaml", "--dry-run"), (), 2),
