@@ -120,11 +120,7 @@
     return layout;
   };
 
-<<<<<<< HEAD
-  // How high a legend is shows once it is drawn; in less space plotly would make the plot smaller, and move the legend.
-=======
   // How high a legend is shows once it is drawn; with less margin plotly would make the plot smaller, and move the legend.
->>>>>>> i19a
   const fitLegend = (plot) => {
     const legend = plot.querySelector(".legend");
     if (!legend || plot.layout.legend.orientation !== "h") return plot;
