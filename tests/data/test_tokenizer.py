@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+from tiers import first_by_default
 
 from core.contracts.errors import UserError
 from core.data.tokenizer import LONGEST_PIECE, Tokenizer, has_long_piece, pre_tokenizer, train
@@ -131,7 +132,7 @@ def test_a_vocabulary_below_the_bytes() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["letters", "signs", "spaces"])
+@pytest.mark.parametrize("kind", first_by_default(["letters", "signs", "spaces"]))
 def test_a_piece_of_300_kb_is_cut_for_training_and_encoded_whole(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

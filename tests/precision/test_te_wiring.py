@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lab import Lab, flat, last_checkpoint
+from tiers import first_by_default
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -288,6 +289,7 @@ def test_a_recomputed_product_is_fp8_too(lab: Lab, state: type[State]) -> None:
     assert None not in [recipe for _, recipe in state.products]
 
 
+@pytest.mark.full
 def test_a_model_with_recomputation_takes_the_same_steps(lab: Lab, state: type[State]) -> None:
     """Bit for bit, on one batch, with losses, routing and both kinds of layers."""
     weights, counts = [], []
@@ -336,7 +338,10 @@ def test_a_used_model_is_still_the_same_module_tree(lab: Lab, state: type[State]
     assert layer.weight.shape == (layer.groups, layer.outputs, layer.inputs)
 
 
-@pytest.mark.parametrize(("first", "second"), [("fp32", "te_fp8"), ("te_fp8", "fp32")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    first_by_default([("fp32", "te_fp8"), ("te_fp8", "fp32")], several=True),
+)
 def test_checkpoints_go_both_ways_with_optimizer_state(
     lab: Lab, state: type[State], tmp_path: Path, first: str, second: str
 ) -> None:
