@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lab import Lab
@@ -112,14 +115,19 @@ def main() -> None:
             (folder / case.file).write_bytes(pickle.dumps(asdict(case.run(lab, None))))
         return
     rank = int(os.environ["RANK"])
-    launch = Launch(
-        rank, int(os.environ["WORLD_SIZE"]), "torchrun", port=int(os.environ["MASTER_PORT"])
-    )
+    world = int(os.environ["WORLD_SIZE"])
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend)
+    launch = Launch(rank, world, "torchrun", port=1, local_rank=rank)
     for case in cases(launch.world):
         seen = asdict(case.run(lab, launch))
         one = pickle.loads((folder / case.file).read_bytes())
         largest = compare(f"{case}, rank {rank}", one, seen, is_first=rank == 0)
         print(f"rank {rank}, {case}: largest difference {largest:.1e}", flush=True)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

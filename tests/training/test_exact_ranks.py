@@ -29,7 +29,7 @@ def check(lab: Lab, world: int, chosen: list[Case]) -> None:
     """Trains every case on ranks of one process group, and compares each rank with one process."""
 
     def work(rank: int) -> list[dict[str, Any]]:
-        launch = Launch(rank, world, launcher="torchrun", port=1)
+        launch = Launch(rank, world, "torchrun", port=1, local_rank=rank)
         return [asdict(case.run(lab, launch)) for case in chosen]
 
     with tempfile.TemporaryDirectory() as folder:

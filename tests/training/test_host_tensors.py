@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from device_guard import DEVICE, HostTensorError, device_guard
 from lab import Lab
+from tiers import first_by_default
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,7 +20,9 @@ from torch.distributed.tensor import DTensor
 from two_ranks import on_two_ranks
 
 STRATEGIES = {
+    "expert_parallel": "strategy={name: expert_parallel, expert_ranks: 2, accelerator: cpu}",
     "ddp": "strategy={name: ddp, ranks: 2, accelerator: cpu}",
+    "fsdp": "strategy={name: fsdp, ranks: 2, accelerator: cpu}",
 }
 """Every strategy with several ranks; another one is one line."""
 
@@ -40,7 +43,7 @@ EVERY_REDUCTION = (
 The sample at its end is as short as the rotary table."""
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", first_by_default(list(STRATEGIES)))
 def test_P53_no_collective_of_a_run_gets_a_tensor_of_the_host(
     lab: Lab, tmp_path: Path, strategy: str
 ) -> None:
