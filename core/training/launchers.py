@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core.contracts.errors import UserError
-from core.training.node_checks import check_nodes, no_launcher
+from core.training.node_checks import check_tasks, no_launcher
 
 JOINED = "MOELOOM_JOINED_RUN"
 """The environment variable in which the first rank passes the run folder to the ranks that it starts."""
@@ -227,7 +227,7 @@ def _task_of(launcher: _Launcher, ranks: int, nodes: int, environment: Mapping[s
         allowed = f"must be a whole number less than {world} = {ranks}"
         raise UserError(f"{launcher.rank} = {rank_value!r} in the environment: {allowed}")
     rank = int(rank_value)
-    check_nodes(launcher.name, rank, ranks, nodes, environment)
+    check_tasks(launcher.name, rank, ranks, nodes, environment)
     node, local_rank = divmod(rank, ranks // nodes)
     return Launch(
         rank,

@@ -47,7 +47,7 @@ def no_launcher(ranks: int, nodes: int) -> str:
     )
 
 
-def check_nodes(
+def check_tasks(
     launcher: str, rank: int, ranks: int, nodes: int, environment: Mapping[str, str]
 ) -> None:
     """Compares a task's variables with the recipe.

@@ -206,7 +206,7 @@ def test_a_recipe_of_two_nodes_is_shown_on_one(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("nodes", [0, 3, 4])
+@pytest.mark.parametrize("nodes", [0, 3])
 def test_nodes_divide_the_ranks(lab: Lab, nodes: int) -> None:
     with pytest.raises(
         UserError,
