@@ -80,7 +80,7 @@ class Observer(L.Callback):
         self.seen.steps.append(values)
         self.seen.loads.append({k: v.clone().cpu() for k, v in pl_module.step_load.items()})
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Records the state after the last step, and lets the model write."""
         self.seen.validated = dict(pl_module.validated)
         strategy = trainer.strategy

@@ -31,13 +31,17 @@ class SampleAtEnd(L.Callback):
         self.tokenizer = tokenizer
         self.error: str | None = None
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Samples a text that begins with the marker, at temperature 0.8 from the tokens that make up 0.9."""
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Samples a text, while the model is still on its device and the ranks can reach each other."""
         assert isinstance(pl_module, TrainingModule)
+        if pl_module.strategy.shards or is_rank_zero():
+            pl_module.eval()
+            self._sample(pl_module)
+            pl_module.train()
+
+    def _sample(self, pl_module: TrainingModule) -> None:
+        """Samples a text that begins with the marker, at temperature 0.8 from the tokens that make up 0.9."""
         together = pl_module.strategy.shards
-        if not together and not is_rank_zero():
-            return
-        pl_module.eval()
 
         def agreed(token: int) -> int:
             return first_ranks_value(token, pl_module.device) if together else token

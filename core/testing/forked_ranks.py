@@ -43,6 +43,7 @@ def on_ranks(
     codes = _wait(children, seconds)
     errors = [(folder / f"error-{rank}").read_text() for rank in range(world)]
     assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(errors)
+    # What is unpickled was written by the children of this process, into a folder of its own.
     return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world)]
 
 

@@ -49,6 +49,7 @@ class AllToAllDispatcher(Dispatcher):
         """
         self.layout = layout(mesh, placement, self.experts)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def start(self, x_TD: Tensor, routing: Routing) -> Handle:
         """Exchanges counts and assignments, and starts the first exchange of rows."""
         if self.layout is None:
@@ -66,6 +67,7 @@ class AllToAllDispatcher(Dispatcher):
 
         return _Later(finish)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def start_combine(self, y_AD: Tensor, state: Any) -> Handle:
         """Adds up the gated outputs of each received row, and starts to send the sums back."""
         if self.layout is None:
@@ -104,6 +106,7 @@ class _Later(Handle):
     def __init__(self, finish: Callable[[], Any]) -> None:
         self._finish = finish
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def wait(self) -> Any:
         """Finishes the transfer and returns what was transferred."""
         return self._finish()

@@ -14,6 +14,7 @@ import torch
 from drawn_recipes import RecipeDraw, write_fixed
 from lab import Lab
 
+import core.run.run_sample
 import core.run.training
 import plugins.fp8_native.precision
 from core.contracts.errors import UserError
@@ -31,7 +32,7 @@ def fixed(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     def short(*arguments: Any, tokens: int, **options: Any) -> Iterator[int]:
         return sample(*arguments, tokens=min(tokens, 2), **options)
 
-    monkeypatch.setattr(core.run.training, "sample", short)
+    monkeypatch.setattr(core.run.run_sample, "sample", short)
     tried_once = cache(plugins.fp8_native.precision.missing)
     monkeypatch.setattr(plugins.fp8_native.precision, "missing", tried_once)
     # Looking up the commit and the packages takes 0.1 s a run.
