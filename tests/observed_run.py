@@ -193,8 +193,8 @@ def differences(one: Any, other: Any, path: str = "") -> list[tuple[float, str]]
     if one is None or isinstance(one, str):
         assert one == other, path
         return []
-    a = torch.as_tensor(one)
-    b = torch.as_tensor(other)
+    a = torch.as_tensor(one).cpu()
+    b = torch.as_tensor(other).cpu()
     assert a.shape == b.shape, (path, a.shape, b.shape)
     assert a.dtype == b.dtype, (path, a.dtype, b.dtype)
     if torch.equal(a, b):

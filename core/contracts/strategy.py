@@ -24,6 +24,9 @@ class StrategyFactory(Component, ABC):
     of a window's last micro-batch leaves the gradient of what a rank owns, summed over all ranks. The Trainer's
     strategy is then `core.training.sharded.ShardedStrategy`, or derived from it.
 
+    A strategy under which ranks hold different experts has the capability `divides_experts`. A run with it does not
+    start if layers of experts keep something between steps (`core.contracts.precision.StepState`).
+
     Class attributes:
         shards: whether weights are divided over the ranks; so it is where `parallelize` is overridden.
     """

@@ -19,6 +19,8 @@ from core.contracts.errors import Interrupted, RunFailed, UserError
 from core.contracts.strategy import StrategyFactory
 from core.data.module import TextData
 from core.data.tokenizer import SMALLEST
+from core.model.language_model import LanguageModel
+from core.numerics.linear import GroupedLinear
 from core.recipe.compose import Recipe, compose_run
 from core.run.data import text_data
 from core.run.run_model import RunModel
@@ -328,6 +330,7 @@ def check_environment(recipe: Recipe) -> None:
     except UserError as error:
         raise UserError(f"{recipe.source}: {error}") from error
     _check_vocabulary(recipe)
+    _check_step_states(recipe, model)
     _check_memory(recipe, model)
     found = unmet_requirements(recipe)
     if found:
@@ -340,6 +343,17 @@ def _check_vocabulary(recipe: Recipe) -> None:
     if vocab < SMALLEST and not issubclass(recipe.data.corpus.component, TokenCorpus):
         allowed = f"must be at least {SMALLEST}, as the corpus is text: 256 bytes and the marker"
         raise UserError(f"{recipe.source}: data.tokenizer.vocab = {vocab}: {allowed}")
+
+
+def _check_step_states(recipe: Recipe, model: LanguageModel) -> None:
+    """Raises `UserError` if layers keep maxima of experts between steps, and ranks would hold different experts."""
+    strategy = recipe.strategy
+    if "divides_experts" not in strategy.component.capabilities_of(strategy.config):
+        return
+    for path, layer in model.step_states().items():
+        if isinstance(layer, GroupedLinear):
+            why = f"precision {recipe.precision.name} as it is set keeps maxima of the experts of {path} on every rank"
+            raise UserError(f"{recipe.source}: strategy.name = {strategy.name}: {why}")
 
 
 def _check_memory(recipe: Recipe, model: nn.Module) -> None:

@@ -40,8 +40,9 @@ class Job:
     @property
     def ranks(self) -> int:
         """The number of processes that train it together, as its recipe's strategy says."""
-        strategy = self.variant.recipe.strategy.config
-        return max(1, int(getattr(strategy, "ranks", 1)))
+        strategy = self.variant.recipe.strategy
+        ranks: int = strategy.component.ranks_of(strategy.config)
+        return max(1, ranks)
 
     @property
     def status_file(self) -> Path:

@@ -350,10 +350,9 @@ class TrainingModule(L.LightningModule):
         self.write_row(self.validated)
         # The totals are equal on all ranks already, but Lightning warns where several ranks log without sync_dist.
         # A maximum of equal numbers is that number, and NCCL takes only tensors of the device.
-        several = rank_and_world()[1] > 1
         for name, value in self.validated.items():
             scalar = as_scalar(value).to(self.device)
-            self.log(name, scalar, logger=False, sync_dist=several, reduce_fx="max")
+            self.log(name, scalar, logger=False, sync_dist=True, reduce_fx="max")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the module's own state, in plain containers and tensors, to Lightning's."""

@@ -103,6 +103,7 @@ class ExpertParallel(_Sharded):
     """
 
     paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 3.2; GShard (arXiv 2006.16668), section 3"
+    capabilities = frozenset({"divides_experts"})
     example = {"name": "expert_parallel", "expert_ranks": 2}
 
     @dataclass(kw_only=True)

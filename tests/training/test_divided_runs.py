@@ -12,7 +12,7 @@ from lab import Lab, last_checkpoint, rows
 from observed_run import differences
 
 from core.contracts.errors import UserError
-from core.run.training import fit
+from core.run.training import check_environment, fit
 from core.testing.forked_ranks import on_ranks
 from core.training.run_folder import RunFolder
 
@@ -67,6 +67,15 @@ def test_experts_that_the_ranks_cannot_share_are_an_error_of_the_recipe(lab: Lab
             "model.blocks.moe.ffn.experts=6",
             "model.blocks.moe.ffn.router.groups=3",
         )
+
+
+def test_maxima_of_experts_are_an_error_where_ranks_hold_different_ones(lab: Lab) -> None:
+    delayed = "precision={name: fp8_emulated, scaling: delayed}"
+    sentence = "strategy.name = expert_parallel: precision fp8_emulated as it is set keeps maxima of the experts"
+    with pytest.raises(UserError, match=sentence):
+        check_environment(lab.recipe(EXPERTS, delayed))
+    check_environment(lab.recipe(FSDP, delayed))
+    check_environment(lab.recipe(EXPERTS, "precision.name=fp8_emulated"))
 
 
 def fit_on_two_ranks(lab: Lab, run: Path, *overrides: str, resume: bool = False) -> None:

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from two_ranks import on_two_ranks
 
 STRATEGIES = {
-    "expert_parallel": "strategy={name: expert_parallel, expert_ranks: 2, accelerator: cpu}",
     "ddp": "strategy={name: ddp, ranks: 2, accelerator: cpu}",
     "fsdp": "strategy={name: fsdp, ranks: 2, accelerator: cpu}",
+    "expert_parallel": "strategy={name: expert_parallel, expert_ranks: 2, accelerator: cpu}",
 }
 """Every strategy with several ranks; another one is one line."""
 
