@@ -16,6 +16,7 @@ from core.analysis.size import Size, size_of
 from core.assemble import build, make
 from core.contracts.corpus import TokenCorpus
 from core.contracts.errors import Interrupted, RunFailed, UserError
+from core.contracts.precision import StepState
 from core.contracts.strategy import StrategyFactory
 from core.data.module import TextData
 from core.data.tokenizer import SMALLEST
@@ -350,8 +351,10 @@ def _check_step_states(recipe: Recipe, model: LanguageModel) -> None:
     strategy = recipe.strategy
     if "divides_experts" not in strategy.component.capabilities_of(strategy.config):
         return
-    for path, layer in model.step_states().items():
-        if isinstance(layer, GroupedLinear):
+    for path, layer in model.named_modules():
+        if not isinstance(layer, GroupedLinear):
+            continue
+        if any(isinstance(part, StepState) for part in layer.modules()):
             why = f"precision {recipe.precision.name} as it is set keeps maxima of the experts of {path} on every rank"
             raise UserError(f"{recipe.source}: strategy.name = {strategy.name}: {why}")
 
