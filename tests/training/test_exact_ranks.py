@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exact_cases import RECOMPUTE, TIED, Case, cases, compare
+from exact_cases import FP64, LENGTHS, RECOMPUTE, TIED, Case, cases, compare
 from lab import Lab
+from observed_run import observe
+from test_batch_split import METHODS, overrides
+from test_ranks import EVERY_SCOPE
+from test_window import cut, padded
 
 from core.testing.forked_ranks import on_ranks
 from core.training.launchers import Launch
@@ -51,3 +55,38 @@ def test_two_ranks_are_exact(lab: Lab) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_strategy_is_exact(lab: Lab, world: int) -> None:
     check(lab, world, cases(world))
+
+
+UNDER_TEST = {
+    "ddp": "{name: ddp, ranks: 2}",
+    "fsdp": "{name: fsdp, ranks: 2, reshard_after_forward: false}",
+    "experts": "{name: expert_parallel, expert_ranks: 2}",
+}
+"""Strategies of two ranks, the first of which the others are compared with."""
+
+
+@pytest.mark.full
+def test_every_method_is_the_same_under_every_strategy(lab: Lab) -> None:
+    """Every router, balancer and drop, also those whose result depends on how a batch is split over ranks."""
+    methods = {name: (FP64, *overrides(name)) for name in METHODS}
+    methods["losses over every scope"] = EVERY_SCOPE
+    windows = [cut(padded(lengths, seed), [4, 4]) for seed, lengths in enumerate(LENGTHS[:2])]
+    validation = [padded([16, 0, 5, 16], 7)]
+
+    def work(rank: int) -> dict[tuple[str, str], dict[str, Any]]:
+        launch = Launch(rank, 2, "torchrun", port=1, local_rank=rank)
+        seen = {}
+        for method, keys in methods.items():
+            for name, section in UNDER_TEST.items():
+                strategy = f"strategy={section}"
+                run = observe(lab, windows, validation, *keys, strategy, launch=launch)
+                seen[method, name] = asdict(run)
+        return seen
+
+    with tempfile.TemporaryDirectory() as folder:
+        by_rank = on_ranks(work, Path(folder), world=2)
+    for rank, seen in enumerate(by_rank):
+        for method in methods:
+            for name in ("fsdp", "experts"):
+                where = f"{method}, {name}, rank {rank}"
+                compare(where, seen[method, "ddp"], seen[method, name], is_first=rank == 0)
