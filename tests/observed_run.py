@@ -106,7 +106,7 @@ def whole_gradients(trainer: L.Trainer, module: TrainingModule) -> dict[str, Ten
         for named in module.own.named:
             assert named.parameter.grad is not None
             part = strategy.parts[f"model.{named.name}"]
-            found[named.name] = part.whole(named.parameter.grad).cpu().clone()
+            found[named.name] = part.gather(named.parameter.grad).cpu().clone()
         return found
     for named in module.own.named:
         assert named.parameter.grad is not None

@@ -88,7 +88,7 @@ class StrategyFactory(Component, ABC):
         """
         return float(ranks)
 
-    def set_gradient_exchange(self, model: "nn.Module", *, wanted: bool) -> None:
+    def set_requires_gradient_sync(self, model: "nn.Module", *, required: bool) -> None:
         """Says whether the next backward exchanges gradients; only the last one of a window does.
 
         Strategies of Lightning with a `block_backward_sync` need nothing here.

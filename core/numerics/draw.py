@@ -32,7 +32,7 @@ def draw_normal(weight: Tensor, std: float, *, seed: int | None = None) -> None:
     drawn = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     drawn.normal_(std=std, generator=generator)
     if isinstance(weight, DTensor):
-        weight.to_local().copy_(own_part(drawn, weight))
+        weight.to_local().copy_(local_part(drawn, weight))
     else:
         weight.copy_(drawn)
 
@@ -59,12 +59,12 @@ def draw_stack(weight: Tensor, std: float, *, first: int = 0) -> None:
         return
     own = weight.to_local()
     whole = torch.empty(weight.shape[1:], dtype=torch.float32, device=own.device)
-    for number, matrix in zip(own_part(numbers, weight).tolist(), own.detach(), strict=True):
+    for number, matrix in zip(local_part(numbers, weight).tolist(), own.detach(), strict=True):
         draw_normal(whole, std, seed=address(seed, str(number)))
-        matrix.copy_(own_part(whole[None], weight, from_axis=1)[0])
+        matrix.copy_(local_part(whole[None], weight, from_axis=1)[0])
 
 
-def own_part(whole: Tensor, weight: DTensor, *, from_axis: int = 0) -> Tensor:
+def local_part(whole: Tensor, weight: DTensor, *, from_axis: int = 0) -> Tensor:
     """This rank's part of a tensor, along the axes in which a weight is sharded.
 
     Args:

@@ -17,7 +17,7 @@ from core.numerics.finite import not_finite_in
 from core.recipe.compose import compose_run
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
-from core.training.sharded import WeightPart, load_whole_state
+from core.training.sharded import WeightShard, load_full_state
 
 NOT_FINITE = "such weights predict nothing: name another checkpoint"
 """The end of the error message for weights that are not finite."""
@@ -58,7 +58,7 @@ def check_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightPart] | None = None
+    model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightShard] | None = None
 ) -> None:
     """Loads a checkpoint's weights into a model, in the model's own formats.
 
@@ -95,7 +95,7 @@ def load_weights(
             raise NotFiniteError(f"{checkpoint}: {found} in the format of this recipe's precision")
 
 
-def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightPart]) -> None:
+def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightShard]) -> None:
     """Copies this rank's parts of the weights of a checkpoint into a divided model.
 
     Raises:
@@ -109,7 +109,7 @@ def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightPa
         found = not_finite_in(whole)
         if found:
             raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")
-    load_whole_state(model, whole, parts)
+    load_full_state(model, whole, parts)
 
 
 class _WholeTensors(Mapping[str, torch.Tensor]):

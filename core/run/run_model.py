@@ -13,7 +13,7 @@ from core.recipe.trust import check_run_links
 from core.run.loading import check_weights, load_weights
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
-from core.training.sharded import weight_parts
+from core.training.sharded import weight_shards
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -79,7 +79,7 @@ class RunModel:
     def _divide(self, mesh: "DeviceMesh") -> None:
         divide(self.model, self.recipe.seed, lambda model: self.strategy.parallelize(model, mesh))
         if self.source is not None:
-            parts = dict(weight_parts(self.model, self.strategy.expert_group(mesh)))
+            parts = dict(weight_shards(self.model, self.strategy.expert_group(mesh)))
             load_weights(self.model, self.source, parts)
         if self.recipe.compile:
             compile_parts(self.model, divided=True)

@@ -11,8 +11,8 @@ from core.analysis.size import Size
 from core.data.module import TextData
 from core.numerics.finite import not_finite_in
 from core.run.divergence import DIVERGED
+from core.training.local_parameters import local_state
 from core.training.module import TrainingModule
-from core.training.own_parameters import local_state
 from core.training.setup import RunCallbacks
 
 

@@ -19,8 +19,8 @@ from core.model.parameters import check_groups
 from core.testing.clauses import check, require, skip_unless
 from core.testing.forked_ranks import on_ranks
 from core.testing.subject import Subject, state
-from core.training.own_parameters import local
-from core.training.sharded import weight_parts
+from core.training.local_parameters import local
+from core.training.sharded import weight_shards
 
 TRAINING = "core/contracts/training.py"
 STRATEGY = "core/contracts/strategy.py, StrategyFactory"
@@ -146,11 +146,11 @@ def divided_weights_are_the_whole_models(subject: Subject) -> None:
         model = subject.model(meta=True, dispatcher=dispatcher)
         factory.parallelize(model, mesh)
         initialise(model.to_empty(device="cpu"), 0)
-        parts = dict(weight_parts(model, factory.expert_group(mesh)))
+        parts = dict(weight_shards(model, factory.expert_group(mesh)))
         divided = [name for name, part in parts.items() if part.is_divided]
         weights = {}
         for name, value in model.state_dict().items():
-            weights[name] = parts[name].whole(local(value)) if name in divided else value
+            weights[name] = parts[name].gather(local(value)) if name in divided else value
         return divided, weights
 
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ from core.model.parameters import check_groups
 from core.numerics.finite import not_finite_in
 from core.recipe.plan import TrainingPlan
 from core.training.load import measures
-from core.training.own_parameters import OwnParameters, local_state
+from core.training.local_parameters import LocalParameters, local_state
 from core.training.ranks import (
     all_reduce_max_,
     all_reduce_sum,
@@ -81,7 +81,7 @@ class TrainingModule(L.LightningModule):
         self.plan = plan
         self.optimizer_factory = optimizer
         self.strategy = strategy
-        self.own = OwnParameters(model)
+        self.own = LocalParameters(model)
         self._divide = divide
         self.flops_per_token = flops_per_token
         self.mask_documents = mask_documents
@@ -130,7 +130,7 @@ class TrainingModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The recipe's optimizer over every weight that this rank owns; selection biases are buffers, not weights."""
-        self.own = OwnParameters(self.model)
+        self.own = LocalParameters(self.model)
         made = self.optimizer_factory.make(self.own.named)
         optimizers = made if isinstance(made, list) else [made]
         check_groups(optimizers, self.own.named)
@@ -232,7 +232,7 @@ class TrainingModule(L.LightningModule):
 
     def _synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
         """A context in which ranks exchange gradients only for the window's last backward."""
-        self.strategy.set_gradient_exchange(self.model, wanted=last)
+        self.strategy.set_requires_gradient_sync(self.model, required=last)
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         if last or block is None or rank_and_world()[1] == 1:
             return nullcontext()

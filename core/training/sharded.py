@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from core.contracts.strategy import StrategyFactory
-from core.numerics.draw import own_part
+from core.numerics.draw import local_part
 from core.numerics.promotion import at_least_fp32
-from core.training.own_parameters import OwnParameters, local
+from core.training.local_parameters import LocalParameters, local
 
 
 def norm_over_ranks(gradients: Sequence[Tensor]) -> Tensor:
@@ -33,7 +33,7 @@ def norm_over_ranks(gradients: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class WeightPart:
+class WeightShard:
     """The part of one weight that this rank owns.
 
     Args:
@@ -51,7 +51,7 @@ class WeightPart:
         """Whether other ranks own other parts."""
         return self.experts is not None or isinstance(self.weight, DTensor)
 
-    def whole(self, part: Tensor) -> Tensor:
+    def gather(self, part: Tensor) -> Tensor:
         """Gathers a tensor of the weight's form from its parts; every rank calls this, and gets all of it.
 
         Args:
@@ -74,18 +74,18 @@ class WeightPart:
         dist.all_gather(parts, part.contiguous(), group=self.experts)
         return torch.cat(parts)
 
-    def of(self, whole: Tensor) -> Tensor:
+    def shard_of(self, whole: Tensor) -> Tensor:
         """This rank's part of a whole tensor of the weight's form."""
         if self.experts is not None:
             whole = whole.narrow(0, self.first, len(self.weight))
         if isinstance(self.weight, DTensor):
-            whole = own_part(whole, self.weight)
+            whole = local_part(whole, self.weight)
         return whole
 
 
-def weight_parts(
+def weight_shards(
     module: nn.Module, experts: "dist.ProcessGroup | None"
-) -> Iterator[tuple[str, WeightPart]]:
+) -> Iterator[tuple[str, WeightShard]]:
     """Yields every weight of a module once, by name, in the order of its modules.
 
     Args:
@@ -101,9 +101,9 @@ def weight_parts(
             full_name = f"{path}.{name}" if path else name
             if getattr(owner, "all_groups", 0) > getattr(owner, "groups", 0):
                 first = int(owner.first_group)  # type: ignore[arg-type]
-                yield full_name, WeightPart(weight, first, experts)
+                yield full_name, WeightShard(weight, first, experts)
             else:
-                yield full_name, WeightPart(weight)
+                yield full_name, WeightShard(weight)
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -123,7 +123,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(1, 1, save_distributed_checkpoint=False)
         self.factory = factory
         self.offload = offload
-        self.parts: dict[str, WeightPart] = {}
+        self.parts: dict[str, WeightShard] = {}
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -151,16 +151,16 @@ class ShardedStrategy(ModelParallelStrategy):
         """Notes where the parts of all weights are, while no unit is gathered, and makes the optimizers."""
         assert self.model is not None
         group = self.factory.expert_group(self.device_mesh)
-        self.parts = dict(weight_parts(self.model, group))
+        self.parts = dict(weight_shards(self.model, group))
         super().setup_optimizers(trainer)
 
-    def optimized_parts(self, optimizer: Optimizer) -> list[WeightPart]:
+    def optimized_shards(self, optimizer: Optimizer) -> list[WeightShard]:
         """The parts that an optimizer updates, in the order of its state."""
-        own: OwnParameters = self.lightning_module.own  # type: ignore[union-attr,assignment]
-        by_memory: dict[int, WeightPart] = {}
+        own: LocalParameters = self.lightning_module.own  # type: ignore[union-attr,assignment]
+        by_memory: dict[int, WeightShard] = {}
         for named in own.named:
             by_memory[id(named.parameter)] = self.parts[f"model.{named.name}"]
-        found: list[WeightPart] = []
+        found: list[WeightShard] = []
         for group in optimizer.param_groups:
             found += [by_memory[id(tensor)] for tensor in group["params"]]
         return found
@@ -171,7 +171,7 @@ class ShardedStrategy(ModelParallelStrategy):
         found: dict[str, Any] = {}
         for name, value in self.model.state_dict().items():
             if name in self.parts and self.parts[name].is_divided:
-                value = self.parts[name].whole(local(value))
+                value = self.parts[name].gather(local(value))
             if self.is_global_zero:
                 found[name] = value.cpu() if isinstance(value, Tensor) else value
         return found
@@ -179,12 +179,12 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Copies this rank's parts of the weights of a checkpoint into the module."""
         assert self.model is not None
-        load_whole_state(self.model, checkpoint["state_dict"], self.parts)
+        load_full_state(self.model, checkpoint["state_dict"], self.parts)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """The whole state of an optimizer on the first rank, on the CPU; nothing on the others."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
-        state = self._converted(optimizer, optimizer.state_dict(), WeightPart.whole, gathers=True)
+        state = self._converted(optimizer, optimizer.state_dict(), WeightShard.gather, gathers=True)
         return state if self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -192,14 +192,14 @@ class ShardedStrategy(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer = getattr(optimizer, "_optimizer", optimizer)
             optimizer.load_state_dict(
-                self._converted(optimizer, state, WeightPart.of, gathers=False)
+                self._converted(optimizer, state, WeightShard.shard_of, gathers=False)
             )
 
     def _converted(
         self,
         optimizer: Optimizer,
         state: Mapping[str, Any],
-        convert: Callable[[WeightPart, Tensor], Tensor],
+        convert: Callable[[WeightShard, Tensor], Tensor],
         *,
         gathers: bool,
     ) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class ShardedStrategy(ModelParallelStrategy):
             gathers: whether whole tensors are made, which are kept on the first rank alone.
         """
         converted: dict[int, dict[str, Any]] = {}
-        parts = self.optimized_parts(optimizer)
+        parts = self.optimized_shards(optimizer)
         for index in sorted(state["state"]):
             values = {}
             for name, value in state["state"][index].items():
@@ -248,8 +248,8 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def load_whole_state(
-    module: nn.Module, state: Mapping[str, Any], parts: Mapping[str, WeightPart]
+def load_full_state(
+    module: nn.Module, state: Mapping[str, Any], parts: Mapping[str, WeightShard]
 ) -> None:
     """Copies whole tensors into a module, of each divided weight the part that this rank owns.
 
@@ -263,5 +263,5 @@ def load_whole_state(
             continue
         whole = state[name]
         if name in parts:
-            whole = parts[name].of(whole)
+            whole = parts[name].shard_of(whole)
         local(value).copy_(whole)

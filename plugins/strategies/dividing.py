@@ -95,8 +95,8 @@ class Division:
                 self._divide_block(module)
         for _, head in model.loss_heads():
             if any(True for _ in head.parameters()):
-                self._unit(head, gathered=None)
-        self._unit(model, gathered=None, reshard=False)
+                self._unit(head, param_dtype=None)
+        self._unit(model, param_dtype=None, reshard=False)
         for name in FORWARD_METHODS:
             register_fsdp_forward_method(model, name)
         for module in model.modules():
@@ -110,7 +110,7 @@ class Division:
             if mesh.size() == 1 and not self.offload:
                 self.whole.update(stack.parameters())
                 continue
-            self._unit(stack, gathered=_gathered_format(stack), mesh=mesh)
+            self._unit(stack, param_dtype=_gathered_format(stack), mesh=mesh)
 
     def _divide_block(self, block: Block) -> None:
         """Divides a block in one unit, or in two if some of its products are in bf16."""
@@ -120,30 +120,30 @@ class Division:
             target = kept if _gathered_format(module) is None else low
             target.append(module)
         if not low:
-            self._unit(block, gathered=None)
+            self._unit(block, param_dtype=None)
             return
         mixed = all(not any(True for _ in module.children()) for module in kept)
         if not mixed:
-            self._unit(block, gathered=None)
+            self._unit(block, param_dtype=None)
             return
         if kept:
-            self._unit(kept, gathered=None)
-        self._unit(block, gathered=torch.bfloat16)
+            self._unit(kept, param_dtype=None)
+        self._unit(block, param_dtype=torch.bfloat16)
 
     def _unit(
         self,
         modules: nn.Module | list[nn.Module],
         *,
-        gathered: torch.dtype | None,
+        param_dtype: torch.dtype | None,
         mesh: DeviceMesh | None = None,
         reshard: bool | None = None,
     ) -> None:
         """Makes a module, or several as one, a unit whose weights are gathered in a format; None: in their own."""
         mesh = self.mesh if mesh is None else mesh
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if gathered is not None:
+        if param_dtype is not None:
             policy = MixedPrecisionPolicy(
-                param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
+                param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         ranks = mesh.size()
         fully_shard(

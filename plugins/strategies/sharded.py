@@ -41,9 +41,9 @@ class _Sharded(StrategyFactory):
         """1, because FSDP2 is set to add gradients up."""
         return 1.0
 
-    def set_gradient_exchange(self, model: "nn.Module", *, wanted: bool) -> None:
+    def set_requires_gradient_sync(self, model: "nn.Module", *, required: bool) -> None:
         """Lets FSDP2 exchange gradients in the next backward, or add them up on this rank."""
-        model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
+        model.set_requires_gradient_sync(required)  # type: ignore[operator]
 
     def gradient_norm(self, gradients: "Sequence[Tensor]") -> "Tensor":
         """The norm over all ranks: every number of a gradient is on one rank."""

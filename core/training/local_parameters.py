@@ -13,7 +13,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class OwnParameters:
+class LocalParameters:
     """The weights that this rank updates: those of the model, or the parts that it owns where they are divided.
 
     Optimizers work on these parts as on plain tensors, so that their states and their order are the same under every
