@@ -168,13 +168,13 @@ def described(
     Raises:
         UserError: the ranks of a node that the options name do not divide.
     """
-    strategy = recipe.strategy.config
+    strategy = recipe.strategy
     per_node = options.gpus_per_node
     if options.layout is not None:
         ranks = options.layout.expert
     else:
-        ranks = int(getattr(strategy, "expert_ranks", None) or 1)
-        per_node = per_node or getattr(strategy, "ranks_per_node", None)
+        ranks, own_node = strategy.component.expert_layout_of(strategy.config) or (1, 1)
+        per_node = per_node or own_node
     if ranks == 1 or not model.expert_layers():
         return None
     try:

@@ -24,9 +24,6 @@ class StrategyFactory(Component, ABC):
     of a window's last micro-batch leaves the gradient of what a rank owns, summed over all ranks. The Trainer's
     strategy is then `core.training.sharded.ShardedStrategy`, or derived from it.
 
-    A strategy under which ranks hold different experts has the capability `divides_experts`. A run with it does not
-    start if layers of experts keep something between steps (`core.contracts.precision.StepState`).
-
     Class attributes:
         shards: whether weights are divided over the ranks; so it is where `parallelize` is overridden.
     """
@@ -53,6 +50,21 @@ class StrategyFactory(Component, ABC):
     @abstractmethod
     def trainer_arguments(self) -> dict[str, Any]:
         """Returns keyword arguments of `lightning.Trainer`: accelerator, devices of each machine, strategy."""
+
+    def check_model(self, model: "nn.Module") -> None:
+        """Checks that the strategy can divide a model, before anything starts; by default it can.
+
+        Args:
+            model: the language model of the recipe, on the meta device.
+
+        Raises:
+            ConfigError: it cannot; the error names the key of the strategy's section that does not fit.
+        """
+
+    @classmethod
+    def expert_layout_of(cls, config: Any) -> tuple[int, int] | None:
+        """Over how many ranks experts are divided, and how many of these are one node; by default None."""
+        return None
 
     def make_mesh(self, device: str) -> "DeviceMesh":
         """Arranges all ranks as a mesh; by default in one dimension.

@@ -15,6 +15,8 @@ from core.interop.tensors import TensorReader, chunks
 from core.model.language_model import LanguageModel
 from core.numerics.finite import not_finite_in
 from core.recipe.compose import compose_run
+from core.training.local_parameters import local_state
+from core.training.ranks import first_text
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
 from core.training.sharded import WeightShard, load_full_state
@@ -110,6 +112,9 @@ def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightSh
         if found:
             raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")
     load_full_state(model, whole, parts)
+    found = first_text(not_finite_in(local_state(model)))
+    if found:
+        raise NotFiniteError(f"{checkpoint}: {found} in the format of this recipe's precision")
 
 
 class _WholeTensors(Mapping[str, torch.Tensor]):

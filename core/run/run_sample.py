@@ -24,16 +24,19 @@ class SampleAtEnd(L.Callback):
 
     Attributes:
         error: why there is no text; None if there is one.
+        weight_not_finite: a sentence about a weight that is not finite, on whichever rank; None if there is none.
     """
 
     def __init__(self, folder: RunFolder, tokenizer: Tokenizer) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
         self.error: str | None = None
+        self.weight_not_finite: str | None = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Samples a text, while the model is still on its device and the ranks can reach each other."""
         assert isinstance(pl_module, TrainingModule)
+        self.weight_not_finite = pl_module.weight_not_finite()
         if pl_module.strategy.shards or is_rank_zero():
             pl_module.eval()
             self._sample(pl_module)

@@ -9,9 +9,7 @@ import torch
 
 from core.analysis.size import Size
 from core.data.module import TextData
-from core.numerics.finite import not_finite_in
 from core.run.divergence import DIVERGED
-from core.training.local_parameters import local_state
 from core.training.module import TrainingModule
 from core.training.setup import RunCallbacks
 
@@ -60,7 +58,7 @@ def summarise(
     return finite(results)
 
 
-def divergence(module: TrainingModule, sample_error: str | None) -> str | None:
+def divergence(module: TrainingModule, sample_error: str | None, weight: str | None) -> str | None:
     """The notice that a run diverged: what is not finite, since which step, and what to try; None if it did not.
 
     A loss that was NaN in the last step alone is not a divergence if the validation after it is finite.
@@ -68,9 +66,9 @@ def divergence(module: TrainingModule, sample_error: str | None) -> str | None:
     Args:
         module: the module after its last step.
         sample_error: why no text could be sampled; None: it could.
+        weight: a sentence about a weight that is not finite; None: all are.
     """
     found: list[str] = []
-    weight = not_finite_in(local_state(module.model))
     if weight:
         found.append(weight)
     validated = _validated_losses(module)

@@ -15,14 +15,13 @@ from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
 from core.assemble import build, make
 from core.contracts.corpus import TokenCorpus
-from core.contracts.errors import Interrupted, RunFailed, UserError
-from core.contracts.precision import StepState
+from core.contracts.errors import ConfigError, Interrupted, RunFailed, UserError
 from core.contracts.strategy import StrategyFactory
 from core.data.module import TextData
 from core.data.tokenizer import SMALLEST
 from core.model.language_model import LanguageModel
-from core.numerics.linear import GroupedLinear
 from core.recipe.compose import Recipe, compose_run
+from core.recipe.values import show_value
 from core.run.data import text_data
 from core.run.run_model import RunModel
 from core.run.run_sample import SampleAtEnd
@@ -222,7 +221,7 @@ def _fit(
         _write_identity(recipe, folder, data)
     callbacks, sample = _train(recipe, folder, launch, module, data, peak, start, say)
     if is_rank_zero():
-        return _finish(folder, module, data, size, callbacks, notices, sample.error)
+        return _finish(folder, module, data, size, callbacks, notices, sample)
     return {}
 
 
@@ -312,11 +311,11 @@ def _finish(
     size: Size,
     callbacks: RunCallbacks,
     notices: list[str],
-    sample_error: str | None,
+    sample: SampleAtEnd,
 ) -> dict[str, Any]:
     """Writes the results of the run; the summary last, because its presence makes the run complete."""
     callbacks.loads.write()
-    diverged = divergence(module, sample_error)
+    diverged = divergence(module, sample.error, sample.weight_not_finite)
     if diverged:
         notices = [*notices, diverged]
     summary = summarise(module, data, size, callbacks, notices)
@@ -331,7 +330,7 @@ def check_environment(recipe: Recipe) -> None:
     except UserError as error:
         raise UserError(f"{recipe.source}: {error}") from error
     _check_vocabulary(recipe)
-    _check_step_states(recipe, model)
+    _check_strategy(recipe, model)
     _check_memory(recipe, model)
     found = unmet_requirements(recipe)
     if found:
@@ -346,22 +345,22 @@ def _check_vocabulary(recipe: Recipe) -> None:
         raise UserError(f"{recipe.source}: data.tokenizer.vocab = {vocab}: {allowed}")
 
 
-def _check_step_states(recipe: Recipe, model: LanguageModel) -> None:
-    """Raises `UserError` if layers keep maxima of experts between steps, and ranks would hold different experts."""
-    strategy = recipe.strategy
-    if "divides_experts" not in strategy.component.capabilities_of(strategy.config):
-        return
-    for path, layer in model.named_modules():
-        if not isinstance(layer, GroupedLinear):
-            continue
-        if any(isinstance(part, StepState) for part in layer.modules()):
-            why = f"precision {recipe.precision.name} as it is set keeps maxima of the experts of {path} on every rank"
-            raise UserError(f"{recipe.source}: strategy.name = {strategy.name}: {why}")
+def _check_strategy(recipe: Recipe, model: LanguageModel) -> None:
+    """Raises `UserError` for a model that the strategy cannot divide."""
+    strategy: StrategyFactory = make(recipe.strategy)
+    try:
+        strategy.check_model(model)
+    except ConfigError as error:
+        value = show_value(getattr(recipe.strategy.config, error.key, recipe.strategy.name))
+        raise UserError(f"{recipe.source}: strategy.{error.key} = {value}: {error.why}") from error
 
 
 def _check_memory(recipe: Recipe, model: nn.Module) -> None:
     """Raises `UserError` for a model whose weights alone are larger than this machine's memory."""
     needed = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
+    strategy = recipe.strategy.component
+    if strategy.shards:
+        needed //= strategy.nodes_of(recipe.strategy.config)
     held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > held:
         sizes = f"{needed / 1e9:.3g} GB, and this machine has {held / 1e9:.3g} GB of memory"

@@ -31,6 +31,7 @@ from core.training.ranks import (
     all_reduce_max_,
     all_reduce_sum,
     differentiable_all_reduce_sum,
+    first_text,
     rank_and_world,
 )
 from core.training.step_metrics import (
@@ -263,9 +264,13 @@ class TrainingModule(L.LightningModule):
                 f"{self.windows_done + 1}; the run stops with its last checkpoint as it is: {advice}"
             )
 
+    def weight_not_finite(self) -> str | None:
+        """A sentence about a weight that is not finite, on whichever rank it is; every rank calls this."""
+        return first_text(not_finite_in(local_state(self.model)))
+
     def _non_finite_advice(self, loss: Tensor) -> str:
         """What is known about gradients that are not finite, and what to look at."""
-        weight = not_finite_in(local_state(self.model))
+        weight = self.weight_not_finite()
         done = self.windows_done + 1 - self.skipped_in_a_row
         known = f"its loss is {float(loss):.4g}, {weight or 'all weights are finite'}"
         if weight:

@@ -100,6 +100,18 @@ def first_ranks_value(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
+def first_text(text: str | None) -> str | None:
+    """The first text that a rank has, on every rank; None if none has one."""
+    if rank_and_world()[1] == 1:
+        return text
+    texts: list[str | None] = [None] * rank_and_world()[1]
+    dist.all_gather_object(texts, text)
+    for found in texts:
+        if found is not None:
+            return found
+    return None
+
+
 def all_reduce_max_(tensors: Sequence[Tensor]) -> None:
     """Replaces every element of some fp32 tensors by its maximum over the ranks, in place, by one exchange."""
     if rank_and_world()[1] == 1 or not tensors:

@@ -141,6 +141,8 @@ class ShardedStrategy(ModelParallelStrategy):
         if not self.offload:
             self.model.to(self.root_device)
             return
+        # Collectives of a step use the module's device, which Lightning notes only where the whole module is moved.
+        self.lightning_module._device = self.root_device  # type: ignore[union-attr]
         for module in self.lightning_module.children():  # type: ignore[union-attr]
             if any(True for _ in module.parameters()):
                 _move_buffers(module, self.root_device)

@@ -16,12 +16,39 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard
 
 from core.contracts.dispatcher import Placement
+from core.contracts.errors import ConfigError
+from core.contracts.precision import StepState
 from core.model.block import Block
 from core.model.language_model import LanguageModel
 from core.numerics.linear import GroupedLinear, ProductLayer
 
 FORWARD_METHODS = ("hidden", "logits", "decode")
 """Methods of the model beside `forward` that read its weights."""
+
+
+def check_experts(model: nn.Module, expert_ranks: int) -> None:
+    """Checks that the experts of every layer can be divided.
+
+    Raises:
+        ConfigError: the first layer whose experts cannot be, and why.
+    """
+    assert isinstance(model, LanguageModel)
+    for path, layer in model.expert_layers().items():
+        name = f"the layer {path}.ffn ({layer.label or type(layer).__name__})"
+        if layer.experts % expert_ranks:
+            raise ConfigError("expert_ranks", f"must divide the {layer.experts} experts of {name}")
+        if not layer.dispatchers:
+            raise ConfigError("name", f"{name} has no dispatcher, so its experts cannot be divided")
+        stacks = list(_stacks(layer))
+        if not stacks or any(stack.groups != layer.experts for stack in stacks):
+            why = (
+                f"the weights of {name} are not one matrix for each of its {layer.experts} experts"
+            )
+            raise ConfigError("name", why)
+        for stack in stacks:
+            if any(isinstance(part, StepState) for part in stack.modules()):
+                why = f"the precision may keep maxima of each expert of {name} from step to step"
+                raise ConfigError("name", f"{why}, and ranks would hold different experts")
 
 
 def divide_experts(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -103,7 +103,6 @@ class ExpertParallel(_Sharded):
     """
 
     paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 3.2; GShard (arXiv 2006.16668), section 3"
-    capabilities = frozenset({"divides_experts"})
     example = {"name": "expert_parallel", "expert_ranks": 2}
 
     @dataclass(kw_only=True)
@@ -183,6 +182,17 @@ class ExpertParallel(_Sharded):
     def ranks_of(cls, config: Any) -> int:
         """The number of processes: `ranks`, or `expert_ranks` if it is null."""
         return int(config.all_ranks())
+
+    @classmethod
+    def expert_layout_of(cls, config: Any) -> tuple[int, int]:
+        """`expert_ranks`, and those of them that are one node."""
+        return config.expert_ranks, min(config.node_ranks(), config.expert_ranks)
+
+    def check_model(self, model: "nn.Module") -> None:
+        """Raises `ConfigError` for layers whose experts cannot be divided, or that keep something between steps."""
+        from plugins.strategies.dividing import check_experts
+
+        check_experts(model, self.config.expert_ranks)
 
     def make_mesh(self, device: str) -> "DeviceMesh":
         """The mesh of data ranks x expert ranks."""

@@ -191,13 +191,13 @@ def test_a_sound_run_did_not_diverge(finished: Path) -> None:
 def test_without_a_validation_the_last_loss_decides(lab: Lab) -> None:
     module = lab.train("budget.steps=2", "optimizer.lr=1e20")
     module.validated = {}
-    sentence = divergence(module, None)
+    sentence = divergence(module, None, module.weight_not_finite())
     assert sentence is not None
     assert "the training loss is nan since step 2; try" in sentence
     module.validated = {"val_loss": 2.0}
-    assert divergence(module, None) is None
+    assert divergence(module, None, module.weight_not_finite()) is None
     with torch.no_grad():
         module.model.norm.weight[3] = math.inf
-    sentence = divergence(module, None)
+    sentence = divergence(module, None, module.weight_not_finite())
     assert sentence is not None
     assert "tensor norm.weight holds a number that is not finite (inf at [3])" in sentence
