@@ -63,7 +63,7 @@ class StrategyFactory(Component, ABC):
 
     @classmethod
     def expert_layout_of(cls, config: Any) -> tuple[int, int] | None:
-        """Over how many ranks experts are divided, and how many of these are one node; by default None."""
+        """The ranks over which experts are divided, and how many of them are one node; by default None."""
         return None
 
     def make_mesh(self, device: str) -> "DeviceMesh":

@@ -5,16 +5,26 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import PropertyMock, patch
 
+import lightning as L
 import pytest
 import torch
 from lab import Lab, last_checkpoint, rows
 from observed_run import differences
+from torch import nn
 
-from core.contracts.errors import UserError
+from core.assemble import build
+from core.contracts.errors import ConfigError, UserError
+from core.numerics.finite import not_finite_in
 from core.run.training import check_environment, fit
 from core.testing.forked_ranks import on_ranks
+from core.training.local_parameters import local_state
+from core.training.ranks import first_text
 from core.training.run_folder import RunFolder
+from core.training.sharded import ShardedStrategy
+from plugins.strategies.dividing import check_experts
+from plugins.strategies.sharded import FullyShardedDataParallel
 
 FSDP = "strategy={name: fsdp, ranks: 2}"
 EXPERTS = "strategy={name: expert_parallel, expert_ranks: 2}"
@@ -76,6 +86,72 @@ def test_maxima_of_experts_are_an_error_where_ranks_hold_different_ones(lab: Lab
         check_environment(lab.recipe(EXPERTS, delayed))
     check_environment(lab.recipe(FSDP, delayed))
     check_environment(lab.recipe(EXPERTS, "precision.name=fp8_emulated"))
+
+
+def test_experts_that_cannot_be_divided_are_found_before_the_ranks_meet(lab: Lab) -> None:
+    model = build(lab.recipe(), device="meta")
+    check_experts(model, 2)
+    with pytest.raises(ConfigError, match="must divide the 8 experts"):
+        check_experts(model, 3)
+    layer: Any = model.expert_layers()["blocks.1"]
+    with (
+        patch.object(type(layer), "dispatchers", []),
+        pytest.raises(ConfigError, match=r"the layer blocks\.1\.ffn \(moe\) has no dispatcher"),
+    ):
+        check_experts(model, 2)
+    layer.routed = nn.Module()
+    with pytest.raises(ConfigError, match="are not one matrix for each of its 8 experts"):
+        check_experts(model, 2)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_module_is_on_the_device_of_the_collectives_also_if_weights_are_not(
+    offload: bool,
+) -> None:
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.BatchNorm1d(2)
+
+    module = Module()
+    strategy = ShardedStrategy(FullyShardedDataParallel(None), offload=offload)
+    strategy._lightning_module = module
+    strategy.model = module
+    device = PropertyMock(return_value=torch.device("meta"))
+    with patch.object(ShardedStrategy, "root_device", new_callable=device):
+        strategy.model_to_device()
+    assert module.device.type == "meta"
+    assert module.model.running_mean is not None
+    assert module.model.running_mean.device.type == "meta"
+    assert module.model.weight.device.type == ("cpu" if offload else "meta")
+
+
+def test_a_weight_that_is_not_finite_is_named_on_every_rank(lab: Lab) -> None:
+    def work(rank: int) -> str | None:
+        module = nn.Linear(2, 2)
+        if rank == 1:
+            nn.init.constant_(module.weight, float("nan"))
+        return first_text(not_finite_in(local_state(module)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        one, two = on_ranks(work, Path(folder), world=2)
+    assert one == two == "tensor weight holds a number that is not finite (nan at [0, 0])"
+
+
+def test_describe_counts_nodes_as_the_run_does(lab: Lab) -> None:
+    four = "strategy={name: expert_parallel, expert_ranks: 4, nodes: 2}"
+    assert expert_layout(lab, four) == (4, 2)
+    assert expert_layout(lab, four.replace("nodes: 2", "ranks_per_node: 1")) == (4, 1)
+    two = "strategy={name: expert_parallel, expert_ranks: 2, ranks: 4, ranks_per_node: 4}"
+    assert expert_layout(lab, two) == (2, 2)
+    assert expert_layout(lab, FSDP) is None
+
+
+def expert_layout(lab: Lab, strategy: str) -> tuple[int, int] | None:
+    """The expert ranks of a recipe, and how many of them are one node."""
+    chosen = lab.recipe(strategy).strategy
+    found: tuple[int, int] | None = chosen.component.expert_layout_of(chosen.config)
+    return found
 
 
 def fit_on_two_ranks(lab: Lab, run: Path, *overrides: str, resume: bool = False) -> None:
