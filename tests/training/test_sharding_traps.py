@@ -4,6 +4,7 @@ Every run here is compared with one process on the same global batch. What is co
 every strategy and 1, 2 and 4 ranks, is in `test_exact_ranks.py`.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from exact_cases import CLOSE, FP64, LENGTHS, RECOMPUTE, compare
-from lab import MOE, Lab
+from lab import MOE, Lab, assert_same
 from observed_run import differences, observe
 from test_window import cut, padded
 from torch import Tensor, nn
@@ -50,24 +51,24 @@ class Job:
         more: further overrides.
         accumulate: micro-batches of a window.
         windows: optimizer steps.
-        watch: makes a callback of the Trainer, whose `found` comes back with the results.
+        watch: callbacks of the Trainer to make, whose `found` comes back with the results.
     """
 
     strategy: str | None
     more: tuple[str, ...] = (FP64,)
     accumulate: int = 1
     windows: int = 1
-    watch: Callable[[], "Watch"] | None = None
+    watch: tuple[Callable[[], "Watch"], ...] = ()
 
     def run(self, lab: Lab, launch: Launch | None) -> dict[str, Any]:
-        """Trains; returns the fields of `Observed`, and what the callback found as `found`."""
+        """Trains; returns the fields of `Observed`, and what the callbacks found as `found`."""
         share = [8 // self.accumulate] * self.accumulate
         lengths = LENGTHS[: self.windows]
         windows = [cut(padded(valid, seed), share) for seed, valid in enumerate(lengths)]
         overrides = list(self.more)
         if self.strategy is not None:
             overrides.append(f"strategy={self.strategy}")
-        callbacks = [] if self.watch is None else [self.watch()]
+        callbacks = [make() for make in self.watch]
         seen = observe(
             lab,
             windows,
@@ -77,7 +78,10 @@ class Job:
             gradient_clip=TINY,
             callbacks=callbacks,
         )
-        return {**asdict(seen), "found": callbacks[0].found if callbacks else None}
+        found: dict[str, Any] = {}
+        for callback in callbacks:
+            found.update(callback.found)
+        return {**asdict(seen), "found": found}
 
 
 class Watch(L.Callback):
@@ -141,6 +145,26 @@ class Collectives(Watch):
         setattr(dist, self._function, self._original)
 
 
+class Reloaded(Watch):
+    """Loads the whole optimizer state that the first rank would save, and keeps this rank's part before and after."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Gathers the state, sets the moments to 0, and loads it."""
+        strategy: Any = trainer.strategy
+        self.found["saved"] = self._moments(pl_module, trainer.optimizers[0])
+        whole = [copy.deepcopy(strategy.optimizer_state(trainer.optimizers[0]))]
+        dist.broadcast_object_list(whole)
+        for state in trainer.optimizers[0].state.values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+        strategy.load_optimizer_state_dict({"optimizer_states": whole})
+        self.found["loaded"] = self._moments(pl_module, trainer.optimizers[0])
+
+    def _moments(self, module: Any, optimizer: Any) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's state of each weight, by the weight's name."""
+        return {n.name: copy.deepcopy(optimizer.state[n.parameter]) for n in module.own.named}
+
+
 class PoisonedRank(Watch):
     """Makes one number of one expert's gradient NaN on the last rank, and keeps the state before and after."""
 
@@ -192,7 +216,7 @@ def alone(lab: Lab) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def divided(lab: Lab) -> dict[str, list[dict[str, Any]]]:
     """The same step on two ranks under each strategy that divides weights, by rank."""
-    jobs = {name: Job(section, watch=Collectives) for name, section in BOTH.items()}
+    jobs = {name: Job(section, watch=(Collectives, Reloaded)) for name, section in BOTH.items()}
     by_rank = on_forked_ranks(lab, list(jobs.values()))
     return {name: [rank[i] for rank in by_rank] for i, name in enumerate(jobs)}
 
@@ -220,11 +244,11 @@ def check_gradients(alone: dict[str, Any], seen: dict[str, Any]) -> None:
 def test_P46_router_norms_and_embedding_keep_their_format_where_products_are_bf16(
     lab: Lab,
 ) -> None:
-    one = Job(None, (BF16,), watch=LayerFormats).run(lab, None)["found"]
+    one = Job(None, (BF16,), watch=(LayerFormats,)).run(lab, None)["found"]
     wide = [name for name in one if name.endswith("product")]
     assert len(wide) == len(MOE)
     assert all(one[name] == (torch.float32, torch.float32) for name in wide)
-    for seen in on_forked_ranks(lab, [Job(FSDP, (BF16,), watch=LayerFormats)]):
+    for seen in on_forked_ranks(lab, [Job(FSDP, (BF16,), watch=(LayerFormats,))]):
         found = seen[0]["found"]
         assert found == one
         assert {weight for weight, _ in found.values()} == {torch.float32}
@@ -262,6 +286,21 @@ def test_P54_the_clipping_norm_counts_every_part_once(
 
 
 @pytest.mark.parametrize("name", list(BOTH))
+def test_P54_moments_of_experts_survive_saving_and_loading(
+    divided: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    """Checkpoints of whole runs are tested in `test_divided_runs.py`."""
+    parts = []
+    for seen in divided[name]:
+        saved, loaded = seen["found"]["saved"], seen["found"]["loaded"]
+        assert_same(loaded, saved)
+        assert len(saved[EXPERT]["exp_avg"]) == 4
+        parts.append(saved[EXPERT]["exp_avg"])
+    assert all(part.any() for part in parts)
+    assert not torch.equal(*parts)
+
+
+@pytest.mark.parametrize("name", list(BOTH))
 def test_P54_gates_have_a_gradient_through_the_exchange(
     alone: dict[str, Any], divided: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
@@ -291,12 +330,12 @@ def test_only_the_last_micro_batch_exchanges_gradients(
     sums = {seen["found"]["sums"] for seen in divided["fsdp"]}
     assert len(sums) == 1
     assert 0 not in sums
-    for (seen,) in on_forked_ranks(lab, [Job(FSDP, accumulate=4, watch=Collectives)]):
+    for (seen,) in on_forked_ranks(lab, [Job(FSDP, accumulate=4, watch=(Collectives,))]):
         assert {seen["found"]["sums"]} == sums
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(lab: Lab) -> None:
-    jobs = [Job(section, watch=PoisonedRank) for section in BOTH.values()]
+    jobs = [Job(section, watch=(PoisonedRank,)) for section in BOTH.values()]
     for rank in on_forked_ranks(lab, jobs):
         for seen in rank:
             found = seen["found"]
