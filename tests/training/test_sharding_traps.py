@@ -355,8 +355,8 @@ ODD = (
 """Widths that two ranks cannot share evenly."""
 
 EXACT = {
-    "compiled fsdp": Job(FSDP, (FP64, "compile=true"), windows=2),
-    "compiled experts": Job(EXPERTS, (FP64, "compile=true", RECOMPUTE), windows=2),
+    "compiled fsdp": Job(FSDP, (FP64, "compile=true")),
+    "compiled experts": Job(EXPERTS, (FP64, "compile=true", RECOMPUTE)),
     "odd fsdp": Job(FSDP, (FP64, RECOMPUTE, *ODD), accumulate=2, windows=2),
     "odd experts": Job(EXPERTS, (FP64, RECOMPUTE, *ODD), accumulate=2, windows=2),
 }
