@@ -1,6 +1,6 @@
 """Trains a few windows under a strategy, on one rank of several, and records all that must not depend on it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,8 @@ def observe(
     validation: Sequence[Batch],
     *overrides: str,
     launch: Launch | None = None,
+    gradient_clip: float = 0.5,
+    callbacks: Sequence[L.Callback] = (),
 ) -> Observed:
     """Trains on whole windows, of which each rank reads its own rows; the ranks' process group exists.
 
@@ -129,6 +131,8 @@ def observe(
         validation: batches of the validation, for all ranks together.
         overrides: overrides of the recipe, the strategy among them.
         launch: this process among the ranks; None: it is alone.
+        gradient_clip: largest global gradient norm.
+        callbacks: further callbacks of the Trainer.
     """
     launch = launch or Launch()
     steps = f"budget.steps={len(windows)}"
@@ -145,7 +149,7 @@ def observe(
         strategy=strategy,
         divide=run_model.divider,
         flops_per_token=1.0,
-        gradient_clip=0.5,
+        gradient_clip=gradient_clip,
         validation_bytes=100,
     )
     seen = Observed()
@@ -161,7 +165,7 @@ def observe(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         plugins=[RunEnvironment(launch)],
-        callbacks=[Observer(seen)],
+        callbacks=[Observer(seen), *callbacks],
     )
     own_windows = [[own_rows(batch) for batch in window] for window in windows]
     trainer.fit(
@@ -179,17 +183,54 @@ def own_rows(batch: Batch) -> Batch:
     return Batch(*(None if part is None else part[rows] for part in batch))
 
 
-def differences(one: Any, other: Any, path: str = "") -> list[tuple[float, str]]:
-    """Every pair of numbers that differs, as (difference over the larger of 1 and the first one, where)."""
+NOISE = 1e-15
+"""A difference of tensors is rounding of a zero below this fraction of the largest tensor beside them."""
+
+
+def differences(one: Any, other: Any) -> list[tuple[float, str]]:
+    """Every pair of numbers or tensors that differs, as (difference over the first one's largest element, where).
+
+    Differences below a floor are left out, because sums that are 0 on paper, as the gradient of an expert whose gates
+    cancel, are rounding noise without a scale of their own. The floor of tensors is 1e-15 of the largest element of all
+    tensors in `one`; that of single numbers, which are of order 1, is 1e-15. Integers and names must be equal.
+    """
+    largest = max((_size(tensor) for tensor in _tensors(one)), default=0.0)
+    return _differences(one, other, NOISE * largest, "")
+
+
+def _size(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor."""
+    return float(tensor.double().abs().max()) if tensor.numel() else 0.0
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor of floating-point numbers with at least one dimension in nested containers."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Tensor) and value.ndim and value.is_floating_point():
+        yield value
+
+
+def _differences(one: Any, other: Any, floor: float, path: str) -> list[tuple[float, str]]:
+    """What `differences` returns, of a part of the containers; `path` says which."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), (path, set(one) ^ set(other))
         return [
-            found for key in one for found in differences(one[key], other[key], f"{path}/{key}")
+            found
+            for key in one
+            for found in _differences(one[key], other[key], floor, f"{path}/{key}")
         ]
     if isinstance(one, list):
         assert len(one) == len(other), path
         pairs = zip(one, other, strict=True)
-        return [f for i, (a, b) in enumerate(pairs) for f in differences(a, b, f"{path}/{i}")]
+        return [
+            found
+            for index, (a, b) in enumerate(pairs)
+            for found in _differences(a, b, floor, f"{path}/{index}")
+        ]
     if one is None or isinstance(one, str):
         assert one == other, path
         return []
@@ -201,5 +242,11 @@ def differences(one: Any, other: Any, path: str = "") -> list[tuple[float, str]]
         return []
     if not a.is_floating_point():
         return [(float("inf"), path)]
-    scale = max(1.0, float(a.double().abs().max()))
-    return [(float((a.double() - b.double()).abs().max()) / scale, path)]
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return [(float("inf"), path)]
+    # Both are not finite in the same places, as in a step that was skipped.
+    a, b = (torch.where(value.isfinite(), value, 0.0) for value in (a, b))
+    distance = _size(a.double() - b.double())
+    if distance <= (floor if a.ndim else NOISE):
+        return []
+    return [(distance / max(_size(a), NOISE), path)]
