@@ -142,6 +142,7 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(lambda x, w: grouped_product(x, w, ends), (x_AI, weight_EOI))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("op", ["grouped_product", "grouped_outer"])
 def test_opcheck(op: str, clean: bool) -> None:

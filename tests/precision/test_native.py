@@ -462,6 +462,7 @@ def test_tiles_on_a_cpu_are_refused_by_fit_and_described(lab: Lab, tmp_path: Pat
     assert lab.command("describe", lab.file, "precision.name=fp8_native").code == 0
 
 
+@pytest.mark.full
 @on_a_cpu
 def test_a_run_trains_and_says_which_code_ran(lab: Lab) -> None:
     overrides = ("precision={name: fp8_native, scaling: row, stream: fp32}", "budget.steps=2")

@@ -96,6 +96,7 @@ def test_what_the_attention_sweep_compares_is_the_cache() -> None:
     assert caches == {"mla": 512, "mha": 2304, "gqa": 1024, "mqa": 512}
 
 
+@pytest.mark.full
 def test_a_variant_says_why_it_does_not_match() -> None:
     (message,) = [
         line for line in match(read_sweep("routing")).not_equal if line.startswith("switch")

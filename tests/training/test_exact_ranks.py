@@ -24,7 +24,6 @@ from core.training.launchers import Launch
 QUICK = [
     Case("fsdp", 2, (RECOMPUTE, TIED)),
     Case("experts", 1, (RECOMPUTE,)),
-    Case("nodes of one rank", 2),
 ]
 """The cases of the default tier, on two ranks."""
 
