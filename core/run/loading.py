@@ -16,10 +16,9 @@ from core.model.language_model import LanguageModel
 from core.numerics.finite import not_finite_in
 from core.recipe.compose import compose_run
 from core.training.local_parameters import local_state
-from core.training.ranks import first_text
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
-from core.training.sharded import WeightShard, load_full_state
+from core.training.weight_shards import WeightShard, load_full_state
 
 NOT_FINITE = "such weights predict nothing: name another checkpoint"
 """The end of the error message for weights that are not finite."""
@@ -111,6 +110,10 @@ def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightSh
         found = not_finite_in(whole)
         if found:
             raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")
+    from core.training.ranks import (
+        first_text,  # imports Lightning, which no reader of whole weights needs
+    )
+
     load_full_state(model, whole, parts)
     found = first_text(not_finite_in(local_state(model)))
     if found:

@@ -13,7 +13,7 @@ from core.recipe.trust import check_run_links
 from core.run.loading import check_weights, load_weights
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
-from core.training.sharded import weight_shards
+from core.training.weight_shards import weight_shards
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -20,7 +20,7 @@ from core.testing.clauses import check, require, skip_unless
 from core.testing.forked_ranks import on_ranks
 from core.testing.subject import Subject, state
 from core.training.local_parameters import local
-from core.training.sharded import weight_shards
+from core.training.weight_shards import weight_shards
 
 TRAINING = "core/contracts/training.py"
 STRATEGY = "core/contracts/strategy.py, StrategyFactory"

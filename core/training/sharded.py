@@ -3,8 +3,7 @@
 Checkpoints have the same content under every strategy, so a run may continue under another one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -12,13 +11,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from core.contracts.strategy import StrategyFactory
-from core.numerics.draw import local_part
 from core.numerics.promotion import at_least_fp32
 from core.training.local_parameters import LocalParameters, local
+from core.training.weight_shards import WeightShard, load_full_state, weight_shards
 
 
 def norm_over_ranks(gradients: Sequence[Tensor]) -> Tensor:
@@ -30,80 +28,6 @@ def norm_over_ranks(gradients: Sequence[Tensor]) -> Tensor:
     square = own.to(device).square()
     dist.all_reduce(square)
     return square.sqrt()
-
-
-@dataclass(frozen=True)
-class WeightShard:
-    """The part of one weight that this rank owns.
-
-    Args:
-        weight: what the model has: a whole weight, or one that is divided.
-        first: the number of the part's first matrix; of a stack whose matrices are divided over `experts`.
-        experts: the ranks that hold the matrices of the stack, in their order; None: it is no such stack.
-    """
-
-    weight: Tensor
-    first: int = 0
-    experts: "dist.ProcessGroup | None" = None
-
-    @property
-    def is_divided(self) -> bool:
-        """Whether other ranks own other parts."""
-        return self.experts is not None or isinstance(self.weight, DTensor)
-
-    def gather(self, part: Tensor) -> Tensor:
-        """Gathers a tensor of the weight's form from its parts; every rank calls this, and gets all of it.
-
-        Args:
-            part: this rank's part: of the weight itself, or of a moment in an optimizer.
-        """
-        weight = self.weight
-        if isinstance(weight, DTensor):
-            divided = DTensor.from_local(
-                part,
-                weight.device_mesh,
-                weight.placements,
-                run_check=False,
-                shape=weight.shape,
-                stride=weight.stride(),
-            )
-            part = divided.full_tensor()
-        if self.experts is None:
-            return part
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(self.experts))]
-        dist.all_gather(parts, part.contiguous(), group=self.experts)
-        return torch.cat(parts)
-
-    def shard_of(self, whole: Tensor) -> Tensor:
-        """This rank's part of a whole tensor of the weight's form."""
-        if self.experts is not None:
-            whole = whole.narrow(0, self.first, len(self.weight))
-        if isinstance(self.weight, DTensor):
-            whole = local_part(whole, self.weight)
-        return whole
-
-
-def weight_shards(
-    module: nn.Module, experts: "dist.ProcessGroup | None"
-) -> Iterator[tuple[str, WeightShard]]:
-    """Yields every weight of a module once, by name, in the order of its modules.
-
-    Args:
-        module: a module whose weights have been divided.
-        experts: the ranks over which stacks of experts are divided; None: over none.
-    """
-    known: set[int] = set()
-    for path, owner in module.named_modules():
-        for name, weight in owner.named_parameters(recurse=False):
-            if id(weight) in known:
-                continue
-            known.add(id(weight))
-            full_name = f"{path}.{name}" if path else name
-            if getattr(owner, "all_groups", 0) > getattr(owner, "groups", 0):
-                first = int(owner.first_group)  # type: ignore[arg-type]
-                yield full_name, WeightShard(weight, first, experts)
-            else:
-                yield full_name, WeightShard(weight)
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -247,23 +171,3 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
             owner._buffers[name] = buffer.to(device)
-
-
-@torch.no_grad()
-def load_full_state(
-    module: nn.Module, state: Mapping[str, Any], parts: Mapping[str, WeightShard]
-) -> None:
-    """Copies whole tensors into a module, of each divided weight the part that this rank owns.
-
-    Args:
-        module: the module, whose weights may be divided.
-        state: whole tensors by name; every tensor of the module must be among them.
-        parts: the module's weights by name.
-    """
-    for name, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
-            continue
-        whole = state[name]
-        if name in parts:
-            whole = parts[name].shard_of(whole)
-        local(value).copy_(whole)

@@ -18,6 +18,7 @@ from lab import Lab, fill, forked, run_command_here, small_disk
 import core.run.training
 import core.study.matching
 import core.sweep
+import core.training.throughput
 from core.analysis.budget import plan_of
 from core.contracts.errors import UserError
 from core.run.data import text_data
@@ -494,6 +495,7 @@ def test_a_metric_of_text_that_nobody_holds_out_is_refused_before_a_run(
 def test_a_metric_that_the_machine_does_not_measure_ends_the_sweep_with_the_first_run(
     write: Write, pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(core.training.throughput, "peak_of", lambda *_: (None, None))
     monkeypatch.setattr(core.run.training, "measured_peak_flops", lambda device: None)
     with pytest.raises(
         UserError,
