@@ -80,13 +80,13 @@ def build(
             why = "its sizes are too large: a tensor of it cannot be addressed, or not be held here"
             raise UserError(f"model: {why} ({' '.join(str(cause).split())[:120]})") from cause
     if parallelize is not None:
-        divide(model, recipe.seed, parallelize, device=device)
+        shard(model, recipe.seed, parallelize, device=device)
     elif device != "meta":
         initialise(model, recipe.seed)
     return model
 
 
-def divide(
+def shard(
     model: LanguageModel,
     seed: int,
     parallelize: Callable[[LanguageModel], None],
@@ -229,16 +229,16 @@ def _float_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def compile_parts(model: LanguageModel, *, divided: bool = False, **options: Any) -> None:
+def compile_parts(model: LanguageModel, *, sharded: bool = False, **options: Any) -> None:
     """Compiles every block and every loss head with `torch.compile`, in place; parameters keep their names.
 
     Args:
         model: a model that `build` returned.
-        divided: whether its weights are divided; the hooks that gather them then stay outside of what is compiled.
+        sharded: whether its weights are sharded; the hooks that gather them then stay outside of what is compiled.
         options: options of `torch.compile`.
     """
     for part in [*model.blocks, *model.heads.values()]:
-        if divided:
+        if sharded:
             part.forward = torch.compile(part.forward, **options)
         else:
             part.compile(**options)

@@ -19,7 +19,7 @@ from core.run.run_model import RunModel
 from core.training.launchers import Launch
 from core.training.module import TrainingModule
 from core.training.rank_processes import RunEnvironment
-from core.training.ranks import first_ranks_value, rank_and_world
+from core.training.ranks import broadcast_int, rank_and_world
 from core.training.sharded import ShardedStrategy, local
 
 UNUSED = 5
@@ -93,7 +93,7 @@ class Observer(L.Callback):
             tokens=6,
             temperature=0.8,
             device=pl_module.device,
-            agreed=lambda token: first_ranks_value(token, pl_module.device),
+            agreed=lambda token: broadcast_int(token, pl_module.device),
         )
         self.seen.text = list(text)
 
@@ -103,12 +103,12 @@ def whole_gradients(trainer: L.Trainer, module: TrainingModule) -> dict[str, Ten
     found = {}
     strategy = trainer.strategy
     if isinstance(strategy, ShardedStrategy):
-        for named in module.own.named:
+        for named in module.local_parameters.named:
             assert named.parameter.grad is not None
             part = strategy.parts[f"model.{named.name}"]
             found[named.name] = part.gather(named.parameter.grad).cpu().clone()
         return found
-    for named in module.own.named:
+    for named in module.local_parameters.named:
         assert named.parameter.grad is not None
         found[named.name] = local(named.parameter.grad).cpu().clone()
     return found
@@ -147,7 +147,7 @@ def observe(
         plan=plan,
         optimizer=make(recipe.optimizer),
         strategy=strategy,
-        divide=run_model.divider,
+        shard_weights=run_model.shard_weights,
         flops_per_token=1.0,
         gradient_clip=gradient_clip,
         validation_bytes=100,

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from core.contracts.component import Component
 from core.contracts.schedule import Progress
-from core.contracts.strategy import StrategyFactory as StrategyFactory  # its place before
+from core.contracts.strategy import (
+    StrategyFactory as StrategyFactory,  # plugins may import it from here too
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback

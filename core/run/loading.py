@@ -16,6 +16,7 @@ from core.model.language_model import LanguageModel
 from core.numerics.finite import not_finite_in
 from core.recipe.compose import compose_run
 from core.training.local_parameters import local_state
+from core.training.ranks import first_text_over_ranks
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
 from core.training.weight_shards import WeightShard, load_full_state
@@ -110,12 +111,8 @@ def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightSh
         found = not_finite_in(whole)
         if found:
             raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")
-    from core.training.ranks import (
-        first_text,  # imports Lightning, which no reader of whole weights needs
-    )
-
     load_full_state(model, whole, parts)
-    found = first_text(not_finite_in(local_state(model)))
+    found = first_text_over_ranks(not_finite_in(local_state(model)))
     if found:
         raise NotFiniteError(f"{checkpoint}: {found} in the format of this recipe's precision")
 

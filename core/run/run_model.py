@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.assemble import build, compile_parts, divide
+from core.assemble import build, compile_parts, shard
 from core.contracts.strategy import StrategyFactory
 from core.data.module import TextData
 from core.model.language_model import LanguageModel
@@ -72,17 +72,17 @@ class RunModel:
             compile_parts(self.model)
 
     @property
-    def divider(self) -> "Callable[[DeviceMesh], None] | None":
+    def shard_weights(self) -> "Callable[[DeviceMesh], None] | None":
         """Divides the weights over a mesh; None if the strategy leaves them whole."""
-        return self._divide if self.strategy.shards else None
+        return self._shard if self.strategy.shards else None
 
-    def _divide(self, mesh: "DeviceMesh") -> None:
-        divide(self.model, self.recipe.seed, lambda model: self.strategy.parallelize(model, mesh))
+    def _shard(self, mesh: "DeviceMesh") -> None:
+        shard(self.model, self.recipe.seed, lambda model: self.strategy.parallelize(model, mesh))
         if self.source is not None:
             parts = dict(weight_shards(self.model, self.strategy.expert_group(mesh)))
             load_weights(self.model, self.source, parts)
         if self.recipe.compile:
-            compile_parts(self.model, divided=True)
+            compile_parts(self.model, sharded=True)
 
 
 def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:

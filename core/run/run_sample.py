@@ -1,4 +1,4 @@
-"""The text that a run's model writes at its end, before the ranks part."""
+"""The text that a run's model writes at its end, while all ranks still run."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from core.contracts.errors import NotFiniteError
 from core.data.tokenizer import Tokenizer
 from core.model.sampling import sample
 from core.training.module import TrainingModule
-from core.training.ranks import first_ranks_value, is_rank_zero
+from core.training.ranks import broadcast_int, is_rank_zero
 from core.training.run_folder import RunFolder
 
 TOKENS = 128
@@ -16,7 +16,9 @@ TOKENS = 128
 
 
 class SampleAtEnd(L.Callback):
-    """Writes `sample.txt` when training is done; where weights are divided, every rank takes part.
+    """Writes `sample.txt` when training is done, and looks for a weight that is not finite.
+
+    Every rank takes part where weights are sharded, because each holds only some of them.
 
     Args:
         folder: the run folder.
@@ -47,7 +49,7 @@ class SampleAtEnd(L.Callback):
         together = pl_module.strategy.shards
 
         def agreed(token: int) -> int:
-            return first_ranks_value(token, pl_module.device) if together else token
+            return broadcast_int(token, pl_module.device) if together else token
 
         opening = self.tokenizer.end
         length = min(TOKENS, pl_module.model.max_length)

@@ -205,7 +205,7 @@ def _fit(
         plan=plan,
         optimizer=make(recipe.optimizer),
         strategy=strategy,
-        divide=run_model.divider,
+        shard_weights=run_model.shard_weights,
         flops_per_token=size.flops_per_token,
         mask_documents=recipe.data.mask_documents,
         gradient_clip=recipe.gradient_clip,

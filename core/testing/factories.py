@@ -147,7 +147,7 @@ def divided_weights_are_the_whole_models(subject: Subject) -> None:
         factory.parallelize(model, mesh)
         initialise(model.to_empty(device="cpu"), 0)
         parts = dict(weight_shards(model, factory.expert_group(mesh)))
-        divided = [name for name, part in parts.items() if part.is_divided]
+        divided = [name for name, part in parts.items() if part.is_sharded]
         weights = {}
         for name, value in model.state_dict().items():
             weights[name] = parts[name].gather(local(value)) if name in divided else value

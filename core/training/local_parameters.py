@@ -25,12 +25,12 @@ class LocalParameters:
 
     def __init__(self, model: nn.Module) -> None:
         self.named: list[NamedParameter] = []
-        self._divided: list[tuple[nn.Parameter, Tensor]] = []
+        self._sharded: list[tuple[nn.Parameter, Tensor]] = []
         for named in named_parameters(model):
             weight = named.parameter
             if isinstance(weight, DTensor):
                 part = local(weight)
-                self._divided.append((weight, part))  # type: ignore[arg-type]
+                self._sharded.append((weight, part))  # type: ignore[arg-type]
                 named = NamedParameter(named.name, part, named.role, named.kind)
             self.named.append(named)
 
@@ -40,12 +40,12 @@ class LocalParameters:
 
     def take_gradients(self) -> None:
         """Gives each part its part of the gradient."""
-        for weight, part in self._divided:
+        for weight, part in self._sharded:
             part.grad = None if weight.grad is None else local(weight.grad)
 
     def clear_gradients(self) -> None:
         """Forgets the gradients of divided weights; optimizers forget those of parts and of whole weights."""
-        for weight, _ in self._divided:
+        for weight, _ in self._sharded:
             weight.grad = None
 
     def gradients(self) -> list[Tensor]:

@@ -27,11 +27,12 @@ from core.numerics.finite import not_finite_in
 from core.recipe.plan import TrainingPlan
 from core.training.load import measures
 from core.training.local_parameters import LocalParameters, local_state
+from core.training.non_finite_advice import non_finite_advice
 from core.training.ranks import (
     all_reduce_max_,
     all_reduce_sum,
     differentiable_all_reduce_sum,
-    first_text,
+    first_text_over_ranks,
     rank_and_world,
 )
 from core.training.step_metrics import (
@@ -54,7 +55,7 @@ class TrainingModule(L.LightningModule):
         plan: the steps of the run.
         optimizer: makes the optimizer and gives each step's learning rate.
         strategy: says how ranks share the work.
-        divide: divides the weights of the model over the ranks, once there is a process group; None: they stay whole.
+        shard_weights: shards the model's weights over a mesh, once there is a process group; None: they stay whole.
         flops_per_token: training FLOPs, for MFU.
         mask_documents: keep attention and predictions inside documents.
         gradient_clip: largest global gradient norm, or None.
@@ -69,7 +70,7 @@ class TrainingModule(L.LightningModule):
         plan: TrainingPlan,
         optimizer: OptimizerFactory,
         strategy: StrategyFactory,
-        divide: Callable[[Any], None] | None = None,
+        shard_weights: Callable[[Any], None] | None = None,
         flops_per_token: float,
         mask_documents: bool = False,
         gradient_clip: float | None = 1.0,
@@ -82,8 +83,8 @@ class TrainingModule(L.LightningModule):
         self.plan = plan
         self.optimizer_factory = optimizer
         self.strategy = strategy
-        self.own = LocalParameters(model)
-        self._divide = divide
+        self.local_parameters = LocalParameters(model)
+        self._shard_weights = shard_weights
         self.flops_per_token = flops_per_token
         self.mask_documents = mask_documents
         self.gradient_clip = gradient_clip
@@ -123,18 +124,18 @@ class TrainingModule(L.LightningModule):
         return int(self.flops_per_token * tokens)
 
     def configure_model(self) -> None:
-        """Divides the weights over the ranks if the strategy does so; a second call changes nothing."""
-        if self._divide is not None:
-            divide = self._divide
-            self._divide = None
-            divide(self.trainer.strategy.device_mesh)  # type: ignore[attr-defined]
+        """Shards the weights over the ranks if the strategy does so; a second call changes nothing."""
+        if self._shard_weights is not None:
+            shard_weights = self._shard_weights
+            self._shard_weights = None
+            shard_weights(self.trainer.strategy.device_mesh)  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> Any:
         """The recipe's optimizer over every weight that this rank owns; selection biases are buffers, not weights."""
-        self.own = LocalParameters(self.model)
-        made = self.optimizer_factory.make(self.own.named)
+        self.local_parameters = LocalParameters(self.model)
+        made = self.optimizer_factory.make(self.local_parameters.named)
         optimizers = made if isinstance(made, list) else [made]
-        check_groups(optimizers, self.own.named)
+        check_groups(optimizers, self.local_parameters.named)
         return made
 
     def _optimizers(self) -> list[Any]:
@@ -169,8 +170,8 @@ class TrainingModule(L.LightningModule):
         contexts = [self.context(batch, index) for index, batch in enumerate(batches)]
         window = Window.of(self.model, self.ledger, contexts)
         totals = self._backward(contexts, window, progress).over_ranks()
-        self.own.take_gradients()
-        norm = self.strategy.gradient_norm(self.own.gradients())
+        self.local_parameters.take_gradients()
+        norm = self.strategy.gradient_norm(self.local_parameters.gradients())
         rate = self.optimizer_factory.learning_rate(progress)
         if self._agreed_finite(norm):
             self._clip(norm)
@@ -189,7 +190,7 @@ class TrainingModule(L.LightningModule):
             )
         for optimizer in optimizers:
             optimizer.zero_grad()
-        self.own.clear_gradients()
+        self.local_parameters.clear_gradients()
         self.windows_done += 1
         self.step_load = totals.loads
         self._log(totals, window.counts, progress, norm, rate)
@@ -216,7 +217,9 @@ class TrainingModule(L.LightningModule):
     def _clip(self, norm: Tensor) -> None:
         """Scales the gradients down to the norm `gradient_clip` if they are larger."""
         if self.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.own.tensors(), self.gradient_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(
+                self.local_parameters.tensors(), self.gradient_clip, norm
+            )
 
     @property
     def validation_follows(self) -> bool:
@@ -258,7 +261,8 @@ class TrainingModule(L.LightningModule):
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.max_skipped:
-            advice = self._non_finite_advice(loss)
+            steps_done = self.windows_done + 1 - self.skipped_in_a_row
+            advice = non_finite_advice(self.weight_not_finite(), loss, steps_done=steps_done)
             raise RunFailed(
                 f"the gradient norm was {norm.item()} for {self.skipped_in_a_row} steps in a row, the last one step "
                 f"{self.windows_done + 1}; the run stops with its last checkpoint as it is: {advice}"
@@ -266,25 +270,7 @@ class TrainingModule(L.LightningModule):
 
     def weight_not_finite(self) -> str | None:
         """A sentence about a weight that is not finite, on whichever rank it is; every rank calls this."""
-        return first_text(not_finite_in(local_state(self.model)))
-
-    def _non_finite_advice(self, loss: Tensor) -> str:
-        """What is known about gradients that are not finite, and what to look at."""
-        weight = self.weight_not_finite()
-        done = self.windows_done + 1 - self.skipped_in_a_row
-        known = f"its loss is {float(loss):.4g}, {weight or 'all weights are finite'}"
-        if weight:
-            return f"{known}, so the weights had diverged before: try a lower optimizer.lr"
-        if not done:
-            return (
-                f"{known}, and no step had a finite gradient, so optimizer.lr is not the cause: "
-                "look at the data, model.init and the precision"
-            )
-        if bool(loss.isfinite()):
-            return (
-                f"{known}, so a backward overflowed: try another precision, or a lower optimizer.lr"
-            )
-        return f"{known}, and steps before had finite gradients: try a lower optimizer.lr"
+        return first_text_over_ranks(not_finite_in(local_state(self.model)))
 
     def _log(
         self,

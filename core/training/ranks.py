@@ -91,7 +91,7 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     return int(all_reduce_max(torch.tensor(value, device=device)))
 
 
-def first_ranks_value(value: int, device: torch.device) -> int:
+def broadcast_int(value: int, device: torch.device) -> int:
     """The integer of the first rank, on every rank."""
     if rank_and_world()[1] == 1:
         return value
@@ -100,8 +100,8 @@ def first_ranks_value(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
-def first_text(text: str | None) -> str | None:
-    """The first text that a rank has, on every rank; None if none has one."""
+def first_text_over_ranks(text: str | None) -> str | None:
+    """The text of the first rank that has one, on every rank; None if none has one."""
     if rank_and_world()[1] == 1:
         return text
     texts: list[str | None] = [None] * rank_and_world()[1]

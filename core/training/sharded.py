@@ -82,13 +82,13 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimized_shards(self, optimizer: Optimizer) -> list[WeightShard]:
         """The parts that an optimizer updates, in the order of its state."""
-        own: LocalParameters = self.lightning_module.own  # type: ignore[union-attr,assignment]
-        by_memory: dict[int, WeightShard] = {}
-        for named in own.named:
-            by_memory[id(named.parameter)] = self.parts[f"model.{named.name}"]
+        local_parameters: LocalParameters = self.lightning_module.local_parameters  # type: ignore[union-attr,assignment]
+        by_id: dict[int, WeightShard] = {}
+        for named in local_parameters.named:
+            by_id[id(named.parameter)] = self.parts[f"model.{named.name}"]
         found: list[WeightShard] = []
         for group in optimizer.param_groups:
-            found += [by_memory[id(tensor)] for tensor in group["params"]]
+            found += [by_id[id(tensor)] for tensor in group["params"]]
         return found
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.model is not None
         found: dict[str, Any] = {}
         for name, value in self.model.state_dict().items():
-            if name in self.parts and self.parts[name].is_divided:
+            if name in self.parts and self.parts[name].is_sharded:
                 value = self.parts[name].gather(local(value))
             if self.is_global_zero:
                 found[name] = value.cpu() if isinstance(value, Tensor) else value

@@ -28,7 +28,7 @@ class WeightShard:
     experts: "dist.ProcessGroup | None" = None
 
     @property
-    def is_divided(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether other ranks own other parts."""
         return self.experts is not None or isinstance(self.weight, DTensor)
 

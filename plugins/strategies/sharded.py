@@ -1,6 +1,6 @@
 """Strategies that divide the weights over the ranks: `fsdp`, and `expert_parallel` for the experts of MoE layers.
 
-How weights are divided is in `plugins.strategies.dividing`, which needs torch; this file does not, so that errors in a
+How weights are divided is in `plugins.strategies.sharding`, which needs torch; this file does not, so that errors in a
 recipe need not wait for it.
 """
 
@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(kw_only=True)
+class ShardedSettings:
+    """The keys that both strategies have."""
+
+    nodes: int = setting(1, doc="machines, with equally many processes each")
+    accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", doc="auto: GPUs if there are any")
+    reshard_after_forward: bool = setting(
+        True, doc="free a block's gathered weights after its forward, and gather them again"
+    )
+    offload: bool = setting(False, doc="keep weights and optimizer states in the memory of the CPU")
 
 
 class _Sharded(StrategyFactory):
@@ -62,20 +74,10 @@ class FullyShardedDataParallel(_Sharded):
     example = {"name": "fsdp", "ranks": 2}
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(ShardedSettings):
         """The ranks and the kind of device."""
 
         ranks: int = setting(doc="processes, one device each, over all machines")
-        nodes: int = setting(1, doc="machines, with equally many processes each")
-        accelerator: Literal["auto", "cpu", "cuda"] = setting(
-            "auto", doc="auto: GPUs if there are any"
-        )
-        reshard_after_forward: bool = setting(
-            True, doc="free a block's gathered weights after its forward, and gather them again"
-        )
-        offload: bool = setting(
-            False, doc="keep weights and optimizer states in the memory of the CPU"
-        )
 
         def check(self, parent: Any) -> None:
             """Raises `ConfigError` if the ranks cannot share a batch evenly, or the machines the ranks."""
@@ -84,15 +86,15 @@ class FullyShardedDataParallel(_Sharded):
 
     def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
         """Divides every weight over the mesh, by `fully_shard` of each block, each loss head and the model."""
-        from plugins.strategies.dividing import Division
+        from plugins.strategies.sharding import Sharder
 
-        division = Division(
+        sharder = Sharder(
             mesh,
             experts_mesh=None,
             reshard=self.config.reshard_after_forward,
             offload=self.config.offload,
         )
-        division.apply(model)
+        sharder.apply(model)
 
 
 class ExpertParallel(_Sharded):
@@ -106,25 +108,15 @@ class ExpertParallel(_Sharded):
     example = {"name": "expert_parallel", "expert_ranks": 2}
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(ShardedSettings):
         """The ranks, and how tokens travel between them."""
 
         expert_ranks: int = setting(doc="ranks over which the experts of a layer are divided")
         ranks: int | None = setting(
             None, doc="processes, one device each, over all machines; null: expert_ranks"
         )
-        nodes: int = setting(1, doc="machines, with equally many processes each")
         ranks_per_node: int | None = setting(
             None, doc="ranks with a fast connection to each other; null: those of one machine"
-        )
-        accelerator: Literal["auto", "cpu", "cuda"] = setting(
-            "auto", doc="auto: GPUs if there are any"
-        )
-        reshard_after_forward: bool = setting(
-            True, doc="free a block's gathered weights after its forward, and gather them again"
-        )
-        offload: bool = setting(
-            False, doc="keep weights and optimizer states in the memory of the CPU"
         )
         dispatcher: Child = child(
             "dispatcher", {"name": "all_to_all"}, doc="replaces the dispatcher of every MoE layer"
@@ -190,7 +182,7 @@ class ExpertParallel(_Sharded):
 
     def check_model(self, model: "nn.Module") -> None:
         """Raises `ConfigError` for layers whose experts cannot be divided, or that keep something between steps."""
-        from plugins.strategies.dividing import check_experts
+        from plugins.strategies.sharding import check_experts
 
         check_experts(model, self.config.expert_ranks)
 
@@ -204,17 +196,17 @@ class ExpertParallel(_Sharded):
 
     def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
         """Divides experts over `experts` and then over `data`, everything else over the whole mesh."""
-        from plugins.strategies.dividing import Division, bind_dispatchers, divide_experts
+        from plugins.strategies.sharding import Sharder, bind_dispatchers, shard_experts
 
-        divide_experts(model, mesh["experts"])
+        shard_experts(model, mesh["experts"])
         bind_dispatchers(model, mesh["experts"], self.config.node_ranks())
-        division = Division(
+        sharder = Sharder(
             flattened(mesh),
             experts_mesh=mesh["data"],
             reshard=self.config.reshard_after_forward,
             offload=self.config.offload,
         )
-        division.apply(model)
+        sharder.apply(model)
 
     def expert_group(self, mesh: "DeviceMesh") -> "ProcessGroup | None":
         """The ranks of the mesh's `experts` dimension."""

@@ -20,11 +20,11 @@ from core.numerics.finite import not_finite_in
 from core.run.training import check_environment, fit
 from core.testing.forked_ranks import on_ranks
 from core.training.local_parameters import local_state
-from core.training.ranks import first_text
+from core.training.ranks import first_text_over_ranks
 from core.training.run_folder import RunFolder
 from core.training.sharded import ShardedStrategy
-from plugins.strategies.dividing import check_experts
 from plugins.strategies.sharded import FullyShardedDataParallel
+from plugins.strategies.sharding import check_experts
 
 FSDP = "strategy={name: fsdp, ranks: 2}"
 EXPERTS = "strategy={name: expert_parallel, expert_ranks: 2}"
@@ -131,7 +131,7 @@ def test_a_weight_that_is_not_finite_is_named_on_every_rank(lab: Lab) -> None:
         module = nn.Linear(2, 2)
         if rank == 1:
             nn.init.constant_(module.weight, float("nan"))
-        return first_text(not_finite_in(local_state(module)))
+        return first_text_over_ranks(not_finite_in(local_state(module)))
 
     with tempfile.TemporaryDirectory() as folder:
         one, two = on_ranks(work, Path(folder), world=2)

@@ -162,7 +162,10 @@ class Reloaded(Watch):
 
     def _moments(self, module: Any, optimizer: Any) -> dict[str, dict[str, Tensor]]:
         """The optimizer's state of each weight, by the weight's name."""
-        return {n.name: copy.deepcopy(optimizer.state[n.parameter]) for n in module.own.named}
+        return {
+            n.name: copy.deepcopy(optimizer.state[n.parameter])
+            for n in module.local_parameters.named
+        }
 
 
 class PoisonedRank(Watch):
@@ -171,15 +174,17 @@ class PoisonedRank(Watch):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Spoils the gradient after it has been exchanged."""
         self.found["before"] = copied(pl_module)
-        original = pl_module.own.take_gradients
+        original = pl_module.local_parameters.take_gradients
 
         def poisoned() -> None:
             original()
             if dist.get_rank() == dist.get_world_size() - 1:
-                part = next(n.parameter for n in pl_module.own.named if n.name == EXPERT)
+                part = next(
+                    n.parameter for n in pl_module.local_parameters.named if n.name == EXPERT
+                )
                 part.grad.flatten()[0] = float("nan")
 
-        pl_module.own.take_gradients = poisoned
+        pl_module.local_parameters.take_gradients = poisoned
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -51,7 +51,7 @@ def check_experts(model: nn.Module, expert_ranks: int) -> None:
                 raise ConfigError("name", f"{why}, and ranks would hold different experts")
 
 
-def divide_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     """Leaves each rank of a mesh its share of the matrices of every stack of experts.
 
     Args:
@@ -81,7 +81,7 @@ def bind_dispatchers(model: nn.Module, mesh: DeviceMesh, ranks_per_node: int) ->
             dispatcher.bind(mesh, placement)
 
 
-class Division:
+class Sharder:
     """How the weights of a model are divided.
 
     Each block is a unit: its weights are gathered together when it runs. The rest of each loss head is one, and so is
@@ -116,10 +116,10 @@ class Division:
         assert isinstance(model, LanguageModel)
         if self.experts_mesh is not None:
             for layer in model.expert_layers().values():
-                self._divide_stacks(layer, self.experts_mesh)
+                self._shard_stacks(layer, self.experts_mesh)
         for module in list(model.modules()):
             if isinstance(module, Block):
-                self._divide_block(module)
+                self._shard_block(module)
         for _, head in model.loss_heads():
             if any(True for _ in head.parameters()):
                 self._unit(head, param_dtype=None)
@@ -131,7 +131,7 @@ class Division:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
-    def _divide_stacks(self, layer: nn.Module, mesh: DeviceMesh) -> None:
+    def _shard_stacks(self, layer: nn.Module, mesh: DeviceMesh) -> None:
         """Divides the experts that this rank holds over the ranks that hold the same ones."""
         for stack in _stacks(layer):
             if mesh.size() == 1 and not self.offload:
@@ -139,7 +139,7 @@ class Division:
                 continue
             self._unit(stack, param_dtype=_gathered_format(stack), mesh=mesh)
 
-    def _divide_block(self, block: Block) -> None:
+    def _shard_block(self, block: Block) -> None:
         """Divides a block in one unit, or in two if some of its products are in bf16."""
         low: list[nn.Module] = []
         kept: list[nn.Module] = []
