@@ -201,7 +201,7 @@ def _work_of_gpu(events: Sequence[Event]) -> _Work:
     computing = []
     exchanging = []
     for kernel in kernels:
-        if kernel.category == "kernel" and "nccl" in kernel.name.lower():
+        if "nccl" in kernel.name.lower():
             exchanging.append(kernel.span)
         else:
             computing.append(kernel.span)

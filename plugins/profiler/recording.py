@@ -47,7 +47,7 @@ class Recording:
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.synchronize(self.device)
         if self.has_snapshot:
-            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES, stacks="python")
         self._profile = profile(
             activities=activities,
             record_shapes=self.config.shapes,

@@ -224,6 +224,7 @@ def test_a_step_on_a_gpu() -> None:
         kernel("ncclDevKernel_SendRecv", 40, 70, OTHER_STREAM),
         event("Memcpy DtoD", "gpu_memcpy", 65, 72, STREAM),
         event("ncclDevKernel_SendRecv", "gpu_user_annotation", 0, 100, OTHER_STREAM),
+        event(STEP, "gpu_user_annotation", 5, 120, STREAM),  # the GPU's copy of a mark
         op("aten::mm", 15, 18),  # the host starts a kernel
     ]
     found = split(events, on_gpu=True)

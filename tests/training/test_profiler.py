@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lab import CommandResult, Lab, assert_same_run, forked, run_command_here
 from lightning.pytorch.profilers import SimpleProfiler
 from tiers import first_by_default
@@ -203,6 +204,58 @@ def test_a_run_that_is_interrupted_and_resumed(
     assert (late in second.err) == is_inside
     assert names(run / "profile") == ([] if is_inside else FILES)
     assert_same_run(run, finished)
+
+
+# ---- a GPU
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "given up"])
+def test_what_a_gpu_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_whole: bool
+) -> None:
+    """The calls of torch in their order, on a machine that has no GPU."""
+    asked: list[str] = []
+
+    class Profile:
+        """Stands for torch's profiler."""
+
+        def __init__(self, *, activities: list[ProfilerActivity], **options: Any) -> None:
+            given = [name for name, value in options.items() if value]
+            asked.append(f"profile {[activity.name for activity in activities]} {given}")
+
+        def start(self) -> None:
+            """Is noted."""
+            asked.append("start")
+
+        def stop(self) -> None:
+            """Is noted."""
+            asked.append("stop")
+
+    def history(enabled: str | None = "all", **_: Any) -> None:
+        asked.append(f"history {enabled}")
+
+    monkeypatch.setattr("plugins.profiler.recording.profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append(f"wait {device}"))
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", history)
+    monkeypatch.setattr(
+        torch.cuda.memory, "_dump_snapshot", lambda file: asked.append(f"dump {file}")
+    )
+    recording = Recording(keys(memory=True, stacks=True), torch.device("cuda", 1))
+    recording.start()
+    recording.end_step()
+    begun = [
+        "wait cuda:1",
+        "history all",
+        "profile ['CPU', 'CUDA'] ['profile_memory', 'with_stack']",
+    ]
+    ended = ["stop", "history None"]
+    if is_whole:
+        recording.stop()
+        recording.write_snapshot(tmp_path / "snapshot")
+        ended = ["stop", f"dump {tmp_path / 'snapshot'}", "history None"]
+    else:
+        recording.discard()
+    assert asked == [*begun, "start", "wait cuda:1", *ended]
 
 
 # ---- mistakes
