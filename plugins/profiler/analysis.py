@@ -57,7 +57,7 @@ class Event:
         name: what it is.
         category: Kineto's category, such as `cpu_op`, `kernel` or `user_annotation`.
         thread: process and thread, or device and stream.
-        start, end: in ns.
+        start, end: nanoseconds of the trace's clock.
     """
 
     name: str

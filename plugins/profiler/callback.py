@@ -1,7 +1,7 @@
 """The callback that profiles a few steps with torch's profiler, and marks in the trace what belongs to a step.
 
-Lightning calls a callback before and after a batch, but not around the loader or a checkpoint. Its own profiler is told
-of both, so the Trainer's profiler is wrapped in one that passes everything on.
+Lightning calls a callback before and after a batch, but not around the loader or a checkpoint. It reports both to the
+Trainer's profiler, which is therefore wrapped in one that passes everything on.
 """
 
 import sys
@@ -184,7 +184,7 @@ def steps_done(trainer: L.Trainer) -> int:
 
 
 class ObservedProfiler(LightningProfiler):
-    """The Trainer's profiler, which also tells a callback when the loader, a batch and a checkpoint begin and end."""
+    """The Trainer's profiler, which also calls a callback when the loader, a batch and a checkpoint begin and end."""
 
     def __init__(
         self, inner: LightningProfiler, callback: ProfilerCallback, trainer: L.Trainer

@@ -21,7 +21,7 @@ class Recording:
 
     Args:
         config: the keys of the recipe's section.
-        device: of this rank.
+        device: this rank's device.
     """
 
     config: Any
