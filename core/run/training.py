@@ -30,7 +30,8 @@ from core.training.checkpoint_content import check_model, check_optimizers
 from core.training.checkpoints import is_disk_full
 from core.training.launchers import Launch, launch_of
 from core.training.module import TrainingModule
-from core.training.rank_processes import RankLost
+from core.training.rank_logs import redirect_output
+from core.training.rank_watch import RankLost
 from core.training.ranks import is_rank_zero, process_group_scope, set_rank
 from core.training.resume import (
     Resume,
@@ -144,7 +145,8 @@ def _completed(
 
 
 def _join(recipe: Recipe, folder: RunFolder, launch: Launch, *, resume: bool) -> dict[str, Any]:
-    """Trains on a rank other than the first, which alone writes files and prints."""
+    """Trains on a rank other than the first, which alone writes files; what this one prints goes to its log."""
+    redirect_output(folder.path, launch)
     start = newest(folder) if resume else None
     try:
         # the first rank checks what the run may name, and prints
