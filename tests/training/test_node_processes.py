@@ -171,12 +171,14 @@ def test_a_node_that_does_not_see_the_run_folder_starts_no_training(
     ):
         _, err = first.communicate(timeout=SECONDS)
         _, other_err = second.communicate(timeout=SECONDS)
-    assert (first.returncode, second.returncode) == (2, 2), err + other_err
-    for printed in (err, other_err):
+    assert (first.returncode, second.returncode) == (2, 2), err
+    assert other_err == ""
+    log = (tmp_path / "elsewhere" / "logs" / "rank-00001.log").read_text()
+    for printed in (err, log):
         assert "rank 1 on node 1 would continue after step 0, and rank 0 after step" in printed
         assert "all nodes must see the same run folder" in printed
         assert "Traceback" not in printed
-    assert not list((tmp_path / "elsewhere").iterdir())
+    assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["logs"]
 
 
 def test_a_node_ends_when_another_is_killed(lab: Lab, tmp_path: Path) -> None:
@@ -186,7 +188,11 @@ def test_a_node_ends_when_another_is_killed(lab: Lab, tmp_path: Path) -> None:
         second.kill()
         _, err = first.communicate(timeout=60)
     assert first.returncode == 1, err
-    assert "rank 0 has lost its connection to another rank, so the run ends" in err
+    lost = (
+        f"rank 1 (process {second.pid} on {socket.gethostname()}) has ended before the run was done"
+    )
+    assert f"moeloom: {lost}, so the run ends; its log: {run}/logs/rank-00001.log\n" in err
+    assert err.count("moeloom: ") == 1
     assert "Traceback" not in err
 
 
