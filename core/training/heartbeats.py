@@ -1,7 +1,8 @@
 """Signs of life of a run's ranks, in the key-value store at which they meet.
 
 A process that has ended can be seen on its own machine alone, and one that hangs nowhere. So every rank writes a line
-about itself once a second. The first rank reads those of all others, the others read that of the first one.
+about itself once a second. The first rank reads those of all others, the others read that of the first one. The first
+rank of every node also looks after the processes of its node.
 """
 
 import os
@@ -10,6 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -33,6 +35,9 @@ FAILED = "failed"
 
 FOLLOWS = "follows"
 """The state of a rank that ends because another one is lost."""
+
+GONE = "gone"
+"""The state of a rank whose process has vanished, as another rank of its node writes."""
 
 
 @dataclass
@@ -68,11 +73,17 @@ class Heartbeats:
         self.first_has_store = launch.launcher != "torchrun"
         self.address = address
         self.port = port
-        watched = range(1, launch.world) if launch.rank == 0 else range(1)
-        self.signs = {rank: Sign() for rank in watched}
+        each = launch.ranks_per_node
+        first = launch.node * each
+        self.neighbours: set[int] = set()
+        if launch.local_rank == 0:
+            self.neighbours.update(range(first + 1, first + each))
+        watched = set(range(launch.world)) if launch.rank == 0 else {0, *self.neighbours}
+        self.signs = {rank: Sign() for rank in sorted(watched - {launch.rank})}
         self.is_reachable = True
         self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._count = 0
+        self._seen: set[int] = set()
         self._store: Any = None
         self._last = time.monotonic() - BEAT_SECONDS
 
@@ -118,6 +129,10 @@ class Heartbeats:
         """The first rank that has ended with an error of its own; None if there is none."""
         return next((rank for rank, sign in self.signs.items() if sign.state == FAILED), None)
 
+    def gone(self) -> int | None:
+        """The first rank whose process has vanished; None if there is none."""
+        return next((rank for rank, sign in self.signs.items() if sign.state == GONE), None)
+
     def missing(self) -> list[int]:
         """The ranks that have given no sign yet."""
         return [rank for rank, sign in self.signs.items() if not sign.count]
@@ -151,10 +166,29 @@ class Heartbeats:
             elif passed < 5 * BEAT_SECONDS:
                 sign.silent += passed
             sign.count = int(count)
+            if rank in self.neighbours and sign.state == RUNS:
+                self._look_after(store, rank, sign)
+
+    def _look_after(self, store: Any, rank: int, sign: Sign) -> None:
+        """Writes for a rank of this node that its process has vanished, if it could be seen before."""
+        if is_running(sign.process):
+            self._seen.add(rank)
+        elif rank in self._seen:
+            sign.state = GONE
+            store.set(self._key(rank), f"{sign.count + 1} {GONE} {sign.process} {sign.host}")
 
     def _key(self, rank: int) -> str:
         """The key of a rank; torchrun's store stays the same where it starts the ranks again."""
         return f"moeloom/{self._attempt}/{rank}"
+
+
+def is_running(process: str) -> bool:
+    """Whether there is a process with this id that has not ended."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def _store_at(address: str, port: int) -> Any:

@@ -136,7 +136,7 @@ class RankWatch:
             )
         return (
             self._ended_child()
-            or self._failed_task()
+            or self._ended_task()
             or self._silent_rank(disconnected=disconnected)
             or self._missing_rank()
         )
@@ -154,12 +154,17 @@ class RankWatch:
         who = f"rank {rank} (process {self.children[rank - 1].pid})"
         return f"{who} {_ended(codes[rank])} {self._so_the_run_ends(rank)}"
 
-    def _failed_task(self) -> str | None:
-        """The sentence about a task of a launcher that ends with an error of its own."""
-        rank = self.beats.failed()
-        if rank is None or self.own.launcher is None:
+    def _ended_task(self) -> str | None:
+        """The sentence about a task of a launcher that has vanished, or ends with an error of its own."""
+        if self.own.launcher is None:
             return None
-        return f"{self._name(rank)} has failed {self._so_the_run_ends(rank)}"
+        gone = self.beats.gone()
+        if gone is not None:
+            return f"{self._name(gone)} has ended {self._so_the_run_ends(gone)}"
+        failed = self.beats.failed()
+        if failed is not None:
+            return f"{self._name(failed)} has failed {self._so_the_run_ends(failed)}"
+        return None
 
     def _silent_rank(self, *, disconnected: bool) -> str | None:
         """The sentence about a rank that has given no sign of life for some seconds."""
@@ -247,7 +252,8 @@ class RankWatch:
             if signum and not dist.is_initialized() and not self._stopped.wait(GRACE_SECONDS):
                 self._end(self._signal_sentence(signum), 128 + signum)
             lost = self.lost()
-            if lost is not None and not self._stopped.wait(GRACE_SECONDS):
+            grace = 0.0 if self.beats.gone() is not None else GRACE_SECONDS
+            if lost is not None and not self._stopped.wait(grace):
                 self._end(lost, 1)
             self._stopped.wait(POLL_SECONDS)
 

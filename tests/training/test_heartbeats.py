@@ -1,11 +1,10 @@
 """Ranks know of each other who is there, who is silent and who has ended; a log says what one of them printed."""
 
 import os
-import time
-from collections.abc import Iterator
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -13,7 +12,7 @@ from lab import forked
 
 from core.contracts.errors import UserError
 from core.training import heartbeats, rank_watch
-from core.training.heartbeats import DONE, FAILED, FOLLOWS, Heartbeats
+from core.training.heartbeats import DONE, FAILED, FOLLOWS, GONE, Heartbeats
 from core.training.launchers import Launch
 from core.training.machine import code_version
 from core.training.rank_logs import log_hint, log_of, open_log, redirect_output
@@ -39,15 +38,41 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
+class Store:
+    """A key-value store as torch's, in this process."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, bytes] = {}
+        self.has_gone = False
+
+    def set(self, key: str, line: str) -> None:
+        """Writes a line."""
+        if self.has_gone:
+            raise dist.DistNetworkError("Connection reset by peer")
+        self.lines[key] = line.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there."""
+        return all(key in self.lines for key in keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """The lines of some keys, which are there."""
+        return [self.lines[key] for key in keys]
+
+
 @pytest.fixture
-def three(clock: Clock) -> Iterator[list[Heartbeats]]:
-    """The heartbeats of three tasks of srun on two nodes, and a store for them."""
-    store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    yield [
-        Heartbeats(Launch(rank, 3, "srun", nodes=3, node=rank), "127.0.0.1", store.port)
-        for rank in range(3)
-    ]
-    del store
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The store that heartbeats find."""
+    made = Store()
+    monkeypatch.setattr(heartbeats, "_store_at", lambda address, port: made)
+    return made
+
+
+@pytest.fixture
+def three(clock: Clock, store: Store) -> list[Heartbeats]:
+    """The heartbeats of three tasks of srun on three nodes."""
+    launches = [Launch(rank, 3, "srun", nodes=3, node=rank) for rank in range(3)]
+    return [Heartbeats(launch, "127.0.0.1", 29500) for launch in launches]
 
 
 def beat(clock: Clock, *ranks: Heartbeats) -> None:
@@ -90,6 +115,28 @@ def test_a_rank_that_has_ended_is_not_waited_for(clock: Clock, three: list[Heart
     assert first.failed() == 2
 
 
+def test_a_process_that_vanishes_is_named_by_the_first_rank_of_its_node(
+    clock: Clock, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks 2 and 3 are on the second node; rank 3 cannot be seen by rank 0."""
+    four = []
+    for rank in range(4):
+        launch = Launch(rank, 4, "srun", nodes=2, node=rank // 2, local_rank=rank % 2)
+        four.append(Heartbeats(launch, "127.0.0.1", 29500))
+    assert [sorted(beats.signs) for beats in four] == [[1, 2, 3], [0], [0, 3], [0]]
+    for _ in range(2):
+        beat(clock, *four)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        ended = str(process.pid)
+    assert not heartbeats.is_running(ended)
+    monkeypatch.setattr(heartbeats, "is_running", lambda process: False)
+    beat(clock, *four[:3])
+    beat(clock, *four[:3])
+    assert four[0].gone() == 1
+    assert four[0].signs[3].state == four[2].signs[3].state == GONE
+    assert four[1].gone() is None
+
+
 def test_a_process_that_was_stopped_itself_blames_nobody(
     clock: Clock, three: list[Heartbeats]
 ) -> None:
@@ -100,12 +147,13 @@ def test_a_process_that_was_stopped_itself_blames_nobody(
     assert first.silent(1.0) is None
 
 
-def test_the_first_rank_is_silent_for_the_others_when_its_store_has_gone(clock: Clock) -> None:
-    store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def test_the_first_rank_is_silent_for_the_others_when_its_store_has_gone(
+    clock: Clock, store: Store
+) -> None:
     launches = (Launch(1, 2, "srun"), Launch(1, 2, "torchrun"))
-    by_srun, by_torchrun = (Heartbeats(launch, "127.0.0.1", store.port) for launch in launches)
+    by_srun, by_torchrun = (Heartbeats(launch, "127.0.0.1", 29500) for launch in launches)
     beat(clock, by_srun, by_torchrun)
-    del store
+    store.has_gone = True
     for _ in range(3):
         beat(clock, by_srun, by_torchrun)
     assert by_srun.silent(2.0) == 0
@@ -213,4 +261,3 @@ def test_beats_are_a_second_apart(clock: Clock, three: list[Heartbeats]) -> None
         second.beat()
     beat(clock, first)
     assert first.signs[1].count == 1
-    assert time.monotonic() != clock.now
