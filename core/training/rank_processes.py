@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
@@ -113,6 +114,8 @@ class RankLauncher(_SubprocessScriptLauncher):
         watch.start()
         state = FAILED
         try:
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                self._start_process_group(trainer.strategy)
             result = function(*args, **kw)
             state = DONE
             return result
@@ -134,6 +137,28 @@ class RankLauncher(_SubprocessScriptLauncher):
         finally:
             watch.stop()
             beats.end(state)
+
+    def _start_process_group(self, strategy: Any) -> None:
+        """Starts the process group of torchrun's ranks, with keys of its own for each attempt in the agent's store.
+
+        Otherwise torch finds the addresses of ranks there that the agent has ended. Lightning takes the group as it is.
+        """
+        launch = self.environment.launch
+        timeout = self.timeout or timedelta(minutes=30)
+        address, port = self.environment.main_address, self.environment.main_port
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address, port, timeout=timeout, wait_for_workers=False
+        )
+        attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        device = strategy.root_device
+        dist.init_process_group(
+            strategy._get_process_group_backend(),
+            store=dist.PrefixStore(attempt, store),  # type: ignore[attr-defined]
+            rank=launch.rank,
+            world_size=launch.world,
+            timeout=timeout,
+            device_id=None if device.type == "cpu" else device,
+        )
 
     def _call_children_scripts(self) -> None:
         """Starts the other ranks of this machine, each with a log of its own for what it prints."""

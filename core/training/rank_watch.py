@@ -39,6 +39,7 @@ SEARCH_SECONDS = 10.0
 
 CONNECTION_LOSS = (
     "Connection closed by peer",
+    "Connection refused",
     "Connection reset by peer",
     "Broken pipe",
     "ncclRemoteError",

@@ -26,8 +26,16 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 IN_RANK_1 = """\
 import os
 
+from core.extension.hookspec import hookimpl
+
+CONTRACTS = "2.0"
 if os.environ.get("LOCAL_RANK") == "1":
     {}
+
+
+@hookimpl
+def register(registry):
+    pass
 """
 
 
@@ -115,7 +123,11 @@ def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("statement", "quoted", "code"),
     [
-        ("import no_such_module_of_rank_1", "plugins: cannot load 'fails'", 2),
+        (
+            "import no_such_module_of_rank_1",
+            "plugin 'fails', which the recipe names, is broken: ",
+            2,
+        ),
         ("os._exit(3)", "", 3),
     ],
 )
