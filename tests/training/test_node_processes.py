@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from lab import ROOT, Lab, assert_same_run, rows
+
+import core
 
 ONE_NODE = "strategy={name: ddp, ranks: 2, accelerator: cpu}"
 TWO_NODES = "strategy={name: ddp, ranks: 2, nodes: 2, accelerator: cpu}"
@@ -179,6 +182,38 @@ def test_a_node_that_does_not_see_the_run_folder_starts_no_training(
         assert "all nodes must see the same run folder" in printed
         assert "Traceback" not in printed
     assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["logs"]
+
+
+@pytest.mark.parametrize("what", ["another recipe", "code"])
+def test_a_node_with_another_recipe_or_other_code_starts_no_training(
+    lab: Lab, tmp_path: Path, what: str
+) -> None:
+    run = tmp_path / "run"
+    variables = srun(1)
+    overrides = []
+    if what == "code":
+        for package in ("core", "plugins"):
+            shutil.copytree(ROOT / package, tmp_path / "copy" / package)
+        with (tmp_path / "copy" / "core" / "run" / "summary.py").open("a") as file:
+            file.write("# one line more\n")
+        variables["PYTHONPATH"] = f"{tmp_path / 'copy'}:{ROOT / 'tests'}"
+    else:
+        overrides = ["optimizer.lr=0.004"]
+    with (
+        started(fit(lab, run), tmp_path, srun(0)) as first,
+        started(fit(lab, run, *overrides), tmp_path, variables) as second,
+    ):
+        _, err = first.communicate(timeout=SECONDS)
+        second.communicate(timeout=SECONDS)
+    assert (first.returncode, second.returncode) == (2, 2), err
+    expected = "rank 1 on node 1 has read another recipe than rank 0: all nodes must have the same"
+    if what == "code":
+        expected = f"rank 1 on node 1 runs moeloom {core.__version__} (source "
+    log = (run / "logs" / "rank-00001.log").read_text()
+    for printed in (err, log):
+        assert printed.count("moeloom: ") == 1
+        assert f"moeloom: {expected}" in printed
+    assert not list((run / "checkpoints").glob("*.ckpt"))
 
 
 def test_a_node_ends_when_another_is_killed(lab: Lab, tmp_path: Path) -> None:
