@@ -116,11 +116,15 @@ class Heartbeats:
                 self._write(self._store, state)
 
     def silent(self, seconds: float) -> int | None:
-        """The rank that has been silent for longest, at least for some seconds; None if there is none."""
+        """The rank that has been silent for longest, at least for some seconds; None if there is none.
+
+        One that has given no sign at all gets twice the time, because connecting with the store can take seconds.
+        """
         found = None
-        longest = seconds
+        longest = 0.0
         for rank, sign in self.signs.items():
-            if sign.state == RUNS and sign.silent >= longest:
+            allowed = seconds if sign.count else 2 * seconds
+            if sign.state == RUNS and sign.silent >= allowed and sign.silent > longest:
                 found = rank
                 longest = sign.silent
         return found

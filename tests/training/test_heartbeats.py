@@ -101,6 +101,17 @@ def test_the_first_rank_knows_who_is_missing_and_who_is_silent(
     assert first.silent(1.0) is None
 
 
+def test_a_rank_that_has_never_given_a_sign_gets_twice_the_time(
+    clock: Clock, three: list[Heartbeats], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    first, second, _ = three
+    for _ in range(6):
+        beat(clock, first, second)
+    assert first.silent(4.0) is None
+    assert first.silent(3.0) == 2
+
+
 def test_a_rank_that_has_ended_is_not_waited_for(clock: Clock, three: list[Heartbeats]) -> None:
     first, second, third = three
     beat(clock, *three)
@@ -156,8 +167,8 @@ def test_the_first_rank_is_silent_for_the_others_when_its_store_has_gone(
     store.has_gone = True
     for _ in range(3):
         beat(clock, by_srun, by_torchrun)
-    assert by_srun.silent(2.0) == 0
-    assert by_torchrun.silent(2.0) is None, "the store is that of torchrun's agent"
+    assert by_srun.silent(1.0) == 0
+    assert by_torchrun.silent(1.0) is None, "the store is that of torchrun's agent"
 
 
 def test_the_sentence_about_a_lost_rank_names_its_process_and_its_log(
