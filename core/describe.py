@@ -205,6 +205,8 @@ def show(recipe: "Recipe", *, as_json: bool, options: "DescribeOptions | None" =
     _print_settings(document)
     if document["layout"] is not None:
         _print_layout(document["layout"])
+    if document["rank_memory"] is not None:
+        print(_rank_memory(document["rank_memory"]))
     if document["exchange"] is not None:
         _print_exchange(document["exchange"])
     print(document["flops_convention"])
@@ -252,6 +254,26 @@ def _gpu_hours(cost: dict[str, Any]) -> str:
         hours = f"{cost['hours']:,.0f}"
     rate = f"{cost['mfu']:.2%} of {cost['peak_flops'] / 1e12:g} TFLOPS"
     return f"{cost['gpu']}-hours: {hours} at {rate} ({cost['source']}); {cost['convention']}"
+
+
+def _rank_memory(memory: dict[str, Any]) -> str:
+    """The memory of one rank in one sentence."""
+    sizes: list[str] = []
+    for part in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "whole_weights",
+        "whole_gradients",
+        "activations",
+    ):
+        sizes.append(f"{part.replace('_', ' ')} {memory[part] / 1e9:.2f}")
+    ranks = f"{memory['ranks']:,} ranks on {memory['nodes']:,} nodes"
+    if memory["expert_ranks"] > 1:
+        ranks = f"{ranks} ({memory['expert_ranks']:,} expert ranks)"
+    batch = f"{memory['micro_batches']:,} micro-batches of {memory['sequences']:,} sequences a rank"
+    total = f"one rank holds {memory['total'] / 1e9:.2f} GB ({', '.join(sizes)})"
+    return f"{ranks}, {batch} a step: {total}; {memory['convention']}"
 
 
 def _print_layout(layout: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ def main(arguments: argparse.Namespace) -> None:
         launcher_notice,
     )
     from core.training.libraries import ignore_warnings, silence_greetings
+    from core.training.rank_logs import redirect_output
 
     start = not arguments.dry_run
     if start:
@@ -63,6 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
         return
     check_initial_weights(recipe)
     check_folder_named(launch, out=arguments.out, resume=arguments.resume)
+    redirect_output(Path(arguments.out or arguments.resume or ""), launch)
     notice = launcher_notice(launch)
     if notice is not None:
         print(f"note: {notice}", file=sys.stderr)

@@ -12,6 +12,7 @@ from core.analysis.gpu_hours import gpu_hours, speed
 from core.analysis.memory import per_gpu
 from core.analysis.options import DescribeOptions
 from core.analysis.products import MatrixProduct
+from core.analysis.rank_memory import per_rank
 from core.analysis.size import Size, size_of
 from core.assemble import build, make
 from core.contracts.component import Environment
@@ -93,6 +94,7 @@ def describe(
         "batch_dependent": routing.batch_dependent,
         "memory_bytes": memory(recipe, model, size, stream_bytes),
         "layout": _layout(recipe, model, plan, precision, options),
+        "rank_memory": per_rank(recipe, model, plan, precision.made, precision),
         "exchange": described(recipe, model, plan, options),
         "steps": plan.steps,
         "tokens": plan.tokens,

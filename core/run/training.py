@@ -29,8 +29,10 @@ from core.run.run_sample import SampleAtEnd
 from core.run.summary import divergence, summarise
 from core.storage.files import is_disk_full
 from core.training.launchers import Launch, launch_of
+from core.training.machine import code_version
 from core.training.module import TrainingModule
-from core.training.rank_processes import RankLost
+from core.training.rank_logs import redirect_output
+from core.training.rank_watch import RankLost
 from core.training.ranks import is_rank_zero, process_group_scope, set_rank
 from core.training.resume import (
     Resume,
@@ -144,7 +146,8 @@ def _completed(
 
 
 def _join(recipe: Recipe, folder: RunFolder, launch: Launch, *, resume: bool) -> dict[str, Any]:
-    """Trains on a rank other than the first, which alone writes files and prints."""
+    """Trains on a rank other than the first, which alone writes files; what this one prints goes to its log."""
+    redirect_output(folder.path, launch)
     start = newest(folder) if resume else None
     try:
         # the first rank checks what the run may name, and prints
@@ -268,8 +271,10 @@ def _train(
     sample = SampleAtEnd(folder, data.tokenizer)
     own = make_run_callbacks(recipe, folder.path, peak)
     step = start.step if start else 0
-    now = Start(launch.node, step, hash_of(recipe.to_dict()), data.fingerprint)
     callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
+    if launch.world > 1:
+        now = _start_of(recipe, launch, step, data.fingerprint)
+        callbacks.insert(0, SameStart(now, folder.path))
     resumed_at = start.step if start else None
     loggers = [make(section).make(folder.path, resumed_at=resumed_at) for section in recipe.loggers]
     trainer = make_trainer(
@@ -278,7 +283,6 @@ def _train(
         steps=module.plan.steps,
         loggers=loggers,
         callbacks=[
-            SameStart(now, folder.path),
             own.throughput,
             own.loads,
             *callbacks,
@@ -302,6 +306,18 @@ def _train(
                 f"{start.path}: the run cannot continue from it: {why[:300]}"
             ) from cause
     return own, sample
+
+
+def _start_of(recipe: Recipe, launch: Launch, step: int, data: str) -> Start:
+    """What this rank is about to train, and with which code."""
+    return Start(
+        node=launch.node,
+        step=step,
+        recipe=hash_of(recipe.to_dict()),
+        data=data,
+        code=code_version(section.provenance for section in recipe.sections()),
+        torch=torch.__version__,
+    )
 
 
 def _finish(

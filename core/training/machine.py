@@ -1,10 +1,15 @@
 """The code and the machine of a run: the part of its provenance that no recipe and no package version records."""
 
+import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from core import __version__
+from core.contracts.schema import Provenance
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 """The folder of the code; a git checkout, unless it was installed."""
@@ -17,6 +22,26 @@ def code() -> dict[str, Any]:
     if not described:
         return {"commit": None, "dirty": None}
     return {"commit": described.removesuffix("-dirty"), "dirty": described.endswith("-dirty")}
+
+
+def code_version(origins: Iterable[Provenance]) -> str:
+    """The version of moeloom and a hash of its source, such as `0.1.0 (source 1f0c9a27b3de)`.
+
+    Args:
+        origins: those of the components, whose versions and files count too.
+    """
+    hashed = hashlib.sha256()
+    for package in ("core", "plugins"):
+        for file in sorted((CHECKOUT / package).rglob("*.py")):
+            hashed.update(str(file.relative_to(CHECKOUT)).encode())
+            hashed.update(file.read_bytes())
+    others = {(origin.distribution, origin.version, origin.module): origin for origin in origins}
+    for key in sorted(others):
+        hashed.update(" ".join(key).encode())
+        module = others[key].file
+        if module is not None and module.is_file():
+            hashed.update(module.read_bytes())
+    return f"{__version__} (source {hashed.hexdigest()[:12]})"
 
 
 def _git_describe() -> str | None:

@@ -1,51 +1,29 @@
 """The processes of a run's ranks: started by the first one, and ended together.
 
 Lightning ends the first rank by SIGKILL if another one fails, without a word, and leaves the others waiting if the
-first one is killed. Here every rank watches: where one is lost, the others end with one sentence.
+first one is killed. Here every rank watches the others (`core.training.rank_watch`).
 """
 
 import os
-import signal
 import socket
 import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from core.command import show_cursor
 from core.contracts.errors import Interrupted, RunFailed, UserError
+from core.training.heartbeats import DONE, FAILED, FOLLOWS, Heartbeats
 from core.training.launchers import FIRST_RANK, Launch
-
-POLL_SECONDS = 0.5
-"""Seconds between looks at the other processes."""
-
-GRACE_SECONDS = 2.0
-"""Seconds that a rank gets to notice by itself that another one is lost."""
-
-RENDEZVOUS_TIMEOUT = 300.0
-"""Seconds within which all ranks have to meet at the start."""
-
-
-CONNECTION_LOSS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "ncclRemoteError",
-)
-"""How gloo and NCCL report that the process of another rank has ended, possibly on another machine."""
-
-
-class RankLost(RunFailed):
-    """Another rank ended before the run was done; each rank that is left says so."""
+from core.training.rank_logs import FIRST_STDERR, open_log
+from core.training.rank_watch import RankLost, RankWatch
 
 
 class RunEnvironment(LightningEnvironment):
@@ -101,7 +79,22 @@ class RunEnvironment(LightningEnvironment):
 
 
 class RankLauncher(_SubprocessScriptLauncher):
-    """Starts the other ranks, and watches over them while a function runs."""
+    """Starts the other ranks, and watches over them while a function runs.
+
+    Args:
+        environment: this rank among the others.
+        folder: the run folder, with the logs of the ranks.
+        timeout: how long a collective waits for a rank; None: as long as torch decides.
+    """
+
+    def __init__(
+        self, environment: RunEnvironment, folder: Path, timeout: timedelta | None = None
+    ) -> None:
+        launch = environment.launch
+        super().__init__(environment, launch.ranks_per_node, launch.nodes)
+        self.environment = environment
+        self.folder = folder
+        self.timeout = timeout
 
     def launch(
         self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kw: Any
@@ -111,118 +104,81 @@ class RankLauncher(_SubprocessScriptLauncher):
         Raises:
             RankLost: another rank ended before the function did.
         """
-        environment = self.cluster_environment
-        assert isinstance(environment, RunEnvironment)
+        environment = self.environment
+        launch = environment.launch
         if not environment.creates_processes_externally:
-            os.environ[FIRST_RANK] = str(os.getpid())
             self._call_children_scripts()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        watch = RankWatch(environment.launch, self.procs)
+        beats = Heartbeats(launch, environment.main_address, environment.main_port)
+        watch = RankWatch(launch, self.procs, beats, self.folder, self.timeout)
         watch.start()
+        state = FAILED
         try:
-            return function(*args, **kw)
-        except (Interrupted, KeyboardInterrupt, SystemExit):
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                self._start_process_group(trainer.strategy)
+            result = function(*args, **kw)
+            state = DONE
+            return result
+        except Interrupted:
+            state = DONE
+            raise
+        except (KeyboardInterrupt, SystemExit):
             raise
         except (RunFailed, UserError):
             watch.end_children()
             raise
         except Exception as error:
-            lost = watch.wait_until_lost()
+            lost = watch.reason_of(error)
             watch.end_children()
-            if lost is None and is_connection_loss(error):
-                lost = f"rank {environment.launch.rank} has lost its connection to another rank, so the run ends"
             if lost is None:
                 raise
+            state = FOLLOWS
             raise RankLost(lost) from error
         finally:
             watch.stop()
+            beats.end(state)
 
+    def _start_process_group(self, strategy: Any) -> None:
+        """Starts the process group of torchrun's ranks, with keys of its own for each attempt in the agent's store.
 
-def is_connection_loss(error: BaseException) -> bool:
-    """Whether a collective failed because the process of another rank has ended."""
-    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(sign in text for sign in CONNECTION_LOSS)
+        Otherwise torch finds the addresses of ranks there that the agent has ended. Lightning takes the group as it is.
+        """
+        launch = self.environment.launch
+        timeout = self.timeout or timedelta(minutes=30)
+        address, port = self.environment.main_address, self.environment.main_port
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address, port, timeout=timeout, wait_for_workers=False
+        )
+        attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        device = strategy.root_device
+        dist.init_process_group(
+            strategy._get_process_group_backend(),
+            store=dist.PrefixStore(attempt, store),  # type: ignore[attr-defined]
+            rank=launch.rank,
+            world_size=launch.world,
+            timeout=timeout,
+            device_id=None if device.type == "cpu" else device,
+        )
 
-
-class RankWatch:
-    """Watches the other ranks in a thread, and ends this process if one of them is lost.
-
-    The process ends at once, because its main thread may wait for the lost rank inside a library.
-
-    Args:
-        launch: this rank.
-        children: the ranks that this process has started on its machine, from rank 1 on; none of a launcher's tasks.
-    """
-
-    def __init__(self, launch: Launch, children: list["subprocess.Popen[Any]"]) -> None:
-        self.rank = launch.rank
-        self.world = launch.world
-        self.parent = launch.parent
-        self.children = children
-        self.deadline = time.monotonic() + RENDEZVOUS_TIMEOUT
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="rank-watch")
-
-    def start(self) -> None:
-        """Starts watching."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stops watching."""
-        self._stopped.set()
-
-    def lost(self) -> str | None:
-        """The sentence about a rank that has ended or has not come; None if all is well."""
-        for rank, child in enumerate(self.children, start=1):
-            code = child.poll()
-            if code:
-                ended = _ended(code)
-                return f"rank {rank} (process {child.pid}) {ended} before the run was done, so the run ends"
-        if self.parent is not None and os.getppid() != self.parent:
-            return f"rank 0 (process {self.parent}) ended before the run was done, so rank {self.rank} ends too"
-        if not dist.is_initialized() and time.monotonic() > self.deadline:
-            waited = f"has waited {RENDEZVOUS_TIMEOUT:.0f} s for the {self.world} ranks to meet"
-            return f"rank {self.rank} {waited}, and ends"
-        return None
-
-    def wait_until_lost(self) -> str | None:
-        """Stops watching; returns the sentence about a lost rank, which may take a moment to end."""
-        self.stop()
-        until = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < until:
-            lost = self.lost()
-            if lost is not None:
-                return lost
-            time.sleep(0.05)
-        return None
-
-    def end_children(self) -> None:
-        """Ends the ranks that this one has started."""
-        self.stop()
-        for child in self.children:
-            with suppress(ProcessLookupError):
-                child.kill()
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(POLL_SECONDS):
-            lost = self.lost()
-            if lost is not None and not self._stopped.wait(GRACE_SECONDS):
-                self._end(lost)
-
-    def _end(self, lost: str) -> None:
-        """Ends this process and those that it has started."""
-        self.end_children()
-        show_cursor()
-        os.write(2, f"moeloom: {lost}\n".encode())
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os._exit(1)
-
-
-def _ended(code: int) -> str:
-    """How a process ended, from its exit code."""
-    if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+    def _call_children_scripts(self) -> None:
+        """Starts the other ranks of this machine, each with a log of its own for what it prints."""
+        environment = self.environment
+        world = environment.launch.world
+        os.environ[FIRST_RANK] = str(os.getpid())
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        command = _basic_subprocess_cmd()
+        first_stderr = os.dup(2)
+        for rank in range(1, world):
+            variables = {**os.environ, "LOCAL_RANK": str(rank)}
+            inherited: tuple[int, ...] = ()
+            if rank == 1:
+                variables[FIRST_STDERR] = str(first_stderr)
+                inherited = (first_stderr,)
+            log = open_log(self.folder, Launch(rank, world))
+            process = subprocess.Popen(
+                command, env=variables, stdout=log, stderr=log, pass_fds=inherited
+            )
+            os.close(log)
+            self.procs.append(process)
+        os.close(first_stderr)

@@ -45,7 +45,7 @@ FILES = (
 )
 """The files of a run that was trained here."""
 
-FOLDERS = ("checkpoints", "tensorboard")
+FOLDERS = ("checkpoints", "logs", "tensorboard")
 """Its folders."""
 
 

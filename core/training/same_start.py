@@ -1,4 +1,4 @@
-"""Compares what the ranks of a run are about to train, which they read from files that may differ between machines."""
+"""Compares what the ranks of a run are about to train, and with which code: files may differ between machines."""
 
 import hashlib
 import json
@@ -23,16 +23,20 @@ class Start:
         step: the step after which it continues; 0 at the start of a run.
         recipe: the hash of its recipe.
         data: the hash of its training data.
+        code: its version of moeloom, with a hash of the source.
+        torch: its version of torch.
     """
 
     node: int
     step: int
     recipe: str
     data: str
+    code: str
+    torch: str
 
 
 class SameStart(L.Callback):
-    """Ends a run before its first step if the ranks have read different checkpoints, recipes or data.
+    """Ends a run before its first step if the ranks differ in checkpoint, recipe, data, code or version of torch.
 
     Args:
         start: what this rank is about to train.
@@ -64,6 +68,12 @@ def first_difference(starts: Sequence[Start], folder: Path) -> str | None:
     first = starts[0]
     for rank, start in enumerate(starts):
         who = f"rank {rank} on node {start.node}"
+        if start.torch != first.torch:
+            why = f"has torch {start.torch}, and rank 0 has torch {first.torch}"
+            return f"{who} {why}: all nodes must have the same packages"
+        if start.code != first.code:
+            why = f"runs moeloom {start.code}, and rank 0 runs {first.code}"
+            return f"{who} {why}: all nodes must have the same code, that of plugins included"
         if start.step != first.step:
             why = f"would continue after step {start.step}, and rank 0 after step {first.step}"
             return f"{folder}: {who} {why}: all nodes must see the same run folder, on a shared file system"

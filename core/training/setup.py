@@ -77,7 +77,8 @@ def make_trainer(
     )
     trainer._signal_connector = _NoSignals(trainer)
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        trainer.strategy._launcher = RankLauncher(environment, launch.ranks_per_node, launch.nodes)
+        timeout = getattr(trainer.strategy, "_timeout", None)
+        trainer.strategy._launcher = RankLauncher(environment, folder, timeout)
     world.compare(trainer.num_devices * trainer.num_nodes)
     return trainer
 

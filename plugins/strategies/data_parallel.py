@@ -6,7 +6,16 @@ from typing import Any, Literal
 from core.contracts.component import Environment
 from core.contracts.schema import setting
 from core.contracts.strategy import StrategyFactory
-from plugins.strategies.devices import check_nodes, check_share, device_arguments, missing_gpu
+from plugins.strategies.devices import (
+    TIMEOUT,
+    TIMEOUT_DOC,
+    check_nodes,
+    check_share,
+    check_timeout,
+    device_arguments,
+    missing_gpu,
+    timeout_of,
+)
 
 
 class Single(StrategyFactory):
@@ -46,11 +55,13 @@ class DataParallel(StrategyFactory):
         accelerator: Literal["auto", "cpu", "cuda"] = setting(
             "auto", doc="auto: GPUs if there are any"
         )
+        timeout_minutes: float = setting(TIMEOUT, doc=TIMEOUT_DOC)
 
         def check(self, parent: Any) -> None:
             """Raises `ConfigError` if the ranks cannot share a micro-batch, or one of validation, evenly."""
             check_share(parent, "ranks", self.ranks)
             check_nodes(self.nodes, self.ranks)
+            check_timeout(self.timeout_minutes)
 
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
@@ -61,7 +72,7 @@ class DataParallel(StrategyFactory):
         """The Trainer's arguments; buffers are not broadcast: every rank updates its bias from the same counts."""
         from lightning.pytorch.strategies import DDPStrategy
 
-        strategy = DDPStrategy(broadcast_buffers=False)
         config = self.config
+        strategy = DDPStrategy(broadcast_buffers=False, timeout=timeout_of(config))
         devices = device_arguments(config.accelerator, ranks=config.ranks, nodes=config.nodes)
         return {**devices, "strategy": strategy}

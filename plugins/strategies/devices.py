@@ -1,9 +1,16 @@
 """What the strategies share: checks of devices, machines and batches, and the Trainer's arguments for devices."""
 
+from datetime import timedelta
 from typing import Any
 
 from core.contracts.component import Environment
 from core.contracts.errors import ConfigError
+
+TIMEOUT = 30.0
+"""Default of `timeout_minutes`."""
+
+TIMEOUT_DOC = "minutes that ranks wait for one that is late, before the run ends"
+"""What the reference says about `timeout_minutes`."""
 
 
 def missing_gpu(config: Any, environment: Environment) -> str | None:
@@ -17,6 +24,17 @@ def check_nodes(nodes: int, ranks: int) -> None:
     """Raises `ConfigError` if the ranks cannot be shared equally by the nodes."""
     if nodes < 1 or ranks % nodes:
         raise ConfigError("nodes", f"must be at least 1, and divide ranks = {ranks}")
+
+
+def check_timeout(minutes: float) -> None:
+    """Raises `ConfigError` if collectives would wait for no time, or for ever."""
+    if not 0 < minutes < float("inf"):
+        raise ConfigError("timeout_minutes", "must be greater than 0")
+
+
+def timeout_of(config: Any) -> timedelta:
+    """How long a collective waits for a rank."""
+    return timedelta(minutes=config.timeout_minutes)
 
 
 def device_arguments(accelerator: str, *, ranks: int, nodes: int) -> dict[str, Any]:

@@ -12,7 +12,16 @@ from core.contracts.component import Environment
 from core.contracts.errors import ConfigError
 from core.contracts.schema import Child, Section, child, sections_in, setting
 from core.contracts.strategy import StrategyFactory
-from plugins.strategies.devices import check_nodes, check_share, device_arguments, missing_gpu
+from plugins.strategies.devices import (
+    TIMEOUT,
+    TIMEOUT_DOC,
+    check_nodes,
+    check_share,
+    check_timeout,
+    device_arguments,
+    missing_gpu,
+    timeout_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,6 +39,7 @@ class ShardedSettings:
         True, doc="free a block's gathered weights after its forward, and gather them again"
     )
     offload: bool = setting(False, doc="keep weights and optimizer states in the memory of the CPU")
+    timeout_minutes: float = setting(TIMEOUT, doc=TIMEOUT_DOC)
 
 
 class _Sharded(StrategyFactory):
@@ -47,7 +57,9 @@ class _Sharded(StrategyFactory):
         config = self.config
         ranks = self.ranks_of(config)
         devices = device_arguments(config.accelerator, ranks=ranks, nodes=config.nodes)
-        return {**devices, "strategy": ShardedStrategy(self, offload=config.offload)}
+        strategy = ShardedStrategy(self, offload=config.offload)
+        strategy._timeout = timeout_of(config)
+        return {**devices, "strategy": strategy}
 
     def gradient_scale(self, ranks: int) -> float:
         """1, because FSDP2 is set to add gradients up."""
@@ -82,6 +94,7 @@ class FullyShardedDataParallel(_Sharded):
         def check(self, parent: Any) -> None:
             """Raises `ConfigError` if the ranks cannot share a batch evenly, or the machines the ranks."""
             check_nodes(self.nodes, self.ranks)
+            check_timeout(self.timeout_minutes)
             check_share(parent, "ranks", self.ranks)
 
     def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
@@ -142,6 +155,7 @@ class ExpertParallel(_Sharded):
                     "ranks", f"must be a multiple of expert_ranks = {self.expert_ranks}"
                 )
             check_nodes(self.nodes, ranks)
+            check_timeout(self.timeout_minutes)
             self._check_ranks_per_node(ranks)
             check_share(parent, "expert_ranks" if self.ranks is None else "ranks", ranks)
             if "between_ranks" not in _capabilities(self.dispatcher):

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ import core
 from core.contracts.schedule import Schedule, Segment
 from core.extension.loader import find_plugins, load_plugins
 from core.extension.registry import SLOTS, Entry
+from core.fit import parser
 from core.recipe import model_schema, trainer_keys
 from core.recipe import recipe_schema as schema
 from core.training.resume import MAY_CHANGE, REPRODUCED
@@ -213,9 +215,9 @@ def test_the_python_of_the_recipes_page_runs(block: object) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_override_that_a_document_prints_composes(document: Path) -> None:
     for line in document.read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"(?:python -m core\.fit) (dsv3_\w+) (.+)$", line):
-            overrides = [word.strip("'") for word in match[2].split()]
-            core.compose(match[1], overrides)
+        if match := re.match(r"\w.* -m core\.fit (dsv3_\w+ .+)$", line):
+            arguments = parser().parse_intermixed_args(shlex.split(match[1], comments=True))
+            core.compose(arguments.recipe, arguments.overrides)
 
 
 def _names(value: object) -> set[str]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from lab import ROOT, Lab, assert_same_run, rows
+
+import core
 
 ONE_NODE = "strategy={name: ddp, ranks: 2, accelerator: cpu}"
 TWO_NODES = "strategy={name: ddp, ranks: 2, nodes: 2, accelerator: cpu}"
@@ -171,12 +175,46 @@ def test_a_node_that_does_not_see_the_run_folder_starts_no_training(
     ):
         _, err = first.communicate(timeout=SECONDS)
         _, other_err = second.communicate(timeout=SECONDS)
-    assert (first.returncode, second.returncode) == (2, 2), err + other_err
-    for printed in (err, other_err):
+    assert (first.returncode, second.returncode) == (2, 2), err
+    assert other_err == ""
+    log = (tmp_path / "elsewhere" / "logs" / "rank-00001.log").read_text()
+    for printed in (err, log):
         assert "rank 1 on node 1 would continue after step 0, and rank 0 after step" in printed
         assert "all nodes must see the same run folder" in printed
         assert "Traceback" not in printed
-    assert not list((tmp_path / "elsewhere").iterdir())
+    assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["logs"]
+
+
+@pytest.mark.parametrize("what", ["another recipe", "code"])
+def test_a_node_with_another_recipe_or_other_code_starts_no_training(
+    lab: Lab, tmp_path: Path, what: str
+) -> None:
+    run = tmp_path / "run"
+    variables = srun(1)
+    overrides = []
+    if what == "code":
+        for package in ("core", "plugins"):
+            shutil.copytree(ROOT / package, tmp_path / "copy" / package)
+        with (tmp_path / "copy" / "core" / "run" / "summary.py").open("a") as file:
+            file.write("# one line more\n")
+        variables["PYTHONPATH"] = f"{tmp_path / 'copy'}:{ROOT / 'tests'}"
+    else:
+        overrides = ["optimizer.lr=0.004"]
+    with (
+        started(fit(lab, run), tmp_path, srun(0)) as first,
+        started(fit(lab, run, *overrides), tmp_path, variables) as second,
+    ):
+        _, err = first.communicate(timeout=SECONDS)
+        second.communicate(timeout=SECONDS)
+    assert (first.returncode, second.returncode) == (2, 2), err
+    expected = "rank 1 on node 1 has read another recipe than rank 0: all nodes must have the same"
+    if what == "code":
+        expected = f"rank 1 on node 1 runs moeloom {core.__version__} (source "
+    log = (run / "logs" / "rank-00001.log").read_text()
+    for printed in (err, log):
+        assert printed.count("moeloom: ") == 1
+        assert f"moeloom: {expected}" in printed
+    assert not list((run / "checkpoints").glob("*.ckpt"))
 
 
 def test_a_node_ends_when_another_is_killed(lab: Lab, tmp_path: Path) -> None:
@@ -186,7 +224,11 @@ def test_a_node_ends_when_another_is_killed(lab: Lab, tmp_path: Path) -> None:
         second.kill()
         _, err = first.communicate(timeout=60)
     assert first.returncode == 1, err
-    assert "rank 0 has lost its connection to another rank, so the run ends" in err
+    # A rank that is killed within its first seconds may not have said yet which process it is.
+    who = rf"rank 1( \(process {second.pid} on {re.escape(socket.gethostname())}\))?"
+    end = f"has ended before the run was done, so the run ends; its log: {run}/logs/rank-00001.log"
+    assert re.search(rf"^moeloom: {who} {re.escape(end)}$", err, re.MULTILINE), err
+    assert err.count("moeloom: ") == 1
     assert "Traceback" not in err
 
 

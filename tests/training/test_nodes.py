@@ -1,5 +1,6 @@
 """Tasks of torchrun and srun on several machines are the ranks of a run, or one sentence says why they cannot be."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ from lab import Lab
 
 from core.contracts.errors import UserError
 from core.training.launchers import Launch, launch_of, without_launcher
-from core.training.rank_processes import RunEnvironment, is_connection_loss
+from core.training.rank_processes import RunEnvironment
+from core.training.rank_watch import is_connection_loss, is_timeout
 from core.training.same_start import Start, first_difference
 from plugins.strategies.data_parallel import DataParallel
 
@@ -225,13 +227,21 @@ def test_lightning_counts_devices_of_one_node() -> None:
 def test_ranks_that_start_otherwise_are_named() -> None:
     """A node that does not see the run folder would begin at the first step."""
     folder = Path("runs/a")
-    first = Start(0, 5, "recipe", "data")
-    assert first_difference([first, Start(1, 5, "recipe", "data")], folder) is None
+    first = Start(0, 5, "recipe", "data", "0.1.0 (source 1f0c)", "2.13.0")
+    there = replace(first, node=1)
+    assert first_difference([first, there], folder) is None
     others = {
-        Start(1, 0, "recipe", "data"): "runs/a: rank 1 on node 1 would continue after step 0, and "
+        replace(there, step=0): "runs/a: rank 1 on node 1 would continue after step 0, and "
         "rank 0 after step 5: all nodes must see the same run folder",
-        Start(1, 5, "other", "data"): "rank 1 on node 1 has read another recipe than rank 0",
-        Start(1, 5, "recipe", "other"): "rank 1 on node 1 has read other training data than rank 0",
+        replace(there, recipe="other"): "rank 1 on node 1 has read another recipe than rank 0",
+        replace(there, data="other"): "rank 1 on node 1 has read other training data than rank 0",
+        replace(
+            there, code="0.1.0 (source 9d3e)"
+        ): "rank 1 on node 1 runs moeloom 0.1.0 (source 9d3e), and rank 0 "
+        "runs 0.1.0 (source 1f0c): all nodes must have the same code",
+        replace(
+            there, torch="2.12.1"
+        ): "rank 1 on node 1 has torch 2.12.1, and rank 0 has torch 2.13.0: all nodes",
     }
     for other, sentence in others.items():
         found = first_difference([first, other], folder)
@@ -244,3 +254,6 @@ def test_a_lost_connection_is_not_any_error() -> None:
     assert is_connection_loss(RuntimeError(closed))
     assert not is_connection_loss(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_connection_loss(ValueError(closed))
+    late = RuntimeError("Timed out waiting 1800000ms for recv operation to complete")
+    assert is_timeout(late)
+    assert not is_connection_loss(late)

@@ -100,12 +100,18 @@ def test_rank_1_ends_when_rank_0_is_killed(lab: Lab, tmp_path: Path, while_train
         _, err = process.communicate(timeout=180)
         assert time.monotonic() - began < BOUND
     assert has_ended(child)
-    sentence = f"rank 0 (process {process.pid}) ended before the run was done, so rank 1 ends too"
-    assert err.count("moeloom: ") == 1
+    log = (run / "logs" / "rank-00001.log").read_text()
+    sentence = (
+        f"moeloom: rank 0 (process {process.pid}) ended before the run was done, so rank 1 ends too"
+    )
     # Before it has read its environment, rank 1 only finds that its parent is another process.
     early = "is not the process that started this one"
-    assert sentence in err or (early in err and not while_training)
-    assert "Traceback" not in err
+    assert log.count("moeloom: ") == 1
+    if while_training or early not in log:
+        assert err.count("moeloom: ") == 1
+        assert sentence in err
+        assert sentence in log
+    assert "Traceback" not in err + log
 
 
 @pytest.mark.parametrize("while_training", [False, True])
@@ -121,7 +127,10 @@ def test_rank_0_ends_when_rank_1_is_killed(lab: Lab, tmp_path: Path, while_train
         _, err = process.communicate(timeout=180)
         assert time.monotonic() - began < BOUND
     assert process.returncode == 1
-    sentence = f"rank 1 (process {child}) was ended by SIGKILL before the run was done"
+    sentence = (
+        f"moeloom: rank 1 (process {child}) was ended by SIGKILL before the run was done, so the run ends; "
+        f"its log: {run}/logs/rank-00001.log\n"
+    )
     assert err.count("moeloom: ") == 1
     assert sentence in err
     assert "Traceback" not in err
@@ -143,14 +152,18 @@ def job_with_a_free_port() -> str:
 def test_a_rank_that_nobody_joins_ends(lab: Lab, tmp_path: Path) -> None:
     """The second task of srun does not come."""
     program = (
-        "import runpy, sys, core.training.rank_processes as ranks; ranks.RENDEZVOUS_TIMEOUT = 3.0; "
+        "import runpy, sys, core.training.rank_watch as ranks; ranks.RENDEZVOUS_TIMEOUT = 3.0; "
         "runpy.run_module('core.fit', run_name='__main__', alter_sys=True)"
     )
     command = [sys.executable, "-c", program, *fit(lab, tmp_path / "run")[2:]]
     with started(command, tmp_path, srun_task(0, job_with_a_free_port())) as process:
         _, err = process.communicate(timeout=180)
     assert process.returncode == 1, err
-    assert "rank 0 has waited 3 s for the 2 ranks to meet, and ends" in err
+    log = tmp_path / "run" / "logs" / "rank-00001.log"
+    sentence = (
+        "moeloom: rank 0 has waited 3 s for the 2 ranks to meet, and ends: rank 1 has not come; "
+    )
+    assert f"{sentence}it has no log at {log}\n" in err
 
 
 def test_two_tasks_of_srun_are_the_ranks(lab: Lab, tmp_path: Path) -> None:

@@ -1,0 +1,182 @@
+"""Memory of one rank under the recipe's own strategy: what it owns, what it gathers, and its activations.
+
+Under `fsdp` and `expert_parallel` a rank owns an equal part of every weight, gradient and optimizer state. On top it
+holds, whole, the weights that are in use and the gradients that have not been added up over the ranks yet.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.analysis.activations import (
+    ActivationBytes,
+    Widths,
+    block_activations,
+    head_activations,
+)
+from core.analysis.products import MatrixProduct, Products
+from core.contracts.precision import Precision
+from core.model.block import Block
+from core.model.language_model import LanguageModel
+from core.recipe.compose import Recipe
+from core.recipe.plan import TrainingPlan
+
+CONVENTION = (
+    "per rank, in bytes, at the end of a batch ramp; owned: weights, gradients and optimizer states, divided over all "
+    "ranks if the strategy divides weights; whole weights: those outside of blocks and, of divided blocks, two at a "
+    "time (one runs, the next is gathered), with the experts of one rank; whole gradients: in fp32, those outside "
+    "of blocks and of one block, or of all blocks where a step has several micro-batches; activations: of one "
+    "micro-batch, with the recipe's recompute.blocks, even load; without buffers of communication, workspaces and the "
+    "allocator's loss"
+)
+
+
+@dataclass
+class _Unit:
+    """Weights that are gathered together.
+
+    Args:
+        weights: bytes of the gathered weights on one rank.
+        gradients: bytes of their whole gradients on one rank.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+
+
+def per_rank(
+    recipe: Recipe,
+    model: LanguageModel,
+    plan: TrainingPlan,
+    products: Products,
+    precision: Precision,
+) -> dict[str, Any] | None:
+    """The memory of one rank, as plain containers; None where one rank trains.
+
+    Args:
+        recipe: its strategy, its batch and its optimizer decide.
+        model: the recipe's, on the meta device.
+        plan: the recipe's steps.
+        products: the model's matrix-product layers.
+        precision: the recipe's.
+    """
+    component, config = recipe.strategy.component, recipe.strategy.config
+    ranks = component.ranks_of(config)
+    if ranks == 1:
+        return None
+    expert_ranks = (component.expert_layout_of(config) or (1, 1))[0]
+    owners = ranks if component.shards else 1
+    owned = _owned(recipe, model, owners)
+    micro_batches = plan.window(plan.steps - 1).count
+    whole = _Unit()
+    if component.shards:
+        keeps = not getattr(config, "reshard_after_forward", True)
+        counter = _Gathered(model, products, precision, expert_ranks)
+        whole = counter.whole(keeps_weights=keeps, keeps_gradients=micro_batches > 1)
+    sequences = recipe.batch.sequences // ranks
+    tokens = sequences * recipe.data.sequence_length
+    activations = tokens * _activations(model, products, precision)
+    parts = {
+        **owned,
+        "whole_weights": whole.weights,
+        "whole_gradients": whole.gradients,
+        "activations": activations,
+    }
+    on_cpu = sum(owned.values()) if getattr(config, "offload", False) else 0
+    return {
+        "ranks": ranks,
+        "nodes": component.nodes_of(config),
+        "expert_ranks": expert_ranks,
+        "sequences": sequences,
+        "micro_batches": micro_batches,
+        **parts,
+        "total": sum(parts.values()) - on_cpu,
+        "on_cpu": on_cpu,
+        "convention": CONVENTION,
+    }
+
+
+def _owned(recipe: Recipe, model: LanguageModel, owners: int) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer states, divided evenly and rounded up."""
+    optimizer = recipe.optimizer.component(recipe.optimizer.config)
+    weights = 0
+    states = 0
+    for parameter in model.parameters():
+        weights += -(-parameter.numel() // owners) * parameter.element_size()
+        states += -(-optimizer.state_bytes(parameter) // owners)
+    return {"weights": weights, "gradients": weights, "optimizer": states}
+
+
+class _Gathered:
+    """Counts what is whole on one rank of a model whose weights are divided.
+
+    Args:
+        model, products, precision: the arguments of `per_rank`.
+        expert_ranks: ranks over which the experts are divided; a rank gathers its own experts only.
+    """
+
+    def __init__(
+        self, model: LanguageModel, products: Products, precision: Precision, expert_ranks: int
+    ) -> None:
+        self.model = model
+        self.share: dict[nn.Parameter, int] = {}
+        self.gathered_bytes: dict[nn.Parameter, int] = {}
+        for layer, product in products.items():
+            for parameter in layer.parameters():
+                if product.groups:
+                    self.share[parameter] = expert_ranks
+                if precision.compute_dtype(product.role) == torch.bfloat16:
+                    self.gathered_bytes[parameter] = 2
+
+    def whole(self, *, keeps_weights: bool, keeps_gradients: bool) -> _Unit:
+        """The largest sum of what is whole at once.
+
+        Args:
+            keeps_weights: whether blocks stay gathered from their forward to their backward.
+            keeps_gradients: whether gradients are exchanged in the last of several micro-batches only.
+        """
+        blocks = [part for part in self.model.modules() if isinstance(part, Block)]
+        inside = {parameter for block in blocks for parameter in block.parameters()}
+        total = _Unit()
+        for parameter in self.model.parameters():
+            if parameter not in inside:
+                total.weights += parameter.numel() * parameter.element_size()
+                total.gradients += parameter.numel() * 4
+        units = [self._unit(block) for block in blocks]
+        weights = sorted((unit.weights for unit in units), reverse=True)
+        gradients = sorted((unit.gradients for unit in units), reverse=True)
+        total.weights += sum(weights if keeps_weights else weights[:2])
+        total.gradients += sum(gradients if keeps_gradients else gradients[:1])
+        return total
+
+    def _unit(self, block: Block) -> _Unit:
+        """The whole weights and gradients of a block on one rank."""
+        unit = _Unit()
+        for parameter in block.parameters():
+            held = parameter.numel() // self.share.get(parameter, 1)
+            width = self.gathered_bytes.get(parameter, parameter.element_size())
+            unit.weights += held * width
+            unit.gradients += held * 4
+        return unit
+
+
+def _activations(model: LanguageModel, products: Products, precision: Precision) -> int:
+    """Bytes of activations for one token of a micro-batch, with the recipe's recomputation."""
+    widths = Widths(precision)
+    kept = 0
+    again = 0
+    for block in model.modules():
+        if isinstance(block, Block):
+            policy = "full" if block.recompute else "none"
+            found = block_activations(block, products, widths)
+            kept += found.kept(policy)
+            again = max(again, found.recomputed(policy))
+    norm = widths.norm(model.norm.dim)
+    kept += ActivationBytes(norm, norm, norm).none
+    vocabulary, dim = model.embedding.weight.shape
+    output = products.get(model.output, MatrixProduct("head", dim, vocabulary))
+    for _, head in model.loss_heads():
+        kept += head_activations(head, output, products, widths).none
+    return kept + again
