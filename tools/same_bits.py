@@ -308,8 +308,11 @@ def _second_differences(
 def _forget_second_half(folder: Path) -> None:
     """Reduces a finished run folder to what a kill after its first checkpoint would leave."""
     checkpoints = sorted((folder / "checkpoints").glob("step-*.ckpt"))
-    for file in checkpoints[1:]:
-        file.unlink()
+    for checkpoint in checkpoints[1:]:
+        if checkpoint.is_dir():
+            shutil.rmtree(checkpoint)
+        else:
+            checkpoint.unlink()
     for name in ("summary.json", "sample.txt"):
         (folder / name).unlink()
 

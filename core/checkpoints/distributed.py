@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -44,32 +45,34 @@ from torch.futures import Future
 
 from core.checkpoints.index import (
     FileRecord,
-    Part,
     ShardedTensor,
     ShardIndex,
+    StoredShard,
     files_left_over,
 )
-from core.checkpoints.parts import LocalPart
+from core.checkpoints.listing import remove_aside, set_aside
 from core.checkpoints.shards import ShardReader
+from core.checkpoints.tensor_shard import TensorShard
+from core.contracts.errors import UserError
 from core.storage.files import sync_folder
 
 FILE_BYTES = 2**30
 """A file is closed when its tensors have this many bytes."""
 
 
-def _chunk(part: LocalPart) -> ChunkStorageMetadata:
+def _chunk(part: TensorShard) -> ChunkStorageMetadata:
     """The place of a part, as DCP says it."""
     return ChunkStorageMetadata(torch.Size(part.offsets), part.tensor.shape)
 
 
-class PartsSavePlanner(DefaultSavePlanner):
+class ShardSavePlanner(DefaultSavePlanner):
     """Plans the writing of parts.
 
     Args:
         parts: those of this rank, by the names of their tensors.
     """
 
-    def __init__(self, parts: Mapping[str, LocalPart]) -> None:
+    def __init__(self, parts: Mapping[str, TensorShard]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.parts = parts
 
@@ -97,14 +100,14 @@ class PartsSavePlanner(DefaultSavePlanner):
         return tensor
 
 
-class PartsLoadPlanner(DefaultLoadPlanner):
+class ShardLoadPlanner(DefaultLoadPlanner):
     """Plans the reading of parts, into the tensors that hold them.
 
     Args:
         parts: those of this rank, by the names of their tensors.
     """
 
-    def __init__(self, parts: Mapping[str, LocalPart]) -> None:
+    def __init__(self, parts: Mapping[str, TensorShard]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.parts = parts
 
@@ -128,54 +131,50 @@ class ShardWriter(StorageWriter):
 
     Args:
         folder: the checkpoint.
-        rest: the bytes of the file with everything but tensors; the first rank's count.
+        rest: the bytes of the file with everything but tensors, which the first rank writes.
     """
 
     def __init__(self, folder: Path, rest: bytes) -> None:
         self.folder = folder
         self.rest = rest
         self.token = secrets.token_hex(4)
+        self.written: list[Path] = []
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begins another save; nothing is kept of an earlier one."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Makes the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Prepares nothing: folders are made when all ranks have planned."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Returns the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Gives each rank its number, with which the names of its files begin."""
+        """Gives each rank its number, with which the names of its files begin, and makes the folder."""
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            set_aside(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         return [
             SavePlan(plan.items, rank, plan.planner_data, plan.usable)
             for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes this rank's parts; the files are removed if one cannot be written."""
+        """Writes this rank's parts."""
         results: list[WriteResult] = []
-        written: list[Path] = []
-        try:
-            for number, items in enumerate(_files(plan.items)):
-                tensors: dict[str, Tensor] = {}
-                for item in items:
-                    part = planner.resolve_data(item)
-                    assert isinstance(part, Tensor)
-                    tensors[item.index.fqn] = part.detach().cpu().contiguous()
-                name = f"rank-{plan.storage_data:05d}-{self.token}-{number:03d}.safetensors"
-                content = safetensors.torch.save(tensors)
-                written.append(self.folder / name)
-                _write(written[-1], content)
-                record = FileRecord.of(content)
-                results += [WriteResult(item.index, record.size, (name, record)) for item in items]
-        except BaseException:
-            for file in written:
-                with suppress(OSError):
-                    file.unlink(missing_ok=True)
-            raise
+        for number, items in enumerate(_files(plan.items)):
+            tensors: dict[str, Tensor] = {}
+            for item in items:
+                part = planner.resolve_data(item)
+                assert isinstance(part, Tensor)
+                tensors[item.index.fqn] = part.detach().cpu().contiguous()
+            name = f"rank-{plan.storage_data:05d}-{self.token}-{number:03d}.safetensors"
+            content = safetensors.torch.save(tensors)
+            self.written.append(self.folder / name)
+            _write(self.written[-1], content)
+            record = FileRecord.of(content)
+            results += [WriteResult(item.index, record.size, (name, record)) for item in items]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -183,7 +182,8 @@ class ShardWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Writes everything but tensors, and the index; then removes the files of an earlier save."""
         rest = f"rest-{self.token}.pt"
-        _write(self.folder / rest, self.rest)
+        self.written.append(self.folder / rest)
+        _write(self.written[-1], self.rest)
         files = {rest: FileRecord.of(self.rest)}
         place: dict[tuple[str, tuple[int, ...]], str] = {}
         for result in (one for of_rank in results for one in of_rank):
@@ -193,15 +193,25 @@ class ShardWriter(StorageWriter):
         tensors: dict[str, ShardedTensor] = {}
         for name, found in metadata.state_dict_metadata.items():
             assert isinstance(found, TensorStorageMetadata)
-            parts = [
-                Part(place[name, tuple(chunk.offsets)], tuple(chunk.offsets), tuple(chunk.sizes))
+            shards = [
+                StoredShard(
+                    place[name, tuple(chunk.offsets)], tuple(chunk.offsets), tuple(chunk.sizes)
+                )
                 for chunk in found.chunks
             ]
-            tensors[name] = ShardedTensor(found.properties.dtype, tuple(found.size), tuple(parts))
+            tensors[name] = ShardedTensor(found.properties.dtype, tuple(found.size), tuple(shards))
         sync_folder(self.folder)
         ShardIndex(rest, files, tensors).write(self.folder)
+        sync_folder(self.folder.parent)
+        remove_aside(self.folder)
         for file in files_left_over(self.folder):
             file.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Deletes what this rank has written, after a save that failed on some rank."""
+        for file in self.written:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -225,13 +235,13 @@ class ShardStorageReader(StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The tensors and their parts, from the index."""
         tensors: dict[str, Any] = {}
-        files: dict[MetadataIndex, Part] = {}
+        files: dict[MetadataIndex, StoredShard] = {}
         for name, tensor in self.reader.index.tensors.items():
             chunks = []
-            for part in tensor.parts:
-                offsets = torch.Size(part.offsets)
-                chunks.append(ChunkStorageMetadata(offsets, torch.Size(part.shape)))
-                files[MetadataIndex(name, offsets)] = part
+            for shard in tensor.shards:
+                offsets = torch.Size(shard.offsets)
+                chunks.append(ChunkStorageMetadata(offsets, torch.Size(shard.shape)))
+                files[MetadataIndex(name, offsets)] = shard
             properties = TensorProperties(dtype=tensor.dtype)
             tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
         return Metadata(tensors, storage_data=files)
@@ -240,7 +250,7 @@ class ShardStorageReader(StorageReader):
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
         """Notes in which file each part is."""
-        self.files: Mapping[MetadataIndex, Part] = metadata.storage_data
+        self.files: Mapping[MetadataIndex, StoredShard] = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Returns the plan as it is."""
@@ -253,13 +263,13 @@ class ShardStorageReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads what this rank needs, straight into its tensors."""
         for item in plan.items:
-            piece = tuple(
+            place = tuple(
                 slice(offset, offset + length)
                 for offset, length in zip(item.storage_offsets, item.lengths, strict=True)
             )
             stored = self.files[item.storage_index]
             target = planner.resolve_tensor(item)
-            target.detach().copy_(self.reader.piece(item.storage_index.fqn, stored, piece))
+            target.detach().copy_(self.reader.read_stored(item.storage_index.fqn, stored, place))
             planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)
@@ -271,8 +281,8 @@ class ShardStorageReader(StorageReader):
         return True
 
 
-def save_parts(
-    parts: Mapping[str, LocalPart],
+def save_shards(
+    parts: Mapping[str, TensorShard],
     rest: Any,
     folder: Path,
     group: dist.ProcessGroup,
@@ -283,7 +293,7 @@ def save_parts(
 
     Args:
         parts: this rank's parts by the names of their tensors; all ranks name the same tensors.
-        rest: everything else, in plain containers and small tensors; the first rank's counts.
+        rest: everything else, in plain containers and small tensors; that of the first rank is written.
         folder: the checkpoint; its index is replaced when all else is on the disk.
         group: all ranks, by a backend for tensors of the CPU, which nothing else uses while a save is under way.
         asynchronous: whether the parts are copied now and written while the caller goes on.
@@ -297,30 +307,44 @@ def save_parts(
     content = io.BytesIO()
     if dist.get_rank() == 0:
         torch.save(rest, content)
+    writer = ShardWriter(folder, content.getvalue())
     options: dict[str, Any] = {
-        "storage_writer": ShardWriter(folder, content.getvalue()),
-        "planner": PartsSavePlanner(parts),
+        "storage_writer": writer,
+        "planner": ShardSavePlanner(parts),
         "process_group": group,
     }
     tensors = {name: part.tensor.detach() for name, part in parts.items()}
     if not asynchronous:
-        save(tensors, **options)
+        try:
+            save(tensors, **options)
+        except BaseException:
+            writer.discard()
+            raise
         return None
     future = async_save(tensors, **options)
     assert isinstance(future, SaveFuture)
+    future.add_done_callback(lambda done: writer.discard() if done.exception() else None)
     return future
 
 
-def load_parts(parts: Mapping[str, LocalPart], reader: ShardReader) -> None:
+def load_shards(parts: Mapping[str, TensorShard], reader: ShardReader) -> None:
     """Reads parts of tensors of a sharded checkpoint into the tensors that hold them; every rank calls this.
 
     Args:
         parts: this rank's parts by the names of their tensors, which need not be those that were written.
         reader: the checkpoint.
+
+    Raises:
+        UserError: a rank could not read its parts; raised on every rank.
     """
     tensors = {name: part.tensor for name, part in parts.items()}
     storage = ShardStorageReader(reader)
-    load(tensors, storage_reader=storage, planner=PartsLoadPlanner(parts))
+    try:
+        load(tensors, storage_reader=storage, planner=ShardLoadPlanner(parts))
+    except CheckpointException as failed:
+        rank, (cause, _) = min(failed.failures.items())
+        why = " ".join(str(cause).split())[:300]
+        raise UserError(f"{reader.folder}: rank {rank} cannot read its parts: {why}") from cause
 
 
 def _files(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:

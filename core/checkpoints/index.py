@@ -1,14 +1,15 @@
-"""The index of a sharded checkpoint: which tensors it holds, in which parts, in which files.
+"""The index of a sharded checkpoint: which tensors it holds, in which shards, in which files.
 
-A sharded checkpoint is a folder. Its tensors are in safetensors files, each of which holds the parts of tensors that
-one rank has written; everything else that a checkpoint holds is in one file of plain containers. `index.json` lists the
-files with their checksums, and for each tensor the parts with their offsets. It is written last and replaced at once:
-a folder without it is no checkpoint, and what it does not list is no part of the checkpoint.
+A sharded checkpoint is a folder. Its tensors are in safetensors files, each of which holds shards of tensors that one
+rank has written; everything else that a checkpoint holds, the rest, is in one file of plain containers. `index.json`
+lists the files with their checksums, and for each tensor its shards with their offsets. It is written last and
+replaced at once: a folder without it is no checkpoint, and what it does not list is no part of the checkpoint.
 """
 
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from core.contracts.errors import UserError
+from core.storage.digests import digest_of
 from core.storage.documents import DocumentError, check_regular, read_object
 from core.storage.files import is_plain_name, write_text
 
@@ -26,8 +28,13 @@ INDEX = "index.json"
 FORMAT = "moeloom-shards-1"
 """What an index says that it is."""
 
-LARGEST_INDEX = 2 * 2**30
-"""Bytes of the largest index that is read."""
+LARGEST_INDEX = 2**30
+"""Bytes of the largest index that is read; one for 1,000 tensors on 2,048 ranks has about 100 MB."""
+
+_WRITTEN = re.compile(
+    r"rank-\d{5,}-[0-9a-f]{8}-\d{3,}\.safetensors|rest-[0-9a-f]{8}\.pt|\.index\.json\.[0-9a-f]{8}\.tmp"
+)
+"""The names of the files that a save writes, but for the index."""
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -50,11 +57,11 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of a tensor in a file.
+class StoredShard:
+    """A part of a tensor in a file.
 
     Args:
-        file: the name of the file, in which the part has the name of its tensor.
+        file: the name of the file, in which the shard has the name of its tensor.
         offsets: the place of its first number in the whole tensor.
         shape: its shape.
     """
@@ -66,14 +73,14 @@ class Part:
     def overlap(
         self, offsets: Sequence[int], shape: Sequence[int]
     ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-        """The numbers that the part shares with a box of the tensor: slices of the part, and of the box.
+        """The numbers that the shard has in common with a slice of the tensor.
 
         Args:
-            offsets: the place of the box's first number in the whole tensor.
-            shape: the shape of the box.
+            offsets: the place of the slice's first number in the whole tensor.
+            shape: the shape of the slice.
 
         Returns:
-            Both slices; None if the part and the box share no number.
+            Their place in the shard, and their place in the slice; None if there are none.
         """
         mine: list[slice] = []
         theirs: list[slice] = []
@@ -89,11 +96,11 @@ class Part:
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A tensor of a sharded checkpoint: its whole shape, and the parts that make it up."""
+    """A tensor of a sharded checkpoint: its whole shape, and the shards that make it up."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    shards: tuple[StoredShard, ...]
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,9 @@ class ShardIndex:
         numbers = {name: number for number, name in enumerate(self.files)}
         tensors = {}
         for name, tensor in self.tensors.items():
-            parts = [[numbers[part.file], part.offsets, part.shape] for part in tensor.parts]
+            shards = [[numbers[one.file], one.offsets, one.shape] for one in tensor.shards]
             dtype = str(tensor.dtype).removeprefix("torch.")
-            tensors[name] = {"dtype": dtype, "shape": tensor.shape, "parts": parts}
+            tensors[name] = {"dtype": dtype, "shape": tensor.shape, "shards": shards}
         files = [[name, record.size, record.sha256] for name, record in self.files.items()]
         document = {"format": FORMAT, "rest": self.rest, "files": files, "tensors": tensors}
         document["sha256"] = _digest_of(document)
@@ -150,7 +157,7 @@ def is_sharded(checkpoint: Path) -> bool:
 
 
 def read_index(folder: Path) -> ShardIndex:
-    """Reads the index of a sharded checkpoint, and checks that its files are there and that parts make up each tensor.
+    """Reads the index of a sharded checkpoint, and checks that its files are there and that shards make up each tensor.
 
     Raises:
         DocumentError: the index is damaged, or a file is missing or has another size.
@@ -181,10 +188,12 @@ def read_index(folder: Path) -> ShardIndex:
 
 def _tensor_of(value: Mapping[str, Any], names: Sequence[str]) -> ShardedTensor:
     """The tensor that an entry of an index describes."""
-    parts: list[Part] = []
-    for number, offsets, shape in value["parts"]:
-        parts.append(Part(names[number], _sizes(offsets), _sizes(shape)))
-    return ShardedTensor(DTYPES[value["dtype"]], _sizes(value["shape"]), tuple(parts))
+    shards: list[StoredShard] = []
+    for number, offsets, shape in value["shards"]:
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r}: must be the number of a file")
+        shards.append(StoredShard(names[number], _sizes(offsets), _sizes(shape)))
+    return ShardedTensor(DTYPES[value["dtype"]], _sizes(value["shape"]), tuple(shards))
 
 
 def _sizes(values: Iterable[Any]) -> tuple[int, ...]:
@@ -196,7 +205,7 @@ def _sizes(values: Iterable[Any]) -> tuple[int, ...]:
 
 
 def _check(index: ShardIndex) -> None:
-    """Raises `ValueError` unless the names are those of files, and the parts of each tensor make up its whole."""
+    """Raises `ValueError` for names of no file, and for shards that do not make up a tensor or fit into a file."""
     if index.rest not in index.files:
         raise ValueError(f"rest = {index.rest!r}: must be one of its files")
     for name, record in index.files.items():
@@ -204,17 +213,33 @@ def _check(index: ShardIndex) -> None:
             raise ValueError(f"{name!r}: is no name of a file")
         if type(record.size) is not int or not isinstance(record.sha256, str):
             raise ValueError(f"{name}: its size or checksum is missing")
+    needed = dict.fromkeys(index.files, 0)
     for name, tensor in index.tensors.items():
-        held = 0
-        for part in tensor.parts:
-            ends = (o + n for o, n in zip(part.offsets, part.shape, strict=True))
-            if any(end > size for end, size in zip(ends, tensor.shape, strict=True)):
-                raise ValueError(f"{name}: a part lies outside of it")
-            held += math.prod(part.shape)
-        if len({part.offsets for part in tensor.parts}) < len(tensor.parts):
-            raise ValueError(f"{name}: two of its parts begin at one place")
-        if held != math.prod(tensor.shape):
-            raise ValueError(f"{name}: its parts hold {held} of {math.prod(tensor.shape)} numbers")
+        _check_shards(name, tensor)
+        for shard in tensor.shards:
+            needed[shard.file] += math.prod(shard.shape) * tensor.dtype.itemsize
+    for name, size in needed.items():
+        if size > index.files[name].size:
+            raise ValueError(f"{name}: has {index.files[name].size} bytes, and {size} of tensors")
+
+
+def _check_shards(name: str, tensor: ShardedTensor) -> None:
+    """Raises `ValueError` unless the shards of a tensor are a grid: intervals that make up the length of each axis."""
+    intervals: list[set[tuple[int, int]]] = [set() for _ in tensor.shape]
+    for shard in tensor.shards:
+        for axis, place in enumerate(zip(shard.offsets, shard.shape, strict=True)):
+            intervals[axis].add(place)
+    end = 0
+    for length, places in zip(tensor.shape, intervals, strict=True):
+        end = 0
+        for begin, size in sorted(places):
+            end = end + size if begin == end else -1
+        if end != length and not (length == 0 and not places):
+            raise ValueError(f"{name}: its shards do not make up the whole")
+    distinct = {shard.offsets for shard in tensor.shards}
+    expected = math.prod(len(places) for places in intervals) if math.prod(tensor.shape) else 0
+    if len(tensor.shards) != expected or len(distinct) != expected:
+        raise ValueError(f"{name}: its shards do not make up the whole")
 
 
 def first_changed_file(
@@ -233,40 +258,42 @@ def first_changed_file(
         The sentence about the first file that has changed; None if there is none.
     """
     names = {
-        part.file
+        shard.file
         for name, tensor in index.tensors.items()
         if name.startswith(prefix)
-        for part in tensor.parts
+        for shard in tensor.shards
     }
     for name in sorted(names)[rank::ranks]:
-        path = folder / name
-        try:
-            with path.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as cause:
-            return f"{path}: cannot be read: {cause.strerror}"
-        if found != index.files[name].sha256:
-            return f"{path}: has changed since it was written: its checksum is another one"
+        changed = change_of(folder, index, name)
+        if changed:
+            return changed
+    return None
+
+
+def change_of(folder: Path, index: ShardIndex, name: str) -> str | None:
+    """The sentence about a file that is not the one that was written; None if it is."""
+    path = folder / name
+    try:
+        found = digest_of(path)
+    except OSError as cause:
+        return f"{path}: cannot be read: {cause.strerror}"
+    if found != index.files[name].sha256:
+        return f"{path}: has changed since it was written: its checksum is another one"
     return None
 
 
 def files_left_over(folder: Path) -> Iterator[Path]:
-    """Yields the files of a sharded checkpoint that its index does not list: a save that did not end left them.
+    """Yields files that saves have written into a folder and its index does not list: one that did not end left them.
 
-    Raises:
-        UserError: the index is damaged.
+    Files with other names are not ours. Nothing is left over where the index is damaged: what it listed is not known.
     """
     listed: set[str] = set()
     if is_sharded(folder):
-        listed = {INDEX, *read_index(folder).files}
+        try:
+            listed = {INDEX, *read_index(folder).files}
+        except UserError:
+            return
     for path in sorted(folder.iterdir()):
-        is_own = path.suffix in (".safetensors", ".pt", ".tmp")
-        if path.name not in listed and is_own and path.is_file():
+        is_own = _WRITTEN.fullmatch(path.name) is not None
+        if path.name not in listed and is_own and path.is_file() and not path.is_symlink():
             yield path
-
-
-def check_is_whole(folder: Path) -> None:
-    """Raises `UserError` for a folder that is in the place of a checkpoint and has no index."""
-    if folder.is_dir() and not is_sharded(folder):
-        why = f"is no whole checkpoint: {INDEX} is missing, which is written last"
-        raise UserError(f"{folder}: {why}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.checkpoints.index import INDEX, is_sharded
+from core.checkpoints.index import INDEX, change_of, is_sharded
 from core.checkpoints.listing import other_checkpoints
 from core.checkpoints.shards import MODEL, ShardReader
 from core.contracts.errors import UserError
@@ -28,12 +28,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         return _read_file(path)
     reader = open_shards(path)
-    with _naming_others(path):
+    with _listing_others(path):
         reader.check()
-        return _with_tensors(_read_file(path / reader.index.rest), reader, reader.tensor)
+        return _with_tensors(reader, reader.tensor)
 
 
-def read_outline(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """Reads a checkpoint's content without the numbers of a sharded one, whose tensors are on the meta device.
 
     Raises:
@@ -42,14 +42,18 @@ def read_outline(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         return _read_file(path)
-    reader = open_shards(path)
+    return metadata_of(open_shards(path))
 
-    def outline(name: str) -> Tensor:
+
+def metadata_of(reader: ShardReader) -> dict[str, Any]:
+    """Reads what `read_metadata` does, of a sharded checkpoint that is open."""
+
+    def without_numbers(name: str) -> Tensor:
         found = reader.index.tensors[name]
         return torch.empty(found.shape, dtype=found.dtype, device="meta")
 
-    with _naming_others(path):
-        return _with_tensors(_read_file(path / reader.index.rest), reader, outline)
+    with _listing_others(reader.folder):
+        return _with_tensors(reader, without_numbers)
 
 
 def open_shards(path: Path) -> ShardReader:
@@ -58,7 +62,7 @@ def open_shards(path: Path) -> ShardReader:
     Raises:
         UserError: it is not whole.
     """
-    with _naming_others(path):
+    with _listing_others(path):
         if not is_sharded(path):
             why = f"{INDEX}, which is written last, is missing"
             raise UserError(f"{path}: not a whole checkpoint: {why}")
@@ -70,7 +74,7 @@ def open_shards(path: Path) -> ShardReader:
 
 
 @contextmanager
-def _naming_others(path: Path) -> Iterator[None]:
+def _listing_others(path: Path) -> Iterator[None]:
     """Adds the folder's other checkpoints to an error message about one."""
     try:
         yield
@@ -78,14 +82,16 @@ def _naming_others(path: Path) -> Iterator[None]:
         raise UserError(f"{cause}{other_checkpoints(path)}") from cause
 
 
-def _with_tensors(
-    content: dict[str, Any], reader: ShardReader, value_of: Callable[[str], Tensor]
-) -> dict[str, Any]:
+def _with_tensors(reader: ShardReader, value_of: Callable[[str], Tensor]) -> dict[str, Any]:
     """The content of a sharded checkpoint with its tensors in their places.
 
     Raises:
-        UserError: there is no place for one.
+        UserError: the file with the rest has changed, or there is no place in it for a tensor.
     """
+    changed = change_of(reader.folder, reader.index, reader.index.rest)
+    if changed:
+        raise UserError(changed)
+    content = _read_file(reader.folder / reader.index.rest)
     try:
         for name in reader.index.tensors:
             if name.startswith(MODEL):
@@ -94,7 +100,7 @@ def _with_tensors(
                 number, _, parameter, key = name.removeprefix(OPTIMIZERS).split(".", 3)
                 values = content["optimizer_states"][int(number)]["state"][int(parameter)]
                 values[key] = value_of(name)
-    except (KeyError, IndexError, TypeError, ValueError) as cause:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as cause:
         why = f"the tensor {name} has no place in {reader.index.rest}"
         raise UserError(f"{reader.folder}: is damaged: {why}") from cause
     return content

@@ -9,9 +9,10 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from core.checkpoints.content import diverged, not_finite
-from core.checkpoints.listing import remove_checkpoint
+from core.checkpoints.listing import remove_aside, remove_checkpoint, set_aside
 from core.checkpoints.reading import read_checkpoint
 from core.contracts.errors import UserError
+from core.storage.files import is_disk_full
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,9 +34,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if target.is_dir():
-                remove_checkpoint(target)
+            if target.is_dir() and not target.is_symlink():
+                set_aside(target)
             os.replace(temporary, target)
+            remove_aside(target)
         except (OSError, RuntimeError) as cause:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -61,16 +63,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Deletes a checkpoint."""
         remove_checkpoint(Path(path))
 
+    def is_saving(self, path: Path) -> bool:
+        """Whether a save of this checkpoint is under way: here each is done when it returns."""
+        return False
+
     def wait(self) -> None:
-        """Returns when no save is under way: here each is done when it returns."""
+        """Returns when no save is under way."""
 
 
 def not_written(target: Path, cause: BaseException, who: str = "") -> UserError:
     """The error about a checkpoint that cannot be written."""
     reason = "the disk is full or rejects the write"
+    advice = "free some space and continue"
     if isinstance(cause, OSError) and cause.strerror:
         reason = cause.strerror
+        if not is_disk_full(cause):
+            advice = "make its folder writable and continue"
     return UserError(
         f"{target}: this checkpoint cannot be written ({who}{reason}); the earlier ones in its folder are whole: "
-        f"free some space and continue with --resume {target.parent.parent}"
+        f"{advice} with --resume {target.parent.parent}"
     )

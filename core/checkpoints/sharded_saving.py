@@ -13,17 +13,17 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from core.checkpoints.distributed import save_parts
-from core.checkpoints.parts import LocalPart
+from core.checkpoints.distributed import save_shards
 from core.checkpoints.reading import OPTIMIZERS
 from core.checkpoints.saving import AtomicCheckpointIO, not_written
 from core.checkpoints.shards import MODEL
+from core.checkpoints.tensor_shard import TensorShard
 
 
 class ShardedCheckpointIO(AtomicCheckpointIO):
     """Checkpoints of which each rank writes the parts that it holds; every rank calls each method.
 
-    In the content that is saved, the tensors of the model and of the optimizers are `LocalPart`s.
+    In the content that is saved, the tensors of the model and of the optimizers are `TensorShard`s.
 
     Args:
         asynchronous: whether training goes on while a checkpoint is written. The next save waits for it.
@@ -53,12 +53,14 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
         self.wait()
         parts, rest = split_content(checkpoint)
         folder = Path(path)
-        with _one_sentence(folder):
-            if dist.get_rank() == 0 and folder.is_file():
-                folder.unlink()
-            pending = save_parts(parts, rest, folder, self.group, asynchronous=self.asynchronous)
+        with _as_user_error(folder):
+            pending = save_shards(parts, rest, folder, self.group, asynchronous=self.asynchronous)
         if pending is not None:
             self._pending = folder, pending
+
+    def is_saving(self, path: Path) -> bool:
+        """Whether a save of this checkpoint is under way."""
+        return self._pending is not None and self._pending[0] == path
 
     def wait(self) -> None:
         """Returns when no save is under way.
@@ -70,7 +72,7 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
             return
         folder, pending = self._pending
         self._pending = None
-        with _one_sentence(folder):
+        with _as_user_error(folder):
             pending.result()
 
     def teardown(self) -> None:
@@ -78,12 +80,12 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
         self.wait()
 
 
-def split_content(content: dict[str, Any]) -> tuple[dict[str, LocalPart], dict[str, Any]]:
+def split_content(content: dict[str, Any]) -> tuple[dict[str, TensorShard], dict[str, Any]]:
     """The tensors of the model and of the optimizers by name, and everything else of a checkpoint."""
-    parts: dict[str, LocalPart] = {}
+    parts: dict[str, TensorShard] = {}
     state: dict[str, Any] = {}
     for name, value in content["state_dict"].items():
-        if isinstance(value, LocalPart):
+        if isinstance(value, TensorShard):
             parts[f"{MODEL}{name}"] = value
         else:
             state[name] = value
@@ -93,7 +95,7 @@ def split_content(content: dict[str, Any]) -> tuple[dict[str, LocalPart], dict[s
         for parameter, values in optimizer["state"].items():
             kept[parameter] = {}
             for key, value in values.items():
-                if isinstance(value, LocalPart):
+                if isinstance(value, TensorShard):
                     parts[f"{OPTIMIZERS}{number}.state.{parameter}.{key}"] = value
                 else:
                     kept[parameter][key] = value
@@ -102,14 +104,17 @@ def split_content(content: dict[str, Any]) -> tuple[dict[str, LocalPart], dict[s
 
 
 @contextlib.contextmanager
-def _one_sentence(folder: Path) -> Iterator[None]:
-    """Turns a failure to write on some rank into a `UserError` on every rank."""
+def _as_user_error(folder: Path) -> Iterator[None]:
+    """Turns a failure to write on some rank into a `UserError` on every rank.
+
+    What is neither of the disk nor of torch is an error of the program, and raised as it is.
+    """
     try:
         yield
     except CheckpointException as failed:
         rank, (cause, _) = min(failed.failures.items())
         if not isinstance(cause, OSError | RuntimeError):
-            raise
+            raise cause from failed
         raise not_written(folder, cause, f"rank {rank}: ") from cause
     except OSError as cause:
         raise not_written(folder, cause) from cause

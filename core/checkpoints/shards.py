@@ -1,6 +1,5 @@
-"""Reads tensors of a sharded checkpoint: any box of them, whatever the parts are in which they were written."""
+"""Reads tensors of a sharded checkpoint, or slices of them, whatever the shards are in which they were written."""
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from core.checkpoints.index import INDEX, Part, ShardedTensor, first_changed_file, read_index
+from core.checkpoints.index import (
+    INDEX,
+    ShardedTensor,
+    StoredShard,
+    first_changed_file,
+    read_index,
+)
 from core.contracts.errors import UserError
 from core.storage.documents import DocumentError
 
@@ -55,48 +60,46 @@ class ShardReader:
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
         found = self.index.tensors[name]
-        return self.box(name, [0] * len(found.shape), found.shape)
+        return self.read_slice(name, [0] * len(found.shape), found.shape)
 
-    def box(self, name: str, offsets: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """A box of a tensor, in the format in which it is stored.
+    def read_slice(self, name: str, offsets: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A slice of a tensor, in the format in which it is stored.
 
         Args:
             name: the tensor's.
-            offsets: the place of the box's first number in the whole tensor.
-            shape: the shape of the box.
+            offsets: the place of the slice's first number in the whole tensor.
+            shape: the shape of the slice.
 
         Raises:
             DocumentError: a file does not hold what the index says.
         """
         found = self.index.tensors[name]
-        box = torch.empty(tuple(shape), dtype=found.dtype)
-        held = 0
-        for part in found.parts:
-            both = part.overlap(offsets, shape)
+        result = torch.empty(tuple(shape), dtype=found.dtype)
+        for shard in found.shards:
+            both = shard.overlap(offsets, shape)
             if both is not None:
-                box[both[1]] = self.piece(name, part, both[0])
-                held += math.prod(s.stop - s.start for s in both[1])
-        if held != box.numel():
-            raise DocumentError(self.folder / INDEX, f"{name}: its parts do not make up the whole")
-        return box
+                in_shard, in_slice = both
+                result[in_slice] = self.read_stored(name, shard, in_shard)
+        return result
 
-    def piece(self, name: str, part: Part, piece: tuple[slice, ...]) -> Tensor:
-        """Numbers of one part.
+    def read_stored(self, name: str, shard: StoredShard, place: tuple[slice, ...]) -> Tensor:
+        """Some numbers of a stored shard.
 
         Args:
             name: the tensor's.
-            part: the part.
-            piece: which of its numbers, a slice for each axis.
+            shard: the shard.
+            place: which of its numbers, a slice for each axis.
 
         Raises:
-            DocumentError: the file does not hold the part as the index says.
+            DocumentError: the file does not hold the shard as the index says.
         """
-        file = self.folder / part.file
+        file = self.folder / shard.file
         found: ShardedTensor = self.index.tensors[name]
         try:
-            stored = self._open(part.file).get_slice(name)
-            if tuple(stored.get_shape()) == part.shape:
-                numbers: Tensor = stored[piece] if piece else self._open(part.file).get_tensor(name)
+            opened = self._open(shard.file)
+            stored = opened.get_slice(name)
+            if tuple(stored.get_shape()) == shard.shape:
+                numbers: Tensor = stored[place] if place else opened.get_tensor(name)
                 if numbers.dtype == found.dtype:
                     return numbers
         except (SafetensorError, OSError) as cause:

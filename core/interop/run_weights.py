@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from core.checkpoints.reading import read_checkpoint
-from core.interop.shard_rows import ShardRows
+from core.checkpoints.reading import open_shards, read_checkpoint
+from core.interop.shard_rows import ShardRows, specs_of
 from core.interop.shards import shards_of
 from core.interop.tensors import SCALE, InMemoryTensors, TensorReader, TensorSpec
 from core.training.run_folder import WEIGHTS_INDEX, RunFolder
@@ -36,6 +36,19 @@ def weights_of(checkpoint: Path) -> TensorReader:
         if torch.is_tensor(value) and not name.endswith("_extra_state"):
             tensors[name] = value
     return InMemoryTensors(tensors)
+
+
+def shapes_of(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the model's tensors; of a sharded checkpoint or a converted run no number is read.
+
+    Raises:
+        UserError: a file is damaged, has changed, or was not written by this program.
+    """
+    if checkpoint.is_dir():
+        return {name: spec.shape for name, spec in specs_of(open_shards(checkpoint)).items()}
+    if is_converted(checkpoint):
+        return {name: spec.shape for name, spec in model_specs(weights_of(checkpoint)).items()}
+    return {name: tuple(tensor.shape) for name, tensor in state_of(checkpoint).items()}
 
 
 def reads_rows(checkpoint: Path) -> bool:

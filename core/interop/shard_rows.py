@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from core.checkpoints.reading import open_shards
-from core.checkpoints.shards import MODEL
+from core.checkpoints.shards import MODEL, ShardReader
 from core.interop.tensors import TensorReader, TensorSpec
 
 PREFIX = f"{MODEL}model."
@@ -28,25 +28,31 @@ class ShardRows(TensorReader):
     def __init__(self, checkpoint: Path) -> None:
         self._reader = open_shards(checkpoint)
         self._reader.check(MODEL)
-        self.specs = {}
-        for name, tensor in self._reader.index.tensors.items():
-            if name.startswith(PREFIX):
-                self.specs[name.removeprefix(PREFIX)] = TensorSpec(tensor.dtype, tensor.shape)
+        self.specs = specs_of(self._reader)
 
     def read_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Reads the rows, whatever the parts are that hold them."""
         spec = self.specs[name]
         rows = [torch.empty(0, spec.width, dtype=spec.dtype)]
-        for offsets, shape in _boxes(spec.shape, begin, end):
-            box = self._reader.box(f"{PREFIX}{name}", offsets, shape)
-            rows.append(box.reshape(-1, spec.width))
+        for offsets, shape in _slices(spec.shape, begin, end):
+            numbers = self._reader.read_slice(f"{PREFIX}{name}", offsets, shape)
+            rows.append(numbers.reshape(-1, spec.width))
         return torch.cat(rows)
 
 
-def _boxes(
+def specs_of(reader: ShardReader) -> dict[str, TensorSpec]:
+    """The number formats and shapes of the model's tensors in a sharded checkpoint."""
+    specs: dict[str, TensorSpec] = {}
+    for name, tensor in reader.index.tensors.items():
+        if name.startswith(PREFIX):
+            specs[name.removeprefix(PREFIX)] = TensorSpec(tensor.dtype, tensor.shape)
+    return specs
+
+
+def _slices(
     shape: tuple[int, ...], begin: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yields the offsets and the shapes of boxes that together are the rows from `begin` to `end` of a tensor."""
+    """Yields the offsets and the shapes of slices that together are the rows from `begin` to `end` of a tensor."""
     if len(shape) < 2:
         if end > begin:
             yield (0,) * len(shape), shape
@@ -58,6 +64,6 @@ def _boxes(
     while begin < end:
         number, first = divmod(begin, inner)
         stop = min(inner, first + end - begin)
-        for offsets, lengths in _boxes(shape[1:], first, stop):
+        for offsets, lengths in _slices(shape[1:], first, stop):
             yield (number, *offsets), (1, *lengths)
         begin += stop - first

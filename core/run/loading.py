@@ -10,12 +10,12 @@ from torch import nn
 from core.assemble import build
 from core.checkpoints.index import first_changed_file
 from core.checkpoints.listing import is_checkpoint
-from core.checkpoints.parts import LocalPart
 from core.checkpoints.reading import open_shards
 from core.checkpoints.shards import MODEL
+from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import NotFiniteError, UserError
 from core.interop.finite import FiniteTensors
-from core.interop.run_weights import model_specs, reads_rows, state_of, weights_of
+from core.interop.run_weights import model_specs, reads_rows, shapes_of, state_of, weights_of
 from core.interop.shard_rows import PREFIX
 from core.interop.tensors import TensorReader, chunks
 from core.model.language_model import LanguageModel
@@ -58,11 +58,7 @@ def check_weights(model: nn.Module, checkpoint: Path) -> None:
     Raises:
         UserError: the first missing, unexpected or differently shaped tensor, by name.
     """
-    if reads_rows(checkpoint):
-        shapes = {name: spec.shape for name, spec in model_specs(weights_of(checkpoint)).items()}
-    else:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state_of(checkpoint).items()}
-    _check_shapes(model, shapes, checkpoint)
+    _check_shapes(model, shapes_of(checkpoint), checkpoint)
 
 
 def load_weights(
@@ -138,8 +134,8 @@ def _load_sharded(model: nn.Module, checkpoint: Path, parts: Mapping[str, Weight
         if not isinstance(value, torch.Tensor):
             continue
         own = local(value)
-        part = parts[name].place(own) if name in parts else LocalPart.whole(own)
-        own.copy_(reader.box(f"{PREFIX}{name}", part.offsets, own.shape))
+        part = parts[name].place(own) if name in parts else TensorShard.whole(own)
+        own.copy_(reader.read_slice(f"{PREFIX}{name}", part.offsets, own.shape))
     found = first_text_over_ranks(not_finite_in(local_state(model)))
     if found:
         raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")

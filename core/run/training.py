@@ -51,6 +51,9 @@ NO_VALIDATION = (
 )
 """The note of a run that trains on all of its text."""
 
+NO_MORE_CHECKPOINTS = "checkpoint.every_steps is null: the last weights are not saved, and {} stays the newest checkpoint"
+"""The note of a run that is continued and saves nothing further."""
+
 
 def fit(
     recipe: Recipe,
@@ -128,6 +131,8 @@ def _start_or_resume(
         every = int(recipe.trainer.get("log_every_n_steps", 1))
         for section in recipe.loggers:
             lost += make(section).check_resume(folder.path, step=start.step, every=every)
+        if recipe.checkpoint.every_steps is None:
+            lost.append(NO_MORE_CHECKPOINTS.format(start.path.name))
     for note in lost:
         say(f"note: {note}")
     return _fit(recipe, folder, launch, start, say, moved=moved, trust=trust, lost=lost)

@@ -321,6 +321,8 @@ def save_step(trainer: L.Trainer, module: TrainingModule, folder: Path) -> None:
     One that was saved before the step's validation is replaced after it.
     """
     path = folder / "checkpoints" / checkpoint_name(module.windows_done)
+    if checkpoint_files(trainer).is_saving(path):
+        wait_until_saved(trainer)
     validated = module.windows_done == module.pending_step and not module.validation_pending
     if trainer.strategy.broadcast(is_checkpoint(path) and not validated):
         return
@@ -333,9 +335,14 @@ def save_step(trainer: L.Trainer, module: TrainingModule, folder: Path) -> None:
 
 def wait_until_saved(trainer: L.Trainer) -> None:
     """Returns when every checkpoint is on the disk, also those that are written while training goes on."""
+    checkpoint_files(trainer).wait()
+
+
+def checkpoint_files(trainer: L.Trainer) -> AtomicCheckpointIO:
+    """What writes the checkpoints of a run."""
     files = trainer.strategy.checkpoint_io
     assert isinstance(files, AtomicCheckpointIO)
-    files.wait()
+    return files
 
 
 def checkpoint_name(step: int) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from core.checkpoints.content import check_content, diverged, not_finite
 from core.checkpoints.listing import checkpoints_in, is_checkpoint
-from core.checkpoints.reading import read_outline
+from core.checkpoints.reading import open_shards, read_metadata
 from core.contracts.errors import UserError
 from core.recipe.compose import Recipe, compose_run
 from core.storage.lock import LOCK, is_locked
@@ -108,7 +108,7 @@ def newest(folder: RunFolder) -> Resume | None:
     files = checkpoints_in(folder.path)
     if not files:
         return None
-    content = read_outline(files[-1])
+    content = read_metadata(files[-1])
     check_content(content, files[-1])
     found = not_finite(content)
     if found:
@@ -150,6 +150,8 @@ def newest_checkpoint(path: Path) -> Path:
     """
     if is_checkpoint(path):
         return path
+    if path.is_dir() and path.suffix == ".ckpt":
+        open_shards(path)  # says what is missing
     files = checkpoints_in(path)
     converted = RunFolder(path).converted_weights
     if not files and converted.is_file():

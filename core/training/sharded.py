@@ -4,6 +4,7 @@ Checkpoints have the same content under every strategy, in one file or in shards
 strategy, with another number of ranks.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from core.checkpoints.content import diverged, not_finite
-from core.checkpoints.distributed import load_parts
+from core.checkpoints.distributed import load_shards
 from core.checkpoints.index import first_changed_file
 from core.checkpoints.listing import other_checkpoints
-from core.checkpoints.parts import LocalPart
-from core.checkpoints.reading import OPTIMIZERS, open_shards, read_outline
+from core.checkpoints.reading import OPTIMIZERS, metadata_of, open_shards
 from core.checkpoints.sharded_saving import ShardedCheckpointIO
 from core.checkpoints.shards import MODEL, ShardReader
+from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import UserError
 from core.contracts.strategy import StrategyFactory
 from core.numerics.promotion import at_least_fp32
@@ -124,15 +125,15 @@ class ShardedStrategy(ModelParallelStrategy):
                 found[name] = value.cpu() if isinstance(value, Tensor) else value
         return found
 
-    def _local_parts(self) -> dict[str, LocalPart]:
+    def _local_parts(self) -> dict[str, TensorShard]:
         """This rank's part of every tensor of the module, by name."""
         assert self.model is not None
-        found: dict[str, LocalPart] = {}
+        found: dict[str, TensorShard] = {}
         for name, value in self.model.state_dict().items():
             if name in self.parts:
                 found[name] = self.parts[name].place(local(value))
             elif isinstance(value, Tensor):
-                found[name] = LocalPart.whole(local(value))
+                found[name] = TensorShard.whole(local(value))
         return found
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -149,13 +150,13 @@ class ShardedStrategy(ModelParallelStrategy):
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         state = optimizer.state_dict()
         if self.saves_shards:
-            return self._converted(optimizer, state, WeightShard.place)
+            return self._convert_state(optimizer, state, WeightShard.place)
 
-        def whole(shard: WeightShard, part: Tensor) -> Tensor | None:
+        def gather(shard: WeightShard, part: Tensor) -> Tensor | None:
             gathered = shard.gather(part)
             return gathered.cpu() if self.is_global_zero else None
 
-        state = self._converted(optimizer, state, whole)
+        state = self._convert_state(optimizer, state, gather)
         return state if self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -164,7 +165,7 @@ class ShardedStrategy(ModelParallelStrategy):
         for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True)):
             optimizer = getattr(optimizer, "_optimizer", optimizer)
             if self._reader is None:
-                state = self._converted(optimizer, state, WeightShard.shard_of)
+                state = self._convert_state(optimizer, state, WeightShard.shard_of)
             else:
                 state = self._read_optimizer(optimizer, state, f"{OPTIMIZERS}{number}.state")
             optimizer.load_state_dict(state)
@@ -183,12 +184,12 @@ class ShardedStrategy(ModelParallelStrategy):
             prefix: how the names of its tensors begin.
         """
 
-        def allocated(shard: WeightShard, outline: Tensor) -> Tensor:
+        def allocate(shard: WeightShard, outline: Tensor) -> Tensor:
             return torch.empty(local(shard.weight).shape, dtype=outline.dtype)
 
-        state = self._converted(optimizer, state, allocated)
+        state = self._convert_state(optimizer, state, allocate)
         shards = self.optimized_shards(optimizer)
-        parts: dict[str, LocalPart] = {}
+        parts: dict[str, TensorShard] = {}
         for index, values in state["state"].items():
             for key, value in values.items():
                 if isinstance(value, Tensor) and value.ndim:
@@ -197,10 +198,10 @@ class ShardedStrategy(ModelParallelStrategy):
         self._check_finite({"state_dict": {}, "optimizer_states": [state]})
         return state
 
-    def _load(self, parts: Mapping[str, LocalPart]) -> None:
+    def _load(self, parts: Mapping[str, TensorShard]) -> None:
         """Reads parts of the sharded checkpoint that the run continues from."""
         assert self._reader is not None
-        load_parts(parts, self._reader)
+        load_shards(parts, self._reader)
 
     def _check_finite(self, content: Mapping[str, Any]) -> None:
         """Raises `NotFiniteError` on every rank if what one of them has read is not finite."""
@@ -211,7 +212,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if found:
             raise diverged(self._reader.folder, found)
 
-    def _converted(
+    def _convert_state(
         self,
         optimizer: Optimizer,
         state: Mapping[str, Any],
@@ -264,7 +265,22 @@ class ShardedStrategy(ModelParallelStrategy):
         changed = first_text_over_ranks(changed)
         if changed:
             raise UserError(f"{changed}{other_checkpoints(path)}")
-        return read_outline(path)
+        return metadata_of(self._reader)
+
+    def teardown(self) -> None:
+        """Ends Lightning's part, and waits for a checkpoint that is being written.
+
+        A run that ends by an exception ends by that one, also if the checkpoint cannot be written either.
+        """
+        is_failing = sys.exc_info()[0] is not None
+        try:
+            super().teardown()
+        finally:
+            try:
+                self.checkpoint_io.teardown()
+            except UserError:
+                if not is_failing:
+                    raise
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

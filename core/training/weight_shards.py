@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from core.checkpoints.parts import LocalPart
+from core.checkpoints.tensor_shard import TensorShard
+from core.contracts.errors import UserError
 from core.numerics.draw import local_part
 from core.training.local_parameters import local
 
@@ -35,12 +36,22 @@ class WeightShard:
         """Whether other ranks own other parts."""
         return self.experts is not None or isinstance(self.weight, DTensor)
 
-    def place(self, part: Tensor) -> LocalPart:
+    def place(self, part: Tensor) -> TensorShard:
         """A tensor of the form of this rank's part, with its place in the whole.
 
         Args:
             part: the part of the weight itself, or of a moment in an optimizer.
+
+        Raises:
+            UserError: the tensor has another shape.
         """
+        expected = local(self.weight).shape
+        if part.shape != expected:
+            shapes = f"{list(part.shape)}, and its weight {list(expected)} on this rank"
+            raise UserError(
+                f"a state of the optimizer has the shape {shapes}: a strategy that shards weights can only save "
+                "states of the weight's shape, or scalars"
+            )
         offsets = [0] * part.ndim
         shape = list(self.weight.shape)
         if isinstance(self.weight, DTensor):
@@ -48,7 +59,7 @@ class WeightShard:
         if self.matrices:
             offsets[0] += self.first
             shape[0] = self.matrices
-        return LocalPart(part, tuple(offsets), tuple(shape))
+        return TensorShard(part, tuple(offsets), tuple(shape))
 
     def gather(self, part: Tensor) -> Tensor:
         """Gathers a tensor of the weight's form from its parts; every rank calls this, and gets all of it.

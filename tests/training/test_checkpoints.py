@@ -125,7 +125,7 @@ def damaged(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", first_by_default(DAMAGE, keep=4))
-def test_a_damaged_checkpoint_is_one_sentence_that_names_it_and_the_others(
+def test_a_damaged_checkpoint_is_as_user_error_that_names_it_and_the_others(
     lab: Lab, damaged: Path, finished: Path, how: str
 ) -> None:
     file = checkpoints_in(damaged)[-1]
@@ -213,7 +213,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     "suddenly", [False, True], ids=["no space for a checkpoint", "no space for anything"]
 )
-def test_a_full_disk_is_one_sentence_and_loses_nothing(
+def test_a_full_disk_is_as_user_error_and_loses_nothing(
     lab: Lab, finished: Path, disk: Path, suddenly: bool
 ) -> None:
     run = disk / "run"
@@ -261,7 +261,7 @@ def test_no_flipped_bit_of_a_checkpoint_changes_what_is_read(
     assert noticed > 40
 
 
-def test_a_flipped_bit_of_a_weight_is_one_sentence_for_every_command(
+def test_a_flipped_bit_of_a_weight_is_as_user_error_for_every_command(
     lab: Lab, finished: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -1,5 +1,6 @@
 """Sharded checkpoints: every layout is read into every other one, and whatever breaks a save leaves whole ones."""
 
+import io
 import json
 import math
 import os
@@ -15,21 +16,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import flip_bit
+from lab import assert_same
 from torch import Tensor
 from two_ranks import on_two_ranks
 
 from core.checkpoints import distributed
-from core.checkpoints.distributed import load_parts, save_parts
+from core.checkpoints.distributed import load_shards, save_shards
 from core.checkpoints.index import INDEX, ShardIndex, files_left_over, is_sharded, read_index
 from core.checkpoints.listing import checkpoints_in, remove_checkpoint, remove_partial_checkpoints
-from core.checkpoints.parts import LocalPart
-from core.checkpoints.reading import read_checkpoint, read_outline
+from core.checkpoints.reading import read_checkpoint, read_metadata
+from core.checkpoints.saving import AtomicCheckpointIO
 from core.checkpoints.sharded_saving import ShardedCheckpointIO
 from core.checkpoints.shards import ShardReader
+from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import UserError
 from core.interop.shard_rows import ShardRows
 from core.storage.documents import DocumentError
 from core.testing.forked_ranks import on_ranks
+from core.training.weight_shards import WeightShard
 
 SHAPES = {
     "state_dict.model.matrix": (7, 6),
@@ -79,7 +83,7 @@ def box_of(
     return tuple(offsets), tuple(shape)
 
 
-def parts_of(rank: int, ranks: int, axes: dict[str, int], *, empty: bool) -> dict[str, LocalPart]:
+def parts_of(rank: int, ranks: int, axes: dict[str, int], *, empty: bool) -> dict[str, TensorShard]:
     """The parts of a rank, with their numbers or with others in their places."""
     parts = {}
     for name, tensor in whole_tensors().items():
@@ -87,7 +91,7 @@ def parts_of(rank: int, ranks: int, axes: dict[str, int], *, empty: bool) -> dic
         own = tensor[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))].clone()
         if empty:
             own = torch.full_like(own, 99)
-        parts[name] = LocalPart(own, offsets, tuple(tensor.shape))
+        parts[name] = TensorShard(own, offsets, tuple(tensor.shape))
     return parts
 
 
@@ -97,7 +101,7 @@ def save_on_ranks(folder: Path, ranks: int, axes: dict[str, int], work: Path) ->
 
     def save(rank: int) -> None:
         parts = parts_of(rank, ranks, axes, empty=False)
-        save_parts(parts, REST, folder, dist.group.WORLD, asynchronous=False)  # type: ignore[arg-type]
+        save_shards(parts, REST, folder, dist.group.WORLD, asynchronous=False)  # type: ignore[arg-type]
 
     on_ranks(save, work, world=ranks)
 
@@ -108,7 +112,7 @@ def load_on_ranks(folder: Path, ranks: int, axes: dict[str, int], work: Path) ->
 
     def load(rank: int) -> None:
         parts = parts_of(rank, ranks, axes, empty=True)
-        load_parts(parts, ShardReader(folder))
+        load_shards(parts, ShardReader(folder))
         expected = parts_of(rank, ranks, axes, empty=False)
         for name, part in parts.items():
             assert torch.equal(part.tensor, expected[name].tensor), name
@@ -147,13 +151,13 @@ def test_every_number_is_written_once_in_files_of_one_kind(saved: Path) -> None:
     assert {name: tensor.shape for name, tensor in index.tensors.items()} == SHAPES
     for name, tensor in index.tensors.items():
         places = torch.zeros(tensor.shape, dtype=torch.int64)
-        for part in tensor.parts:
+        for part in tensor.shards:
             ends = zip(part.offsets, part.shape, strict=True)
             places[tuple(slice(o, o + n) for o, n in ends)] += 1
         assert bool((places == 1).all()), name
     kinds: dict[str, set[str]] = {}
     for name, tensor in index.tensors.items():
-        for part in tensor.parts:
+        for part in tensor.shards:
             kinds.setdefault(part.file, set()).add(name.partition(".")[0])
     assert all(len(names) == 1 for names in kinds.values())
     assert sorted(path.name for path in saved.iterdir()) == sorted([INDEX, *index.files])
@@ -175,7 +179,7 @@ def test_one_process_reads_all_of_it(saved: Path) -> None:
 def test_an_outline_has_shapes_and_formats_and_reads_no_number(copied: Path) -> None:
     for file in copied.glob("*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))
-    content = read_outline(copied)
+    content = read_metadata(copied)
     stack = content["state_dict"]["model.stack"]
     assert stack.is_meta
     assert tuple(stack.shape) == (4, 6, 5)
@@ -232,7 +236,7 @@ def damages(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     )
 
 
-def test_every_damage_is_one_sentence_that_names_the_checkpoint(
+def test_every_damage_is_as_user_error_that_names_the_checkpoint(
     saved: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "checkpoints" / "step-00000002.ckpt"
@@ -272,23 +276,52 @@ def test_names_that_lead_out_of_the_folder_are_refused(copied: Path, name: str) 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda parts: parts.pop(), "hold"),
-        (lambda parts: parts.append(parts[0]), "begin at one place"),
-        (lambda parts: parts[1].__setitem__(1, [0, 0]), "begin at one place"),
-        (lambda parts: parts[1].__setitem__(1, [9, 0]), "outside"),
+        (lambda parts: parts.pop(), "do not make up the whole"),
+        (lambda parts: parts.append(parts[0]), "do not make up the whole"),
+        (lambda parts: parts[1].__setitem__(1, [0, 0]), "do not make up the whole"),
+        (lambda parts: parts[1].__setitem__(1, [9, 0]), "do not make up the whole"),
         (lambda parts: parts[1].__setitem__(1, [-1, 0]), "whole numbers"),
-        (lambda parts: parts[1].__setitem__(2, [2, 6]), "hold"),
+        (lambda parts: parts[1].__setitem__(2, [2, 6]), "do not make up the whole"),
         (lambda parts: parts[0].__setitem__(0, 99), "damaged"),
+        (lambda parts: parts[0].__setitem__(0, -1), "must be the number of a file"),
+        # rows 0 to 3 and 2 to 4: as many numbers as there are, at different places
+        (lambda parts: parts[1].__setitem__(1, [2, 0]), "do not make up the whole"),
     ],
 )
 def test_parts_that_do_not_make_up_a_tensor_are_refused(
     copied: Path, change: Callable[[list[Any]], object], why: str
 ) -> None:
     document = json.loads((copied / INDEX).read_text())
-    change(document["tensors"]["state_dict.model.matrix"]["parts"])
+    change(document["tensors"]["state_dict.model.matrix"]["shards"])
     (copied / INDEX).write_text(signed(document))
     with pytest.raises(UserError, match=why):
         read_checkpoint(copied)
+
+
+@pytest.mark.parametrize("shape", [[2**62], [2**40, 2**40], [10**4, 10**6]])
+def test_sizes_that_no_file_can_hold_are_refused(copied: Path, shape: list[int]) -> None:
+    document = json.loads((copied / INDEX).read_text())
+    offsets = [0] * len(shape)
+    huge = {"dtype": "float32", "shape": shape, "shards": [[0, offsets, shape]]}
+    document["tensors"]["state_dict.model.matrix"] = huge
+    (copied / INDEX).write_text(signed(document))
+    for read in (read_checkpoint, read_metadata):
+        with pytest.raises(UserError, match="of tensors"):
+            read(copied)
+
+
+def test_another_rest_is_refused(copied: Path) -> None:
+    rest = next(copied.glob("rest-*.pt"))
+    size = rest.stat().st_size
+    content = torch.load(rest, weights_only=True)
+    content["moeloom"]["windows_done"] = 4
+    changed = io.BytesIO()
+    torch.save(content, changed)
+    rest.write_bytes(changed.getvalue())
+    assert rest.stat().st_size == size
+    for read in (read_checkpoint, read_metadata):
+        with pytest.raises(UserError, match=r"rest-\w+\.pt: has changed since it was written"):
+            read(copied)
 
 
 def test_no_flipped_bit_changes_what_is_read(saved: Path, copied: Path) -> None:
@@ -303,10 +336,7 @@ def test_no_flipped_bit_changes_what_is_read(saved: Path, copied: Path) -> None:
                 found = read_checkpoint(copied)
             except UserError:
                 continue
-            for name, value in before["state_dict"].items():
-                assert name in found["state_dict"]
-                if isinstance(value, Tensor):
-                    assert torch.equal(found["state_dict"][name], value), file.name
+            assert_same(found, before)
         shutil.copy(file, copied / file.name)
 
 
@@ -318,7 +348,7 @@ def broken_save(folder: Path, work: Path, breaks: Callable[[int], None]) -> None
         breaks(rank)
         axes = {"state_dict.model.matrix": 1}
         parts = parts_of(rank, 2, axes, empty=True)
-        save_parts(parts, REST, folder, dist.group.WORLD, asynchronous=False)  # type: ignore[arg-type]
+        save_shards(parts, REST, folder, dist.group.WORLD, asynchronous=False)  # type: ignore[arg-type]
 
     with pytest.raises(AssertionError, match="exit codes"):
         on_ranks(save, work, world=2)
@@ -384,12 +414,80 @@ def test_a_save_that_broke_off_is_no_checkpoint_and_is_swept_away(
     assert not begun.exists()
 
 
-def test_removing_deletes_no_file_of_others(copied: Path) -> None:
-    note = copied / "notes.txt"
-    note.write_text("mine")
+OF_OTHERS = ("notes.txt", "model.safetensors", "weights.pt", "x.tmp")
+
+
+def test_removing_and_sweeping_delete_no_file_of_others(copied: Path) -> None:
+    export = copied.parent / "export.ckpt"
+    broken = copied.parent / "step-00000009.ckpt"
+    for folder in (copied, export, broken):
+        folder.mkdir(exist_ok=True)
+        for name in OF_OTHERS:
+            (folder / name).write_text("mine")
+    before = read_checkpoint(copied)
+    remove_partial_checkpoints(copied.parent)
+    assert_same(read_checkpoint(copied), before)
+    for folder in (copied, export, broken):
+        assert {path.name for path in folder.iterdir()} >= set(OF_OTHERS)
     remove_checkpoint(copied)
-    assert [path.name for path in copied.iterdir()] == ["notes.txt"]
+    assert {path.name for path in copied.iterdir()} == set(OF_OTHERS)
     assert not is_sharded(copied)
+
+
+def test_a_damaged_checkpoint_does_not_stop_the_sweep(copied: Path) -> None:
+    other = copied.parent / "best.ckpt"
+    shutil.copytree(copied, other)
+    shard = sorted(other.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:50])
+    (copied / "rank-00000-0123abcd-000.safetensors").write_text("left by a save")
+    names = {path.name for path in other.iterdir()}
+    remove_partial_checkpoints(copied.parent)
+    assert {path.name for path in other.iterdir()} == names
+    assert not list(files_left_over(copied))
+
+
+def test_a_link_in_the_place_of_a_checkpoint_is_replaced_and_what_it_names_stays(
+    tmp_path: Path,
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "rank-00000-0123abcd-000.safetensors").write_text("precious")
+    folder = tmp_path / "best.ckpt"
+    folder.symlink_to(mine)
+    save_on_ranks(folder, 2, {}, tmp_path / "work")
+    assert not folder.is_symlink()
+    assert [path.name for path in mine.iterdir()] == ["rank-00000-0123abcd-000.safetensors"]
+    load_on_ranks(folder, 1, {}, tmp_path / "load")
+
+
+def test_a_checkpoint_of_another_kind_is_replaced_when_the_new_one_is_whole(
+    copied: Path, tmp_path: Path
+) -> None:
+    best = copied.parent / "best.ckpt"
+    torch.save(read_checkpoint(copied), best)
+    before = read_checkpoint(best)
+    broken_save(best, tmp_path / "broken", BREAKS["the first rank dies before the index"])
+    remove_partial_checkpoints(best.parent)
+    assert best.is_file()
+    assert_same(read_checkpoint(best), before)
+    save_on_ranks(best, 2, {}, tmp_path / "work")
+    assert is_sharded(best)
+    AtomicCheckpointIO().save_checkpoint(before, best)
+    assert best.is_file()
+    assert_same(read_checkpoint(best), before)
+    assert sorted(path.name for path in best.parent.iterdir()) == [best.name, copied.name]
+
+
+def test_ranks_leave_nothing_of_a_save_that_failed_on_one(tmp_path: Path) -> None:
+    folder = tmp_path / "step-00000004.ckpt"
+    broken_save(folder, tmp_path / "work", BREAKS["a rank has no space"])
+    assert list(folder.iterdir()) == []
+
+
+def test_a_state_of_another_shape_than_its_weight_is_one_sentence() -> None:
+    shard = WeightShard(torch.zeros(4, 3))
+    with pytest.raises(UserError, match=r"has the shape \[4\], and its weight \[4, 3\]"):
+        shard.place(torch.zeros(4))
 
 
 def test_an_asynchronous_save_has_the_numbers_of_its_moment(tmp_path: Path) -> None:
@@ -408,7 +506,7 @@ def test_an_asynchronous_save_has_the_numbers_of_its_moment(tmp_path: Path) -> N
         set_write(waiting)
         parts = parts_of(rank, 2, axes, empty=False)
         group = dist.new_group(backend="gloo")
-        pending = save_parts(parts, REST, folder, group, asynchronous=True)
+        pending = save_shards(parts, REST, folder, group, asynchronous=True)
         for part in parts.values():
             part.tensor.add_(1)  # training goes on
         dist.barrier()  # and so do its exchanges
@@ -422,7 +520,7 @@ def test_an_asynchronous_save_has_the_numbers_of_its_moment(tmp_path: Path) -> N
     load_on_ranks(folder, 3, {"state_dict.model.stack": 1}, tmp_path / "load")
 
 
-def test_a_failed_asynchronous_save_is_one_sentence_on_every_rank_at_the_next_one(
+def test_a_failed_asynchronous_save_is_as_user_error_on_every_rank_at_the_next_one(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "work").mkdir()
@@ -472,7 +570,7 @@ def test_boxes_of_parts_agree_with_slices(saved: Path) -> None:
             offsets.append(begin)
             lengths.append(draw.randint(1, size - begin))
         expected = stack[slices(offsets, lengths)]
-        assert torch.equal(reader.box("state_dict.model.stack", offsets, lengths), expected)
+        assert torch.equal(reader.read_slice("state_dict.model.stack", offsets, lengths), expected)
 
 
 def slices(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:

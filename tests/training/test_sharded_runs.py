@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from lab import Lab, assert_same, assert_same_run, checkpoint_names, forked, last_checkpoint, rows
 from rank_runs import assert_same_end, cut_after, fit_on_ranks
 from safetensors.torch import load_file
+from tiers import first_by_default
 
 from core.checkpoints import distributed, sharded_saving
 from core.checkpoints.index import INDEX, ShardIndex, is_sharded, read_index
 from core.checkpoints.listing import checkpoints_in
+from core.checkpoints.reading import read_checkpoint
 from core.checkpoints.shards import ShardReader
-from core.contracts.errors import Interrupted, UserError
+from core.contracts.errors import Interrupted, RunFailed, UserError
 from core.run.loading import load
 from core.training import callbacks
 
@@ -109,8 +112,9 @@ def test_a_signal_ends_a_run_without_checkpoints_and_says_that_nothing_is_saved(
     assert [row["step"] for row in rows(run) if "lr" in row] == [str(n) for n in range(1, 13)]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("layout", sorted(STRATEGIES))
+@pytest.mark.parametrize(
+    "layout", first_by_default(["fsdp 2", *sorted(STRATEGIES.keys() - {"fsdp 2"})])
+)
 def test_a_run_continues_at_its_layout_to_the_same_bits(
     lab: Lab, whole: Callable[[str], Path], tmp_path: Path, layout: str
 ) -> None:
@@ -188,6 +192,18 @@ def dies_before_removing(path: Path) -> None:
     die()
 
 
+def dies_after_saving(step: int) -> None:
+    """Ends the process when a checkpoint is saved or, if it is saved while training goes on, staged."""
+    save = sharded_saving.ShardedCheckpointIO.save_checkpoint
+
+    def dying(self: Any, content: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save(self, content, path, storage_options)
+        if Path(path).name == f"step-{step:08d}.ckpt":
+            die()
+
+    sharded_saving.ShardedCheckpointIO.save_checkpoint = dying  # type: ignore[method-assign]
+
+
 KILLED: dict[str, Callable[[int], None]] = {
     "rank 0 before it writes a shard": on_rank(
         0, at(10, set_attribute(distributed, "_write", die))
@@ -205,9 +221,7 @@ KILLED: dict[str, Callable[[int], None]] = {
     "rank 0 when the oldest checkpoint is half removed": on_rank(
         0, at(12, set_attribute(callbacks, "remove_checkpoint", dies_before_removing))
     ),
-    "rank 1 after the checkpoint": on_rank(
-        1, at(12, set_attribute(sharded_saving.ShardedCheckpointIO, "wait", die))
-    ),
+    "rank 1 after the checkpoint": on_rank(1, lambda rank: dies_after_saving(10)),
 }
 
 
@@ -256,6 +270,126 @@ def test_an_asynchronous_run_saves_the_same_bits(
     assert_same_run(run, whole("experts 2"))
 
 
+def slow_writing(seconds: float) -> None:
+    """Makes every file take some time."""
+    write = distributed._write
+
+    def slow(file: Path, content: bytes) -> None:
+        time.sleep(seconds)
+        write(file, content)
+
+    distributed._write = slow
+
+
+@pytest.mark.full
+def test_a_run_that_fails_waits_for_the_checkpoint_that_is_being_written(
+    lab: Lab, tmp_path: Path
+) -> None:
+    def fails(rank: int) -> None:
+        slow_writing(1.0)
+        before = callbacks.StepLog.on_train_batch_end
+
+        def failing(self: Any, trainer: Any, module: Any, *rest: Any) -> None:
+            before(self, trainer, module, *rest)
+            if module.windows_done == 6:
+                raise RunFailed("no further")
+
+        callbacks.StepLog.on_train_batch_end = failing  # type: ignore[method-assign]
+
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match="no further"):
+        train(lab, run, "fsdp 2", "checkpoint.asynchronous=true", before=fails)
+    assert [path.name for path in checkpoints_in(run)] == ["step-00000005.ckpt"]
+    ShardReader(run / "checkpoints" / "step-00000005.ckpt").check()
+
+
+@pytest.mark.full
+def test_no_step_is_saved_twice_while_training_goes_on(lab: Lab, tmp_path: Path) -> None:
+    written = tmp_path / "written"
+
+    def counted(rank: int) -> None:
+        slow_writing(0.3)
+        write = ShardIndex.write
+
+        def noted(self: ShardIndex, folder: Path) -> None:
+            with written.open("a") as log:
+                log.write(folder.name + "\n")
+            write(self, folder)
+
+        ShardIndex.write = noted  # type: ignore[method-assign]
+
+    train(lab, tmp_path / "run", "fsdp 2", "checkpoint.asynchronous=true", before=counted)
+    steps = [line for line in written.read_text().split() if line.startswith("step")]
+    assert steps == [f"step-{step:08d}.ckpt" for step in (5, 10, 12)]
+
+
+@pytest.mark.full
+def test_a_signal_waits_for_the_checkpoint_that_is_being_written(lab: Lab, tmp_path: Path) -> None:
+    def signalled(rank: int) -> None:
+        slow_writing(0.3)
+        before = callbacks.StepLog.on_train_batch_end
+
+        def sending(self: Any, trainer: Any, module: Any, *rest: Any) -> None:
+            before(self, trainer, module, *rest)
+            if module.windows_done == 6 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        callbacks.StepLog.on_train_batch_end = sending  # type: ignore[method-assign]
+
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match="stopped by SIGTERM after step 6, which is saved"):
+        train(lab, run, "experts 2", "checkpoint.asynchronous=true", before=signalled)
+    names = [path.name for path in checkpoints_in(run)]
+    assert names == ["step-00000005.ckpt", "step-00000006.ckpt"]
+
+
+@pytest.mark.full
+def test_one_damaged_checkpoint_does_not_stop_a_run_that_continues_from_another(
+    lab: Lab, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole("experts 2"), run)
+    (run / "summary.json").unlink()
+    shard = sorted((run / "checkpoints" / "step-00000005.ckpt").glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:100])
+    train(lab, run, "experts 2", resume=True)
+    newest = sorted((run / "checkpoints" / "step-00000012.ckpt").glob("*.safetensors"))[0]
+    newest.write_bytes(newest.read_bytes()[:100])
+    (run / "summary.json").unlink()
+    sentence = r"not a whole checkpoint: .* has 100 bytes.*others here: best\.ckpt, step-00000010"
+    with pytest.raises(AssertionError, match=sentence):
+        train(lab, run, "experts 2", resume=True)
+
+
+@pytest.mark.full
+def test_a_best_checkpoint_of_one_file_gives_way_to_a_sharded_one(lab: Lab, tmp_path: Path) -> None:
+    """The first rank is slow, so that others would be first to make the folder."""
+
+    def slow(rank: int) -> None:
+        write = callbacks.LoadLog.write
+
+        def late(self: Any) -> None:
+            time.sleep(0.2)
+            write(self)
+
+        callbacks.LoadLog.write = late  # type: ignore[method-assign]
+
+    run = train(
+        lab, tmp_path / "run", "fsdp 2", "checkpoint.sharded=false", "validation.every_steps=2"
+    )
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    (cut / "summary.json").unlink()
+    for step in (10, 12):
+        (cut / "checkpoints" / f"step-{step:08d}.ckpt").unlink()
+    train(lab, cut, "fsdp 2", "validation.every_steps=2", resume=True, before=slow)
+    assert is_sharded(cut / "checkpoints" / "best.ckpt")
+    assert_same(
+        read_checkpoint(cut / "checkpoints" / "best.ckpt")["state_dict"],
+        read_checkpoint(run / "checkpoints" / "best.ckpt")["state_dict"],
+    )
+
+
 @pytest.mark.full
 def test_a_sharded_run_can_be_used_like_any_other(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -302,14 +436,14 @@ def rounded(printed: str) -> str:
 
 @pytest.mark.full
 @pytest.mark.parametrize("layout", ["experts 2", "one"])
-def test_a_damaged_or_diverged_checkpoint_is_one_sentence_on_every_rank(
+def test_a_damaged_or_diverged_checkpoint_is_as_user_error_on_every_rank(
     lab: Lab, whole: Callable[[str], Path], tmp_path: Path, layout: str
 ) -> None:
     run = cut_after(whole("experts 2"), 10, tmp_path / "run")
     shutil.copytree(run, tmp_path / "copy")
     index = read_index(run / "checkpoints" / "step-00000010.ckpt")
     name = next(n for n in index.tensors if n.endswith("blocks.1.ffn.routed.down.weight"))
-    file = run / "checkpoints" / "step-00000010.ckpt" / index.tensors[name].parts[1].file
+    file = run / "checkpoints" / "step-00000010.ckpt" / index.tensors[name].shards[1].file
     content = bytearray(file.read_bytes())
     content[-3] ^= 4
     file.write_bytes(bytes(content))
@@ -327,7 +461,7 @@ def write_nan(folder: Path, name: str) -> None:
     from core.checkpoints.index import FileRecord
 
     index = read_index(folder)
-    file = folder / index.tensors[name].parts[1].file
+    file = folder / index.tensors[name].shards[1].file
     tensors = load_file(file)
     tensors[name].view(-1)[0] = float("nan")
     content = save(tensors)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LocalPart:
+class TensorShard:
     """The part of a tensor that this rank holds.
 
     Args:
@@ -20,6 +20,6 @@ class LocalPart:
     shape: tuple[int, ...]
 
     @classmethod
-    def whole(cls, tensor: Tensor) -> "LocalPart":
+    def whole(cls, tensor: Tensor) -> "TensorShard":
         """A tensor that this rank holds as a whole."""
         return cls(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
