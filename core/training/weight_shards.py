@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from core.numerics.draw import local_part
+from core.numerics.part_exchange import local_part
 from core.training.local_parameters import local
 
 
