@@ -1,0 +1,142 @@
+"""Throughput of two ranks over that of one at the same work for each, under `ddp`, `fsdp` and `expert_parallel`.
+
+The model is `dsv3_1b` with DeepSeek-V3's attention and gates. Runs follow each other in turns, one rank, then two under
+each strategy, so that other work of the machine affects all of them.
+"""
+
+from typing import Any
+
+from benchmarks.on_gpu.measure import Lab, failed, spread
+from benchmarks.on_gpu.ranks import (
+    NO_CHECKPOINTS,
+    TOY_LENGTH,
+    corpus,
+    new_folder,
+    step_seconds,
+    threads_of,
+    watched_run,
+)
+from benchmarks.on_gpu.shapes import MLA, V3_ROUTING
+
+STRATEGIES = {
+    "one": "{name: single}",
+    "ddp": "{name: ddp, ranks: 2}",
+    "fsdp": "{name: fsdp, ranks: 2}",
+    "expert_parallel": "{name: expert_parallel, expert_ranks: 2}",
+}
+GOALS = {"ddp": 1.85, "fsdp": 1.85, "expert_parallel": 1.7}
+TURNS = 2
+SEQUENCES = 4
+"""Sequences of a micro-batch for each rank."""
+
+ACCUMULATE = 8
+LENGTH = 4096
+STEPS = 12
+WARM = 4
+VOCABULARY = 32_064
+TOY = [
+    "model.dim=128",
+    "model.attention={name: mla, heads: 4, kv_rank: 32, nope_dim: 16, rope_dim: 8, value_dim: 16}",
+    "model.blocks.dense.ffn.hidden=256",
+    "model.blocks.moe.count=2",
+    "model.blocks.moe.ffn.experts=8",
+    "model.blocks.moe.ffn.expert_hidden=64",
+    "model.blocks.moe.ffn.router.top_k=2",
+    "precision={name: fp32}",
+    "compile=false",
+]
+
+
+def changes(lab: Lab, name: str) -> list[str]:
+    """The overrides of the recipe under a strategy; those of the command line come last."""
+    ranks = 1 if name == "one" else 2
+    length = TOY_LENGTH if lab.quick else LENGTH
+    own = [
+        *corpus(lab, VOCABULARY),
+        f"model.attention={MLA}",
+        f"model.blocks.moe.ffn.router={V3_ROUTING}",
+        f"data.sequence_length={length}",
+        f"model.rope.max_length={length}",
+        f"strategy={STRATEGIES[name]}",
+        f"batch={{sequences: {SEQUENCES * ranks}, accumulate: {ACCUMULATE}}}",
+        f"budget={{steps: {STEPS}}}",
+        "optimizer.lr=1.0e-5",
+        "compile=true",
+        "validation={every_steps: null, sequences: 8}",
+        "callbacks=[{name: step_clock}]",
+        NO_CHECKPOINTS,
+    ]
+    return [*own, *(TOY if lab.quick else []), *lab.overrides]
+
+
+def run(lab: Lab) -> dict[str, Any]:
+    """Runs every strategy in turns, and writes the ratios as they come."""
+    import time
+
+    deadline = time.monotonic() + lab.seconds
+    folder = new_folder(lab, "scaling")
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in STRATEGIES}
+    for turn in range(TURNS):
+        for name in STRATEGIES:
+            left = deadline - time.monotonic()
+            if left < 1:
+                break
+            ranks = 1 if name == "one" else 2
+            found = watched_run(
+                folder / f"{name}-{turn}",
+                "dsv3_1b",
+                changes(lab, name),
+                ranks=ranks,
+                threads=threads_of(lab, 2),
+                seconds=left,
+            )
+            runs[name].append(found)
+            lab.keep(results(runs))
+    return results(runs)
+
+
+def results(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Seconds of a step, memory, bytes, and the ratio of throughputs with its spread over turns, by strategy.
+
+    Args:
+        runs: for each strategy one result of `watched_run` for each turn.
+    """
+    made: dict[str, Any] = {}
+    medians: dict[str, list[float]] = {}
+    for name, turns in runs.items():
+        seconds = [spread(step_seconds(found["rows"], WARM) or [float("nan")]) for found in turns]
+        medians[name] = [one["median"] for one in seconds]
+        rows = [row for found in turns for row in found["rows"][-1:]]
+        made[name] = {
+            "step_seconds": seconds,
+            "peak_bytes": [found["peak_bytes"] for found in turns],
+            "exchanged": [{k: v for k, v in row.items() if "exchange/" in k} for row in rows],
+            "start": [found["start"] for found in turns],
+            "ended": [found.get("ended") for found in turns],
+            "errors": [found["error"] for found in turns if "error" in found],
+        }
+        if turns:
+            made[name]["overrides"] = turns[-1]["overrides"]
+    for name in GOALS:
+        pairs = list(zip(medians["one"], medians[name], strict=False))
+        if pairs:
+            # both do the same work for each rank, so throughput is twice as high where a step takes as long
+            made[name]["ratio"] = spread([2 * one / two for one, two in pairs])
+            made[name]["goal"] = GOALS[name]
+    return made
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of the table."""
+    if sentence := failed(found):
+        return [("runs", sentence)]
+    shown = []
+    for name in STRATEGIES:
+        part = found[name]
+        seconds = ", ".join(f"{one['median']:.3f}" for one in part["step_seconds"])
+        text = f"steps of {seconds} s; peak bytes {part['peak_bytes']}; ended {part['ended']}"
+        if ratio := part.get("ratio"):
+            span = f"({ratio['least']:.3f} to {ratio['most']:.3f}), goal {part['goal']}"
+            text = f"{ratio['median']:.3f}x {span}; {text}"
+        shown.append((name, text))
+    return shown
