@@ -26,11 +26,12 @@ from torch import Tensor
 
 from core.analysis.budget import plan_of
 from core.assemble import build, make
+from core.checkpoints.listing import checkpoints_in
+from core.checkpoints.reading import read_checkpoint
 from core.data.batch import Batch
 from core.recipe.compose import Recipe, compose
 from core.run.data import text_data
 from core.run.training import fit
-from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.module import TrainingModule
 from core.training.run_folder import RunFolder
 

@@ -81,11 +81,13 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run ended as req
         signum: the signal.
         step: the last step that is done.
         folder: the run folder.
+        saved: whether the step is saved; a run without checkpoints saves none.
     """
 
-    def __init__(self, signum: int, step: int, folder: Path) -> None:
+    def __init__(self, signum: int, step: int, folder: Path, *, saved: bool = True) -> None:
         name = signal.Signals(signum).name
-        super().__init__(
-            f"stopped by {name} after step {step}, which is saved; continue with --resume {folder}"
-        )
+        end = f"which is saved; continue with --resume {folder}"
+        if not saved:
+            end = f"and nothing is saved, as checkpoint.every_steps is null; {folder} has its log"
+        super().__init__(f"stopped by {name} after step {step}, {end}")
         self.signum = signum

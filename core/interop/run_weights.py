@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from core.checkpoints.reading import read_checkpoint
+from core.interop.shard_rows import ShardRows
 from core.interop.shards import shards_of
 from core.interop.tensors import SCALE, InMemoryTensors, TensorReader, TensorSpec
-from core.training.checkpoints import read_checkpoint
 from core.training.run_folder import WEIGHTS_INDEX, RunFolder
 
 
@@ -17,7 +18,9 @@ def is_converted(checkpoint: Path) -> bool:
 
 
 def weights_of(checkpoint: Path) -> TensorReader:
-    """Returns the model's tensors of a checkpoint file, or of the index of a converted run.
+    """Returns the model's tensors of a checkpoint, or of the index of a converted run.
+
+    Those of a sharded checkpoint and of a converted run are read when they are asked for.
 
     Raises:
         UserError: a file is damaged, has changed, or was not written by this program.
@@ -26,11 +29,18 @@ def weights_of(checkpoint: Path) -> TensorReader:
         shards = shards_of(checkpoint.parent)
         RunFolder(checkpoint.parent.parent).check_digests(checkpoint.parent.name)
         return shards
+    if checkpoint.is_dir():
+        return ShardRows(checkpoint)
     tensors = {}
     for name, value in state_of(checkpoint).items():
         if torch.is_tensor(value) and not name.endswith("_extra_state"):
             tensors[name] = value
     return InMemoryTensors(tensors)
+
+
+def reads_rows(checkpoint: Path) -> bool:
+    """Returns whether `weights_of` reads the tensors of a checkpoint a few rows at a time."""
+    return is_converted(checkpoint) or checkpoint.is_dir()
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:

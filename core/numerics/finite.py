@@ -52,10 +52,10 @@ def at(value: float, index: tuple[int, ...]) -> str:
 def not_finite_in(tensors: Mapping[str, object]) -> str | None:
     """Returns `tensor NAME holds a number that is not finite (nan at [3, 17])` for the first such tensor, or None.
 
-    Values that are not tensors of floating-point numbers are passed over.
+    Values that are not tensors of floating-point numbers, and tensors on the meta device, are passed over.
     """
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
             continue
         index = first_not_finite(tensor)
         if index is not None:

@@ -91,8 +91,16 @@ class BudgetSection:
 class CheckpointSection:
     """The intervals at which checkpoints are saved, and how many are kept."""
 
-    every_steps: int = setting(100, doc="optimizer steps between checkpoints")
+    every_steps: int | None = setting(
+        100, doc="optimizer steps between checkpoints; null: none is saved, also at the end"
+    )
     keep: int = setting(2, doc="how many of the latest to keep, beside the best")
+    sharded: bool | None = setting(
+        None, doc="each rank writes its own parts of the weights; null: if the strategy shards them"
+    )
+    asynchronous: bool = setting(
+        False, doc="train on while a sharded checkpoint is written from a copy in the CPU's memory"
+    )
 
     def check(self, parent: Any) -> None:
         """Raises `ConfigError` below 1."""
@@ -189,6 +197,24 @@ class RecipeSchema:
         if "gpu_only" in able and getattr(self.strategy.config, "accelerator", None) == "cpu":
             why = f"must not be cpu under precision {self.precision.name}"
             raise ConfigError("strategy.accelerator", why)
+
+        self._check_checkpoints()
+
+    @property
+    def shards_checkpoints(self) -> bool:
+        """Whether each rank writes its own parts of a checkpoint."""
+        shards: bool | None = self.checkpoint.sharded
+        return self.strategy.component.shards if shards is None else shards
+
+    def _check_checkpoints(self) -> None:
+        """Raises `ConfigError` for what a strategy that leaves weights whole cannot save."""
+        name = self.strategy.name
+        if self.checkpoint.sharded and not self.strategy.component.shards:
+            why = f"must be false or null under strategy {name}, which leaves weights whole"
+            raise ConfigError("checkpoint.sharded", why)
+        if self.checkpoint.asynchronous and not self.shards_checkpoints:
+            why = "must be false unless checkpoints are sharded (checkpoint.sharded)"
+            raise ConfigError("checkpoint.asynchronous", why)
 
     def sections(self) -> list[Section]:
         """Returns every component section of the recipe, children included, in the recipe's order."""

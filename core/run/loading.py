@@ -8,15 +8,21 @@ import torch
 from torch import nn
 
 from core.assemble import build
+from core.checkpoints.index import first_changed_file
+from core.checkpoints.listing import is_checkpoint
+from core.checkpoints.parts import LocalPart
+from core.checkpoints.reading import open_shards
+from core.checkpoints.shards import MODEL
 from core.contracts.errors import NotFiniteError, UserError
 from core.interop.finite import FiniteTensors
-from core.interop.run_weights import is_converted, model_specs, state_of, weights_of
+from core.interop.run_weights import model_specs, reads_rows, state_of, weights_of
+from core.interop.shard_rows import PREFIX
 from core.interop.tensors import TensorReader, chunks
 from core.model.language_model import LanguageModel
 from core.numerics.finite import not_finite_in
 from core.recipe.compose import compose_run
-from core.training.local_parameters import local_state
-from core.training.ranks import first_text_over_ranks
+from core.training.local_parameters import local, local_state
+from core.training.ranks import first_text_over_ranks, rank_and_world
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
 from core.training.weight_shards import WeightShard, load_full_state
@@ -26,10 +32,10 @@ NOT_FINITE = "such weights predict nothing: name another checkpoint"
 
 
 def load(run_or_checkpoint: str | Path, *, trust: bool = False) -> LanguageModel:
-    """Loads a trained model in evaluation mode, from a run folder (its newest checkpoint) or one checkpoint file.
+    """Loads a trained model in evaluation mode, from a run folder (its newest checkpoint) or one checkpoint.
 
     Args:
-        run_or_checkpoint: the folder or the file.
+        run_or_checkpoint: the run folder, or the checkpoint.
         trust: whether the recipe of a run that was made elsewhere may name modules, which then run.
 
     Raises:
@@ -47,12 +53,12 @@ def check_weights(model: nn.Module, checkpoint: Path) -> None:
 
     Args:
         model: a whole model, on any device.
-        checkpoint: a checkpoint file, or the index of a converted run's weights.
+        checkpoint: a checkpoint, or the index of a converted run's weights.
 
     Raises:
         UserError: the first missing, unexpected or differently shaped tensor, by name.
     """
-    if is_converted(checkpoint):
+    if reads_rows(checkpoint):
         shapes = {name: spec.shape for name, spec in model_specs(weights_of(checkpoint)).items()}
     else:
         shapes = {name: tuple(tensor.shape) for name, tensor in state_of(checkpoint).items()}
@@ -64,11 +70,11 @@ def load_weights(
 ) -> None:
     """Loads a checkpoint's weights into a model, in the model's own formats.
 
-    The tensors of a converted run are read a few rows at a time, unless they are divided.
+    The tensors of a converted run or of a sharded checkpoint are read a few rows at a time, unless they are divided.
 
     Args:
         model: the model whose weights are replaced.
-        checkpoint: a checkpoint file, or the index of a converted run's weights.
+        checkpoint: a checkpoint, or the index of a converted run's weights.
         parts: the weights of a model that is divided over ranks, which each take their own parts; None: it is whole.
             `check_weights` has checked the checkpoint.
 
@@ -79,7 +85,7 @@ def load_weights(
     """
     if parts is not None:
         _load_parts(model, checkpoint, parts)
-    elif is_converted(checkpoint):
+    elif reads_rows(checkpoint):
         weights = weights_of(checkpoint)
         shapes = {name: spec.shape for name, spec in model_specs(weights).items()}
         _check_shapes(model, shapes, checkpoint)
@@ -103,8 +109,11 @@ def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightSh
     Raises:
         NotFiniteError: the first tensor that holds a number which is not finite.
     """
+    if checkpoint.is_dir():
+        _load_sharded(model, checkpoint, parts)
+        return
     whole: Mapping[str, Any]
-    if is_converted(checkpoint):
+    if reads_rows(checkpoint):
         whole = _WholeTensors(FiniteTensors(weights_of(checkpoint), str(checkpoint), NOT_FINITE))
     else:
         whole = state_of(checkpoint)
@@ -115,6 +124,25 @@ def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightSh
     found = first_text_over_ranks(not_finite_in(local_state(model)))
     if found:
         raise NotFiniteError(f"{checkpoint}: {found} in the format of this recipe's precision")
+
+
+def _load_sharded(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightShard]) -> None:
+    """Copies this rank's parts of the weights of a sharded checkpoint into a divided model, and reads no others."""
+    reader = open_shards(checkpoint)
+    rank, world = rank_and_world()
+    changed = first_changed_file(checkpoint, reader.index, MODEL, rank=rank, ranks=world)
+    changed = first_text_over_ranks(changed)
+    if changed:
+        raise UserError(changed)
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        own = local(value)
+        part = parts[name].place(own) if name in parts else LocalPart.whole(own)
+        own.copy_(reader.box(f"{PREFIX}{name}", part.offsets, own.shape))
+    found = first_text_over_ranks(not_finite_in(local_state(model)))
+    if found:
+        raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")
 
 
 class _WholeTensors(Mapping[str, torch.Tensor]):
@@ -167,7 +195,7 @@ def run_of(path: Path) -> RunFolder:
     Raises:
         UserError: there is no recipe.
     """
-    place = path if path.is_dir() else path.parent.parent
+    place = path.parent.parent if is_checkpoint(path) else path
     folder = RunFolder(place)
     if not folder.recipe.exists():
         raise UserError(f"{path}: no run here (no {folder.recipe})")

@@ -14,6 +14,7 @@ from core.analysis.budget import plan_of
 from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
 from core.assemble import build, make
+from core.checkpoints.content import check_model, check_optimizers
 from core.contracts.corpus import TokenCorpus
 from core.contracts.errors import ConfigError, Interrupted, RunFailed, UserError
 from core.contracts.strategy import StrategyFactory
@@ -26,8 +27,7 @@ from core.run.data import text_data
 from core.run.run_model import RunModel
 from core.run.run_sample import SampleAtEnd
 from core.run.summary import divergence, summarise
-from core.training.checkpoint_content import check_model, check_optimizers
-from core.training.checkpoints import is_disk_full
+from core.storage.files import is_disk_full
 from core.training.launchers import Launch, launch_of
 from core.training.module import TrainingModule
 from core.training.rank_processes import RankLost
@@ -266,7 +266,7 @@ def _train(
 ) -> tuple[RunCallbacks, SampleAtEnd]:
     """Runs Lightning's Trainer; it validates after the last step too, and then lets the model write."""
     sample = SampleAtEnd(folder, data.tokenizer)
-    own = make_run_callbacks(folder.path, peak)
+    own = make_run_callbacks(recipe, folder.path, peak)
     step = start.step if start else 0
     now = Start(launch.node, step, hash_of(recipe.to_dict()), data.fingerprint)
     callbacks = [make(section).make(folder.path) for section in recipe.callbacks]

@@ -1,5 +1,6 @@
 """Writes files so that a kill never leaves half of one; checks names and links that must not lead out of a folder."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -11,19 +12,38 @@ LONGEST_NAME = 255
 """Bytes of the longest name of a file."""
 
 
-def write_text(target: Path, text: str) -> None:
+def write_text(target: Path, text: str, *, durable: bool = False) -> None:
     """Writes a file under a temporary name and moves it into place.
 
     A symbolic link at the target is replaced; the file that it names stays as it is.
+
+    Args:
+        target: the file.
+        text: its content.
+        durable: whether the file is forced to the disk before it is moved, and its folder afterwards.
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("x", encoding="utf-8") as stream:
             stream.write(text)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         os.replace(temporary, target)
+        if durable:
+            sync_folder(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces the names of a folder's files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -71,3 +91,12 @@ def _links(folder: Path) -> Iterator[Path]:
             path = Path(parent, name)
             if path.is_symlink():
                 yield path
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception, or one of its causes, reports that no space is left on the disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -27,7 +27,7 @@ def exit_on_full_disk() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        from core.training.checkpoints import is_disk_full
+        from core.storage.files import is_disk_full
 
         if not is_disk_full(error):
             raise

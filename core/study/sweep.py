@@ -11,6 +11,7 @@ from core.contracts.errors import UserError
 from core.recipe.key_paths import to_dict
 from core.run.data import text_data
 from core.storage.documents import DocumentError, read_object
+from core.storage.files import is_disk_full
 from core.study.matching import Matched, match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
@@ -24,7 +25,6 @@ from core.study.results import (
 from core.study.runner import LocalPool, Pool, run_jobs
 from core.study.sweep_file import Sweep
 from core.study.sweep_folder import Job, Status, SweepFolder
-from core.training.checkpoints import is_disk_full
 
 ProgressCallback = Callable[[Job | None, Status | None, int, int, float | None], None]
 """A callback that reports a run, its status, the number of ended runs and of all, and seconds left (`run_sweep`)."""

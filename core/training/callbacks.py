@@ -22,9 +22,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save
 from torch import Tensor
 
+from core.checkpoints.listing import checkpoints_in, is_checkpoint, remove_checkpoint
+from core.checkpoints.saving import AtomicCheckpointIO
 from core.command import STOPPING, show_cursor, terminated
 from core.contracts.errors import Interrupted
-from core.training.checkpoints import checkpoints_in
 from core.training.module import TrainingModule
 from core.training.ranks import max_over_ranks
 
@@ -176,10 +177,15 @@ class StopOnSignal(_StepEnd):
 
     A signal to one rank is enough: all ranks stop after the same batch. A validation is given up, and repeated by the
     resumed run.
+
+    Args:
+        folder: the run folder.
+        saves: whether the run saves checkpoints.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, saves: bool) -> None:
         self.folder = folder
+        self.saves = saves
         self.signum = 0
         self.has_begun = False
 
@@ -245,9 +251,11 @@ class StopOnSignal(_StepEnd):
             self._save_and_stop(signum, trainer, module)
 
     def _save_and_stop(self, signum: int, trainer: L.Trainer, module: TrainingModule) -> NoReturn:
-        """Saves the step just done, and raises `Interrupted`."""
-        save_step(trainer, module, self.folder)
-        raise Interrupted(signum, module.windows_done, self.folder)
+        """Saves the step just done, if the run saves any, and raises `Interrupted`."""
+        if self.saves:
+            save_step(trainer, module, self.folder)
+            wait_until_saved(trainer)
+        raise Interrupted(signum, module.windows_done, self.folder, saved=self.saves)
 
 
 def rewind_validation(trainer: L.Trainer) -> None:
@@ -293,12 +301,18 @@ class KeepLatest(_StepEnd):
         assert isinstance(pl_module, TrainingModule)
         if pl_module.windows_done:
             self._save(trainer, pl_module)
+            wait_until_saved(trainer)
+            self._remove_old(trainer)
 
     def _save(self, trainer: L.Trainer, module: TrainingModule) -> None:
         save_step(trainer, module, self.folder)
+        self._remove_old(trainer)
+
+    def _remove_old(self, trainer: L.Trainer) -> None:
+        """Removes all but the latest checkpoints; one that is being written does not count yet."""
         if trainer.is_global_zero:
             for old in checkpoints_in(self.folder)[: -self.keep]:
-                old.unlink()
+                remove_checkpoint(old)
 
 
 def save_step(trainer: L.Trainer, module: TrainingModule, folder: Path) -> None:
@@ -308,13 +322,20 @@ def save_step(trainer: L.Trainer, module: TrainingModule, folder: Path) -> None:
     """
     path = folder / "checkpoints" / checkpoint_name(module.windows_done)
     validated = module.windows_done == module.pending_step and not module.validation_pending
-    if trainer.strategy.broadcast(path.exists() and not validated):
+    if trainer.strategy.broadcast(is_checkpoint(path) and not validated):
         return
     if validated:
         module.pending_step = None
     for logger in trainer.loggers:
         logger.save()
     trainer.save_checkpoint(path, weights_only=False)  # weights_only here: save nothing but weights
+
+
+def wait_until_saved(trainer: L.Trainer) -> None:
+    """Returns when every checkpoint is on the disk, also those that are written while training goes on."""
+    files = trainer.strategy.checkpoint_io
+    assert isinstance(files, AtomicCheckpointIO)
+    files.wait()
 
 
 def checkpoint_name(step: int) -> str:

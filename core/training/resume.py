@@ -1,20 +1,19 @@
 """Resuming a run: which checkpoint it continues from, and whether it is still the same run."""
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from core.contracts.errors import NotFiniteError, UserError
-from core.numerics.finite import holds_nan, not_finite_in
+from core.checkpoints.content import check_content, diverged, not_finite
+from core.checkpoints.listing import checkpoints_in, is_checkpoint
+from core.checkpoints.reading import read_outline
+from core.contracts.errors import UserError
 from core.recipe.compose import Recipe, compose_run
 from core.storage.lock import LOCK, is_locked
-from core.training.checkpoint_content import check_content
-from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.run_folder import RunFolder
 
 
@@ -38,9 +37,6 @@ REPRODUCED = (
 MAY_CHANGE = ("strategy", "compile", "trainer")
 """Sections that may change; the resumed run then reaches other bits."""
 
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-"""States of torch's optimizers that the next update adds to a weight."""
-
 
 @dataclass(frozen=True)
 class Resume:
@@ -49,7 +45,7 @@ class Resume:
     Args:
         path: the file.
         step: windows that were done when it was saved.
-        content: what the file holds.
+        content: what the file holds; the tensors of a sharded checkpoint are on the meta device.
     """
 
     path: Path
@@ -103,6 +99,8 @@ def check_trained(folder: RunFolder, instead: str) -> None:
 def newest(folder: RunFolder) -> Resume | None:
     """The checkpoint that a resumed run starts from; None if the run was stopped before its first one.
 
+    The numbers of a sharded one are read and checked when the ranks take their parts of them.
+
     Raises:
         UserError: a damaged checkpoint.
         NotFiniteError: weights or moments with which every further step would fail.
@@ -110,43 +108,12 @@ def newest(folder: RunFolder) -> Resume | None:
     files = checkpoints_in(folder.path)
     if not files:
         return None
-    content = read_checkpoint(files[-1])
+    content = read_outline(files[-1])
     check_content(content, files[-1])
-    check_finite_state(content, files[-1])
-    return Resume(files[-1], content["moeloom"]["windows_done"], content)
-
-
-def check_finite_state(content: Mapping[str, Any], file: Path) -> None:
-    """Raises `NotFiniteError` for a weight that is not finite, or such a number in an optimizer.
-
-    An infinity in an optimizer's state is allowed, but for first moments: a squared gradient can overflow in a run that
-    goes on.
-    """
-    found = not_finite_in(content["state_dict"])
-    if found is None:
-        found = _not_finite_in_optimizers(content.get("optimizer_states", []))
+    found = not_finite(content)
     if found:
-        how = "the run has diverged, and cannot be continued from here"
-        raise NotFiniteError(f"{file}: {found}; {how}: start it again with a lower optimizer.lr")
-
-
-def _not_finite_in_optimizers(optimizers: Sequence[Mapping[str, Any]]) -> str | None:
-    """A sentence about the first number of an optimizer that cannot be continued with; None without one."""
-    for number, optimizer in enumerate(optimizers):
-        for parameter, values in optimizer.get("state", {}).items():
-            for key, value in values.items():
-                if not isinstance(value, torch.Tensor):
-                    continue
-                where = f"{key} of parameter {parameter}"
-                if holds_nan(value):
-                    return f"optimizer {number} has a NaN in {where}"
-                if key in FIRST_MOMENTS and not bool(value.isfinite().all()):
-                    return f"optimizer {number} has an infinity in {where}"
-        for group in optimizer.get("param_groups", []):
-            for key, value in group.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    return f"optimizer {number} has {key} = {value}"
-    return None
+        raise diverged(files[-1], found)
+    return Resume(files[-1], content["moeloom"]["windows_done"], content)
 
 
 def _first_difference_in(
@@ -181,7 +148,7 @@ def newest_checkpoint(path: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    if path.is_file():
+    if is_checkpoint(path):
         return path
     files = checkpoints_in(path)
     converted = RunFolder(path).converted_weights

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from core.checkpoints.listing import remove_partial_checkpoints
 from core.command import command_line
 from core.contracts.errors import UserError
 from core.contracts.schema import Section
@@ -171,7 +172,8 @@ class RunFolder:
             if path.is_symlink() or path.exists():
                 check_regular(path)
         for path in sorted((self.path / "checkpoints").glob("*.ckpt")):
-            check_regular(path)
+            if not path.is_dir():
+                check_regular(path)
         for path in sorted(self.path.rglob("*")):
             if path.exists() and not path.is_dir():
                 check_regular(path)  # a logger that opened a pipe would wait for its other end
@@ -182,8 +184,8 @@ class RunFolder:
 
     def remove_partial_files(self) -> None:
         """Deletes the half-written files that a kill left; the checkpoints among them can be large."""
-        for folder in (self.path, self.path / "checkpoints"):
-            remove_partial_files(folder)
+        remove_partial_files(self.path)
+        remove_partial_checkpoints(self.path / "checkpoints")
 
     def write_digests(self) -> None:
         """Writes the checksums of the tokenizer and, in a converted run, of the weights and the files of the source."""

@@ -11,10 +11,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from core.checkpoints.saving import AtomicCheckpointIO
 from core.contracts.errors import UserError
 from core.recipe.recipe_schema import RecipeSchema
 from core.training.callbacks import KeepLatest, LoadLog, StepLog, StopOnSignal
-from core.training.checkpoints import AtomicCheckpointIO
 from core.training.launchers import Launch
 from core.training.progress import ProgressLine
 from core.training.rank_processes import RankLauncher, RunEnvironment
@@ -67,7 +67,7 @@ def make_trainer(
         default_root_dir=folder,
         logger=loggers,
         callbacks=[world, *callbacks, StepLog(), *_checkpoints(recipe, folder), stop],
-        plugins=[AtomicCheckpointIO(), environment],
+        plugins=[_checkpoint_io(recipe), environment],
         enable_progress_bar=False,
         max_epochs=1,
         check_val_every_n_epoch=None,
@@ -127,9 +127,14 @@ class WorldCheck(L.Callback):
 def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
     """The callbacks that save the latest checkpoints and, with a next-token head, the one of the best validation loss.
 
+    A run whose `checkpoint.every_steps` is null has none.
+
     The best one is first in the list, so that the latest checkpoints hold its state.
     """
-    latest = KeepLatest(folder, every=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep)
+    every = recipe.checkpoint.every_steps
+    if every is None:
+        return []
+    latest = KeepLatest(folder, every=every, keep=recipe.checkpoint.keep)
     heads = [section.component for section in recipe.model.heads.values()]
     if not any("next_token" in head.capabilities for head in heads):
         return [latest]
@@ -146,6 +151,15 @@ def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
     return [best, latest]
 
 
+def _checkpoint_io(recipe: RecipeSchema) -> AtomicCheckpointIO:
+    """Writes checkpoints in one file, or each rank's parts in files of its own."""
+    if not recipe.shards_checkpoints:
+        return AtomicCheckpointIO()
+    from core.checkpoints.sharded_saving import ShardedCheckpointIO
+
+    return ShardedCheckpointIO(asynchronous=recipe.checkpoint.asynchronous)
+
+
 @dataclass(frozen=True)
 class RunCallbacks:
     """The callbacks that every run has and whose results are read afterwards."""
@@ -155,6 +169,9 @@ class RunCallbacks:
     throughput: Throughput
 
 
-def make_run_callbacks(folder: Path, peak_flops: float | None) -> RunCallbacks:
+def make_run_callbacks(
+    recipe: RecipeSchema, folder: Path, peak_flops: float | None
+) -> RunCallbacks:
     """Makes the callbacks of a run; `peak_flops` is the measured peak, None to look it up or to measure it."""
-    return RunCallbacks(LoadLog(folder), StopOnSignal(folder), Throughput(peak_flops))
+    stop = StopOnSignal(folder, saves=recipe.checkpoint.every_steps is not None)
+    return RunCallbacks(LoadLog(folder), stop, Throughput(peak_flops))

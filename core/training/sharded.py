@@ -1,9 +1,11 @@
-"""Training with weights that are divided over ranks: the parts that a rank owns, and checkpoints of whole weights.
+"""Training with weights that are divided over ranks: the parts that a rank owns, and their checkpoints.
 
-Checkpoints have the same content under every strategy, so a run may continue under another one.
+Checkpoints have the same content under every strategy, in one file or in shards, so a run may continue under another
+strategy, with another number of ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,9 +15,19 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from core.checkpoints.content import diverged, not_finite
+from core.checkpoints.distributed import load_parts
+from core.checkpoints.index import first_changed_file
+from core.checkpoints.listing import other_checkpoints
+from core.checkpoints.parts import LocalPart
+from core.checkpoints.reading import OPTIMIZERS, open_shards, read_outline
+from core.checkpoints.sharded_saving import ShardedCheckpointIO
+from core.checkpoints.shards import MODEL, ShardReader
+from core.contracts.errors import UserError
 from core.contracts.strategy import StrategyFactory
 from core.numerics.promotion import at_least_fp32
 from core.training.local_parameters import LocalParameters, local
+from core.training.ranks import first_text_over_ranks
 from core.training.weight_shards import WeightShard, load_full_state, weight_shards
 
 
@@ -31,9 +43,11 @@ def norm_over_ranks(gradients: Sequence[Tensor]) -> Tensor:
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy for models that divide their weights themselves, with checkpoints of whole weights.
+    """Lightning's strategy for models that divide their weights themselves.
 
-    The module divides its model in `configure_model`, by `StrategyFactory.parallelize`.
+    The module divides its model in `configure_model`, by `StrategyFactory.parallelize`. A checkpoint is sharded if the
+    Trainer's `CheckpointIO` is a `ShardedCheckpointIO`, and is one file that the first rank writes if not; it reads
+    both.
 
     Args:
         factory: the strategy of the recipe.
@@ -48,6 +62,12 @@ class ShardedStrategy(ModelParallelStrategy):
         self.factory = factory
         self.offload = offload
         self.parts: dict[str, WeightShard] = {}
+        self._reader: ShardReader | None = None
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each rank writes its own parts of a checkpoint."""
+        return isinstance(self.checkpoint_io, ShardedCheckpointIO)
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -92,8 +112,10 @@ class ShardedStrategy(ModelParallelStrategy):
         return found
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole state of the module on the first rank, on the CPU; nothing on the others."""
+        """The state of the module: this rank's parts, or whole tensors on the first rank and nothing on the others."""
         assert self.model is not None
+        if self.saves_shards:
+            return {**self.model.state_dict(), **self._local_parts()}
         found: dict[str, Any] = {}
         for name, value in self.model.state_dict().items():
             if name in self.parts and self.parts[name].is_sharded:
@@ -102,32 +124,98 @@ class ShardedStrategy(ModelParallelStrategy):
                 found[name] = value.cpu() if isinstance(value, Tensor) else value
         return found
 
+    def _local_parts(self) -> dict[str, LocalPart]:
+        """This rank's part of every tensor of the module, by name."""
+        assert self.model is not None
+        found: dict[str, LocalPart] = {}
+        for name, value in self.model.state_dict().items():
+            if name in self.parts:
+                found[name] = self.parts[name].place(local(value))
+            elif isinstance(value, Tensor):
+                found[name] = LocalPart.whole(local(value))
+        return found
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Copies this rank's parts of the weights of a checkpoint into the module."""
         assert self.model is not None
-        load_full_state(self.model, checkpoint["state_dict"], self.parts)
+        if self._reader is None:
+            load_full_state(self.model, checkpoint["state_dict"], self.parts)
+            return
+        self._load({f"{MODEL}{name}": part for name, part in self._local_parts().items()})
+        self._check_finite({"state_dict": self.model.state_dict()})
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """The whole state of an optimizer on the first rank, on the CPU; nothing on the others."""
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state: this rank's parts, or whole tensors on the first rank and nothing on the others."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
-        state = self._converted(optimizer, optimizer.state_dict(), WeightShard.gather, gathers=True)
+        state = optimizer.state_dict()
+        if self.saves_shards:
+            return self._converted(optimizer, state, WeightShard.place)
+
+        def whole(shard: WeightShard, part: Tensor) -> Tensor | None:
+            gathered = shard.gather(part)
+            return gathered.cpu() if self.is_global_zero else None
+
+        state = self._converted(optimizer, state, whole)
         return state if self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Hands the optimizers their parts of the states of a checkpoint."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        states = checkpoint["optimizer_states"]
+        for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True)):
             optimizer = getattr(optimizer, "_optimizer", optimizer)
-            optimizer.load_state_dict(
-                self._converted(optimizer, state, WeightShard.shard_of, gathers=False)
-            )
+            if self._reader is None:
+                state = self._converted(optimizer, state, WeightShard.shard_of)
+            else:
+                state = self._read_optimizer(optimizer, state, f"{OPTIMIZERS}{number}.state")
+            optimizer.load_state_dict(state)
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _read_optimizer(
+        self, optimizer: Optimizer, state: Mapping[str, Any], prefix: str
+    ) -> dict[str, Any]:
+        """This rank's part of the state of an optimizer in a sharded checkpoint.
+
+        Args:
+            optimizer: the optimizer.
+            state: its state, in which tensors of a weight's form are on the meta device.
+            prefix: how the names of its tensors begin.
+        """
+
+        def room(shard: WeightShard, outline: Tensor) -> Tensor:
+            return torch.empty(local(shard.weight).shape, dtype=outline.dtype)
+
+        state = self._converted(optimizer, state, room)
+        shards = self.optimized_shards(optimizer)
+        parts: dict[str, LocalPart] = {}
+        for index, values in state["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    parts[f"{prefix}.{index}.{key}"] = shards[index].place(value)
+        self._load(parts)
+        self._check_finite({"state_dict": {}, "optimizer_states": [state]})
+        return state
+
+    def _load(self, parts: Mapping[str, LocalPart]) -> None:
+        """Reads parts of the sharded checkpoint that the run continues from."""
+        assert self._reader is not None
+        load_parts(parts, self._reader)
+
+    def _check_finite(self, content: Mapping[str, Any]) -> None:
+        """Raises `NotFiniteError` on every rank if what one of them has read is not finite."""
+        assert self._reader is not None
+        state = content["state_dict"]
+        own = {name: local(v) for name, v in state.items() if isinstance(v, Tensor)}
+        found = first_text_over_ranks(not_finite({**content, "state_dict": own}))
+        if found:
+            raise diverged(self._reader.folder, found)
 
     def _converted(
         self,
         optimizer: Optimizer,
         state: Mapping[str, Any],
-        convert: Callable[[WeightShard, Tensor], Tensor],
-        *,
-        gathers: bool,
+        convert: Callable[[WeightShard, Tensor], Any],
     ) -> dict[str, Any]:
         """The state of an optimizer with every tensor of a weight's form converted.
 
@@ -135,17 +223,14 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer: the optimizer.
             state: what its `state_dict` returned, of parts or of whole weights.
             convert: makes whole tensors of parts, or parts of whole ones.
-            gathers: whether whole tensors are made, which are kept on the first rank alone.
         """
         converted: dict[int, dict[str, Any]] = {}
         parts = self.optimized_shards(optimizer)
         for index in sorted(state["state"]):
             values = {}
             for name, value in state["state"][index].items():
-                if isinstance(value, Tensor) and value.ndim:
-                    value = convert(parts[index], value)
-                if isinstance(value, Tensor) and gathers:
-                    value = value.cpu() if self.is_global_zero else None
+                if isinstance(value, Tensor):
+                    value = convert(parts[index], value) if value.ndim else value.cpu()
                 values[name] = value
             converted[index] = values
         return {**state, "state": converted}
@@ -153,8 +238,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Writes the checkpoint on the first rank."""
-        if self.is_global_zero:
+        """Writes the checkpoint: every rank its parts, or the first rank all of it."""
+        if self.saves_shards or self.is_global_zero:
             self.checkpoint_io.save_checkpoint(
                 checkpoint, filepath, storage_options=storage_options
             )
@@ -162,8 +247,24 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint on every rank; its weights and states are handed over afterwards."""
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        """Reads a checkpoint on every rank; its weights and states are handed over afterwards.
+
+        Of a sharded one the files are compared with their checksums, each by one rank.
+
+        Raises:
+            UserError: it is damaged; raised on every rank.
+        """
+        path = Path(checkpoint_path)
+        if not path.is_dir():
+            return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        self._reader = open_shards(path)
+        changed = first_changed_file(
+            path, self._reader.index, rank=self.global_rank, ranks=self.world_size
+        )
+        changed = first_text_over_ranks(changed)
+        if changed:
+            raise UserError(f"{changed}{other_checkpoints(path)}")
+        return read_outline(path)
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The part of each weight that this rank owns, and how whole tensors are made of parts and parts taken of them."""
+"""The part of each weight that this rank owns, its place in the whole, and how whole tensors are made of parts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
+from core.checkpoints.parts import LocalPart
 from core.numerics.part_exchange import local_part
 from core.training.local_parameters import local
 
@@ -20,17 +21,34 @@ class WeightShard:
     Args:
         weight: what the model has: a whole weight, or one that is divided.
         first: the number of the part's first matrix; of a stack whose matrices are divided over `experts`.
+        matrices: how many matrices the whole stack has; 0 unless they are divided.
         experts: the ranks that hold the matrices of the stack, in their order; None: it is no such stack.
     """
 
     weight: Tensor
     first: int = 0
+    matrices: int = 0
     experts: "dist.ProcessGroup | None" = None
 
     @property
     def is_sharded(self) -> bool:
         """Whether other ranks own other parts."""
         return self.experts is not None or isinstance(self.weight, DTensor)
+
+    def place(self, part: Tensor) -> LocalPart:
+        """A tensor of the form of this rank's part, with its place in the whole.
+
+        Args:
+            part: the part of the weight itself, or of a moment in an optimizer.
+        """
+        offsets = [0] * part.ndim
+        shape = list(self.weight.shape)
+        if isinstance(self.weight, DTensor):
+            offsets = _offsets(self.weight)
+        if self.matrices:
+            offsets[0] += self.first
+            shape[0] = self.matrices
+        return LocalPart(part, tuple(offsets), tuple(shape))
 
     def gather(self, part: Tensor) -> Tensor:
         """Gathers a tensor of the weight's form from its parts; every rank calls this, and gets all of it.
@@ -82,9 +100,23 @@ def weight_shards(
             full_name = f"{path}.{name}" if path else name
             if getattr(owner, "all_groups", 0) > getattr(owner, "groups", 0):
                 first = int(owner.first_group)  # type: ignore[arg-type]
-                yield full_name, WeightShard(weight, first, experts)
+                yield full_name, WeightShard(weight, first, int(owner.all_groups), experts)  # type: ignore[arg-type]
             else:
                 yield full_name, WeightShard(weight)
+
+
+def _offsets(weight: DTensor) -> list[int]:
+    """The place of the first number of this rank's part of a weight, along each axis."""
+    offsets = [0] * weight.ndim
+    lengths = list(weight.shape)
+    for mesh_dim, placement in enumerate(weight.placements):
+        if isinstance(placement, Shard):
+            length = lengths[placement.dim]
+            share = -(-length // weight.device_mesh.size(mesh_dim))
+            begin = min(share * weight.device_mesh.get_local_rank(mesh_dim), length)
+            offsets[placement.dim] += begin
+            lengths[placement.dim] = min(share, length - begin)
+    return offsets
 
 
 @torch.no_grad()

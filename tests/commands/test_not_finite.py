@@ -12,6 +12,8 @@ import torch
 from lab import Lab
 
 import core
+from core.checkpoints.listing import checkpoints_in
+from core.checkpoints.reading import read_checkpoint
 from core.contracts.errors import NotFiniteError
 from core.model.language_model import LanguageModel
 from core.model.sampling import sample
@@ -19,7 +21,6 @@ from core.reports.study_files import read
 from core.run.divergence import divergence_in
 from core.run.summary import divergence
 from core.run.training import fit
-from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.run_folder import RunFolder
 
 WEIGHT = "blocks.1.ffn.routed.down.weight"

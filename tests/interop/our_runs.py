@@ -7,7 +7,8 @@ import torch
 from lab import Lab
 
 import core
-from core.training.checkpoints import checkpoints_in, read_checkpoint
+from core.checkpoints.listing import checkpoints_in
+from core.checkpoints.reading import read_checkpoint
 from core.training.run_folder import RunFolder
 
 

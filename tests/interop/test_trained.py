@@ -8,7 +8,7 @@ import torch
 from lab import Lab
 
 import core
-from core.training.checkpoints import checkpoints_in
+from core.checkpoints.listing import checkpoints_in
 
 from .checkpoints import read
 

@@ -12,7 +12,7 @@ import yaml
 from run_differences import differences, nested_differences
 from safetensors.torch import load_file, save_file
 
-from core.training.checkpoints import checkpoints_in
+from core.checkpoints.listing import checkpoints_in
 
 
 @pytest.fixture

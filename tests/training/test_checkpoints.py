@@ -28,9 +28,11 @@ from lab import (
 from tiers import first_by_default
 from torch import Tensor
 
+from core.checkpoints.listing import checkpoints_in
+from core.checkpoints.reading import read_checkpoint
+from core.checkpoints.saving import AtomicCheckpointIO
 from core.contracts.errors import UserError
 from core.training import callbacks
-from core.training.checkpoints import AtomicCheckpointIO, checkpoints_in, read_checkpoint
 
 SCALARS = (Tensor, int, float, str, bool, type(None))
 UNPICKLERS = ("pickle", "shelve", "marshal", "joblib", "dill", "cloudpickle")

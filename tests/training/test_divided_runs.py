@@ -1,7 +1,5 @@
 """Whole runs with divided weights: what recipes may say, checkpoints, initial weights, and resuming elsewhere."""
 
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,18 +8,17 @@ from unittest.mock import PropertyMock, patch
 import lightning as L
 import pytest
 import torch
-from lab import Lab, last_checkpoint, rows
-from observed_run import differences
+from lab import Lab, last_checkpoint
+from rank_runs import assert_same_end, cut_after, fit_on_ranks
 from torch import nn
 
 from core.assemble import build
 from core.contracts.errors import ConfigError, UserError
 from core.numerics.finite import not_finite_in
-from core.run.training import check_environment, fit
+from core.run.training import check_environment
 from core.testing.forked_ranks import on_ranks
 from core.training.local_parameters import local_state
 from core.training.ranks import first_text_over_ranks
-from core.training.run_folder import RunFolder
 from core.training.sharded import ShardedStrategy
 from plugins.strategies.sharded import FullyShardedDataParallel
 from plugins.strategies.sharding import check_experts
@@ -154,41 +151,6 @@ def expert_layout(lab: Lab, strategy: str) -> tuple[int, int] | None:
     return found
 
 
-def fit_on_two_ranks(lab: Lab, run: Path, *overrides: str, resume: bool = False) -> None:
-    """Trains a recipe as two tasks of torchrun do, in forked processes."""
-    recipe = lab.recipe(*overrides)
-
-    def work(rank: int) -> Any:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-        os.environ.update(LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
-        return fit(recipe, RunFolder(run), resume=resume, say=lambda _: None)
-
-    with tempfile.TemporaryDirectory() as folder:
-        on_ranks(work, Path(folder), world=2)
-
-
-def cut_after(run: Path, step: int, to: Path) -> Path:
-    """A copy of a run as if it had been killed after a checkpoint."""
-    shutil.copytree(run, to)
-    for file in (to / "checkpoints").glob("*.ckpt"):
-        if file.name != f"step-{step:08d}.ckpt":
-            file.unlink()
-    (to / "summary.json").unlink()
-    return to
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Weights, optimizer states and logged values of two runs agree to 1e-9."""
-    first, second = last_checkpoint(one), last_checkpoint(other)
-    for part in ("state_dict", "optimizer_states"):
-        far = [found for found in differences(first[part], second[part]) if found[0] > 1e-9]
-        assert not far, far[:3]
-    for a, b in zip(rows(one), rows(other), strict=True):
-        for name in a.keys() & b.keys() - {"mfu", "tokens_per_second"}:
-            if a[name] and b[name]:
-                assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-9, abs=1e-9), name
-
-
 @pytest.fixture(scope="module")
 def alone(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of one process."""
@@ -204,7 +166,7 @@ def test_a_run_continues_under_another_strategy(
 ) -> None:
     """From one process to two ranks after step 5, and from there back to one after step 10."""
     run = cut_after(alone, 5, tmp_path / "divided")
-    fit_on_two_ranks(lab, run, FP64, *ALL_CHECKPOINTS, strategy, resume=True)
+    fit_on_ranks(lab, run, FP64, *ALL_CHECKPOINTS, strategy, resume=True)
     assert_same_end(alone, run)
     assert (run / "sample.txt").read_text() == (alone / "sample.txt").read_text()
     back = cut_after(run, 10, tmp_path / "back")
@@ -219,7 +181,7 @@ def test_divided_weights_start_from_those_of_another_run(
 ) -> None:
     start = (FP64, *ALL_CHECKPOINTS, f"initial_weights={alone}")
     lab.fit(tmp_path / "one", *start)
-    fit_on_two_ranks(lab, tmp_path / "two", *start, strategy)
+    fit_on_ranks(lab, tmp_path / "two", *start, strategy)
     assert_same_end(tmp_path / "one", tmp_path / "two")
 
 
@@ -235,8 +197,8 @@ def test_initial_weights_of_another_shape_are_found_before_the_ranks_meet(
 def test_weights_gathered_in_bf16_change_no_number(lab: Lab, tmp_path: Path) -> None:
     """`fsdp` gathers operands of bf16 products in bf16, which rounds them as `ddp` does."""
     bf16 = ("precision.name=bf16", "budget.steps=3", "checkpoint.every_steps=3")
-    fit_on_two_ranks(lab, tmp_path / "whole", *bf16, "strategy={name: ddp, ranks: 2}")
-    fit_on_two_ranks(lab, tmp_path / "divided", *bf16, FSDP)
+    fit_on_ranks(lab, tmp_path / "whole", *bf16, "strategy={name: ddp, ranks: 2}")
+    fit_on_ranks(lab, tmp_path / "divided", *bf16, FSDP)
     one, two = (last_checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "divided"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)

@@ -13,10 +13,11 @@ from lab import Lab, assert_same_run, flat, last_checkpoint
 from torch import Tensor, nn
 
 from core.assemble import build, make
+from core.checkpoints.listing import checkpoints_in
+from core.checkpoints.reading import read_checkpoint
 from core.contracts.errors import UserError
 from core.contracts.training import NamedParameter
 from core.model.parameters import kind_of, named_parameters
-from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.run_folder import RunFolder
 
 BF16 = "optimizer.moments=bf16"

@@ -23,13 +23,15 @@ from tiers import first_by_default
 import core.run.training
 from core.analysis.budget import plan_of
 from core.assemble import make
+from core.checkpoints import saving
+from core.checkpoints.listing import checkpoints_in
+from core.checkpoints.reading import read_checkpoint
 from core.contracts.errors import UserError
 from core.data.documents import read_split
 from core.data.recorded import identity
 from core.recipe.compose import compose
 from core.run.data import text_data
-from core.training import callbacks, checkpoints
-from core.training.checkpoints import checkpoints_in, read_checkpoint
+from core.training import callbacks
 from core.training.module import TrainingModule
 from core.training.run_folder import RunFolder
 
@@ -62,7 +64,7 @@ def half_written(step: int) -> None:
             die()
 
     torch_save = torch.save
-    checkpoints.torch.save = half  # type: ignore[attr-defined]
+    saving.torch.save = half  # type: ignore[attr-defined]
 
 
 def at_step(step: int) -> Callable[..., bool]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 import core
 from core.analysis.budget import plan_of
+from core.checkpoints.listing import checkpoints_in
+from core.checkpoints.reading import read_checkpoint
 from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
@@ -22,7 +24,6 @@ from core.recipe.compose import compose
 from core.run.data import text_data
 from core.run.summary import finite
 from core.training import run_folder as folders
-from core.training.checkpoints import checkpoints_in, read_checkpoint
 from core.training.throughput import measured_peak_flops
 
 PROMISED = (

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from lab import ROOT, Lab, rows
 
+from core.checkpoints.listing import checkpoints_in
 from core.contracts.errors import UserError
-from core.training.checkpoints import checkpoints_in
 from core.training.choose_folder import start_folder
 from core.training.resume import RunningWarning, newest_checkpoint
 from core.training.run_folder import RunFolder

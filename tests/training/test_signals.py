@@ -19,8 +19,8 @@ from lab import (
 )
 from tiers import first_by_default
 
+from core.checkpoints.listing import checkpoints_in
 from core.training import callbacks
-from core.training.checkpoints import checkpoints_in
 from core.training.module import TrainingModule
 
 

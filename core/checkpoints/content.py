@@ -1,5 +1,6 @@
 """Checks what a checkpoint holds before a run continues from it, so that no step finds out."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from core.contracts.errors import UserError
-from core.training.checkpoints import STEP, other_checkpoints
+from core.checkpoints.listing import STEP, other_checkpoints
+from core.contracts.errors import NotFiniteError, UserError
+from core.numerics.finite import holds_nan, not_finite_in
 
 COUNTS = ("windows_done", "skipped_steps", "skipped_in_a_row", "assigned", "dropped", "threads")
 """Whole numbers in the part `moeloom`."""
@@ -18,6 +20,9 @@ SECONDS = ("seconds", "wall_seconds")
 
 SECTIONS = ("validated", "step_states", "paths")
 """Mappings in the part `moeloom`."""
+
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+"""States of torch's optimizers that the next update adds to a weight."""
 
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """Tensors of torch's optimizers that have the shape of their parameter."""
@@ -83,6 +88,43 @@ def _check_progress(content: Mapping[str, Any], file: Path) -> None:
     begun = counted.get("ready") if isinstance(counted, dict) else None
     if begun != step:
         raise _damaged(file, f"loops: counts {begun!r} steps, and {step} are done")
+
+
+def not_finite(content: Mapping[str, Any]) -> str | None:
+    """A sentence about a weight that is not finite, or such a number in an optimizer; None if there is none.
+
+    An infinity in an optimizer's state is allowed, but for first moments: a squared gradient can overflow in a run that
+    goes on. Tensors on the meta device have no numbers.
+    """
+    found = not_finite_in(content["state_dict"])
+    if found is None:
+        found = _not_finite_in_optimizers(content.get("optimizer_states", []))
+    return found
+
+
+def diverged(file: Path, found: str) -> NotFiniteError:
+    """The error about a checkpoint with a number that is not finite."""
+    how = "the run has diverged, and cannot be continued from here"
+    return NotFiniteError(f"{file}: {found}; {how}: start it again with a lower optimizer.lr")
+
+
+def _not_finite_in_optimizers(optimizers: Sequence[Mapping[str, Any]]) -> str | None:
+    """A sentence about the first number of an optimizer that cannot be continued with; None without one."""
+    for number, optimizer in enumerate(optimizers):
+        for parameter, values in optimizer.get("state", {}).items():
+            for key, value in values.items():
+                if not isinstance(value, Tensor) or value.is_meta:
+                    continue
+                where = f"{key} of parameter {parameter}"
+                if holds_nan(value):
+                    return f"optimizer {number} has a NaN in {where}"
+                if key in FIRST_MOMENTS and not bool(value.isfinite().all()):
+                    return f"optimizer {number} has an infinity in {where}"
+        for group in optimizer.get("param_groups", []):
+            for key, value in group.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    return f"optimizer {number} has {key} = {value}"
+    return None
 
 
 def check_model(model: nn.Module, content: Mapping[str, Any], file: Path) -> None:

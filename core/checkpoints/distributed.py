@@ -1,0 +1,350 @@
+"""Saves and loads sharded checkpoints over ranks, by torch.distributed.checkpoint (DCP).
+
+Each rank says which parts of which tensors it holds. DCP plans which rank writes what, so that a tensor that several
+ranks hold is written once, and which stored parts a rank needs, whatever the layout was when they were written. How
+parts are stored is said here: in safetensors files with checksums, so that nothing is unpickled when they are read.
+"""
+
+import io
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future as SaveFuture
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from core.checkpoints.index import (
+    FileRecord,
+    Part,
+    ShardedTensor,
+    ShardIndex,
+    files_left_over,
+)
+from core.checkpoints.parts import LocalPart
+from core.checkpoints.shards import ShardReader
+from core.storage.files import sync_folder
+
+FILE_BYTES = 2**30
+"""A file is closed when its tensors have this many bytes."""
+
+
+def _chunk(part: LocalPart) -> ChunkStorageMetadata:
+    """The place of a part, as DCP says it."""
+    return ChunkStorageMetadata(torch.Size(part.offsets), part.tensor.shape)
+
+
+class PartsSavePlanner(DefaultSavePlanner):
+    """Plans the writing of parts.
+
+    Args:
+        parts: those of this rank, by the names of their tensors.
+    """
+
+    def __init__(self, parts: Mapping[str, LocalPart]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.parts = parts
+
+    def create_local_plan(self) -> SavePlan:
+        """Plans to write every part that holds a number."""
+        items = [
+            WriteItem(
+                index=MetadataIndex(name, torch.Size(part.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=_chunk(part),
+                    properties=TensorProperties(dtype=part.tensor.dtype),
+                    size=torch.Size(part.shape),
+                ),
+            )
+            for name, part in self.parts.items()
+            if part.tensor.numel()
+        ]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The part that an item writes."""
+        tensor: Tensor = self.state_dict[index.fqn]
+        return tensor
+
+
+class PartsLoadPlanner(DefaultLoadPlanner):
+    """Plans the reading of parts, into the tensors that hold them.
+
+    Args:
+        parts: those of this rank, by the names of their tensors.
+    """
+
+    def __init__(self, parts: Mapping[str, LocalPart]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.parts = parts
+
+    def create_local_plan(self) -> LoadPlan:
+        """Plans to read whatever stored parts overlap with those of this rank."""
+        assert self.metadata is not None
+        items: list[ReadItem] = []
+        for name, part in self.parts.items():
+            if part.tensor.numel():
+                stored = self.metadata.state_dict_metadata[name]
+                items += create_read_items_for_chunk_list(name, stored, [_chunk(part)])  # type: ignore[arg-type]
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The tensor into which an item is read."""
+        return self.parts[index.fqn].tensor
+
+
+class ShardWriter(StorageWriter):
+    """Writes parts into the files of a sharded checkpoint, and at last its index.
+
+    Args:
+        folder: the checkpoint.
+        rest: the bytes of the file with everything but tensors; the first rank's count.
+    """
+
+    def __init__(self, folder: Path, rest: bytes) -> None:
+        self.folder = folder
+        self.rest = rest
+        self.token = secrets.token_hex(4)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begins another save; nothing is kept of an earlier one."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Makes the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Returns the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Gives each rank its number, with which the names of its files begin."""
+        return [
+            SavePlan(plan.items, rank, plan.planner_data, plan.usable)
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes this rank's parts; the files are removed if one cannot be written."""
+        results: list[WriteResult] = []
+        written: list[Path] = []
+        try:
+            for number, items in enumerate(_files(plan.items)):
+                tensors: dict[str, Tensor] = {}
+                for item in items:
+                    part = planner.resolve_data(item)
+                    assert isinstance(part, Tensor)
+                    tensors[item.index.fqn] = part.detach().cpu().contiguous()
+                name = f"rank-{plan.storage_data:05d}-{self.token}-{number:03d}.safetensors"
+                content = safetensors.torch.save(tensors)
+                written.append(self.folder / name)
+                _write(written[-1], content)
+                record = FileRecord.of(content)
+                results += [WriteResult(item.index, record.size, (name, record)) for item in items]
+        except BaseException:
+            for file in written:
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
+            raise
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Writes everything but tensors, and the index; then removes the files of an earlier save."""
+        rest = f"rest-{self.token}.pt"
+        _write(self.folder / rest, self.rest)
+        files = {rest: FileRecord.of(self.rest)}
+        place: dict[tuple[str, tuple[int, ...]], str] = {}
+        for result in (one for of_rank in results for one in of_rank):
+            name, record = result.storage_data
+            files[name] = record
+            place[result.index.fqn, tuple(result.index.offset or ())] = name
+        tensors: dict[str, ShardedTensor] = {}
+        for name, found in metadata.state_dict_metadata.items():
+            assert isinstance(found, TensorStorageMetadata)
+            parts = [
+                Part(place[name, tuple(chunk.offsets)], tuple(chunk.offsets), tuple(chunk.sizes))
+                for chunk in found.chunks
+            ]
+            tensors[name] = ShardedTensor(found.properties.dtype, tuple(found.size), tuple(parts))
+        sync_folder(self.folder)
+        ShardIndex(rest, files, tensors).write(self.folder)
+        for file in files_left_over(self.folder):
+            file.unlink(missing_ok=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether a path can be one of a checkpoint: any can."""
+        return True
+
+
+class ShardStorageReader(StorageReader):
+    """Lets DCP read the files of a sharded checkpoint; `torch.distributed.checkpoint.load` takes it as storage reader.
+
+    Args:
+        reader: the checkpoint.
+    """
+
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader = reader
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begins another load."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The tensors and their parts, from the index."""
+        tensors: dict[str, Any] = {}
+        files: dict[MetadataIndex, Part] = {}
+        for name, tensor in self.reader.index.tensors.items():
+            chunks = []
+            for part in tensor.parts:
+                offsets = torch.Size(part.offsets)
+                chunks.append(ChunkStorageMetadata(offsets, torch.Size(part.shape)))
+                files[MetadataIndex(name, offsets)] = part
+            properties = TensorProperties(dtype=tensor.dtype)
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        return Metadata(tensors, storage_data=files)
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Notes in which file each part is."""
+        self.files: Mapping[MetadataIndex, Part] = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Returns the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Returns the plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Reads what this rank needs, straight into its tensors."""
+        for item in plan.items:
+            piece = tuple(
+                slice(offset, offset + length)
+                for offset, length in zip(item.storage_offsets, item.lengths, strict=True)
+            )
+            stored = self.files[item.storage_index]
+            target = planner.resolve_tensor(item)
+            target.detach().copy_(self.reader.piece(item.storage_index.fqn, stored, piece))
+            planner.commit_tensor(item, target)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether a path can be one of a checkpoint: any can."""
+        return True
+
+
+def save_parts(
+    parts: Mapping[str, LocalPart],
+    rest: Any,
+    folder: Path,
+    group: dist.ProcessGroup,
+    *,
+    asynchronous: bool,
+) -> "SaveFuture[Any] | None":
+    """Saves a sharded checkpoint; every rank calls this.
+
+    Args:
+        parts: this rank's parts by the names of their tensors; all ranks name the same tensors.
+        rest: everything else, in plain containers and small tensors; the first rank's counts.
+        folder: the checkpoint; its index is replaced when all else is on the disk.
+        group: all ranks, by a backend for tensors of the CPU, which nothing else uses while a save is under way.
+        asynchronous: whether the parts are copied now and written while the caller goes on.
+
+    Returns:
+        None when all is written; if `asynchronous`, a future that is done then.
+
+    Raises:
+        CheckpointException: a rank could not write; it holds the exception of each rank that failed.
+    """
+    content = io.BytesIO()
+    if dist.get_rank() == 0:
+        torch.save(rest, content)
+    options: dict[str, Any] = {
+        "storage_writer": ShardWriter(folder, content.getvalue()),
+        "planner": PartsSavePlanner(parts),
+        "process_group": group,
+    }
+    tensors = {name: part.tensor.detach() for name, part in parts.items()}
+    if not asynchronous:
+        save(tensors, **options)
+        return None
+    future = async_save(tensors, **options)
+    assert isinstance(future, SaveFuture)
+    return future
+
+
+def load_parts(parts: Mapping[str, LocalPart], reader: ShardReader) -> None:
+    """Reads parts of tensors of a sharded checkpoint into the tensors that hold them; every rank calls this.
+
+    Args:
+        parts: this rank's parts by the names of their tensors, which need not be those that were written.
+        reader: the checkpoint.
+    """
+    tensors = {name: part.tensor for name, part in parts.items()}
+    storage = ShardStorageReader(reader)
+    load(tensors, storage_reader=storage, planner=PartsLoadPlanner(parts))
+
+
+def _files(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
+    """Yields the items that share a file: of one kind, the model's or an optimizer's, and with one part of a tensor."""
+    by_kind: dict[str, list[WriteItem]] = {}
+    for item in items:
+        by_kind.setdefault(item.index.fqn.partition(".")[0], []).append(item)
+    for kind in by_kind.values():
+        file: list[WriteItem] = []
+        names: set[str] = set()
+        held = 0
+        for item in kind:
+            if held >= FILE_BYTES or item.index.fqn in names:
+                yield file
+                file, names, held = [], set(), 0
+            file.append(item)
+            names.add(item.index.fqn)
+            held += item.tensor_storage_size() or 0
+        yield file
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Writes a file and forces it to the disk."""
+    with file.open("xb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())

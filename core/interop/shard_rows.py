@@ -1,0 +1,63 @@
+"""Rows of the model's tensors in a sharded checkpoint, none of which is put together as a whole."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.checkpoints.reading import open_shards
+from core.checkpoints.shards import MODEL
+from core.interop.tensors import TensorReader, TensorSpec
+
+PREFIX = f"{MODEL}model."
+"""How the names of the language model's tensors begin; in the rest of the state are metrics of the run."""
+
+
+class ShardRows(TensorReader):
+    """The model's tensors of a sharded checkpoint, whose files are compared with their checksums first.
+
+    Args:
+        checkpoint: its folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._reader = open_shards(checkpoint)
+        self._reader.check(MODEL)
+        self.specs = {}
+        for name, tensor in self._reader.index.tensors.items():
+            if name.startswith(PREFIX):
+                self.specs[name.removeprefix(PREFIX)] = TensorSpec(tensor.dtype, tensor.shape)
+
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Reads the rows, whatever the parts are that hold them."""
+        spec = self.specs[name]
+        rows = [torch.empty(0, spec.width, dtype=spec.dtype)]
+        for offsets, shape in _boxes(spec.shape, begin, end):
+            box = self._reader.box(f"{PREFIX}{name}", offsets, shape)
+            rows.append(box.reshape(-1, spec.width))
+        return torch.cat(rows)
+
+
+def _boxes(
+    shape: tuple[int, ...], begin: int, end: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yields the offsets and the shapes of boxes that together are the rows from `begin` to `end` of a tensor."""
+    if len(shape) < 2:
+        if end > begin:
+            yield (0,) * len(shape), shape
+        return
+    if len(shape) == 2:
+        yield (begin, 0), (end - begin, shape[1])
+        return
+    inner = math.prod(shape[1:-1])
+    while begin < end:
+        number, first = divmod(begin, inner)
+        stop = min(inner, first + end - begin)
+        for offsets, lengths in _boxes(shape[1:], first, stop):
+            yield (number, *offsets), (1, *lengths)
+        begin += stop - first
