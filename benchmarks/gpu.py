@@ -42,7 +42,7 @@ PACKAGES = (
 
 def parser() -> argparse.ArgumentParser:
     """The command-line arguments."""
-    p = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description="One GPU, measured.")
+    p = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description="One GPU or two, measured.")
     p.add_argument(
         "parts",
         nargs="*",
@@ -61,9 +61,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tokens",
         type=Path,
-        default=Path("data/tokens"),
+        default=Path("build/tokens"),
         metavar="DIR",
-        help="large, scaling: folder that benchmarks/token_file.py wrote (default: data/tokens)",
+        help="large, scaling: folder that benchmarks/token_file.py wrote (default: build/tokens)",
     )
     p.add_argument(
         "--seconds",
@@ -172,10 +172,12 @@ def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    quick = ["--quick", "--device", arguments.device] if arguments.quick else []
+    options = ["--quick", "--device", arguments.device] if arguments.quick else []
+    for override in arguments.set:
+        options += ["--set", override]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "benchmarks/gpu.py", *arguments.parts, *quick]),
+        "command": " ".join(["python", "benchmarks/gpu.py", *arguments.parts, *options]),
         "machine": machine(),
         "code": code(),
         "python": ".".join(map(str, sys.version_info[:3])),

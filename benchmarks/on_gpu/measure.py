@@ -41,7 +41,7 @@ class Lab:
     folder: Path
     ceilings: dict[str, Any] = field(default_factory=dict)
     keep: Callable[[dict[str, Any]], None] = lambda found: None
-    tokens: Path = Path("data/tokens")
+    tokens: Path = Path("build/tokens")
     seconds: float = 480.0
     overrides: list[str] = field(default_factory=list)
 

@@ -33,7 +33,7 @@ class TokenFile(TokenCorpus):
             if self.vocabulary is not None and self.vocabulary < 2:
                 raise ConfigError("vocabulary", "must be at least 2")
 
-    example: ClassVar[dict[str, Any]] = {"name": "token_file", "folder": "data/tokens"}
+    example: ClassVar[dict[str, Any]] = {"name": "token_file", "folder": "build/tokens"}
 
     def check_source(self) -> None:
         """Raises `UserError` where one of the two files is missing."""
