@@ -42,7 +42,9 @@ PACKAGES = (
 
 def parser() -> argparse.ArgumentParser:
     """The command-line arguments."""
-    p = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description="One GPU or two, measured.")
+    p = argparse.ArgumentParser(
+        prog="python benchmarks/gpu.py", description="One GPU or two, measured."
+    )
     p.add_argument(
         "parts",
         nargs="*",

@@ -4,6 +4,7 @@ The model is `dsv3_1b` with DeepSeek-V3's attention and gates. Runs follow each 
 each strategy, so that other work of the machine affects all of them.
 """
 
+import time
 from typing import Any
 
 from benchmarks.on_gpu.measure import Lab, failed, spread
@@ -17,6 +18,8 @@ from benchmarks.on_gpu.ranks import (
     watched_run,
 )
 from benchmarks.on_gpu.shapes import MLA, V3_ROUTING
+from core.assemble import build
+from core.recipe.compose import compose
 
 STRATEGIES = {
     "one": "{name: single}",
@@ -71,10 +74,9 @@ def changes(lab: Lab, name: str) -> list[str]:
 
 def run(lab: Lab) -> dict[str, Any]:
     """Runs every strategy in turns, and writes the ratios as they come."""
-    import time
-
     deadline = time.monotonic() + lab.seconds
     folder = new_folder(lab, "scaling")
+    received = {name: gradient_and_weight_bytes(lab, name) for name in GOALS}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in STRATEGIES}
     for turn in range(TURNS):
         for name in STRATEGIES:
@@ -91,15 +93,41 @@ def run(lab: Lab) -> dict[str, Any]:
                 seconds=left,
             )
             runs[name].append(found)
-            lab.keep(results(runs))
-    return results(runs)
+            lab.keep(results(runs, received))
+    return results(runs, received)
 
 
-def results(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def gradient_and_weight_bytes(lab: Lab, name: str) -> float:
+    """Bytes of gradients and gathered weights that a rank receives in a step, computed; tokens are counted apart.
+
+    `ddp` adds up fp32 gradients once. `fsdp` gathers the weights of blocks twice for each micro-batch, in the format of
+    most products, and all others once in fp32; it scatters the sums of fp32 gradients once. `expert_parallel` does the
+    same with all weights but the experts.
+    """
+    recipe = compose("dsv3_1b", changes(lab, name))
+    model = build(recipe, device="meta")
+    ranks = recipe.strategy.component.ranks_of(recipe.strategy.config)
+    total, blocks = 0, 0
+    for path, weight in model.named_parameters():
+        if name == "expert_parallel" and weight.ndim == 3:
+            continue
+        total += weight.numel()
+        if path.startswith("blocks."):
+            blocks += weight.numel()
+    share = (ranks - 1) / ranks
+    if name == "ddp":
+        return 2 * share * 4 * total
+    width = model.blocks[0].precision.compute_dtype("ffn.down").itemsize
+    gathered = 2 * width * blocks + 4 * (total - blocks)
+    return share * (int(recipe.batch.accumulate) * gathered + 4 * total)
+
+
+def results(runs: dict[str, list[dict[str, Any]]], received: dict[str, float]) -> dict[str, Any]:
     """Seconds of a step, memory, bytes, and the ratio of throughputs with its spread over turns, by strategy.
 
     Args:
         runs: for each strategy one result of `watched_run` for each turn.
+        received: see `gradient_and_weight_bytes`, by strategy.
     """
     made: dict[str, Any] = {}
     medians: dict[str, list[float]] = {}
@@ -123,6 +151,7 @@ def results(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             # both do the same work for each rank, so throughput is twice as high where a step takes as long
             made[name]["ratio"] = spread([2 * one / two for one, two in pairs])
             made[name]["goal"] = GOALS[name]
+            made[name]["computed_bytes_received"] = received[name]
     return made
 
 
@@ -137,6 +166,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         text = f"steps of {seconds} s; peak bytes {part['peak_bytes']}; ended {part['ended']}"
         if ratio := part.get("ratio"):
             span = f"({ratio['least']:.3f} to {ratio['most']:.3f}), goal {part['goal']}"
-            text = f"{ratio['median']:.3f}x {span}; {text}"
+            received = f"received {part['computed_bytes_received'] / 1e6:.3g} MB beside tokens"
+            text = f"{ratio['median']:.3f}x {span}; {received}; {text}"
         shown.append((name, text))
     return shown

@@ -107,8 +107,14 @@ def make_clock(folder: Path, profiled_steps: int) -> "Callback":
             """Writes what the profiler has seen."""
             if self.profiler is None:
                 return
-            self.profiler.stop()
-            found = overlap_of(self.profiler, pl_module.device.type)
+            found: dict[str, Any] = {}
+            try:
+                self.profiler.stop()
+                found = overlap_of(self.profiler, pl_module.device.type)
+            except (
+                RuntimeError
+            ) as cause:  # the run's other results must not be lost with the profile
+                found["error"] = str(cause)[:300]
             self._file("profile", "json").write_text(json.dumps(found))
 
         def _file(self, name: str, ending: str) -> Path:

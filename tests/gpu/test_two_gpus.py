@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from benchmarks.on_gpu import ranks, scaling
+from benchmarks.on_gpu.measure import Lab
 from benchmarks.run_plugin.overlap import length, merged, shares
 from benchmarks.run_plugin.token_file import TokenFile
 from benchmarks.token_file import write
+from core.assemble import build
 from core.contracts.errors import UserError
 from core.data.tokenizer import train
+from core.recipe.compose import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,10 +52,23 @@ def test_a_ratio_is_of_throughputs_in_the_same_turn() -> None:
         "one": [ran(1.0), ran(2.0)],
         "ddp": [ran(1.25), ran(2.0)],
     }
-    found = scaling.results(runs)
+    found = scaling.results(runs, dict.fromkeys(scaling.GOALS, 5.0))
     assert found["ddp"]["ratio"]["all"] == [1.6, 2.0]
     assert found["ddp"]["goal"] == 1.85
     assert "ratio" not in found["fsdp"]
+
+
+def test_bytes_of_gradients_and_weights_by_strategy(tmp_path: Path) -> None:
+    """With one micro-batch in fp32: `ddp` a weight each way, `fsdp` half of it for two gathers and one scatter."""
+    lab = Lab("cpu", True, tmp_path, overrides=["batch.accumulate=1"])
+    ddp, fsdp, experts = (scaling.gradient_and_weight_bytes(lab, name) for name in scaling.GOALS)
+    model = build(compose("dsv3_1b", scaling.changes(lab, "ddp")), device="meta")
+    total = sum(weight.numel() for weight in model.parameters())
+    blocks = sum(weight.numel() for weight in model.blocks.parameters())
+    stacks = sum(weight.numel() for weight in model.parameters() if weight.ndim == 3)
+    assert ddp == 4 * total
+    assert fsdp == (2 * 4 * blocks + 4 * (total - blocks) + 4 * total) / 2
+    assert experts == fsdp - (3 * 4 * stacks) / 2
 
 
 def test_steps_that_warm_up_or_are_profiled_do_not_count() -> None:
