@@ -94,7 +94,7 @@ def write(texts: list[str], tokenizer: Path, out: Path, tokens: int, validation:
             found = next(ids, None)
             if found is None:
                 raise UserError(f"--tokens {tokens}: the texts have fewer")
-            held += [0, *(token for token in found if token)]
+            held += [0, *found]
         del held[wanted[side] :]
     out.mkdir(parents=True, exist_ok=True)
     arrays = {side: np.array(held, dtype=np.uint32) for side, held in sides.items()}
