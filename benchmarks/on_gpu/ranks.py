@@ -107,10 +107,11 @@ def read_ranks(run: Path, ranks: int, began: float) -> dict[str, Any]:
         began: when the command was started, in seconds since 1970; times of the start are counted from it.
 
     Returns:
-        `start`: seconds from the command to each mark, by rank; `rows`: the steps of the first rank; `peak_bytes` by
-        rank; `overlap` by rank.
+        `start`: seconds from the command to each mark, by rank; `rows`: the steps of the first rank; `peak_bytes` and
+        `overlap` by rank; `cpu_seconds`: processor time of each step, by rank.
     """
-    found: dict[str, Any] = {"start": [], "rows": [], "peak_bytes": [], "overlap": []}
+    names = ("start", "rows", "peak_bytes", "overlap", "cpu_seconds")
+    found: dict[str, Any] = {name: [] for name in names}
     for rank in range(ranks):
         lines = _lines(run / f"steps-{rank}.jsonl")
         if not lines:
@@ -121,6 +122,7 @@ def read_ranks(run: Path, ranks: int, began: float) -> dict[str, Any]:
             since["first_step_done"] = round(rows[0]["at"] - began, 2)
             found["peak_bytes"].append(rows[-1].get("peak_bytes"))
         found["start"].append(since)
+        found["cpu_seconds"].append([round(row["cpu_seconds"], 4) for row in rows])
         if rank == 0:
             found["rows"] = rows
         with suppress(OSError, ValueError):

@@ -4,6 +4,7 @@ The model is `dsv3_1b` with DeepSeek-V3's attention and gates. Runs follow each 
 each strategy, so that other work of the machine affects all of them.
 """
 
+import statistics
 import time
 from typing import Any
 
@@ -131,12 +132,15 @@ def results(runs: dict[str, list[dict[str, Any]]], received: dict[str, float]) -
     """
     made: dict[str, Any] = {}
     medians: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     for name, turns in runs.items():
         seconds = [spread(step_seconds(found["rows"], WARM) or [float("nan")]) for found in turns]
         medians[name] = [one["median"] for one in seconds]
+        cpu[name] = [_cpu_of_a_step(found["cpu_seconds"]) for found in turns]
         rows = [row for found in turns for row in found["rows"][-1:]]
         made[name] = {
             "step_seconds": seconds,
+            "cpu_seconds_of_a_rank": cpu[name],
             "peak_bytes": [found["peak_bytes"] for found in turns],
             "exchanged": [{k: v for k, v in row.items() if "exchange/" in k} for row in rows],
             "start": [found["start"] for found in turns],
@@ -150,9 +154,21 @@ def results(runs: dict[str, list[dict[str, Any]]], received: dict[str, float]) -
         if pairs:
             # both do the same work for each rank, so throughput is twice as high where a step takes as long
             made[name]["ratio"] = spread([2 * one / two for one, two in pairs])
+            made[name]["cpu_ratio"] = spread(
+                [2 * one / two for one, two in zip(cpu["one"], cpu[name], strict=False)]
+            )
             made[name]["goal"] = GOALS[name]
             made[name]["computed_bytes_received"] = received[name]
     return made
+
+
+def _cpu_of_a_step(by_rank: list[list[float]]) -> float:
+    """Processor time that a rank needs for a step: the median over steps, and the mean over ranks.
+
+    Waiting for another rank costs none under gloo. On a machine that other work shares it is steadier than wall time.
+    """
+    medians = [statistics.median(seconds[WARM:] or [float("nan")]) for seconds in by_rank]
+    return statistics.mean(medians) if medians else float("nan")
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -167,6 +183,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         if ratio := part.get("ratio"):
             span = f"({ratio['least']:.3f} to {ratio['most']:.3f}), goal {part['goal']}"
             received = f"received {part['computed_bytes_received'] / 1e6:.3g} MB beside tokens"
-            text = f"{ratio['median']:.3f}x {span}; {received}; {text}"
+            cpu = f"by processor time {part['cpu_ratio']['median']:.3f}x"
+            text = f"{ratio['median']:.3f}x {span}; {cpu}; {received}; {text}"
         shown.append((name, text))
     return shown

@@ -49,6 +49,7 @@ def make_clock(folder: Path, profiled_steps: int) -> "Callback":
         def __init__(self) -> None:
             self.marks: dict[str, float] = {"callbacks_made": time.time()}
             self.began = 0.0
+            self.began_cpu = 0.0
             self.profiler: Any = None
 
         def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -75,6 +76,7 @@ def make_clock(folder: Path, profiled_steps: int) -> "Callback":
                 self.profiler = _started_profiler(pl_module.device.type)
             _wait(pl_module.device.type)
             self.began = time.perf_counter()
+            self.began_cpu = time.process_time()
 
         def on_train_batch_end(
             self,
@@ -91,6 +93,7 @@ def make_clock(folder: Path, profiled_steps: int) -> "Callback":
             line: dict[str, Any] = {
                 "step": pl_module.windows_done,
                 "seconds": time.perf_counter() - self.began,
+                "cpu_seconds": time.process_time() - self.began_cpu,
                 "at": time.time(),
                 "profiled": self.profiler is not None,
             }

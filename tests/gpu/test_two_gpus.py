@@ -41,19 +41,21 @@ def test_exchange_is_covered_while_computation_runs() -> None:
 def test_a_ratio_is_of_throughputs_in_the_same_turn() -> None:
     """Steps of one rank take 1 s and then 2 s, of two 1.25 s and 2 s: twice the work in 1.25 and 1 times the time."""
 
-    def ran(seconds: float) -> dict[str, Any]:
+    def ran(seconds: float, *cpus: float) -> dict[str, Any]:
         rows = [
             {"step": step, "seconds": 9.0 if step <= scaling.WARM else seconds, "profiled": False}
             for step in range(1, 9)
         ]
-        return {"rows": rows, "peak_bytes": [1], "start": [], "overrides": [], "ended": "finished"}
+        found = {"rows": rows, "peak_bytes": [1], "start": [], "overrides": [], "ended": "finished"}
+        return found | {"cpu_seconds": [[9.0] * scaling.WARM + [cpu, cpu, 5 * cpu] for cpu in cpus]}
 
     runs = {name: [] for name in scaling.STRATEGIES} | {
-        "one": [ran(1.0), ran(2.0)],
-        "ddp": [ran(1.25), ran(2.0)],
+        "one": [ran(1.0, 1.0), ran(2.0, 1.5)],
+        "ddp": [ran(1.25, 1.0, 1.5), ran(2.0, 1.5, 1.5)],
     }
     found = scaling.results(runs, dict.fromkeys(scaling.GOALS, 5.0))
     assert found["ddp"]["ratio"]["all"] == [1.6, 2.0]
+    assert found["ddp"]["cpu_ratio"]["all"] == [1.6, 2.0]
     assert found["ddp"]["goal"] == 1.85
     assert "ratio" not in found["fsdp"]
 
@@ -80,13 +82,14 @@ def test_steps_that_warm_up_or_are_profiled_do_not_count() -> None:
 
 def test_what_a_run_wrote_is_read_also_while_it_writes(tmp_path: Path) -> None:
     marks = {"callbacks_made": 103.5}
-    step = {"step": 1, "at": 110.0, "peak_bytes": 7}
+    step = {"step": 1, "at": 110.0, "peak_bytes": 7, "cpu_seconds": 0.5}
     text = "\n".join(json.dumps(one) for one in (marks, step))
     (tmp_path / "steps-0.jsonl").write_text(text + '\n{"step": 2, "at"', encoding="utf-8")
     found = ranks.read_ranks(tmp_path, 2, began=100.0)
     assert found["start"] == [{"callbacks_made": 3.5, "first_step_done": 10.0}]
     assert found["rows"] == [step]
     assert found["peak_bytes"] == [7]
+    assert found["cpu_seconds"] == [[0.5]]
 
 
 def corpus(folder: Path, vocabulary: int | None = None) -> TokenFile:
