@@ -39,6 +39,7 @@ def make_clock(folder: Path, profiled_steps: int) -> "Callback":
     import torch
 
     from benchmarks.run_plugin.overlap import overlap_of
+    from core.run.summary import peak_memory_bytes
     from core.training.module import TrainingModule
     from core.training.ranks import rank_and_world
     from core.training.step_metrics import as_scalar
@@ -96,9 +97,9 @@ def make_clock(folder: Path, profiled_steps: int) -> "Callback":
                 "cpu_seconds": time.process_time() - self.began_cpu,
                 "at": time.time(),
                 "profiled": self.profiler is not None,
+                "peak_bytes": peak_memory_bytes(),
             }
             if device == "cuda":
-                line["peak_bytes"] = torch.cuda.max_memory_allocated()
                 line["reserved_bytes"] = torch.cuda.max_memory_reserved()
             for name, value in pl_module.step_values.items():
                 if name.startswith(KEPT):
