@@ -36,6 +36,7 @@ FULL = {
     "study/test_processes.py": "starts and kills processes",
     "study/test_ray.py": "needs Ray",
     "training/test_node_processes.py": "starts the processes of two nodes",
+    "training/test_profiler_ranks.py": "starts the processes of two ranks",
     "training/test_rank_processes.py": "starts and kills the processes of two ranks",
     "training/test_ranks.py": "starts the processes of two ranks",
     "training/test_skew.py": "trains 300 steps three times",

@@ -183,10 +183,10 @@ class ShardedStrategy(ModelParallelStrategy):
             prefix: how the names of its tensors begin.
         """
 
-        def room(shard: WeightShard, outline: Tensor) -> Tensor:
+        def allocated(shard: WeightShard, outline: Tensor) -> Tensor:
             return torch.empty(local(shard.weight).shape, dtype=outline.dtype)
 
-        state = self._converted(optimizer, state, room)
+        state = self._converted(optimizer, state, allocated)
         shards = self.optimized_shards(optimizer)
         parts: dict[str, LocalPart] = {}
         for index, values in state["state"].items():

@@ -23,6 +23,8 @@ from lab import ROOT, SMALL, CommandResult, run_command_here, write_texts
 from report.synthetic import Made, write_sweep
 from safetensors.torch import save_file
 
+from core.checkpoints.listing import remove_checkpoint
+
 TIMEOUT = 60
 """Seconds after which a command counts as hanging."""
 
@@ -61,6 +63,9 @@ COMMANDS = [
     Command("done", ("report", "FOLDER", "--out", "NEW"), (), 2),
     Command("done", ("convert", "to-hf", "FOLDER", "NEW"), (), 2),
     Command("done", ("describe", "FOLDER/recipe.yaml"), (), 1),
+    Command("sharded", ("fit", "RECIPE", "--resume", "FOLDER"), (*RUN, "tensorboard"), 4),
+    Command("sharded", ("generate", "FOLDER", "--prompt", "abc", "--tokens", "2"), (), 2),
+    Command("sharded", ("convert", "to-hf", "FOLDER", "NEW"), (), 2),
     Command("hf", ("convert", "from-hf", "FOLDER", "NEW"), (), 5),
     Command("converted", ("convert", "to-hf", "FOLDER", "NEW"), (), 3),
     Command("converted", ("generate", "FOLDER", "--prompt", "a", "--tokens", "2"), (), 2),
@@ -79,7 +84,7 @@ CACHES = [c for c in COMMANDS if c.subject == "cache"]
 QUICK = [
     c
     for c in COMMANDS
-    if c.subject != "stopped"
+    if c.subject not in ("stopped", "sharded")
     and c.arguments[0] != "report"
     and (c.subject, c.arguments[0]) != ("cache", "fit")
 ]
@@ -123,6 +128,12 @@ class Subjects:
         shutil.copytree(done, stopped)
         for name in ("summary.json", "sample.txt", "checkpoints/step-00000003.ckpt"):
             (stopped / name).unlink()
+        sharded = folder / "sharded"
+        one = "strategy={name: fsdp, ranks: 1}"
+        self._run("fit", str(self.recipe), "--out", str(sharded), one)
+        remove_checkpoint(sharded / "checkpoints" / "step-00000003.ckpt")
+        for name in ("summary.json", "sample.txt"):
+            (sharded / name).unlink()
         self._write_hf(folder / "hf")
         self._run("convert", "from-hf", str(folder / "hf"), str(folder / "converted"))
         write_sweep(folder / "study", {"a": Made(20), "b": Made(20, 4.3)}, [0, 1])

@@ -80,7 +80,7 @@ def box_of(
 
 
 def parts_of(rank: int, ranks: int, axes: dict[str, int], *, empty: bool) -> dict[str, LocalPart]:
-    """The parts of a rank, with their numbers or with room for them."""
+    """The parts of a rank, with their numbers or with others in their places."""
     parts = {}
     for name, tensor in whole_tensors().items():
         offsets, shape = box_of(name, rank, ranks, axes)
