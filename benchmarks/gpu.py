@@ -1,10 +1,11 @@
-"""python benchmarks/gpu.py [PART ...]: tests and benchmarks on one GPU.
+"""python benchmarks/gpu.py [PART ...]: tests and benchmarks on one GPU, or on two.
 
 Parts: tests (those that need a GPU), correctness (results of the CPU and of the GPU), fp8 (its products and its loss
 curves), speed (a model of a billion parameters, compared with transformers), layer (a mixture-of-experts layer of
-DeepSeek-V3's shape), profile (the time of a step by kind of kernel). Each part writes its numbers into OUT/gpu.json as
-soon as it has them, and keeps those of other parts; a short table is printed last. `--quick` takes toy sizes: a dry run
-of every step, on any machine.
+DeepSeek-V3's shape), profile (the time of a step by kind of kernel). On two GPUs, and only if they are named: large
+(16 billion parameters in training), scaling (throughput of two over that of one). Each part writes its numbers into
+OUT/gpu.json as soon as it has them, and keeps those of other parts; a short table is printed last. `--quick` takes toy
+sizes: a dry run of every step, on any machine.
 """
 
 import argparse
@@ -25,6 +26,9 @@ from core.command import run_command
 from core.contracts.errors import UserError
 
 PARTS = ("tests", "correctness", "fp8", "speed", "layer", "profile")
+ON_TWO = ("large", "scaling")
+"""Parts that need two GPUs and a folder of tokens (benchmarks/token_file.py)."""
+
 PACKAGES = (
     "torch",
     "triton",
@@ -38,8 +42,15 @@ PACKAGES = (
 
 def parser() -> argparse.ArgumentParser:
     """The command-line arguments."""
-    p = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description="One GPU, measured.")
-    p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    p = argparse.ArgumentParser(
+        prog="python benchmarks/gpu.py", description="One GPU or two, measured."
+    )
+    p.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"of {', '.join(PARTS)} (default: these), {', '.join(ON_TWO)}",
+    )
     p.add_argument(
         "--out", type=Path, default=Path("records/gpu"), metavar="DIR", help="default: records/gpu"
     )
@@ -48,6 +59,27 @@ def parser() -> argparse.ArgumentParser:
         "--quick",
         action="store_true",
         help="toy sizes: shows that every step runs, and nothing else",
+    )
+    p.add_argument(
+        "--tokens",
+        type=Path,
+        default=Path("build/tokens"),
+        metavar="DIR",
+        help="large, scaling: folder that benchmarks/token_file.py wrote (default: build/tokens)",
+    )
+    p.add_argument(
+        "--seconds",
+        type=float,
+        default=480.0,
+        metavar="S",
+        help="large, scaling: the part's runs are interrupted after so many (default: 480)",
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="large, scaling: a further override of the recipe; may be given several times",
     )
     return p
 
@@ -63,8 +95,8 @@ def main(arguments: argparse.Namespace) -> None:
     from benchmarks.on_gpu.measure import ceilings
 
     for part in arguments.parts:
-        if part not in PARTS:
-            raise UserError(f"{part}: is not a part; allowed: {', '.join(PARTS)}")
+        if part not in (*PARTS, *ON_TWO):
+            raise UserError(f"{part}: is not a part; allowed: {', '.join((*PARTS, *ON_TWO))}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: there is no GPU that torch can use; --device cpu --quick is a dry run"
@@ -110,7 +142,17 @@ def measured(
         document[part] = {"about": about, "ceilings": rates, "found": kept}
         _write(target, document)
 
-    found = attempt(module.run, Lab(arguments.device, arguments.quick, arguments.out, rates, keep))
+    lab = Lab(
+        arguments.device,
+        arguments.quick,
+        arguments.out,
+        rates,
+        keep,
+        tokens=arguments.tokens,
+        seconds=arguments.seconds,
+        overrides=arguments.set,
+    )
+    found = attempt(module.run, lab)
     keep(found)  # of a part that failed, what was kept before stays
     outcome = attempt(module.rows, found)
     rows = [("failed", failed(found) or failed(outcome))] if failed(outcome) else outcome
@@ -132,10 +174,12 @@ def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    quick = ["--quick", "--device", arguments.device] if arguments.quick else []
+    options = ["--quick", "--device", arguments.device] if arguments.quick else []
+    for override in arguments.set:
+        options += ["--set", override]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "benchmarks/gpu.py", *arguments.parts, *quick]),
+        "command": " ".join(["python", "benchmarks/gpu.py", *arguments.parts, *options]),
         "machine": machine(),
         "code": code(),
         "python": ".".join(map(str, sys.version_info[:3])),

@@ -19,6 +19,7 @@ from core.model.block import Block
 from core.model.initialise import initialise
 from core.model.language_model import Embedding, LanguageModel
 from core.model.norm import RMSNorm
+from core.numerics.draw import without_draws
 from core.recipe.compose import Recipe
 from core.recipe.model_schema import RopeSection
 from core.recipe.values import show_value
@@ -69,7 +70,7 @@ def build(
     context = _context(recipe, precision or make(recipe.precision))
     context = replace(context, token_counts=token_counts, dispatcher=dispatcher)
     first_device = "meta" if parallelize else device
-    with torch.device(first_device), _float_default():
+    with torch.device(first_device), _float_default(), without_draws():
         try:
             model = _model(recipe, context)
         except SectionError as error:

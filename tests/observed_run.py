@@ -14,13 +14,14 @@ from core.assemble import make
 from core.data.batch import Batch
 from core.data.windows import rows_of
 from core.model.sampling import sample
+from core.numerics.part_exchange import local_tensor
 from core.run.data import text_data
 from core.run.run_model import RunModel
 from core.training.launchers import Launch
 from core.training.module import TrainingModule
 from core.training.rank_processes import RunEnvironment
 from core.training.ranks import broadcast_int, rank_and_world
-from core.training.sharded import ShardedStrategy, local
+from core.training.sharded import ShardedStrategy
 
 UNUSED = 5
 """The number of an expert that is never chosen."""
@@ -110,7 +111,7 @@ def whole_gradients(trainer: L.Trainer, module: TrainingModule) -> dict[str, Ten
         return found
     for named in module.local_parameters.named:
         assert named.parameter.grad is not None
-        found[named.name] = local(named.parameter.grad).cpu().clone()
+        found[named.name] = local_tensor(named.parameter.grad).cpu().clone()
     return found
 
 

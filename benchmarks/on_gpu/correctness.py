@@ -134,7 +134,7 @@ def losses(lab: Lab, fits: Fits) -> dict[str, Any]:
     ended = fits.results(SECONDS)
     found: dict[str, Any] = {}
     for name, (one, other, _, _) in PAIRS.items():
-        base, own = (training_losses.losses(fits.run(run), TOTAL) for run in (one, other))
+        base, own = (training_losses.losses_by_step(fits.run(run), TOTAL) for run in (one, other))
         common = sorted(base.keys() & own.keys())
         each = [abs(own[step] - base[step]) / abs(base[step]) for step in common]
         found[name] = {

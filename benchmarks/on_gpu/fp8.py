@@ -21,7 +21,7 @@ from benchmarks.on_gpu.compare import (
 )
 from benchmarks.on_gpu.measure import Lab, attempt, failed
 from benchmarks.on_gpu.runs import Fits, prepare_data, toy_text
-from core.study.training_losses import LOSS, against, losses
+from core.study.training_losses import LOSS, against, losses_by_step
 
 
 def run(lab: Lab) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _folder(name: str) -> str:
 
 def _result_of_run(ended: dict[str, Any], run: Path) -> dict[str, Any]:
     """How a run ended, what it measured, and its losses."""
-    summary, own = ended.pop("summary"), losses(run)
+    summary, own = ended.pop("summary"), losses_by_step(run)
     kept = (
         "val_bits_per_byte",
         "val_loss",

@@ -31,6 +31,9 @@ class Lab:
         folder: a part may write files into a folder of its own name here.
         ceilings: see `ceilings`; measured before the first part.
         keep: receives the results of a part so far, whenever there are more, and writes them into the file.
+        tokens: folder of token ids for runs on two GPUs.
+        seconds: time limit of such a part.
+        overrides: further overrides of their recipes.
     """
 
     device: str
@@ -38,6 +41,9 @@ class Lab:
     folder: Path
     ceilings: dict[str, Any] = field(default_factory=dict)
     keep: Callable[[dict[str, Any]], None] = lambda found: None
+    tokens: Path = Path("build/tokens")
+    seconds: float = 480.0
+    overrides: list[str] = field(default_factory=list)
 
 
 def attempt(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from core.analysis.budget import plan_of
 from core.recipe.compose import compose
 from core.run.data import text_data
-from core.study.training_losses import losses
+from core.study.training_losses import losses_by_step
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 20.0
@@ -125,7 +125,7 @@ class Fits:
         }
 
     def _result(self, name: str, process: Process, in_time: bool) -> dict[str, Any]:
-        code, steps = process.running.returncode, losses(self.run(name), TOTAL)
+        code, steps = process.running.returncode, losses_by_step(self.run(name), TOTAL)
         found: dict[str, Any] = {"ended": "finished", "steps": len(steps)}
         if not in_time:
             found["ended"] = f"stopped after step {max(steps, default=0)}: the time was up"

@@ -14,6 +14,7 @@ from core.contracts.precision import KernelLog, plain_path
 from core.numerics.compiling import assume_constant_result
 from core.numerics.draw import draw_normal, draw_stack
 from core.numerics.grouped import grouped_product
+from core.numerics.part_exchange import PartExchange
 
 
 class LinearOptions(TypedDict):
@@ -103,6 +104,10 @@ class GroupedLinear(ProductLayer):
     def reset_parameters(self) -> None:
         """Draws the weight from N(0, std), each group from a generator seeded by the current seed and its index."""
         draw_stack(self.weight, self.std, first=self.first_group)
+
+    def reset_shards(self, exchange: PartExchange) -> None:
+        """Draws this rank's share of the matrices of a sharded weight; every rank of the exchange calls this."""
+        draw_stack(self.weight, self.std, first=self.first_group, exchange=exchange)
 
     def keep_groups(self, first: int, groups: int) -> None:
         """Keeps `groups` groups from number `first` on; for a layer on the meta device, whose weights follow."""

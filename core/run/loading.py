@@ -20,8 +20,9 @@ from core.interop.shard_rows import PREFIX
 from core.interop.tensors import TensorReader, chunks
 from core.model.language_model import LanguageModel
 from core.numerics.finite import not_finite_in
+from core.numerics.part_exchange import local_tensor
 from core.recipe.compose import compose_run
-from core.training.local_parameters import local, local_state
+from core.training.local_parameters import local_state
 from core.training.ranks import first_text_over_ranks, rank_and_world
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
@@ -133,7 +134,7 @@ def _load_sharded(model: nn.Module, checkpoint: Path, parts: Mapping[str, Weight
     for name, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
             continue
-        own = local(value)
+        own = local_tensor(value)
         part = parts[name].place(own) if name in parts else TensorShard.whole(own)
         own.copy_(reader.read_slice(f"{PREFIX}{name}", part.offsets, own.shape))
     found = first_text_over_ranks(not_finite_in(local_state(model)))

@@ -51,7 +51,9 @@ NO_VALIDATION = (
 )
 """The note of a run that trains on all of its text."""
 
-NO_MORE_CHECKPOINTS = "checkpoint.every_steps is null: the last weights are not saved, and {} stays the newest checkpoint"
+NO_MORE_CHECKPOINTS = (
+    "checkpoint.every_steps is null: no weights are saved, and {} stays the newest checkpoint"
+)
 """The note of a run that is continued and saves nothing further."""
 
 

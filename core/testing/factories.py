@@ -16,10 +16,10 @@ from core.contracts.schedule import Progress
 from core.contracts.training import NamedParameter, ParameterKind
 from core.model.initialise import initialise
 from core.model.parameters import check_groups
+from core.numerics.part_exchange import local_tensor
 from core.testing.clauses import check, require, skip_unless
 from core.testing.forked_ranks import on_ranks
 from core.testing.subject import Subject, state
-from core.training.local_parameters import local
 from core.training.weight_shards import weight_shards
 
 TRAINING = "core/contracts/training.py"
@@ -150,7 +150,7 @@ def divided_weights_are_the_whole_models(subject: Subject) -> None:
         divided = [name for name, part in parts.items() if part.is_sharded]
         weights = {}
         for name, value in model.state_dict().items():
-            weights[name] = parts[name].gather(local(value)) if name in divided else value
+            weights[name] = parts[name].gather(local_tensor(value)) if name in divided else value
         return divided, weights
 
     with tempfile.TemporaryDirectory() as folder:

@@ -5,12 +5,7 @@ from torch.distributed.tensor import DTensor
 
 from core.contracts.training import NamedParameter
 from core.model.parameters import named_parameters
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank owns, without a gradient; it shares its memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from core.numerics.part_exchange import local_tensor
 
 
 class LocalParameters:
@@ -29,7 +24,7 @@ class LocalParameters:
         for named in named_parameters(model):
             weight = named.parameter
             if isinstance(weight, DTensor):
-                part = local(weight)
+                part = local_tensor(weight)
                 self._sharded.append((weight, part))  # type: ignore[arg-type]
                 named = NamedParameter(named.name, part, named.role, named.kind)
             self.named.append(named)
@@ -41,7 +36,7 @@ class LocalParameters:
     def take_gradients(self) -> None:
         """Gives each part its part of the gradient."""
         for weight, part in self._sharded:
-            part.grad = None if weight.grad is None else local(weight.grad)
+            part.grad = None if weight.grad is None else local_tensor(weight.grad)
 
     def clear_gradients(self) -> None:
         """Forgets the gradients of divided weights; optimizers forget those of parts and of whole weights."""
@@ -56,4 +51,4 @@ class LocalParameters:
 def local_state(module: nn.Module) -> dict[str, object]:
     """The state dict of a module with the part of each divided tensor that this rank owns."""
     state = module.state_dict()
-    return {name: local(v) if isinstance(v, Tensor) else v for name, v in state.items()}
+    return {name: local_tensor(v) if isinstance(v, Tensor) else v for name, v in state.items()}

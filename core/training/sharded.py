@@ -26,8 +26,9 @@ from core.checkpoints.shards import MODEL, ShardReader
 from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import UserError
 from core.contracts.strategy import StrategyFactory
+from core.numerics.part_exchange import local_tensor
 from core.numerics.promotion import at_least_fp32
-from core.training.local_parameters import LocalParameters, local
+from core.training.local_parameters import LocalParameters
 from core.training.ranks import first_text_over_ranks
 from core.training.weight_shards import WeightShard, load_full_state, weight_shards
 
@@ -120,7 +121,7 @@ class ShardedStrategy(ModelParallelStrategy):
         found: dict[str, Any] = {}
         for name, value in self.model.state_dict().items():
             if name in self.parts and self.parts[name].is_sharded:
-                value = self.parts[name].gather(local(value))
+                value = self.parts[name].gather(local_tensor(value))
             if self.is_global_zero:
                 found[name] = value.cpu() if isinstance(value, Tensor) else value
         return found
@@ -131,9 +132,9 @@ class ShardedStrategy(ModelParallelStrategy):
         found: dict[str, TensorShard] = {}
         for name, value in self.model.state_dict().items():
             if name in self.parts:
-                found[name] = self.parts[name].place(local(value))
+                found[name] = self.parts[name].place(local_tensor(value))
             elif isinstance(value, Tensor):
-                found[name] = TensorShard.whole(local(value))
+                found[name] = TensorShard.whole(local_tensor(value))
         return found
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -185,7 +186,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """
 
         def allocate(shard: WeightShard, outline: Tensor) -> Tensor:
-            return torch.empty(local(shard.weight).shape, dtype=outline.dtype)
+            return torch.empty(local_tensor(shard.weight).shape, dtype=outline.dtype)
 
         state = self._convert_state(optimizer, state, allocate)
         shards = self.optimized_shards(optimizer)
@@ -207,7 +208,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Raises `NotFiniteError` on every rank if what one of them has read is not finite."""
         assert self._reader is not None
         state = content["state_dict"]
-        own = {name: local(v) for name, v in state.items() if isinstance(v, Tensor)}
+        own = {name: local_tensor(v) for name, v in state.items() if isinstance(v, Tensor)}
         found = first_text_over_ranks(not_finite({**content, "state_dict": own}))
         if found:
             raise diverged(self._reader.folder, found)

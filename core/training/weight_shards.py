@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import UserError
-from core.numerics.draw import local_part
-from core.training.local_parameters import local
+from core.numerics.part_exchange import local_part, local_tensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class WeightShard:
         Raises:
             UserError: the tensor has another shape.
         """
-        expected = local(self.weight).shape
+        expected = local_tensor(self.weight).shape
         if part.shape != expected:
             shapes = f"{list(part.shape)}, and its weight {list(expected)} on this rank"
             raise UserError(
@@ -147,4 +146,4 @@ def load_full_state(
         whole = state[name]
         if name in parts:
             whole = parts[name].shard_of(whole)
-        local(value).copy_(whole)
+        local_tensor(value).copy_(whole)
