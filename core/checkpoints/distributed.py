@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future as SaveFuture
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,11 @@ from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import UserError
 from core.storage.files import sync_folder
 
-FILE_BYTES = 2**30
+FILE_BYTES = 2**29
 """A file is closed when its tensors have this many bytes."""
+
+WRITERS = 4
+"""Files that a rank writes at a time; each is held in memory twice meanwhile."""
 
 
 def _chunk(part: TensorShard) -> ChunkStorageMetadata:
@@ -161,9 +165,9 @@ class ShardWriter(StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes this rank's parts."""
-        results: list[WriteResult] = []
-        for number, items in enumerate(_files(plan.items)):
+        """Writes this rank's parts, several files at a time."""
+
+        def write(number: int, items: Sequence[WriteItem]) -> list[WriteResult]:
             tensors: dict[str, Tensor] = {}
             for item in items:
                 part = planner.resolve_data(item)
@@ -172,11 +176,15 @@ class ShardWriter(StorageWriter):
             name = f"rank-{plan.storage_data:05d}-{self.token}-{number:03d}.safetensors"
             content = safetensors.torch.save(tensors)
             self.written.append(self.folder / name)
-            _write(self.written[-1], content)
+            _write(self.folder / name, content)
             record = FileRecord.of(content)
-            results += [WriteResult(item.index, record.size, (name, record)) for item in items]
+            return [WriteResult(item.index, record.size, (name, record)) for item in items]
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            files = list(_files(plan.items))
+            written = list(pool.map(write, range(len(files)), files))
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result([result for results in written for result in results])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
