@@ -57,10 +57,10 @@ from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import UserError
 from core.storage.files import sync_folder
 
-FILE_BYTES = 2**29
+FILE_BYTES = 2**28
 """A file is closed when its tensors have this many bytes."""
 
-WRITERS = 4
+WRITERS = 8
 """Files that a rank writes at a time; each is held in memory twice meanwhile."""
 
 
@@ -216,10 +216,15 @@ class ShardWriter(StorageWriter):
             file.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Deletes what this rank has written, after a save that failed on some rank."""
+        """Deletes what this rank has written, after all ranks have agreed that the save failed.
+
+        Where a rank has just died nothing is known: its index may be on the disk, and lists the files of all ranks.
+        """
+        left = set(files_left_over(self.folder))
         for file in self.written:
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
+            if file in left:
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -325,13 +330,18 @@ def save_shards(
     if not asynchronous:
         try:
             save(tensors, **options)
-        except BaseException:
+        except CheckpointException:
             writer.discard()
             raise
         return None
     future = async_save(tensors, **options)
     assert isinstance(future, SaveFuture)
-    future.add_done_callback(lambda done: writer.discard() if done.exception() else None)
+
+    def discard_if_failed(done: "SaveFuture[Any]") -> None:
+        if isinstance(done.exception(), CheckpointException):
+            writer.discard()
+
+    future.add_done_callback(discard_if_failed)
     return future
 
 
