@@ -52,7 +52,7 @@ from core.checkpoints.index import (
     files_left_over,
 )
 from core.checkpoints.listing import remove_aside, set_aside
-from core.checkpoints.shards import ShardReader
+from core.checkpoints.shards import ShardReader, dtype_of
 from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import UserError
 from core.storage.files import sync_folder
@@ -207,7 +207,9 @@ class ShardWriter(StorageWriter):
                 )
                 for chunk in found.chunks
             ]
-            tensors[name] = ShardedTensor(found.properties.dtype, tuple(found.size), tuple(shards))
+            tensors[name] = ShardedTensor(
+                _name_of(found.properties.dtype), tuple(found.size), tuple(shards)
+            )
         sync_folder(self.folder)
         ShardIndex(rest, files, tensors).write(self.folder)
         sync_folder(self.folder.parent)
@@ -255,7 +257,7 @@ class ShardStorageReader(StorageReader):
                 offsets = torch.Size(shard.offsets)
                 chunks.append(ChunkStorageMetadata(offsets, torch.Size(shard.shape)))
                 files[MetadataIndex(name, offsets)] = shard
-            properties = TensorProperties(dtype=tensor.dtype)
+            properties = TensorProperties(dtype=dtype_of(tensor))
             tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
         return Metadata(tensors, storage_data=files)
 
@@ -382,6 +384,11 @@ def _files(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
             names.add(item.index.fqn)
             held += item.tensor_storage_size() or 0
         yield file
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """Torch's name for a number format, as an index has it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from core.contracts.errors import UserError
 from core.storage.digests import digest_of
 from core.storage.documents import DocumentError, check_regular, read_object
@@ -36,24 +34,21 @@ _WRITTEN = re.compile(
 )
 """The names of the files that a save writes, but for the index."""
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
+BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
 }
-"""Number formats by the names that an index has for them."""
+"""Bytes of a number in each format, by torch's name for it."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +91,9 @@ class StoredShard:
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A tensor of a sharded checkpoint: its whole shape, and the shards that make it up."""
+    """A tensor of a sharded checkpoint: its format by torch's name, its whole shape, and the shards that make it up."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     shards: tuple[StoredShard, ...]
 
@@ -136,8 +131,7 @@ class ShardIndex:
         tensors = {}
         for name, tensor in self.tensors.items():
             shards = [[numbers[one.file], one.offsets, one.shape] for one in tensor.shards]
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            tensors[name] = {"dtype": dtype, "shape": tensor.shape, "shards": shards}
+            tensors[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "shards": shards}
         files = [[name, record.size, record.sha256] for name, record in self.files.items()]
         document = {"format": FORMAT, "rest": self.rest, "files": files, "tensors": tensors}
         document["sha256"] = _digest_of(document)
@@ -193,7 +187,9 @@ def _tensor_of(value: Mapping[str, Any], names: Sequence[str]) -> ShardedTensor:
         if type(number) is not int or number < 0:
             raise ValueError(f"{number!r}: must be the number of a file")
         shards.append(StoredShard(names[number], _sizes(offsets), _sizes(shape)))
-    return ShardedTensor(DTYPES[value["dtype"]], _sizes(value["shape"]), tuple(shards))
+    if value["dtype"] not in BYTES:
+        raise ValueError(f"dtype = {value['dtype']!r}: must be one of {', '.join(BYTES)}")
+    return ShardedTensor(value["dtype"], _sizes(value["shape"]), tuple(shards))
 
 
 def _sizes(values: Iterable[Any]) -> tuple[int, ...]:
@@ -217,7 +213,7 @@ def _check(index: ShardIndex) -> None:
     for name, tensor in index.tensors.items():
         _check_shards(name, tensor)
         for shard in tensor.shards:
-            needed[shard.file] += math.prod(shard.shape) * tensor.dtype.itemsize
+            needed[shard.file] += math.prod(shard.shape) * BYTES[tensor.dtype]
     for name, size in needed.items():
         if size > index.files[name].size:
             raise ValueError(f"{name}: has {index.files[name].size} bytes, and {size} of tensors")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.checkpoints.index import INDEX, change_of, is_sharded
 from core.checkpoints.listing import other_checkpoints
-from core.checkpoints.shards import MODEL, ShardReader
+from core.checkpoints.shards import MODEL, ShardReader, dtype_of
 from core.contracts.errors import UserError
 from core.storage.documents import DocumentError, check_regular
 
@@ -50,7 +50,7 @@ def metadata_of(reader: ShardReader) -> dict[str, Any]:
 
     def without_numbers(name: str) -> Tensor:
         found = reader.index.tensors[name]
-        return torch.empty(found.shape, dtype=found.dtype, device="meta")
+        return torch.empty(found.shape, dtype=dtype_of(found), device="meta")
 
     with _listing_others(reader.folder):
         return _with_tensors(reader, without_numbers)

@@ -26,6 +26,12 @@ OPEN_FILES = 64
 """Files that a reader keeps open."""
 
 
+def dtype_of(tensor: ShardedTensor) -> torch.dtype:
+    """The number format of a tensor."""
+    found: torch.dtype = getattr(torch, tensor.dtype)
+    return found
+
+
 class ShardReader:
     """The tensors of a sharded checkpoint.
 
@@ -74,7 +80,7 @@ class ShardReader:
             DocumentError: a file does not hold what the index says.
         """
         found = self.index.tensors[name]
-        result = torch.empty(tuple(shape), dtype=found.dtype)
+        result = torch.empty(tuple(shape), dtype=dtype_of(found))
         for shard in found.shards:
             both = shard.overlap(offsets, shape)
             if both is not None:
@@ -100,7 +106,7 @@ class ShardReader:
             stored = opened.get_slice(name)
             if tuple(stored.get_shape()) == shard.shape:
                 numbers: Tensor = stored[place] if place else opened.get_tensor(name)
-                if numbers.dtype == found.dtype:
+                if numbers.dtype == dtype_of(found):
                     return numbers
         except (SafetensorError, OSError) as cause:
             raise DocumentError(file, f"cannot be read: {cause}") from cause

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from core.checkpoints.reading import open_shards
-from core.checkpoints.shards import MODEL, ShardReader
+from core.checkpoints.shards import MODEL, ShardReader, dtype_of
 from core.interop.tensors import TensorReader, TensorSpec
 
 PREFIX = f"{MODEL}model."
@@ -45,7 +45,7 @@ def specs_of(reader: ShardReader) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     for name, tensor in reader.index.tensors.items():
         if name.startswith(PREFIX):
-            specs[name.removeprefix(PREFIX)] = TensorSpec(tensor.dtype, tensor.shape)
+            specs[name.removeprefix(PREFIX)] = TensorSpec(dtype_of(tensor), tensor.shape)
     return specs
 
 
