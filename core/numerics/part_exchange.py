@@ -137,6 +137,7 @@ class PartExchange:
         self._bytes_sent -= part.nbytes
 
     def close(self) -> None:
-        """Waits, and ends the process group."""
+        """Waits until every rank has all of its parts, and ends the process group."""
         self.wait()
+        dist.barrier(self._group)
         dist.destroy_process_group(self._group)

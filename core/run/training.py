@@ -153,7 +153,7 @@ def _completed(
 
 
 def _join(recipe: Recipe, folder: RunFolder, launch: Launch, *, resume: bool) -> dict[str, Any]:
-    """Trains on a rank other than the first, which alone writes files; what this one prints goes to its log."""
+    """Trains on a rank other than the first, which alone writes results; what this one prints goes to its log."""
     redirect_output(folder.path, launch)
     start = newest(folder) if resume else None
     try:

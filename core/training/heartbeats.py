@@ -1,12 +1,15 @@
 """Signs of life of a run's ranks, in the key-value store at which they meet.
 
 A process that has ended can be seen on its own machine alone, and one that hangs nowhere. So every rank writes a line
-about itself once a second. The first rank reads those of all others, the others read that of the first one. The first
-rank of every node also looks after the processes of its node.
+about itself once a second. The first rank reads those of all others, the others read that of the first one. Each rank
+also looks after the process of the next one on its node, and the last of a node after that of the first.
+
+The store may be in a rank that hangs, and then never answers. Only the thread that beats waits for it.
 """
 
 import os
 import socket
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +25,13 @@ BEAT_SECONDS = 1.0
 """Seconds between two signs of life of a rank."""
 
 STORE_SECONDS = 10.0
-"""Seconds within which the store has to answer."""
+"""Seconds within which the store has to be there when a rank connects with it."""
+
+END_SECONDS = 2.0
+"""Seconds that a rank waits for its last sign to be written."""
+
+BROKEN_SECONDS = 4.0
+"""Seconds after which the first rank is lost if the connection with its store has broken."""
 
 RUNS = "runs"
 """The state of a rank that trains."""
@@ -48,6 +57,7 @@ class Sign:
         count: how many signs it has given; 0: it has not come yet.
         state: whether it runs, or how it ends.
         process: its process id.
+        namespace: the namespace of process ids in which it has that one.
         host: the name of its machine.
         silent: seconds without a new sign.
     """
@@ -55,12 +65,13 @@ class Sign:
     count: int = 0
     state: str = RUNS
     process: str = ""
+    namespace: str = ""
     host: str = ""
     silent: float = 0.0
 
 
 class Heartbeats:
-    """Writes the signs of this rank and reads those of the ranks that it watches; for one thread at a time.
+    """Writes the signs of this rank and reads those of the ranks that it watches, in a thread of its own.
 
     Args:
         launch: this rank.
@@ -74,11 +85,8 @@ class Heartbeats:
         self.address = address
         self.port = port
         each = launch.ranks_per_node
-        first = launch.node * each
-        self.neighbours: set[int] = set()
-        if launch.local_rank == 0:
-            self.neighbours.update(range(first + 1, first + each))
-        watched = set(range(launch.world)) if launch.rank == 0 else {0, *self.neighbours}
+        self.neighbour = launch.node * each + (launch.local_rank + 1) % each
+        watched = set(range(launch.world)) if launch.rank == 0 else {0, self.neighbour}
         self.signs = {rank: Sign() for rank in sorted(watched - {launch.rank})}
         self.is_reachable = True
         self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -86,6 +94,31 @@ class Heartbeats:
         self._seen: set[int] = set()
         self._store: Any = None
         self._last = time.monotonic() - BEAT_SECONDS
+        self._answered = time.monotonic()
+        self._last_state: str | None = None
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._beat_on, daemon=True, name="heartbeats")
+
+    def start(self) -> None:
+        """Starts to beat."""
+        self._thread.start()
+
+    def look(self) -> None:
+        """Brings the silence of the first rank up to date, if its store does not answer; waits for nothing."""
+        if not self._thread.is_alive():
+            return
+        waited = time.monotonic() - self._answered
+        if self._store is not None and self.rank and self.first_has_store:
+            self.signs[0].silent = max(self.signs[0].silent, waited - BEAT_SECONDS)
+
+    def _beat_on(self) -> None:
+        """Beats until this rank ends, and then writes how it does."""
+        while self._last_state is None:
+            self.beat()
+            self._wake.wait(BEAT_SECONDS / 4)
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._write(self._store, self._last_state)
 
     def beat(self) -> None:
         """Writes a sign of this rank and reads the others', if the last time is a second ago.
@@ -104,26 +137,36 @@ class Heartbeats:
         try:
             self._write(self._store, RUNS)
             self._read(self._store, passed)
+            self._answered = time.monotonic()
+            self.is_reachable = True
         except RuntimeError:
+            self._answered = time.monotonic()
             self.is_reachable = False
             if self.rank and self.first_has_store:
                 self.signs[0].silent += passed
 
     def end(self, state: str) -> None:
-        """Writes how this rank ends, so that nobody waits for its next sign."""
-        if self._store is not None and self.is_reachable:
+        """Writes how this rank ends, so that nobody waits for its next sign; gives up if the store does not answer."""
+        self._last_state = state
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(END_SECONDS)
+        elif self._store is not None:
             with suppress(RuntimeError):
                 self._write(self._store, state)
 
     def silent(self, seconds: float) -> int | None:
         """The rank that has been silent for longest, at least for some seconds; None if there is none.
 
-        One that has given no sign at all gets twice the time, because connecting with the store can take seconds.
+        One that has given no sign at all gets twice the time, because connecting with the store can take seconds. The
+        first rank, which has the store, gets less where the connection with it has broken.
         """
         found = None
         longest = 0.0
         for rank, sign in self.signs.items():
             allowed = seconds if sign.count else 2 * seconds
+            if rank == 0 and self.first_has_store and not self.is_reachable:
+                allowed = min(allowed, BROKEN_SECONDS)
             if sign.state == RUNS and sign.silent >= allowed and sign.silent > longest:
                 found = rank
                 longest = sign.silent
@@ -143,8 +186,7 @@ class Heartbeats:
 
     def _write(self, store: Any, state: str) -> None:
         self._count += 1
-        line = f"{self._count} {state} {os.getpid()} {socket.gethostname()}"
-        store.set(self._key(self.rank), line)
+        store.set(self._key(self.rank), f"{self._count} {state} {os.getpid()} {_place()}")
 
     def _read(self, store: Any, passed: float) -> None:
         """Reads the signs of the ranks that have come.
@@ -164,26 +206,46 @@ class Heartbeats:
         lines = store.multi_get([self._key(rank) for rank in known])
         for rank, line in zip(known, lines, strict=True):
             sign = self.signs[rank]
-            count, sign.state, sign.process, sign.host = line.decode().split(" ", 3)
-            if int(count) != sign.count:
+            before = sign.count
+            _take(sign, line)
+            if sign.count != before:
                 sign.silent = 0.0
             elif passed < 5 * BEAT_SECONDS:
                 sign.silent += passed
-            sign.count = int(count)
-            if rank in self.neighbours and sign.state == RUNS:
+            if rank == self.neighbour and sign.state == RUNS:
                 self._look_after(store, rank, sign)
 
     def _look_after(self, store: Any, rank: int, sign: Sign) -> None:
         """Writes for a rank of this node that its process has vanished, if it could be seen before."""
+        if f"{sign.namespace} {sign.host}" != _place():
+            return  # its process id means nothing here
         if is_running(sign.process):
             self._seen.add(rank)
         elif rank in self._seen:
-            sign.state = GONE
-            store.set(self._key(rank), f"{sign.count + 1} {GONE} {sign.process} {sign.host}")
+            _take(
+                sign, store.get(self._key(rank))
+            )  # what it has written last: it cannot write any more
+            if sign.state == RUNS:
+                sign.state = GONE
+                store.set(self._key(rank), f"{sign.count + 1} {GONE} {sign.process} {_place()}")
 
     def _key(self, rank: int) -> str:
         """The key of a rank; torchrun's store stays the same where it starts the ranks again."""
         return f"moeloom/{self._attempt}/{rank}"
+
+
+def _take(sign: Sign, line: bytes) -> None:
+    """Notes what a rank has written about itself."""
+    count, sign.state, sign.process, sign.namespace, sign.host = line.decode().split(" ", 4)
+    sign.count = int(count)
+
+
+def _place() -> str:
+    """The namespace of this process's id, and the name of this machine."""
+    namespace = "-"
+    with suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{namespace} {socket.gethostname()}"
 
 
 def is_running(process: str) -> bool:

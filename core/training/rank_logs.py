@@ -1,13 +1,16 @@
 """The log of every rank but the first: its stdout and stderr, in a file of its own in the run folder."""
 
+import errno
 import os
 import socket
+import stat
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from core.contracts.errors import UserError
+from core.storage.documents import check_regular
 from core.training.launchers import Launch
 
 LOGS = "logs"
@@ -18,6 +21,9 @@ FIRST_STDERR = "MOELOOM_FIRST_STDERR"
 
 QUOTED = 300
 """Most characters that a message quotes of a log's last line."""
+
+TAIL_BYTES = 100_000
+"""Bytes at the end of a log in which its last line is looked for."""
 
 _HEADER = "--- "
 """How the line begins that a log has for each start of its rank."""
@@ -46,9 +52,14 @@ def open_log(folder: Path, launch: Launch) -> int:
     """
     path = log_of(folder, launch.rank)
     try:
+        if path.parent.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "is not a regular file")
     except OSError as cause:
         raise UserError(f"{path}: cannot be written: {cause.strerror}") from cause
     now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -95,13 +106,17 @@ def log_hint(folder: Path, rank: int) -> str:
     """The end of a message about a rank: the last line of its log, if it has printed any, and where the log is."""
     path = log_of(folder, rank)
     try:
-        text = path.read_bytes()[-100_000:].decode("utf-8", "replace")
-    except OSError:
+        check_regular(path)
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            text = stream.read(TAIL_BYTES).decode("utf-8", "replace")
+    except (OSError, UserError):
         return f"; it has no log at {path}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or lines[-1].startswith(_HEADER):
         return f"; its log: {path}"
     line = lines[-1].removeprefix("moeloom: ")
+    line = "".join(character if character.isprintable() else " " for character in line)
     if len(line) > QUOTED:
         line = f"{line[:QUOTED]}..."
     return f": {line}; its log: {path}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from core.command import show_cursor
+from core.command import STOPPING, show_cursor
 from core.contracts.errors import RunFailed
 from core.training.heartbeats import FOLLOWS, RUNS, Heartbeats
 from core.training.launchers import Launch
@@ -113,14 +113,15 @@ class RankWatch:
     def start(self) -> None:
         """Starts watching."""
         self._signals.open()
+        self.beats.start()
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops watching, and waits until nobody else uses the signs of life."""
+        """Stops watching."""
         self._stopped.set()
-        self._signals.close()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(timeout=POLL_SECONDS)
+            self._thread.join()
+        self._signals.close()
 
     def lost(self, *, disconnected: bool = False) -> str | None:
         """The sentence about a rank that has ended or has not come; None if all is well.
@@ -128,7 +129,7 @@ class RankWatch:
         Args:
             disconnected: whether a connection between two ranks has broken, so that one of all has ended.
         """
-        self.beats.beat()
+        self.beats.look()
         parent = self.own.parent
         if parent is not None and os.getppid() != parent:
             return (
@@ -143,11 +144,15 @@ class RankWatch:
         )
 
     def _ended_child(self) -> str | None:
-        """The sentence about a rank started here that has ended; one that a signal ended comes first."""
+        """The sentence about a rank started here that has ended; one that a signal ended comes first.
+
+        One that ends without an error may have come to the end of the run, unless the ranks have not even met.
+        """
+        have_met = dist.is_initialized()
         codes: dict[int, int] = {}
         for rank, child in enumerate(self.children, start=1):
             code = child.poll()
-            if code:
+            if code or (code == 0 and not have_met):
                 codes[rank] = code
         if not codes:
             return None
@@ -156,12 +161,12 @@ class RankWatch:
         return f"{who} {_ended(codes[rank])} {self._so_the_run_ends(rank)}"
 
     def _ended_task(self) -> str | None:
-        """The sentence about a task of a launcher that has vanished, or ends with an error of its own."""
-        if self.own.launcher is None:
-            return None
+        """The sentence about a rank that has vanished, or a launcher's task that ends with an error of its own."""
         gone = self.beats.gone()
         if gone is not None:
             return f"{self._name(gone)} has ended {self._so_the_run_ends(gone)}"
+        if self.own.launcher is None:
+            return None
         failed = self.beats.failed()
         if failed is not None:
             return f"{self._name(failed)} has failed {self._so_the_run_ends(failed)}"
@@ -250,7 +255,8 @@ class RankWatch:
     def _watch(self) -> None:
         while not self._stopped.is_set():
             signum = self._signals.read()
-            if signum and not dist.is_initialized() and not self._stopped.wait(GRACE_SECONDS):
+            waited = signum and not self._stopped.wait(GRACE_SECONDS)
+            if waited and not dist.is_initialized():
                 self._end(self._signal_sentence(signum), 128 + signum)
             lost = self.lost()
             grace = 0.0 if self.beats.gone() is not None else GRACE_SECONDS
@@ -309,12 +315,13 @@ class _SignalPipe:
         self._before = signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
 
     def read(self) -> int:
-        """The signal that came last since the last call; 0 without one."""
+        """The signal that came last since the last call, of those that end a run; 0 without one."""
         if self._ends is None:
             return 0
         with suppress(OSError):
             received = os.read(self._ends[0], 64)
-            return received[-1] if received else 0
+            ending = [signum for signum in received if signum in (signal.SIGINT, *STOPPING)]
+            return ending[-1] if ending else 0
         return 0
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.on_gpu import ranks, scaling
 from benchmarks.on_gpu.measure import Lab
-from benchmarks.run_plugin.overlap import length, merged, shares
+from benchmarks.run_plugin.overlap import shares
 from benchmarks.run_plugin.token_file import TokenFile
 from benchmarks.token_file import write
 from core.assemble import build
@@ -21,11 +21,6 @@ from core.data.tokenizer import train
 from core.recipe.compose import compose
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_intervals_that_overlap_or_touch_are_one() -> None:
-    assert merged([(5, 7), (0, 2), (1, 3), (3, 4), (6, 6)]) == [(0, 4), (5, 7)]
-    assert length(merged([(0, 2), (1, 3), (5, 6)])) == 4
 
 
 def test_exchange_is_covered_while_computation_runs() -> None:

@@ -32,15 +32,15 @@ def fit_arguments(file: Path) -> list[str]:
     return words[3:]
 
 
-def run_with_stand_ins(file: Path, folder: Path, code: int, **variables: str) -> tuple[int, str]:
-    """Runs a file with programs in the place of srun and scontrol.
+def run_with_stand_ins(file: Path, folder: Path, code: int, *, dry_run: int = 0) -> tuple[int, str]:
+    """Runs a file with programs in the place of srun, scontrol and python.
 
     Returns:
-        Its exit code, and what the two programs were called with, one call a line.
+        Its exit code, and what the programs were called with, one call a line.
     """
     called = folder / "called"
-    called.touch()
-    for name, ends in (("srun", code), ("scontrol", 0)):
+    called.write_text("")
+    for name, ends in (("srun", code), ("scontrol", 0), ("python", dry_run)):
         program = folder / name
         program.write_text(f'#!/bin/sh\necho {name} "$@" >> {called}\nexit {ends}\n')
         program.chmod(0o755)
@@ -48,8 +48,8 @@ def run_with_stand_ins(file: Path, folder: Path, code: int, **variables: str) ->
         **os.environ,
         "PATH": f"{folder}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "7",
-        "RUN": "/shared/a b",
-        **variables,
+        "SLURM_CPUS_PER_TASK": "8",
+        "RUN": str(folder / "a b"),
     }
     done = subprocess.run(["bash", str(file)], env=environment, check=False, cwd=folder)
     return done.returncode, called.read_text()
@@ -78,19 +78,25 @@ def test_slurm_starts_the_ranks_of_the_recipe(file: Path) -> None:
     assert options["distribution"] == "block"
 
 
-@pytest.mark.parametrize(
-    ("code", "restarts", "again"),
-    [(0, "0", False), (2, "0", False), (138, "99", True), (1, "0", True), (1, "5", False)],
-)
-def test_a_job_that_was_saved_or_lost_a_rank_is_queued_again(
-    tmp_path: Path, code: int, restarts: str, again: bool
-) -> None:
-    file = ROOT / "docs" / "slurm" / "64_gpus.sbatch"
-    ended, called = run_with_stand_ins(file, tmp_path, code, SLURM_RESTART_COUNT=restarts)
-    assert ended == code
-    assert called.startswith("srun --kill-on-bad-exit=0 --wait=120 python -m core.fit dsv3_16b ")
-    assert "--out /shared/a b --resume auto\n" in called
-    assert ("scontrol requeue 7\n" in called) == again
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_job_that_was_saved_or_lost_a_rank_is_queued_again(file: Path, tmp_path: Path) -> None:
+    """Time that is up is no failure; a job that has lost ranks five times in a row stays away."""
+    ends = [(0, False), (2, False), (1, True), (137, True), (138, True)]
+    ends += [(1, True)] * 5 + [(1, False)]
+    for code, again in ends:
+        ended, called = run_with_stand_ins(file, tmp_path, code)
+        assert ended == code
+        begin = "srun --cpus-per-task=8 --kill-on-bad-exit=0 --wait=400 python -m core.fit dsv3_"
+        assert begin in called
+        assert f"--out {tmp_path}/a b --resume auto\n" in called
+        assert ("scontrol requeue 7\n" in called) == again, (code, called)
+
+
+def test_a_mistake_in_the_recipe_starts_no_rank(tmp_path: Path) -> None:
+    ended, called = run_with_stand_ins(FILES[0], tmp_path, 0, dry_run=2)
+    assert ended == 2
+    assert called.count("\n") == 1
+    assert called.endswith(" --dry-run\n")
 
 
 @pytest.mark.full

@@ -1,8 +1,11 @@
 """Ranks know of each other who is there, who is silent and who has ended; a log says what one of them printed."""
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -54,6 +57,10 @@ class Store:
     def check(self, keys: list[str]) -> bool:
         """Whether all keys are there."""
         return all(key in self.lines for key in keys)
+
+    def get(self, key: str) -> bytes:
+        """The line of a key, which is there."""
+        return self.lines[key]
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         """The lines of some keys, which are there."""
@@ -126,26 +133,91 @@ def test_a_rank_that_has_ended_is_not_waited_for(clock: Clock, three: list[Heart
     assert first.failed() == 2
 
 
-def test_a_process_that_vanishes_is_named_by_the_first_rank_of_its_node(
-    clock: Clock, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ranks 2 and 3 are on the second node; rank 3 cannot be seen by rank 0."""
-    four = []
+@pytest.fixture
+def four(clock: Clock, store: Store) -> list[Heartbeats]:
+    """The heartbeats of four tasks of srun on two nodes, which have given signs."""
+    made = []
     for rank in range(4):
         launch = Launch(rank, 4, "srun", nodes=2, node=rank // 2, local_rank=rank % 2)
-        four.append(Heartbeats(launch, "127.0.0.1", 29500))
-    assert [sorted(beats.signs) for beats in four] == [[1, 2, 3], [0], [0, 3], [0]]
+        made.append(Heartbeats(launch, "127.0.0.1", 29500))
     for _ in range(2):
-        beat(clock, *four)
+        beat(clock, *made)
+    return made
+
+
+def test_a_process_that_vanishes_is_named_by_another_rank_of_its_node(
+    clock: Clock, four: list[Heartbeats], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks 2 and 3 are on the second node; rank 3 cannot be seen by rank 0."""
+    assert [sorted(beats.signs) for beats in four] == [[1, 2, 3], [0], [0, 3], [0, 2]]
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         ended = str(process.pid)
     assert not heartbeats.is_running(ended)
     monkeypatch.setattr(heartbeats, "is_running", lambda process: False)
-    beat(clock, *four[:3])
-    beat(clock, *four[:3])
+    beat(clock, four[0], four[2])
     assert four[0].gone() == 1
     assert four[0].signs[3].state == four[2].signs[3].state == GONE
     assert four[1].gone() is None
+    beat(clock, four[1])
+    assert four[1].gone() == 0, "the last rank of a node looks after the first"
+
+
+def test_a_rank_that_has_said_how_it_ends_has_not_vanished(
+    clock: Clock, store: Store, four: list[Heartbeats], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may say so and end between the moment when its sign is read and the one when its process is looked for."""
+    monkeypatch.setattr(heartbeats, "is_running", lambda process: False)
+    before = store.multi_get
+
+    def late(keys: list[str]) -> list[bytes]:
+        lines = before(keys)
+        four[1].end(DONE)
+        return lines
+
+    monkeypatch.setattr(store, "multi_get", late)
+    beat(clock, four[0])
+    assert four[0].gone() is None
+    assert four[0].signs[1].state == DONE
+
+
+def test_a_process_id_of_another_machine_or_container_is_not_looked_for(
+    clock: Clock, four: list[Heartbeats], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeats, "is_running", lambda process: False)
+    monkeypatch.setattr(heartbeats, "_place", lambda: "pid:[1] elsewhere")
+    beat(clock, four[0])
+    assert four[0].gone() is None
+
+
+def test_a_store_that_does_not_answer_stops_nobody_from_noticing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is in the first rank, which may hang."""
+    monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeats, "END_SECONDS", 0.2)
+    answers = threading.Event()
+    answers.set()
+    write = store.set
+
+    def hanging(key: str, line: str) -> None:
+        answers.wait(60)
+        write(key, line)
+
+    monkeypatch.setattr(store, "set", hanging)
+    beats = Heartbeats(Launch(1, 2, "srun", local_rank=1), "127.0.0.1", 29500)
+    beats.start()
+    until = time.monotonic() + 20
+    while not store.lines and time.monotonic() < until:
+        time.sleep(0.01)
+    answers.clear()
+    while beats.silent(1.0) is None and time.monotonic() < until:
+        beats.look()
+        time.sleep(0.01)
+    assert beats.silent(1.0) == 0
+    began = time.monotonic()
+    beats.end(FOLLOWS)
+    assert time.monotonic() - began < 10
+    answers.set()
 
 
 def test_a_process_that_was_stopped_itself_blames_nobody(
@@ -234,9 +306,19 @@ def test_a_log_that_is_a_link_is_not_written(tmp_path: Path) -> None:
     """A run folder from elsewhere may hold one that leads out of it."""
     (tmp_path / "logs").mkdir()
     log_of(tmp_path, 1).symlink_to(tmp_path / "other")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"rank-00001.log: cannot be written: "):
+            open_log(tmp_path, Launch(1, 2))
+        assert not (tmp_path / "other").exists()
+        log_of(tmp_path, 1).unlink()
+        os.mkfifo(log_of(tmp_path, 1))
+    assert log_hint(tmp_path, 1) == f"; it has no log at {log_of(tmp_path, 1)}"
+    shutil.rmtree(tmp_path / "logs")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "logs").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"rank-00001.log: cannot be written: "):
         open_log(tmp_path, Launch(1, 2))
-    assert not (tmp_path / "other").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_start_is_a_line_and_nothing_to_quote(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from lab import ROOT, Lab, assert_same_run, rows
 
+from core.training.heartbeats import is_running
+
 DDP = "strategy={name: ddp, ranks: 2, accelerator: cpu}"
 FSDP = "strategy={name: fsdp, ranks: 2, accelerator: cpu}"
 EXPERTS = "strategy={name: expert_parallel, expert_ranks: 2, accelerator: cpu}"
@@ -129,6 +131,7 @@ def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             2,
         ),
         ("os._exit(3)", "", 3),
+        ("os._exit(0)", "", 0),
     ],
 )
 def test_a_rank_that_fails_while_it_starts_is_named_with_its_log(
@@ -147,15 +150,55 @@ def test_a_rank_that_fails_while_it_starts_is_named_with_its_log(
     assert "Traceback" not in err
 
 
-def test_a_rank_that_hangs_ends_the_run(lab: Lab, tmp_path: Path) -> None:
-    """SIGSTOP takes nothing away that another rank could notice, but the signs of life."""
-    run = tmp_path / "run"
-    (tmp_path / "impatient.py").write_text(
+def impatient(folder: Path, command: list[str]) -> list[str]:
+    """A command of `core.fit` with ranks that wait for 4 s for a sign of life."""
+    (folder / "impatient.py").write_text(
         "import runpy, core.training.rank_watch as watch\n"
         "watch.SILENCE_SECONDS = 4.0\n"
         "runpy.run_module('core.fit', run_name='__main__', alter_sys=True)\n"
     )
-    command = ["impatient.py", *fit(lab, run, DDP, "budget.steps=5000")[2:]]
+    return ["impatient.py", *command[2:]]
+
+
+def test_a_first_rank_that_hangs_ends_the_others(lab: Lab, tmp_path: Path) -> None:
+    """The store of the signs of life is in its process, and does not answer any more."""
+    run = tmp_path / "run"
+    command = impatient(tmp_path, fit(lab, run, DDP, "budget.steps=5000"))
+    with started(command, tmp_path) as (process, mark):
+        other = rank_1_of(mark)
+        wait_for_rows(run, 3)
+        os.kill(process.pid, signal.SIGSTOP)
+        until = time.monotonic() + 60
+        while is_running(str(other)) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert not is_running(str(other))
+        process.kill()
+        _, err = process.communicate(timeout=SECONDS)
+    sentence = the_sentence(err)
+    assert sentence.startswith(f"rank 0 (process {process.pid}) has given no sign of life for ")
+    assert sentence.endswith(" s before the run was done, so rank 1 ends too")
+
+
+def test_a_rank_that_leaves_without_an_error_ends_the_run(lab: Lab, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "leaves.py").write_text(
+        IN_RANK_1.format("__import__('threading').Timer(25, lambda: os._exit(0)).start()")
+    )
+    command = fit(lab, run, DDP, "budget.steps=50000", "plugins=[leaves]")
+    with started(command, tmp_path) as (process, _):
+        _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1, err
+    sentence = the_sentence(err)
+    assert sentence.startswith("rank 1 (process ")
+    assert sentence.endswith(
+        f" before the run was done, so the run ends; its log: {run}/logs/rank-00001.log"
+    )
+
+
+def test_a_rank_that_hangs_ends_the_run(lab: Lab, tmp_path: Path) -> None:
+    """SIGSTOP takes nothing away that another rank could notice, but the signs of life."""
+    run = tmp_path / "run"
+    command = impatient(tmp_path, fit(lab, run, DDP, "budget.steps=5000"))
     with started(command, tmp_path) as (process, mark):
         stopped = rank_1_of(mark)
         wait_for_rows(run, 3)
