@@ -150,20 +150,13 @@ def test_a_rank_that_fails_while_it_starts_is_named_with_its_log(
     assert "Traceback" not in err
 
 
-def impatient(folder: Path, command: list[str]) -> list[str]:
-    """A command of `core.fit` with ranks that wait for 4 s for a sign of life."""
-    (folder / "impatient.py").write_text(
-        "import runpy, core.training.rank_watch as watch\n"
-        "watch.SILENCE_SECONDS = 4.0\n"
-        "runpy.run_module('core.fit', run_name='__main__', alter_sys=True)\n"
-    )
-    return ["impatient.py", *command[2:]]
-
-
 def test_a_first_rank_that_hangs_ends_the_others(lab: Lab, tmp_path: Path) -> None:
     """The store of the signs of life is in its process, and does not answer any more."""
     run = tmp_path / "run"
-    command = impatient(tmp_path, fit(lab, run, DDP, "budget.steps=5000"))
+    (tmp_path / "impatient.py").write_text(
+        IN_RANK_1.format("import core.training.rank_watch as w; w.SILENCE_SECONDS = 4.0")
+    )
+    command = fit(lab, run, DDP, "budget.steps=5000", "plugins=[impatient]")
     with started(command, tmp_path) as (process, mark):
         other = rank_1_of(mark)
         wait_for_rows(run, 3)
@@ -198,7 +191,12 @@ def test_a_rank_that_leaves_without_an_error_ends_the_run(lab: Lab, tmp_path: Pa
 def test_a_rank_that_hangs_ends_the_run(lab: Lab, tmp_path: Path) -> None:
     """SIGSTOP takes nothing away that another rank could notice, but the signs of life."""
     run = tmp_path / "run"
-    command = impatient(tmp_path, fit(lab, run, DDP, "budget.steps=5000"))
+    (tmp_path / "impatient.py").write_text(
+        "import runpy, core.training.rank_watch as watch\n"
+        "watch.SILENCE_SECONDS = 4.0\n"
+        "runpy.run_module('core.fit', run_name='__main__', alter_sys=True)\n"
+    )
+    command = ["impatient.py", *fit(lab, run, DDP, "budget.steps=5000")[2:]]
     with started(command, tmp_path) as (process, mark):
         stopped = rank_1_of(mark)
         wait_for_rows(run, 3)

@@ -20,7 +20,7 @@ from lab import assert_same
 from torch import Tensor
 from two_ranks import on_two_ranks
 
-from core.checkpoints import distributed
+from core.checkpoints import shard_storage
 from core.checkpoints.distributed import load_shards, save_shards
 from core.checkpoints.index import INDEX, ShardIndex, files_left_over, is_sharded, read_index
 from core.checkpoints.listing import checkpoints_in, remove_checkpoint, remove_partial_checkpoints
@@ -380,7 +380,7 @@ BREAKS: dict[str, Callable[[int], None]] = {
 
 def set_write(function: Callable[..., None]) -> None:
     """Replaces what writes a file."""
-    distributed._write = function  # type: ignore[assignment]
+    shard_storage._write = function  # type: ignore[assignment]
 
 
 def set_index(function: Callable[..., None]) -> None:
@@ -497,7 +497,7 @@ def test_an_asynchronous_save_has_the_numbers_of_its_moment(tmp_path: Path) -> N
 
     def save(rank: int) -> bool:
         may_write = threading.Event()
-        write = distributed._write
+        write = shard_storage._write
 
         def waiting(file: Path, content: bytes) -> None:
             assert may_write.wait(30)

@@ -16,7 +16,7 @@ from rank_runs import assert_same_end, cut_after, fit_on_ranks
 from safetensors.torch import load_file
 from tiers import first_by_default
 
-from core.checkpoints import distributed, sharded_saving
+from core.checkpoints import shard_storage, sharded_saving
 from core.checkpoints.index import INDEX, ShardIndex, is_sharded, read_index
 from core.checkpoints.listing import checkpoints_in
 from core.checkpoints.reading import read_checkpoint
@@ -206,17 +206,17 @@ def dies_after_saving(step: int) -> None:
 
 KILLED: dict[str, Callable[[int], None]] = {
     "rank 0 before it writes a shard": on_rank(
-        0, at(10, set_attribute(distributed, "_write", die))
+        0, at(10, set_attribute(shard_storage, "_write", die))
     ),
     "rank 1 before it writes a shard": on_rank(
-        1, at(10, set_attribute(distributed, "_write", die))
+        1, at(10, set_attribute(shard_storage, "_write", die))
     ),
     "rank 1 when a shard is half written": on_rank(
-        1, at(10, set_attribute(distributed, "_write", half))
+        1, at(10, set_attribute(shard_storage, "_write", half))
     ),
     "rank 0 before the index": on_rank(0, at(10, set_attribute(ShardIndex, "write", die))),
     "rank 0 after the index": on_rank(
-        0, at(10, set_attribute(distributed, "files_left_over", die))
+        0, at(10, set_attribute(shard_storage, "files_left_over", die))
     ),
     "rank 0 when the oldest checkpoint is half removed": on_rank(
         0, at(12, set_attribute(callbacks, "remove_checkpoint", dies_before_removing))
@@ -272,13 +272,13 @@ def test_an_asynchronous_run_saves_the_same_bits(
 
 def slow_writing(seconds: float) -> None:
     """Makes every file take some time."""
-    write = distributed._write
+    write = shard_storage._write
 
     def slow(file: Path, content: bytes) -> None:
         time.sleep(seconds)
         write(file, content)
 
-    distributed._write = slow
+    shard_storage._write = slow
 
 
 @pytest.mark.full
