@@ -3,7 +3,8 @@
 NCCL takes no CPU tensor, and gloo takes any. Within `device_guard` the strategy's devices are called `cpu:0`, and the
 plain `cpu` is the host, so that both can be distinguished although their memory is the same. Tensors of the host are
 those that a factory made without `device` or with `cpu`, those of a checkpoint, and what is computed from them alone.
-A tensor that is sent from one to the other is copied, as it would be on a GPU.
+A tensor that is sent from one to the other is copied, as it would be on a GPU. A group that is made for gloo by name
+is one for tensors of the host, on GPUs too.
 
 It is the storage that is marked, and with it every view, parameter and buffer.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -56,10 +58,20 @@ def device_guard() -> Iterator[list[str]]:
     def devices(count: int) -> list[torch.device]:
         return [DEVICE] * int(count)
 
+    of_host: set[str] = set()
+    new_group = dist.new_group
+
+    def noted(*args: Any, **options: Any) -> Any:
+        group = new_group(*args, **options)
+        if options.get("backend") == "gloo":
+            of_host.add(group.group_name)
+        return group
+
+    groups = patch.object(dist, "new_group", noted)
     lightning = patch.object(CPUAccelerator, "get_parallel_devices", staticmethod(devices))
     files = patch("torch.load", marks.marking(torch.load, "a file"))
     arrays = patch("torch.from_numpy", marks.marking(torch.from_numpy, "numpy"))
-    with lightning, files, arrays, _Collectives(marks, called), _Places(marks):
+    with lightning, files, arrays, groups, _Collectives(marks, called, of_host), _Places(marks):
         yield called
 
 
@@ -158,18 +170,19 @@ class _Places(TorchFunctionMode):
 
 
 class _Collectives(TorchDispatchMode):
-    """Raises `HostTensorError` for a collective with a tensor of the host."""
+    """Raises `HostTensorError` for a collective with a tensor of the host, unless its group is made for those."""
 
-    def __init__(self, marks: _Marks, called: list[str]) -> None:
+    def __init__(self, marks: _Marks, called: list[str], of_host: set[str]) -> None:
         super().__init__()
         self.marks = marks
         self.called = called
+        self.of_host = of_host
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace in COLLECTIVES:
+        if func.namespace in COLLECTIVES and not self._is_of_host(args):
             self.called.append(func.name())
             for tensor in [*_tensors(args), *_tensors(kwargs.values())]:
                 place = self.marks.of(tensor)
@@ -178,6 +191,13 @@ class _Collectives(TorchDispatchMode):
         # What torch itself makes in C++ is where its inputs are.
         with torch._C.DisableTorchFunction():
             return func(*args, **kwargs)
+
+    def _is_of_host(self, args: tuple[Any, ...]) -> bool:
+        """Whether the group of a collective takes tensors of the host."""
+        for argument in args:
+            if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
+                return dist.ProcessGroup.unbox(argument).group_name in self.of_host
+        return False
 
 
 def _asked_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,6 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from two_ranks import on_two_ranks
 
+from core.checkpoints.listing import remove_checkpoint
+
 STRATEGIES = {
     "ddp": "strategy={name: ddp, ranks: 2, accelerator: cpu}",
     "fsdp": "strategy={name: fsdp, ranks: 2, accelerator: cpu}",
@@ -62,7 +64,7 @@ def test_P53_no_collective_of_a_run_gets_a_tensor_of_the_host(
             dist.barrier()
             if rank == 0:
                 (run / "summary.json").unlink()
-                (run / "checkpoints" / "step-00000002.ckpt").unlink()
+                remove_checkpoint(run / "checkpoints" / "step-00000002.ckpt")
             dist.barrier()
             whole = len(collectives)
             lab.fit(run, *overrides, resume=True)
@@ -151,6 +153,17 @@ def test_the_guard_sees_a_tensor_of_a_file_and_one_among_others(
         dist.all_reduce(of_a_file(tmp_path))
     with device_guard(), pytest.raises(HostTensorError, match="allgather"):
         dist.all_gather([torch.empty(2)], torch.ones(2, device=DEVICE))
+
+
+def test_the_guard_lets_tensors_of_the_host_pass_in_a_group_made_for_them(group: None) -> None:
+    with device_guard() as called:
+        of_host = dist.new_group(backend="gloo")
+        dist.all_reduce(torch.zeros(2), group=of_host)
+        assert called == []
+        with pytest.raises(HostTensorError):
+            dist.all_reduce(torch.zeros(2))
+        with pytest.raises(HostTensorError):
+            dist.all_reduce(torch.zeros(2), group=dist.new_group())
 
 
 def test_the_guard_lets_objects_pass_and_sends_copies(group: None) -> None:
