@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_allow_non_finite(read)
     write = commands.add_parser("to-hf", help="a run to a Hugging Face folder")
-    write.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint file")
+    write.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint")
     write.add_argument("dir", type=Path, metavar="DIR", help="the new folder")
     write.add_argument(
         "--dtype",

@@ -13,7 +13,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m core.evaluate",
         description="Validate a trained model, or run tasks of lm-evaluation-harness on it.",
     )
-    p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint file")
+    p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint")
     p.add_argument(
         "--xz",
         action="store_true",

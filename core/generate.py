@@ -12,7 +12,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m core.generate", description="Write text with a trained model."
     )
-    p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint file")
+    p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint")
     p.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
     p.add_argument(
         "--tokens",

@@ -57,7 +57,7 @@ def reads_rows(checkpoint: Path) -> bool:
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
-    """Returns the model's state dict, from a checkpoint file that our training wrote.
+    """Returns the model's state dict, from a checkpoint that our training wrote.
 
     Raises:
         UserError: the file is damaged, or was not written by this program.

@@ -29,7 +29,7 @@ def evaluate(
     """Validates a checkpoint over its recipe's whole validation split.
 
     Args:
-        checkpoint: the checkpoint file.
+        checkpoint: the checkpoint.
         xz: also measure what `xz -9e` needs for the same bytes when it has the training text before them.
         trust: whether the recipe of a run that was made elsewhere may name modules, which then run.
         say: prints the caveats that belong to the values.

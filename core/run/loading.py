@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from core.assemble import build
-from core.checkpoints.index import first_changed_file
 from core.checkpoints.listing import is_checkpoint
 from core.checkpoints.reading import open_shards
 from core.checkpoints.shards import MODEL
@@ -23,10 +22,10 @@ from core.numerics.finite import not_finite_in
 from core.numerics.part_exchange import local_tensor
 from core.recipe.compose import compose_run
 from core.training.local_parameters import local_state
-from core.training.ranks import first_text_over_ranks, rank_and_world
+from core.training.ranks import first_text_over_ranks
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
-from core.training.weight_shards import WeightShard, load_full_state
+from core.training.weight_shards import WeightShard, check_over_ranks, load_full_state
 
 NOT_FINITE = "such weights predict nothing: name another checkpoint"
 """The end of the error message for weights that are not finite."""
@@ -126,11 +125,7 @@ def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightSh
 def _load_sharded(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightShard]) -> None:
     """Copies this rank's parts of the weights of a sharded checkpoint into a divided model, and reads no others."""
     reader = open_shards(checkpoint)
-    rank, world = rank_and_world()
-    changed = first_changed_file(checkpoint, reader.index, MODEL, rank=rank, ranks=world)
-    changed = first_text_over_ranks(changed)
-    if changed:
-        raise UserError(changed)
+    check_over_ranks(reader, MODEL)
     for name, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
             continue
@@ -187,7 +182,7 @@ def _copy_rows(model: nn.Module, weights: TensorReader) -> None:
 
 
 def run_of(path: Path) -> RunFolder:
-    """The run folder at a path, or the one that a checkpoint file belongs to.
+    """The run folder at a path, or the one that a checkpoint belongs to.
 
     Raises:
         UserError: there is no recipe.

@@ -31,7 +31,7 @@ END_SECONDS = 2.0
 """Seconds that a rank waits for its last sign to be written."""
 
 BROKEN_SECONDS = 4.0
-"""Seconds after which the first rank is lost if the connection with its store has broken."""
+"""Seconds of silence after which a rank is lost where a connection has broken, so that some rank has ended."""
 
 RUNS = "runs"
 """The state of a rank that trains."""

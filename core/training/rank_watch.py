@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from core.command import STOPPING, show_cursor
 from core.contracts.errors import RunFailed
-from core.training.heartbeats import FOLLOWS, RUNS, Heartbeats
+from core.training.heartbeats import BROKEN_SECONDS, FOLLOWS, RUNS, Heartbeats
 from core.training.launchers import Launch
 from core.training.rank_logs import log_hint, write_to_first_stderr
 
@@ -30,9 +30,6 @@ RENDEZVOUS_TIMEOUT = 300.0
 
 SILENCE_SECONDS = 300.0
 """Seconds without a sign of life after which a rank is lost; fewer where a collective waits for less."""
-
-SILENCE_AFTER_LOSS = 4.0
-"""The same after a connection between two ranks has broken, so that one of all has ended."""
 
 SEARCH_SECONDS = 10.0
 """Seconds in which a rank looks for the one that has ended."""
@@ -174,7 +171,7 @@ class RankWatch:
 
     def _silent_rank(self, *, disconnected: bool) -> str | None:
         """The sentence about a rank that has given no sign of life for some seconds."""
-        rank = self.beats.silent(SILENCE_AFTER_LOSS if disconnected else self.silence)
+        rank = self.beats.silent(BROKEN_SECONDS if disconnected else self.silence)
         if rank is None:
             return None
         how = f"has given no sign of life for {self.beats.signs[rank].silent:.0f} s"

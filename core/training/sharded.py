@@ -6,6 +6,7 @@ strategy, with another number of ranks.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from core.checkpoints.content import diverged, not_finite
 from core.checkpoints.distributed import load_shards
-from core.checkpoints.index import first_changed_file
-from core.checkpoints.listing import other_checkpoints
 from core.checkpoints.reading import OPTIMIZERS, metadata_of, open_shards
 from core.checkpoints.sharded_saving import ShardedCheckpointIO
 from core.checkpoints.shards import MODEL, ShardReader
@@ -30,7 +30,12 @@ from core.numerics.part_exchange import local_tensor
 from core.numerics.promotion import at_least_fp32
 from core.training.local_parameters import LocalParameters
 from core.training.ranks import first_text_over_ranks
-from core.training.weight_shards import WeightShard, load_full_state, weight_shards
+from core.training.weight_shards import (
+    WeightShard,
+    check_over_ranks,
+    load_full_state,
+    weight_shards,
+)
 
 
 def norm_over_ranks(gradients: Sequence[Tensor]) -> Tensor:
@@ -54,13 +59,20 @@ class ShardedStrategy(ModelParallelStrategy):
     Args:
         factory: the strategy of the recipe.
         offload: whether weights stay on the CPU.
+        timeout: how long a collective waits for a rank.
 
     Attributes:
         parts: this rank's part of every weight, by its name in the module.
     """
 
-    def __init__(self, factory: StrategyFactory, *, offload: bool = False) -> None:
-        super().__init__(1, 1, save_distributed_checkpoint=False)
+    def __init__(
+        self,
+        factory: StrategyFactory,
+        *,
+        offload: bool = False,
+        timeout: timedelta = default_pg_timeout,
+    ) -> None:
+        super().__init__(1, 1, save_distributed_checkpoint=False, timeout=timeout)
         self.factory = factory
         self.offload = offload
         self.parts: dict[str, WeightShard] = {}
@@ -185,8 +197,8 @@ class ShardedStrategy(ModelParallelStrategy):
             prefix: how the names of its tensors begin.
         """
 
-        def allocate(shard: WeightShard, outline: Tensor) -> Tensor:
-            return torch.empty(local_tensor(shard.weight).shape, dtype=outline.dtype)
+        def allocate(shard: WeightShard, stored: Tensor) -> Tensor:
+            return torch.empty(local_tensor(shard.weight).shape, dtype=stored.dtype)
 
         state = self._convert_state(optimizer, state, allocate)
         shards = self.optimized_shards(optimizer)
@@ -260,12 +272,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if not path.is_dir():
             return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         self._reader = open_shards(path)
-        changed = first_changed_file(
-            path, self._reader.index, rank=self.global_rank, ranks=self.world_size
-        )
-        changed = first_text_over_ranks(changed)
-        if changed:
-            raise UserError(f"{changed}{other_checkpoints(path)}")
+        check_over_ranks(self._reader)
         return metadata_of(self._reader)
 
     def teardown(self) -> None:

@@ -9,9 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from core.checkpoints.index import first_changed_file
+from core.checkpoints.listing import other_checkpoints
+from core.checkpoints.shards import ShardReader
 from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import UserError
 from core.numerics.part_exchange import local_part, local_tensor
+from core.training.ranks import first_text_over_ranks, rank_and_world
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,23 @@ def weight_shards(
                 yield full_name, WeightShard(weight, first, int(owner.all_groups), experts)  # type: ignore[arg-type]
             else:
                 yield full_name, WeightShard(weight)
+
+
+def check_over_ranks(reader: ShardReader, prefix: str = "") -> None:
+    """Compares files of a sharded checkpoint with their checksums, each on one of the ranks; every rank calls this.
+
+    Args:
+        reader: the checkpoint.
+        prefix: only files with tensors whose names begin so are read.
+
+    Raises:
+        UserError: one has changed; raised on every rank.
+    """
+    rank, world = rank_and_world()
+    changed = first_changed_file(reader.folder, reader.index, prefix, rank=rank, ranks=world)
+    changed = first_text_over_ranks(changed)
+    if changed:
+        raise UserError(f"{changed}{other_checkpoints(reader.folder)}")
 
 
 def _offsets(weight: DTensor) -> list[int]:

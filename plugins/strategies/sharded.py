@@ -57,8 +57,7 @@ class _Sharded(StrategyFactory):
         config = self.config
         ranks = self.ranks_of(config)
         devices = device_arguments(config.accelerator, ranks=ranks, nodes=config.nodes)
-        strategy = ShardedStrategy(self, offload=config.offload)
-        strategy._timeout = timeout_of(config)
+        strategy = ShardedStrategy(self, offload=config.offload, timeout=timeout_of(config))
         return {**devices, "strategy": strategy}
 
     def gradient_scale(self, ranks: int) -> float:

@@ -7,64 +7,21 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from lab import ROOT, Lab, assert_same_run, rows
+from real_processes import started
 
 import core
 
 ONE_NODE = "strategy={name: ddp, ranks: 2, accelerator: cpu}"
 TWO_NODES = "strategy={name: ddp, ranks: 2, nodes: 2, accelerator: cpu}"
-MARK = "MOELOOM_TEST_NODES"
-"""The environment variable by which the processes of a test are found; torchrun's workers leave its group."""
-
 SECONDS = 240
 """Seconds within which a run has to end."""
-
-
-@contextmanager
-def started(
-    command: list[str], folder: Path, variables: dict[str, str]
-) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own; it and all that it started have ended after the context."""
-    mark = f"{os.getpid()}-{time.monotonic_ns()}"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "GLOO_SOCKET_IFNAME": "lo",
-        MARK: mark,
-        **variables,
-    }
-    with subprocess.Popen(
-        [sys.executable, *command],
-        env=environment,
-        cwd=folder,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        try:
-            yield process
-        finally:
-            for pid in pids_with(f"{MARK}={mark}"):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-
-def pids_with(variable: str) -> list[int]:
-    """The processes with a variable in their environment."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if f"{variable}\0".encode() in (process / "environ").read_bytes():
-                found.append(int(process.name))
-    return found
 
 
 def fit(lab: Lab, run: Path, *arguments: str) -> list[str]:
@@ -124,7 +81,8 @@ def both_nodes(
                 command = [*torchrun(node, port), *command]
             else:
                 variables = srun(node)
-            processes.append(stack.enter_context(started(command, run.parent, variables)))
+            process, _ = stack.enter_context(started(command, run.parent, variables))
+            processes.append(process)
         yield processes
 
 
@@ -133,7 +91,7 @@ def one_node(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks on one node."""
     run = tmp_path_factory.mktemp("one") / "run"
     command = ["-m", "core.fit", str(lab.file), ONE_NODE, "--out", str(run)]
-    with started(command, run.parent, {}) as process:
+    with started(command, run.parent) as (process, _):
         _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
     return run
@@ -170,8 +128,8 @@ def test_a_node_that_does_not_see_the_run_folder_starts_no_training(
     continued = [*fit(lab, run, "budget.steps=5000"), "--resume", "auto"]
     elsewhere = [*fit(lab, tmp_path / "elsewhere", "budget.steps=5000"), "--resume", "auto"]
     with (
-        started(continued, tmp_path, srun(0)) as first,
-        started(elsewhere, tmp_path, srun(1)) as second,
+        started(continued, tmp_path, srun(0)) as (first, _),
+        started(elsewhere, tmp_path, srun(1)) as (second, _),
     ):
         _, err = first.communicate(timeout=SECONDS)
         _, other_err = second.communicate(timeout=SECONDS)
@@ -201,8 +159,8 @@ def test_a_node_with_another_recipe_or_other_code_starts_no_training(
     else:
         overrides = ["optimizer.lr=0.004"]
     with (
-        started(fit(lab, run), tmp_path, srun(0)) as first,
-        started(fit(lab, run, *overrides), tmp_path, variables) as second,
+        started(fit(lab, run), tmp_path, srun(0)) as (first, _),
+        started(fit(lab, run, *overrides), tmp_path, variables) as (second, _),
     ):
         _, err = first.communicate(timeout=SECONDS)
         second.communicate(timeout=SECONDS)

@@ -3,24 +3,19 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from lab import ROOT, Lab, assert_same_run, rows
+from lab import Lab, assert_same_run, rows
+from real_processes import MARK, pids_with, started
 
 from core.training.heartbeats import is_running
 
 DDP = "strategy={name: ddp, ranks: 2, accelerator: cpu}"
 FSDP = "strategy={name: fsdp, ranks: 2, accelerator: cpu}"
 EXPERTS = "strategy={name: expert_parallel, expert_ranks: 2, accelerator: cpu}"
-MARK = "MOELOOM_TEST_FAILURES"
-"""The environment variable by which the processes of a test are found; torchrun's workers leave its group."""
-
 SECONDS = 240
 """Seconds within which a run has to end."""
 
@@ -39,44 +34,6 @@ if os.environ.get("LOCAL_RANK") == "1":
 def register(registry):
     pass
 """
-
-
-@contextmanager
-def started(command: list[str], folder: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """A process with pipes, and the mark of all that it starts; none of them is left behind."""
-    mark = f"{os.getpid()}-{time.monotonic_ns()}"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "GLOO_SOCKET_IFNAME": "lo",
-        MARK: mark,
-    }
-    with subprocess.Popen(
-        [sys.executable, *command],
-        env=environment,
-        cwd=folder,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        try:
-            yield process, mark
-        finally:
-            for pid in pids_with(f"{MARK}={mark}"):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-
-def pids_with(*variables: str) -> list[int]:
-    """The processes with some variables in their environment."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            environment = (process / "environ").read_bytes()
-            if all(f"{variable}\0".encode() in environment for variable in variables):
-                found.append(int(process.name))
-    return found
 
 
 def rank_1_of(mark: str) -> int:
