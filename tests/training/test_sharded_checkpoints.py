@@ -484,6 +484,18 @@ def test_ranks_leave_nothing_of_a_save_that_failed_on_one(tmp_path: Path) -> Non
     assert list(folder.iterdir()) == []
 
 
+def test_what_a_failed_save_deletes_is_not_in_the_index(copied: Path) -> None:
+    """The first rank may have failed after it had replaced the index."""
+    before = read_checkpoint(copied)
+    left = copied / "rank-00000-0123abcd-000.safetensors"
+    left.write_text("of the failed save")
+    writer = shard_storage.ShardWriter(copied, b"")
+    writer.written = [*copied.iterdir()]
+    writer.discard()
+    assert not left.exists()
+    assert_same(read_checkpoint(copied), before)
+
+
 def test_a_state_of_another_shape_than_its_weight_is_one_sentence() -> None:
     shard = WeightShard(torch.zeros(4, 3))
     with pytest.raises(UserError, match=r"has the shape \[4\], and its weight \[4, 3\]"):
