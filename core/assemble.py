@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from core.contracts.build import BuildContext, Init, Rope
 from core.contracts.errors import SectionError, UserError
@@ -20,12 +19,13 @@ from core.model.initialise import initialise
 from core.model.language_model import Embedding, LanguageModel
 from core.model.norm import RMSNorm
 from core.numerics.draw import without_draws
+from core.numerics.linear import PlainProduct
 from core.recipe.compose import Recipe
 from core.recipe.model_schema import RopeSection
 from core.recipe.values import show_value
 
 
-class TiedOutput(nn.Module):
+class TiedOutput(PlainProduct):
     """The output layer that shares the embedding's weight, which only the embedding owns."""
 
     def __init__(self, embedding: Embedding, compute_dtype: torch.dtype) -> None:
@@ -38,9 +38,9 @@ class TiedOutput(nn.Module):
         """The embedding's weight, [vocabulary, dim]."""
         return self._embedding[0].weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Computes logits: (..., D) -> (..., V)."""
-        return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
+    def operand(self) -> Tensor:
+        """The embedding's weight in the format of the product."""
+        return self.weight.to(self.compute_dtype)
 
 
 def build(

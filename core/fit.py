@@ -72,9 +72,11 @@ def main(arguments: argparse.Namespace) -> None:
     from core.run.divergence import divergence_in
     from core.run.training import fit
     from core.training.choose_folder import resumable, start_folder
+    from core.training.host_memory import keep_freed_memory
     from core.training.run_folder import RunFolder
 
     silence_greetings()
+    keep_freed_memory()
     resume = arguments.resume is not None
     existing = joined_folder() if launch.parent is not None else None
     if existing is None:

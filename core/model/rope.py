@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from core.contracts.build import Rope
 from core.numerics.compiling import assume_constant_result
@@ -91,8 +92,35 @@ def rotate(x_BLHR: Tensor, rope: Rope, positions_BL: Tensor) -> Tensor:
     cos_BLR, sin_BLR = rope_table(rope, x_BLHR.shape[-1], positions_BL, wide.dtype)
     cos = cos_BLR[:, :, None, :]
     sin = sin_BLR[:, :, None, :]
+    if wide.device.type == "cpu" and not torch.compiler.is_compiling():
+        turned: Tensor = _Rotate.apply(wide, torch.complex(cos, sin))  # type: ignore[no-untyped-call]
+        return turned.to(x_BLHR.dtype)
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     rotated_even = even * cos - odd * sin
     rotated_odd = even * sin + odd * cos
     rotated = torch.stack((rotated_even, rotated_odd), dim=-1)
     return rotated.flatten(-2).to(x_BLHR.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """Each pair times cos + i sin, as one product of complex numbers; compilers and GPUs do without those."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLHR: Tensor, turn: Tensor) -> Tensor:
+        ctx.save_for_backward(turn)
+        return _times(x_BLHR, turn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BLHR: Tensor) -> tuple[Tensor, None]:
+        (turn,) = ctx.saved_tensors
+        return _times(dy_BLHR, turn.conj()), None
+
+
+def _times(x_BLHR: Tensor, turn: Tensor) -> Tensor:
+    """The pairs of the last axis, as complex numbers, times others."""
+    pairs = x_BLHR.unflatten(-1, (-1, 2))
+    dense = pairs.stride(-1) == 1 and not pairs.storage_offset() % 2
+    if not dense or any(stride % 2 for stride in pairs.stride()[:-1]):
+        pairs = pairs.contiguous()
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)

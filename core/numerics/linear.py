@@ -8,6 +8,7 @@ from typing import NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from core.contracts.precision import KernelLog, plain_path
@@ -68,16 +69,42 @@ class ProductLayer(nn.Module):
         return f"{', '.join(map(str, sizes))}, {self.compute_dtype}"
 
 
-class Linear(ProductLayer):
+class PlainProduct(nn.Module):
+    """A layer that computes x W^T without bias, and nothing else unless a derived class has a `forward` of its own."""
+
+    def operand(self) -> Tensor:
+        """The weight W in the format of the product, [outputs, inputs]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T: (..., inputs) -> (..., outputs)."""
+        weight = self.operand()
+        return F.linear(x.to(weight.dtype), weight)
+
+
+def plain_operand(layer: object) -> Tensor | None:
+    """The operand of a layer whose output is x W^T, for callers that fuse the product; None for any other layer.
+
+    A layer with hooks is another one, and so is one whose weight is divided over ranks at the moment.
+    """
+    if not isinstance(layer, PlainProduct) or type(layer).forward is not PlainProduct.forward:
+        return None
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return None
+    weight = layer.operand()
+    return None if isinstance(weight, DTensor) else weight
+
+
+class Linear(PlainProduct, ProductLayer):
     """x W^T without bias; `weight` is [outputs, inputs]. The keyword arguments are `LinearOptions`."""
 
     def __init__(self, inputs: int, outputs: int, **formats: Unpack[LinearOptions]) -> None:
         super().__init__(outputs, inputs, **formats)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x W^T: (..., inputs) -> (..., outputs)."""
+    def operand(self) -> Tensor:
+        """The weight in the format of the product; it is noted that plain code takes this product."""
         self.note(plain_path(self.compute_dtype))
-        return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
+        return self.weight.to(self.compute_dtype)
 
 
 class GroupedLinear(ProductLayer):

@@ -46,6 +46,9 @@ from core.training.totals import WindowTotals, call_on_step_end
 from core.training.validation import ValidationTotals
 from core.training.window import Window, objective
 
+CLIP_EPS = 1e-6
+"""What torch adds to the norm before it divides by it; a factor of at least 1 changes no gradient."""
+
 
 class TrainingModule(L.LightningModule):
     """Trains a language model by a plan.
@@ -216,10 +219,11 @@ class TrainingModule(L.LightningModule):
 
     def _clip(self, norm: Tensor) -> None:
         """Scales the gradients down to the norm `gradient_clip` if they are larger."""
-        if self.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.local_parameters.tensors(), self.gradient_clip, norm
-            )
+        if self.gradient_clip is None or self.gradient_clip / (norm + CLIP_EPS) >= 1:
+            return
+        torch.nn.utils.clip_grads_with_norm_(
+            self.local_parameters.tensors(), self.gradient_clip, norm
+        )
 
     @property
     def validation_follows(self) -> bool:

@@ -1,0 +1,30 @@
+"""How this process's allocator treats freed memory.
+
+glibc gives large blocks back to the operating system as soon as they are freed, and the pages of the next block are
+faulted in and cleared again. A training step frees and takes the same gigabytes every time.
+"""
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+"""Numbers of the options in glibc's malloc.h."""
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep freed memory for its next allocations, where its C library is glibc.
+
+    No block is mapped by itself any more, and the end of the heap is never given back (mallopt(3)). A process then
+    holds its peak until it ends; no number changes.
+
+    Returns:
+        Whether the C library took both settings; False on systems without glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl has no mallopt
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
