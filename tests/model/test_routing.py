@@ -14,6 +14,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.contracts.router import Router, Routing
 from core.model.language_model import LanguageModel
+from core.routing import gating
 
 from . import tiny
 
@@ -374,3 +375,14 @@ def test_costs_count_the_chosen_experts_only() -> None:
     ffn = tiny.moe(tiny.build())
     expert, shared, centroids = 3 * 12 * 32, 3 * 24 * 32, 8 * 32
     assert ffn.costs() == Costs(active=2 * expert + shared + centroids)
+
+
+@pytest.mark.parametrize("size", [2, 3, 64])
+def test_the_two_best_of_a_group_are_added_up(size: int) -> None:
+    """Equal scores and biases of -inf included; the same bits as from sorting."""
+    torch.manual_seed(0)
+    scores_TGX = torch.randint(0, 4, (50, 3, size)).float() / 3
+    scores_TGX[0, 0] = -torch.inf
+    best = scores_TGX.sort(dim=2, descending=True).values[..., :2]
+    found = gating._sum_of_best(scores_TGX, 2)
+    assert torch.equal(found, best[..., 0] + best[..., 1])
