@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from core.numerics import compiling
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up: ... x 2I -> ... x I; the first half of the last axis is the gate."""
-    if gate_up.device.type == "cpu" and not torch.compiler.is_compiling():
+    if compiling.is_eager_on_cpu(gate_up):
         result: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
         return result
     gate, up = gate_up.chunk(2, dim=-1)

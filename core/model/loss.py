@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from core.numerics import compiling
 from core.numerics.linear import plain_operand
 from core.numerics.promotion import at_least_fp32
 
@@ -45,9 +46,7 @@ def cross_entropy_sum(
 
 def _fused_weight(logits: Callable[[Tensor], Tensor], hidden_TD: Tensor) -> Tensor | None:
     """The output's weight, where product and loss are one function: in training on CPUs, in fp32 or wider."""
-    if hidden_TD.device.type != "cpu" or not torch.is_grad_enabled():
-        return None
-    if torch.compiler.is_compiling():  # a compiler fuses the passes over logits itself
+    if not compiling.is_eager_on_cpu(hidden_TD) or not torch.is_grad_enabled():
         return None
     weight_VD = plain_operand(logits)
     if weight_VD is None or weight_VD.dtype != hidden_TD.dtype:
@@ -70,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(hidden_RD, weight_VD.t(), out=logits_RV)
             total += _losses_and_gradients_(logits_RV, targets_R).sum()
             torch.mm(logits_RV, weight_VD, out=dhidden_RD)
-            dweight_VD.addmm_(logits_RV.t(), hidden_RD)
+            torch.addmm(dweight_VD, logits_RV.t(), hidden_RD, out=dweight_VD)
         ctx.save_for_backward(dhidden_TD, dweight_VD)
         return total
 

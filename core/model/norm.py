@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from core.contracts.build import BuildContext
+from core.numerics import compiling
 from core.numerics.promotion import at_least_fp32
 
 
@@ -35,7 +36,7 @@ class RMSNorm(nn.Module):
         """Normalises the last axis of x, which has any shape that ends in `dim`."""
         wide = at_least_fp32(x)
         weight = self.weight.to(wide.dtype)
-        if wide.device.type == "cpu" and not torch.compiler.is_compiling():
+        if compiling.is_eager_on_cpu(wide):
             normed: Tensor = _RMSNorm.apply(wide, weight, self.eps)  # type: ignore[no-untyped-call]
             return normed.to(x.dtype)
         return F.rms_norm(wide, (self.dim,), weight, self.eps).to(x.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from core.contracts.build import Rope
+from core.numerics import compiling
 from core.numerics.compiling import assume_constant_result
 from core.numerics.promotion import at_least_fp32
 
@@ -92,7 +93,7 @@ def rotate(x_BLHR: Tensor, rope: Rope, positions_BL: Tensor) -> Tensor:
     cos_BLR, sin_BLR = rope_table(rope, x_BLHR.shape[-1], positions_BL, wide.dtype)
     cos = cos_BLR[:, :, None, :]
     sin = sin_BLR[:, :, None, :]
-    if wide.device.type == "cpu" and not torch.compiler.is_compiling():
+    if compiling.is_eager_on_cpu(wide):
         turned: Tensor = _Rotate.apply(wide, torch.complex(cos, sin))  # type: ignore[no-untyped-call]
         return turned.to(x_BLHR.dtype)
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from core.contracts.counting import ends_of
 from core.contracts.dispatcher import Handle
 from core.contracts.router import Routing
+from core.numerics import compiling
 
 
 class _Permute(torch.autograd.Function):
@@ -43,7 +44,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_AD: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_A,) = ctx.saved_tensors
-        if _gathers_sums(dy_AD):
+        if compiling.is_eager_on_cpu(dy_AD):
             return _sums_of_rows(dy_AD, inverse_A, ctx.choices), None, None, None
         dy_TKD = dy_AD.index_select(0, inverse_A).unflatten(0, (-1, ctx.choices))
         return dy_TKD.sum(dim=1), None, None, None
@@ -67,11 +68,6 @@ class _GatedSum(torch.autograd.Function):
         dgate_A = (dy_AD * y_AD).sum(dim=1).index_select(0, inverse_A)
         gate_A = gate_TK.reshape(-1).index_select(0, order_A)
         return dy_AD.mul_(gate_A[:, None]), dgate_A.view_as(gate_TK), None, None
-
-
-def _gathers_sums(rows_AD: Tensor) -> bool:
-    """Whether rows are gathered and added up by `_sums_of_rows`: on CPUs, in a third of the time of two passes."""
-    return rows_AD.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _sums_of_rows(
@@ -150,7 +146,7 @@ def gated_sums(y_AD: Tensor, rows: SortedRows) -> Tensor:
     gate_A = routing.gate_A
     if routing.kept_A is not None:
         gate_A = gate_A * routing.kept_A.to(gate_A.dtype)
-    if routing.choices and _gathers_sums(y_AD):
+    if routing.choices and compiling.is_eager_on_cpu(y_AD):
         gate_TK = gate_A.view(rows.tokens, routing.choices).to(y_AD.dtype)
         y_TD: Tensor = _GatedSum.apply(y_AD, gate_TK, rows.order_A, rows.inverse_A)  # type: ignore[no-untyped-call]
         return y_TD
