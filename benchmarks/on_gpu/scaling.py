@@ -4,6 +4,7 @@ The model is `dsv3_1b` with DeepSeek-V3's attention and gates. Runs follow each 
 each strategy, so that other work of the machine affects all of them.
 """
 
+import math
 import statistics
 import time
 from typing import Any
@@ -134,8 +135,9 @@ def results(runs: dict[str, list[dict[str, Any]]], received: dict[str, float]) -
     medians: dict[str, list[float]] = {}
     cpu: dict[str, list[float]] = {}
     for name, turns in runs.items():
-        seconds = [spread(step_seconds(found["rows"], WARM) or [float("nan")]) for found in turns]
-        medians[name] = [one["median"] for one in seconds]
+        counted = [step_seconds(found["rows"], WARM) for found in turns]
+        seconds = [spread(steps) for steps in counted if steps]
+        medians[name] = [statistics.median(steps or [math.nan]) for steps in counted]
         cpu[name] = [_cpu_of_a_step(found["cpu_seconds"]) for found in turns]
         rows = [row for found in turns for row in found["rows"][-1:]]
         made[name] = {
@@ -150,16 +152,22 @@ def results(runs: dict[str, list[dict[str, Any]]], received: dict[str, float]) -
         if turns:
             made[name]["overrides"] = turns[-1]["overrides"]
     for name in GOALS:
-        pairs = list(zip(medians["one"], medians[name], strict=False))
-        if pairs:
-            # both do the same work for each rank, so throughput is twice as high where a step takes as long
-            made[name]["ratio"] = spread([2 * one / two for one, two in pairs])
-            made[name]["cpu_ratio"] = spread(
-                [2 * one / two for one, two in zip(cpu["one"], cpu[name], strict=False)]
-            )
+        ratios = _ratios(medians["one"], medians[name])
+        if ratios:
+            made[name]["ratio"] = spread(ratios)
+            made[name]["cpu_ratio"] = spread(_ratios(cpu["one"], cpu[name]))
             made[name]["goal"] = GOALS[name]
             made[name]["computed_bytes_received"] = received[name]
     return made
+
+
+def _ratios(one: list[float], two: list[float]) -> list[float]:
+    """The throughput of two ranks over that of one, by turn, from seconds of a step; unfinished turns are left out.
+
+    Both do the same work for each rank, so throughput is twice as high where a step takes as long.
+    """
+    pairs = zip(one, two, strict=False)
+    return [2 * a / b for a, b in pairs if not math.isnan(a) and not math.isnan(b)]
 
 
 def _cpu_of_a_step(by_rank: list[list[float]]) -> float:
@@ -167,8 +175,8 @@ def _cpu_of_a_step(by_rank: list[list[float]]) -> float:
 
     Waiting for another rank costs none under gloo. On a machine that other work shares it is steadier than wall time.
     """
-    medians = [statistics.median(seconds[WARM:] or [float("nan")]) for seconds in by_rank]
-    return statistics.mean(medians) if medians else float("nan")
+    medians = [statistics.median(seconds[WARM:] or [math.nan]) for seconds in by_rank]
+    return statistics.mean(medians) if medians else math.nan
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:

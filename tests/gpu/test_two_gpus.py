@@ -47,12 +47,15 @@ def test_a_ratio_is_of_throughputs_in_the_same_turn() -> None:
     runs = {name: [] for name in scaling.STRATEGIES} | {
         "one": [ran(1.0, 1.0), ran(2.0, 1.5)],
         "ddp": [ran(1.25, 1.0, 1.5), ran(2.0, 1.5, 1.5)],
+        "fsdp": [{**ran(1.0, 1.0), "rows": [], "cpu_seconds": []}],
     }
     found = scaling.results(runs, dict.fromkeys(scaling.GOALS, 5.0))
     assert found["ddp"]["ratio"]["all"] == [1.6, 2.0]
     assert found["ddp"]["cpu_ratio"]["all"] == [1.6, 2.0]
     assert found["ddp"]["goal"] == 1.85
-    assert "ratio" not in found["fsdp"]
+    assert "ratio" not in found["fsdp"]  # its only turn was cut off
+    assert found["fsdp"]["step_seconds"] == []
+    assert "ratio" not in found["expert_parallel"]
 
 
 def test_bytes_of_gradients_and_weights_by_strategy(tmp_path: Path) -> None:
