@@ -92,6 +92,20 @@ class States:
     stream: Tensor
 
 
+@as_pytree
+@dataclass(frozen=True)
+class Decoded:
+    """The results of reading new tokens with caches.
+
+    Args:
+        hidden_BLD: states after the final norm, of all new tokens.
+        logits_BLV: logits of the next token after each new token, or B x 1 x V of the one that was asked for.
+    """
+
+    hidden_BLD: Tensor
+    logits_BLV: Tensor
+
+
 def has_load(parts: dict[str, Record]) -> bool:
     """Whether the records of a block are those of a block with experts."""
     return "ffn" in parts and parts["ffn"].load_E is not None
@@ -220,19 +234,36 @@ class LanguageModel(nn.Module):
         return result
 
     def decode(self, tokens_BL: Tensor, caches: list[Cache]) -> Tensor:
-        """Logits of new tokens after those that the caches hold of each row; the caches then hold the new ones too.
+        """Logits B x L x V of new tokens after those that the caches hold of each row; see `read`."""
+        return self.read(tokens_BL, caches).logits_BLV
+
+    def read(
+        self,
+        tokens_BL: Tensor,
+        caches: list[Cache],
+        *,
+        valid_BL: Tensor | None = None,
+        logits_at_B: Tensor | None = None,
+    ) -> Decoded:
+        """Reads new tokens after those that the caches hold of each row; the caches then hold the new ones too.
 
         Args:
             tokens_BL: the next tokens of each row, whose rows may be of different lengths so far.
             caches: what `new_caches` returned, one for each block.
+            valid_BL: bool, False for padding on the right of a row, which the caller then removes from the caches.
+            logits_at_B: the one new token of each row, counted from 0, whose logits are wanted; None: of all.
         """
-        context = SequenceContext.of(tokens_BL, start=caches[0].longest)
+        context = SequenceContext.of(tokens_BL, start=caches[0].longest, valid_BL=valid_BL)
         if caches[0].slots(0) is not None:  # rows of different lengths
             new_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
-            context = SequenceContext(tokens_BL, caches[0].lengths[:, None] + new_L)
+            positions_BL = caches[0].lengths[:, None] + new_L
+            context = SequenceContext(tokens_BL, positions_BL, valid_BL=valid_BL)
         hidden_BLD, _ = self.hidden(context, caches)
-        result: Tensor = self.output(hidden_BLD)
-        return result
+        chosen_BLD = hidden_BLD
+        if logits_at_B is not None:
+            row_B = torch.arange(len(tokens_BL), device=tokens_BL.device)
+            chosen_BLD = hidden_BLD[row_B, logits_at_B][:, None]
+        return Decoded(hidden_BLD, self.output(chosen_BLD))
 
     def new_caches(
         self, rows: int, capacity: int, device: torch.device | None = None
