@@ -241,6 +241,7 @@ def test_drafts_leave_the_text_and_are_counted(lab: Lab, finished: Path) -> None
     assert seconds["rounds"] == 9
 
 
+@pytest.mark.full
 def test_what_drafts_are_worth_is_printed(lab: Lab, finished: Path) -> None:
     """`--speculative` alone means one draft."""
     result = lab.command("generate", finished, "--prompt", "abc", "--tokens", "24", "--speculative")
@@ -250,10 +251,11 @@ def test_what_drafts_are_worth_is_printed(lab: Lab, finished: Path) -> None:
     assert result.err.count("%") == 1
 
 
+@pytest.mark.full
 def test_a_run_without_a_drafting_head_is_refused(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads = "model.heads={next_token: {name: next_token}}"
+    heads = "model.heads.mtp=null"
     lab.fit(tmp_path / "run", heads, "budget.steps=1")
     monkeypatch.setattr(core.run.loading, "load", None)
     result = lab.command("generate", tmp_path / "run", "--prompt", "a", "--speculative")
@@ -263,10 +265,11 @@ def test_a_run_without_a_drafting_head_is_refused(
     )
 
 
+@pytest.mark.full
 def test_a_router_that_chooses_over_batches_is_named(lab: Lab, tmp_path: Path) -> None:
     router = "model.blocks.moe.ffn.router={name: switch, group: batch}"
     balance = "model.blocks.moe.ffn.balance=[]"
-    heads = "model.heads={next_token: {name: next_token}}"
+    heads = "model.heads.mtp=null"
     lab.fit(tmp_path / "run", router, balance, heads, "budget.steps=1")
     file = prompts_file(tmp_path, ".txt")
     arguments = ("generate", tmp_path / "run", "--prompts", file, "--tokens", "3")
