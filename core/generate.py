@@ -116,7 +116,7 @@ def main(arguments: argparse.Namespace) -> None:
         completions = completer.complete(rows)
         times = None
         if options.drafts:
-            texts = [[*one.prompt, *one.tokens] for one in completions[: options.batch]]
+            texts = [[*one.prompt, *one.tokens] for one in completions.items[: options.batch]]
             times = measure_passes(model, texts, options)
     except NotFiniteError as cause:
         raise NotFiniteError(f"{checkpoint}: {cause}") from cause

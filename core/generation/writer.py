@@ -42,8 +42,8 @@ class Row:
         written: the tokens after the prompt.
         open: whether it still grows.
         passes: passes of the model that wrote tokens of it, the one that read the prompt included.
-        drafted: by place in a pass, from the first: how many drafts were verified.
-        accepted: by place in a pass: how many of these were accepted, which needs all before them to be.
+        drafted: how many drafts were verified, by place in a pass, from the first.
+        accepted: how many of these were accepted, by place; all drafts before such a one are accepted too.
     """
 
     prompt: Prompt
