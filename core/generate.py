@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     """Continues the prompts, and prints the texts and the speed; mistakes are found before the model is loaded."""
-    from core.contracts.errors import NotFiniteError, UserError
+    from core.contracts.errors import NotFiniteError
 
     options = _options(arguments)
     prompts = _prompts(arguments)
@@ -120,8 +120,6 @@ def main(arguments: argparse.Namespace) -> None:
             times = measure_passes(model, texts, options)
     except NotFiniteError as cause:
         raise NotFiniteError(f"{checkpoint}: {cause}") from cause
-    except NotImplementedError as cause:
-        raise UserError(str(cause)) from cause
     if arguments.json:
         print_json(_document(arguments, prompts, completions, times, notices))
         return
