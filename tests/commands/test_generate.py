@@ -93,6 +93,7 @@ def test_a_stop_token_ends_the_text_and_is_not_written(finished: Path) -> None:
         (["--top-p", "1.5"], "--top-p = 1.5: must be more than 0 and at most 1"),
         (["--top-k", "0"], "--top-k = 0: must be at least 1"),
         (["--batch", "0"], "--batch = 0: must be at least 1"),
+        (["--stop", "\udcff"], "--stop is not UTF-8 text"),
         (["--stop", ""], "--stop '': must have at least one character"),
         (["--speculative", "0"], "--speculative = 0: must be at least 1"),
         (["--speculative", "99"], "--speculative = 99: must be 0 to 64"),
@@ -216,7 +217,9 @@ def test_streams_of_several_texts_come_one_after_another(
     assert result.sentence.startswith("--batch 2 cannot be combined with --stream: ")
 
 
-def test_one_of_the_prompts_is_needed(lab: Lab, finished: Path) -> None:
+def test_one_of_the_prompts_is_needed_and_must_be_text(lab: Lab, finished: Path) -> None:
+    result = lab.command("generate", finished, "--prompt", "a\udcff")
+    assert (result.code, result.sentence) == (2, "--prompt is not UTF-8 text")
     result = lab.command("generate", finished)
     assert (result.code, result.sentence) == (2, "give either --prompt TEXT or --prompts FILE")
 

@@ -155,3 +155,8 @@ def test_gradients_are_not_kept(model: LanguageModel) -> None:
     with torch.enable_grad():
         core.complete(model, PROMPTS, tokens=3, drafts=1)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_folder_without_a_run_has_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run here"):
+        core.load_tokenizer(tmp_path)

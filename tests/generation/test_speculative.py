@@ -49,6 +49,20 @@ def test_every_attention_drafts_and_forgets(attention: str) -> None:
 
 
 @pytest.mark.full
+def test_in_fp32_texts_part_where_two_tokens_are_nearly_equal_or_nowhere() -> None:
+    """A pass of several tokens rounds otherwise than one of a single token."""
+    model = model_with(1, *tiny.FP32)
+    plain = complete(model, PROMPTS, tokens=24)
+    drafted = complete(model, PROMPTS, tokens=24, drafts=2)
+    for one, other, prompt in zip(plain, drafted, PROMPTS, strict=True):
+        places = zip(one.tokens, other.tokens, strict=True)
+        parts = [place for place, (first, second) in enumerate(places) if first != second]
+        if parts:
+            best = next_logits(model, [*prompt, *one.tokens[: parts[0]]]).topk(2).values
+            assert float(best[0] - best[1]) < 1e-4
+
+
+@pytest.mark.full
 def test_the_counts_are_those_of_the_text() -> None:
     """By hand, for one row: the next tokens are compared with what the module would draft."""
     model = model_with(1)
