@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.build import Rope
+from core.contracts.context import SequenceContext
 from core.numerics.compiling import assume_constant_result
 from core.numerics.promotion import at_least_fp32
 
@@ -96,3 +97,28 @@ def rotate(x_BLHR: Tensor, rope: Rope, positions_BL: Tensor) -> Tensor:
     rotated_odd = even * sin + odd * cos
     rotated = torch.stack((rotated_even, rotated_odd), dim=-1)
     return rotated.flatten(-2).to(x_BLHR.dtype)
+
+
+def turns_of(context: SequenceContext, rope: Rope, dim: int, dtype: torch.dtype) -> Tensor:
+    """The rotations of a decoding step as complex numbers, B x L x 1 x dim/2, computed once for all layers.
+
+    Args:
+        context: the new tokens.
+        rope: the frequencies.
+        dim: width of the rotated vectors.
+        dtype: format of real and imaginary parts, fp32 or wider.
+    """
+
+    def compute() -> Tensor:
+        cos_BLR, sin_BLR = rope_table(rope, dim, context.positions_BL, dtype)
+        return torch.complex(cos_BLR, sin_BLR)[:, :, None]
+
+    return context.once(("turns", id(rope), dim, dtype), compute)
+
+
+def turn(x_BLHR: Tensor, context: SequenceContext, rope: Rope) -> Tensor:
+    """`rotate` in few operations, for decoding: a pair (x0, x1) is x0 + i x1, and turning is one complex product."""
+    wide = at_least_fp32(x_BLHR).contiguous()
+    turns = turns_of(context, rope, wide.shape[-1], wide.dtype)
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turns
+    return torch.view_as_real(turned).flatten(-2).to(x_BLHR.dtype)

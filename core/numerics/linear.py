@@ -51,7 +51,46 @@ class ProductLayer(nn.Module):
         self.role = formats.get("role", "")
         self.kernels_used = formats.get("kernels_used")
         self.weight = nn.Parameter(torch.empty(shape, dtype=formats["param_dtype"]))
+        self._operand: Tensor | None = None
+        self._operand_of: tuple[int, int] | None = None
         self.reset_parameters()
+
+    def operand(self) -> Tensor:
+        """The weight in the product's format: a cast, or the copy of `keep_operand` while the weight stays the same."""
+        if self._operand is not None:
+            if self._operand_of == self._weight_now():
+                return self._operand
+            self.drop_operand()
+        return self.weight.to(self.compute_dtype)
+
+    def keep_operand(self) -> None:
+        """Keeps the cast weight, so that decoding does not cast it for every token; nothing where no cast is needed."""
+        if self.weight.dtype != self.compute_dtype:
+            self._operand = self.weight.detach().to(self.compute_dtype)
+            self._operand_of = self._weight_now()
+
+    def drop_operand(self) -> None:
+        """Frees the copy of `keep_operand`."""
+        self._operand = None
+        self._operand_of = None
+
+    def _weight_now(self) -> tuple[int, int]:
+        """What changes when the weight is replaced, moved or written to in place."""
+        return self.weight.data_ptr(), self.weight._version
+
+    def matrix(self) -> Tensor | None:
+        """The weight in the product's format, for callers that multiply by it in another order.
+
+        None where `forward` is not the plain product with this matrix, in FP8 for example: it must then be called.
+        """
+        if not self._is_plain():
+            return None
+        self.note(plain_path(self.compute_dtype))
+        return self.operand()
+
+    def _is_plain(self) -> bool:
+        """Whether `forward` is the one of this module, and not a derived layer's."""
+        return type(self).forward in (Linear.forward, GroupedLinear.forward)
 
     def reset_parameters(self) -> None:
         """Draws the weight from N(0, std)."""
@@ -77,7 +116,7 @@ class Linear(ProductLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x W^T: (..., inputs) -> (..., outputs)."""
         self.note(plain_path(self.compute_dtype))
-        return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
+        return F.linear(x.to(self.compute_dtype), self.operand())
 
 
 class GroupedLinear(ProductLayer):
@@ -119,5 +158,5 @@ class GroupedLinear(ProductLayer):
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
         """The products [A, outputs] of rows sorted by group; `ends_E` says where each group ends."""
         self.note(plain_path(self.compute_dtype))
-        weight_EOI = self.weight.to(self.compute_dtype)
+        weight_EOI = self.operand()
         return grouped_product(x_AI.to(self.compute_dtype), weight_EOI, ends_E)
