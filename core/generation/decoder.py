@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.attention import Cache
+from core.contracts.errors import UserError
 from core.model.language_model import Decoded, LanguageModel
 
 
@@ -18,8 +19,12 @@ class Decoder:
     Args:
         model: the model in evaluation mode.
         rows: texts that are decoded together, B.
-        capacity: tokens of each row that the caches can hold; the model reads at most `model.max_length`.
+        capacity: tokens of each row that the caches can hold, padding included; the model reads at most
+            `model.max_length`.
         device: where the model computes; None: where its weights are.
+
+    Attributes:
+        lengths: the number of tokens of each row so far.
     """
 
     def __init__(
@@ -30,11 +35,7 @@ class Decoder:
         self.capacity = capacity
         self.device = device or model.embedding.weight.device
         self.caches: list[Cache] = model.new_caches(rows, capacity, self.device)
-
-    @property
-    def lengths(self) -> Tensor:
-        """The number of tokens of each row so far: int64, on the decoder's device."""
-        return self.caches[0].lengths
+        self.lengths = [0] * rows
 
     @property
     def truncates(self) -> bool:
@@ -55,50 +56,67 @@ class Decoder:
 
         Raises:
             NotImplementedError: prompts of different lengths, and caches that cannot be truncated.
+            UserError: a prompt is longer than the model reads.
         """
-        assert len(prompts) == self.rows, "one prompt for each row"
-        assert all(prompts), "a prompt has at least one token"
         counts = [len(prompt) for prompt in prompts]
+        assert len(counts) == self.rows, "one prompt for each row"
+        assert min(counts), "a prompt has at least one token"
         longest = max(counts)
         padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
         tokens_BL = torch.tensor(padded, device=self.device)
-        counts_B = torch.tensor(counts, device=self.device)
-        if min(counts) == longest:
-            return self._read(tokens_BL, None, counts_B - 1)
-        valid_BL = torch.arange(longest, device=self.device) < counts_B[:, None]
-        lengths_B = self.lengths + counts_B
-        decoded = self._read(tokens_BL, valid_BL, counts_B - 1)
-        self.truncate(lengths_B)
-        return decoded
+        last_B = torch.tensor(counts, device=self.device) - 1
+        return self._read(tokens_BL, counts, last_B)
 
-    def step(self, tokens_BL: Tensor, valid_BL: Tensor | None = None) -> Decoded:
-        """Reads the next L tokens of each row.
+    def step(self, tokens_BL: Tensor, counts: Sequence[int] | None = None) -> Decoded:
+        """Reads the next tokens of each row.
 
         Args:
-            tokens_BL: int64 token ids on the decoder's device.
-            valid_BL: bool, False for tokens on the right of a row that count nowhere, because the row is finished, for
-                example; `truncate` then removes them. None: all are valid.
+            tokens_BL: int64 token ids on the decoder's device, L for each row.
+            counts: how many of these each row takes, from the left; the others count nowhere and are forgotten at
+                once. A finished row takes none. None: every row takes all.
 
         Returns:
-            States and logits of all L tokens.
+            States and logits of all L tokens; those of padding have no meaning.
         """
-        return self._read(tokens_BL, valid_BL, None)
+        if counts is None:
+            counts = [tokens_BL.shape[1]] * self.rows
+        return self._read(tokens_BL, counts, None)
 
-    def truncate(self, lengths_B: Tensor) -> None:
-        """Forgets the tokens of each row past a length: padding, rejected drafts.
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forgets the tokens of each row past a length, rejected drafts for example.
 
         Raises:
             NotImplementedError: a cache cannot be truncated.
         """
+        self.lengths = list(map(min, self.lengths, lengths))
+        self._truncate_caches()
+
+    def _truncate_caches(self) -> None:
+        lengths_B = torch.tensor(self.lengths)
         for cache in self.caches:
             cache.truncate(lengths_B)
 
     @torch.no_grad()
     def _read(
-        self, tokens_BL: Tensor, valid_BL: Tensor | None, logits_at_B: Tensor | None
+        self, tokens_BL: Tensor, counts: Sequence[int], logits_at_B: Tensor | None
     ) -> Decoded:
+        """Reads the first tokens of each row, and leaves no trace of the others."""
+        lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        if max(lengths) > self.model.max_length:
+            raise UserError(
+                f"{max(lengths)} tokens are more than model.rope.max_length = {self.model.max_length}"
+            )
+        new = tokens_BL.shape[1]
+        valid_BL = None
+        if min(counts) < new:
+            counts_B1 = torch.tensor(counts, device=self.device)[:, None]
+            valid_BL = torch.arange(new, device=self.device) < counts_B1
         # A compiled model would be compiled anew for every length of the caches.
         with torch.compiler.set_stance("force_eager"):
-            return self.model.read(
+            decoded = self.model.read(
                 tokens_BL, self.caches, valid_BL=valid_BL, logits_at_B=logits_at_B
             )
+        self.lengths = lengths
+        if valid_BL is not None:
+            self._truncate_caches()
+        return decoded

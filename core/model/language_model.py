@@ -192,11 +192,8 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: more positions than the rotary table holds.
         """
-        length = context.tokens_BL.shape[1] + (caches[0].longest if caches else 0)
-        if length > self.max_length:
-            raise UserError(
-                f"{length} tokens are more than model.rope.max_length = {self.max_length}"
-            )
+        if caches is None:
+            self._check_length(context.tokens_BL.shape[1])
         stream = self.residual.expand(self.embedding(context.tokens_BL))
         records = {}
         kept = {}
@@ -206,6 +203,13 @@ class LanguageModel(nn.Module):
             if index in blocks:
                 kept[index] = self.residual.collapse(stream)
         return States(self.norm(self.residual.collapse(stream)), records, kept, stream)
+
+    def _check_length(self, length: int) -> None:
+        """Raises `UserError` for more positions than the rotary table holds."""
+        if length > self.max_length:
+            raise UserError(
+                f"{length} tokens are more than model.rope.max_length = {self.max_length}"
+            )
 
     def forward(self, context: SequenceContext) -> Losses:
         """The losses of one micro-batch, before coefficients and denominators of the window."""
@@ -250,15 +254,23 @@ class LanguageModel(nn.Module):
         Args:
             tokens_BL: the next tokens of each row, whose rows may be of different lengths so far.
             caches: what `new_caches` returned, one for each block.
-            valid_BL: bool, False for padding on the right of a row, which the caller then removes from the caches.
+            valid_BL: bool, False for padding on the right of a row, which the caller then removes from the caches; it
+                is the caller that makes sure that no valid token is past `max_length`.
             logits_at_B: the one new token of each row, counted from 0, whose logits are wanted; None: of all.
+
+        Raises:
+            UserError: more positions than the rotary table holds.
         """
+        if valid_BL is None:
+            self._check_length(tokens_BL.shape[1] + caches[0].longest)
         context = SequenceContext.of(
             tokens_BL, start=caches[0].longest, valid_BL=valid_BL, recorded=False
         )
         if caches[0].slots(0) is not None:  # rows of different lengths
             new_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
             positions_BL = caches[0].lengths[:, None] + new_L
+            if valid_BL is not None:
+                positions_BL = positions_BL.clamp(max=self.max_length - 1)  # those of padding
             context = replace(context, positions_BL=positions_BL)
         hidden_BLD, _ = self.hidden(context, caches)
         chosen_BLD = hidden_BLD

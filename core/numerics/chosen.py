@@ -23,8 +23,13 @@ def chosen_products(x_AI: Tensor, weight_EOI: Tensor, expert_A: Tensor) -> Tenso
     Returns:
         y_AO, same format.
     """
-    if x_AI.device.type != "cpu":
+    if not on_host(x_AI):
         weight_AOI = weight_EOI.index_select(0, expert_A)
         return torch.bmm(weight_AOI, x_AI[:, :, None])[:, :, 0]
     rows = zip(x_AI.split(1), expert_A.tolist(), strict=True)
     return torch.cat([F.linear(x_1I, weight_EOI[expert]) for x_1I, expert in rows])
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the host may read numbers without waiting for a device."""
+    return tensor.device.type == "cpu"

@@ -65,12 +65,17 @@ def attend_to_latents(
     return o_HTV.transpose(0, 1).view(rows, new, heads, -1)
 
 
+def has_fused_kernel(device: torch.device) -> bool:
+    """Whether torch has a kernel for keys of this width that does not store all scores: on CPUs alone."""
+    return device.type == "cpu"
+
+
 def _mix(
     q_BAX: Tensor, cached_BSX: Tensor, latent: int, scale: float, mask_BAS: Tensor | None
 ) -> Tensor:
     """The latents of the cache, mixed by the softmax of the scores: B x A x C."""
-    if q_BAX.device.type == "cpu":
-        # The fused kernel of CPUs needs values as wide as keys; the rotated part is mixed too, and cut off.
+    if has_fused_kernel(q_BAX.device):
+        # It needs values as wide as keys; the rotated part is mixed too, and cut off.
         cached_B1SX = cached_BSX[:, None]
         mask_B1AS = None if mask_BAS is None else mask_BAS[:, None]
         mixed = F.scaled_dot_product_attention(

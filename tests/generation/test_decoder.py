@@ -23,7 +23,7 @@ def test_prompts_of_different_lengths_have_the_logits_of_the_full_forward(attent
     model = tiny.build(*tiny.ATTENTIONS[attention]).eval()
     decoder = Decoder(model, len(PROMPTS), 16)
     first_BV = decoder.prefill(PROMPTS).logits_BLV[:, 0]
-    assert decoder.lengths.tolist() == [3, 1, 9, 2]
+    assert decoder.lengths == [3, 1, 9, 2]
     chunk_BLV = decoder.step(MORE[:, :3]).logits_BLV
     last_BLV = decoder.step(MORE[:, 3:]).logits_BLV
     found_BLV = torch.cat([first_BV[:, None], chunk_BLV, last_BLV], dim=1)
