@@ -50,6 +50,7 @@ class ProductLayer(nn.Module):
         self.compute_dtype = formats["compute_dtype"]
         self.role = formats.get("role", "")
         self.kernels_used = formats.get("kernels_used")
+        self._plain_path = plain_path(self.compute_dtype)
         self.weight = nn.Parameter(torch.empty(shape, dtype=formats["param_dtype"]))
         self._operand: Tensor | None = None
         self._operand_of: tuple[int, int] | None = None
@@ -85,7 +86,7 @@ class ProductLayer(nn.Module):
         """
         if not self._is_plain():
             return None
-        self.note(plain_path(self.compute_dtype))
+        self.note(self._plain_path)
         return self.operand()
 
     def _is_plain(self) -> bool:
@@ -115,7 +116,7 @@ class Linear(ProductLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T: (..., inputs) -> (..., outputs)."""
-        self.note(plain_path(self.compute_dtype))
+        self.note(self._plain_path)
         return F.linear(x.to(self.compute_dtype), self.operand())
 
 
@@ -157,6 +158,6 @@ class GroupedLinear(ProductLayer):
 
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
         """The products [A, outputs] of rows sorted by group; `ends_E` says where each group ends."""
-        self.note(plain_path(self.compute_dtype))
+        self.note(self._plain_path)
         weight_EOI = self.operand()
         return grouped_product(x_AI.to(self.compute_dtype), weight_EOI, ends_E)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from model import tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +15,7 @@ from core.model.language_model import LanguageModel
 from core.numerics.chosen import chosen_products
 from core.numerics.grouped import grouped_product
 from core.numerics.linear import ProductLayer
+from model import tiny
 from plugins.deepseek_moe import chosen
 from plugins.mla import absorbed, attention
 
@@ -162,7 +162,8 @@ def test_a_caches_buffers_are_allocated_once() -> None:
     cache.constant_shapes = True
     (constant,) = cache.append(random(2, 1, 3, seed=2))
     assert whole.data_ptr() == again.data_ptr() == constant.data_ptr()
-    assert cache.lengths.tolist() == [4, 6] and cache.longest == 6
+    assert cache.lengths.tolist() == [4, 6]
+    assert cache.longest == 6
     with pytest.raises(ValueError, match="6 tokens and 1 more do not fit into a cache of 6"):
         cache.advance(1)
 
@@ -192,7 +193,8 @@ def test_few_tokens_have_the_output_of_sorted_rows(
     x_BLD = random(2, 3, 32).to(layer.routed.down.weight.dtype)
     tokens_BL = torch.zeros(2, 3, dtype=torch.int64)
     expected, record = layer(x_BLD, SequenceContext.of(tokens_BL))
-    assert calls.count == 0 and int(record.load_E.sum()) == 12
+    assert calls.count == 0
+    assert int(record.load_E.sum()) == 12
     found, nothing = layer(x_BLD, SequenceContext.of(tokens_BL, recorded=False))
     assert nothing is None
     assert calls.count == (1 if precision == "fp64" else 0)
