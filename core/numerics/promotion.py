@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 WIDE = (torch.float32, torch.float64)
 """The formats that are wide enough; decoding asks so often that looking it up counts."""
 
