@@ -105,7 +105,8 @@ def main(arguments: argparse.Namespace) -> None:
     rows = []
     for number, prompt in enumerate(prompts):
         ids = tokenizer.prompt(prompt.text)
-        limit = options.limit(len(ids), recipe.model.rope.max_length, prompt.where, _flag)
+        where = f"{prompt.where} of {len(ids)} tokens with the marker"
+        limit = options.limit(len(ids), recipe.model.rope.max_length, where, _flag)
         rows.append(Prompt(ids, limit, number))
     model = load(checkpoint, trust=arguments.trust).to(device)
     _warn_of_batches(model, min(options.batch, len(rows)))

@@ -143,6 +143,8 @@ def complete(
         UserError: a setting or prompt that cannot be used.
         NotFiniteError: the model's logits are not finite.
     """
+    if isinstance(stop, str):
+        raise UserError(f"stop = {stop!r}: must be a list of strings")
     options = GenerationOptions(
         tokens=tokens,
         temperature=temperature,
@@ -154,48 +156,50 @@ def complete(
         drafts=drafts,
     )
     options.check()
-    if isinstance(stop, str):
-        raise UserError(f"stop = {stop!r}: must be a list of strings")
+    if model.training:
+        raise UserError("the model is in training mode: call model.eval() first")
     if tokenizer is None and (stop or on_text):
         raise UserError("stop strings and pieces of text need a tokenizer")
     if tokenizer is not None and end is None:
         end = tokenizer.end
-    ids = prompt_ids(prompts, tokenizer)
-    limits = []
-    for number, one in enumerate(ids):
-        limits.append(options.limit(len(one), model.max_length, f"prompt {number}"))
-    completer = Completer(model, options, tokenizer, end, on_text)
-    return completer.complete(
-        [
-            Prompt(one, limit, number)
-            for number, (one, limit) in enumerate(zip(ids, limits, strict=True))
-        ]
-    )
+    rows = []
+    for number, ids in enumerate(prompt_ids(prompts, tokenizer, len(model.embedding.weight))):
+        where = f"prompt {number} of {len(ids)} tokens"
+        rows.append(Prompt(ids, options.limit(len(ids), model.max_length, where), number))
+    return Completer(model, options, tokenizer, end, on_text).complete(rows)
 
 
 def prompt_ids(
-    prompts: Sequence[str] | Sequence[Sequence[int]], tokenizer: RunTokenizer | None
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    tokenizer: RunTokenizer | None,
+    vocabulary: int,
 ) -> list[list[int]]:
     """The token ids of prompts.
 
     Raises:
-        UserError: one text instead of a list, texts without a tokenizer, or a prompt without tokens.
+        UserError: one text instead of a list, texts without a tokenizer, a prompt without tokens, or a token that is
+            not in the vocabulary.
     """
     if isinstance(prompts, str):
         raise UserError("prompts: must be a list of texts, or of lists of token ids")
-    ids = []
+    found = []
     given: Sequence[str | Sequence[int]] = prompts
     for number, prompt in enumerate(given):
         if not isinstance(prompt, str):
-            if not prompt:
-                why = "give at least the token that begins a text"
-                raise UserError(f"prompt {number} has no token: {why}")
-            ids.append(list(prompt))
+            ids = list(prompt)
         elif tokenizer is None:
             raise UserError(f"prompt {number} is text: give the tokenizer of the run too")
         else:
-            ids.append(tokenizer.prompt(prompt))
-    return ids
+            ids = tokenizer.prompt(prompt)
+        if not ids:
+            why = "give at least the token that begins a text"
+            raise UserError(f"prompt {number} has no token: {why}")
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                why = f"which is not in a vocabulary of {vocabulary}"
+                raise UserError(f"prompt {number} has the token {token}, {why}")
+        found.append(ids)
+    return found
 
 
 class _Text:

@@ -76,7 +76,7 @@ class GenerationOptions:
         Args:
             prompt_tokens: tokens of the prompt.
             max_length: tokens that the model reads; the last token that is written is not read.
-            where: begins the error message: which prompt this is.
+            where: begins the error message: which prompt this is, and its length.
             name: how a setting is called in the error message.
 
         Raises:
@@ -87,7 +87,7 @@ class GenerationOptions:
         if most < (self.tokens or 1):
             wanted = f"{name('tokens')} {self.tokens or 1}"
             raise UserError(
-                f"{where} of {prompt_tokens} tokens with the marker, {wanted}: together at most {longest}, because "
-                f"the model reads model.rope.max_length = {max_length}"
+                f"{where}, {wanted}: together at most {longest}, because the "
+                f"model reads model.rope.max_length = {max_length}"
             )
         return self.tokens or min(TOKENS, most)

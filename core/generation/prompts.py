@@ -53,7 +53,7 @@ def read_prompts(file: Path) -> list[TextPrompt]:
         where = f"--prompts {file}, line {number}"
         if file.suffix == ".jsonl":
             line = _prompt_of(line, where)
-        prompts.append(TextPrompt(line, f"{where}:"))
+        prompts.append(TextPrompt(line, f"{where}: a prompt"))
     if not prompts:
         raise UserError(f"--prompts {file}: holds no prompt")
     return prompts

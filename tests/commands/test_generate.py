@@ -10,7 +10,7 @@ import torch
 from lab import Lab, rows
 from tiers import first_by_default
 
-import core
+import core.run.loading
 from core.data.tokenizer import Tokenizer
 from core.generation.sample import sample
 
@@ -67,9 +67,8 @@ def test_sampling_follows_the_models_probabilities(finished: Path) -> None:
     model = core.load(finished)
     with torch.no_grad():
         expected_V = (model.logits(torch.tensor([[0, 5]]))[0, -1].double() / 0.7).softmax(dim=0)
-    drawn = [
-        next(sample(model, [0, 5], tokens=1, temperature=0.7, seed=seed)) for seed in range(400)
-    ]
+    completions = core.complete(model, [[0, 5]] * 400, tokens=1, temperature=0.7, batch=400)
+    drawn = [one.tokens[0] for one in completions]
     found_V = torch.bincount(torch.tensor(drawn), minlength=300) / len(drawn)
     likeliest = expected_V.topk(5).indices
     assert torch.allclose(found_V[likeliest].double(), expected_V[likeliest], atol=0.06)
@@ -92,14 +91,190 @@ def test_a_stop_token_ends_the_text_and_is_not_written(finished: Path) -> None:
         (["--top-p", "nan"], "--top-p = nan: must be more than 0 and at most 1"),
         (["--top-p", "0"], "--top-p = 0.0: must be more than 0 and at most 1"),
         (["--top-p", "1.5"], "--top-p = 1.5: must be more than 0 and at most 1"),
+        (["--top-k", "0"], "--top-k = 0: must be at least 1"),
+        (["--batch", "0"], "--batch = 0: must be at least 1"),
+        (["--stop", ""], "--stop '': must have at least one character"),
+        (["--speculative", "0"], "--speculative = 0: must be at least 1"),
+        (["--speculative", "99"], "--speculative = 99: must be 0 to 64"),
+        (["--stream", "--json"], "--stream cannot be combined with --json"),
+        (["--prompts", "a.txt"], "give either --prompt TEXT or --prompts FILE"),
+        (["--device", "nonsense"], "--device nonsense: the model cannot go there: "),
+        (["--device", "meta"], "--device meta: the model cannot go there: "),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda: the model cannot go there: ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(
-    lab: Lab, finished: Path, arguments: list[str], sentence: str
+    lab: Lab,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    sentence: str,
 ) -> None:
+    """Before the model is loaded."""
+    monkeypatch.setattr(core.run.loading, "load", None)
     result = lab.command("generate", finished, "--prompt", "a", *arguments)
     assert result.code == 2
     assert sentence in result.sentence
+
+
+PROMPTS = ["abc", "de fg", "a longer prompt: xyz"]
+
+
+def prompts_file(folder: Path, ending: str) -> Path:
+    """A file with three prompts, the second of them on line 3."""
+    file = folder / f"prompts{ending}"
+    if ending == ".txt":
+        text = "{}\n\n{}\r\n{}\n".format(*PROMPTS)
+    else:
+        first, second, third = map(json.dumps, PROMPTS)
+        text = f'{first}\n\n{{"id": 7, "prompt": {second}}}\n{third}'
+    file.write_bytes(text.encode())
+    return file
+
+
+@pytest.mark.parametrize("ending", first_by_default([".jsonl", ".txt"]))
+def test_prompts_of_a_file_are_continued_as_each_by_itself(
+    lab: Lab, finished: Path, tmp_path: Path, ending: str
+) -> None:
+    file = prompts_file(tmp_path, ending)
+    arguments = ("--prompts", file, "--tokens", "12", "--stop", "ab")
+    result = lab.command("generate", finished, *arguments, "--batch", "2", "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert set(document) == {
+        "completions",
+        "tokens_per_second",
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "notices",
+    }
+    assert [one["prompt"] for one in document["completions"]] == PROMPTS
+    tokenizer = Tokenizer.load(finished / "tokenizer.json")
+    for one in document["completions"]:
+        ids = [0, *tokenizer.encode(one["prompt"])]
+        whole = list(takewhile(lambda token: token != 0, greedy(finished, ids, 12)))
+        text = tokenizer.decode(whole)
+        ended = "stop" if "ab" in text else "end" if len(whole) < 12 else "length"
+        assert (one["text"], one["ended"]) == (text.partition("ab")[0], ended)
+        assert one["prompt_tokens"] == len(ids)
+    texts = [one["text"] for one in document["completions"]]
+    blocks = [f"--- prompt {n} ---\n{PROMPTS[n - 1]}{texts[n - 1]}\n" for n in (1, 2, 3)]
+    for more in ((), ("--stream",)):
+        assert lab.command("generate", finished, *arguments, *more).out == "".join(blocks)
+
+
+def test_a_stream_is_the_text_of_the_document(lab: Lab, finished: Path) -> None:
+    arguments = ("--prompt", "abc", "--tokens", "24", "--temperature", "2", "--seed", "4")
+    document = json.loads(lab.command("generate", finished, *arguments, "--json").out)
+    result = lab.command("generate", finished, *arguments, "--stream")
+    assert result.out == f"abc{document['text']}\n"
+    assert "24 tokens, " in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("missing.txt", None, "missing.txt: there is no such file"),
+        ("empty.txt", b" \n\n", "empty.txt: holds no prompt"),
+        ("prompts.csv", b"a", "prompts.csv: must end in .txt or .jsonl"),
+        ("bad.txt", b"\xff", "bad.txt: cannot be read: it is not UTF-8 text"),
+        ("bad.jsonl", b'"a"\n{"text": "b"}', "bad.jsonl, line 2: must have the key prompt"),
+        ("bad.jsonl", b'"a"\n\nb', "bad.jsonl, line 3: cannot be read as JSON: "),
+        ("bad.jsonl", b"[1]", "bad.jsonl, line 1: must be a string, or an object"),
+        ("bad.jsonl", b'"\\ud800"', "bad.jsonl, line 1: must be a string, or an object"),
+        ("long.txt", b"a\n\n" + b"abc " * 3000, "long.txt, line 3: a prompt of "),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used_is_one_sentence(
+    lab: Lab,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes | None,
+    sentence: str,
+) -> None:
+    """Before the model is loaded."""
+    monkeypatch.setattr(core.run.loading, "load", None)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    result = lab.command("generate", finished, "--prompts", tmp_path / name)
+    assert result.code == 2
+    assert f"--prompts {tmp_path}/{sentence}" in result.sentence
+
+
+def test_streams_of_several_texts_come_one_after_another(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
+    file = prompts_file(tmp_path, ".txt")
+    result = lab.command("generate", finished, "--prompts", file, "--stream", "--batch", "2")
+    assert result.code == 2
+    assert result.sentence.startswith("--batch 2 cannot be combined with --stream: ")
+
+
+def test_one_of_the_prompts_is_needed(lab: Lab, finished: Path) -> None:
+    result = lab.command("generate", finished)
+    assert (result.code, result.sentence) == (2, "give either --prompt TEXT or --prompts FILE")
+
+
+def test_drafts_leave_the_text_and_are_counted(lab: Lab, finished: Path) -> None:
+    arguments = ("--prompt", "abc", "--tokens", "24", "--json")
+    plain = json.loads(lab.command("generate", finished, *arguments).out)
+    result = lab.command("generate", finished, *arguments, "--speculative", "2")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert (document["text"], document["tokens"]) == (plain["text"], plain["tokens"])
+    assert "speculative" not in plain
+    found = document["speculative"]
+    assert found["drafts"] == len(found["drafted"]) == 2
+    rates = [a / d for a, d in zip(found["accepted"], found["drafted"], strict=True)]
+    assert found["acceptance"] == rates
+    assert found["tokens_per_pass"] == 1 + sum(found["accepted"]) / found["drafted"][0]
+    seconds = found["pass_seconds"]
+    cost = (seconds["verify"] + seconds["draft"]) / seconds["plain"]
+    assert found["break_even"] == pytest.approx(cost - 1)
+    assert found["speed_up"] == pytest.approx(found["tokens_per_pass"] / cost)
+    assert seconds["rounds"] == 9
+
+
+def test_what_drafts_are_worth_is_printed(lab: Lab, finished: Path) -> None:
+    """`--speculative` alone means one draft."""
+    result = lab.command("generate", finished, "--prompt", "abc", "--tokens", "24", "--speculative")
+    assert result.code == 0, result.err
+    assert "drafts accepted by place in a pass: " in result.err
+    assert "drafts pay from " in result.err
+    assert result.err.count("%") == 1
+
+
+def test_a_run_without_a_drafting_head_is_refused(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = "model.heads={next_token: {name: next_token}}"
+    lab.fit(tmp_path / "run", heads, "budget.steps=1")
+    monkeypatch.setattr(core.run.loading, "load", None)
+    result = lab.command("generate", tmp_path / "run", "--prompt", "a", "--speculative")
+    assert result.code == 2
+    assert result.sentence == (
+        "--speculative: none of the model's loss heads drafts (next_token): train with a head such as mtp"
+    )
+
+
+def test_a_router_that_chooses_over_batches_is_named(lab: Lab, tmp_path: Path) -> None:
+    router = "model.blocks.moe.ffn.router={name: switch, group: batch}"
+    balance = "model.blocks.moe.ffn.balance=[]"
+    heads = "model.heads={next_token: {name: next_token}}"
+    lab.fit(tmp_path / "run", router, balance, heads, "budget.steps=1")
+    file = prompts_file(tmp_path, ".txt")
+    arguments = ("generate", tmp_path / "run", "--prompts", file, "--tokens", "3")
+    note = (
+        "note: the router of blocks.1 chooses over a whole batch, so a text depends on the others"
+    )
+    assert note in lab.command(*arguments).err
+    assert note not in lab.command(*arguments, "--batch", "1").err
 
 
 def test_a_short_table_of_positions_is_filled_and_not_passed(lab: Lab, tmp_path: Path) -> None:

@@ -1,41 +1,34 @@
-"""Drafts change how fast a text comes, and nothing else."""
+"""Drafts change how fast a text comes, and nothing else; drafting is the multi-token module's own forward."""
+
+from collections.abc import Sequence
 
 import pytest
 import torch
 from model import tiny
 from tiers import first_by_default
+from torch import Tensor
 
-from core.generation.completion import complete
+import core.generation.speculation
+from core.contracts.context import SequenceContext
+from core.contracts.errors import UserError
+from core.generation.completion import Completer, complete
+from core.generation.drafting import Drafter
+from core.generation.options import GenerationOptions
+from core.generation.writer import Prompt, Writer
 from core.model.language_model import LanguageModel
 
-PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [250, 3]]
-DEPTHS = {
-    depth: (f"model.heads.mtp={{name: mtp, depth: {depth}, weight: 0.3}}",) for depth in (1, 2, 3)
-}
+from .slow import PROMPTS, distribution, greedy, model_with, next_logits
+
+CASES = [(2, 3), (1, 1), (1, 4), (2, 1), (2, 2), (3, 2), (3, 5)]
+"""Depths of the model, and drafts in a pass."""
 
 
-def model_with(depth: int, *overrides: str, agreeable: bool = True) -> LanguageModel:
-    """A tiny model in fp64; `agreeable` leaves it few tokens to choose from, so that drafts are often right."""
-    model = tiny.build(*DEPTHS[depth], *overrides).eval()
-    if agreeable:
-        with torch.no_grad():
-            model.output.weight[4:] *= 0.05
-    return model
+# ---- greedy text
 
 
-def greedy(model: LanguageModel, prompt: list[int], tokens: int) -> list[int]:
-    """The most likely tokens, each from a forward over the whole text."""
-    text = list(prompt)
-    for _ in range(tokens):
-        with torch.no_grad():
-            text.append(int(model.logits(torch.tensor([text]))[0, -1].argmax()))
-    return text[len(prompt) :]
-
-
-@pytest.mark.parametrize(
-    "case", first_by_default([(2, 3), (1, 1), (1, 4), (2, 1), (2, 2), (3, 2), (3, 5)])
-)
+@pytest.mark.parametrize("case", first_by_default(CASES))
 def test_greedy_text_with_drafts_is_the_text_of_the_full_forward(case: tuple[int, int]) -> None:
+    """Rows of different lengths, which accept different numbers of drafts."""
     depth, drafts = case
     model = model_with(depth)
     found = complete(model, PROMPTS, tokens=12, drafts=drafts)
@@ -43,3 +36,269 @@ def test_greedy_text_with_drafts_is_the_text_of_the_full_forward(case: tuple[int
     assert 0 < sum(found.accepted) < sum(found.drafted)
     assert len(found.accepted) == drafts
     assert found.accepted == sorted(found.accepted, reverse=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("attention", tiny.ATTENTIONS)
+def test_every_attention_drafts_and_forgets(attention: str) -> None:
+    model = model_with(1, *tiny.ATTENTIONS[attention])
+    found = complete(model, PROMPTS, tokens=12, drafts=2)
+    assert [one.tokens for one in found] == [greedy(model, prompt, 12) for prompt in PROMPTS]
+
+
+def test_the_counts_are_those_of_the_text() -> None:
+    """By hand, for one row: the next tokens are compared with what the module would draft."""
+    model = model_with(1)
+    (found,) = complete(model, [PROMPTS[2]], tokens=12, drafts=1)
+    written = greedy(model, PROMPTS[2], 12)
+    place = 1  # the first token comes from the prompt
+    drafted = accepted = 0
+    while place < 11:  # the last token is never drafted
+        text = [*PROMPTS[2], *written[:place]]
+        draft = int(slow_draft_logits(model, text, 1)[0].argmax())
+        drafted += 1
+        accepted += draft == written[place]
+        place += 1 + (draft == written[place])
+    assert found.drafted == [drafted]
+    assert found.accepted == [accepted]
+
+
+def test_a_text_that_fills_the_model_is_drafted_to_its_end() -> None:
+    """The longest row leaves no position for drafts while the others still have many."""
+    model = model_with(1, "model.rope.max_length=16")
+    found = complete(model, PROMPTS, drafts=4)
+    assert [len(one.tokens) for one in found] == [14, 16, 8, 15]
+    for one, prompt in zip(found, PROMPTS, strict=True):
+        assert one.tokens == greedy(model, prompt, 17 - len(prompt))
+
+
+# ---- the module's own forward
+
+
+def slow_draft_logits(model: LanguageModel, text: Sequence[int], depth: int) -> Tensor:
+    """The logits 1 x V of a depth for the token after a text, from the training forward of the head."""
+    tokens_BM = torch.tensor([[*text, 0]])
+    context = SequenceContext.of(tokens_BM[:, :-1], targets_BL=tokens_BM[:, 1:])
+    states = []
+    module = model.get_submodule(f"heads.mtp.depths.{depth - 1}")
+    hook = module.register_forward_hook(lambda _, __, output: states.append(output[0]))
+    with torch.no_grad():
+        model(context)
+        hook.remove()
+        logits: Tensor = model.output(states[0][:, -1])
+    return logits
+
+
+def states_of(model: LanguageModel, texts: Sequence[Sequence[int]]) -> Tensor:
+    """The main model's states B x L x D, with zeros after the end of each text."""
+    longest = max(map(len, texts))
+    states_BLD = torch.zeros(len(texts), longest, 32, dtype=torch.float64)
+    with torch.no_grad():
+        for row, text in enumerate(texts):
+            context = SequenceContext.of(torch.tensor([list(text)]))
+            states_BLD[row, : len(text)] = model.hidden(context)[0]
+    return states_BLD
+
+
+def follow(drafter: Drafter, model: LanguageModel, texts: Sequence[Sequence[int]]) -> None:
+    """Lets a drafter read what texts have that it has not read yet."""
+    states = states_of(model, texts)
+    new = [list(text[length:]) for text, length in zip(texts, drafter.lengths, strict=True)]
+    width = max(map(len, new))
+    tokens_BL = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in new])
+    before = torch.zeros(len(texts), width, 32, dtype=torch.float64)
+    for row, length in enumerate(drafter.lengths):
+        before[row, : len(new[row])] = states[row, length - 1 : length - 1 + len(new[row])]
+    drafter.follow(before, tokens_BL, [len(tokens) for tokens in new])
+
+
+def drafted_logits(drafter: Drafter, drafts: int) -> list[Tensor]:
+    """The logits of the next drafts, which depend on everything that the caches hold."""
+    seen: list[Tensor] = []
+
+    def choose(logits_BV: Tensor, number: int) -> Tensor:
+        seen.append(logits_BV)
+        return logits_BV.argmax(dim=-1)
+
+    drafter.draft(drafts, choose)
+    return seen
+
+
+@pytest.mark.parametrize("case", first_by_default([(3, 3), (1, 3), (2, 2), (2, 5), (3, 1)]))
+def test_drafts_are_the_training_forward_of_the_depths(case: tuple[int, int]) -> None:
+    """Draft k from depth k; after the deepest one only the first draft of the last depth has such a forward."""
+    depth, drafts = case
+    model = model_with(depth)
+    drafter = Drafter(model, drafts, 4, 24)
+    texts = [[5, 9, 2, 7], [7, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [250, 3, 1]]
+    follow(drafter, model, texts)
+    seen: list[Tensor] = []
+
+    def choose(logits_BV: Tensor, number: int) -> Tensor:
+        seen.append(logits_BV)
+        return torch.tensor([10, 20, 30, 40]) + number
+
+    drafts_BN = drafter.draft(drafts, choose)
+    assert drafts_BN.tolist() == [[first + k for k in range(drafts)] for first in (10, 20, 30, 40)]
+    for row, text in enumerate(texts):
+        for number in range(min(drafts, depth)):
+            whole = [*text, *drafts_BN[row, :number].tolist()]
+            if len(whole) <= number + 1:
+                continue  # too short for this depth to have a position
+            expected_V = slow_draft_logits(model, whole, number + 1)[0]
+            torch.testing.assert_close(seen[number][row], expected_V, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("depth", first_by_default([2, 1, 3]))
+def test_after_drafts_the_caches_hold_exactly_what_was_accepted(depth: int) -> None:
+    """Read in parts with drafts in between, or at once: the same entries, for texts from two tokens on."""
+    model = model_with(depth)
+    texts = [
+        [5, 9, 2, 7, 1, 1, 4],
+        [7, 3, 8, 2],
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+        [250, 3, 1, 2, 2],
+    ]
+    parts = [[4, 6], [2, 3], [7, 8], [2, 4]]
+    drafter = Drafter(model, 4, 4, 24)
+    for ends in zip(*parts, strict=True):
+        follow(drafter, model, [text[:end] for text, end in zip(texts, ends, strict=True)])
+        drafted_logits(drafter, 4)
+    follow(drafter, model, texts)
+    at_once = Drafter(model, 4, 4, 24)
+    follow(at_once, model, texts)
+    assert drafter.lengths == [7, 4, 10, 5]
+    for number, caches in enumerate(drafter.caches, start=1):
+        assert [cache.lengths.tolist() for cache in caches] == [
+            [length - number for length in drafter.lengths]
+        ]
+    both = zip(drafted_logits(drafter, 4), drafted_logits(at_once, 4), strict=True)
+    for found_BV, expected_BV in both:
+        torch.testing.assert_close(found_BV, expected_BV, rtol=1e-10, atol=1e-10)
+
+
+# ---- sampled text
+
+
+def chi_square(drafts: int, rows: int = 1500) -> float:
+    """The statistic of texts of three tokens, of which each has three candidates: 27 outcomes, 26 degrees."""
+    model = model_with(1)
+    options = GenerationOptions(
+        temperature=0.7, top_k=3, tokens=3, drafts=drafts, batch=rows, seed=5
+    )
+    prompts = [Prompt([5, 9, 2], 3, number) for number in range(rows)]
+    found = Completer(model, options, None, None).complete(prompts)
+    if drafts:
+        assert 0.1 < sum(found.accepted) / sum(found.drafted) < 0.95
+    texts = [tuple(one.tokens) for one in found]
+    statistic = 0.0
+    outcomes = 0
+    for text, probability in outcomes_of(model, [5, 9, 2], 3):
+        expected = rows * probability
+        statistic += (texts.count(text) - expected) ** 2 / expected
+        outcomes += texts.count(text)
+    assert outcomes == rows, "nothing outside of the candidates is written"
+    return statistic
+
+
+def outcomes_of(
+    model: LanguageModel, prompt: list[int], tokens: int
+) -> list[tuple[tuple[int, ...], float]]:
+    """Every text of some tokens and its probability under the model."""
+    texts: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
+    for _ in range(tokens):
+        longer = []
+        for text, probability in texts:
+            p = distribution(next_logits(model, [*prompt, *text]).tolist(), 0.7, 3)
+            longer += [
+                ((*text, token), probability * p[token]) for token in range(len(p)) if p[token]
+            ]
+        texts = longer
+    return texts
+
+
+THRESHOLD = 54.05
+"""The 0.999 quantile of chi-square with 26 degrees of freedom."""
+
+
+def test_sampled_texts_have_the_models_distribution() -> None:
+    """Chi-square over all texts of three tokens, with a fixed seed."""
+    assert chi_square(drafts=2) < THRESHOLD
+
+
+def test_the_test_of_the_distribution_sees_a_wrong_residual(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A known mistake: drawing from the model's distribution, not from the residual, where a draft is rejected."""
+    monkeypatch.setattr(core.generation.speculation, "residual", lambda p, q: p)
+    assert chi_square(drafts=2) > 2 * THRESHOLD
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_sampled_texts_have_the_models_distribution_with_any_number_of_drafts(drafts: int) -> None:
+    assert chi_square(drafts=drafts) < THRESHOLD
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_sampled_text_is_the_same_in_any_batch(drafts: int) -> None:
+    """By itself, or beside others; with drafts it is another text of the same distribution."""
+    model = model_with(1)
+    settings = {"tokens": 10, "temperature": 0.8, "top_p": 0.95, "seed": 3, "drafts": drafts}
+    together = complete(model, PROMPTS, batch=4, **settings)  # type: ignore[arg-type]
+    for batch in (1, 3):
+        other = complete(model, PROMPTS, batch=batch, **settings)  # type: ignore[arg-type]
+        assert [one.tokens for one in other] == [one.tokens for one in together]
+    assert len({tuple(one.tokens) for one in together}) == 4
+
+
+def test_two_rows_with_one_prompt_are_drawn_apart() -> None:
+    model = model_with(1)
+    one, two = complete(model, [[5, 9, 2]] * 2, tokens=10, temperature=0.8)
+    assert one.tokens != two.tokens
+
+
+# ---- what cannot draft
+
+
+def test_a_model_without_a_drafting_head_names_its_heads() -> None:
+    model = tiny.build().eval()
+    with pytest.raises(
+        UserError, match=r"none of the loss heads of this model drafts \(next_token\)"
+    ):
+        complete(model, PROMPTS, drafts=1)
+
+
+def test_a_cache_that_cannot_be_truncated_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with(1)
+    cache = type(model.new_caches(1, 1)[0])
+    monkeypatch.setattr(cache, "truncates", False)
+    with pytest.raises(UserError, match="cannot forget drafts that are rejected"):
+        complete(model, PROMPTS, drafts=1)
+
+
+def test_without_truncation_prompts_of_one_length_are_written_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A compressed cache, for example; the end token of one row does not stop the others."""
+    model = model_with(1)
+    prompts = [[5, 9], [7], [250, 3], [8], [4, 4]]
+    expected = [greedy(model, prompt, 8) for prompt in prompts]
+    end = expected[0][3]
+    cut = [text[: text.index(end)] if end in text else text for text in expected]
+    cache = type(model.new_caches(1, 1)[0])
+    monkeypatch.setattr(cache, "truncates", False)
+    monkeypatch.delattr(cache, "truncate")
+    batches = []
+    monkeypatch.setattr(Writer, "__init__", _recording(Writer.__init__, batches))
+    found = complete(model, prompts, tokens=8, end=end)
+    assert [one.tokens for one in found] == cut
+    assert batches == [3, 2]
+
+
+def _recording(method, seen):  # type: ignore[no-untyped-def]
+    def init(self, model, prompts, *arguments, **rest):  # type: ignore[no-untyped-def]
+        seen.append(len(prompts))
+        method(self, model, prompts, *arguments, **rest)
+
+    return init
