@@ -7,6 +7,7 @@ from torch import Tensor
 
 from core.contracts.attention import Cache
 from core.contracts.errors import UserError
+from core.generation.graphs import lend_steps
 from core.model.language_model import Decoded, LanguageModel
 
 
@@ -34,7 +35,12 @@ class Decoder:
         self.rows = rows
         self.capacity = capacity
         self.device = device or model.embedding.weight.device
-        self.caches: list[Cache] = model.new_caches(rows, capacity, self.device)
+        self.steps = lend_steps(self, model, rows, capacity, self.device)
+        self.caches: list[Cache] = (
+            model.new_caches(rows, capacity, self.device)
+            if self.steps is None
+            else self.steps.caches
+        )
         self.lengths = [0] * rows
 
     @property
@@ -113,9 +119,12 @@ class Decoder:
             valid_BL = torch.arange(new, device=self.device) < counts_B1
         # A compiled model would be compiled anew for every length of the caches.
         with torch.compiler.set_stance("force_eager"):
-            decoded = self.model.read(
-                tokens_BL, self.caches, valid_BL=valid_BL, logits_at_B=logits_at_B
-            )
+            if self.steps is not None and logits_at_B is None and self.steps.takes(new):
+                decoded = self.steps.read(self.model, tokens_BL)
+            else:
+                decoded = self.model.read(
+                    tokens_BL, self.caches, valid_BL=valid_BL, logits_at_B=logits_at_B
+                )
         self.lengths = lengths
         if valid_BL is not None:
             self._truncate_caches()

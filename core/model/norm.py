@@ -43,4 +43,5 @@ class RMSNorm(nn.Module):
         wide = at_least_fp32(x)
         scale = torch.linalg.vector_norm(wide, 2, -1, True).square_()
         scale = scale.mul_(1 / self.dim).add_(self.eps).rsqrt_()
-        return (wide * scale * self.weight).to(x.dtype)
+        normed: Tensor = wide * scale * self.weight
+        return normed.to(x.dtype)

@@ -72,18 +72,39 @@ def rope_table(
 
     With YaRN both carry the ratio of the two temperatures, which is 1 where their coefficients are equal.
     """
-    yarn = None
-    ratio = 1.0
-    if rope.yarn is not None:
-        low, high = correction_range(dim, rope.theta, rope.yarn)
-        yarn = (rope.yarn.factor, low, high)
-        factor = rope.yarn.factor
-        rotated_temperature = temperature(factor, rope.yarn.mscale)
-        ratio = rotated_temperature / temperature(factor, rope.yarn.mscale_all_dim)
-    frequencies = _frequencies(dim, rope.theta, yarn)
+    arguments, ratio = _arguments(rope, dim)
+    frequencies = _frequencies(*arguments)
     frequencies_R = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)
+    return _tables(positions, frequencies_R, ratio, dtype)
+
+
+def _arguments(rope: Rope, dim: int) -> tuple[tuple[int, float, tuple[float, ...] | None], float]:
+    """The arguments of `_frequencies`, and the ratio of the two temperatures."""
+    if rope.yarn is None:
+        return (dim, rope.theta, None), 1.0
+    low, high = correction_range(dim, rope.theta, rope.yarn)
+    factor = rope.yarn.factor
+    rotated_temperature = temperature(factor, rope.yarn.mscale)
+    ratio = rotated_temperature / temperature(factor, rope.yarn.mscale_all_dim)
+    return (dim, rope.theta, (factor, low, high)), ratio
+
+
+def _tables(
+    positions: Tensor, frequencies_R: Tensor, ratio: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions times frequencies, times a ratio."""
     angles = positions.to(torch.float64)[..., None] * frequencies_R
     return (angles.cos() * ratio).to(dtype), (angles.sin() * ratio).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept_frequencies(
+    dim: int, theta: float, yarn: tuple[float, ...] | None, device: torch.device
+) -> Tensor:
+    """The frequencies in fp64 on a device, kept because decoding must not copy from the host at every token."""
+    with torch.inference_mode(False):
+        frequencies = _cached_frequencies(dim, theta, yarn)
+        return torch.tensor(frequencies, dtype=torch.float64, device=device)
 
 
 def rotate(x_BLHR: Tensor, rope: Rope, positions_BL: Tensor) -> Tensor:
@@ -110,7 +131,10 @@ def turns_of(context: SequenceContext, rope: Rope, dim: int, dtype: torch.dtype)
     """
 
     def compute() -> Tensor:
-        cos_BLR, sin_BLR = rope_table(rope, dim, context.positions_BL, dtype)
+        positions_BL = context.positions_BL
+        arguments, ratio = _arguments(rope, dim)
+        frequencies_R = _kept_frequencies(*arguments, positions_BL.device)
+        cos_BLR, sin_BLR = _tables(positions_BL, frequencies_R, ratio, dtype)
         return torch.complex(cos_BLR, sin_BLR)[:, :, None]
 
     return context.once(("turns", id(rope), dim, dtype), compute)

@@ -66,7 +66,8 @@ class ProductLayer(nn.Module):
 
     def keep_operand(self) -> None:
         """Keeps the cast weight, so that decoding does not cast it for every token; nothing where no cast is needed."""
-        if self.weight.dtype != self.compute_dtype:
+        current = self._operand is not None and self._operand_of == self._weight_now()
+        if self.weight.dtype != self.compute_dtype and not current:
             self._operand = self.weight.detach().to(self.compute_dtype)
             self._operand_of = self._weight_now()
 
@@ -84,12 +85,13 @@ class ProductLayer(nn.Module):
 
         None where `forward` is not the plain product with this matrix, in FP8 for example: it must then be called.
         """
-        if not self._is_plain():
+        if not self.is_plain:
             return None
         self.note(self._plain_path)
         return self.operand()
 
-    def _is_plain(self) -> bool:
+    @property
+    def is_plain(self) -> bool:
         """Whether `forward` is the one of this module, and not a derived layer's."""
         return type(self).forward in (Linear.forward, GroupedLinear.forward)
 
