@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.contracts.build import BuildContext
+from core.model import few_tokens
 from core.numerics.promotion import at_least_fp32
 
 FEW = 64
@@ -35,6 +36,10 @@ class RMSNorm(nn.Module):
         """Normalises the last axis of x, which has any shape that ends in `dim`."""
         if x.device.type == "cpu" and x.numel() <= FEW * self.dim and not torch.is_grad_enabled():
             return self._of_few(x)
+        kernels = few_tokens.kernels(x, x.numel() // self.dim, self.dim)
+        if kernels is not None:
+            normed: Tensor = kernels.rms_norm(x.reshape(-1, self.dim), self.weight, self.eps)
+            return normed.view_as(x)
         wide = at_least_fp32(x)
         return F.rms_norm(wide, (self.dim,), self.weight.to(wide.dtype), self.eps).to(x.dtype)
 

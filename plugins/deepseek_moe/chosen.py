@@ -3,13 +3,21 @@
 import torch
 from torch import Tensor
 
+from core.model import few_tokens
 from core.model.activation import swiglu
 from core.numerics.chosen import FEW_ON_CPU, chosen_products
 
+FEW_COPIES = 16
+"""Assignments up to which copying the matrices of their experts takes a GPU less time than sorting, without kernels."""
 
-def pays(assignments: int, device: torch.device) -> bool:
-    """Whether so many assignments are few on this device."""
-    return device.type == "cpu" and assignments <= FEW_ON_CPU
+
+def pays(x_TD: Tensor, top_k: int) -> bool:
+    """Whether so few tokens are better given to their experts directly."""
+    assignments = len(x_TD) * top_k
+    if x_TD.device.type == "cpu":
+        return assignments <= FEW_ON_CPU
+    kernels = few_tokens.kernels(x_TD, assignments, 1)
+    return assignments <= FEW_COPIES or kernels is not None
 
 
 def gated_experts(
@@ -25,7 +33,14 @@ def gated_experts(
         gate_TK: their gates.
     """
     tokens, choices = expert_TK.shape
-    x_AD = x_TD.to(gate_up_EXD.dtype)[:, None].expand(-1, choices, -1).reshape(tokens * choices, -1)
+    x_TD = x_TD.to(gate_up_EXD.dtype)
+    kernels = few_tokens.kernels(x_TD, tokens * choices, 1)
+    if kernels is not None and gate_up_EXD.is_contiguous() and down_EDI.is_contiguous():
+        y_TD: Tensor = kernels.gated_experts(
+            x_TD.contiguous(), gate_up_EXD, down_EDI, expert_TK.contiguous(), gate_TK.contiguous()
+        )
+        return y_TD
+    x_AD = x_TD[:, None].expand(-1, choices, -1).reshape(tokens * choices, -1)
     expert_A = expert_TK.flatten()
     hidden_AI = swiglu(chosen_products(x_AD, gate_up_EXD, expert_A))
     y_AD = chosen_products(hidden_AI, down_EDI, expert_A)

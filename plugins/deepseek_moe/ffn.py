@@ -226,7 +226,7 @@ class MixtureOfExperts(FeedForward):
 
     def _few(self, x_TD: Tensor, context: SequenceContext) -> Tensor | None:
         """The output for few tokens, whose experts are called without a dispatcher; None where that does not pay."""
-        if not self.dispatcher.is_local or not pays(len(x_TD) * self.router.top_k, x_TD.device):
+        if not self.dispatcher.is_local or not pays(x_TD, self.router.top_k):
             return None
         choices = self.router.choices(x_TD, self.adjust_scores, context)
         if choices is None:

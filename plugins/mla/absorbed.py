@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from core.model import few_tokens
 from core.numerics.promotion import at_least_fp32
 
 
@@ -83,11 +84,27 @@ def _mix(
         )
         mixed_BAC: Tensor = mixed[:, 0, :, :latent]
         return mixed_BAC
-    scores_BAS = _wide_product(q_BAX, cached_BSX.transpose(1, 2)) * scale
+    scores_BAS = _wide_product(q_BAX, cached_BSX.transpose(1, 2))
+    weights_BAS = _softmax(scores_BAS, mask_BAS, scale, cached_BSX.dtype)
+    return torch.bmm(weights_BAS, cached_BSX[..., :latent])
+
+
+def _softmax(
+    scores_BAS: Tensor, mask_BAS: Tensor | None, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The softmax of scaled scores over the visible tokens, computed in their format and returned in another."""
+    rows = scores_BAS.shape[0] * scores_BAS.shape[1]
+    kernels = few_tokens.kernels(scores_BAS, rows, scores_BAS.shape[2])
+    if mask_BAS is not None:
+        mask_BAS = mask_BAS.expand_as(scores_BAS)
+    if kernels is not None:
+        own_mask = None if mask_BAS is None else mask_BAS.contiguous()
+        weights_BAS: Tensor = kernels.masked_softmax(scores_BAS, own_mask, scale, dtype)
+        return weights_BAS
+    scores_BAS = scores_BAS * scale
     if mask_BAS is not None:
         scores_BAS = scores_BAS.masked_fill(~mask_BAS, -torch.inf)
-    weights_BAS = scores_BAS.softmax(dim=-1).to(cached_BSX.dtype)
-    return torch.bmm(weights_BAS, cached_BSX[..., :latent])
+    return scores_BAS.softmax(dim=-1).to(dtype)
 
 
 def _wide_product(q_BAX: Tensor, k_BXS: Tensor) -> Tensor:
