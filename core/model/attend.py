@@ -34,6 +34,7 @@ class TensorCache(Cache):
         self.device = torch.get_default_device() if device is None else device
         self._lengths_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._places_S = torch.arange(capacity, device=self.device)
+        self._rows_B1 = torch.arange(rows, device=self.device)[:, None]
         self._counts = [0] * rows  # the lengths once more, on the host
         self._slots_BL: Tensor | None = None
         self._buffers: tuple[Tensor, ...] = ()
@@ -62,9 +63,8 @@ class TensorCache(Cache):
                 buffer[:, first : first + new] = part.detach()
         else:
             self._slots_BL = self._lengths_B[:, None] + self._places_S[:new]
-            rows_B1 = self._places_of_rows()
             for buffer, part in zip(self._buffers, parts, strict=True):
-                buffer[rows_B1, self._slots_BL] = part.detach()
+                buffer[self._rows_B1, self._slots_BL] = part.detach()
         self._lengths_B += new
         if self.constant_shapes:
             return self._buffers
@@ -74,10 +74,6 @@ class TensorCache(Cache):
     def _even(self) -> bool:
         """Whether the new tokens of every row are at the same places, and may be found by the host."""
         return not self.constant_shapes and min(self._counts) == self.longest
-
-    def _places_of_rows(self) -> Tensor:
-        """The index of each row, B x 1."""
-        return torch.arange(len(self._counts), device=self.device)[:, None]
 
     def _new_buffer(self, part: Tensor) -> Tensor:
         """Zeros of rows x capacity x ... in the format of a part."""

@@ -109,6 +109,7 @@ def _softmax(
 
 def _wide_product(q_BAX: Tensor, k_BXS: Tensor) -> Tensor:
     """The scores in fp32 or wider, so that the softmax is too."""
-    if q_BAX.is_cuda and q_BAX.dtype in (torch.bfloat16, torch.float16):
+    short = q_BAX.dtype in (torch.bfloat16, torch.float16)
+    if q_BAX.is_cuda and short and not torch.is_grad_enabled():
         return torch.bmm(q_BAX, k_BXS, out_dtype=torch.float32)
     return torch.bmm(at_least_fp32(q_BAX), at_least_fp32(k_BXS))

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.contracts.context import SequenceContext
+from core.generation.completion import complete
+from core.generation.decoder import Decoder
 from core.model.attend import TensorCache
 from core.model.language_model import LanguageModel
 from core.numerics.chosen import chosen_products
@@ -20,6 +22,13 @@ from plugins.deepseek_moe import chosen
 from plugins.mla import absorbed, attention
 
 LENGTHS = (9, 13, 11)
+EIGHTS = (
+    "model.attention.nope_dim=16",
+    "model.attention.rope_dim=8",
+    "model.attention.value_dim=16",
+    f"{tiny.FFN}.expert_hidden=16",
+)
+"""Every width a multiple of 8: in bf16 16 bytes, which `F.grouped_mm` asks for."""
 YARN = "model.rope.yarn={factor: 4, original_length: 16, mscale: 1.0, mscale_all_dim: 0.7}"
 MODELS = {
     "mla": (),
@@ -273,3 +282,65 @@ def test_a_step_of_constant_shapes_reads_no_number_on_the_host(
     monkeypatch.undo()
     torch.testing.assert_close(found_BLV, full_BLV[:, 12:], rtol=1e-10, atol=1e-10)
     assert [cache.lengths.tolist() for cache in caches] == [[12 + new] * 3] * 3
+
+
+# ---- text, and a GPU
+
+
+def greedy_by_full_forwards(model: LanguageModel, prompt: list[int], tokens: int) -> list[int]:
+    """The most likely tokens, each from a forward over all tokens before it."""
+    text = list(prompt)
+    for _ in range(tokens):
+        with torch.no_grad():
+            text.append(int(model.logits(torch.tensor([text]))[0, -1].argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ["mla", "gqa"])
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_greedy_text_is_that_of_full_forwards(precision: str, name: str) -> None:
+    """In fp32 up to a first difference, where the two best logits are less than 1e-4 apart."""
+    model = tiny.build(*MODELS[name], f"precision.name={precision}").eval()
+    prompts = tiny.context(3, 9).tokens_BL.tolist()
+    completions = list(complete(model, [prompts[0], prompts[1][:4], prompts[2]], tokens=24))
+    for prompt, completion in zip(
+        [prompts[0], prompts[1][:4], prompts[2]], completions, strict=True
+    ):
+        expected = greedy_by_full_forwards(model, prompt, 24)
+        if precision == "fp64":
+            assert completion.tokens == expected
+        for place, (ours, other) in enumerate(zip(completion.tokens, expected, strict=True)):
+            if ours != other:
+                before = torch.tensor([[*prompt, *expected[:place]]])
+                with torch.no_grad():
+                    first, second = model.logits(before)[0, -1].topk(2).values.tolist()
+                assert first - second < 1e-4
+                break
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
+@pytest.mark.parametrize("name", ["mla", "no query latent", "yarn", "gqa"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05)])
+def test_graphs_on_a_gpu_have_the_logits_of_the_full_forward(
+    precision: str, tolerance: float, name: str
+) -> None:
+    """Rows of different lengths, steps of one and of three tokens, each recorded once and replayed."""
+    widths = EIGHTS if name != "gqa" else EIGHTS[-1:]
+    model = tiny.build(*widths, *MODELS[name], f"precision={{name: {precision}}}").eval().cuda()
+    tokens_BL = tiny.context(3, 30).tokens_BL
+    prompts = [row[:length] for row, length in zip(tokens_BL.tolist(), LENGTHS, strict=True)]
+    rest_BL = torch.stack(
+        [row[length : length + 12] for row, length in zip(tokens_BL, LENGTHS, strict=True)]
+    ).cuda()
+    decoder = Decoder(model, 3, 32)
+    assert decoder.steps is not None, "the steps are recorded"
+    found = [decoder.prefill(prompts).logits_BLV]
+    for begin, end in ((0, 1), (1, 2), (2, 5), (5, 8), (8, 9), (9, 12)):
+        found.append(decoder.step(rest_BL[:, begin:end]).logits_BLV)
+    found_BLV = torch.cat(found, dim=1).double()
+    assert set(decoder.steps._steps) == {1, 3}
+    for row, length in enumerate(LENGTHS):
+        with torch.no_grad():
+            full_LV = model.logits(tokens_BL[row : row + 1, : length + 12].cuda())[0, length - 1 :]
+        difference = (found_BLV[row] - full_LV.double()).norm() / full_LV.double().norm()
+        assert float(difference) <= tolerance
