@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     """Continues the prompts, and prints the texts and the speed; mistakes are found before the model is loaded."""
-    from core.contracts.errors import NotFiniteError, UserError
+    from core.contracts.errors import NotFiniteError
 
     options = _options(arguments)
     prompts = _prompts(arguments)
@@ -116,12 +116,10 @@ def main(arguments: argparse.Namespace) -> None:
         completions = completer.complete(rows)
         times = None
         if options.drafts:
-            texts = [[*one.prompt, *one.tokens] for one in completions[: options.batch]]
+            texts = [[*one.prompt, *one.tokens] for one in completions.items[: options.batch]]
             times = measure_passes(model, texts, options)
     except NotFiniteError as cause:
         raise NotFiniteError(f"{checkpoint}: {cause}") from cause
-    except NotImplementedError as cause:
-        raise UserError(str(cause)) from cause
     if arguments.json:
         print_json(_document(arguments, prompts, completions, times, notices))
         return

@@ -29,8 +29,8 @@ class Completion:
             there, and what was written after it in the same token.
         text: their text up to the stop string; None without a tokenizer.
         ended: why the text ended: at the `end` token, at a `stop` string, or at its greatest `length`.
-        drafted: by place in a pass: how many drafts were verified; empty without drafts.
-        accepted: by place in a pass: how many of these were accepted.
+        drafted: how many drafts were verified, by place in a pass; empty without drafts.
+        accepted: how many of these were accepted, by place.
     """
 
     prompt: list[int]
@@ -66,8 +66,8 @@ def sum_by_place(counts: Sequence[Sequence[int]]) -> list[int]:
 
 
 @dataclass
-class Completions(Sequence[Completion]):
-    """The completions of all prompts, in their order.
+class Completions:
+    """The completions of all prompts, in their order: a sequence of them, with the numbers of the whole call.
 
     Args:
         items: one for each prompt.
@@ -77,20 +77,23 @@ class Completions(Sequence[Completion]):
     items: list[Completion] = field(default_factory=list)
     speed: Speed = field(default_factory=Speed)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # a number or a slice
+    def __getitem__(self, index: int) -> Completion:
         return self.items[index]
+
+    def __iter__(self) -> Iterator[Completion]:
+        return iter(self.items)
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
     def drafted(self) -> list[int]:
-        """By place in a pass: how many drafts were verified, over all rows."""
+        """The number of drafts that were verified, by place in a pass, over all rows."""
         return sum_by_place([item.drafted for item in self.items])
 
     @property
     def accepted(self) -> list[int]:
-        """By place in a pass: how many drafts were accepted, over all rows."""
+        """The number of drafts that were accepted, by place in a pass, over all rows."""
         return sum_by_place([item.accepted for item in self.items])
 
     @property

@@ -132,7 +132,7 @@ class Drafter:
         begins = [start + skip for start, skip in zip(self.lengths, skipped, strict=True)]
         place_BW = self._places(skipped, width, length)
         wanted_B = self._last_columns(own) if depth == 1 else None
-        draft = self._draft(
+        draft = self._run(
             depth,
             _at(states_BLD, place_BW),
             tokens_BL.gather(1, place_BW),
@@ -182,7 +182,7 @@ class Drafter:
             if number >= self.modules:
                 state_BD = before[depth - 1]  # the last module goes on from its own state
             wanted_B = only_column_B if depth == first else None
-            draft = self._draft(
+            draft = self._run(
                 depth, state_BD[:, None], tokens_B[:, None], positions, None, wanted_B
             )
             states[depth - 1] = draft.state_BLD[:, 0]
@@ -192,7 +192,7 @@ class Drafter:
                 self._forget(depth, [position + 1 for position in positions])
         return logits_BV
 
-    def _draft(
+    def _run(
         self,
         depth: int,
         states_BLD: Tensor,

@@ -41,15 +41,13 @@ class Row:
     Attributes:
         written: the tokens after the prompt.
         open: whether it still grows.
-        passes: passes of the model that wrote tokens of it, the one that read the prompt included.
-        drafted: by place in a pass, from the first: how many drafts were verified.
-        accepted: by place in a pass: how many of these were accepted, which needs all before them to be.
+        drafted: how many drafts were verified, by place in a pass, from the first.
+        accepted: how many of these were accepted, by place; all drafts before such a one are accepted too.
     """
 
     prompt: Prompt
     written: list[int] = field(default_factory=list)
     open: bool = True
-    passes: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
@@ -117,10 +115,9 @@ class Writer:
             if not (self.decoder.truncates and self.drafter.truncates):
                 raise UserError("an attention of this model cannot forget drafts that are rejected")
         self._draws = Draws(options.seed, [prompt.number for prompt in prompts], self.device)
-        self._states_BLD: Tensor | None = (
-            None  # before the tokens that the drafter has not read yet
-        )
-        self._unread: list[list[int]] = []  # these tokens
+        # The tokens of each row that the drafter has not read yet, and the model's states before them.
+        self._unread: list[list[int]] = []
+        self._states_BLD: Tensor | None = None
 
     @property
     def is_open(self) -> bool:
@@ -144,7 +141,6 @@ class Writer:
             new = self._speculate(most) if most else self._step()
         for row, tokens in zip(self.rows, new, strict=True):
             row.written += tokens
-            row.passes += row.open
             row.open = row.open and row.remaining > 0
         return new
 

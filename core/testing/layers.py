@@ -277,7 +277,7 @@ def targets_that_are_not_learned_are_left_out(subject: Subject) -> None:
     where=HEAD,
 )
 def drafting_is_as_declared(subject: Subject) -> None:
-    """Drafts three tokens at once, and the same one by one with the head's caches."""
+    """Drafts three tokens at once with each module, and the same one by one with the module's caches."""
     head = perturbed(subject.made()).eval()
     context = bench.tokens(2, 3)
     x_BLD = bench.states(context)
@@ -287,17 +287,27 @@ def drafting_is_as_declared(subject: Subject) -> None:
         except NotImplementedError:
             return
         require(False, "draft is declared not to work, but works")
-    caches = head.new_draft_caches(2, 3)
-    at_once = head.draft(x_BLD, context, shared(head, x_BLD), caches).logits_BLV
-    require(at_once.shape == (2, 3, bench.VOCABULARY), f"drafted logits are {tuple(at_once.shape)}")
-    require(all_finite([at_once]), "drafted logits are not finite")
-    caches = head.new_draft_caches(2, 3)
+    require(head.draft_depths >= 1, f"draft_depths is {head.draft_depths}")
+    for depth in range(1, head.draft_depths + 1):
+        caches = head.new_draft_caches(2, 3, depth=depth)
+        at_once = head.draft(x_BLD, context, shared(head, x_BLD), caches, depth).logits_BLV
+        shape = tuple(at_once.shape)
+        require(shape == (2, 3, bench.VOCABULARY), f"drafted logits are {shape}")
+        require(all_finite([at_once]), "drafted logits are not finite")
+        one_by_one = _drafted_one_by_one(head, x_BLD, context, depth)
+        found = "one token at a time drafts other logits"
+        require_close(one_by_one, at_once, found, tolerance=1e-9)
+
+
+def _drafted_one_by_one(head: Any, x_BLD: Tensor, context: SequenceContext, depth: int) -> Tensor:
+    """The logits that a module drafts for one token after another."""
+    caches = head.new_draft_caches(2, 3, depth=depth)
     parts = []
     for place in range(3):
         column = slice(place, place + 1)
         tokens_BL = context.tokens_BL[:, column]
         part = replace(context, tokens_BL=tokens_BL, positions_BL=context.positions_BL[:, column])
         own_BLD = x_BLD[:, column]
-        parts.append(head.draft(own_BLD, part, shared(head, own_BLD), caches).logits_BLV)
-    found = "one token at a time drafts other logits"
-    require_close(torch.cat(parts, dim=1), at_once, found, tolerance=1e-9)
+        draft = head.draft(own_BLD, part, shared(head, own_BLD), caches, depth)
+        parts.append(draft.logits_BLV)
+    return torch.cat(parts, dim=1)

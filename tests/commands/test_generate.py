@@ -93,6 +93,7 @@ def test_a_stop_token_ends_the_text_and_is_not_written(finished: Path) -> None:
         (["--top-p", "1.5"], "--top-p = 1.5: must be more than 0 and at most 1"),
         (["--top-k", "0"], "--top-k = 0: must be at least 1"),
         (["--batch", "0"], "--batch = 0: must be at least 1"),
+        (["--stop", "\udcff"], "--stop is not UTF-8 text"),
         (["--stop", ""], "--stop '': must have at least one character"),
         (["--speculative", "0"], "--speculative = 0: must be at least 1"),
         (["--speculative", "99"], "--speculative = 99: must be 0 to 64"),
@@ -216,7 +217,9 @@ def test_streams_of_several_texts_come_one_after_another(
     assert result.sentence.startswith("--batch 2 cannot be combined with --stream: ")
 
 
-def test_one_of_the_prompts_is_needed(lab: Lab, finished: Path) -> None:
+def test_one_of_the_prompts_is_needed_and_must_be_text(lab: Lab, finished: Path) -> None:
+    result = lab.command("generate", finished, "--prompt", "a\udcff")
+    assert (result.code, result.sentence) == (2, "--prompt is not UTF-8 text")
     result = lab.command("generate", finished)
     assert (result.code, result.sentence) == (2, "give either --prompt TEXT or --prompts FILE")
 
@@ -241,6 +244,7 @@ def test_drafts_leave_the_text_and_are_counted(lab: Lab, finished: Path) -> None
     assert seconds["rounds"] == 9
 
 
+@pytest.mark.full
 def test_what_drafts_are_worth_is_printed(lab: Lab, finished: Path) -> None:
     """`--speculative` alone means one draft."""
     result = lab.command("generate", finished, "--prompt", "abc", "--tokens", "24", "--speculative")
@@ -250,10 +254,11 @@ def test_what_drafts_are_worth_is_printed(lab: Lab, finished: Path) -> None:
     assert result.err.count("%") == 1
 
 
+@pytest.mark.full
 def test_a_run_without_a_drafting_head_is_refused(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads = "model.heads={next_token: {name: next_token}}"
+    heads = "model.heads.mtp=null"
     lab.fit(tmp_path / "run", heads, "budget.steps=1")
     monkeypatch.setattr(core.run.loading, "load", None)
     result = lab.command("generate", tmp_path / "run", "--prompt", "a", "--speculative")
@@ -263,10 +268,11 @@ def test_a_run_without_a_drafting_head_is_refused(
     )
 
 
+@pytest.mark.full
 def test_a_router_that_chooses_over_batches_is_named(lab: Lab, tmp_path: Path) -> None:
     router = "model.blocks.moe.ffn.router={name: switch, group: batch}"
     balance = "model.blocks.moe.ffn.balance=[]"
-    heads = "model.heads={next_token: {name: next_token}}"
+    heads = "model.heads.mtp=null"
     lab.fit(tmp_path / "run", router, balance, heads, "budget.steps=1")
     file = prompts_file(tmp_path, ".txt")
     arguments = ("generate", tmp_path / "run", "--prompts", file, "--tokens", "3")

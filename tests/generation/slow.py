@@ -38,6 +38,17 @@ def greedy(model: LanguageModel, prompt: Sequence[int], tokens: int) -> list[int
     return text[len(prompt) :]
 
 
+def assert_greedy(model: LanguageModel, prompt: Sequence[int], written: Sequence[int]) -> None:
+    """Each token is the most likely one after those before it, by one forward over the whole text.
+
+    By induction the text is then `greedy`'s.
+    """
+    assert written
+    with torch.no_grad():
+        logits_LV = model.logits(torch.tensor([[*prompt, *written[:-1]]]))[0]
+    assert logits_LV[len(prompt) - 1 :].argmax(dim=-1).tolist() == list(written)
+
+
 def distribution(
     logits: Sequence[float],
     temperature: float = 1.0,

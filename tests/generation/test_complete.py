@@ -12,7 +12,7 @@ from core.generation.completion import Completions
 from core.generation.run_tokenizer import RunTokenizer
 from core.model.language_model import LanguageModel
 
-from .slow import PROMPTS, greedy, model_with
+from .slow import PROMPTS, assert_greedy, model_with
 
 TEXTS = ["abc", "", "a longer prompt of letters", "de"]
 
@@ -29,9 +29,12 @@ def trained(finished: Path) -> tuple[LanguageModel, RunTokenizer]:
 
 
 def test_token_ids_are_continued_side_by_side_as_each_by_itself(model: LanguageModel) -> None:
-    for batch in (3, 4):
-        found = core.complete(model, PROMPTS, tokens=6, batch=batch)
-        assert [one.tokens for one in found] == [greedy(model, prompt, 6) for prompt in PROMPTS]
+    found = core.complete(model, PROMPTS, tokens=6, batch=4)
+    for one, prompt in zip(found, PROMPTS, strict=True):
+        assert len(one.tokens) == 6
+        assert_greedy(model, prompt, one.tokens)
+    again = core.complete(model, PROMPTS, tokens=6, batch=3)
+    assert [one.tokens for one in again] == [one.tokens for one in found]
     assert [one.prompt for one in found] == PROMPTS
     assert {(one.text, one.ended) for one in found} == {(None, "length")}
     speed = found.speed
@@ -44,7 +47,7 @@ def test_token_ids_are_continued_side_by_side_as_each_by_itself(model: LanguageM
 
 def test_rows_end_one_by_one_and_change_nothing_for_the_others(model: LanguageModel) -> None:
     """The end token of each row is the one that it writes second, third, ..."""
-    whole = [greedy(model, prompt, 8) for prompt in PROMPTS]
+    whole = [one.tokens for one in core.complete(model, PROMPTS, tokens=8)]
     end = whole[0][3]
     assert 0 < sum(end in text for text in whole) < 4
     for drafts in (0, 2):
@@ -62,7 +65,7 @@ def test_texts_have_the_marker_and_end_at_a_stop_string(
     plain = core.complete(model, TEXTS, tokenizer=tokenizer, tokens=12, end=-1)
     for one, text in zip(plain, TEXTS, strict=True):
         assert one.prompt == [0, *tokenizer.tokenizer.encode(text)]
-        assert one.tokens == greedy(model, one.prompt, 12)
+        assert_greedy(model, one.prompt, one.tokens)
         assert one.text == tokenizer.decode(one.tokens)
     assert plain[0].text is not None
     stop = plain[0].text[3:6]
@@ -152,3 +155,8 @@ def test_gradients_are_not_kept(model: LanguageModel) -> None:
     with torch.enable_grad():
         core.complete(model, PROMPTS, tokens=3, drafts=1)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_folder_without_a_run_has_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run here"):
+        core.load_tokenizer(tmp_path)

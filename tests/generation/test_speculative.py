@@ -17,7 +17,7 @@ from core.generation.options import GenerationOptions
 from core.generation.writer import Prompt, Writer
 from core.model.language_model import LanguageModel
 
-from .slow import PROMPTS, distribution, greedy, model_with, next_logits
+from .slow import PROMPTS, assert_greedy, distribution, greedy, model_with, next_logits
 
 CASES = [(2, 3), (1, 1), (1, 4), (2, 1), (2, 2), (3, 2), (3, 5)]
 """Depths of the model, and drafts in a pass."""
@@ -32,7 +32,9 @@ def test_greedy_text_with_drafts_is_the_text_of_the_full_forward(case: tuple[int
     depth, drafts = case
     model = model_with(depth)
     found = complete(model, PROMPTS, tokens=12, drafts=drafts)
-    assert [one.tokens for one in found] == [greedy(model, prompt, 12) for prompt in PROMPTS]
+    for one, prompt in zip(found, PROMPTS, strict=True):
+        assert len(one.tokens) == 12
+        assert_greedy(model, prompt, one.tokens)
     assert 0 < sum(found.accepted) < sum(found.drafted)
     assert len(found.accepted) == drafts
     assert found.accepted == sorted(found.accepted, reverse=True)
@@ -46,6 +48,21 @@ def test_every_attention_drafts_and_forgets(attention: str) -> None:
     assert [one.tokens for one in found] == [greedy(model, prompt, 12) for prompt in PROMPTS]
 
 
+@pytest.mark.full
+def test_in_fp32_texts_part_where_two_tokens_are_nearly_equal_or_nowhere() -> None:
+    """A pass of several tokens rounds otherwise than one of a single token."""
+    model = model_with(1, *tiny.FP32)
+    plain = complete(model, PROMPTS, tokens=24)
+    drafted = complete(model, PROMPTS, tokens=24, drafts=2)
+    for one, other, prompt in zip(plain, drafted, PROMPTS, strict=True):
+        places = zip(one.tokens, other.tokens, strict=True)
+        parts = [place for place, (first, second) in enumerate(places) if first != second]
+        if parts:
+            best = next_logits(model, [*prompt, *one.tokens[: parts[0]]]).topk(2).values
+            assert float(best[0] - best[1]) < 1e-4
+
+
+@pytest.mark.full
 def test_the_counts_are_those_of_the_text() -> None:
     """By hand, for one row: the next tokens are compared with what the module would draft."""
     model = model_with(1)
@@ -69,7 +86,7 @@ def test_a_text_that_fills_the_model_is_drafted_to_its_end() -> None:
     found = complete(model, PROMPTS, drafts=4)
     assert [len(one.tokens) for one in found] == [14, 16, 8, 15]
     for one, prompt in zip(found, PROMPTS, strict=True):
-        assert one.tokens == greedy(model, prompt, 17 - len(prompt))
+        assert_greedy(model, prompt, one.tokens)
 
 
 # ---- the module's own forward
@@ -180,7 +197,7 @@ def test_after_drafts_the_caches_hold_exactly_what_was_accepted(depth: int) -> N
 # ---- sampled text
 
 
-def chi_square(drafts: int, rows: int = 1500) -> float:
+def chi_square(drafts: int, rows: int = 800) -> float:
     """The statistic of texts of three tokens, of which each has three candidates: 27 outcomes, 26 degrees."""
     model = model_with(1)
     options = GenerationOptions(
@@ -226,6 +243,7 @@ def test_sampled_texts_have_the_models_distribution() -> None:
     assert chi_square(drafts=2) < THRESHOLD
 
 
+@pytest.mark.full
 def test_the_test_of_the_distribution_sees_a_wrong_residual(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -240,15 +258,14 @@ def test_sampled_texts_have_the_models_distribution_with_any_number_of_drafts(dr
     assert chi_square(drafts=drafts) < THRESHOLD
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("drafts", first_by_default([2, 0]))
 def test_a_sampled_text_is_the_same_in_any_batch(drafts: int) -> None:
     """By itself, or beside others; with drafts it is another text of the same distribution."""
     model = model_with(1)
     settings = {"tokens": 10, "temperature": 0.8, "top_p": 0.95, "seed": 3, "drafts": drafts}
     together = complete(model, PROMPTS, batch=4, **settings)  # type: ignore[arg-type]
-    for batch in (1, 3):
-        other = complete(model, PROMPTS, batch=batch, **settings)  # type: ignore[arg-type]
-        assert [one.tokens for one in other] == [one.tokens for one in together]
+    apart = complete(model, PROMPTS, batch=3, **settings)  # type: ignore[arg-type]
+    assert [one.tokens for one in apart] == [one.tokens for one in together]
     assert len({tuple(one.tokens) for one in together}) == 4
 
 
@@ -277,6 +294,7 @@ def test_a_cache_that_cannot_be_truncated_is_one_sentence(monkeypatch: pytest.Mo
         complete(model, PROMPTS, drafts=1)
 
 
+@pytest.mark.full
 def test_without_truncation_prompts_of_one_length_are_written_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

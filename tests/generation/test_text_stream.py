@@ -1,4 +1,4 @@
-"""Pieces of text: whole characters, and nothing that a stop string takes back."""
+"""Text that comes in parts: whole characters, and nothing that a stop string takes back."""
 
 import random
 from collections.abc import Sequence
