@@ -1,5 +1,7 @@
 """RMSNorm (report, section 4.2: eps 1e-6 in the released model)."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,7 +48,19 @@ class RMSNorm(nn.Module):
     def _of_few(self, x: Tensor) -> Tensor:
         """The same for few rows in decoding on a CPU, where torch's operator spends its time between operations."""
         wide = at_least_fp32(x)
-        scale = torch.linalg.vector_norm(wide, 2, -1, True).square_()
-        scale = scale.mul_(1 / self.dim).add_(self.eps).rsqrt_()
+        if wide.numel() == self.dim:
+            row_1D = wide.view(1, self.dim)
+            eps = _constant(self.eps, wide.dtype)
+            scale = torch.addmm(eps, row_1D, row_1D.t(), alpha=1 / self.dim).rsqrt_()
+        else:
+            squares = torch.linalg.vector_norm(wide, 2, -1, True).square_()
+            scale = squares.mul_(1 / self.dim).add_(self.eps).rsqrt_()
         normed: Tensor = wide * scale * self.weight
         return normed.to(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor on the CPU."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")

@@ -57,8 +57,11 @@ class ProductLayer(nn.Module):
         self.reset_parameters()
 
     def operand(self) -> Tensor:
-        """The weight in the product's format: a cast, or the copy of `keep_operand` while the weight stays the same."""
-        if self._operand is not None:
+        """The weight in the product's format: a cast, or the copy of `keep_operand` while the weight stays the same.
+
+        The copy has no gradient, so it is for decoding only.
+        """
+        if self._operand is not None and not torch.is_grad_enabled():
             if self._operand_of == self._weight_now():
                 return self._operand
             self.drop_operand()
@@ -68,7 +71,8 @@ class ProductLayer(nn.Module):
         """Keeps the cast weight, so that decoding does not cast it for every token; nothing where no cast is needed."""
         current = self._operand is not None and self._operand_of == self._weight_now()
         if self.weight.dtype != self.compute_dtype and not current:
-            self._operand = self.weight.detach().to(self.compute_dtype)
+            with torch.inference_mode(False):
+                self._operand = self.weight.detach().to(self.compute_dtype)
             self._operand_of = self._weight_now()
 
     def drop_operand(self) -> None:

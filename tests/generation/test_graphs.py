@@ -66,11 +66,11 @@ def decoded(model: Any) -> torch.Tensor:
     found = [decoder.prefill(PROMPTS).logits_BLV]
     more_BL = torch.arange(15).view(3, 5)
     found.append(decoder.step(more_BL[:, :1]).logits_BLV)
-    three_BLV = decoder.step(more_BL[:, 1:4], [3, 1, 2]).logits_BLV
+    three_BLV = decoder.step(more_BL[:, 1:4], [3, 1, 2]).logits_BLV.clone()
     three_BLV[1, 1:] = 0  # padding, whose logits have no meaning
     three_BLV[2, 2:] = 0
     found.append(three_BLV)
-    last_BLV = decoder.step(more_BL[:, 4:], [1, 0, 1]).logits_BLV
+    last_BLV = decoder.step(more_BL[:, 4:], [1, 0, 1]).logits_BLV.clone()
     last_BLV[1] = 0
     found.append(last_BLV)
     assert decoder.lengths == [8, 3, 13]

@@ -235,6 +235,9 @@ def test_kept_operands_change_no_bit_and_follow_the_weights() -> None:
             layer.keep_operand()
             assert layer.operand().data_ptr() == layer.operand().data_ptr()
         assert torch.equal(model.logits(tokens_BL), before)
+    model.logits(tokens_BL).float().sum().backward()
+    assert all(layer.weight.grad is not None for layer in short_layers(model)), "training casts"
+    with torch.no_grad():
         for layer in short_layers(model):
             layer.weight.mul_(1.5)
         after = model.logits(tokens_BL)
