@@ -36,7 +36,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last axis of x, which has any shape that ends in `dim`."""
-        if x.device.type == "cpu" and x.numel() <= FEW * self.dim and not torch.is_grad_enabled():
+        few = x.device.type == "cpu" and x.numel() <= FEW * self.dim
+        if few and torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
             return self._of_few(x)
         kernels = few_tokens.kernels(x, x.numel() // self.dim, self.dim)
         if kernels is not None:

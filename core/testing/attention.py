@@ -193,7 +193,7 @@ def attention_gradients_are_right(subject: Subject) -> None:
     where="core/contracts/component.py, Costs",
 )
 def declared_cache_is_real(subject: Subject) -> None:
-    """Compares with the bytes of a filled cache and of the tensors that it holds, but for lengths and places in int64."""
+    """Compares with the bytes of a filled cache and of its tensors, lengths and places in int64 excepted."""
     module = subject.made().eval()
     context = bench.tokens()
     cache = module.new_cache(*context.tokens_BL.shape)
