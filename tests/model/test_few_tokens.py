@@ -1,6 +1,5 @@
 """Kernels for few tokens: their arithmetic in Triton's interpreter, and when they are not used."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.model import few_tokens
-from model import tiny
 from plugins.deepseek_moe import chosen
 
 SCRIPT = """
@@ -97,18 +95,3 @@ def test_kernels_that_differ_or_cannot_run_are_not_used(monkeypatch: pytest.Monk
     with pytest.warns(UserWarning, match=r"cannot run \(RuntimeError: no C compiler\); torch's"):
         assert few_tokens._verified("cpu") is None
     few_tokens._verified.cache_clear()
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 24), (1, 24), (3, 2, 24)])
-def test_norms_of_few_rows_are_the_definition(shape: tuple[int, ...]) -> None:
-    model = tiny.build()
-    norm = model.blocks[0].attention.q_norm  # type: ignore[union-attr]
-    x = random(*shape)
-    expected = torch.empty(shape, dtype=torch.float64)
-    for place in itertools.product(*map(range, shape[:-1])):
-        row = x[place]
-        expected[place] = row / (row.pow(2).mean() + 1e-6).sqrt() * norm.weight
-    with torch.inference_mode():
-        found = norm(x).clone()
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(norm(x), expected, rtol=1e-13, atol=1e-13)
