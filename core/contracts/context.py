@@ -4,7 +4,7 @@ Shapes: B batch, L length of the tokens given, M = L + 1 (the inputs and the las
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -54,7 +54,9 @@ class SequenceContext:
     first_sequence: int = 0
     reduce_sum: Callable[[Tensor], Tensor] = identity
     recorded: bool = True
-    _computed: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_computed", {})
 
     @classmethod
     def of(cls, tokens_BL: Tensor, *, start: int = 0, **rest: Any) -> "SequenceContext":
@@ -71,9 +73,10 @@ class SequenceContext:
             key: tells the values of one context apart; hashable.
             compute: makes the value.
         """
-        if key not in self._computed:
-            self._computed[key] = compute()
-        value: T = self._computed[key]
+        computed: dict[Any, Any] = self._computed  # type: ignore[attr-defined]
+        if key not in computed:
+            computed[key] = compute()
+        value: T = computed[key]
         return value
 
     def valid(self) -> Tensor:

@@ -29,9 +29,9 @@ def kernels(x: Tensor, rows: int, width: int) -> ModuleType | None:
 
     It is for GPUs and without gradients. On the first call of a device the kernels are compiled and compared.
     """
-    if not x.is_cuda or x.dtype not in FORMATS or rows > MOST_ROWS or width > WIDEST:
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.dtype not in FORMATS or rows > MOST_ROWS or width > WIDEST:
         return None
     return _verified(str(x.device))
 
