@@ -19,28 +19,10 @@ from core.model.initialise import initialise
 from core.model.language_model import Embedding, LanguageModel
 from core.model.norm import RMSNorm
 from core.numerics.draw import without_draws
-from core.numerics.linear import PlainProduct
+from core.numerics.linear import SharedLinear
 from core.recipe.compose import Recipe
 from core.recipe.model_schema import RopeSection
 from core.recipe.values import show_value
-
-
-class TiedOutput(PlainProduct):
-    """The output layer that shares the embedding's weight, which only the embedding owns."""
-
-    def __init__(self, embedding: Embedding, compute_dtype: torch.dtype) -> None:
-        super().__init__()
-        self._embedding = [embedding]
-        self.compute_dtype = compute_dtype
-
-    @property
-    def weight(self) -> Tensor:
-        """The embedding's weight, [vocabulary, dim]."""
-        return self._embedding[0].weight
-
-    def operand(self) -> Tensor:
-        """The embedding's weight in the format of the product."""
-        return self.weight.to(self.compute_dtype)
 
 
 def build(
@@ -183,7 +165,7 @@ def _model(recipe: Recipe, context: BuildContext) -> LanguageModel:
     )
     output: nn.Module
     if recipe.model.tied_embedding:
-        output = TiedOutput(embedding, precision.compute_dtype("head"))
+        output = SharedLinear(embedding, precision.compute_dtype("head"))
     else:
         output = context.linear(context.dim, context.vocabulary, "head")
     kinds = list(_blocks(recipe))

@@ -11,6 +11,7 @@ from benchmarks.on_gpu.runs import Process, stop
 
 TESTS = (
     "model/test_cuda.py",
+    "model/test_decoding.py",
     "precision/test_cuda.py",
     "precision/test_native.py",
     "precision/test_native_kernels.py",

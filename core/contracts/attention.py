@@ -21,7 +21,7 @@ class Cache(ABC):
 
     Attributes:
         constant_shapes: whether `append` returns all `capacity` slots of each row instead of the longest row's, so that
-            every decoding step has the same shapes, as CUDA graphs need it; set it before the first `append`.
+            every decoding step has the same shapes, as CUDA graphs need it; it may be set between two steps.
         truncates: whether `truncate` can be called; a cache that compresses closed windows, for example, cannot.
     """
 
@@ -31,7 +31,7 @@ class Cache(ABC):
     @property
     @abstractmethod
     def lengths(self) -> Tensor:
-        """The number of tokens kept for each row: int64, on the cache's device."""
+        """The number of tokens kept for each row: int64, on the cache's device. Later calls may change it in place."""
 
     @property
     @abstractmethod
@@ -61,6 +61,15 @@ class Cache(ABC):
 
         None if they are the last `new` of the S positions in every row, which never holds under `constant_shapes`.
         """
+
+    def advance(self, new: int) -> None:
+        """Counts tokens that a replayed CUDA graph has appended to each row, for `longest`; `lengths` has them already.
+
+        Raises:
+            NotImplementedError: this cache cannot be replayed.
+            ValueError: a row would hold more than `capacity` tokens.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be replayed")
 
     def truncate(self, lengths_B: Tensor) -> None:
         """Forgets all tokens of each row past a length (rejected drafts, padding on the right of a prompt).

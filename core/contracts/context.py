@@ -5,10 +5,12 @@ Shapes: B batch, L length of the tokens given, M = L + 1 (the inputs and the las
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -37,6 +39,8 @@ class SequenceContext:
             ranks. Random choices are addressed by (seed, step, layer, number of the sequence, position), see
             `core.routing.chance`, so splitting a batch changes none of them.
         reduce_sum: sum over the data ranks, differentiable; the identity on one device.
+        recorded: whether layers must return records. Decoding reads none: a feed-forward layer with experts may then
+            return None for its record, and skip what it would count.
     """
 
     tokens_BL: Tensor
@@ -49,12 +53,31 @@ class SequenceContext:
     step: int = 0
     first_sequence: int = 0
     reduce_sum: Callable[[Tensor], Tensor] = identity
+    recorded: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_computed", {})
 
     @classmethod
     def of(cls, tokens_BL: Tensor, *, start: int = 0, **rest: Any) -> "SequenceContext":
         """Makes the context of token ids whose first position is `start`; `rest` are further fields."""
         positions_L = torch.arange(start, start + tokens_BL.shape[1], device=tokens_BL.device)
         return cls(tokens_BL, positions_L[None], **rest)
+
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """What `compute` returns, computed for the first layer that asks and kept for the others.
+
+        For values in decoding that depend on nothing but this context and the rows' lengths: rotary tables, masks.
+
+        Args:
+            key: tells the values of one context apart; hashable.
+            compute: makes the value.
+        """
+        computed: dict[Any, Any] = self._computed  # type: ignore[attr-defined]
+        if key not in computed:
+            computed[key] = compute()
+        value: T = computed[key]
+        return value
 
     def valid(self) -> Tensor:
         """The mask valid_BL, all True if it is not given."""

@@ -54,6 +54,11 @@ class Dispatcher(Component, ABC):
     def __init__(self, config: Any, build: BuildContext, *, experts: int) -> None:
         self.experts = experts
 
+    @property
+    def is_local(self) -> bool:
+        """Whether all experts are on this device, so that a layer may give them a few tokens without a transfer."""
+        return False
+
     def bind(self, mesh: "DeviceMesh", placement: Placement) -> None:
         """Spreads the experts over ranks; without it all experts are on this device.
 

@@ -130,6 +130,16 @@ class Router(nn.Module, Component, ABC):
     ) -> Routing:
         """Routes the tokens of a micro-batch; T = B x L."""
 
+    def choices(
+        self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> tuple[Tensor, Tensor] | None:
+        """The experts T x K and gates T x K of tokens in decoding, the same as those of `forward`.
+
+        None where a token does not always have the same number of experts, or this form saves nothing: `forward` is
+        then called.
+        """
+        return None
+
     @abstractmethod
     def costs(self) -> Costs:
         """The costs of one token."""

@@ -32,16 +32,20 @@ class TensorCache(Cache):
     def __init__(self, rows: int, capacity: int, device: torch.device | None = None) -> None:
         self.capacity = capacity
         self.device = torch.get_default_device() if device is None else device
-        self._lengths = [0] * rows
+        self._lengths_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._places_S = torch.arange(capacity, device=self.device)
+        self._rows_B1 = torch.arange(rows, device=self.device)[:, None]
+        self._counts = [0] * rows  # the lengths once more, on the host
+        self._slots_BL: Tensor | None = None
         self._buffers: tuple[Tensor, ...] = ()
 
     @property
     def lengths(self) -> Tensor:
-        return torch.tensor(self._lengths, device=self.device)
+        return self._lengths_B
 
     @property
     def longest(self) -> int:
-        return max(self._lengths)
+        return max(self._counts)
 
     @property
     def bytes(self) -> int:
@@ -49,37 +53,54 @@ class TensorCache(Cache):
 
     def append(self, *parts: Tensor) -> tuple[Tensor, ...]:
         new = parts[0].shape[1]
-        if self.longest + new > self.capacity:
-            raise ValueError(
-                f"{self.longest} tokens and {new} more do not fit into a cache of {self.capacity}"
-            )
+        first = self.longest
+        self.advance(new)
         if not self._buffers:
             self._buffers = tuple(self._new_buffer(part) for part in parts)
-        self._lengths = [length + new for length in self._lengths]
-        slots_BL = self.slots(new)
-        rows_B1 = torch.arange(len(self._lengths), device=self.device)[:, None]
-        for buffer, part in zip(self._buffers, parts, strict=True):
-            if slots_BL is None:
-                buffer[:, self.longest - new : self.longest] = part.detach()
-            else:
-                buffer[rows_B1, slots_BL] = part.detach()
+        if self._even:
+            self._slots_BL = None
+            for buffer, part in zip(self._buffers, parts, strict=True):
+                buffer[:, first : first + new] = part.detach()
+        else:
+            self._slots_BL = self._lengths_B[:, None] + self._places_S[:new]
+            for buffer, part in zip(self._buffers, parts, strict=True):
+                buffer[self._rows_B1, self._slots_BL] = part.detach()
+        self._lengths_B += new
         if self.constant_shapes:
             return self._buffers
         return tuple(buffer[:, : self.longest] for buffer in self._buffers)
+
+    @property
+    def _even(self) -> bool:
+        """Whether the new tokens of every row are at the same places, and may be found by the host."""
+        return not self.constant_shapes and min(self._counts) == self.longest
 
     def _new_buffer(self, part: Tensor) -> Tensor:
         """Zeros of rows x capacity x ... in the format of a part."""
         shape = (len(part), self.capacity, *part.shape[2:])
         return torch.zeros(shape, dtype=part.dtype, device=part.device)
 
+    def advance(self, new: int) -> None:
+        if self.longest + new > self.capacity:
+            raise ValueError(
+                f"{self.longest} tokens and {new} more do not fit into a cache of {self.capacity}"
+            )
+        self._counts = [count + new for count in self._counts]
+
     def slots(self, new: int) -> Tensor | None:
-        if min(self._lengths) == self.longest and not self.constant_shapes:
+        if self._even:
             return None
-        return self.lengths[:, None] - new + torch.arange(new, device=self.device)
+        if self._slots_BL is not None and self._slots_BL.shape[1] == new:
+            return self._slots_BL
+        return self._lengths_B[:, None] - new + self._places_S[:new]
 
     def truncate(self, lengths_B: Tensor) -> None:
         wanted = lengths_B.tolist()
-        self._lengths = [min(old, int(new)) for old, new in zip(self._lengths, wanted, strict=True)]
+        counts = zip(self._counts, wanted, strict=True)
+        self._counts = [min(old, int(new)) for old, new in counts]
+        self._slots_BL = None
+        wanted_B = lengths_B.to(self.device, non_blocking=True)
+        torch.minimum(self._lengths_B, wanted_B, out=self._lengths_B)
 
 
 def attend(
@@ -108,10 +129,7 @@ def attend(
     q, k, v = (x.transpose(1, 2) for x in (q_BLHR, k_BSHR, v_BSHV))
     new = q.shape[2]
     seen = k.shape[2]
-    if slots_BL is None:
-        mask = _mask(new, seen, context)
-    else:
-        mask = _row_mask(slots_BL, seen)
+    mask = attention_mask(slots_BL, new, seen, context)
     grouped = k.shape[1] != q.shape[1]
     causal = mask is None and new > 1
     width = v.shape[-1]
@@ -134,6 +152,19 @@ def _best_kernel(q: Tensor, mask: Tensor | None) -> AbstractContextManager[Any]:
         return nullcontext()
     chosen: AbstractContextManager[Any] = sdpa_kernel(KERNELS, set_priority=True)
     return chosen
+
+
+def attention_mask(
+    slots_BL: Tensor | None, new: int, seen: int, context: SequenceContext
+) -> Tensor | None:
+    """The mask L x S or B x 1 x L x S of what each query sees; None where the kernel's own causal mask is right.
+
+    In decoding it is made once for all layers.
+    """
+    if slots_BL is not None:
+        slots = slots_BL
+        return context.once(("row mask", new, seen), lambda: _row_mask(slots, seen))
+    return _mask(new, seen, context)
 
 
 def _row_mask(slots_BL: Tensor, seen: int) -> Tensor:

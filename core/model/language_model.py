@@ -1,7 +1,7 @@
 """The language model: embedding, blocks, final norm, output, and the heads that give it losses."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -263,13 +263,15 @@ class LanguageModel(nn.Module):
         """
         if valid_BL is None:
             self._check_length(tokens_BL.shape[1] + caches[0].longest)
-        context = SequenceContext.of(tokens_BL, start=caches[0].longest, valid_BL=valid_BL)
+        context = SequenceContext.of(
+            tokens_BL, start=caches[0].longest, valid_BL=valid_BL, recorded=False
+        )
         if caches[0].slots(0) is not None:  # rows of different lengths
             new_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
             positions_BL = caches[0].lengths[:, None] + new_L
             if valid_BL is not None:
                 positions_BL = positions_BL.clamp(max=self.max_length - 1)  # those of padding
-            context = SequenceContext(tokens_BL, positions_BL, valid_BL=valid_BL)
+            context = replace(context, positions_BL=positions_BL)
         hidden_BLD, _ = self.hidden(context, caches)
         chosen_BLD = hidden_BLD
         if logits_at_B is not None:

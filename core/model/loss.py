@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from core.numerics import compiling
-from core.numerics.linear import plain_operand
+from core.numerics.linear import plain_matrix
 from core.numerics.promotion import at_least_fp32
 
 IGNORED = -100
@@ -48,7 +48,7 @@ def _fused_weight(logits: Callable[[Tensor], Tensor], hidden_TD: Tensor) -> Tens
     """The output's weight, where product and loss are one function: in training on CPUs, in fp32 or wider."""
     if not compiling.is_eager_on_cpu(hidden_TD) or not torch.is_grad_enabled():
         return None
-    weight_VD = plain_operand(logits)
+    weight_VD = plain_matrix(logits)
     if weight_VD is None or weight_VD.dtype != hidden_TD.dtype:
         return None
     return weight_VD if at_least_fp32(weight_VD).dtype == weight_VD.dtype else None

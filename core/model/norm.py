@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from core.contracts.build import BuildContext
+from core.model import few_tokens
 from core.numerics import compiling
 from core.numerics.promotion import at_least_fp32
 
@@ -34,10 +35,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last axis of x, which has any shape that ends in `dim`."""
+        kernels = few_tokens.kernels(x, x.numel() // self.dim, self.dim)
+        if kernels is not None:
+            normed: Tensor = kernels.rms_norm(x.reshape(-1, self.dim), self.weight, self.eps)
+            return normed.view_as(x)
         wide = at_least_fp32(x)
         weight = self.weight.to(wide.dtype)
-        if compiling.is_eager_on_cpu(wide):
-            normed: Tensor = _RMSNorm.apply(wide, weight, self.eps)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and compiling.is_eager_on_cpu(wide):
+            normed = _RMSNorm.apply(wide, weight, self.eps)  # type: ignore[no-untyped-call]
             return normed.to(x.dtype)
         return F.rms_norm(wide, (self.dim,), weight, self.eps).to(x.dtype)
 

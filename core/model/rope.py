@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from core.contracts.build import Rope
+from core.contracts.context import SequenceContext
 from core.numerics import compiling
 from core.numerics.compiling import assume_constant_result
 from core.numerics.promotion import at_least_fp32
@@ -73,18 +74,39 @@ def rope_table(
 
     With YaRN both carry the ratio of the two temperatures, which is 1 where their coefficients are equal.
     """
-    yarn = None
-    ratio = 1.0
-    if rope.yarn is not None:
-        low, high = correction_range(dim, rope.theta, rope.yarn)
-        yarn = (rope.yarn.factor, low, high)
-        factor = rope.yarn.factor
-        rotated_temperature = temperature(factor, rope.yarn.mscale)
-        ratio = rotated_temperature / temperature(factor, rope.yarn.mscale_all_dim)
-    frequencies = _frequencies(dim, rope.theta, yarn)
+    arguments, ratio = _arguments(rope, dim)
+    frequencies = _frequencies(*arguments)
     frequencies_R = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)
+    return _tables(positions, frequencies_R, ratio, dtype)
+
+
+def _arguments(rope: Rope, dim: int) -> tuple[tuple[int, float, tuple[float, ...] | None], float]:
+    """The arguments of `_frequencies`, and the ratio of the two temperatures."""
+    if rope.yarn is None:
+        return (dim, rope.theta, None), 1.0
+    low, high = correction_range(dim, rope.theta, rope.yarn)
+    factor = rope.yarn.factor
+    rotated_temperature = temperature(factor, rope.yarn.mscale)
+    ratio = rotated_temperature / temperature(factor, rope.yarn.mscale_all_dim)
+    return (dim, rope.theta, (factor, low, high)), ratio
+
+
+def _tables(
+    positions: Tensor, frequencies_R: Tensor, ratio: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions times frequencies, times a ratio."""
     angles = positions.to(torch.float64)[..., None] * frequencies_R
     return (angles.cos() * ratio).to(dtype), (angles.sin() * ratio).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept_frequencies(
+    dim: int, theta: float, yarn: tuple[float, ...] | None, device: torch.device
+) -> Tensor:
+    """The frequencies in fp64 on a device, kept because decoding must not copy from the host at every token."""
+    with torch.inference_mode(False):
+        frequencies = _cached_frequencies(dim, theta, yarn)
+        return torch.tensor(frequencies, dtype=torch.float64, device=device)
 
 
 def rotate(x_BLHR: Tensor, rope: Rope, positions_BL: Tensor) -> Tensor:
@@ -125,3 +147,29 @@ def _times(x_BLHR: Tensor, turn: Tensor) -> Tensor:
     if not dense or any(stride % 2 for stride in pairs.stride()[:-1]):
         pairs = pairs.contiguous()
     return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
+
+
+def turns_of(context: SequenceContext, rope: Rope, dim: int, dtype: torch.dtype) -> Tensor:
+    """The rotations of a decoding step as complex numbers, B x L x 1 x dim/2, computed once for all layers.
+
+    Args:
+        context: the new tokens.
+        rope: the frequencies.
+        dim: width of the rotated vectors.
+        dtype: format of real and imaginary parts, fp32 or wider.
+    """
+
+    def compute() -> Tensor:
+        positions_BL = context.positions_BL
+        arguments, ratio = _arguments(rope, dim)
+        frequencies_R = _kept_frequencies(*arguments, positions_BL.device)
+        cos_BLR, sin_BLR = _tables(positions_BL, frequencies_R, ratio, dtype)
+        return torch.complex(cos_BLR, sin_BLR)[:, :, None]
+
+    return context.once(("turns", id(rope), dim, dtype), compute)
+
+
+def turn(x_BLHR: Tensor, context: SequenceContext, rope: Rope) -> Tensor:
+    """`rotate` in few operations, for decoding: a pair (x0, x1) is x0 + i x1, and turning is one complex product."""
+    wide = at_least_fp32(x_BLHR)
+    return _times(wide, turns_of(context, rope, wide.shape[-1], wide.dtype)).to(x_BLHR.dtype)

@@ -51,8 +51,55 @@ class ProductLayer(nn.Module):
         self.compute_dtype = formats["compute_dtype"]
         self.role = formats.get("role", "")
         self.kernels_used = formats.get("kernels_used")
+        self._plain_path = plain_path(self.compute_dtype)
         self.weight = nn.Parameter(torch.empty(shape, dtype=formats["param_dtype"]))
+        self._operand: Tensor | None = None
+        self._operand_of: tuple[int, int] | None = None
         self.reset_parameters()
+
+    def operand(self) -> Tensor:
+        """The weight in the product's format: a cast, or the copy of `keep_operand` while the weight stays the same.
+
+        The copy has no gradient, so it is for decoding only.
+        """
+        if self._operand is not None and not torch.is_grad_enabled():
+            if self._operand_of == self._weight_now():
+                return self._operand
+            self.drop_operand()
+        return self.weight.to(self.compute_dtype)
+
+    def keep_operand(self) -> None:
+        """Keeps the cast weight, so that decoding does not cast it for every token; nothing where no cast is needed."""
+        current = self._operand is not None and self._operand_of == self._weight_now()
+        if self.weight.dtype != self.compute_dtype and not current:
+            with torch.inference_mode(False):
+                self._operand = self.weight.detach().to(self.compute_dtype)
+            self._operand_of = self._weight_now()
+
+    def drop_operand(self) -> None:
+        """Frees the copy of `keep_operand`."""
+        self._operand = None
+        self._operand_of = None
+
+    def _weight_now(self) -> tuple[int, int]:
+        """What changes when the weight is replaced, moved or written to in place."""
+        return self.weight.data_ptr(), self.weight._version
+
+    def matrix(self) -> Tensor | None:
+        """The weight in the product's format, for callers that multiply by it in another order.
+
+        None where `forward` is not the plain product with this matrix, in FP8 for example: it must then be called.
+        """
+        if not self.is_plain:
+            return None
+        self.note(self._plain_path)
+        return self.operand()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `forward` is the one of this module, and not a derived layer's, and is all that a call does."""
+        hooked = bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+        return type(self).forward in (Linear.forward, GroupedLinear.forward) and not hooked
 
     def reset_parameters(self) -> None:
         """Draws the weight from N(0, std)."""
@@ -69,42 +116,56 @@ class ProductLayer(nn.Module):
         return f"{', '.join(map(str, sizes))}, {self.compute_dtype}"
 
 
-class PlainProduct(nn.Module):
-    """A layer that computes x W^T without bias, and nothing else unless a derived class has a `forward` of its own."""
+def plain_matrix(layer: object) -> Tensor | None:
+    """The matrix W of a layer that computes x W^T, in the product's format, for callers that fuse the product.
 
-    def operand(self) -> Tensor:
-        """The weight W in the format of the product, [outputs, inputs]."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x W^T: (..., inputs) -> (..., outputs)."""
-        weight = self.operand()
-        return F.linear(x.to(weight.dtype), weight)
-
-
-def plain_operand(layer: object) -> Tensor | None:
-    """The operand of a layer whose output is x W^T, for callers that fuse the product; None for any other layer.
-
-    A layer with hooks is another one, and so is one whose weight is divided over ranks at the moment.
+    None for any other callable, for a layer with hooks, and for a weight that is divided over ranks at the moment.
     """
-    if not isinstance(layer, PlainProduct) or type(layer).forward is not PlainProduct.forward:
-        return None
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        return None
-    weight = layer.operand()
-    return None if isinstance(weight, DTensor) else weight
+    matrix = layer.matrix() if isinstance(layer, Linear | SharedLinear) else None
+    return None if isinstance(matrix, DTensor) else matrix
 
 
-class Linear(PlainProduct, ProductLayer):
+class Linear(ProductLayer):
     """x W^T without bias; `weight` is [outputs, inputs]. The keyword arguments are `LinearOptions`."""
 
     def __init__(self, inputs: int, outputs: int, **formats: Unpack[LinearOptions]) -> None:
         super().__init__(outputs, inputs, **formats)
 
-    def operand(self) -> Tensor:
-        """The weight in the format of the product; it is noted that plain code takes this product."""
-        self.note(plain_path(self.compute_dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T: (..., inputs) -> (..., outputs)."""
+        self.note(self._plain_path)
+        return F.linear(x.to(self.compute_dtype), self.operand())
+
+
+class SharedLinear(nn.Module):
+    """x W^T with the weight of another module, which alone owns it.
+
+    Args:
+        owner: has the parameter `weight`, [outputs, inputs].
+        compute_dtype: format of the product's operands.
+    """
+
+    def __init__(self, owner: nn.Module, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self._owner = [owner]  # in a list, so that it is no submodule
+        self.compute_dtype = compute_dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The owner's weight."""
+        weight: Tensor = self._owner[0].weight  # type: ignore[assignment]
+        return weight
+
+    def matrix(self) -> Tensor | None:
+        """The weight in the product's format; None if a hook or a derived class does more than the product."""
+        hooked = bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+        if hooked or type(self).forward is not SharedLinear.forward:
+            return None
         return self.weight.to(self.compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T: (..., inputs) -> (..., outputs)."""
+        return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
 
 
 class GroupedLinear(ProductLayer):
@@ -145,6 +206,6 @@ class GroupedLinear(ProductLayer):
 
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
         """The products [A, outputs] of rows sorted by group; `ends_E` says where each group ends."""
-        self.note(plain_path(self.compute_dtype))
-        weight_EOI = self.weight.to(self.compute_dtype)
+        self.note(self._plain_path)
+        weight_EOI = self.operand()
         return grouped_product(x_AI.to(self.compute_dtype), weight_EOI, ends_E)

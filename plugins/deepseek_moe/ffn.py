@@ -22,7 +22,9 @@ from core.contracts.record import Record
 from core.contracts.router import CAPABILITIES, Router
 from core.contracts.schema import Child, child, children, setting
 from core.model.activation import swiglu
+from core.numerics.linear import GroupedLinear
 from core.routing.chance import Chance
+from plugins.deepseek_moe.chosen import gated_experts, pays
 from plugins.deepseek_moe.dropping import TokenDropping, drop_over_budget
 
 
@@ -38,6 +40,16 @@ class Experts(nn.Module):
         """The outputs of rows sorted by expert; rows of expert e end at ends_E[e]."""
         result: Tensor = self.down(swiglu(self.gate_up(x_AD, ends_E)), ends_E)
         return result
+
+    def of_chosen(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor | None:
+        """The gated sum of each token's experts, without sorting; None where the products are not plain ones."""
+        if not isinstance(self.gate_up, GroupedLinear) or not isinstance(self.down, GroupedLinear):
+            return None
+        gate_up = self.gate_up.matrix()
+        down = self.down.matrix()
+        if gate_up is None or down is None:
+            return None
+        return gated_experts(x_TD, gate_up, down, expert_TK, gate_TK)
 
 
 class SharedExperts(nn.Module):
@@ -183,9 +195,13 @@ class MixtureOfExperts(FeedForward):
             scores_TE = balancer.adjust_scores(scores_TE)
         return scores_TE
 
-    def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, Record]:
+    def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, Record | None]:
         """The layer's output and its record; shared experts work while tokens travel."""
         x_TD = x_BLD.flatten(0, 1)
+        if not context.recorded and not self.training:
+            y_TD = self._few(x_TD, context)
+            if y_TD is not None:
+                return y_TD.view_as(x_BLD), None
         routing = self.router(x_TD, self.adjust_scores, context)
         if self.training and self.config.token_dropping is not None:
             drawn_B = self.sequence_chance.of_sequences(context, "never dropped")
@@ -196,6 +212,8 @@ class MixtureOfExperts(FeedForward):
         y_TD = self.dispatcher.start_combine(self.routed(x_AD, ends_E), state).wait()
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
+        if not context.recorded:
+            return y_TD.view_as(x_BLD), None
         valid_T = context.valid().flatten()
         record = Record(
             load_E=routing.load(valid_T),
@@ -205,6 +223,19 @@ class MixtureOfExperts(FeedForward):
             tallies=self.dispatcher.tallies(state),
         )
         return y_TD.view_as(x_BLD), record
+
+    def _few(self, x_TD: Tensor, context: SequenceContext) -> Tensor | None:
+        """The output for few tokens, whose experts are called without a dispatcher; None where that does not pay."""
+        if not self.dispatcher.is_local or not pays(x_TD, self.router.top_k):
+            return None
+        choices = self.router.choices(x_TD, self.adjust_scores, context)
+        if choices is None:
+            return None
+        y_TD = self.routed.of_chosen(x_TD, *choices)
+        if y_TD is None or self.shared is None:
+            return y_TD
+        shared_TD: Tensor = self.shared(x_TD)
+        return y_TD + shared_TD
 
     def costs(self) -> Costs:
         """A token uses top_k of the routed experts and all of the rest."""

@@ -16,6 +16,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
 from core.contracts.router import AdjustScores, Routing
 from core.contracts.schema import setting
+from core.numerics.promotion import at_least_fp32
 from core.routing.gating import LearnedRouter, best_experts
 
 
@@ -106,16 +107,33 @@ class DeepSeekV3Router(LearnedRouter):
         self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
     ) -> Routing:
         """The top_k experts of each token, and their gates (eq. 12-16)."""
+        scores_TE = self._affinities(logits_TE)
+        expert_TK, gate_TK = self._choose(scores_TE, adjust_scores)
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE)
+
+    def choices(
+        self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> tuple[Tensor, Tensor] | None:
+        """The experts and gates of `forward`, without the lists of a `Routing`."""
+        if torch.is_autocast_enabled(x_TD.device.type):
+            return None
+        logits_TE = self.centroids(self.read(at_least_fp32(x_TD), context))
+        return self._choose(self._affinities(logits_TE), adjust_scores)
+
+    def _affinities(self, logits_TE: Tensor) -> Tensor:
+        """The affinities of tokens to experts (eq. 15)."""
         if self.config.affinity == "sigmoid":
-            scores_TE = logits_TE.sigmoid()
-        else:
-            scores_TE = logits_TE.softmax(dim=1)
+            return logits_TE.sigmoid()
+        return logits_TE.softmax(dim=1)
+
+    def _choose(self, scores_TE: Tensor, adjust_scores: AdjustScores) -> tuple[Tensor, Tensor]:
+        """The experts T x K with the best adjusted affinities, and their gates from the affinities themselves."""
         with torch.no_grad():
             expert_TK = self.select(adjust_scores(scores_TE.detach()))
         gate_TK = scores_TE.gather(1, expert_TK)
         if self.config.normalise:
             gate_TK = gate_TK / (gate_TK.sum(dim=1, keepdim=True) + 1e-20)
-        return Routing.top_k(expert_TK, gate_TK * self.config.scale, scores_TE, logits_TE)
+        return expert_TK, gate_TK * self.config.scale
 
     def select(self, biased_TE: Tensor) -> Tensor:
         """The chosen experts T x K, from biased affinities."""

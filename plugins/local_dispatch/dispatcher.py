@@ -24,6 +24,11 @@ class LocalDispatcher(Dispatcher):
     def __init__(self, config: Config, build: BuildContext, *, experts: int) -> None:
         super().__init__(config, build, experts=experts)
 
+    @property
+    def is_local(self) -> bool:
+        """True: there is no other device."""
+        return True
+
     def start(self, x_TD: Tensor, routing: Routing) -> Handle:
         """Sorts rows by expert, stably; dropped assignments go past the last expert's end."""
         return Done(sort_by_expert(x_TD, routing, self.experts))

@@ -20,9 +20,11 @@ from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
 from core.contracts.schema import setting
-from core.model.attend import TensorCache, attend
+from core.model.attend import TensorCache, attend, attention_mask
 from core.model.norm import RMSNorm
-from core.model.rope import rotate, softmax_scale
+from core.model.rope import rotate, softmax_scale, turn
+from core.numerics.linear import ProductLayer
+from plugins.mla.absorbed import attend_to_latents, pays
 
 
 class LatentAttention(Attention):
@@ -95,29 +97,93 @@ class LatentAttention(Attention):
         self, x_BLD: Tensor, context: SequenceContext, cache: Cache | None = None
     ) -> Tensor:
         """The outputs u_t of eq. 11, B x L x D."""
+        if cache is not None:
+            return self._decode(x_BLD, context, cache)
         config = self.config
-        if config.q_rank is None:
-            q_BLD = self.q(x_BLD)
-        else:
-            q_BLD = self.q_up(self.q_norm(self.q_down(x_BLD)))
-        q_BLHX = q_BLD.unflatten(-1, (config.heads, -1))
+        q_BLHX = self._queries(x_BLD)
         q_BLHN, q_BLHR = q_BLHX.split([config.nope_dim, config.rope_dim], dim=-1)
         latent_BLC, k_BLR = self.kv_down(x_BLD).split([config.kv_rank, config.rope_dim], dim=-1)
         latent_BSC = self.kv_norm(latent_BLC)
         k_BSR = rotate(k_BLR[:, :, None], self.rope, context.positions_BL)[:, :, 0]
-        slots_BL = None
-        if cache is not None:
-            latent_BSC, k_BSR = cache.append(latent_BSC, k_BSR)
-            slots_BL = cache.slots(x_BLD.shape[1])
-        kv_BSHX = self.kv_up(latent_BSC).unflatten(-1, (config.heads, -1))
-        k_BSHN, v_BSHV = kv_BSHX.split([config.nope_dim, config.value_dim], dim=-1)
         q_BLHR = rotate(q_BLHR, self.rope, context.positions_BL)
         q_BLHX = torch.cat([q_BLHN, q_BLHR], dim=-1)
-        k_BSHR = k_BSR[:, :, None].expand(-1, -1, config.heads, -1)
-        k_BSHX = torch.cat([k_BSHN, k_BSHR], dim=-1)
-        o_BLHV = attend(q_BLHX, k_BSHX, v_BSHV, self.scale, context, slots_BL)
+        o_BLHV = self._attend_expanded(q_BLHX, latent_BSC, k_BSR, context)
         result: Tensor = self.output(o_BLHV.flatten(-2))
         return result
+
+    def _queries(self, x_BLD: Tensor) -> Tensor:
+        """The queries of all heads before rotation, B x L x H x (N + R)."""
+        if self.config.q_rank is None:
+            q_BLD = self.q(x_BLD)
+        else:
+            q_BLD = self.q_up(self.q_norm(self.q_down(x_BLD)))
+        q_BLHX: Tensor = q_BLD.unflatten(-1, (self.config.heads, -1))
+        return q_BLHX
+
+    def _attend_expanded(
+        self,
+        q_BLHX: Tensor,
+        latent_BSC: Tensor,
+        k_BSR: Tensor,
+        context: SequenceContext,
+        slots_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Attention over the keys and values that the latents are expanded to."""
+        config = self.config
+        kv_BSHX = self.kv_up(latent_BSC).unflatten(-1, (config.heads, -1))
+        k_BSHN, v_BSHV = kv_BSHX.split([config.nope_dim, config.value_dim], dim=-1)
+        k_BSHR = k_BSR[:, :, None].expand(-1, -1, config.heads, -1)
+        k_BSHX = torch.cat([k_BSHN, k_BSHR], dim=-1)
+        return attend(q_BLHX, k_BSHX, v_BSHV, self.scale, context, slots_BL)
+
+    def _decode(self, x_BLD: Tensor, context: SequenceContext, cache: Cache) -> Tensor:
+        """The outputs of new tokens, whose latents and rotated keys the cache keeps side by side."""
+        config = self.config
+        q_BLHX = self._queries(x_BLD)
+        q_BLHN, q_BLHR = q_BLHX.split([config.nope_dim, config.rope_dim], dim=-1)
+        latent_BLC, k_BLR = self.kv_down(x_BLD).split([config.kv_rank, config.rope_dim], dim=-1)
+        rotated_BLHR = turn(torch.cat([q_BLHR, k_BLR[:, :, None]], dim=2), context, self.rope)
+        q_BLHR = rotated_BLHR[:, :, :-1]
+        new_BLX = torch.cat([self.kv_norm(latent_BLC), rotated_BLHR[:, :, -1]], dim=-1)
+        (cached_BSX,) = cache.append(new_BLX)
+        slots_BL = cache.slots(x_BLD.shape[1])
+        up_HWC = self._absorbable(x_BLD.shape[1], cached_BSX.shape[1], context)
+        if up_HWC is not None:
+            mask_BAS = self._mask(slots_BL, x_BLD.shape[1], cached_BSX.shape[1], context)
+            o_BLHV = attend_to_latents(q_BLHN, q_BLHR, cached_BSX, up_HWC, self.scale, mask_BAS)
+        else:
+            latent_BSC, k_BSR = cached_BSX.split([config.kv_rank, config.rope_dim], dim=-1)
+            q_BLHX = torch.cat([q_BLHN, q_BLHR], dim=-1)
+            o_BLHV = self._attend_expanded(q_BLHX, latent_BSC, k_BSR, context, slots_BL)
+        result: Tensor = self.output(o_BLHV.flatten(-2))
+        return result
+
+    def _absorbable(self, new: int, seen: int, context: SequenceContext) -> Tensor | None:
+        """The up-projection by head, H x (N + V) x C; None where latents are to be expanded.
+
+        That is where many tokens are new, where documents are kept apart, and where the precision's product with this
+        matrix is not a plain one (FP8, emulated formats): an absorbed product would be rounded in other places.
+        """
+        config = self.config
+        expanded = config.nope_dim + config.value_dim
+        if context.documents_BM is not None or not pays(new, seen, config.kv_rank, expanded):
+            return None
+        up: Tensor | None = self.kv_up.matrix() if isinstance(self.kv_up, ProductLayer) else None
+        return None if up is None else up.unflatten(0, (config.heads, -1))
+
+    def _mask(
+        self, slots_BL: Tensor | None, new: int, seen: int, context: SequenceContext
+    ) -> Tensor | None:
+        """The mask B x A x S of A = L x H queries, once for all layers; None: every query sees all."""
+
+        def compute() -> Tensor | None:
+            mask = attention_mask(slots_BL, new, seen, context)
+            if mask is None:
+                return None
+            mask_BLS = mask[:, 0] if mask.ndim == 4 else mask[None]
+            return mask_BLS.repeat_interleave(self.config.heads, dim=1)
+
+        return context.once(("absorbed mask", new, seen, self.config.heads), compute)
 
     def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
         """A cache of kv_rank + rope_dim elements per token."""

@@ -17,7 +17,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
 from core.contracts.schema import setting
 from core.model.attend import TensorCache, attend
-from core.model.rope import rotate, softmax_scale
+from core.model.rope import rotate, softmax_scale, turn
 
 
 class _HeadAttention(Attention):
@@ -47,10 +47,13 @@ class _HeadAttention(Attention):
         q_BLHR = self.q(x_BLD).unflatten(-1, heads)
         k_BLHR = self.k(x_BLD).unflatten(-1, heads)
         v_BSHV = self.v(x_BLD).unflatten(-1, heads)
-        q_BLHR = rotate(q_BLHR, self.rope, context.positions_BL)
-        k_BSHR = rotate(k_BLHR, self.rope, context.positions_BL)
         slots_BL = None
-        if cache is not None:
+        if cache is None:
+            q_BLHR = rotate(q_BLHR, self.rope, context.positions_BL)
+            k_BSHR = rotate(k_BLHR, self.rope, context.positions_BL)
+        else:
+            rotated_BLHR = turn(torch.cat([q_BLHR, k_BLHR], dim=2), context, self.rope)
+            q_BLHR, k_BSHR = rotated_BLHR.split([self.heads, self.kv_heads], dim=2)
             k_BSHR, v_BSHV = cache.append(k_BSHR, v_BSHV)
             slots_BL = cache.slots(x_BLD.shape[1])
         o_BLHV = attend(q_BLHR, k_BSHR, v_BSHV, self.scale, context, slots_BL)

@@ -225,7 +225,7 @@ def test_an_unknown_part_is_refused_with_those_there_are(tmp_path: Path) -> None
     done = run("speeed", "--quick", "--device", "cpu", "--out", tmp_path / "out")
     assert done.returncode == 2
     assert (
-        "speeed: is not a part; allowed: tests, correctness, fp8, speed, layer, profile"
+        "speeed: is not a part; allowed: tests, correctness, fp8, speed, decode, layer, profile"
         in done.stderr
     )
 

@@ -218,9 +218,8 @@ def test_A1_latent_cache_serves_absorbed_attention() -> None:
     attention, x_BLD, given = layer("mla"), inputs(), tiny.context(2, 6)
     cache = attention.new_cache(2, 6)
     expected = attention(x_BLD, given, cache)
-    latent_BSC, key_BSR = cache.append(
-        *(torch.zeros(2, 0, width, dtype=torch.float64) for width in (16, 4))
-    )
+    (cached_BSX,) = cache.append(torch.zeros(2, 0, 16 + 4, dtype=torch.float64))
+    latent_BSC, key_BSR = cached_BSX.split([16, 4], dim=-1)
     query = attention.q_up(attention.q_norm(attention.q_down(x_BLD))).unflatten(-1, (4, 12))
     q_nope, q_rope = query[..., :8], rotate(query[..., 8:], Rope(1e4, 4096), given.positions_BL)
     up_key, up_value = attention.kv_up.weight.view(4, 8 + 6, 16).split([8, 6], dim=1)

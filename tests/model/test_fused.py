@@ -16,7 +16,7 @@ from core.model.activation import swiglu
 from core.model.loss import IGNORED, cross_entropy_sum
 from core.model.norm import RMSNorm
 from core.model.rope import rope_table, rotate
-from core.numerics.linear import Linear, plain_operand
+from core.numerics.linear import Linear, plain_matrix
 from core.routing.rows import gated_sums, sort_by_expert
 
 
@@ -135,7 +135,7 @@ def test_cross_entropy_from_hidden_states(rows: int, counted: str) -> None:
     hidden = normal(1, rows, 4)
 
     def fused(hidden: Tensor, weight: Tensor) -> Tensor:
-        assert plain_operand(output) is not None
+        assert plain_matrix(output) is not None
         return cross_entropy_sum(output, hidden, targets, counted_BL)
 
     def plain(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def test_a_layer_that_does_more_than_a_product_is_not_fused() -> None:
     hooked = Linear(4, 9, **formats)
     hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
     for layer in (doubled, hooked, nn.Identity(), lambda x: x):
-        assert plain_operand(layer) is None
+        assert plain_matrix(layer) is None
     hidden, targets = normal(1, 5, 4), torch.randint(0, 9, (1, 5))
     for layer in (doubled, hooked):
         found = cross_entropy_sum(layer, hidden, targets, targets >= 0)
