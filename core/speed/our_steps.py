@@ -1,0 +1,93 @@
+"""Training steps of our model on one batch."""
+
+import torch
+from torch import Tensor, nn
+
+from core.assemble import build, compile_parts, make
+from core.contracts.strategy import StrategyFactory
+from core.contracts.training import OptimizerFactory
+from core.model.ledger import Ledger
+from core.recipe.compose import Recipe
+from core.recipe.plan import TrainingPlan
+from core.speed.batches import TokenBatch
+from core.training.local_parameters import LocalParameters
+from core.training.totals import WindowTotals
+from core.training.window import Window, objective
+
+LEARNING_RATE = 1e-6
+"""The learning rate of both sides: the weights hardly change, so that every step routes and costs the same."""
+
+
+class OurSteps:
+    """A model of ours that takes training steps, as `core.training.module` takes them.
+
+    A step is forward, loss, backward, norm and clipping of the gradients, AdamW and zero_grad. Metrics and the update
+    of selection biases are not part of it: the peer has neither, and both sides must choose the same experts.
+
+    Args:
+        recipe: what is trained.
+        batches: the micro-batches of every step.
+        device: where.
+        plan: the recipe's steps.
+    """
+
+    def __init__(
+        self, recipe: Recipe, batches: list[TokenBatch], device: torch.device, plan: TrainingPlan
+    ) -> None:
+        self.model = build(recipe, device=str(device)).train()
+        if recipe.compile:
+            compile_parts(self.model)
+        self.ledger = Ledger.of(self.model)
+        self.progress = plan.progress(0)
+        self.contexts = [batch.context() for batch in batches]
+        self.clip_norm = recipe.gradient_clip
+        self.parameters = LocalParameters(self.model)
+        factory: OptimizerFactory = make(recipe.optimizer)
+        made = factory.make(self.parameters.named)
+        self.optimizers = made if isinstance(made, list) else [made]
+        self.strategy: StrategyFactory = make(recipe.strategy)
+        self.weights = list(self.model.parameters())
+        self.loads: dict[str, Tensor] = {}
+
+    def step(self) -> None:
+        """Takes one optimizer step."""
+        self.backward()
+        self.parameters.take_gradients()
+        norm = self.strategy.gradient_norm(self.parameters.gradients())
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters.tensors(), self.clip_norm, norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE
+            optimizer.step()
+            optimizer.zero_grad()
+        self.parameters.clear_gradients()
+        for layer in self.model.step_states().values():
+            layer.end_step(done=True)
+
+    def backward(self) -> None:
+        """Runs every micro-batch forwards and backwards."""
+        window = Window.of(self.model, self.ledger, self.contexts)
+        totals = WindowTotals()
+        for context in self.contexts:
+            losses = self.model(context)
+            objective(self.model, self.ledger, losses, window, self.progress, totals).backward()
+        self.loads = totals.loads
+
+    def forget(self) -> None:
+        """Drops the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The loss of the step, without taking it."""
+        window = Window.of(self.model, self.ledger, self.contexts)
+        total = 0.0
+        for context in self.contexts:
+            losses = self.model(context)
+            value = objective(
+                self.model, self.ledger, losses, window, self.progress, WindowTotals()
+            )
+            total += float(value)
+        return total
