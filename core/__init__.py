@@ -1,7 +1,8 @@
 """moeloom: a laboratory for DeepSeek-V3-style language models.
 
 `core.compose(path, overrides)` returns a validated recipe, `core.build(recipe)` its model, and
-`core.load(run_or_checkpoint)` a trained one. Nothing heavy is imported until one of them is used.
+`core.load(run_or_checkpoint)` a trained one, `core.load_tokenizer(run_or_checkpoint)` its tokenizer, and
+`core.complete(model, prompts)` continues texts. Nothing heavy is imported until one of them is used.
 
 `import moeloom` gives the same functions, and also `moeloom.fit`, which trains a recipe, and `moeloom.describe`.
 """
@@ -9,9 +10,15 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["build", "compose", "load"]
+__all__ = ["build", "complete", "compose", "load", "load_tokenizer"]
 
-_MODULES = {"compose": "core.recipe.compose", "build": "core.assemble", "load": "core.run.loading"}
+_MODULES = {
+    "build": "core.assemble",
+    "complete": "core.generation.completion",
+    "compose": "core.recipe.compose",
+    "load": "core.run.loading",
+    "load_tokenizer": "core.run.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -76,7 +76,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
 
     if arguments.xz:
         raise UserError("--xz is for validation and cannot be combined with --tasks")
-    from core.harness.tasks import TaskOptions, load_tasks, move_model, run_tasks, table_lines
+    from core.harness.tasks import TaskOptions, load_tasks, run_tasks, table_lines
     from core.training.resume import newest_checkpoint
 
     checkpoint = newest_checkpoint(Path(arguments.run))
@@ -88,15 +88,18 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     names = [name.strip() for name in arguments.tasks.split(",")]
     options = TaskOptions(tuple(name for name in names if name), **given)
     from core.recipe.compose import compose_run
+    from core.run.device import check_device
     from core.run.loading import load, run_of
 
     folder = run_of(checkpoint)
     recipe = compose_run(folder.recipe, trust=arguments.trust)
+    device = arguments.device or "cpu"
+    check_device(device, recipe)
     loaded = load_tasks(options, say=_say)
     notices = recipe.notices()
     for notice in notices:
         _say(f"note: {notice}")
-    model = move_model(load(checkpoint, trust=arguments.trust), arguments.device or "cpu", recipe)
+    model = load(checkpoint, trust=arguments.trust).to(device)
     try:
         results = run_tasks(loaded, folder, model, options, say=_say)
     except NotFiniteError as cause:

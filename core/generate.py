@@ -1,10 +1,19 @@
-"""python -m core.generate RUN --prompt TEXT: continue a text with a trained model."""
+"""python -m core.generate RUN --prompt TEXT: continue texts with a trained model."""
 
 import argparse
 import sys
-import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from core.command import print_json, run_command, trust_argument
+
+if TYPE_CHECKING:
+    from core.generation.completion import Completion, Completions
+    from core.generation.options import GenerationOptions
+    from core.generation.pass_times import PassTimes
+    from core.generation.prompts import TextPrompt
+    from core.model.language_model import LanguageModel
+    from core.recipe.compose import Recipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -13,7 +22,13 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m core.generate", description="Write text with a trained model."
     )
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    p.add_argument("--prompt", metavar="TEXT", help="what to continue")
+    p.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="several texts to continue: one a line in a .txt file; JSON strings, or objects with the key prompt, in "
+        "a .jsonl file",
+    )
     p.add_argument(
         "--tokens",
         type=int,
@@ -28,81 +43,244 @@ def parser() -> argparse.ArgumentParser:
         help="0 (default): the most likely token",
     )
     p.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens only"
+    )
+    p.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="sample from the most likely tokens only",
+        help="sample from the most likely tokens only, whose probabilities add up to P",
     )
     p.add_argument("--seed", type=int, default=0, help="seed of the random draws")
+    p.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a text before this string; may be given several times",
+    )
+    p.add_argument("--batch", type=int, metavar="N", help="texts to write side by side (8)")
+    p.add_argument("--device", metavar="NAME", help="where the model runs, e.g. cuda (cpu)")
+    p.add_argument(
+        "--speculative",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="N",
+        help="let the multi-token module draft N tokens (1) for each pass of the model",
+    )
+    p.add_argument("--stream", action="store_true", help="print the text as it comes")
     p.add_argument("--json", action="store_true", help="print one JSON document")
     trust_argument(p)
     return p
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Loads the model, continues the prompt, and prints the text and the speed."""
-    from pathlib import Path
-
+    """Continues the prompts, and prints the texts and the speed; mistakes are found before the model is loaded."""
     from core.contracts.errors import NotFiniteError, UserError
 
-    if arguments.tokens is not None and arguments.tokens < 1:
-        raise UserError(f"--tokens = {arguments.tokens}: must be at least 1")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise UserError(f"--temperature = {arguments.temperature}: must be a number of at least 0")
-    if not 0 < arguments.top_p <= 1:
-        raise UserError(f"--top-p = {arguments.top_p}: must be more than 0 and at most 1")
-    from core.harness.markers import markers_of
-    from core.model.sampling import sample
+    options = _options(arguments)
+    prompts = _prompts(arguments)
+    from core.generation.completion import Completer
+    from core.generation.pass_times import measure_passes
+    from core.generation.run_tokenizer import RunTokenizer
+    from core.generation.writer import Prompt
     from core.recipe.compose import compose_run
+    from core.run.device import check_device
     from core.run.loading import load, run_of
     from core.training.resume import newest_checkpoint
 
     checkpoint = newest_checkpoint(Path(arguments.run))
-    model = load(checkpoint, trust=arguments.trust)
     run = run_of(checkpoint)
-    notices = compose_run(run.recipe, trust=arguments.trust).notices()
+    recipe = compose_run(run.recipe, trust=arguments.trust)
+    notices = recipe.notices()
     for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
-    tokenizer = run.load_tokenizer()
-    markers = markers_of(run)
-    prompt = [markers.begin, *tokenizer.encode(arguments.prompt)]
-    longest = model.max_length + 1  # the last token that is written is not read
-    most = longest - len(prompt)
-    if most < (arguments.tokens or 1):
-        raise UserError(
-            f"--prompt of {len(prompt)} tokens with the marker, --tokens {arguments.tokens or 1}: together at most "
-            f"{longest}, because the model reads model.rope.max_length = {model.max_length}"
-        )
-    begin = time.perf_counter()
-    tokens = sample(
-        model,
-        prompt,
-        tokens=arguments.tokens or min(128, most),
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        stop=markers.end,
-    )
+        _say(f"note: {notice}")
+    if options.drafts:
+        _check_heads(recipe)
+    device = arguments.device or "cpu"
+    check_device(device, recipe)
+    tokenizer = RunTokenizer.of(run)
+    rows = []
+    for number, prompt in enumerate(prompts):
+        ids = tokenizer.prompt(prompt.text)
+        limit = options.limit(len(ids), recipe.model.rope.max_length, prompt.where, _flag)
+        rows.append(Prompt(ids, limit, number))
+    model = load(checkpoint, trust=arguments.trust).to(device)
+    _warn_of_batches(model, min(options.batch, len(rows)))
+    printer = _Printer(arguments, prompts)
+    completer = Completer(model, options, tokenizer, tokenizer.end, printer.on_text)
     try:
-        written = list(tokens)
+        completions = completer.complete(rows)
+        times = None
+        if options.drafts:
+            texts = [[*one.prompt, *one.tokens] for one in completions[: options.batch]]
+            times = measure_passes(model, texts, options)
     except NotFiniteError as cause:
         raise NotFiniteError(f"{checkpoint}: {cause}") from cause
-    seconds = time.perf_counter() - begin
-    text = tokenizer.decode(written)
-    rate = len(written) / seconds
+    except NotImplementedError as cause:
+        raise UserError(str(cause)) from cause
     if arguments.json:
-        document = {
-            "prompt": arguments.prompt,
-            "text": text,
-            "tokens": len(written),
-            "tokens_per_second": rate,
-            "notices": notices,
-        }
-        print_json(document)
-    else:
-        print(arguments.prompt + text)
-        print(f"{len(written)} tokens, {rate:.0f} tokens/s", file=sys.stderr)
+        print_json(_document(arguments, prompts, completions, times, notices))
+        return
+    printer.finish(completions)
+    for line in _speed_lines(completions, times, options.drafts):
+        _say(line)
+
+
+def _options(arguments: argparse.Namespace) -> "GenerationOptions":
+    """Returns the checked options of generation."""
+    from core.contracts.errors import UserError
+    from core.generation.options import GenerationOptions
+    from core.storage.documents import is_text
+
+    if arguments.stream and arguments.json:
+        raise UserError("--stream cannot be combined with --json, which prints one whole document")
+    if arguments.speculative is not None and arguments.speculative < 1:
+        raise UserError(f"--speculative = {arguments.speculative}: must be at least 1")
+    if not all(map(is_text, arguments.stop)):
+        raise UserError("--stop is not UTF-8 text")
+    batch = arguments.batch
+    if arguments.stream and arguments.prompts is not None:
+        if batch not in (None, 1):
+            raise UserError(
+                f"--batch {batch} cannot be combined with --stream: texts are printed one after another"
+            )
+        batch = 1
+    options = GenerationOptions(
+        tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop=tuple(arguments.stop),
+        batch=GenerationOptions.batch if batch is None else batch,
+        drafts=arguments.speculative or 0,
+    )
+    options.check(_flag)
+    return options
+
+
+def _prompts(arguments: argparse.Namespace) -> "list[TextPrompt]":
+    """Returns the prompts of the command line."""
+    from core.contracts.errors import UserError
+    from core.generation.prompts import one_prompt, read_prompts
+
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise UserError("give either --prompt TEXT or --prompts FILE")
+    if arguments.prompts is not None:
+        return read_prompts(Path(arguments.prompts))
+    return [one_prompt(arguments.prompt)]
+
+
+def _flag(setting: str) -> str:
+    """The option of the command line for a setting."""
+    if setting == "drafts":
+        return "--speculative"
+    return f"--{setting.replace('_', '-')}"
+
+
+def _check_heads(recipe: "Recipe") -> None:
+    """Raises `UserError` if no loss head of a recipe drafts."""
+    from core.contracts.errors import UserError
+
+    heads = recipe.model.heads
+    if not any(section.component.drafts for section in heads.values()):
+        names = ", ".join(heads)
+        raise UserError(
+            f"--speculative: none of the model's loss heads drafts ({names}): train with a head such as mtp"
+        )
+
+
+def _warn_of_batches(model: "LanguageModel", rows: int) -> None:
+    """Warns of routers that choose over all texts that are written side by side."""
+    if rows < 2:
+        return
+    for path, layer in model.expert_layers().items():
+        properties = layer.routing_properties
+        if properties is not None and properties.batch_dependent:
+            _say(
+                f"note: the router of {path} chooses over a whole batch, so a text depends on the others that are "
+                "written beside it; --batch 1 writes each by itself"
+            )
+            return
+
+
+class _Printer:
+    """Prints texts for a reader: as they come, or when all are done."""
+
+    def __init__(self, arguments: argparse.Namespace, prompts: "list[TextPrompt]") -> None:
+        self.streams = arguments.stream
+        self.is_file = arguments.prompts is not None
+        self.prompts = prompts
+        self.begun = 0
+
+    def on_text(self, number: int, piece: str) -> None:
+        """Prints a piece of a text."""
+        if self.streams:
+            self._begin(number)
+            print(piece, end="", flush=True)
+
+    def finish(self, completions: "Completions") -> None:
+        """Prints what was not printed yet."""
+        for number, found in enumerate(completions):
+            self._begin(number)
+            if not self.streams:
+                print(found.text, end="")
+        print()
+
+    def _begin(self, number: int) -> None:
+        """Prints the prompts up to one, each after the end of the text before it."""
+        while self.begun <= number:
+            if self.begun:
+                print()
+            if self.is_file:
+                print(f"--- prompt {self.begun + 1} ---")
+            print(self.prompts[self.begun].text, end="", flush=self.streams)
+            self.begun += 1
+
+
+def _speed_lines(completions: "Completions", times: "PassTimes | None", drafts: int) -> "list[str]":
+    """The lines about speed and drafts."""
+    from core.generation.summary import draft_lines, speed_line
+
+    return [speed_line(completions), *draft_lines(completions, times, drafts)]
+
+
+def _document(
+    arguments: argparse.Namespace,
+    prompts: "list[TextPrompt]",
+    completions: "Completions",
+    times: "PassTimes | None",
+    notices: list[str],
+) -> dict[str, Any]:
+    """The JSON document: one text's fields at its top, those of several in a list."""
+    from core.generation.summary import drafts_document, speed_document
+
+    texts = [_text_document(*pair) for pair in zip(prompts, completions, strict=True)]
+    document: dict[str, Any] = {"completions": texts}
+    if arguments.prompts is None:
+        (document,) = texts
+    document.update(speed_document(completions))
+    if arguments.speculative:
+        document["speculative"] = drafts_document(completions, times, arguments.speculative)
+    document["notices"] = notices
+    return document
+
+
+def _text_document(prompt: "TextPrompt", found: "Completion") -> dict[str, Any]:
+    return {
+        "prompt": prompt.text,
+        "text": found.text,
+        "tokens": len(found.tokens),
+        "prompt_tokens": len(found.prompt),
+        "ended": found.ended,
+    }
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 if __name__ == "__main__":

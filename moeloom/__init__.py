@@ -1,4 +1,4 @@
-"""moeloom from Python: compose a recipe, build its model, train it, describe it, load what was trained.
+"""moeloom from Python: compose a recipe, build its model, train and describe it, load it, write text with it.
 
     recipe = moeloom.compose("dsv3_small", ["optimizer.lr=0.002"])
     model = moeloom.build(recipe)
@@ -16,21 +16,34 @@ if TYPE_CHECKING:
     from core import __version__
     from core.analysis.describe import document_of as describe
     from core.assemble import build
+    from core.generation.completion import complete
     from core.recipe.compose import compose
-    from core.run.loading import load
+    from core.run.loading import load, load_tokenizer
     from core.run.training import fit
     from core.training.run_folder import RunFolder
 
-__all__ = ["RunFolder", "__version__", "build", "compose", "describe", "fit", "load"]
+__all__ = [
+    "RunFolder",
+    "__version__",
+    "build",
+    "complete",
+    "compose",
+    "describe",
+    "fit",
+    "load",
+    "load_tokenizer",
+]
 
 _DEFINITIONS = {
     "RunFolder": "core.training.run_folder:RunFolder",
     "__version__": "core:__version__",
     "build": "core.assemble:build",
+    "complete": "core.generation.completion:complete",
     "compose": "core.recipe.compose:compose",
     "describe": "core.analysis.describe:document_of",
     "fit": "core.run.training:fit",
     "load": "core.run.loading:load",
+    "load_tokenizer": "core.run.loading:load_tokenizer",
 }
 """The module and the name under which each public name is defined."""
 

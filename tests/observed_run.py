@@ -13,7 +13,7 @@ from core.analysis.budget import plan_of
 from core.assemble import make
 from core.data.batch import Batch
 from core.data.windows import rows_of
-from core.model.sampling import sample
+from core.generation.sample import sample
 from core.numerics.part_exchange import local_tensor
 from core.run.data import text_data
 from core.run.run_model import RunModel

@@ -38,8 +38,9 @@ class Draft:
     """What a head drafts in decoding.
 
     Args:
-        logits_BLV: the logits, at each position, of the token after the one that was given.
-        state_BLD: the state from which the next token can be drafted.
+        logits_BLV: the logits, at each position, of the token after the one that was given, from `shared.logits`, which
+            in decoding may choose the positions for which it computes them.
+        state_BLD: the state at each position, from which the token after the next one can be drafted.
     """
 
     logits_BLV: Tensor
@@ -95,6 +96,11 @@ class LossHead(nn.Module, Component, ABC):
         """The denominator of each term for this micro-batch."""
 
     @property
+    def draft_depths(self) -> int:
+        """The number of modules that draft: draft k of a pass comes from module k, later ones from the last module."""
+        return 1
+
+    @property
     def reads_blocks(self) -> Sequence[int]:
         """Indices of the blocks whose states the head reads (`SharedModules.states`)."""
         return ()
@@ -105,14 +111,19 @@ class LossHead(nn.Module, Component, ABC):
         context: SequenceContext,
         shared: SharedModules,
         caches: Sequence[Cache],
+        depth: int = 1,
     ) -> Draft:
         """Predicts the token after a known one, in decoding.
+
+        Module 1 reads the main model's states, module k the states of module k - 1 for the tokens before these. The
+        last module reads its own states where there are more drafts than modules.
 
         Args:
             state_BLD: the main model's state after its final norm, or the state of an earlier draft.
             context: the tokens that follow these states, at their own positions.
             shared: what `forward` receives; `states` are those of the same positions.
-            caches: what `new_draft_caches` returned; these positions are appended to them.
+            caches: what `new_draft_caches` returned for this depth; these positions are appended to them.
+            depth: the module, from 1 to `draft_depths`.
 
         Raises:
             NotImplementedError: the head does not draft.
@@ -120,9 +131,9 @@ class LossHead(nn.Module, Component, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not draft")
 
     def new_draft_caches(
-        self, rows: int, capacity: int, device: torch.device | None = None
+        self, rows: int, capacity: int, device: torch.device | None = None, depth: int = 1
     ) -> list[Cache]:
-        """Makes empty caches for drafting, as `Attention.new_cache` does; none where the head keeps nothing."""
+        """Makes empty caches for one module, as `Attention.new_cache` does; none where it keeps nothing."""
         return []
 
     def contexts(self, context: SequenceContext) -> dict[str, SequenceContext]:

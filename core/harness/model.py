@@ -16,12 +16,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from core.contracts.errors import NotFiniteError, UserError
-from core.data.tokenizer import Tokenizer
-from core.harness.generation import write
-from core.harness.markers import Markers
+from core.generation.completion import Completer
+from core.generation.options import GenerationOptions
+from core.generation.run_tokenizer import RunTokenizer
+from core.generation.writer import Prompt
 from core.harness.scoring import Request, Score, score
 from core.model.language_model import LanguageModel
-from core.model.sampling import sample
 
 NEW_TOKENS = 256
 """Longest answer if a task does not limit it; the harness's own models have the same default."""
@@ -30,17 +30,12 @@ WRITES = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 """Supported settings of generation, by the names that the harness gives to synonyms."""
 
 
-_Prompt = tuple[int, list[int]]
-"""The number of a request, and the ids of its prompt."""
-
-
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped to us
     """Answers the harness's requests with a trained model.
 
     Args:
         model: the model in evaluation mode, on the device where it is to run.
-        tokenizer: the tokenizer of the run.
-        markers: the markers of the run.
+        tokenizer: the tokenizer of the run, with its markers.
         batch_size: sequences in a forward.
         say: called with each message that a reader of the results should know.
     """
@@ -48,8 +43,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
     def __init__(
         self,
         model: LanguageModel,
-        tokenizer: Tokenizer,
-        markers: Markers,
+        tokenizer: RunTokenizer,
         *,
         batch_size: int,
         say: Callable[[str], None] = print,
@@ -59,7 +53,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         self.batch_size = batch_size
         self.say = say
         self._tokenizer = tokenizer
-        self._markers = markers
+        self._markers = tokenizer.markers
         self._device = model.embedding.weight.device
 
     @property
@@ -81,7 +75,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Returns the ids of a text, after the marker unless `add_special_tokens` is False."""
-        ids = self._tokenizer.encode(string)
+        ids = self._tokenizer.tokenizer.encode(string)
         if add_special_tokens is False:
             return ids
         return [self.prefix_token_id, *ids]
@@ -124,31 +118,41 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Returns the model's answer to each (context, settings), cut before the first stop string of the settings.
 
-        Decoding is greedy unless the settings say `do_sample`. Samples are drawn one by one from a seed that is the
-        number of the request. Contexts are cut from the left so that context and answer fit into the longest input.
+        Decoding is greedy unless the settings say `do_sample`. Draws are addressed by the number of the request.
+        Contexts are cut from the left so that context and answer fit into the longest input.
 
         Raises:
             UserError: the settings are unknown, or leave no tokens for context or answer.
         """
         answers: dict[int, str] = {}
-        groups: dict[tuple[int, int, tuple[str, ...]], list[_Prompt]] = defaultdict(list)
+        groups: dict[GenerationOptions, list[Prompt]] = defaultdict(list)
         with self._bar("Writing answers", len(requests), disable_tqdm) as bar:
             for number, request in enumerate(requests):
                 context, given = request.args
-                settings = self._settings(given)
-                tokens = settings["max_gen_toks"]
-                prompt = self.tok_encode(context)[-(self.max_length - tokens) :]
-                stops = tuple(filter(None, settings["until"]))
-                if settings["do_sample"] and settings["temperature"] > 0:
-                    answers[number] = self._sampled(number, prompt, stops, settings)
-                    bar.update(1)
-                else:
-                    groups[len(prompt), tokens, stops].append((number, prompt))
-            for (_, tokens, stops), prompts in sorted(groups.items(), reverse=True):
-                for batch in _batches(prompts, self.batch_size):
-                    answers.update(self._greedy(batch, tokens, stops))
+                options = self._options(self._settings(given))
+                assert options.tokens is not None
+                prompt = self.tok_encode(context)[-(self.max_length - options.tokens) :]
+                groups[options].append(Prompt(prompt, options.tokens, number))
+            for options, group in groups.items():
+                completer = Completer(self.model, options, self._tokenizer, self.eot_token_id)
+                group.sort(key=lambda prompt: len(prompt.tokens), reverse=True)
+                for batch in _batches(group, self.batch_size):
+                    for one, found in zip(batch, completer.complete(batch), strict=True):
+                        assert found.text is not None
+                        answers[one.number] = found.text
                     bar.update(len(batch))
         return [answers[number] for number in range(len(requests))]
+
+    def _options(self, settings: dict[str, Any]) -> GenerationOptions:
+        """Returns the settings of a request as options of generation."""
+        temperature = settings["temperature"] if settings["do_sample"] else 0.0
+        return GenerationOptions(
+            tokens=settings["max_gen_toks"],
+            temperature=temperature,
+            top_p=settings.get("top_p", 1.0),
+            stop=tuple(filter(None, settings["until"])),
+            batch=self.batch_size,
+        )
 
     def _pair(
         self, context: str, continuation: str
@@ -220,59 +224,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
             )
         return settings
 
-    def _greedy(
-        self, batch: Sequence[_Prompt], tokens: int, stops: tuple[str, ...]
-    ) -> dict[int, str]:
-        """Returns greedy answers to prompts of equal length, by the number of the request."""
-
-        def ended(ids: list[int]) -> bool:
-            return ids[-1] == self.eot_token_id or self._stopped(ids, stops)
-
-        numbers, prompts = zip(*batch, strict=True)
-        written = write(self.model, prompts, tokens=tokens, ended=ended)
-        answers = [self._answer(ids, stops) for ids in written]
-        return dict(zip(numbers, answers, strict=True))
-
-    def _sampled(
-        self, number: int, prompt: list[int], stops: tuple[str, ...], settings: dict[str, Any]
-    ) -> str:
-        """Returns an answer that is sampled with the number of the request as seed."""
-        drawn = sample(
-            self.model,
-            prompt,
-            tokens=settings["max_gen_toks"],
-            temperature=settings["temperature"],
-            top_p=settings.get("top_p", 1.0),
-            seed=number,
-            stop=self.eot_token_id,
-        )
-        ids: list[int] = []
-        for token in drawn:
-            ids.append(token)
-            if self._stopped(ids, stops):
-                break
-        return self._answer(ids, stops)
-
-    def _stopped(self, ids: list[int], stops: tuple[str, ...]) -> bool:
-        text = self._tokenizer.decode(ids)
-        return any(stop in text for stop in stops)
-
-    def _answer(self, ids: list[int], stops: tuple[str, ...]) -> str:
-        """Returns the text of written tokens, without the marker at its end, up to the first stop string."""
-        if ids and ids[-1] == self.eot_token_id:
-            ids = ids[:-1]
-        text = self._tokenizer.decode(ids)
-        end = len(text)
-        for stop in stops:
-            if stop in text:
-                end = min(end, text.index(stop))
-        return text[:end]
-
     def _bar(self, what: str, total: int, disable: bool) -> Any:
         return tqdm(total=total, desc=what, disable=disable or not total)
 
 
-def _batches(items: Sequence[_Prompt], size: int) -> Iterator[list[_Prompt]]:
+def _batches(items: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch

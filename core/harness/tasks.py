@@ -11,14 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from core.analysis.describe import unmet_requirements
 from core.contracts.errors import UserError
-from core.harness.markers import markers_of
+from core.generation.run_tokenizer import RunTokenizer
 from core.harness.task_files import find_code
 from core.model.language_model import LanguageModel
-from core.recipe.compose import Recipe
 from core.training.run_folder import RunFolder
 
 
@@ -119,9 +115,8 @@ def run_tasks(
 
     from core.harness.model import HarnessModel
 
-    tokenizer = run.load_tokenizer()
-    markers = markers_of(run)
-    answering = HarnessModel(model, tokenizer, markers, batch_size=options.batch_size, say=say)
+    tokenizer = RunTokenizer.of(run)
+    answering = HarnessModel(model, tokenizer, batch_size=options.batch_size, say=say)
     results = evaluate(lm=answering, task_dict=loaded, limit=options.limit, log_samples=False)
     groups = {name: _result(results, name) for name in results.get("groups", {})}
     tasks = {}
@@ -134,24 +129,6 @@ def run_tasks(
         "limit": options.limit,
         "lm_eval": version("lm_eval"),
     }
-
-
-def move_model(model: LanguageModel, device: str, recipe: Recipe) -> LanguageModel:
-    """Moves a model to a device.
-
-    Raises:
-        UserError: this machine has no such device, or the device cannot run a part of the recipe.
-    """
-    if device.startswith("cuda") and torch.cuda.is_available():
-        unmet = unmet_requirements(recipe)
-        if unmet:
-            raise UserError(f"--device {device}: cannot run there: {'; '.join(unmet)}")
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as cause:
-        # The name is unknown, torch is built without CUDA, or there is no GPU.
-        why = str(cause).splitlines()[0]
-        raise UserError(f"--device {device}: the model cannot go there: {why}") from cause
 
 
 def _find(options: TaskOptions) -> tuple[Any, list[str]]:

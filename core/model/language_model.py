@@ -92,6 +92,20 @@ class States:
     stream: Tensor
 
 
+@as_pytree
+@dataclass(frozen=True)
+class Decoded:
+    """The results of reading new tokens with caches.
+
+    Args:
+        hidden_BLD: states after the final norm, of all new tokens.
+        logits_BLV: logits of the next token after each new token, or B x 1 x V of the one that was asked for.
+    """
+
+    hidden_BLD: Tensor
+    logits_BLV: Tensor
+
+
 def has_load(parts: dict[str, Record]) -> bool:
     """Whether the records of a block are those of a block with experts."""
     return "ffn" in parts and parts["ffn"].load_E is not None
@@ -178,11 +192,8 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: more positions than the rotary table holds.
         """
-        length = context.tokens_BL.shape[1] + (caches[0].longest if caches else 0)
-        if length > self.max_length:
-            raise UserError(
-                f"{length} tokens are more than model.rope.max_length = {self.max_length}"
-            )
+        if caches is None:
+            self._check_length(context.tokens_BL.shape[1])
         stream = self.residual.expand(self.embedding(context.tokens_BL))
         records = {}
         kept = {}
@@ -192,6 +203,13 @@ class LanguageModel(nn.Module):
             if index in blocks:
                 kept[index] = self.residual.collapse(stream)
         return States(self.norm(self.residual.collapse(stream)), records, kept, stream)
+
+    def _check_length(self, length: int) -> None:
+        """Raises `UserError` for more positions than the rotary table holds."""
+        if length > self.max_length:
+            raise UserError(
+                f"{length} tokens are more than model.rope.max_length = {self.max_length}"
+            )
 
     def forward(self, context: SequenceContext) -> Losses:
         """The losses of one micro-batch, before coefficients and denominators of the window."""
@@ -220,19 +238,44 @@ class LanguageModel(nn.Module):
         return result
 
     def decode(self, tokens_BL: Tensor, caches: list[Cache]) -> Tensor:
-        """Logits of new tokens after those that the caches hold of each row; the caches then hold the new ones too.
+        """Logits B x L x V of new tokens after those that the caches hold of each row; see `read`."""
+        return self.read(tokens_BL, caches).logits_BLV
+
+    def read(
+        self,
+        tokens_BL: Tensor,
+        caches: list[Cache],
+        *,
+        valid_BL: Tensor | None = None,
+        logits_at_B: Tensor | None = None,
+    ) -> Decoded:
+        """Reads new tokens after those that the caches hold of each row; the caches then hold the new ones too.
 
         Args:
             tokens_BL: the next tokens of each row, whose rows may be of different lengths so far.
             caches: what `new_caches` returned, one for each block.
+            valid_BL: bool, False for padding on the right of a row, which the caller then removes from the caches; it
+                is the caller that makes sure that no valid token is past `max_length`.
+            logits_at_B: the one new token of each row, counted from 0, whose logits are wanted; None: of all.
+
+        Raises:
+            UserError: more positions than the rotary table holds.
         """
-        context = SequenceContext.of(tokens_BL, start=caches[0].longest)
+        if valid_BL is None:
+            self._check_length(tokens_BL.shape[1] + caches[0].longest)
+        context = SequenceContext.of(tokens_BL, start=caches[0].longest, valid_BL=valid_BL)
         if caches[0].slots(0) is not None:  # rows of different lengths
             new_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
-            context = SequenceContext(tokens_BL, caches[0].lengths[:, None] + new_L)
+            positions_BL = caches[0].lengths[:, None] + new_L
+            if valid_BL is not None:
+                positions_BL = positions_BL.clamp(max=self.max_length - 1)  # those of padding
+            context = SequenceContext(tokens_BL, positions_BL, valid_BL=valid_BL)
         hidden_BLD, _ = self.hidden(context, caches)
-        result: Tensor = self.output(hidden_BLD)
-        return result
+        chosen_BLD = hidden_BLD
+        if logits_at_B is not None:
+            row_B = torch.arange(len(tokens_BL), device=tokens_BL.device)
+            chosen_BLD = hidden_BLD[row_B, logits_at_B][:, None]
+        return Decoded(hidden_BLD, self.output(chosen_BLD))
 
     def new_caches(
         self, rows: int, capacity: int, device: torch.device | None = None

@@ -13,6 +13,7 @@ from core.checkpoints.reading import open_shards
 from core.checkpoints.shards import MODEL
 from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import NotFiniteError, UserError
+from core.generation.run_tokenizer import RunTokenizer
 from core.interop.finite import FiniteTensors
 from core.interop.run_weights import model_specs, reads_rows, shapes_of, state_of, weights_of
 from core.interop.shard_rows import PREFIX
@@ -46,6 +47,18 @@ def load(run_or_checkpoint: str | Path, *, trust: bool = False) -> LanguageModel
     model = build(compose_run(run_of(checkpoint).recipe, trust=trust))
     load_weights(model, checkpoint)
     return model.eval()
+
+
+def load_tokenizer(run_or_checkpoint: str | Path) -> RunTokenizer:
+    """Loads the tokenizer of a trained model, with the tokens that begin and end a text.
+
+    Args:
+        run_or_checkpoint: the run folder, or one checkpoint.
+
+    Raises:
+        UserError: no run there, or no tokenizer in it.
+    """
+    return RunTokenizer.of(run_of(Path(run_or_checkpoint)))
 
 
 def check_weights(model: nn.Module, checkpoint: Path) -> None:

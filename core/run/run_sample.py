@@ -6,7 +6,7 @@ import lightning as L
 
 from core.contracts.errors import NotFiniteError
 from core.data.tokenizer import Tokenizer
-from core.model.sampling import sample
+from core.generation.sample import sample
 from core.training.module import TrainingModule
 from core.training.ranks import broadcast_int, is_rank_zero
 from core.training.run_folder import RunFolder

@@ -9,19 +9,24 @@ The order of the two halves is the released weights' (the paper prints the rever
 implementation the state of depth 0 is the main model's after its final norm, and each depth hands on its
 normed output. The loss of a depth has L - k terms and the divisor of the main loss (eq. 24: T); their mean
 over depths is multiplied by `weight`.
+
+In decoding the depths draft (section 5.4.3): depth 1 the token after the next one, depth k the k-th after it, from the
+states and the caches of its own block, and the last depth all further ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from core.contracts.attention import Attention, Cache
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
-from core.contracts.loss_head import HeadOutput, LossHead, SharedModules
+from core.contracts.loss_head import Draft, HeadOutput, LossHead, SharedModules
 from core.contracts.record import MeanMetric, Metric, Record
 from core.contracts.residual import Residual
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
@@ -48,21 +53,26 @@ class Depth(nn.Module):
         self.norm = RMSNorm(build.dim, build)
 
     def forward(
-        self, hidden_BLD: Tensor, embedded_BLD: Tensor, context: SequenceContext
+        self,
+        hidden_BLD: Tensor,
+        embedded_BLD: Tensor,
+        context: SequenceContext,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, dict[str, Record]]:
-        """The normed state of this depth, and what its block's layers saw."""
+        """The normed state of this depth, and what its block's layers saw; `cache` is the block's, in decoding."""
         embedding_BLD = self.embedding_norm(embedded_BLD)
         state_BLD = self.hidden_norm(hidden_BLD)
         joined_BLX = torch.cat([embedding_BLD, state_BLD], dim=-1)
         with self.precision.context():
             projected_BLD = self.projection(joined_BLX)
-        stream, records = self.block(self.residual.expand(projected_BLD), context)
+        stream, records = self.block(self.residual.expand(projected_BLD), context, cache)
         return self.norm(self.residual.collapse(stream)), records
 
 
 class MultiTokenPrediction(LossHead):
     """Predicts further tokens from a complete causal chain, with one term for each depth."""
 
+    drafts = True
     paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2"
     example = {"name": "mtp", "depth": 1, "weight": 0.3}
 
@@ -120,6 +130,34 @@ class MultiTokenPrediction(LossHead):
                 agree_BL = (own_BL == main_BL[:, k:]) & counted_BL
                 metrics[f"acceptance_{k}"] = MeanMetric(agree_BL.sum(), counted_BL.sum())
         return HeadOutput(terms, records, metrics)
+
+    @property
+    def draft_depths(self) -> int:
+        """The number of depths."""
+        return self.config.depth
+
+    def draft(
+        self,
+        state_BLD: Tensor,
+        context: SequenceContext,
+        shared: SharedModules,
+        caches: Sequence[Cache],
+        depth: int = 1,
+    ) -> Draft:
+        """Drafts with the module of a depth, from the states before some tokens and these tokens."""
+        module = self.depths[depth - 1]
+        embedded_BLD = shared.embed(context.tokens_BL)
+        state_BLD, _ = module(state_BLD, embedded_BLD, context, caches[0])
+        return Draft(shared.logits(state_BLD), state_BLD)
+
+    def new_draft_caches(
+        self, rows: int, capacity: int, device: torch.device | None = None, depth: int = 1
+    ) -> list[Cache]:
+        """The cache of the block of one depth."""
+        module = self.depths[depth - 1]
+        assert isinstance(module, Depth)
+        attention: Attention = module.block.attention  # type: ignore[assignment]
+        return [attention.new_cache(rows, capacity, device)]
 
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
         """The number of the main loss's predicted positions, for every depth (eq. 24)."""

@@ -22,7 +22,7 @@ from core.model.block import Block
 from core.model.language_model import LanguageModel
 from core.numerics.linear import GroupedLinear, ProductLayer
 
-FORWARD_METHODS = ("hidden", "logits", "decode")
+FORWARD_METHODS = ("hidden", "logits", "decode", "read")
 """Methods of the model beside `forward` that read its weights."""
 
 

@@ -12,7 +12,7 @@ from tiers import first_by_default
 
 import core
 from core.data.tokenizer import Tokenizer
-from core.model.sampling import sample
+from core.generation.sample import sample
 
 
 def greedy(run: Path, prompt: list[int], count: int) -> list[int]:

@@ -15,8 +15,8 @@ import core
 from core.checkpoints.listing import checkpoints_in
 from core.checkpoints.reading import read_checkpoint
 from core.contracts.errors import NotFiniteError
-from core.model.language_model import LanguageModel
-from core.model.sampling import sample
+from core.generation.sample import sample
+from core.model.language_model import Decoded, LanguageModel
 from core.reports.study_files import read
 from core.run.divergence import divergence_in
 from core.run.summary import divergence
@@ -144,14 +144,14 @@ def test_sampling_rejects_one_logit_that_is_not_finite(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = core.load(finished)
-    decode = LanguageModel.decode
+    read = LanguageModel.read
 
-    def spoiled(self: LanguageModel, *arguments: Any) -> torch.Tensor:
-        logits: torch.Tensor = decode(self, *arguments)
-        logits[..., 7] = -math.inf
-        return logits
+    def spoiled(self: LanguageModel, *arguments: Any, **rest: Any) -> Decoded:
+        decoded = read(self, *arguments, **rest)
+        decoded.logits_BLV[..., 7] = -math.inf
+        return decoded
 
-    monkeypatch.setattr(LanguageModel, "decode", spoiled)
+    monkeypatch.setattr(LanguageModel, "read", spoiled)
     with pytest.raises(NotFiniteError, match=r"logits are not finite \(-inf for token 7\)"):
         next(sample(model, [0], tokens=1))
 

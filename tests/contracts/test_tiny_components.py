@@ -342,7 +342,7 @@ def test_the_head_reads_the_state_after_the_block_and_drafts_what_it_learned(lab
         "a head sees what it reads, and nothing else"
     )
     with pytest.raises(NotImplementedError, match="does not draft"):
-        model.heads["mtp"].draft(states.hidden_BLD, given, shared, [])
+        model.heads["next_token"].draft(states.hidden_BLD, given, shared, [])
 
 
 # ---- targets that are not learned

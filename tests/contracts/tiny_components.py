@@ -240,6 +240,7 @@ class Peek(LossHead):
         context: SequenceContext,
         shared: SharedModules,
         caches: Sequence[Cache],
+        depth: int = 1,
     ) -> Draft:
         read_BLD = shared.states[self.config.block]
         return Draft(self._logits(read_BLD, context, shared), state_BLD)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from lab import Lab, forked, run_command_here
 
-import core
+import core.run.device
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
-from core.harness import tasks
 
 from .by_hand import greedy, log_likelihood
 from .questions import GENERATED, MULTIPLE_CHOICE, write_task
@@ -187,10 +186,9 @@ def test_a_gpu_that_a_part_cannot_run_on_is_refused(
     """The error is the one of `fit`; otherwise the first product would raise a less clear one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     unmet = ["precision te_fp8: needs CUDA 12.9"]
-    monkeypatch.setattr(tasks, "unmet_requirements", lambda recipe: unmet)
-    recipe = lab.recipe()
+    monkeypatch.setattr(core.run.device, "unmet_requirements", lambda recipe: unmet)
     with pytest.raises(UserError, match="--device cuda: cannot run there: precision te_fp8: needs"):
-        tasks.move_model(core.build(recipe, device="meta"), "cuda", recipe)
+        core.run.device.check_device("cuda", lab.recipe())
 
 
 def test_without_the_harness_it_says_what_to_install(finished: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
-from core.harness.markers import Markers, markers_of
+from core.generation.markers import Markers, markers_of
+from core.generation.run_tokenizer import RunTokenizer
 from core.model.language_model import LanguageModel
 from core.training.run_folder import RunFolder
 
@@ -39,8 +40,7 @@ def wrapped(
     """The model for the harness; its messages are appended to a list."""
     return HarnessModel(
         model,
-        tokenizer,
-        markers,
+        RunTokenizer(tokenizer, markers),
         batch_size=batch_size,
         say=([] if messages is None else messages).append,
     )

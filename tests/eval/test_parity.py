@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 import core
-from core.data.tokenizer import Tokenizer
 
 from .questions import MULTIPLE_CHOICE, write_task
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 pytest.importorskip("transformers", reason="needs the extra hf")
-from core.harness.markers import markers_of
+from core.generation.run_tokenizer import RunTokenizer
 from core.harness.model import HarnessModel
 from core.harness.tasks import TaskOptions, load_tasks
 from core.training.run_folder import RunFolder
@@ -86,8 +85,8 @@ def test_real_questions_get_the_same_answers_through_transformers(
 
     run, folder = exported
     messages: list[str] = []
-    tokenizer, markers = Tokenizer.load(run / "tokenizer.json"), markers_of(RunFolder(run))
-    ours = HarnessModel(core.load(run), tokenizer, markers, batch_size=16, say=messages.append)
+    tokenizer = RunTokenizer.of(RunFolder(run))
+    ours = HarnessModel(core.load(run), tokenizer, batch_size=16, say=messages.append)
     theirs = HFLM(
         pretrained=str(folder),
         device="cpu",

@@ -18,7 +18,7 @@ import core.run.run_sample
 import core.run.training
 import plugins.fp8_native.precision
 from core.contracts.errors import UserError
-from core.model.sampling import sample
+from core.generation.sample import sample
 from core.recipe.compose import Recipe, compose
 from core.recipe.model_schema import RESERVED_HEAD_NAMES
 from core.run.training import check_environment, fit

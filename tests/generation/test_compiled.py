@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from model import tiny
 
 from core.assemble import compile_parts
-from core.model.sampling import sample
-
-from . import tiny
+from core.generation.sample import sample
 
 DENSE = ("model.blocks.dense.count=1", "model.blocks.moe.count=0")
 

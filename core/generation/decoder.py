@@ -1,0 +1,122 @@
+"""Reads prompts and new tokens of several rows with one model's caches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from core.contracts.attention import Cache
+from core.contracts.errors import UserError
+from core.model.language_model import Decoded, LanguageModel
+
+
+class Decoder:
+    """The texts of several rows so far, as a model's caches hold them.
+
+    A row is one text. Rows may have different lengths: a prompt is padded on the right, where no token of its row can
+    see the padding, and the caches forget the padding at once.
+
+    Args:
+        model: the model in evaluation mode.
+        rows: texts that are decoded together, B.
+        capacity: tokens of each row that the caches can hold, padding included; the model reads at most
+            `model.max_length`.
+        device: where the model computes; None: where its weights are.
+
+    Attributes:
+        lengths: the number of tokens of each row so far.
+    """
+
+    def __init__(
+        self, model: LanguageModel, rows: int, capacity: int, device: torch.device | None = None
+    ) -> None:
+        self.model = model
+        self.rows = rows
+        self.capacity = capacity
+        self.device = device or model.embedding.weight.device
+        self.caches: list[Cache] = model.new_caches(rows, capacity, self.device)
+        self.lengths = [0] * rows
+
+    @property
+    def truncates(self) -> bool:
+        """Whether rows can be shortened, as prompts of different lengths and rejected drafts need it."""
+        return all(cache.truncates for cache in self.caches)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Decoded:
+        """Reads a prompt for each row, all in one pass.
+
+        The output layer runs for the last token of each row only.
+
+        Args:
+            prompts: at least one token id for each row.
+
+        Returns:
+            States B x L x D of all tokens, where L is the length of the longest prompt and those of padding have no
+            meaning; logits B x 1 x V after the last token of each row.
+
+        Raises:
+            NotImplementedError: prompts of different lengths, and caches that cannot be truncated.
+            UserError: a prompt is longer than the model reads.
+        """
+        counts = [len(prompt) for prompt in prompts]
+        assert len(counts) == self.rows, "one prompt for each row"
+        assert min(counts), "a prompt has at least one token"
+        longest = max(counts)
+        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        tokens_BL = torch.tensor(padded, device=self.device)
+        last_B = torch.tensor(counts, device=self.device) - 1
+        return self._read(tokens_BL, counts, last_B)
+
+    def step(self, tokens_BL: Tensor, counts: Sequence[int] | None = None) -> Decoded:
+        """Reads the next tokens of each row.
+
+        Args:
+            tokens_BL: int64 token ids on the decoder's device, L for each row.
+            counts: how many of these each row takes, from the left; the others count nowhere and are forgotten at
+                once. A finished row takes none. None: every row takes all.
+
+        Returns:
+            States and logits of all L tokens; those of padding have no meaning.
+        """
+        if counts is None:
+            counts = [tokens_BL.shape[1]] * self.rows
+        return self._read(tokens_BL, counts, None)
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forgets the tokens of each row past a length, rejected drafts for example.
+
+        Raises:
+            NotImplementedError: a cache cannot be truncated.
+        """
+        self.lengths = list(map(min, self.lengths, lengths))
+        self._truncate_caches()
+
+    def _truncate_caches(self) -> None:
+        lengths_B = torch.tensor(self.lengths)
+        for cache in self.caches:
+            cache.truncate(lengths_B)
+
+    @torch.no_grad()
+    def _read(
+        self, tokens_BL: Tensor, counts: Sequence[int], logits_at_B: Tensor | None
+    ) -> Decoded:
+        """Reads the first tokens of each row, and leaves no trace of the others."""
+        lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        if max(lengths) > self.model.max_length:
+            raise UserError(
+                f"{max(lengths)} tokens are more than model.rope.max_length = {self.model.max_length}"
+            )
+        new = tokens_BL.shape[1]
+        valid_BL = None
+        if min(counts) < new:
+            counts_B1 = torch.tensor(counts, device=self.device)[:, None]
+            valid_BL = torch.arange(new, device=self.device) < counts_B1
+        # A compiled model would be compiled anew for every length of the caches.
+        with torch.compiler.set_stance("force_eager"):
+            decoded = self.model.read(
+                tokens_BL, self.caches, valid_BL=valid_BL, logits_at_B=logits_at_B
+            )
+        self.lengths = lengths
+        if valid_BL is not None:
+            self._truncate_caches()
+        return decoded
