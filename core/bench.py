@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 DEFAULT = "dsv3_small"
 """The recipe whose collectives are measured if none is named, on two ranks."""
 
-WHAT = ("train",)
+WHAT = ("train", "prefill", "decode")
 """What is measured beside the peer, unless `--what` names less."""
 
 
@@ -49,8 +49,27 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="time for the turns of one row, about (60); they end sooner once the interval is narrow",
     )
-    p.add_argument("--quick", action="store_true", help="a tiny model and few turns")
+    p.add_argument(
+        "--rows",
+        type=_numbers,
+        default=(1,),
+        metavar="N,N",
+        help="sequences that are decoded together, e.g. 1,16 for two measurements (1)",
+    )
+    p.add_argument(
+        "--context",
+        type=_number,
+        metavar="N",
+        help="tokens of each prompt (1000, or what the model reads)",
+    )
+    p.add_argument(
+        "--new-tokens", type=_number, default=64, metavar="N", help="tokens to write after it (64)"
+    )
+    p.add_argument("--quick", action="store_true", help="a tiny model, few turns, nothing compiled")
     p.add_argument("--no-peer", action="store_true", help="only ours, and the limit")
+    p.add_argument(
+        "--no-compile", action="store_true", help="leave out the peer's variants that compile"
+    )
     p.add_argument("--collectives", action="store_true", help="measure collectives instead")
     p.add_argument(
         "--ranks", type=int, metavar="N", help="ranks for collectives (default: the strategy's)"
@@ -58,6 +77,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print one JSON list of rows")
     trust_argument(p)
     return p
+
+
+def _number(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers of at least 1, with commas between them."""
+    return tuple(_number(part) for part in text.split(","))
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -91,7 +123,11 @@ def _options(arguments: argparse.Namespace) -> "BenchOptions":
         seconds=arguments.seconds,
         quick=arguments.quick,
         with_peer=not arguments.no_peer,
+        compiles=not arguments.no_compile,
         trust=arguments.trust,
+        rows=arguments.rows,
+        context=arguments.context,
+        new_tokens=arguments.new_tokens,
     )
 
 

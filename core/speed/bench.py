@@ -8,15 +8,18 @@ import torch
 
 from core.contracts.errors import UserError
 from core.speed import peer
-from core.speed.shapes import QUICK, TRAINED, Shape, comparable
+from core.speed.decoding_speed import NEW, decoding_row, text_of
+from core.speed.shapes import DECODED, QUICK, TRAINED, Shape, comparable
 from core.speed.surroundings import surroundings
-from core.speed.training_speed import Task, train_row
+from core.speed.task import Task
+from core.speed.training_speed import train_row
 
-WHAT = ("train",)
+WHAT = ("train", "prefill", "decode")
 """What can be measured."""
 
 SECONDS = {False: 60.0, True: 0.5}
-"""The time for the turns of one row, in full and with `--quick`."""
+FEWEST = {False: 8, True: 2}
+"""The time for the turns of one row and its fewest rounds, in full and with `--quick`."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,13 @@ class BenchOptions:
         what: the kinds of rows.
         device: `cpu`, `cuda`, or None for a GPU if there is one.
         seconds: the time for the turns of one row; None: `SECONDS`.
-        quick: a tiny model and few rounds, to see that everything runs.
+        quick: a tiny model, few rounds and no compiling, to see that everything runs.
         with_peer: whether transformers takes part.
+        compiles: whether variants of the peer that compile are measured.
         trust: whether the recipe may name code of its own.
         rows: sequences that are decoded together, a number for each measurement.
+        context: tokens of each prompt; None: 1,000, or as many as the model reads.
+        new_tokens: tokens that are written after it.
     """
 
     recipe: str | None = None
@@ -42,8 +48,11 @@ class BenchOptions:
     seconds: float | None = None
     quick: bool = False
     with_peer: bool = True
+    compiles: bool = True
     trust: bool = False
     rows: tuple[int, ...] = (1,)
+    context: int | None = None
+    new_tokens: int = NEW
 
     def shapes(self, usual: Sequence[Shape]) -> Sequence[Shape]:
         """The models: the recipe's, or the tiny one, or the usual ones."""
@@ -66,20 +75,36 @@ def measured_rows(options: BenchOptions, say: Callable[[str], None]) -> Iterator
     """
     device = device_of(options.device)
     version = peer.version() if options.with_peer else None
-    seconds = options.seconds or SECONDS[options.quick]
-    trained = [comparable(shape, trust=options.trust) for shape in options.shapes(TRAINED)]
+    tasks = [_task(options, shape, device) for shape in options.shapes(TRAINED)]
+    texts = []
+    for shape in options.shapes(DECODED):
+        task = _task(options, shape, device)
+        for rows in options.rows:
+            texts.append((task, text_of(task, rows, options.context, options.new_tokens)))
     if "train" in options.what:
-        for measured in trained:
-            say(f"train: {measured.shape.name}")
-            task = Task(
-                measured,
-                device,
-                seconds,
-                with_peer=options.with_peer,
-                trust=options.trust,
-                fewest=2 if options.quick else 8,
-            )
+        for task in tasks:
+            say(f"train: {task.measured.shape.name}")
             yield {**train_row(task), **surroundings(device, version)}
+    for what in ("prefill", "decode"):
+        if what not in options.what:
+            continue
+        for task, text in texts:
+            say(f"{what}: {task.measured.shape.name}, {text.rows} x ({text.context} + {text.new})")
+            row = decoding_row(task, text, prefill=what == "prefill")
+            yield {**row, **surroundings(device, version)}
+
+
+def _task(options: BenchOptions, shape: Shape, device: torch.device) -> Task:
+    """One model, with the time and the surroundings of its measurements."""
+    return Task(
+        comparable(shape, trust=options.trust),
+        device,
+        options.seconds or SECONDS[options.quick],
+        with_peer=options.with_peer,
+        trust=options.trust,
+        fewest=FEWEST[options.quick],
+        compiles=options.compiles and not options.quick,
+    )
 
 
 def device_of(name: str | None) -> torch.device:

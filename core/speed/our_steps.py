@@ -44,12 +44,12 @@ class OurSteps:
         self.parameters = LocalParameters(self.model)
         factory: OptimizerFactory = make(recipe.optimizer)
         made = factory.make(self.parameters.named)
-        self.optimizers = made if isinstance(made, list) else [made]
+        self.optimizers: list[torch.optim.Optimizer] = made if isinstance(made, list) else [made]
         self.strategy: StrategyFactory = make(recipe.strategy)
         self.weights = list(self.model.parameters())
         self.loads: dict[str, Tensor] = {}
 
-    def step(self) -> None:
+    def run(self) -> None:
         """Takes one optimizer step."""
         self.backward()
         self.parameters.take_gradients()

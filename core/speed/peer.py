@@ -179,14 +179,14 @@ class PeerSteps:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True, **shared)
-        self.optimizers = [self.optimizer]
+        self.optimizers: list[torch.optim.Optimizer] = [self.optimizer]
 
     def use(self, experts: str) -> None:
         """Selects an implementation of experts."""
         if self.model.config._experts_implementation != experts:
             self.model.set_experts_implementation(experts)
 
-    def step(self) -> None:
+    def run(self) -> None:
         """Takes one optimizer step."""
         for batch in self.batches:
             (self._mean_loss(batch) / len(self.batches)).backward()

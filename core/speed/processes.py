@@ -40,8 +40,15 @@ def probe(module: str, request: dict[str, Any], *, patience: float = PATIENCE) -
         request: what to measure, as JSON; `began`, the time of the start, is added to it.
         patience: seconds after which the process is ended.
     """
-    environment = {**os.environ, "PYTHONPATH": _search_path()}
-    with tempfile.TemporaryFile("w+") as errors:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+    ):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": _search_path(),
+            "TORCHINDUCTOR_CACHE_DIR": cache,  # so that compiling takes as long as the first time
+        }
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,

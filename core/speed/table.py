@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from core.speed.task import COMPILED
 from core.speed.turns import INTERVAL
 
 COLUMNS = (
@@ -72,14 +73,25 @@ def _remarks(row: dict[str, Any]) -> list[str]:
     if row["peer"]:
         others = []
         for name, variant in row["variants"].items():
-            others.append(f"{name} {variant['tokens_per_second']:,.0f}")
+            others.append(_variant(name, variant))
         lines.append(f"{named}: {', '.join(others)} tokens/s; the best is {row['peer']['best']}")
+    by_reason: dict[str, list[str]] = {}
     for name, why in row["left_out"].items():
-        lines.append(f"{named}: {name} left out: {why}")
+        by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        lines.append(f"{named}: left out: {', '.join(names)}: {why}")
     for name, parts in row.get("start_seconds", {}).items():
         shown = ", ".join(f"{key} {spent:.2f} s" for key, spent in parts.items())
         lines.append(f"{named}: start of {name}: {shown}")
     return lines
+
+
+def _variant(name: str, variant: dict[str, Any]) -> str:
+    """The speed of one of the peer's variants, and how long it compiles if it does."""
+    shown = f"{name} {variant['tokens_per_second']:,.0f}"
+    if name.endswith(COMPILED):
+        shown += f" (after {variant['compile_seconds']:.0f} s of compiling)"
+    return shown
 
 
 def _where(row: dict[str, Any]) -> str:
