@@ -20,7 +20,7 @@ CONTEXT = 1000
 NEW = 64
 """Tokens of each prompt, and tokens that are written after it, unless the options say otherwise."""
 
-TIE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 5e-2}
+TIE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference of the two best logits at which both sides may choose different tokens, by format."""
 
 

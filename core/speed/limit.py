@@ -17,6 +17,8 @@ from core.speed.product_shapes import AttentionShape, ExpertsShape, LinearShape,
 from core.speed.turns import seconds_of
 
 Work = Callable[[], object]
+Operands = tuple[Tensor, Tensor, Tensor]
+"""Rows, weights and the gradients of outputs of a product of experts."""
 
 TRIALS = 3
 """Runs of each way to compute a product, of which the median decides."""
@@ -58,8 +60,9 @@ class Limit:
             ways = [_attention(shape, self.device, width) for width in _value_widths(shape)]
             return [ways[self._fastest(ways)]]
         chosen = []
-        one_by_one = _one_by_one(shape, self.device)
-        for single, together in zip(one_by_one, _grouped(shape, self.device), strict=True):
+        operands = expert_operands(shape, self.device)
+        one_by_one = _one_by_one(operands, shape)
+        for single, together in zip(one_by_one, grouped(operands, shape), strict=True):
             fastest = self._fastest([single, together])
             self.ways["grouped" if fastest else "one by one"] += 1
             chosen.append(together if fastest else single)
@@ -96,7 +99,7 @@ def _linear(shape: LinearShape, device: torch.device) -> Work:
     return work
 
 
-def _expert_operands(shape: ExpertsShape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def expert_operands(shape: ExpertsShape, device: torch.device) -> Operands:
     """Rows, weights and gradients of outputs."""
     rows = sum(shape.loads)
     experts = len(shape.loads)
@@ -106,9 +109,9 @@ def _expert_operands(shape: ExpertsShape, device: torch.device) -> tuple[Tensor,
     return x_AI, w_EOI, dy_AO
 
 
-def _one_by_one(shape: ExpertsShape, device: torch.device) -> list[Work]:
+def _one_by_one(operands: Operands, shape: ExpertsShape) -> list[Work]:
     """The product of experts and its two gradients, one expert after the other; experts without rows are left out."""
-    x_AI, w_EOI, dy_AO = _expert_operands(shape, device)
+    x_AI, w_EOI, dy_AO = operands
     y_AO = torch.empty_like(dy_AO)
     dx_AI = torch.empty_like(x_AI)
     dw_EOI = torch.empty_like(w_EOI)
@@ -137,10 +140,10 @@ def _one_by_one(shape: ExpertsShape, device: torch.device) -> list[Work]:
     return [forward, inputs, weights]
 
 
-def _grouped(shape: ExpertsShape, device: torch.device) -> list[Work]:
+def grouped(operands: Operands, shape: ExpertsShape) -> list[Callable[[], Tensor]]:
     """The product of experts and its two gradients, each in one call."""
-    x_AI, w_EOI, dy_AO = _expert_operands(shape, device)
-    ends_E = torch.tensor(shape.loads, device=device).cumsum(0).to(torch.int32)
+    x_AI, w_EOI, dy_AO = operands
+    ends_E = torch.tensor(shape.loads, device=x_AI.device).cumsum(0).to(torch.int32)
 
     def forward() -> Tensor:
         return F.grouped_mm(x_AI, w_EOI.transpose(1, 2), offs=ends_E)

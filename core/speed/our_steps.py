@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from core.assemble import build, compile_parts, make
 from core.contracts.strategy import StrategyFactory
 from core.contracts.training import OptimizerFactory
+from core.model.language_model import Losses
 from core.model.ledger import Ledger
 from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
@@ -29,6 +30,9 @@ class OurSteps:
         batches: the micro-batches of every step.
         device: where.
         plan: the recipe's steps.
+
+    Attributes:
+        loads: for each micro-batch of the last backward the int64 rows of each expert, by the path of the block.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class OurSteps:
         self.optimizers: list[torch.optim.Optimizer] = made if isinstance(made, list) else [made]
         self.strategy: StrategyFactory = make(recipe.strategy)
         self.weights = list(self.model.parameters())
-        self.loads: dict[str, Tensor] = {}
+        self.loads: list[dict[str, Tensor]] = []
 
     def run(self) -> None:
         """Takes one optimizer step."""
@@ -69,10 +73,12 @@ class OurSteps:
         """Runs every micro-batch forwards and backwards."""
         window = Window.of(self.model, self.ledger, self.contexts)
         totals = WindowTotals()
+        self.loads = []
         for context in self.contexts:
             losses = self.model(context)
-            objective(self.model, self.ledger, losses, window, self.progress, totals).backward()
-        self.loads = totals.loads
+            value = objective(self.model, self.ledger, losses, window, self.progress, totals)
+            value.backward()
+            self.loads.append(_loads_of(losses))
 
     def forget(self) -> None:
         """Drops the gradients."""
@@ -91,3 +97,12 @@ class OurSteps:
             )
             total += float(value)
         return total
+
+
+def _loads_of(losses: Losses) -> dict[str, Tensor]:
+    """The rows of each expert in one micro-batch, by the path of the block."""
+    found = {}
+    for path, record in losses.expert_records().items():
+        assert record.load_E is not None
+        found[path] = record.load_E
+    return found

@@ -1,6 +1,6 @@
 """The matrix products of one training step, with their shapes, from a recipe and the loads of its experts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,20 +88,35 @@ class AttentionShape:
 ProductShape = LinearShape | ExpertsShape | AttentionShape
 
 
-def product_shapes(
-    recipe: Recipe, loads: Mapping[str, Tensor], micro_batches: int = 1
-) -> list[ProductShape]:
-    """The products of one step of a recipe: linear layers and experts in the order of the model, then attention.
+def product_shapes(recipe: Recipe, loads: Sequence[Mapping[str, Tensor]]) -> list[ProductShape]:
+    """The products of one step of a recipe, one micro-batch after the other.
+
+    In each come linear layers and experts in the order of the model, then attention.
 
     Args:
         recipe: its model and its micro-batch.
-        loads: int64 rows of each expert in one step, by the path of the block.
-        micro_batches: how many a step reads; each is given an equal part of the loads.
+        loads: for each micro-batch the int64 rows of each expert, by the path of the block.
     """
     precision = RecordingPrecision(make(recipe.precision))
     model = build(recipe, device="meta", precision=precision)
+    found: list[ProductShape] = []
+    for in_batch in loads:
+        found += _weight_products(recipe, model, precision, in_batch)
+        for block in model.modules():
+            if isinstance(block, Block):
+                found += _attention_shapes(block, recipe, precision)
+    return found
+
+
+def _weight_products(
+    recipe: Recipe,
+    model: LanguageModel,
+    precision: RecordingPrecision,
+    loads: Mapping[str, Tensor],
+) -> list[ProductShape]:
+    """The products with weights of one micro-batch."""
     tokens = recipe.batch.sequences * recipe.data.sequence_length
-    routed = _routed(model, precision.made, loads, micro_batches)
+    routed = _routed(model, precision.made, loads)
     found: list[ProductShape] = []
     for layer, product in products_in(model, precision.made):
         dtype = _plain(precision.compute_dtype(product.role))
@@ -113,10 +128,7 @@ def product_shapes(
         vocabulary, dim = model.embedding.weight.shape
         dtype = _plain(precision.compute_dtype("head"))
         found.append(LinearShape(tokens, dim, vocabulary, dtype))
-    for block in model.modules():
-        if isinstance(block, Block):
-            found += _attention_shapes(block, recipe, precision)
-    return found * micro_batches
+    return found
 
 
 def _plain(dtype: torch.dtype) -> torch.dtype:
@@ -125,12 +137,12 @@ def _plain(dtype: torch.dtype) -> torch.dtype:
 
 
 def _routed(
-    model: LanguageModel, products: Products, loads: Mapping[str, Tensor], micro_batches: int
+    model: LanguageModel, products: Products, loads: Mapping[str, Tensor]
 ) -> dict[nn.Module, tuple[int, ...]]:
     """The rows of each grouped layer's experts in one micro-batch."""
     found = {}
     for path, load_E in loads.items():
-        rows = tuple((load_E // micro_batches).tolist())
+        rows = tuple(load_E.tolist())
         for layer, product in products_in(model.get_submodule(path), products):
             if product.groups:
                 found[layer] = rows
