@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.command import print_json, run_command, trust_argument
@@ -70,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--no-compile", action="store_true", help="leave out the peer's variants that compile"
     )
+    p.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="write a trace of our side of each measurement there, and list the top operators",
+    )
     p.add_argument("--collectives", action="store_true", help="measure collectives instead")
     p.add_argument(
         "--ranks", type=int, metavar="N", help="ranks for collectives (default: the strategy's)"
@@ -124,6 +130,7 @@ def _options(arguments: argparse.Namespace) -> "BenchOptions":
         quick=arguments.quick,
         with_peer=not arguments.no_peer,
         compiles=not arguments.no_compile,
+        profile=Path(arguments.profile) if arguments.profile else None,
         trust=arguments.trust,
         rows=arguments.rows,
         context=arguments.context,

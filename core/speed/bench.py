@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class BenchOptions:
         quick: a tiny model, few rounds and no compiling, to see that everything runs.
         with_peer: whether transformers takes part.
         compiles: whether variants of the peer that compile are measured.
+        profile: a folder for traces of our side; None: no traces.
         trust: whether the recipe may name code of its own.
         rows: sequences that are decoded together, a number for each measurement.
         context: tokens of each prompt; None: 1,000, or as many as the model reads.
@@ -49,6 +51,7 @@ class BenchOptions:
     quick: bool = False
     with_peer: bool = True
     compiles: bool = True
+    profile: Path | None = None
     trust: bool = False
     rows: tuple[int, ...] = (1,)
     context: int | None = None
@@ -74,6 +77,8 @@ def measured_rows(options: BenchOptions, say: Callable[[str], None]) -> Iterator
         UserError: the recipe, the device or an option is wrong, or transformers is missing.
     """
     device = device_of(options.device)
+    if options.profile is not None:
+        _make_folder(options.profile)
     version = peer.version() if options.with_peer else None
     tasks = [_task(options, shape, device) for shape in options.shapes(TRAINED)]
     texts = []
@@ -94,6 +99,18 @@ def measured_rows(options: BenchOptions, say: Callable[[str], None]) -> Iterator
             yield {**row, **surroundings(device, version)}
 
 
+def _make_folder(folder: Path) -> None:
+    """Makes the folder for traces.
+
+    Raises:
+        UserError: there is something else in its place, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise UserError(f"--profile {folder}: cannot be made: {cause.strerror}") from cause
+
+
 def _task(options: BenchOptions, shape: Shape, device: torch.device) -> Task:
     """One model, with the time and the surroundings of its measurements."""
     return Task(
@@ -104,6 +121,7 @@ def _task(options: BenchOptions, shape: Shape, device: torch.device) -> Task:
         trust=options.trust,
         fewest=FEWEST[options.quick],
         compiles=options.compiles and not options.quick,
+        profile=options.profile,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from core.contracts.errors import UserError
 from core.speed.our_decoding import OurDecoding
 from core.speed.peer_decoding import PeerDecoding, decoding_variants
+from core.speed.profiling import profiled
 from core.speed.sides import Sides
 from core.speed.task import OURS, Task, Text, size_of
 from core.speed.turns import in_turns
@@ -89,7 +90,11 @@ def decoding_row(task: Task, text: Text, *, prefill: bool) -> dict[str, Any]:
             "rounds": len(turns.seconds[OURS]),
             "notes": list(task.measured.notes),
         }
-        return {**row, **measured_apart(row, variants, sides, own)}
+        row |= measured_apart(row, variants, sides, own)
+    if task.profile is not None:
+        name = f"{row['what']} {row['name']}"
+        row["profile"] = profiled(ours.run, task.device, task.profile, name)
+    return row
 
 
 def _drop_others(variants: Variants, ours: OurDecoding, written: dict[str, Any]) -> None:

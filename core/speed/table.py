@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from core.speed.profiling import operator_lines
 from core.speed.task import COMPILED
 from core.speed.turns import INTERVAL
 
@@ -33,6 +34,8 @@ def table(rows: Iterable[dict[str, Any]]) -> list[str]:
         lines += _remarks(row)
     if rows:
         lines.append(_where(rows[0]))
+    for row in rows:
+        lines += operator_lines(row)
     return lines
 
 
@@ -80,6 +83,12 @@ def _remarks(row: dict[str, Any]) -> list[str]:
         by_reason.setdefault(why, []).append(name)
     for why, names in by_reason.items():
         lines.append(f"{named}: left out: {', '.join(names)}: {why}")
+    if "fit" in row:
+        fit = row["fit"]
+        lines.append(
+            f"{named}: the step of core.fit, with metrics: {fit['tokens_per_second']:,.0f} tokens/s, "
+            f"{fit['ratio_to_bare_step']:.2f} times the speed of the step alone"
+        )
     for name, parts in row.get("start_seconds", {}).items():
         shown = ", ".join(f"{key} {spent:.2f} s" for key, spent in parts.items())
         lines.append(f"{named}: start of {name}: {shown}")

@@ -1,6 +1,7 @@
 """What one row of a measurement is about."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Task:
         trust: whether the recipe may name code of its own.
         fewest: rounds that are measured in any case.
         compiles: whether variants of the peer that compile are measured.
+        profile: a folder for a trace of our side; None: no trace.
     """
 
     measured: Comparable
@@ -37,6 +39,7 @@ class Task:
     trust: bool = False
     fewest: int = 8
     compiles: bool = True
+    profile: Path | None = None
 
 
 @dataclass(frozen=True)

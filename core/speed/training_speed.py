@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from core.speed.limit import Limit
 from core.speed.our_steps import OurSteps
 from core.speed.peer import PeerSteps
 from core.speed.product_shapes import product_shapes
+from core.speed.profiling import profiled
+from core.speed.real_run import run_against_steps
 from core.speed.sides import Sides
 from core.speed.task import LIMIT, OURS, THEIRS, Task, size_of
 from core.speed.turns import Turns, in_turns
@@ -55,7 +58,22 @@ def train_row(task: Task) -> dict[str, Any]:
             "rounds": len(turns.seconds[OURS]),
             "notes": list(task.measured.notes),
         }
-        return {**row, **measured_apart(row, variants, sides, own)}
+        row |= measured_apart(row, variants, sides, own)
+    row["fit"] = _fit(task, ours, batches, tokens)
+    if task.profile is not None:
+        row["profile"] = profiled(ours.run, task.device, task.profile, f"train {row['name']}")
+    return row
+
+
+def _fit(task: Task, ours: OurSteps, batches: list[TokenBatch], tokens: int) -> dict[str, Any]:
+    """The speed of the step that `core.fit` takes."""
+    recipe = replace(
+        task.measured.recipe,
+        checkpoint=replace(task.measured.recipe.checkpoint, every_steps=None),
+        trainer={**task.measured.recipe.trainer, "enable_progress_bar": False},
+    )
+    found = run_against_steps(recipe, batches, ours, steps=task.fewest)
+    return {"tokens_per_second": tokens / found["seconds"], **found}
 
 
 def _add_peer(
