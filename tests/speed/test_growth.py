@@ -1,7 +1,9 @@
 """Growth, start-up and the guard: what is computed from measurements."""
 
 import importlib.util
+import json
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -94,3 +96,28 @@ def test_a_ratio_out_of_its_bounds_has_a_sentence() -> None:
     assert "rose to 9.00, above" in dear
     (missing,) = complaints({**good, "decode": None})
     assert "was not measured" in missing
+
+
+def test_the_page_of_results_is_made_from_the_files(tmp_path: Path) -> None:
+    speed_tables = script("speed_tables")
+    row = {
+        "what": "train",
+        "name": "7 M",
+        "tokens_per_second": 4000.0,
+        "peer": {"best": "eager", "tokens_per_second": 2000.0},
+        "ratio": 2.0,
+        "interval": [1.9, 2.1],
+        "fraction_of_limit": 0.7,
+        "memory_ratio": None,
+        "no_ratio": None,
+        "device_name": "a CPU",
+        "threads": 2,
+        "versions": {"torch": "2", "transformers": None},
+    }
+    (tmp_path / "bench.json").write_text(json.dumps([row]))
+    made = speed_tables.tables(tmp_path)
+    assert "| train | 7 M | 4,000 | 2,000 (eager) | 2.00 (1.90 to 2.10) | 0.70 |  |  |" in made
+    page = (ROOT / "records" / "speed" / "README.md").read_text(encoding="utf-8")
+    once = speed_tables.with_tables(page, made)
+    assert speed_tables.with_tables(once, made) == once
+    assert once.count("| train | 7 M |") == 1
