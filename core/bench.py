@@ -1,6 +1,8 @@
-"""python -m core.bench --collectives [RECIPE] [KEY=VALUE ...]: measure the collectives that a recipe would use."""
+"""python -m core.bench [RECIPE] [KEY=VALUE ...]: measure speed and memory beside transformers, or collectives."""
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.command import print_json, run_command, trust_argument
@@ -8,42 +10,141 @@ from core.contracts.errors import UserError
 
 if TYPE_CHECKING:
     from core.recipe.compose import Recipe
+    from core.speed.bench import BenchOptions
 
 DEFAULT = "dsv3_small"
-"""The recipe that is measured if none is named, on two ranks."""
+"""The recipe whose collectives are measured if none is named, on two ranks."""
+
+WHAT = ("train", "prefill", "decode")
+"""What is measured beside the peer, unless `--what` names less."""
 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command-line arguments."""
     p = argparse.ArgumentParser(
         prog="python -m core.bench",
-        description="Measure the bandwidth of the collectives that a recipe would use.",
-        epilog="On GPUs if there is one for each rank, else on CPUs. Under torchrun the ranks are its own.",
+        description="Measure training and decoding beside transformers, in turns: speed, memory, start-up, and the "
+        "limit that the matrix products set. Or measure the collectives that a recipe would use.",
+        epilog="Collectives run on GPUs if there is one for each rank, else on CPUs; under torchrun on its ranks.",
     )
     p.add_argument(
         "recipe",
         nargs="?",
         metavar="RECIPE",
-        help=f"a recipe file, or the name of a shipped one (default: {DEFAULT} on 2 ranks)",
+        help="a recipe file, or the name of a shipped one (default: four models of 7 to 240 million parameters; "
+        f"for collectives {DEFAULT} on 2 ranks)",
     )
     p.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="overrides, e.g. batch.sequences=16"
     )
-    p.add_argument("--collectives", action="store_true", help="measure collectives")
     p.add_argument(
-        "--ranks", type=int, metavar="N", help="ranks to measure (default: the strategy's)"
+        "--what",
+        choices=WHAT,
+        action="append",
+        help="measure only this; may be given several times (default: all)",
     )
-    p.add_argument("--json", action="store_true", help="print one JSON list, a row for each size")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    p.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="time for the turns of one row, about (60); they end sooner once the interval is narrow",
+    )
+    p.add_argument(
+        "--rows",
+        type=_numbers,
+        default=(1,),
+        metavar="N,N",
+        help="sequences that are decoded together, e.g. 1,16 for two measurements (1)",
+    )
+    p.add_argument(
+        "--context",
+        type=_number,
+        metavar="N",
+        help="tokens of each prompt (1000, or what the model reads)",
+    )
+    p.add_argument(
+        "--new-tokens", type=_number, default=64, metavar="N", help="tokens to write after it (64)"
+    )
+    p.add_argument("--quick", action="store_true", help="a tiny model, few turns, nothing compiled")
+    p.add_argument("--no-peer", action="store_true", help="only ours, and the limit")
+    p.add_argument(
+        "--no-compile", action="store_true", help="leave out the peer's variants that compile"
+    )
+    p.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="write a trace of our side of each measurement there, and list the top operators",
+    )
+    p.add_argument("--collectives", action="store_true", help="measure collectives instead")
+    p.add_argument(
+        "--ranks", type=int, metavar="N", help="ranks for collectives (default: the strategy's)"
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON list of rows")
     trust_argument(p)
     return p
 
 
+def _number(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers of at least 1, with commas between them."""
+    return tuple(_number(part) for part in text.split(","))
+
+
 def main(arguments: argparse.Namespace) -> None:
-    """Measures the collectives and prints a table or JSON; under torchrun the first rank prints."""
-    if not arguments.collectives:
-        raise UserError(
-            "--collectives is missing: this version measures the bandwidth of collectives and nothing else"
-        )
+    """Measures, and prints a table or JSON; under torchrun the first rank prints."""
+    if arguments.collectives:
+        _collectives(arguments)
+        return
+    if arguments.ranks is not None:
+        raise UserError("--ranks: works with --collectives only; training is measured on one rank")
+    if arguments.seconds is not None and not 0 < arguments.seconds < float("inf"):
+        raise UserError(f"--seconds = {arguments.seconds}: must be more than 0 and finite")
+    from core.speed.bench import measured_rows
+    from core.speed.table import table as speed_table
+
+    rows = list(measured_rows(_options(arguments), _say))
+    if arguments.json:
+        print_json(rows)
+    else:
+        print("\n".join(speed_table(rows)))
+
+
+def _options(arguments: argparse.Namespace) -> "BenchOptions":
+    """The command-line arguments of everything but collectives."""
+    from core.speed.bench import BenchOptions
+
+    return BenchOptions(
+        recipe=arguments.recipe,
+        overrides=tuple(arguments.overrides),
+        what=tuple(arguments.what or WHAT),
+        device=arguments.device,
+        seconds=arguments.seconds,
+        quick=arguments.quick,
+        with_peer=not arguments.no_peer,
+        compiles=not arguments.no_compile,
+        profile=Path(arguments.profile) if arguments.profile else None,
+        trust=arguments.trust,
+        rows=arguments.rows,
+        context=arguments.context,
+        new_tokens=arguments.new_tokens,
+    )
+
+
+def _say(sentence: str) -> None:
+    """Prints what is being measured on stderr."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _collectives(arguments: argparse.Namespace) -> None:
+    """Measures the collectives of a recipe."""
     if arguments.ranks is not None and arguments.ranks < 2:
         raise UserError(f"--ranks = {arguments.ranks}: must be at least 2")
     from core.recipe.compose import compose

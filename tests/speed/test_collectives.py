@@ -119,7 +119,6 @@ def test_a_rank_that_fails_ends_all() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "--collectives is missing: this version measures the bandwidth of collectives"),
         (("--collectives", "--ranks", "1"), "--ranks = 1: must be at least 2"),
         (("--collectives",), "strategy.name = single trains on one rank"),
     ],
