@@ -1,7 +1,7 @@
 """Training steps of our model on one batch."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.assemble import build, compile_parts, make
 from core.contracts.strategy import StrategyFactory
@@ -58,8 +58,7 @@ class OurSteps:
         self.backward()
         self.parameters.take_gradients()
         norm = self.strategy.gradient_norm(self.parameters.gradients())
-        if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters.tensors(), self.clip_norm, norm)
+        self.parameters.clip_gradients(self.clip_norm, norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE

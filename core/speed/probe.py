@@ -47,6 +47,9 @@ def _import_ours(work: str) -> None:
     """Imports what our side needs."""
     if work == "train":
         import core.speed.our_steps
+        from core.training.host_memory import keep_freed_memory
+
+        keep_freed_memory()  # as `core.fit` does
     else:
         import core.speed.our_decoding  # noqa: F401
 

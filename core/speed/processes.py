@@ -44,18 +44,15 @@ def probe(module: str, request: dict[str, Any], *, patience: float = PATIENCE) -
         tempfile.TemporaryFile("w+") as errors,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
     ):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": _search_path(),
-            "TORCHINDUCTOR_CACHE_DIR": cache,  # so that compiling takes as long as the first time
-        }
+        # so that compiling takes as long as the first time
+        own = {**environment(), "TORCHINDUCTOR_CACHE_DIR": cache}
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment,
+            env=own,
         )
         try:
             text = json.dumps({**request, "began": time.time()})
@@ -71,13 +68,14 @@ def probe(module: str, request: dict[str, Any], *, patience: float = PATIENCE) -
         if process.returncode == 0:
             return Probed(_rows(printed))
         errors.seek(0)
-        return Probed(_rows(printed), _reason(process.returncode, errors.read()))
+        return Probed(_rows(printed), reason(process.returncode, errors.read()))
 
 
-def _search_path() -> str:
-    """The module search path of the process: ours first, so that nothing else is imported in its place."""
+def environment() -> dict[str, str]:
+    """The environment of a process: our folder is searched first, so that nothing else is imported in its place."""
     given = os.environ.get("PYTHONPATH", "")
-    return os.pathsep.join(part for part in (str(OUR_FOLDER), given) if part)
+    path = os.pathsep.join(part for part in (str(OUR_FOLDER), given) if part)
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def _rows(printed: str) -> list[dict[str, Any]]:
@@ -86,7 +84,7 @@ def _rows(printed: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole if line.endswith("\n") and line.startswith("{")]
 
 
-def _reason(code: int, errors: str) -> str:
+def reason(code: int, errors: str) -> str:
     """Why a process failed: the signal that ended it, or the last line that it wrote."""
     if code < 0:
         return f"signal {-code} ended it, which the system sends where memory is too small"

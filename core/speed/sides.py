@@ -22,11 +22,14 @@ class Sides:
         task: the model, and where.
         folder: the model as transformers reads it; None without a peer.
         work: what each side does: `work` is `train` or `decode`, and `text` says what is continued.
+
+    Attributes:
+        request: what a process of either side measures.
     """
 
     def __init__(self, task: Task, folder: PeerFolder | None, work: dict[str, Any]) -> None:
         self._folder = folder
-        self._request = {
+        self.request = {
             **work,
             "recipe": task.measured.shape.recipe,
             "overrides": list(task.measured.overrides),
@@ -75,7 +78,7 @@ class Sides:
         give_up: float = PATIENCE,
     ) -> Probed:
         """Runs a process; a variant whose first run takes longer than `give_up` seconds is given no second one."""
-        request = {**self._request, "side": side, "variants": variants, "give_up": give_up}
+        request = {**self.request, "side": side, "variants": variants, "give_up": give_up}
         if self._folder is not None:
             request["folder"] = str(self._folder.path)
             request["dtype"] = str(self._folder.dtype).removeprefix("torch.")

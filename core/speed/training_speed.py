@@ -13,6 +13,7 @@ from core.speed import peer
 from core.speed.batches import TokenBatch, step_batches
 from core.speed.limit import Limit
 from core.speed.our_steps import OurSteps
+from core.speed.own_process import OwnProcess
 from core.speed.peer import PeerSteps
 from core.speed.product_shapes import product_shapes
 from core.speed.profiling import profiled
@@ -40,7 +41,7 @@ def train_row(task: Task) -> dict[str, Any]:
         sides = Sides(task, variants.folder, {"work": "train"})
         own = sides.ours()
         losses = _add_peer(task, ours, batches, variants, sides, own)
-        turns, limit = _turns(task, ours, variants)
+        turns, limit = _turns(task, ours, variants, sides.request)
         row = {
             "what": "train",
             "name": task.measured.shape.name,
@@ -98,17 +99,24 @@ def _add_peer(
     return losses
 
 
-def _turns(task: Task, ours: OurSteps, variants: Variants) -> tuple[Turns, Limit]:
-    """Our step, that of each variant of the peer, and the limit, in turns."""
+def _turns(
+    task: Task, ours: OurSteps, variants: Variants, request: dict[str, Any]
+) -> tuple[Turns, dict[str, Any]]:
+    """Our step, that of each variant of the peer, and the limit, in turns; and what the limit consists of."""
+    if task.device.type == "cpu":
+        with OwnProcess(request) as own:
+            works = {OURS: own.step, LIMIT: own.products, **variants.timed}
+            turns = in_turns(works, task.device, seconds=task.seconds, fewest=task.fewest)
+            return turns, own.limit
     ours.backward()  # the loads of the experts
     ours.forget()
     limit = Limit(product_shapes(task.measured.recipe, ours.loads), task.device)
     versions: dict[str, Callable[[], Any]] = {OURS: ours.run, LIMIT: limit.run, **variants.timed}
     turns = in_turns(versions, task.device, seconds=task.seconds, fewest=task.fewest)
-    return turns, limit
+    return turns, {"flops": limit.flops, "ways": limit.ways}
 
 
-def _against_limit(turns: Turns, limit: Limit, tokens: int) -> dict[str, Any]:
+def _against_limit(turns: Turns, limit: dict[str, Any], tokens: int) -> dict[str, Any]:
     """The comparison with the matrix products of the step."""
     ratio = turns.ratio(OURS, LIMIT)
     return {
@@ -116,8 +124,8 @@ def _against_limit(turns: Turns, limit: Limit, tokens: int) -> dict[str, Any]:
         "limit": {
             "interval": ratio.interval,
             "tokens_per_second": tokens / turns.median(LIMIT),
-            "flops": limit.flops,
-            "flops_per_second": limit.flops / turns.median(LIMIT),
-            "experts": limit.ways,
+            "flops": limit["flops"],
+            "flops_per_second": limit["flops"] / turns.median(LIMIT),
+            "experts": limit["ways"],
         },
     }

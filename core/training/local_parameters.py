@@ -2,10 +2,14 @@
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from core.contracts.training import NamedParameter
 from core.model.parameters import named_parameters
 from core.numerics.part_exchange import local_tensor
+
+CLIP_EPS = 1e-6
+"""What torch adds to the norm before it divides by it."""
 
 
 class LocalParameters:
@@ -46,6 +50,17 @@ class LocalParameters:
     def gradients(self) -> list[Tensor]:
         """All gradients."""
         return [tensor.grad for tensor in self.tensors() if tensor.grad is not None]
+
+    def clip_gradients(self, largest: float | None, norm: Tensor) -> None:
+        """Scales the gradients down if their norm is larger than `largest`; None: never.
+
+        Args:
+            largest: the norm that they may have at most.
+            norm: the global norm, over all ranks.
+        """
+        if largest is None or largest / (norm + CLIP_EPS) >= 1:  # torch would multiply by 1
+            return
+        clip_grads_with_norm_(self.tensors(), largest, norm)
 
 
 def local_state(module: nn.Module) -> dict[str, object]:

@@ -46,9 +46,6 @@ from core.training.totals import WindowTotals, call_on_step_end
 from core.training.validation import ValidationTotals
 from core.training.window import Window, objective
 
-CLIP_EPS = 1e-6
-"""What torch adds to the norm before it divides by it; a factor of at least 1 changes no gradient."""
-
 
 class TrainingModule(L.LightningModule):
     """Trains a language model by a plan.
@@ -177,7 +174,7 @@ class TrainingModule(L.LightningModule):
         norm = self.strategy.gradient_norm(self.local_parameters.gradients())
         rate = self.optimizer_factory.learning_rate(progress)
         if self._agreed_finite(norm):
-            self._clip(norm)
+            self.local_parameters.clip_gradients(self.gradient_clip, norm)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -216,14 +213,6 @@ class TrainingModule(L.LightningModule):
                 loss = objective(model, self.ledger, model(context), window, progress, totals)
                 self.manual_backward(loss * scale)
         return totals
-
-    def _clip(self, norm: Tensor) -> None:
-        """Scales the gradients down to the norm `gradient_clip` if they are larger."""
-        if self.gradient_clip is None or self.gradient_clip / (norm + CLIP_EPS) >= 1:
-            return
-        torch.nn.utils.clip_grads_with_norm_(
-            self.local_parameters.tensors(), self.gradient_clip, norm
-        )
 
     @property
     def validation_follows(self) -> bool:
