@@ -12,7 +12,7 @@ from core.numerics import compiling
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up: ... x 2I -> ... x I; the first half of the last axis is the gate."""
-    if compiling.is_eager_on_cpu(gate_up):
+    if torch.is_grad_enabled() and compiling.is_eager_on_cpu(gate_up):
         result: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
         return result
     gate, up = gate_up.chunk(2, dim=-1)

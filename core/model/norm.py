@@ -41,10 +41,21 @@ class RMSNorm(nn.Module):
             return normed.view_as(x)
         wide = at_least_fp32(x)
         weight = self.weight.to(wide.dtype)
-        if torch.is_grad_enabled() and compiling.is_eager_on_cpu(wide):
-            normed = _RMSNorm.apply(wide, weight, self.eps)  # type: ignore[no-untyped-call]
-            return normed.to(x.dtype)
+        if compiling.is_eager_on_cpu(wide):
+            if torch.is_grad_enabled():
+                normed = _RMSNorm.apply(wide, weight, self.eps)  # type: ignore[no-untyped-call]
+                return normed.to(x.dtype)
+            if wide.numel() == self.dim:
+                return _normed_row(wide, weight, self.eps).to(x.dtype)
         return F.rms_norm(wide, (self.dim,), weight, self.eps).to(x.dtype)
+
+
+def _normed_row(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The norm of a single row, in half of the operator's time: it takes longer to start operations than to do them."""
+    row_D = x.flatten()
+    square = float(torch.dot(row_D, row_D))
+    scale: float = (square / len(row_D) + eps) ** -0.5
+    return (x * scale).mul_(weight_D)
 
 
 class _RMSNorm(torch.autograd.Function):

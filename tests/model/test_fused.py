@@ -61,6 +61,29 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
     assert_same(fused, plain, x, weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1.0, 1e15])
+def test_rms_norm_of_one_row_without_gradients(dtype: torch.dtype, size: float) -> None:
+    """What decoding computes token by token is what it computes for many rows at once."""
+    norm = RMSNorm(48, _build())
+    norm.weight.data.uniform_(0.5, 2)
+    x = (torch.randn(3, 48, dtype=torch.float64) * size).to(dtype)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    with torch.no_grad():
+        together = norm(x)
+        for row, expected in zip(x, together, strict=True):
+            torch.testing.assert_close(norm(row), expected, rtol=tolerance, atol=0)
+            torch.testing.assert_close(
+                norm(row[None, None]), expected[None, None], rtol=tolerance, atol=0
+            )
+
+
+def test_rms_norm_of_a_row_that_is_not_finite() -> None:
+    norm = RMSNorm(4, _build())
+    with torch.no_grad():
+        assert norm(torch.tensor([1.0, torch.nan, 0, 0], dtype=torch.float64)).isnan().all()
+
+
 def _build() -> Any:
     precision = SimpleNamespace(param_dtype=lambda role: torch.float64)
     return SimpleNamespace(norm_eps=1e-6, precision=precision)
