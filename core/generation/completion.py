@@ -88,7 +88,7 @@ class Completions:
 
     @property
     def drafted(self) -> list[int]:
-        """The number of drafts that were verified, by place in a pass, over all rows."""
+        """The number of verified drafts, by place in a pass, over all rows."""
         return sum_by_place([item.drafted for item in self.items])
 
     @property

@@ -29,7 +29,7 @@ class BenchOptions:
 
     Args:
         recipe: a recipe file or the name of a shipped one; None: the shapes of `core.speed.shapes`.
-        overrides: of the recipe.
+        overrides: changes of the recipe.
         what: the kinds of rows.
         device: `cpu`, `cuda`, or None for a GPU if there is one.
         seconds: the time for the turns of one row; None: `SECONDS`.

@@ -32,7 +32,7 @@ class Limit:
         device: where.
 
     Attributes:
-        flops: of one run.
+        flops: the floating-point operations of one run.
         ways: how often each way was chosen for a product of experts: `grouped` or `one by one`.
     """
 

@@ -32,7 +32,7 @@ class OurSteps:
         plan: the recipe's steps.
 
     Attributes:
-        loads: for each micro-batch of the last backward the int64 rows of each expert, by the path of the block.
+        loads: the int64 rows of each expert in each micro-batch, by block path.
     """
 
     def __init__(

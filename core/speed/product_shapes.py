@@ -65,7 +65,7 @@ class AttentionShape:
 
     Args:
         sequences, length: the micro-batch.
-        heads, key_heads: of queries, and of keys and values.
+        heads, key_heads: the heads of queries, and those of keys and values.
         key, value: widths of a head.
         dtype: format of the operands.
     """
@@ -95,7 +95,7 @@ def product_shapes(recipe: Recipe, loads: Sequence[Mapping[str, Tensor]]) -> lis
 
     Args:
         recipe: its model and its micro-batch.
-        loads: for each micro-batch the int64 rows of each expert, by the path of the block.
+        loads: the int64 rows of each expert in each micro-batch, by block path.
     """
     precision = RecordingPrecision(make(recipe.precision))
     model = build(recipe, device="meta", precision=precision)
