@@ -1,6 +1,7 @@
 """Divides the weights of a model over ranks, by torch's `fully_shard` (FSDP2), and stacks of experts by hand."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +141,12 @@ class Sharder:
             self._unit(stack, param_dtype=_gathered_format(stack), mesh=mesh)
 
     def _shard_block(self, block: Block) -> None:
+        """Divides a block, and lets all units inside it gather and free their weights with the block."""
+        self._divide_block(block)
+        for state in _inner_units(block):
+            _move_hooks(state, block)
+
+    def _divide_block(self, block: Block) -> None:
         """Divides a block in one unit, or in two if some of its products are in bf16."""
         low: list[nn.Module] = []
         kept: list[nn.Module] = []
@@ -182,6 +189,34 @@ class Sharder:
             offload_policy=self.policy,
             ignored_params=self.whole,
         )
+
+
+def _inner_units(block: nn.Module) -> list[Any]:
+    """What `fully_shard` keeps of each unit inside a block, in an order that is the same on every rank."""
+    found: list[Any] = []
+    for module in block.modules():
+        if module is block or not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        if state not in found:
+            found.append(state)
+    return found
+
+
+def _move_hooks(state: Any, block: nn.Module) -> None:
+    """Moves the hooks with which a unit gathers and frees its weights from its own modules to the block around them.
+
+    A hook inside a compiled block cuts the block's graph in two, and under recomputation torch then compiles nothing of
+    the block. torch has no public way to place them.
+
+    Args:
+        state: what `fully_shard` keeps of the unit.
+        block: a module that is itself a unit.
+    """
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
+    block.register_forward_hook(state._post_forward)
 
 
 def _stacks(layer: nn.Module) -> Iterator[GroupedLinear]:
