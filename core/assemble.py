@@ -221,7 +221,9 @@ def compile_parts(model: LanguageModel, *, sharded: bool = False, **options: Any
         options: options of `torch.compile`.
     """
     for part in [*model.blocks, *model.heads.values()]:
-        if sharded:
+        if isinstance(part, Block) and part.recompute and not part.traceable:
+            part.compile_layers(**options)
+        elif sharded:
             part.forward = torch.compile(part.forward, **options)
         else:
             part.compile(**options)

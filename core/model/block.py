@@ -1,5 +1,7 @@
 """One transformer block: pre-norm attention and feed-forward around a residual stream (report, figure 2)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +25,9 @@ class Block(nn.Module):
         attention, ffn: validated sections of the two slots.
         build: the model around the block.
         recompute: keep none of the block's activations and compute them again in the backward pass.
+
+    Attributes:
+        traceable: whether torch.compile can trace the block as one graph.
     """
 
     def __init__(
@@ -37,6 +42,19 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(build.dim, build)
         self.ffn: FeedForward = build.make(ffn)
         self.ffn_residual: Residual = build.stream("ffn")
+        declared = [part.component.traceable_of(part.config) for part in (attention, ffn)]
+        owned = [part.traceable for part in (self.precision, *self.ffn.dispatchers)]
+        self.traceable = all([*declared, *owned])
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compiles the layers and leaves the recomputation around them as it is; parameters keep their names.
+
+        torch compiles a recomputed region as one graph or not at all.
+
+        Args:
+            options: options of `torch.compile`.
+        """
+        self._layers = torch.compile(self._layers, **options)  # type: ignore[method-assign]
 
     def forward(
         self, stream: Tensor, context: SequenceContext, cache: Cache | None = None

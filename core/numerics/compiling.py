@@ -1,5 +1,6 @@
-"""What model code asks about torch.compile, without importing the compiler, which takes seconds."""
+"""What code asks of torch.compile and says to it, without importing the compiler, which takes seconds."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,3 +23,13 @@ def is_eager_on_cpu(x: Tensor) -> bool:
     themselves, and GPUs have kernels for them.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def mark_rows_dynamic(tensor: Tensor) -> None:
+    """Tells the compiler that the first size of a tensor differs from call to call; nothing if none has been imported.
+
+    Otherwise a graph is compiled for the first size alone, and another one when the second comes.
+    """
+    compiler = sys.modules.get("torch._dynamo")
+    if compiler is not None:
+        compiler.maybe_mark_dynamic(tensor, 0)

@@ -46,7 +46,8 @@ def _masks_outside(x: Tensor) -> bool:
 
 def _zero_rest_(y_AO: Tensor, ends_E: Tensor) -> Tensor:
     """Sets the rows past the last end to 0, in place."""
-    rows = torch.arange(len(y_AO), device=y_AO.device)
+    # In a traced backward `len` of a tensor is a constant, and the graph would hold for this number of rows alone.
+    rows = torch.arange(y_AO.shape[0], device=y_AO.device)
     return y_AO.masked_fill_((rows >= ends_E[-1])[:, None], 0)
 
 

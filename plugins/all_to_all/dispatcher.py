@@ -6,7 +6,7 @@ they meet. Until it is bound to ranks, the dispatcher works as on one device.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from core.contracts.build import BuildContext
 from core.contracts.counting import ends_of
 from core.contracts.dispatcher import Dispatcher, Handle, Placement
 from core.contracts.router import Routing
+from core.numerics.compiling import mark_rows_dynamic
 from core.numerics.exchange import Transfer, finish_transfer, start_transfer
 from core.routing.rows import Done, gated_sums, sort_by_expert
 from plugins.all_to_all.copies import Copies, copy_rows, sum_copies, sum_gated_copies
@@ -63,7 +64,9 @@ class AllToAllDispatcher(Dispatcher):
                 x_PD, gate_A = _send(stage, x_PD, gate_A)()
             row_bytes = x_TD.shape[1] * x_TD.element_size()
             state = _State(route, gate_A.index_select(0, route.order_A), row_bytes)
-            return copy_rows(x_PD, route.expanded), route.ends_E, state
+            x_AD = copy_rows(x_PD, route.expanded)
+            mark_rows_dynamic(x_AD)  # each call receives another number of rows
+            return x_AD, route.ends_E, state
 
         return _Later(finish)
 
@@ -72,7 +75,7 @@ class AllToAllDispatcher(Dispatcher):
         """Adds up the gated outputs of each received row, and starts to send the sums back."""
         if self.layout is None:
             return Done(gated_sums(y_AD, state))
-        state.back_bytes = y_AD.shape[1] * y_AD.element_size()
+        state.count_bytes(y_AD.shape[1] * y_AD.element_size())
         y_PD = sum_gated_copies(y_AD, state.gate_A, state.route.expanded)
         finish_first = _return(state.route.stages[-1], y_PD)
 
@@ -88,16 +91,8 @@ class AllToAllDispatcher(Dispatcher):
         """The bytes of rows that this rank sent to others, and how many other nodes its tokens were sent to."""
         if self.layout is None:
             return {}
-        device = state.gate_A.device
-        counts = {
-            "bytes_between_nodes": state.bytes_sent(remote=True),
-            "bytes_inside_nodes": state.bytes_sent(remote=False),
-            "remote_nodes": state.route.stages[0].rows_sent(remote=True, back=False),
-        }
-        tallies = {}
-        for name, value in counts.items():
-            tallies[name] = torch.full((), value, dtype=torch.int64, device=device)
-        return tallies
+        sent: dict[str, Tensor] = state.sent
+        return sent
 
 
 class _Later(Handle):
@@ -136,20 +131,36 @@ class _State:
     Args:
         route: the way of the tokens.
         gate_A: the gates of this rank's assignments, sorted by expert.
-        out_bytes, back_bytes: bytes of a row on the way out and on the way back.
+        out_bytes: bytes of a row on the way out.
+        sent: what the dispatcher reports, by name; filled when the way back begins. It holds tensors, because a graph
+            that reads integers holds for these integers alone.
     """
 
     route: _Route
     gate_A: Tensor
     out_bytes: int
-    back_bytes: int = 0
+    sent: dict[str, Tensor] = field(default_factory=dict)
 
-    def bytes_sent(self, *, remote: bool) -> int:
+    def count_bytes(self, back_bytes: int) -> None:
+        """Fills `sent`.
+
+        Args:
+            back_bytes: bytes of a row on the way back.
+        """
+        counts = {
+            "bytes_between_nodes": self._bytes_sent(back_bytes, remote=True),
+            "bytes_inside_nodes": self._bytes_sent(back_bytes, remote=False),
+            "remote_nodes": self.route.stages[0].rows_sent(remote=True, back=False),
+        }
+        for name, value in counts.items():
+            self.sent[name] = torch.full((), value, dtype=torch.int64, device=self.gate_A.device)
+
+    def _bytes_sent(self, back_bytes: int, *, remote: bool) -> int:
         """Bytes of rows that this rank sent to others out and back, on other nodes or on this one."""
         total = 0
         for stage in self.route.stages:
             total += stage.rows_sent(remote=remote, back=False) * self.out_bytes
-            total += stage.rows_sent(remote=remote, back=True) * self.back_bytes
+            total += stage.rows_sent(remote=remote, back=True) * back_bytes
         return total
 
 

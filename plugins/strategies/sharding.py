@@ -1,6 +1,8 @@
 """Divides the weights of a model over ranks, by torch's `fully_shard` (FSDP2), and stacks of experts by hand."""
 
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +126,7 @@ class Sharder:
             if any(True for _ in head.parameters()):
                 self._unit(head, param_dtype=None)
         self._unit(model, param_dtype=None, reshard=False)
+        _prefetch_in_order(model)
         for name in FORWARD_METHODS:
             register_fsdp_forward_method(model, name)
         for module in model.modules():
@@ -140,6 +143,12 @@ class Sharder:
             self._unit(stack, param_dtype=_gathered_format(stack), mesh=mesh)
 
     def _shard_block(self, block: Block) -> None:
+        """Divides a block, and lets all units inside it gather and free their weights with the block."""
+        self._divide_block(block)
+        for unit in _inner_units(block):
+            _move_hooks(unit._get_fsdp_state(), block)
+
+    def _divide_block(self, block: Block) -> None:
         """Divides a block in one unit, or in two if some of its products are in bf16."""
         low: list[nn.Module] = []
         kept: list[nn.Module] = []
@@ -182,6 +191,44 @@ class Sharder:
             offload_policy=self.policy,
             ignored_params=self.whole,
         )
+
+
+def _inner_units(block: nn.Module) -> list[FSDPModule]:
+    """A module of each unit inside a block, in an order that is the same on every rank."""
+    found: dict[Any, FSDPModule] = {}
+    for module in block.modules():
+        if module is not block and isinstance(module, FSDPModule):
+            found.setdefault(module._get_fsdp_state(), module)
+    return list(found.values())
+
+
+def _prefetch_in_order(model: LanguageModel) -> None:
+    """Starts to gather the next block when a block begins, in the forward and in the backward.
+
+    Without it the gather of a block starts when Python reaches the block, and Python waits in each layer with experts
+    between ranks for the counts of rows.
+    """
+    blocks: list[Any] = list(model.blocks)
+    for before, after in pairwise(blocks):
+        before.set_modules_to_forward_prefetch([after, *_inner_units(after)])
+        after.set_modules_to_backward_prefetch([before, *_inner_units(before)])
+
+
+def _move_hooks(state: Any, block: nn.Module) -> None:
+    """Moves the hooks with which a unit gathers and frees its weights from its own modules to the block around them.
+
+    A hook inside a compiled block cuts the block's graph in two, and under recomputation torch then compiles nothing of
+    the block. torch has no public way to place them.
+
+    Args:
+        state: what `fully_shard` keeps of the unit.
+        block: a module that is itself a unit.
+    """
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
+    # Backward passes gather the block before in the order in which these end, so the block itself is the last one.
+    block.register_forward_hook(state._post_forward, prepend=True)
 
 
 def _stacks(layer: nn.Module) -> Iterator[GroupedLinear]:
