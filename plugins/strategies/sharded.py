@@ -68,7 +68,7 @@ class _Sharded(StrategyFactory):
     def set_requires_gradient_sync(self, model: "nn.Module", *, required: bool) -> None:
         """Lets FSDP2 exchange gradients in the next backward, or add them up on this rank.
 
-        Weights that stay gathered after a forward stay so until the last backward of a window, which does not change them.
+        Weights that stay gathered after a forward stay so until the last backward of their window.
         """
         model.set_requires_gradient_sync(required)  # type: ignore[operator]
         if not self.config.reshard_after_forward:
