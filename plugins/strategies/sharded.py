@@ -36,7 +36,8 @@ class ShardedSettings:
     nodes: int = setting(1, doc="machines, with equally many processes each")
     accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", doc="auto: GPUs if there are any")
     reshard_after_forward: bool = setting(
-        True, doc="free a block's gathered weights after its forward, and gather them again"
+        True,
+        doc="free a block's gathered weights after its forward and its backward; false: keep them for a whole step",
     )
     offload: bool = setting(False, doc="keep weights and optimizer states in the memory of the CPU")
     timeout_minutes: float = setting(TIMEOUT, doc=TIMEOUT_DOC)
@@ -65,8 +66,13 @@ class _Sharded(StrategyFactory):
         return 1.0
 
     def set_requires_gradient_sync(self, model: "nn.Module", *, required: bool) -> None:
-        """Lets FSDP2 exchange gradients in the next backward, or add them up on this rank."""
+        """Lets FSDP2 exchange gradients in the next backward, or add them up on this rank.
+
+        Weights that stay gathered after a forward stay so until the last backward of their window.
+        """
         model.set_requires_gradient_sync(required)  # type: ignore[operator]
+        if not self.config.reshard_after_forward:
+            model.set_reshard_after_backward(required)  # type: ignore[operator]
 
     def gradient_norm(self, gradients: "Sequence[Tensor]") -> "Tensor":
         """The norm over all ranks: every number of a gradient is on one rank."""

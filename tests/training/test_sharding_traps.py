@@ -145,6 +145,14 @@ class Collectives(Watch):
         setattr(dist, self._function, self._original)
 
 
+class Gathers(Collectives):
+    """Counts in the same way how often weights are gathered."""
+
+    _function = "all_gather_into_tensor"
+    if hasattr(dist, "all_gather_single"):
+        _function = "all_gather_single"
+
+
 class Reloaded(Watch):
     """Loads the whole optimizer state that the first rank would save, and keeps this rank's part before and after."""
 
@@ -337,6 +345,13 @@ def test_only_the_last_micro_batch_exchanges_gradients(
     assert 0 not in sums
     for (seen,) in on_forked_ranks(lab, [Job(FSDP, accumulate=4, watch=(Collectives,))]):
         assert {seen["found"]["sums"]} == sums
+
+
+def test_weights_that_stay_gathered_are_gathered_once_in_a_step(lab: Lab) -> None:
+    kept = FSDP.replace("}", ", reshard_after_forward: false}")
+    jobs = [Job(kept, accumulate=count, watch=(Gathers,)) for count in (1, 4)]
+    for one, four in on_forked_ranks(lab, jobs):
+        assert one["found"]["sums"] == four["found"]["sums"] > 0
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(lab: Lab) -> None:
