@@ -143,8 +143,11 @@ def test_P2_recomputation_changes_no_bit(lab: Lab, precision: str) -> None:
 @pytest.mark.parametrize(
     "precision", ["{name: fp8_emulated}", "{name: fp8_emulated, scaling: delayed}"]
 )
-def test_a_block_compiles_as_one_graph_to_the_same_bits(lab: Lab, precision: str) -> None:
-    """Maxima of delayed scaling, and what ran, included."""
+def test_a_block_compiles_as_one_graph_to_the_same_bits(
+    lab: Lab, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Maxima of delayed scaling, and what ran, included; both with the plain operations that a compiler sees."""
+    monkeypatch.setattr("core.numerics.compiling.is_eager_on_cpu", lambda _: False)
     results = []
     for compiled in (False, True):
         whole = model(lab, precision)
