@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,9 +116,10 @@ def main(arguments: argparse.Namespace) -> None:
     try:
         completions = completer.complete(rows)
         times = None
-        if options.drafts:
+        drafted = len(completions.drafted)  # the most that a pass had room for
+        if drafted:
             texts = [[*one.prompt, *one.tokens] for one in completions.items[: options.batch]]
-            times = measure_passes(model, texts, options)
+            times = measure_passes(model, texts, replace(options, drafts=drafted))
     except NotFiniteError as cause:
         raise NotFiniteError(f"{checkpoint}: {cause}") from cause
     if arguments.json:

@@ -304,6 +304,9 @@ class Completer:
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """The prompts of each batch: in order, but together only with equals where a cache cannot be truncated."""
+        if self.options.batch == 1:
+            yield from ([index] for index in range(len(prompts)))
+            return
         groups: dict[tuple[int, int], list[int]] = {}
         truncates = all(cache.truncates for cache in self.model.new_caches(1, 1))
         for index, prompt in enumerate(prompts):

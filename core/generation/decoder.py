@@ -1,13 +1,14 @@
 """Reads prompts and new tokens of several rows with one model's caches."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from core.contracts.attention import Cache
 from core.contracts.errors import UserError
-from core.generation.graphs import lend_steps
+from core.generation.graphs import lend_steps, on_device, reading_copies
 from core.model.language_model import Decoded, LanguageModel
 
 
@@ -97,7 +98,7 @@ class Decoder:
         Raises:
             NotImplementedError: a cache cannot be truncated.
         """
-        self.lengths = list(map(min, self.lengths, lengths))
+        self.lengths = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
         self._truncate_caches()
 
     def _truncate_caches(self) -> None:
@@ -120,13 +121,18 @@ class Decoder:
             counts_B1 = torch.tensor(counts, device=self.device)[:, None]
             valid_BL = torch.arange(new, device=self.device) < counts_B1
         # A compiled model would be compiled anew for every length of the caches.
-        with self._without_gradients(), torch.compiler.set_stance("force_eager"):
+        with (
+            on_device(self.device),
+            self._without_gradients(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             if self.steps is not None and logits_at_B is None and self.steps.takes(new):
                 decoded = self.steps.read(self.model, tokens_BL)
             else:
-                decoded = self.model.read(
-                    tokens_BL, self.caches, valid_BL=valid_BL, logits_at_B=logits_at_B
-                )
+                with reading_copies(self.model) if self.steps is not None else nullcontext():
+                    decoded = self.model.read(
+                        tokens_BL, self.caches, valid_BL=valid_BL, logits_at_B=logits_at_B
+                    )
         self.lengths = lengths
         if valid_BL is not None:
             self._truncate_caches()

@@ -23,6 +23,7 @@ from core.contracts.attention import Cache
 from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.contracts.loss_head import Draft, LossHead, SharedModules
+from core.generation.graphs import on_device
 from core.model.language_model import LanguageModel
 
 ChooseDraft = Callable[[Tensor, int], Tensor]
@@ -227,7 +228,7 @@ class Drafter:
             return result
 
         shared = SharedModules(self.embed, logits)
-        with torch.compiler.set_stance("force_eager"):
+        with on_device(self.device), torch.compiler.set_stance("force_eager"):
             return self.head.draft(states_BLD, context, shared, self.caches[depth - 1], depth)
 
     def _forget(self, depth: int, lengths: Sequence[int]) -> None:

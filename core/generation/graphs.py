@@ -7,13 +7,15 @@ the graphs that were recorded for them.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from core.contracts.attention import Cache
 from core.model.language_model import Decoded, LanguageModel
@@ -25,6 +27,9 @@ MOST_NEW = 16
 CAPACITY_STEP = 256
 """Capacities are multiples of this, so that calls with prompts of similar lengths share their graphs."""
 
+MOST_IDLE = 4
+"""Caches with their graphs that are kept for later decoders of a model; those that were used last stay."""
+
 WARM_UP = 2
 """Steps before recording, in which libraries choose their kernels and allocate their workspaces."""
 
@@ -32,6 +37,11 @@ Function = Callable[[], None]
 Recorder = Callable[[Function, Function], Function]
 """Records a function and returns what repeats its work on the device, and none of that on the host. The second argument
 takes back what one call of the function did."""
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which graphs are recorded and kernels started on this GPU; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def record_cuda_graph(function: Function, take_back: Function) -> Function:
@@ -128,11 +138,10 @@ class RecordedSteps:
         def take_back() -> None:
             self._cut(lengths_B)
 
-        for layer in _product_layers(model):
-            layer.keep_operand()
         try:
             self._set_constant_shapes(True)
-            replay = self._record(step, take_back)
+            with reading_copies(model):
+                replay = self._record(step, take_back)
         finally:
             self._set_constant_shapes(False)
             take_back()
@@ -170,6 +179,7 @@ def lend_steps(
     """
     if not is_recordable(model, device):
         return None
+    _refresh_copies(model)
     capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
     steps = _take_idle(model, rows, capacity)
     if steps is None:
@@ -199,7 +209,9 @@ def _give_back(model: "ref[LanguageModel]", steps: RecordedSteps) -> None:
     """Keeps steps for the next decoder, if the model still lives."""
     owner = model()
     if owner is not None:
-        _idle.setdefault(owner, []).append(steps)
+        idle = _idle.setdefault(owner, [])
+        idle.append(steps)
+        del idle[:-MOST_IDLE]
 
 
 def is_recordable(model: LanguageModel, device: torch.device) -> bool:
@@ -216,13 +228,65 @@ def is_recordable(model: LanguageModel, device: torch.device) -> bool:
         for dispatcher in layer.dispatchers:
             if not dispatcher.is_local:
                 return False
+        properties = layer.routing_properties
+        if (
+            properties is not None and properties.batch_dependent
+        ):  # which tokens are padding then matters
+            return False
     return True
 
 
-def fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where the weights are and how often they were written to; another one means that graphs are of no use."""
+_steps_of_optimizers: list[int] = []
+"""How many steps the optimizers of this process have taken, since they are counted; empty before."""
+
+
+def _count_optimizer_steps() -> None:
+    """Counts the steps of all optimizers from now on: fused ones leave the versions of weights as they are."""
+    if not _steps_of_optimizers:
+        _steps_of_optimizers.append(0)
+        register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(*_: Any) -> None:
+    _steps_of_optimizers[0] += 1
+
+
+def fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    """Where the weights are, how often they were written to, and how many steps optimizers have taken.
+
+    Another one means that graphs and copies are of no use. Writes through `data` and through numpy are not noticed.
+    """
+    _count_optimizer_steps()
     tensors = [*model.parameters(), *model.buffers()]
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    places = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    return (_steps_of_optimizers[0], places)
+
+
+_copied: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+"""The fingerprint of each model when its weights were last copied in the format of products."""
+
+
+def _refresh_copies(model: LanguageModel) -> None:
+    """Copies all weights in the format of products, unless they are what they were."""
+    weights = fingerprint(model)
+    if _copied.get(model) == weights:
+        return
+    for layer in _product_layers(model):
+        layer.keep_operand()
+    _copied[model] = weights
+
+
+@contextmanager
+def reading_copies(model: nn.Module) -> Iterator[None]:
+    """Lets products read the copies of their weights: validation and training never do."""
+    layers = _product_layers(model)
+    for layer in layers:
+        layer.reads_copy = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.reads_copy = False
 
 
 def _product_layers(model: nn.Module) -> list[ProductLayer]:

@@ -56,6 +56,12 @@ class Block(nn.Module):
         """
         self._layers = torch.compile(self._layers, **options)  # type: ignore[method-assign]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's state is without what was compiled for this block, as in `nn.Module.compile`."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_layers", None)
+        return state
+
     def forward(
         self, stream: Tensor, context: SequenceContext, cache: Cache | None = None
     ) -> tuple[Tensor, dict[str, Record]]:

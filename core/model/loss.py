@@ -48,6 +48,8 @@ def _fused_weight(logits: Callable[[Tensor], Tensor], hidden_TD: Tensor) -> Tens
     """The output's weight, where product and loss are one function: in training on CPUs, in fp32 or wider."""
     if not compiling.is_eager_on_cpu(hidden_TD) or not torch.is_grad_enabled():
         return None
+    if torch.is_autocast_enabled("cpu"):
+        return None
     weight_VD = plain_matrix(logits)
     if weight_VD is None or weight_VD.dtype != hidden_TD.dtype:
         return None
@@ -59,25 +61,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-        dhidden_TD = torch.empty_like(hidden_TD)
-        dweight_VD = torch.zeros_like(weight_VD)
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        dhidden_TD = torch.empty_like(hidden_TD) if needs_hidden else hidden_TD[:0]
+        dweight_VD = torch.zeros_like(weight_VD) if needs_weight else weight_VD[:0]
         total = hidden_TD.new_zeros(())
         buffer_RV = hidden_TD.new_empty(min(ROWS, len(hidden_TD)), len(weight_VD))
-        pieces = (hidden_TD.split(ROWS), targets_T.split(ROWS), dhidden_TD.split(ROWS))
-        for hidden_RD, targets_R, dhidden_RD in zip(*pieces, strict=True):
+        pieces = zip(hidden_TD.split(ROWS), targets_T.split(ROWS), strict=True)
+        for begin, (hidden_RD, targets_R) in zip(
+            range(0, len(hidden_TD), ROWS), pieces, strict=False
+        ):
             logits_RV = buffer_RV[: len(hidden_RD)]
             torch.mm(hidden_RD, weight_VD.t(), out=logits_RV)
             total += _losses_and_gradients_(logits_RV, targets_R).sum()
-            torch.mm(logits_RV, weight_VD, out=dhidden_RD)
-            torch.addmm(dweight_VD, logits_RV.t(), hidden_RD, out=dweight_VD)
+            if needs_hidden:
+                torch.mm(logits_RV, weight_VD, out=dhidden_TD[begin : begin + ROWS])
+            if needs_weight:
+                torch.addmm(dweight_VD, logits_RV.t(), hidden_RD, out=dweight_VD)
         ctx.save_for_backward(dhidden_TD, dweight_VD)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         dhidden_TD, dweight_VD = ctx.saved_tensors
-        return dhidden_TD * dtotal, dweight_VD * dtotal, None
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        dhidden = dhidden_TD * dtotal if needs_hidden else None
+        dweight = dweight_VD * dtotal if needs_weight else None
+        return dhidden, dweight, None
 
 
 def _losses_and_gradients_(logits_RV: Tensor, targets_R: Tensor) -> Tensor:

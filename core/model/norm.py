@@ -73,7 +73,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, scale = ctx.saved_tensors
-        product_TD = (dy * x).flatten(0, -2)
+        product_TD = (dy * x).reshape(-1, x.shape[-1])
         dweight_D = product_TD.t().mv(scale.flatten())
         # dx = scale * (weight dy) - x * scale^3 * mean(weight dy x)
         mean = product_TD.mv(weight_D).view_as(scale).div_(x.shape[-1])

@@ -1,7 +1,7 @@
 """Triton kernels for a few tokens, where a GPU waits for the start of kernels rather than for memory.
 
 Each does in one kernel what torch does in three to seven. Sums are in fp32, whatever the format of the operands, and
-results are rounded once. `core.numerics.few_tokens` says when they are used, and has the same functions in torch.
+results are rounded once. `core.model.few_tokens` says when they are used, and has the same functions in torch.
 """
 
 import torch
@@ -144,6 +144,8 @@ def gated_experts(
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight in the format of x; rows may be apart, their elements not."""
+    if x_TD.stride(1) != 1:
+        x_TD = x_TD.contiguous()
     rows, width = x_TD.shape
     normed_TD = x_TD.new_empty(rows, width)
     block = triton.next_power_of_2(width)

@@ -54,36 +54,30 @@ class ProductLayer(nn.Module):
         self._plain_path = plain_path(self.compute_dtype)
         self.weight = nn.Parameter(torch.empty(shape, dtype=formats["param_dtype"]))
         self._operand: Tensor | None = None
-        self._operand_of: tuple[int, int] | None = None
+        self.reads_copy = False
         self.reset_parameters()
 
     def operand(self) -> Tensor:
-        """The weight in the product's format: a cast, or the copy of `keep_operand` while the weight stays the same.
-
-        The copy has no gradient, so it is for decoding only.
-        """
-        if self._operand is not None and not torch.is_grad_enabled():
-            if self._operand_of == self._weight_now():
-                return self._operand
-            self.drop_operand()
+        """The weight in the product's format: a cast, or under `reads_copy` what `keep_operand` kept."""
+        if self.reads_copy and self._operand is not None:
+            return self._operand
         return self.weight.to(self.compute_dtype)
 
+    @torch.no_grad()
     def keep_operand(self) -> None:
-        """Keeps the cast weight, so that decoding does not cast it for every token; nothing where no cast is needed."""
-        current = self._operand is not None and self._operand_of == self._weight_now()
-        if self.weight.dtype != self.compute_dtype and not current:
-            with torch.inference_mode(False):
+        """Keeps the cast weight for decoding, at the same address as before; nothing where no cast is needed.
+
+        It is read under `reads_copy` alone: nobody can see whether a weight has changed since, because fused optimizers
+        and writes through `data` leave its version as it was.
+        """
+        if self.weight.dtype == self.compute_dtype:
+            return
+        with torch.inference_mode(False):
+            kept = self._operand
+            if kept is None or kept.device != self.weight.device or kept.shape != self.weight.shape:
                 self._operand = self.weight.detach().to(self.compute_dtype)
-            self._operand_of = self._weight_now()
-
-    def drop_operand(self) -> None:
-        """Frees the copy of `keep_operand`."""
-        self._operand = None
-        self._operand_of = None
-
-    def _weight_now(self) -> tuple[int, int]:
-        """What changes when the weight is replaced, moved or written to in place."""
-        return self.weight.data_ptr(), self.weight._version
+            else:
+                kept.copy_(self.weight)
 
     def matrix(self) -> Tensor | None:
         """The weight in the product's format, for callers that multiply by it in another order.
@@ -98,8 +92,7 @@ class ProductLayer(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether `forward` is the one of this module, and not a derived layer's, and is all that a call does."""
-        hooked = bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
-        return type(self).forward in (Linear.forward, GroupedLinear.forward) and not hooked
+        return type(self).forward in (Linear.forward, GroupedLinear.forward) and not is_hooked(self)
 
     def reset_parameters(self) -> None:
         """Draws the weight from N(0, std)."""
@@ -114,6 +107,17 @@ class ProductLayer(nn.Module):
     def extra_repr(self) -> str:
         sizes = (*self.weight.shape[:-2], self.inputs, self.outputs)
         return f"{', '.join(map(str, sizes))}, {self.compute_dtype}"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class's `forward`: hooks, or a `forward` of this object alone."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in vars(module)
 
 
 def plain_matrix(layer: object) -> Tensor | None:
@@ -158,8 +162,7 @@ class SharedLinear(nn.Module):
 
     def matrix(self) -> Tensor | None:
         """The weight in the product's format; None if a hook or a derived class does more than the product."""
-        hooked = bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
-        if hooked or type(self).forward is not SharedLinear.forward:
+        if is_hooked(self) or type(self).forward is not SharedLinear.forward:
             return None
         return self.weight.to(self.compute_dtype)
 

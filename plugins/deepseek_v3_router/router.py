@@ -16,6 +16,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
 from core.contracts.router import AdjustScores, Routing
 from core.contracts.schema import setting
+from core.numerics.linear import is_hooked
 from core.numerics.promotion import at_least_fp32
 from core.routing.gating import LearnedRouter, best_experts
 
@@ -115,7 +116,8 @@ class DeepSeekV3Router(LearnedRouter):
         self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
     ) -> tuple[Tensor, Tensor] | None:
         """The experts and gates of `forward`, without the lists of a `Routing`."""
-        if torch.is_autocast_enabled(x_TD.device.type):
+        own_route = type(self).route is DeepSeekV3Router.route
+        if not own_route or is_hooked(self) or torch.is_autocast_enabled(x_TD.device.type):
             return None
         logits_TE = self.centroids(self.read(at_least_fp32(x_TD), context))
         return self._choose(self._affinities(logits_TE), adjust_scores)

@@ -128,11 +128,59 @@ def test_only_plain_products_are_recorded(precision: str) -> None:
     assert not graphs.is_recordable(model, torch.device("cpu"))
 
 
-def test_idle_steps_do_not_keep_a_model_alive(recorder: HostRecorder) -> None:
+def test_idle_steps_do_not_keep_a_model_alive(
+    recorder: HostRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recorder of the host holds the function that it repeats; a graph holds kernels, as this one does not even."""
+
+    def record(function: Callable[[], None], take_back: Callable[[], None]) -> Callable[[], None]:
+        function()
+        take_back()
+        recorder.records += 1
+        return lambda: None
+
+    monkeypatch.setattr(graphs, "record_cuda_graph", record)
     model = tiny.build().eval()
     watched = ref(model)
-    Decoder(model, 1, 4)
+    decoder = Decoder(model, 1, 4)
+    decoder.prefill([[5]])
+    decoder.step(torch.tensor([[2]]))
+    del decoder
+    assert recorder.records == 1
     assert len(graphs._idle[model]) == 1
     del model
     gc.collect()
     assert watched() is None
+
+
+def test_an_optimizers_step_is_noticed_though_fused_ones_leave_no_trace(
+    recorder: HostRecorder,
+) -> None:
+    """The shipped optimizer is fused: the versions of the weights that it has changed are what they were."""
+    model = tiny.build("precision={name: bf16}").eval()
+    decoded(model)
+    tokens_BL = torch.tensor([[5, 9, 2]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for weight in model.parameters():
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    fresh = tiny.build("precision={name: bf16}").eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model.logits(tokens_BL), fresh.logits(tokens_BL))
+    assert torch.equal(decoded(model), decoded(fresh))
+
+
+def test_only_a_few_idle_caches_are_kept(recorder: HostRecorder) -> None:
+    model = tiny.build().eval()
+    for rows in range(1, 8):
+        Decoder(model, rows, 4)
+    assert len(graphs._idle[model]) == graphs.MOST_IDLE
+
+
+def test_a_layer_that_sees_the_padding_is_not_recorded() -> None:
+    """Experts that choose tokens would choose among finished rows too."""
+    router = "{name: expert_choice, top_k: 2, group: batch}"
+    moe = "model.blocks.moe.ffn"
+    model = tiny.build(f"{moe}.router={router}", f"{moe}.balance=[]")
+    assert not graphs.is_recordable(model, torch.device("cuda"))

@@ -233,8 +233,11 @@ def test_kept_operands_change_no_bit_and_follow_the_weights() -> None:
         before = model.logits(tokens_BL)
         for layer in short_layers(model):
             layer.keep_operand()
+            layer.reads_copy = True
             assert layer.operand().data_ptr() == layer.operand().data_ptr()
         assert torch.equal(model.logits(tokens_BL), before)
+        for layer in short_layers(model):
+            layer.reads_copy = False
     model.logits(tokens_BL).float().sum().backward()
     assert all(layer.weight.grad is not None for layer in short_layers(model)), "training casts"
     with torch.no_grad():
@@ -243,6 +246,10 @@ def test_kept_operands_change_no_bit_and_follow_the_weights() -> None:
         after = model.logits(tokens_BL)
     assert not torch.equal(after, before)
     for layer in short_layers(model):
+        layer.reads_copy = True
+        place = layer.operand().data_ptr()
+        layer.keep_operand()
+        assert layer.operand().data_ptr() == place, "graphs read this address"
         assert torch.equal(layer.operand(), layer.weight.to(torch.bfloat16))
 
 
