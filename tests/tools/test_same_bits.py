@@ -10,10 +10,8 @@ from same_bits import parser
 from tiers import TESTS
 
 ROOT = TESTS.parent
-NORM = "F.rms_norm(wide, (self.dim,), self.weight.to(wide.dtype), self.eps)"
-OTHER_ROUNDING = (
-    "(wide / (wide.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight.to(wide.dtype))"
-)
+NORM = "normed: Tensor = (x * scale).mul_(weight_D)"
+OTHER_ROUNDING = "normed: Tensor = (x * weight_D).mul_(scale)"
 
 
 def git(folder: Path, *arguments: str) -> None:
