@@ -116,7 +116,7 @@ def main(arguments: argparse.Namespace) -> None:
     try:
         completions = completer.complete(rows)
         times = None
-        drafted = len(completions.drafted)  # the most that a pass had room for
+        drafted = len(completions.drafted)  # the most that a pass could draft
         if drafted:
             texts = [[*one.prompt, *one.tokens] for one in completions.items[: options.batch]]
             times = measure_passes(model, texts, replace(options, drafts=drafted))
