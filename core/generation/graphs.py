@@ -35,8 +35,10 @@ WARM_UP = 2
 
 Function = Callable[[], None]
 Recorder = Callable[[Function, Function], Function]
-"""Records a function and returns what repeats its work on the device, and none of that on the host. The second argument
-takes back what one call of the function did."""
+"""Records a function and returns one that repeats its work on the device, and none of that on the host.
+
+The second argument undoes what one call of the function did to the caches.
+"""
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -51,9 +51,8 @@ def _verified(device: str) -> ModuleType | None:
         if not same:
             _warn("differ from torch's operations")
             return None
-    except (
-        Exception
-    ) as cause:  # Triton raises what its compiler, the C compiler, the driver and ctypes raise
+    # Triton raises whatever its compiler, the C compiler, the driver and ctypes raise.
+    except Exception as cause:
         first_line = str(cause).strip().partition("\n")[0]
         _warn(f"cannot run ({type(cause).__name__}: {first_line})")
         return None

@@ -66,15 +66,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight_VD = torch.zeros_like(weight_VD) if needs_weight else weight_VD[:0]
         total = hidden_TD.new_zeros(())
         buffer_RV = hidden_TD.new_empty(min(ROWS, len(hidden_TD)), len(weight_VD))
-        pieces = zip(hidden_TD.split(ROWS), targets_T.split(ROWS), strict=True)
-        for begin, (hidden_RD, targets_R) in zip(
-            range(0, len(hidden_TD), ROWS), pieces, strict=False
-        ):
+        for begin in range(0, len(hidden_TD), ROWS):
+            piece = slice(begin, begin + ROWS)
+            hidden_RD = hidden_TD[piece]
             logits_RV = buffer_RV[: len(hidden_RD)]
             torch.mm(hidden_RD, weight_VD.t(), out=logits_RV)
-            total += _losses_and_gradients_(logits_RV, targets_R).sum()
+            total += _losses_and_gradients_(logits_RV, targets_T[piece]).sum()
             if needs_hidden:
-                torch.mm(logits_RV, weight_VD, out=dhidden_TD[begin : begin + ROWS])
+                torch.mm(logits_RV, weight_VD, out=dhidden_TD[piece])
             if needs_weight:
                 torch.addmm(dweight_VD, logits_RV.t(), hidden_RD, out=dweight_VD)
         ctx.save_for_backward(dhidden_TD, dweight_VD)

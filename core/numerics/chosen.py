@@ -1,6 +1,6 @@
 """Products of few rows, each with the matrix of its own expert, without sorting rows by expert.
 
-`grouped_product` pays where experts have many rows each. In decoding there are a few rows in all, and sorting them,
+`grouped_product` is fast where experts have many rows each. In decoding there are a few rows in all, and sorting them,
 counting them and putting them back takes longer than the products.
 """
 

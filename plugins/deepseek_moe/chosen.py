@@ -11,7 +11,7 @@ FEW_COPIES = 16
 """Assignments up to which copying the matrices of their experts takes a GPU less time than sorting, without kernels."""
 
 
-def pays(x_TD: Tensor, top_k: int) -> bool:
+def are_few(x_TD: Tensor, top_k: int) -> bool:
     """Whether so few tokens are better given to their experts directly."""
     assignments = len(x_TD) * top_k
     if x_TD.device.type == "cpu":

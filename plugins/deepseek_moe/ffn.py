@@ -24,7 +24,7 @@ from core.contracts.schema import Child, child, children, setting
 from core.model.activation import swiglu
 from core.numerics.linear import GroupedLinear
 from core.routing.chance import Chance
-from plugins.deepseek_moe.chosen import gated_experts, pays
+from plugins.deepseek_moe.chosen import are_few, gated_experts
 from plugins.deepseek_moe.dropping import TokenDropping, drop_over_budget
 
 
@@ -226,7 +226,7 @@ class MixtureOfExperts(FeedForward):
 
     def _few(self, x_TD: Tensor, context: SequenceContext) -> Tensor | None:
         """The output for few tokens, whose experts are called without a dispatcher; None where that does not pay."""
-        if not self.dispatcher.is_local or not pays(x_TD, self.router.top_k):
+        if not self.dispatcher.is_local or not are_few(x_TD, self.router.top_k):
             return None
         choices = self.router.choices(x_TD, self.adjust_scores, context)
         if choices is None:

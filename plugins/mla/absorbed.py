@@ -14,7 +14,7 @@ from core.model import few_tokens
 from core.numerics.promotion import at_least_fp32
 
 
-def pays(new: int, seen: int, latent: int, expanded: int) -> bool:
+def absorption_pays(new: int, seen: int, latent: int, expanded: int) -> bool:
     """Whether absorption takes fewer multiplications than expanding the latents.
 
     For each head, expanding costs S C W for keys and values and L S W for scores and outputs (without the rotated part,

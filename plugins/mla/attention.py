@@ -24,7 +24,7 @@ from core.model.attend import TensorCache, attend, attention_mask
 from core.model.norm import RMSNorm
 from core.model.rope import rotate, softmax_scale, turn
 from core.numerics.linear import ProductLayer
-from plugins.mla.absorbed import attend_to_latents, pays
+from plugins.mla.absorbed import absorption_pays, attend_to_latents
 
 
 class LatentAttention(Attention):
@@ -166,7 +166,9 @@ class LatentAttention(Attention):
         """
         config = self.config
         expanded = config.nope_dim + config.value_dim
-        if context.documents_BM is not None or not pays(new, seen, config.kv_rank, expanded):
+        if context.documents_BM is not None or not absorption_pays(
+            new, seen, config.kv_rank, expanded
+        ):
             return None
         up: Tensor | None = self.kv_up.matrix() if isinstance(self.kv_up, ProductLayer) else None
         return None if up is None else up.unflatten(0, (config.heads, -1))

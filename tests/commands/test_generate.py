@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from tiers import first_by_default
 
 import core.run.loading
 from core.data.tokenizer import Tokenizer
+from core.generation import pass_times
+from core.generation.options import GenerationOptions
 from core.generation.sample import sample
 
 
@@ -242,6 +245,24 @@ def test_drafts_leave_the_text_and_are_counted(lab: Lab, finished: Path) -> None
     assert found["break_even"] == pytest.approx(cost - 1)
     assert found["speed_up"] == pytest.approx(found["tokens_per_pass"] / cost)
     assert seconds["rounds"] == 9
+
+
+@pytest.mark.full
+def test_passes_are_timed_with_no_more_drafts_than_the_text_had(
+    lab: Lab, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, seen = pass_times.measure_passes, tmp_path / "drafts"
+
+    def measured(model: Any, texts: Any, options: GenerationOptions) -> Any:
+        seen.write_text(str(options.drafts))
+        return measure(model, texts, options)
+
+    monkeypatch.setattr(pass_times, "measure_passes", measured)
+    arguments = ("--prompt", "abc", "--tokens", "4", "--speculative", "64", "--json")
+    result = lab.command("generate", finished, *arguments)
+    assert result.code == 0, result.err
+    drafted = json.loads(result.out)["speculative"]["drafted"]
+    assert len(drafted) == int(seen.read_text()) <= 3
 
 
 @pytest.mark.full

@@ -8,8 +8,11 @@ import torch
 
 import core
 from core.contracts.errors import UserError
-from core.generation.completion import Completions
+from core.generation.completion import Completer, Completions
+from core.generation.options import GenerationOptions
 from core.generation.run_tokenizer import RunTokenizer
+from core.generation.writer import Prompt
+from core.model.attend import TensorCache
 from core.model.language_model import LanguageModel
 
 from .slow import PROMPTS, assert_greedy, model_with
@@ -160,3 +163,18 @@ def test_gradients_are_not_kept(model: LanguageModel) -> None:
 def test_a_folder_without_a_run_has_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run here"):
         core.load_tokenizer(tmp_path)
+
+
+def test_single_prompts_come_in_their_order_though_lengths_may_not_be_mixed(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caches that cannot be truncated take only rows of one length together; `--stream` prints one after the other."""
+    monkeypatch.setattr(TensorCache, "truncates", False)
+    prompts = [Prompt(tokens, 2, number) for number, tokens in enumerate([[5], [7, 9], [3]])]
+
+    def batches(rows: int) -> list[list[int]]:
+        completer = Completer(model, GenerationOptions(batch=rows), None, None)
+        return list(completer._batches(prompts))
+
+    assert batches(1) == [[0], [1], [2]]
+    assert batches(2) == [[0, 2], [1]]

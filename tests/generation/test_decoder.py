@@ -121,3 +121,12 @@ def test_padding_may_be_past_the_last_position_and_tokens_may_not() -> None:
 
 def _assert_last(found_V: torch.Tensor, model: object, text: Sequence[int]) -> None:
     torch.testing.assert_close(found_V, next_logits(model, text), rtol=1e-10, atol=1e-10)  # type: ignore[arg-type]
+
+
+def test_lengths_for_another_number_of_rows_change_nothing() -> None:
+    decoder = Decoder(tiny.build().eval(), 2, 8)
+    decoder.prefill([[1, 2], [3]])
+    with pytest.raises(ValueError, match="zip"):
+        decoder.truncate([1])
+    assert decoder.lengths == [2, 1]
+    assert decoder.caches[0].lengths.tolist() == [2, 1]

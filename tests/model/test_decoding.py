@@ -84,9 +84,9 @@ def test_A1_attention_to_latents_is_the_specified_one(
 
 def test_the_break_even_of_absorption_with_deepseek_v3s_widths() -> None:
     """512 x 256 / (2 x 512 - 256) = 170.7 new tokens with a cache without end."""
-    paying = [new for new in range(1, 400) if absorbed.pays(new, 10**9, 512, 128 + 128)]
+    paying = [new for new in range(1, 400) if absorbed.absorption_pays(new, 10**9, 512, 128 + 128)]
     assert paying == list(range(1, 171))
-    assert not absorbed.pays(8, 8, 512, 256), "nothing is cached before a prompt"
+    assert not absorbed.absorption_pays(8, 8, 512, 256), "nothing is cached before a prompt"
 
 
 class Calls:

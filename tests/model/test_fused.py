@@ -46,7 +46,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 8), (1, 8), (3, 0, 8), (2, 3, 1)])
+@pytest.mark.parametrize("shape", [(2, 5, 8), (1, 8), (3, 0, 8), (2, 3, 1), (8,)])
 def test_rms_norm(shape: tuple[int, ...]) -> None:
     norm = RMSNorm(shape[-1], _build())
     x = normal(*shape)
@@ -191,3 +191,41 @@ def test_a_layer_that_does_more_than_a_product_is_not_fused() -> None:
         logits = 2 * F.linear(hidden, layer.weight).flatten(0, 1)
         expected = F.cross_entropy(logits, targets.flatten(), reduction="sum")
         torch.testing.assert_close(found, expected)
+
+
+def test_whatever_a_call_does_beside_the_product_is_done() -> None:
+    """A `forward` of one object, a hook before the backward, and autocast."""
+    formats: Any = {"std": 1.0, "param_dtype": torch.float32, "compute_dtype": torch.float32}
+    hidden, targets = torch.randn(1, 5, 4, requires_grad=True), torch.randint(0, 9, (1, 5))
+    own = Linear(4, 9, **formats)
+    own.forward = lambda x: 2 * F.linear(x, own.weight)  # type: ignore[method-assign]
+    found = cross_entropy_sum(own, hidden, targets, targets >= 0)
+    logits = 2 * F.linear(hidden, own.weight).flatten(0, 1)
+    torch.testing.assert_close(found, F.cross_entropy(logits, targets.flatten(), reduction="sum"))
+    hooked, calls = Linear(4, 9, **formats), []
+    hooked.register_full_backward_pre_hook(lambda module, gradients: calls.append(1))
+    cross_entropy_sum(hooked, hidden, targets, targets >= 0).backward()
+    assert calls == [1]
+    plain = Linear(4, 9, **formats)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        short = cross_entropy_sum(plain, hidden, targets, targets >= 0)
+        logits = F.linear(hidden, plain.weight).flatten(0, 1)
+    expected = F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(short, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_side_gets_no_gradient_and_the_other_the_same(frozen: str) -> None:
+    formats: Any = {"std": 1.0, "param_dtype": torch.float64, "compute_dtype": torch.float64}
+    output, targets = Linear(4, 9, **formats), torch.randint(0, 9, (1, 600))
+    hidden = normal(1, 600, 4)
+    sides = {"hidden": hidden, "weight": output.weight}
+    both = torch.autograd.grad(
+        cross_entropy_sum(output, hidden, targets, targets >= 0), list(sides.values())
+    )
+    expected = dict(zip(sides, both, strict=True))
+    sides[frozen].requires_grad_(False)
+    cross_entropy_sum(output, hidden, targets, targets >= 0).backward()
+    (open_side,) = sides.keys() - {frozen}
+    assert sides[frozen].grad is None
+    assert torch.equal(sides[open_side].grad, expected[open_side])  # type: ignore[arg-type]

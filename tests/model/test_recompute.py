@@ -1,5 +1,6 @@
 """Recomputation, compilation and records: the same bits, the same choices, every tensor found."""
 
+import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.contracts.loss_head import HeadOutput
 from core.contracts.record import MaxMetric, MeanMetric, Record
@@ -270,6 +272,21 @@ def test_P42_a_block_with_experts_compiles_as_one_graph() -> None:
     torch.testing.assert_close(
         compiled(x_BLD, given)[0], model.blocks[1](x_BLD, given)[0], rtol=1e-12, atol=1e-12
     )
+
+
+def test_a_copy_of_a_block_with_compiled_layers_computes_with_its_own_weights() -> None:
+    block = tiny.build(RECOMPUTE).blocks[1]
+    assert isinstance(block, Block)
+    block.compile_layers(backend="eager")
+    copied = copy.deepcopy(block)
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.zero_()
+        x_BLD = torch.randn(1, 3, block.attention_norm.dim, dtype=torch.float64)
+        context = SequenceContext.of(torch.zeros(1, 3, dtype=torch.int64))
+        assert torch.equal(copied(x_BLD, context)[0], x_BLD), "all that it adds is 0"
+        assert not torch.equal(block(x_BLD, context)[0], x_BLD)
+    assert "_layers" not in block.__getstate__()
 
 
 def test_the_block_of_a_head_is_recomputed_too() -> None:
