@@ -87,7 +87,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _number(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError as cause:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from cause
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value

@@ -188,6 +188,7 @@ def test_memory_is_the_peak_without_states() -> None:
         (("--ranks", "2"), "--ranks: works with --collectives only"),
         (("--seconds", "0"), "--seconds = 0.0: must be more than 0"),
         (("--device", "cuda"), "--device = cuda: torch sees no GPU here"),
+        (("--rows", "1,,2"), "argument --rows: '' is no whole number"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(
