@@ -1,7 +1,10 @@
 """The import contracts are kept, cover all packages, and detect violations."""
 
+import ast
+import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tomllib
 from pathlib import Path
@@ -10,9 +13,8 @@ import pytest
 
 from .documents import ROOT, commands
 
-CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
-    "importlinter"
-]["contracts"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CONTRACTS = PYPROJECT["tool"]["importlinter"]["contracts"]
 BY_NAME = {contract["name"]: contract for contract in CONTRACTS}
 ALLOWED = {"core.contracts", "core.model", "core.routing", "core.numerics", "core.extension"}
 """Packages that a plugin may import; of `core.extension` only `hookspec`."""
@@ -126,3 +128,32 @@ def test_every_command_leaves_torch_to_the_packages() -> None:
     assert set(BY_NAME["Commands leave torch to the packages below"]["source_modules"]) == {
         f"core.{name}" for name in commands()
     }
+
+
+def imported_packages(source: str) -> set[str]:
+    """The packages that a file imports anywhere, without those of Python and ours."""
+    named: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            named |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            named.add(node.module)
+    ours = {*sys.stdlib_module_names, *PYPROJECT["tool"]["mypy"]["packages"]}
+    return {name.partition(".")[0] for name in named} - ours
+
+
+def test_mypy_needs_only_packages_that_the_linters_environment_has() -> None:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    required = [*PYPROJECT["project"]["dependencies"], *extras["lint"]]
+    there = {re.split(r"[^\w-]", line)[0].lower().replace("pyyaml", "yaml") for line in required}
+    there.add("markupsafe")  # a dependency of torch's jinja2
+    there |= {
+        module.removesuffix(".*")
+        for override in PYPROJECT["tool"]["mypy"]["overrides"]
+        if override.get("ignore_missing_imports")
+        for module in override["module"]
+    }
+    for package in PYPROJECT["tool"]["mypy"]["packages"]:
+        for file in (ROOT / package).rglob("*.py"):
+            missing = imported_packages(file.read_text(encoding="utf-8")) - there
+            assert not missing, f"{file}: add {missing} to the overrides of mypy"

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,18 @@ def run_with_signals(
     return forked(work)
 
 
+@pytest.fixture
+def hears_hangups() -> Iterator[None]:
+    """SIGHUP has its default again where `nohup pytest` left it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 STOPPING = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP]
 
 
+@pytest.mark.usefixtures("hears_hangups")
 @pytest.mark.parametrize("signum", first_by_default(STOPPING))
 def test_a_signal_saves_the_step_under_way_and_leaves(
     lab: Lab, finished: Path, tmp_path: Path, signum: signal.Signals
