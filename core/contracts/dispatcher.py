@@ -56,7 +56,7 @@ class Dispatcher(Component, ABC):
 
     @property
     def is_local(self) -> bool:
-        """Whether all experts are on this device, so that a layer may give them a few tokens without a transfer."""
+        """Whether all experts are on this device, so that a layer may give them their tokens without a transfer."""
         return False
 
     def bind(self, mesh: "DeviceMesh", placement: Placement) -> None:

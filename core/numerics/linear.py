@@ -121,11 +121,11 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def plain_matrix(layer: object) -> Tensor | None:
-    """The matrix W of a layer that computes x W^T, in the product's format, for callers that fuse the product.
+    """The matrix W of a layer that computes x W^T, or those of its groups, in the product's format, to fuse products.
 
     None for any other callable, for a layer with hooks, and for a weight that is divided over ranks at the moment.
     """
-    matrix = layer.matrix() if isinstance(layer, Linear | SharedLinear) else None
+    matrix = layer.matrix() if isinstance(layer, Linear | GroupedLinear | SharedLinear) else None
     return None if isinstance(matrix, DTensor) else matrix
 
 

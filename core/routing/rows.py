@@ -45,7 +45,7 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, dy_AD: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_A,) = ctx.saved_tensors
         if compiling.is_eager_on_cpu(dy_AD):
-            return _sums_of_rows(dy_AD, inverse_A, ctx.choices), None, None, None
+            return sums_of_rows(dy_AD, inverse_A, ctx.choices), None, None, None
         dy_TKD = dy_AD.index_select(0, inverse_A).unflatten(0, (-1, ctx.choices))
         return dy_TKD.sum(dim=1), None, None, None
 
@@ -58,7 +58,7 @@ class _GatedSum(torch.autograd.Function):
         ctx: Any, y_AD: Tensor, gate_TK: Tensor, order_A: Tensor, inverse_A: Tensor
     ) -> Tensor:
         ctx.save_for_backward(y_AD, gate_TK, order_A, inverse_A)
-        return _sums_of_rows(y_AD, inverse_A, gate_TK.shape[1], gate_TK.reshape(-1))
+        return sums_of_rows(y_AD, inverse_A, gate_TK.shape[1], gate_TK.reshape(-1))
 
     @staticmethod
     @once_differentiable
@@ -70,10 +70,17 @@ class _GatedSum(torch.autograd.Function):
         return dy_AD.mul_(gate_A[:, None]), dgate_A.view_as(gate_TK), None, None
 
 
-def _sums_of_rows(
+def sums_of_rows(
     rows_AD: Tensor, index_A: Tensor, choices: int, weight_A: Tensor | None = None
 ) -> Tensor:
-    """The sum of `choices` rows for each token, weighted if there are weights: rows index[t K + k]."""
+    """The sum of K rows for each token, weighted if there are weights.
+
+    Args:
+        rows_AD: the rows.
+        index_A: int64, the rows of token t in its elements t K to t K + K - 1.
+        choices: K.
+        weight_A: a factor for each element of `index_A`.
+    """
     index_TK = index_A.view(-1, choices)
     if weight_A is not None:
         weight_A = weight_A.view_as(index_TK)
@@ -103,7 +110,7 @@ class Done(Handle):
 
 @dataclass(frozen=True)
 class SortedRows:
-    """How rows were sorted by expert, for `gated_sums`.
+    """How rows are sorted by expert: what `gated_sums` needs.
 
     Args:
         routing: the routing of the tokens.
@@ -117,6 +124,29 @@ class SortedRows:
     inverse_A: Tensor
     tokens: int
 
+    def gates(self) -> Tensor:
+        """The gates in the order of the assignments, 0 for those that are dropped."""
+        gate_A = self.routing.gate_A
+        if self.routing.kept_A is not None:
+            gate_A = gate_A * self.routing.kept_A.to(gate_A.dtype)
+        return gate_A
+
+
+def sorted_rows(routing: Routing, tokens: int, experts: int) -> tuple[SortedRows, Tensor]:
+    """Sorts all assignments by expert, stably; dropped ones go past the last expert's end.
+
+    Returns:
+        The places of the rows, and where each expert's rows end: int32 E.
+    """
+    expert_A = routing.expert_A
+    if routing.kept_A is not None:
+        expert_A = expert_A.masked_fill(~routing.kept_A, experts)
+    sorted_A, order_A = expert_A.sort(stable=True)
+    place_A = torch.arange(len(order_A), device=order_A.device)
+    inverse_A = torch.empty_like(order_A).scatter(0, order_A, place_A)
+    ends_E = ends_of(sorted_A, experts).to(torch.int32)
+    return SortedRows(routing, order_A, inverse_A, tokens), ends_E
+
 
 def sort_by_expert(
     x_TD: Tensor, routing: Routing, experts: int
@@ -126,26 +156,18 @@ def sort_by_expert(
     Returns:
         x_AD, ends_E (int32) and what `gated_sums` needs.
     """
-    expert_A = routing.expert_A
-    if routing.kept_A is not None:
-        expert_A = expert_A.masked_fill(~routing.kept_A, experts)
-    sorted_A, order_A = expert_A.sort(stable=True)
-    place_A = torch.arange(len(order_A), device=order_A.device)
-    inverse_A = torch.empty_like(order_A).scatter(0, order_A, place_A)
-    ends_E = ends_of(sorted_A, experts).to(torch.int32)
+    rows, ends_E = sorted_rows(routing, x_TD.shape[0], experts)
     if routing.choices:
-        x_AD = _Spread.apply(x_TD, order_A, inverse_A, routing.choices)  # type: ignore[no-untyped-call]
+        x_AD = _Spread.apply(x_TD, rows.order_A, rows.inverse_A, routing.choices)  # type: ignore[no-untyped-call]
     else:
-        x_AD = x_TD.index_select(0, routing.token_A.index_select(0, order_A))
-    return x_AD, ends_E, SortedRows(routing, order_A, inverse_A, x_TD.shape[0])
+        x_AD = x_TD.index_select(0, routing.token_A.index_select(0, rows.order_A))
+    return x_AD, ends_E, rows
 
 
 def gated_sums(y_AD: Tensor, rows: SortedRows) -> Tensor:
     """Puts rows back in the assignments' order, multiplies them by the gates and adds up each token's: y_TD."""
     routing = rows.routing
-    gate_A = routing.gate_A
-    if routing.kept_A is not None:
-        gate_A = gate_A * routing.kept_A.to(gate_A.dtype)
+    gate_A = rows.gates()
     if routing.choices and compiling.is_eager_on_cpu(y_AD):
         gate_TK = gate_A.view(rows.tokens, routing.choices).to(y_AD.dtype)
         y_TD: Tensor = _GatedSum.apply(y_AD, gate_TK, rows.order_A, rows.inverse_A)  # type: ignore[no-untyped-call]

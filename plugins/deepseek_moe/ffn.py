@@ -19,12 +19,13 @@ from core.contracts.dispatcher import Dispatcher
 from core.contracts.errors import ConfigError
 from core.contracts.ffn import FeedForward, RoutingProperties
 from core.contracts.record import Record
-from core.contracts.router import CAPABILITIES, Router
+from core.contracts.router import CAPABILITIES, Router, Routing
 from core.contracts.schema import Child, child, children, setting
-from core.model.activation import swiglu
-from core.numerics.linear import GroupedLinear
+from core.model.activation import swiglu, swiglu_product
+from core.numerics.linear import is_hooked, plain_matrix
 from core.routing.chance import Chance
-from plugins.deepseek_moe.chosen import are_few, gated_experts
+from core.routing.rows import sorted_rows
+from plugins.deepseek_moe import chosen, training_on_cpu
 from plugins.deepseek_moe.dropping import TokenDropping, drop_over_budget
 
 
@@ -43,13 +44,28 @@ class Experts(nn.Module):
 
     def of_chosen(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor | None:
         """The gated sum of each token's experts, without sorting; None where the products are not plain ones."""
-        if not isinstance(self.gate_up, GroupedLinear) or not isinstance(self.down, GroupedLinear):
+        matrices = self._matrices()
+        if matrices is None:
             return None
-        gate_up = self.gate_up.matrix()
-        down = self.down.matrix()
+        return chosen.gated_experts(x_TD, *matrices, expert_TK, gate_TK)
+
+    def of_routing(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
+        """The gated sum of each token's experts, in training on a CPU; None where the products are not plain ones."""
+        matrices = self._matrices()
+        if matrices is None:
+            return None
+        rows, ends_E = sorted_rows(routing, len(x_TD), self.gate_up.groups)
+        return training_on_cpu.gated_experts(x_TD, *matrices, rows, ends_E)
+
+    def _matrices(self) -> tuple[Tensor, Tensor] | None:
+        """The matrices of all experts; None where a call does more than multiply by them."""
+        if is_hooked(self):
+            return None
+        gate_up = plain_matrix(self.gate_up)
+        down = plain_matrix(self.down)
         if gate_up is None or down is None:
             return None
-        return gated_experts(x_TD, gate_up, down, expert_TK, gate_TK)
+        return gate_up, down
 
 
 class SharedExperts(nn.Module):
@@ -62,8 +78,7 @@ class SharedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """The shared experts' output for each token."""
-        result: Tensor = self.down(swiglu(self.gate_up(x_TD)))
-        return result
+        return swiglu_product(self.gate_up(x_TD), self.down)
 
 
 class MixtureOfExperts(FeedForward):
@@ -206,12 +221,7 @@ class MixtureOfExperts(FeedForward):
         if self.training and self.config.token_dropping is not None:
             drawn_B = self.sequence_chance.of_sequences(context, "never dropped")
             routing = drop_over_budget(routing, self.config.token_dropping, context, drawn_B)
-        sent = self.dispatcher.start(x_TD, routing)
-        shared_TD = self.shared(x_TD) if self.shared is not None else None
-        x_AD, ends_E, state = sent.wait()
-        y_TD = self.dispatcher.start_combine(self.routed(x_AD, ends_E), state).wait()
-        if shared_TD is not None:
-            y_TD = y_TD + shared_TD
+        y_TD, tallies = self._mixed(x_TD, routing)
         if not context.recorded:
             return y_TD.view_as(x_BLD), None
         valid_T = context.valid().flatten()
@@ -220,22 +230,40 @@ class MixtureOfExperts(FeedForward):
             dropped=routing.dropped(valid_T),
             sums=[balancer.observe(routing, context) for balancer in self.balancers],
             balancer_tallies=[balancer.tally(routing, context) for balancer in self.balancers],
-            tallies=self.dispatcher.tallies(state),
+            tallies=tallies,
         )
         return y_TD.view_as(x_BLD), record
 
+    def _mixed(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, dict[str, Tensor]]:
+        """The layer's output, and what the dispatcher moved."""
+        if routing.choices and self.dispatcher.is_local and training_on_cpu.pays(x_TD):
+            y_TD = self.routed.of_routing(x_TD, routing)
+            if y_TD is not None:
+                return self._with_shared(y_TD, x_TD), {}
+        sent = self.dispatcher.start(x_TD, routing)
+        shared_TD = self.shared(x_TD) if self.shared is not None else None
+        x_AD, ends_E, state = sent.wait()
+        y_TD = self.dispatcher.start_combine(self.routed(x_AD, ends_E), state).wait()
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
+        return y_TD, self.dispatcher.tallies(state)
+
+    def _with_shared(self, y_TD: Tensor, x_TD: Tensor) -> Tensor:
+        """The routed output plus that of the shared experts."""
+        if self.shared is None:
+            return y_TD
+        shared_TD: Tensor = self.shared(x_TD)
+        return y_TD + shared_TD
+
     def _few(self, x_TD: Tensor, context: SequenceContext) -> Tensor | None:
         """The output for few tokens, whose experts are called without a dispatcher; None where that does not pay."""
-        if not self.dispatcher.is_local or not are_few(x_TD, self.router.top_k):
+        if not self.dispatcher.is_local or not chosen.are_few(x_TD, self.router.top_k):
             return None
         choices = self.router.choices(x_TD, self.adjust_scores, context)
         if choices is None:
             return None
         y_TD = self.routed.of_chosen(x_TD, *choices)
-        if y_TD is None or self.shared is None:
-            return y_TD
-        shared_TD: Tensor = self.shared(x_TD)
-        return y_TD + shared_TD
+        return None if y_TD is None else self._with_shared(y_TD, x_TD)
 
     def costs(self) -> Costs:
         """A token uses top_k of the routed experts and all of the rest."""

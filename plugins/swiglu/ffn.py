@@ -11,7 +11,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
 from core.contracts.ffn import FeedForward
 from core.contracts.schema import setting
-from core.model.activation import swiglu
+from core.model.activation import swiglu_product
 
 
 class SwiGLU(FeedForward):
@@ -38,7 +38,7 @@ class SwiGLU(FeedForward):
 
     def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, None]:
         """The layer's output for each position by itself, and no record."""
-        return self.down(swiglu(self.gate_up(x_BLD))), None
+        return swiglu_product(self.gate_up(x_BLD), self.down), None
 
     def costs(self) -> Costs:
         """The costs of one token: all weights are active."""

@@ -198,7 +198,7 @@ def test_few_tokens_have_the_output_of_sorted_rows(
     """In an emulated format, whose products are not plain, sorted rows are used for few tokens too."""
     layer = tiny.moe(tiny.build(f"precision={{name: {precision}}}")).eval()
     calls = Calls(chosen.gated_experts)
-    monkeypatch.setattr("plugins.deepseek_moe.ffn.gated_experts", calls)
+    monkeypatch.setattr("plugins.deepseek_moe.chosen.gated_experts", calls)
     x_BLD = random(2, 3, 32).to(layer.routed.down.weight.dtype)
     tokens_BL = torch.zeros(2, 3, dtype=torch.int64)
     expected, record = layer(x_BLD, SequenceContext.of(tokens_BL))

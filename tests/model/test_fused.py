@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from core.contracts.build import Rope
 from core.contracts.router import Routing
-from core.model.activation import swiglu
+from core.model.activation import swiglu, swiglu_product
 from core.model.loss import IGNORED, cross_entropy_sum
 from core.model.norm import RMSNorm
 from core.model.rope import rope_table, rotate
@@ -96,6 +96,37 @@ def test_swiglu(shape: tuple[int, ...]) -> None:
         return gate / (1 + (-gate).exp()) * up
 
     assert_same(swiglu, plain, normal(*shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3,), (0,), ()])
+def test_swiglu_and_the_product_after_it(shape: tuple[int, ...]) -> None:
+    down = Linear(4, 3, std=1.0, param_dtype=torch.float64, compute_dtype=torch.float64)
+
+    def fused(gate_up: Tensor, weight: Tensor) -> Tensor:
+        return swiglu_product(gate_up, down)
+
+    def plain(gate_up: Tensor, weight: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (gate * gate.sigmoid() * up) @ weight.t()
+
+    assert_same(fused, plain, normal(*shape, 8), down.weight)
+
+
+def test_a_layer_after_swiglu_that_is_no_plain_product_is_called() -> None:
+    """A hook, another format, autocast, and any callable."""
+    formats: Any = {"std": 1.0, "param_dtype": torch.float32, "compute_dtype": torch.float32}
+    gate_up, seen = torch.randn(5, 8, requires_grad=True), []
+    down = Linear(4, 3, **formats)
+    expected = down(swiglu(gate_up))
+    assert torch.equal(swiglu_product(gate_up, lambda x: 2 * down(x)), 2 * expected)
+    hook = down.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(swiglu_product(gate_up, down), expected)
+    assert seen == [1]
+    hook.remove()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert swiglu_product(gate_up, down).dtype == torch.bfloat16
+    short = Linear(4, 3, **{**formats, "compute_dtype": torch.bfloat16})
+    assert swiglu_product(gate_up, short).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("first", [0, 3, 4])

@@ -1,6 +1,6 @@
 """DeepSeek-V3 routing, the layer around it, and the local dispatcher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from core.contracts.errors import UserError
 from core.contracts.router import Router, Routing
 from core.model.language_model import LanguageModel
 from core.routing import gating
+from plugins.deepseek_moe import training_on_cpu
 
 from . import tiny
 
@@ -311,6 +312,15 @@ def dispatched(ffn: Any, x_TD: Tensor, routing: Routing) -> Tensor:
     return result
 
 
+def called_directly(ffn: Any, x_TD: Tensor, routing: Routing) -> Tensor:
+    """As training on a CPU does it where every token has the same number of choices."""
+    if not routing.choices:
+        return dispatched(ffn, x_TD, routing)
+    result: Tensor = ffn.routed.of_routing(x_TD, routing)
+    assert result is not None
+    return result
+
+
 def looped(ffn: Any, x_TD: Tensor, routing: Routing) -> Tensor:
     """One assignment at a time."""
     y_TD = torch.zeros_like(x_TD)
@@ -329,21 +339,87 @@ def test_local_dispatch_equals_a_loop_over_assignments(name: str) -> None:
     """Outputs, and gradients of tokens, gates and experts; a dropped assignment adds nothing to any."""
     ffn, x_TD, routing = tiny.moe(tiny.build()), tokens(5).requires_grad_(), ROUTINGS[name]()
     sources = (x_TD, routing.gate_A, ffn.routed.gate_up.weight, ffn.routed.down.weight)
-    results = [of(ffn, x_TD, routing) for of in (dispatched, looped)]
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
-    slopes = [
-        torch.autograd.grad(_score(y), sources, allow_unused=True, retain_graph=True)
-        for y in results
-        if y.grad_fn
+    *found, expected = [of(ffn, x_TD, routing) for of in (dispatched, called_directly, looped)]
+    wanted = _slopes(expected, sources)
+    for result in found:
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+        for own, slope in zip(_slopes(result, sources), wanted, strict=True):
+            torch.testing.assert_close(own, slope, rtol=1e-11, atol=1e-11)
+        if routing.kept_A is not None:
+            assert not _slopes(result, sources)[1][~routing.kept_A].any()
+
+
+def _slopes(y_TD: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of a score, 0 for whatever is not in the graph."""
+    if y_TD.grad_fn is None:
+        return [torch.zeros_like(source) for source in sources]
+    found = torch.autograd.grad(_score(y_TD), sources, allow_unused=True, retain_graph=True)
+    return [
+        torch.zeros_like(source) if slope is None else slope
+        for source, slope in zip(sources, found, strict=True)
     ]
-    for own, expected in zip(slopes[0], slopes[-1], strict=True):
-        torch.testing.assert_close(_or_zero(own), _or_zero(expected), rtol=1e-11, atol=1e-11)
-    if routing.kept_A is not None:
-        assert not _or_zero(slopes[0][1])[~routing.kept_A].any()
 
 
-def _or_zero(slope: Tensor | None) -> Tensor:
-    return torch.zeros((), dtype=torch.float64) if slope is None else slope
+def test_training_on_a_cpu_calls_the_experts_directly_unless_they_do_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A hook on the experts or on one of their products is called, and so is a product in another format."""
+    calls = []
+    real = training_on_cpu.gated_experts
+    spy = lambda *given: calls.append(1) or real(*given)  # noqa: E731
+    monkeypatch.setattr("plugins.deepseek_moe.training_on_cpu.gated_experts", spy)
+    context, x_BLD = tiny.context(1, 6), tokens(6)[None]
+    ffn = tiny.moe(tiny.build()).train()
+    expected = ffn(x_BLD, context)[0]
+    assert len(calls) == 1
+    seen: list[int] = []
+    for part in (ffn.routed, ffn.routed.gate_up, ffn.routed.down):
+        hook = part.register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(ffn(x_BLD, context)[0], expected, rtol=1e-13, atol=1e-13)
+        hook.remove()
+    assert len(seen) == 3
+    with torch.no_grad():
+        torch.testing.assert_close(ffn(x_BLD, context)[0], expected, rtol=1e-13, atol=1e-13)
+    emulated = tiny.moe(tiny.build("precision={name: bf16_emulated}")).train()
+    emulated(x_BLD.float(), context)
+    assert len(calls) == 1
+
+
+def test_frozen_experts_and_frozen_gates_get_no_gradient_and_the_others_the_same() -> None:
+    ffn, x_TD, routing = tiny.moe(tiny.build()), tokens(5).requires_grad_(), top_two(SOME)
+    sources = [x_TD, routing.gate_A, ffn.routed.gate_up.weight, ffn.routed.down.weight]
+    expected = _slopes(ffn.routed.of_routing(x_TD, routing), sources)
+    for frozen in sources:
+        frozen.requires_grad_(False)
+        free = [source for source in sources if source is not frozen]
+        slopes = _slopes(ffn.routed.of_routing(x_TD, routing), free)
+        frozen.requires_grad_(True)
+        wanted = [
+            slope for source, slope in zip(sources, expected, strict=True) if source is not frozen
+        ]
+        for own, slope in zip(slopes, wanted, strict=True):
+            assert torch.equal(own, slope)
+
+
+def test_training_on_a_cpu_keeps_neither_rows_nor_activations_nor_outputs() -> None:
+    """The layer keeps for its backward the tokens, the first product, the gates and the order of rows."""
+    ffn, x_TD = tiny.moe(tiny.build()), tokens(50).requires_grad_()
+    expert_TK = torch.arange(100).view(50, 2) % 8
+    routing = tiny.routing(expert_TK, torch.ones(50, 2, dtype=torch.float64))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    owned = {weight.untyped_storage().data_ptr() for weight in ffn.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ffn.routed.of_routing(x_TD, routing)
+    hidden = 100 * ffn.routed.gate_up.outputs * 8
+    small = 100 * 8 * 3 + 8 * 8
+    found = sum(size for address, size in kept.items() if address not in owned)
+    assert found <= x_TD.untyped_storage().nbytes() + hidden + small
 
 
 def test_rows_are_sorted_by_expert_and_keep_their_order() -> None:
