@@ -54,7 +54,7 @@ class Experts(nn.Module):
         matrices = self._matrices()
         if matrices is None:
             return None
-        rows, ends_E = sorted_rows(routing, len(x_TD), self.gate_up.groups)
+        rows, ends_E = sorted_rows(routing, len(x_TD), len(matrices[0]))
         return training_on_cpu.gated_experts(x_TD, *matrices, rows, ends_E)
 
     def _matrices(self) -> tuple[Tensor, Tensor] | None:
