@@ -1,5 +1,7 @@
 """Continues prompts: `complete`, and what it returns."""
 
+import operator
+import reprlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -181,7 +183,7 @@ def prompt_ids(
 
     Raises:
         UserError: one text instead of a list, texts without a tokenizer, a prompt without tokens, or a token that is
-            not in the vocabulary.
+            no integer or not in the vocabulary.
     """
     if isinstance(prompts, str):
         raise UserError("prompts: must be a list of texts, or of lists of token ids")
@@ -189,7 +191,7 @@ def prompt_ids(
     given: Sequence[str | Sequence[int]] = prompts
     for number, prompt in enumerate(given):
         if not isinstance(prompt, str):
-            ids = list(prompt)
+            ids = _integers(prompt, number)
         elif tokenizer is None:
             raise UserError(f"prompt {number} is text: give the tokenizer of the run too")
         else:
@@ -203,6 +205,15 @@ def prompt_ids(
                 raise UserError(f"prompt {number} has the token {token}, {why}")
         found.append(ids)
     return found
+
+
+def _integers(prompt: Sequence[int], number: int) -> list[int]:
+    """The token ids of one prompt: a sequence, an array or a tensor of integers."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as cause:
+        why = "must be a text or a list of token ids"
+        raise UserError(f"prompt {number} {why}, not {reprlib.repr(prompt)}") from cause
 
 
 class _Text:

@@ -146,6 +146,8 @@ def against_peer(turns: Turns, variants: Variants, tokens: int) -> dict[str, Any
         row["interval"] = found[best]["interval"]
         row["peer"] = {"best": best, "tokens_per_second": found[best]["tokens_per_second"]}
     row["no_ratio"] = variants.why_not
+    if variants.left_out and not found and variants.why_not is None:
+        row["no_ratio"] = "no variant of transformers runs here: see left_out"
     row["variants"] = found
     row["left_out"] = variants.left_out
     return row

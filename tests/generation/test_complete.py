@@ -126,6 +126,10 @@ def test_nothing_is_continued_without_prompts(model: LanguageModel) -> None:
         ("abc", {}, "prompts: must be a list of texts, or of lists of token ids"),
         (["abc"], {}, "prompt 0 is text: give the tokenizer of the run too"),
         ([[1], []], {}, "prompt 1 has no token: give at least the token that begins a text"),
+        ([[1], [2, 0.5]], {}, "prompt 1 must be a text or a list of token ids, not [2, 0.5]"),
+        ([b"a", None], {}, "prompt 1 must be a text or a list of token ids, not None"),
+        ([1, 2], {}, "prompt 0 must be a text or a list of token ids, not 1"),
+        ([["a"]], {}, "prompt 0 must be a text or a list of token ids, not ['a']"),
         ([[1]], {"stop": ["a"]}, "stop strings and pieces of text need a tokenizer"),
         ([[1]], {"stop": "ab"}, "stop = 'ab': must be a list of strings"),
         ([[1]], {"top_k": 0}, "top_k = 0: must be at least 1"),
@@ -144,6 +148,12 @@ def test_a_mistake_is_one_sentence(
     with pytest.raises(UserError) as error:
         core.complete(model, prompts, **rest)
     assert str(error.value) == sentence
+
+
+def test_prompts_may_be_tensors(model: LanguageModel) -> None:
+    listed = core.complete(model, [[1, 2, 3], [4, 5, 6]], tokens=3)
+    tensors = core.complete(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), tokens=3)  # type: ignore[arg-type]
+    assert [one.tokens for one in tensors] == [one.tokens for one in listed]
 
 
 def test_a_model_in_training_is_refused() -> None:

@@ -24,7 +24,9 @@ from core.speed.processes import Probed, probe
 from core.speed.shapes import QUICK, TRAINED, Shape, comparable
 from core.speed.sides import Sides, memory
 from core.speed.table import table
-from core.speed.task import Task
+from core.speed.task import OURS, Task
+from core.speed.turns import Turns
+from core.speed.variants import Variants, against_peer
 
 CPU = torch.device("cpu")
 FIELDS = {"what", "size", "ratio", "interval", "fraction_of_limit", "memory_ratio"} | {
@@ -170,6 +172,14 @@ def test_a_variant_that_ends_its_process_is_left_out_and_the_others_go_on(
     assert sorted(found) == names
 
 
+def test_a_peer_whose_variants_all_fail_is_said_to_be_missing() -> None:
+    failed = Variants(left_out={"eager": "MemoryError", "grouped_mm": "signal 9 ended it"})
+    row = against_peer(Turns({OURS: [1.0]}), failed, 10)
+    assert row["ratio"] is None
+    assert row["no_ratio"] == "no variant of transformers runs here: see left_out"
+    assert against_peer(Turns({OURS: [1.0]}), Variants("--no-peer"), 10)["no_ratio"] == "--no-peer"
+
+
 def test_memory_is_the_peak_without_states() -> None:
     own = {"variant": "ours", "peak_bytes": 100, "state_bytes": 40}
     other = {"variant": "eager", "peak_bytes": 160, "state_bytes": 40}
@@ -188,7 +198,6 @@ def test_memory_is_the_peak_without_states() -> None:
         (("--ranks", "2"), "--ranks: works with --collectives only"),
         (("--seconds", "0"), "--seconds = 0.0: must be more than 0"),
         (("--device", "cuda"), "--device = cuda: torch sees no GPU here"),
-        (("--rows", "1,,2"), "argument --rows: '' is no whole number"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(
@@ -199,6 +208,12 @@ def test_what_cannot_be_measured_is_one_sentence(
     done = lab.command("bench", *arguments)
     assert done.code == 2
     assert sentence in done.sentence
+
+
+def test_a_list_of_rows_that_is_none_is_a_mistake_of_the_command_line(lab: Lab) -> None:
+    done = lab.command("bench", "--rows", "1,,2")
+    assert done.code == 2
+    assert "error: argument --rows: '' is no whole number" in done.err
 
 
 def test_without_transformers_the_command_names_the_extra(
