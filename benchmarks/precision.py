@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -232,7 +233,8 @@ def saved_bytes(recipe: Recipe, device: str) -> dict[str, int]:
                 )
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        plain = patch("core.numerics.compiling.is_eager_on_cpu", return_value=False)
+        with plain, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss_of(model, context)
     total = Counter(dict.fromkeys(SHARES, 0))
     for share, size in kept.values():
