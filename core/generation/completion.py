@@ -209,11 +209,13 @@ def prompt_ids(
 
 def _integers(prompt: Sequence[int], number: int) -> list[int]:
     """The token ids of one prompt: a sequence, an array or a tensor of integers."""
+    sentence = f"prompt {number} must be a text or a list of token ids, not {reprlib.repr(prompt)}"
+    if isinstance(prompt, bytes | bytearray):
+        raise UserError(sentence)
     try:
         return [operator.index(token) for token in prompt]
     except TypeError as cause:
-        why = "must be a text or a list of token ids"
-        raise UserError(f"prompt {number} {why}, not {reprlib.repr(prompt)}") from cause
+        raise UserError(sentence) from cause
 
 
 class _Text:
