@@ -30,6 +30,7 @@ from core.speed.sides import Sides
 from core.speed.surroundings import surroundings
 from core.speed.task import Task
 from core.speed.turns import in_turns
+from core.training.host_memory import keep_freed_memory
 
 OUT = Path(__file__).resolve().parents[1] / "records" / "speed"
 CPU = torch.device("cpu")
@@ -165,6 +166,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures what the file lacks, and writes file, table and figure."""
+    keep_freed_memory()  # as `core.fit` does
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "growth.json"
     document: dict[str, Any] = {"axes": {}}

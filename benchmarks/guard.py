@@ -23,6 +23,7 @@ from core.speed.our_steps import OurSteps
 from core.speed.shapes import BASE, DECODED, Shape, comparable
 from core.speed.thresholds import THRESHOLDS, complaints
 from core.speed.turns import in_turns
+from core.training.host_memory import keep_freed_memory
 
 CPU = torch.device("cpu")
 FEW = "16"
@@ -48,6 +49,7 @@ def step_with_experts(experts: str) -> Any:
 
 def cost_of_experts(seconds: float) -> float:
     """The time of a step with many experts over that with few."""
+    keep_freed_memory()  # as `core.fit` does
     versions = {experts: step_with_experts(experts) for experts in (FEW, MANY)}
     return in_turns(versions, CPU, seconds=seconds).ratio(FEW, MANY).median
 
