@@ -209,13 +209,13 @@ def prompt_ids(
 
 def _integers(prompt: Sequence[int], number: int) -> list[int]:
     """The token ids of one prompt: a sequence, an array or a tensor of integers."""
-    sentence = f"prompt {number} must be a text or a list of token ids, not {reprlib.repr(prompt)}"
+    why = f"prompt {number} must be a text or a list of token ids, not {reprlib.repr(prompt)}"
     if isinstance(prompt, bytes | bytearray):
-        raise UserError(sentence)
+        raise UserError(why)
     try:
         return [operator.index(token) for token in prompt]
     except TypeError as cause:
-        raise UserError(sentence) from cause
+        raise UserError(why) from cause
 
 
 class _Text:

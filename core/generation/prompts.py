@@ -45,7 +45,7 @@ def read_prompts(file: Path) -> list[TextPrompt]:
     if file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"--prompts {file}: must end in .txt or .jsonl")
     try:
-        text = read_text(file).removeprefix("\ufeff")  # the mark that some editors put before UTF-8
+        text = read_text(file).removeprefix("\ufeff")  # a byte order mark
     except UserError as cause:
         raise UserError(f"--prompts {cause}") from cause
     prompts = []

@@ -26,7 +26,7 @@ def swiglu_product(gate_up: Tensor, down: Callable[[Tensor], Tensor]) -> Tensor:
 
     Args:
         gate_up: ... x 2I.
-        down: a layer I -> D, whatever it does.
+        down: a layer I -> D; one that does more than a plain product is called.
     """
     weight_DI = None
     if torch.is_grad_enabled() and compiling.is_eager_on_cpu(gate_up):
@@ -38,7 +38,7 @@ def swiglu_product(gate_up: Tensor, down: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """The same with half of the saved activations: silu(gate) is computed again, and both gradients fill one tensor."""
+    """`swiglu` with half of the saved activations: silu(gate) is computed again, and both gradients fill one tensor."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

@@ -121,7 +121,9 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def plain_matrix(layer: object) -> Tensor | None:
-    """The matrix W of a layer that computes x W^T, or those of its groups, in the product's format, to fuse products.
+    """The matrix W of a layer that computes x W^T, in the product's format, for callers that fuse the product.
+
+    A `GroupedLinear` has one for each group, [groups, out, in].
 
     None for any other callable, for a layer with hooks, and for a weight that is divided over ranks at the moment.
     """

@@ -221,7 +221,7 @@ class MixtureOfExperts(FeedForward):
         if self.training and self.config.token_dropping is not None:
             drawn_B = self.sequence_chance.of_sequences(context, "never dropped")
             routing = drop_over_budget(routing, self.config.token_dropping, context, drawn_B)
-        y_TD, tallies = self._mixed(x_TD, routing)
+        y_TD, tallies = self._output_and_tallies(x_TD, routing)
         if not context.recorded:
             return y_TD.view_as(x_BLD), None
         valid_T = context.valid().flatten()
@@ -234,8 +234,10 @@ class MixtureOfExperts(FeedForward):
         )
         return y_TD.view_as(x_BLD), record
 
-    def _mixed(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, dict[str, Tensor]]:
-        """The layer's output, and what the dispatcher moved."""
+    def _output_and_tallies(
+        self, x_TD: Tensor, routing: Routing
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The layer's output, and the tallies of what the dispatcher moved."""
         if routing.choices and self.dispatcher.is_local and training_on_cpu.pays(x_TD):
             y_TD = self.routed.of_routing(x_TD, routing)
             if y_TD is not None:

@@ -1,9 +1,9 @@
 """The experts of many tokens in training on a CPU, as one function that keeps little for its backward.
 
-Beside the matrices it keeps the tokens, which others keep too, and the first product h. The backward gathers the rows
-again and computes the activation a = swiglu(h) again. The experts' outputs are not needed: the gradient of a gate,
-<dy, W a>, is <W^T dy, a>, and W^T dy is what the activation's gradient is made of (SonicMoE, arXiv 2512.14080, does the
-same on GPUs).
+Beside the matrices it keeps the tokens, which the router and the shared experts keep too, and the first product h. The
+backward gathers the rows again and computes the activation a = swiglu(h) again. It needs no output of an expert: the
+gradient of a gate, <dy, W a>, is <W^T dy, a>, and W^T dy is computed for the gradient of a in any case. SonicMoE (arXiv
+2512.14080) does the same on GPUs.
 """
 
 from typing import Any

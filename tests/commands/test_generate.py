@@ -136,7 +136,7 @@ def prompts_file(folder: Path, ending: str) -> Path:
     else:
         first, second, third = map(json.dumps, PROMPTS)
         text = f'{first}\n\n{{"id": 7, "prompt": {second}}}\n{third}'
-    file.write_bytes(text.encode("utf-8-sig"))  # with the mark that some editors put before UTF-8
+    file.write_bytes(text.encode("utf-8-sig"))  # with a byte order mark
     return file
 
 

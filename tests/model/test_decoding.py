@@ -89,18 +89,6 @@ def test_the_break_even_of_absorption_with_deepseek_v3s_widths() -> None:
     assert not absorbed.absorption_pays(8, 8, 512, 256), "nothing is cached before a prompt"
 
 
-class Calls:
-    """Counts the calls of a function."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.count = 0
-
-    def __call__(self, *arguments: Any) -> Any:
-        self.count += 1
-        return self.function(*arguments)
-
-
 @torch.no_grad()
 def decode_rows(model: LanguageModel, tokens_BL: Tensor, *, constant: bool) -> Tensor:
     """The logits of each row's last four tokens: rows of different lengths, one new token, then three at once."""
@@ -124,7 +112,7 @@ def decode_rows(model: LanguageModel, tokens_BL: Tensor, *, constant: bool) -> T
 def test_A1_decoded_rows_have_the_logits_of_the_full_forward(
     precision: str, name: str, constant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = Calls(absorbed.attend_to_latents)
+    calls = tiny.Calls(absorbed.attend_to_latents)
     monkeypatch.setattr(attention, "attend_to_latents", calls)
     model = tiny.build(*MODELS[name], f"precision.name={precision}").eval()
     tokens_BL = tiny.context(3, 17).tokens_BL
@@ -197,7 +185,7 @@ def test_few_tokens_have_the_output_of_sorted_rows(
 ) -> None:
     """In an emulated format, whose products are not plain, sorted rows are used for few tokens too."""
     layer = tiny.moe(tiny.build(f"precision={{name: {precision}}}")).eval()
-    calls = Calls(chosen.gated_experts)
+    calls = tiny.Calls(chosen.gated_experts)
     monkeypatch.setattr("plugins.deepseek_moe.chosen.gated_experts", calls)
     x_BLD = random(2, 3, 32).to(layer.routed.down.weight.dtype)
     tokens_BL = torch.zeros(2, 3, dtype=torch.int64)

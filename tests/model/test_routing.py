@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from reference import Reference, choose
+from saved_tensors import saved_bytes
 from torch import Tensor
 
 from core.contracts.component import Costs
@@ -364,14 +365,12 @@ def test_training_on_a_cpu_calls_the_experts_directly_unless_they_do_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A hook on the experts or on one of their products is called, and so is a product in another format."""
-    calls = []
-    real = training_on_cpu.gated_experts
-    spy = lambda *given: calls.append(1) or real(*given)  # noqa: E731
-    monkeypatch.setattr("plugins.deepseek_moe.training_on_cpu.gated_experts", spy)
+    calls = tiny.Calls(training_on_cpu.gated_experts)
+    monkeypatch.setattr("plugins.deepseek_moe.training_on_cpu.gated_experts", calls)
     context, x_BLD = tiny.context(1, 6), tokens(6)[None]
     ffn = tiny.moe(tiny.build()).train()
     expected = ffn(x_BLD, context)[0]
-    assert len(calls) == 1
+    assert calls.count == 1
     seen: list[int] = []
     for part in (ffn.routed, ffn.routed.gate_up, ffn.routed.down):
         hook = part.register_forward_hook(lambda *_: seen.append(1))
@@ -382,7 +381,7 @@ def test_training_on_a_cpu_calls_the_experts_directly_unless_they_do_more(
         torch.testing.assert_close(ffn(x_BLD, context)[0], expected, rtol=1e-13, atol=1e-13)
     emulated = tiny.moe(tiny.build("precision={name: bf16_emulated}")).train()
     emulated(x_BLD.float(), context)
-    assert len(calls) == 1
+    assert calls.count == 1
 
 
 def test_frozen_experts_and_frozen_gates_get_no_gradient_and_the_others_the_same() -> None:
@@ -406,19 +405,9 @@ def test_training_on_a_cpu_keeps_neither_rows_nor_activations_nor_outputs() -> N
     ffn, x_TD = tiny.moe(tiny.build()), tokens(50).requires_grad_()
     expert_TK = torch.arange(100).view(50, 2) % 8
     routing = tiny.routing(expert_TK, torch.ones(50, 2, dtype=torch.float64))
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    owned = {weight.untyped_storage().data_ptr() for weight in ffn.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ffn.routed.of_routing(x_TD, routing)
     hidden = 100 * ffn.routed.gate_up.outputs * 8
     small = 100 * 8 * 3 + 8 * 8
-    found = sum(size for address, size in kept.items() if address not in owned)
+    found = saved_bytes(lambda: ffn.routed.of_routing(x_TD, routing), ffn)
     assert found <= x_TD.untyped_storage().nbytes() + hidden + small
 
 

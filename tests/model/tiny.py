@@ -130,6 +130,18 @@ def totals(load: Sequence[int] | Tensor) -> StepTotals:
     return StepTotals(torch.as_tensor(load))
 
 
+class Calls:
+    """Counts the calls of a function."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.count = 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.count += 1
+        return self.function(*arguments)
+
+
 @dataclass(frozen=True)
 class Term:
     """A loss as a sum, and the count of what it is a sum over."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lab import Lab
+from saved_tensors import saved_bytes
 from tiers import first_by_default
 from torch import Tensor
 
@@ -178,24 +179,6 @@ def test_the_loss_does_not_depend_on_how_rows_are_split() -> None:
 # ---- what is saved until the backward pass
 
 
-def saved(whole: LanguageModel, given: SequenceContext) -> int:
-    """Bytes that the forward keeps for the backward, weights apart; a storage that is kept twice counts once."""
-    kept: dict[int, int] = {}
-    owned = {p.untyped_storage().data_ptr() for p in whole.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        holding.append(tensor)
-        return tensor
-
-    holding: list[Tensor] = []  # storages that are freed would give their addresses to others
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        whole(given)
-    return sum(kept.values())
-
-
 def test_fp8_saves_a_quarter_of_every_input_and_e5m6_three_eighths() -> None:
     """Codes, and 4 bytes of scale for 128 of them, instead of 4 bytes each."""
     from .layers import drawn, precision
@@ -222,6 +205,11 @@ def test_fp8_saves_a_quarter_of_every_input_and_e5m6_three_eighths() -> None:
     }
 
 
+def forward_bytes(whole: LanguageModel) -> int:
+    """The bytes that the forward of a batch saves for the backward."""
+    return saved_bytes(lambda: whole(context(8, 16)), whole)
+
+
 def test_a_model_saves_less_under_the_papers_scheme(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +218,5 @@ def test_a_model_saves_less_under_the_papers_scheme(
     With the operations of a GPU: a CPU's own functions keep less in fp32.
     """
     monkeypatch.setattr("core.numerics.compiling.is_eager_on_cpu", lambda x: False)
-    sizes = {
-        name: saved(model(lab, precision), context(8, 16)) for name, precision in MEASURED.items()
-    }
+    sizes = {name: forward_bytes(model(lab, precision)) for name, precision in MEASURED.items()}
     assert sizes["paper"] < sizes["fp32"] < sizes["te"]

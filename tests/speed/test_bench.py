@@ -172,7 +172,7 @@ def test_a_variant_that_ends_its_process_is_left_out_and_the_others_go_on(
     assert sorted(found) == names
 
 
-def test_a_peer_whose_variants_all_fail_is_said_to_be_missing() -> None:
+def test_there_is_no_ratio_where_all_variants_of_the_peer_fail() -> None:
     failed = Variants(left_out={"eager": "MemoryError", "grouped_mm": "signal 9 ended it"})
     row = against_peer(Turns({OURS: [1.0]}), failed, 10)
     assert row["ratio"] is None
@@ -210,7 +210,7 @@ def test_what_cannot_be_measured_is_one_sentence(
     assert sentence in done.sentence
 
 
-def test_a_list_of_rows_that_is_none_is_a_mistake_of_the_command_line(lab: Lab) -> None:
+def test_rows_that_are_no_numbers_are_a_usage_error(lab: Lab) -> None:
     done = lab.command("bench", "--rows", "1,,2")
     assert done.code == 2
     assert "error: argument --rows: '' is no whole number" in done.err

@@ -52,8 +52,8 @@ def run_with_signals(
 
 
 @pytest.fixture
-def hears_hangups() -> Iterator[None]:
-    """SIGHUP has its default again where `nohup pytest` left it ignored."""
+def default_sighup() -> Iterator[None]:
+    """SIGHUP has its default handler, also under `nohup pytest`, which ignores the signal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -62,7 +62,7 @@ def hears_hangups() -> Iterator[None]:
 STOPPING = [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP]
 
 
-@pytest.mark.usefixtures("hears_hangups")
+@pytest.mark.usefixtures("default_sighup")
 @pytest.mark.parametrize("signum", first_by_default(STOPPING))
 def test_a_signal_saves_the_step_under_way_and_leaves(
     lab: Lab, finished: Path, tmp_path: Path, signum: signal.Signals
