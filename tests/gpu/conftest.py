@@ -1,6 +1,0 @@
-"""Makes `benchmarks`, which is not installed, importable from the checkout."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
