@@ -44,6 +44,17 @@ class Corpus(Component, ABC):
         A run calls it before torch is imported, so a wrong path is reported at once. The default checks nothing.
         """
 
+    def as_tokens(self) -> "TokenCorpus | None":
+        """Returns the corpus of tokens that is read in place of this one; None, the default, if it holds text."""
+        return None
+
+    def notes(self) -> list[str]:
+        """Returns what readers of a run's results must know about the last reading, a sentence each.
+
+        A run asks after it has read the corpus; for example, how many records could not be read. The default: none.
+        """
+        return []
+
 
 @dataclass(frozen=True)
 class TokenBlock:
@@ -73,12 +84,22 @@ class TokenCorpus(Corpus):
 
     @property
     @abstractmethod
-    def vocabulary(self) -> int:
-        """The number of entries of the vocabulary; a recipe's `data.tokenizer.vocab` must be the same number."""
+    def vocabulary(self) -> int | None:
+        """The number of entries of the vocabulary; a recipe's `data.tokenizer.vocab` must be the same number.
+
+        None: it is not known, and the recipe's number counts.
+        """
 
     @abstractmethod
-    def tokenizer_json(self) -> str:
-        """Returns the tokenizer of these tokens as the contents of a `tokenizer.json`; entry 0 ends a text."""
+    def tokenizer_json(self) -> str | None:
+        """Returns the tokenizer of these tokens as the contents of a `tokenizer.json`; entry 0 ends a text.
+
+        None: it is not known. The run folder then has no tokenizer, and the model reads and writes ids only.
+        """
+
+    def as_tokens(self) -> "TokenCorpus | None":
+        """Returns the corpus itself."""
+        return self
 
     @abstractmethod
     def blocks(self, split: Split) -> Iterator[TokenBlock]:
@@ -86,4 +107,34 @@ class TokenCorpus(Corpus):
 
     def documents(self) -> Iterator[Document]:
         """Yields nothing, because there is no text."""
+        return iter(())
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """One corpus of a mixture.
+
+    Args:
+        name: its name, which logs use.
+        corpus: the corpus.
+        weight: its share of the sequences that are trained on, relative to the weights of the others.
+    """
+
+    name: str
+    corpus: Corpus
+    weight: float
+
+
+class MixtureCorpus(Corpus):
+    """Several corpora that are trained on together, each with a share of the sequences.
+
+    Every sequence of a batch comes from one of them, and losses are reported by part too.
+    """
+
+    @abstractmethod
+    def parts(self) -> list[MixturePart]:
+        """Returns the parts, at least one, with different names; in the same order each time."""
+
+    def documents(self) -> Iterator[Document]:
+        """Yields nothing, because the parts are read one by one."""
         return iter(())

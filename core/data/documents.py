@@ -1,14 +1,18 @@
-"""Reading a corpus: the order of its documents, their split, and the fingerprint of both.
+"""Reading a corpus: the order of its documents, what one pass over them finds, and the hash of both.
 
-A corpus yields documents in any order. Here they are sorted by name, and every twentieth one (the 11th, the
-31st, ...) is held out for validation. The split depends on the names alone, so adding
-a rank, changing the seed or taking another vocabulary never moves a document from one side to the other.
+A corpus yields documents in any order, and they are read sorted by name. A small corpus is kept in memory. A large one
+is read again whenever its documents are needed, if it yields them in that order by itself; so its size is bounded by
+the disk.
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from core.contracts.corpus import Corpus, Document
 from core.contracts.errors import UserError
@@ -17,56 +21,180 @@ PERIOD = 20
 HELD_OUT = 10
 """Document i (in order of names, from 0) is held out where i % PERIOD == HELD_OUT."""
 
+IN_MEMORY = 64 << 20
+"""Bytes of text up to which the documents of a corpus are kept in memory."""
 
-@dataclass(frozen=True)
-class CorpusSplit:
-    """The documents of a corpus in order, split into training and validation.
+
+class Fingerprint:
+    """The SHA-256 of some settings and of the names and bytes of documents in order.
+
+    Every part is preceded by its length, so that moving a character from a name to a text changes the hash.
 
     Args:
-        documents: every document that has text, sorted by name.
-        dropped: how many empty documents were left out.
+        settings: what is hashed before the documents.
     """
 
-    documents: list[Document]
-    dropped: int = 0
+    def __init__(self, *settings: object) -> None:
+        self._digest = hashlib.sha256()
+        for setting in settings:
+            self._add(str(setting).encode())
 
-    @property
-    def train(self) -> list[Document]:
-        """The documents that the model and the tokenizer learn from."""
-        kept = []
-        for index, document in enumerate(self.documents):
-            if index % PERIOD != HELD_OUT:
-                kept.append(document)
-        return kept
+    def add(self, document: Document) -> None:
+        """Adds the next document."""
+        # a file's name may not be valid UTF-8
+        self._add(document.name.encode("utf-8", "surrogateescape"))
+        self._add(document.data)
 
-    @property
-    def validation(self) -> list[Document]:
-        """The documents that are held out; none where the corpus has fewer than 11."""
-        return self.documents[HELD_OUT::PERIOD]
+    def _add(self, part: bytes) -> None:
+        self._digest.update(len(part).to_bytes(8, "little"))
+        self._digest.update(part)
+
+    def hexdigest(self) -> str:
+        """The hash so far, in hex."""
+        return self._digest.hexdigest()
 
 
-def read_split(corpus: Corpus) -> CorpusSplit:
-    """Reads and checks every document of a corpus, sorted by name.
+Visit = Callable[[Document], None]
+"""Is called with each document in order."""
 
-    Empty documents are dropped before anything is counted. All bytes are held in memory, so a corpus of text
-    must fit into it.
+
+class Documents:
+    """The documents of a corpus that have text, sorted by name; they can be iterated any number of times.
+
+    Args:
+        corpus: where they come from.
+        kept: the documents, if they are in memory; None: they are read again each time.
+        lengths: the bytes of each.
+        dropped: how many empty ones were left out.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        kept: list[Document] | None,
+        lengths: NDArray[np.int64],
+        dropped: int,
+    ) -> None:
+        self.corpus = corpus
+        self.lengths = lengths
+        self.dropped = dropped
+        self._kept = kept
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Document]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        count = 0
+        for document in self.corpus.documents():
+            if document.data:
+                count += 1
+                yield document
+        if count != len(self):
+            raise UserError(
+                f"the corpus has changed while it was read: it had {len(self)} documents, "
+                f"and now {count}"
+            )
+
+
+def read_all(
+    corpus: Corpus, new_visit: Callable[[], Visit] | None = None, in_memory: int = IN_MEMORY
+) -> Documents:
+    """Reads and checks every document of a corpus, in order of names.
+
+    Empty documents are dropped before anything is counted.
+
+    Args:
+        corpus: the corpus.
+        new_visit: makes what is called with every document in order. It is made again where the order of the corpus
+            turns out to be another one.
+        in_memory: bytes of text above which the documents are not kept, unless they must be sorted.
 
     Raises:
         UserError: no document has text, a document is not UTF-8, or two documents share a name.
     """
-    found = sorted(corpus.documents(), key=lambda document: document.name)
-    kept = [document for document in found if document.data]
-    if not kept:
-        raise UserError(f"the corpus is empty: {_plural(len(found), 'document')}, none with text")
-    for before, after in pairwise(kept):
-        if before.name == after.name:
-            sources = f"{before.source} and {after.source}"
+    reading = _Reading(new_visit, in_memory)
+    for document in corpus.documents():
+        reading.add(document)
+    if reading.needs_memory:
+        reading = _Reading(new_visit, None)
+        for document in corpus.documents():
+            reading.add(document)
+    return reading.finish(corpus)
+
+
+@dataclass
+class _Reading:
+    """One reading of a corpus.
+
+    Args:
+        new_visit: see `read_all`.
+        in_memory: bytes of text above which documents are not kept; None: all are.
+    """
+
+    new_visit: Callable[[], Visit] | None
+    in_memory: int | None
+    kept: list[Document] | None = field(default_factory=list)
+    last: Document | None = None
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+    found: int = 0
+    size: int = 0
+    is_sorted: bool = True
+
+    def __post_init__(self) -> None:
+        self.visit = self.new_visit() if self.new_visit else None
+
+    def add(self, document: Document) -> None:
+        """Takes the next document of the corpus."""
+        self.found += 1
+        if not document.data:
+            return
+        self.lengths.append(len(document.data))
+        self.size += len(document.data)
+        if self.last is not None and document.name <= self.last.name:
+            _check_names(self.last, document)
+            self.is_sorted = False
+        self.last = document
+        if self.kept is not None:
+            self.kept.append(document)
+            if self.in_memory is not None and self.size > self.in_memory and self.is_sorted:
+                self.kept = None
+        if self.is_sorted:
+            text_of(document)
+            if self.visit:
+                self.visit(document)
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether the documents must be sorted, and are not in memory."""
+        return not self.is_sorted and self.kept is None
+
+    def finish(self, corpus: Corpus) -> Documents:
+        """Checks and sorts the documents."""
+        if not self.lengths:
             raise UserError(
-                f"two documents are named {after.name!r} ({sources}): names must be unique"
+                f"the corpus is empty: {_plural(self.found, 'document')}, none with text"
             )
-    for document in kept:
-        text_of(document)
-    return CorpusSplit(kept, dropped=len(found) - len(kept))
+        if not self.is_sorted and self.kept is not None:
+            self.kept.sort(key=lambda document: document.name)
+            for before, after in pairwise(self.kept):
+                _check_names(before, after)
+            visit = self.new_visit() if self.new_visit else None
+            for document in self.kept:
+                text_of(document)
+                if visit:
+                    visit(document)
+            self.lengths = array("q", [len(document.data) for document in self.kept])
+        lengths = np.array(self.lengths, np.int64)
+        return Documents(corpus, self.kept, lengths, self.found - len(lengths))
+
+
+def _check_names(before: Document, after: Document) -> None:
+    if before.name == after.name:
+        sources = f"{before.source} and {after.source}"
+        raise UserError(f"two documents are named {after.name!r} ({sources}): names must be unique")
 
 
 def text_of(document: Document) -> str:
@@ -89,18 +217,10 @@ def bytes_in(documents: Iterable[Document]) -> int:
 
 
 def fingerprint(documents: Iterable[Document], *settings: object) -> str:
-    """SHA-256, in hex, of some settings and of the names and bytes of documents in order.
-
-    Every part is preceded by its length, so that moving a character from a name to a text changes the hash.
-    """
-    digest = hashlib.sha256()
-    parts = [str(setting).encode() for setting in settings]
+    """The `Fingerprint` of some settings and documents, in hex."""
+    digest = Fingerprint(*settings)
     for document in documents:
-        # a file's name may not be valid UTF-8
-        parts += [document.name.encode("utf-8", "surrogateescape"), document.data]
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+        digest.add(document)
     return digest.hexdigest()
 
 

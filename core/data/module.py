@@ -9,10 +9,12 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from core.contracts.corpus import Corpus
+from core.data.held_out import HeldOut
 from core.data.loaders import ValidationLoader, WindowLoader
 from core.data.prepare import prepare
 from core.data.prepared import Prepared
 from core.data.recorded import RecordedData
+from core.data.run_text import read_text
 from core.data.tokenizer import Tokenizer
 from core.data.windows import count_sequences
 from core.recipe.plan import TrainingPlan
@@ -40,6 +42,7 @@ class TextData(LightningDataModule):
             process group exists by then.
         validation_sequences: sequences in a validation batch, all data ranks together.
         recorded: the data of the run that reads the corpus again; None: a new run.
+        held_out: how the validation text is chosen; None: by the documents' names.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class TextData(LightningDataModule):
         rank_and_world: Callable[[], tuple[int, int]] = _alone,
         validation_sequences: int,
         recorded: RecordedData | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         super().__init__()
         assert length == plan.length, f"sequences of {length} tokens in a plan for {plan.length}"
@@ -63,6 +67,7 @@ class TextData(LightningDataModule):
         self._rank_and_world = rank_and_world
         self._validation_sequences = validation_sequences
         self._recorded = recorded
+        self._held_out = held_out or HeldOut()
 
     def prepare(self) -> None:
         """Reads the corpus and prepares its tokens; a second call does nothing.
@@ -77,11 +82,11 @@ class TextData(LightningDataModule):
 
     @cached_property
     def _prepared(self) -> Prepared:
-        return prepare(self._corpus, self._vocab, self._recorded)
+        return prepare(self._corpus, self._vocab, self._recorded, self._held_out)
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, trained on the training documents."""
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, trained on the training documents; None where only token ids are known."""
         return self._prepared.tokenizer
 
     @property
@@ -124,6 +129,37 @@ class TextData(LightningDataModule):
     def validation_documents(self) -> int:
         """The number of documents that are held out."""
         return self._prepared.validation.documents
+
+    @property
+    def train_documents(self) -> int:
+        """The number of documents that are trained on."""
+        return self._prepared.train.documents
+
+    def notes(self) -> list[str]:
+        """What the corpora say of the last reading, a sentence each; call it after `prepare`."""
+        found = self._corpus.notes()
+        if self._held_out.corpus is not None:
+            found += [f"data.validation: {note}" for note in self._held_out.corpus.notes()]
+        return found
+
+    @cached_property
+    def tokens_only(self) -> bool:
+        """Whether the corpus holds token ids and no text."""
+        return self._corpus.as_tokens() is not None
+
+    def read_text(self) -> tuple[bytes, bytes]:
+        """The training and the validation text, joined in order of names."""
+        text = read_text(self._corpus, self._vocab, self._held_out)
+        train, validation = [
+            b"".join(document.data for _, part in side.documents for document in part)
+            for side in (text.train, text.validation)
+        ]
+        return train, validation
+
+    def epochs(self) -> float:
+        """How often the run reads the whole training stream; incomplete sequences at its end are left out."""
+        read = self.plan.micro_batches * self.plan.sequences
+        return read / count_sequences(self._prepared.train, self.plan.length)
 
     def train_dataloader(self) -> WindowLoader:
         """This rank's share of every step's window."""

@@ -7,45 +7,54 @@ have changed. Training the tokenizer and encoding take seconds and happen once. 
 from collections.abc import Iterator
 from pathlib import Path
 
-from core.contracts.corpus import Corpus, Document, TokenCorpus
+from core.contracts.corpus import Corpus
 from core.data import cache
-from core.data.documents import CorpusSplit, bytes_in, fingerprint, read_split, text_of
+from core.data.documents import fingerprint, text_of
+from core.data.held_out import HeldOut
+from core.data.packing import EncodingProgress, PackedStream, pack_into
 from core.data.prepared import Prepared
-from core.data.recorded import RecordedData, identity, list_documents
-from core.data.store import TokenStore, open_store, pack
+from core.data.recorded import RecordedData
+from core.data.run_text import RunText, Side, read_text
+from core.data.store import TokenStore, open_store
 from core.data.token_blocks import prepare_tokens
-from core.data.tokenizer import LONGEST_PIECE, Tokenizer, has_long_piece, train
-
-AT_ONCE = 64
-"""Documents that are encoded together: enough for every core, few enough that their encodings fit in memory."""
+from core.data.token_split import TokenSplit
+from core.data.tokenizer import LONGEST_PIECE, Tokenizer, train
 
 
-def prepare(corpus: Corpus, vocab: int, recorded: RecordedData | None = None) -> Prepared:
+def prepare(
+    corpus: Corpus,
+    vocab: int,
+    recorded: RecordedData | None = None,
+    held_out: HeldOut | None = None,
+) -> Prepared:
     """Reads a corpus and returns it as tokens.
 
     Args:
         corpus: the source of the documents, or of tokens.
         vocab: entries of the tokenizer.
         recorded: the data of the run that reads the corpus again; its tokenizer then makes the tokens.
+        held_out: how the validation text is chosen; None: by the documents' names.
 
     Raises:
         UserError: the corpus cannot be read or is not the recorded one, the vocabulary does not fit it, or the cache
             cannot be written.
     """
-    if isinstance(corpus, TokenCorpus):
-        return _checked(prepare_tokens(corpus, vocab), recorded)
-    split = read_split(corpus)
+    held_out = held_out or HeldOut()
+    tokens = corpus.as_tokens()
+    if tokens is not None:
+        return _checked(prepare_tokens(TokenSplit(tokens, held_out), vocab), recorded)
+    text = read_text(corpus, vocab, held_out)
     if recorded is not None:
-        recorded.check_documents(split.documents, vocab)
-    key = identity(split.documents, vocab)
-    folder = _entry(key, split, vocab, recorded)
+        recorded.check_documents(text.identity(recorded.version), text.listed())
+    folder = _entry(text, vocab, recorded)
     return Prepared(
         tokenizer=Tokenizer.load(folder / "tokenizer.json"),
-        train=_open(folder, "train", split.train),
-        validation=_open(folder, "validation", split.validation),
-        fingerprint=key,
-        dropped=split.dropped,
-        documents=list_documents(split.documents),
+        train=_open(folder, "train", text.train),
+        validation=_open(folder, "validation", text.validation),
+        fingerprint=text.identity(),
+        dropped=sum(source.split.dropped for source in text.sources),
+        documents=text.list_text(),
+        sources=text.names(),
     )
 
 
@@ -56,20 +65,21 @@ def _checked(prepared: Prepared, recorded: RecordedData | None) -> Prepared:
     return prepared
 
 
-def _entry(key: str, split: CorpusSplit, vocab: int, recorded: RecordedData | None) -> Path:
+def _entry(text: RunText, vocab: int, recorded: RecordedData | None) -> Path:
     """The cache entry of the documents' tokens, which is made if it does not exist.
 
     The tokens of a recorded run share the entry if its tokenizer is the one that is trained here, as it nearly always
     is. A tokenizer that another version of the library or of this program has trained may differ; its tokens then have
     another entry.
     """
-    if any(has_long_piece(text_of(document)) for document in split.train):
+    key = text.tokens_identity()
+    if text.has_long_piece:
         key = fingerprint([], key, "pieces", LONGEST_PIECE)
     folder = cache.cache_folder() / key
     tokenizer = None if recorded is None else recorded.tokenizer
     if tokenizer is not None and not _has_tokenizer(folder, tokenizer):
         folder = cache.cache_folder() / fingerprint([], key, tokenizer.to_json())
-    cache.ensure(folder, lambda: _files(split, tokenizer, vocab))
+    cache.ensure(folder, lambda: _files(text, tokenizer, vocab))
     return folder
 
 
@@ -80,32 +90,37 @@ def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     return Tokenizer.load(folder / "tokenizer.json").to_json() == tokenizer.to_json()
 
 
-def _files(split: CorpusSplit, recorded: Tokenizer | None, vocab: int) -> dict[str, cache.Writer]:
+def _files(text: RunText, recorded: Tokenizer | None, vocab: int) -> dict[str, cache.Writer]:
     """The writers of an entry's files: the tokenizer, and for each side its tokens and where documents start.
 
     Args:
-        split: the documents.
+        text: the documents.
         recorded: the tokenizer that a run has recorded, with which they are encoded; None: one is trained on them.
         vocab: entries of the tokenizer.
     """
-    tokenizer = recorded or train(map(text_of, split.train), vocab)
+    tokenizer = recorded or train(_training_texts(text), vocab, bounded=text.has_long_piece)
     files: dict[str, cache.Writer] = {
         "tokenizer.json": lambda stream: stream.write(tokenizer.to_json().encode())
     }
-    for side, documents in (("train", split.train), ("validation", split.validation)):
-        tokens, starts = pack(_encoded(tokenizer, documents), vocab)
-        files[f"{side}.tokens.npy"] = cache.array_writer(tokens)
-        files[f"{side}.starts.npy"] = cache.array_writer(starts)
+    progress = EncodingProgress(text.train.size + text.validation.size)
+    for name, side in (("train", text.train), ("validation", text.validation)):
+        packed = PackedStream(vocab, cache.cache_folder())
+        for number, documents in side.documents:
+            pack_into(packed, tokenizer, documents, number, progress)
+        files[f"{name}.tokens.npy"] = packed.write
+        files[f"{name}.starts.npy"] = cache.array_writer(packed.starts())
+        if side.has_sources:
+            files[f"{name}.sources.npy"] = cache.array_writer(packed.sources())
     return files
 
 
-def _encoded(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[list[int]]:
-    for first in range(0, len(documents), AT_ONCE):
-        texts = [text_of(document) for document in documents[first : first + AT_ONCE]]
-        yield from tokenizer.encode_batch(texts)
+def _training_texts(text: RunText) -> Iterator[str]:
+    for _, documents in text.train.documents:
+        yield from map(text_of, documents)
 
 
-def _open(folder: Path, side: str, documents: list[Document]) -> TokenStore:
-    tokens = folder / f"{side}.tokens.npy"
-    starts = folder / f"{side}.starts.npy"
-    return open_store(tokens, starts, bytes_in(documents))
+def _open(folder: Path, name: str, side: Side) -> TokenStore:
+    sources = folder / f"{name}.sources.npy" if side.has_sources else None
+    return open_store(
+        folder / f"{name}.tokens.npy", folder / f"{name}.starts.npy", side.size, sources=sources
+    )

@@ -40,17 +40,16 @@ class RecordedData:
     tokenizer: Tokenizer | None = None
     documents: Mapping[str, str] | None = None
 
-    def check_documents(self, documents: list[Document], vocab: int) -> None:
+    def check_documents(self, found: str, documents: Iterable[Document]) -> None:
         """Compares a corpus with the run's.
 
         Args:
-            documents: all documents that have text, in order of names.
-            vocab: entries of the tokenizer.
+            found: its fingerprint under the run's version of `tokenizers`.
+            documents: all documents that have text, under the names of the run's list.
 
         Raises:
             UserError: the corpus differs; the message names the first document that does, if the folder lists them.
         """
-        found = identity(documents, vocab, self.version)
         if found != self.fingerprint:
             why = self._difference(documents) or _fingerprints(found, self.fingerprint)
             raise self._changed(why)
@@ -63,24 +62,28 @@ class RecordedData:
     def _changed(self, why: str) -> UserError:
         return UserError(f"{self.folder}: the corpus has changed since this run began: {why}")
 
-    def _difference(self, documents: list[Document]) -> str:
+    def _difference(self, documents: Iterable[Document]) -> str:
         """The first document that differs, as the end of a sentence; empty where that is unknown."""
         if self.documents is None:
             return ""
-        now = {document.name: document for document in documents}
-        for name in sorted({*self.documents, *now}):
-            if name not in now:
-                return f"document {name!r} is missing"
-            if name not in self.documents:
-                return f"document {name!r} ({now[name].source}) was added"
-            if document_hash(now[name]) != self.documents[name]:
-                return f"document {name!r} ({now[name].source}) has another text"
-        return ""
+        differences = {name: f"document {name!r} is missing" for name in self.documents}
+        for document in documents:
+            before = self.documents.get(document.name)
+            which = f"document {document.name!r} ({document.source})"
+            if before is None:
+                differences[document.name] = f"{which} was added"
+            elif before == document_hash(document):
+                del differences[document.name]
+            else:
+                differences[document.name] = f"{which} has another text"
+        return differences[min(differences)] if differences else ""
 
 
-def identity(documents: Iterable[Document], vocab: int, version: str = VERSION) -> str:
+def identity(
+    documents: Iterable[Document], vocab: int, version: str = VERSION, *settings: object
+) -> str:
     """The fingerprint of documents and a vocabulary as a run with this version of `tokenizers` records it."""
-    return fingerprint(documents, FORMAT, version, vocab)
+    return fingerprint(documents, FORMAT, version, vocab, *settings)
 
 
 def document_hash(document: Document) -> str:
@@ -88,19 +91,37 @@ def document_hash(document: Document) -> str:
     return hashlib.sha256(document.data).hexdigest()[:16]
 
 
-def list_documents(documents: list[Document]) -> str | None:
-    """The text of a list of documents, a line with hash and name for each; None for more than `MOST_LISTED`.
+class DocumentList:
+    """The list of documents that a run folder keeps: a line with hash and name for each.
 
-    There is none either where a name holds a line end, or is no text: a file's name may be any bytes.
+    There is none for more than `MOST_LISTED`, nor where a name holds a line end, or is no text: a file's name may be
+    any bytes.
     """
-    if len(documents) > MOST_LISTED:
-        return None
-    lines = []
+
+    def __init__(self) -> None:
+        self._lines: list[str] | None = []
+
+    def add(self, document: Document) -> None:
+        """Adds the next document."""
+        if self._lines is None:
+            return
+        unwritable = "\n" in document.name or not is_text(document.name)
+        if unwritable or len(self._lines) == MOST_LISTED:
+            self._lines = None
+        else:
+            self._lines.append(f"{document_hash(document)}  {document.name}\n")
+
+    def text(self) -> str | None:
+        """The list, or None."""
+        return None if self._lines is None else "".join(self._lines)
+
+
+def list_documents(documents: Iterable[Document]) -> str | None:
+    """The text of the `DocumentList` of some documents."""
+    listed = DocumentList()
     for document in documents:
-        if "\n" in document.name or not is_text(document.name):
-            return None
-        lines.append(f"{document_hash(document)}  {document.name}\n")
-    return "".join(lines)
+        listed.add(document)
+    return listed.text()
 
 
 def read_documents(text: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ one token to start from, and it ends a document by predicting the marker of the 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,10 +56,25 @@ def join(
     pieces: Iterable[NDArray[Any]], vocab: int
 ) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
     """Joins arrays of ids into one, in the smallest format that holds the vocabulary; also returns their starts."""
-    width = np.uint16 if vocab <= 1 << 16 else np.uint32
+    width = width_of(vocab)
     narrow = [piece.astype(width) for piece in pieces]
     ends = np.cumsum([0, *(len(piece) for piece in narrow)], dtype=np.int64)
     return np.concatenate([np.empty(0, dtype=width), *narrow]), ends[:-1]
+
+
+def width_of(vocab: int) -> type[np.unsignedinteger[Any]]:
+    """The smallest format that holds the ids of a vocabulary."""
+    return np.uint16 if vocab <= 1 << 16 else np.uint32
+
+
+def write_header(stream: IO[bytes], dtype: np.dtype[Any], length: int) -> None:
+    """Writes what a `.npy` file of a one-dimensional array begins with, as `np.save` does."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (length,),
+    }
+    np.lib.format.write_array_header_1_0(stream, header)
 
 
 def open_store(

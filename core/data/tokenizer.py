@@ -12,7 +12,8 @@ text that spells it out, so id 0 in a stream is always a document boundary.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -47,6 +48,9 @@ _RUNS = [
 The library may know letters that are newer than this Python, which takes them for signs; four controls are space in
 Python alone.
 """
+
+_SAFE = re.compile(r"[A-Za-z](?= [A-Za-z])|\n(?=[A-Za-z])")
+"""Where a text may be cut between two pieces: a word ends before a space, and line ends end before a letter."""
 
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English endings after an apostrophe
@@ -89,6 +93,32 @@ class Tokenizer:
         """The ids of several texts, encoded on all cores."""
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def cut(self, text: str, length: int) -> Iterator[str]:
+        """Yields a text in pieces of about `length` characters, which have the same ids one by one as together.
+
+        A piece ends at a line end or before a space, with a letter after it, where the cut of `pre_tokenizer` has a
+        boundary whatever else is around it. A text without such places stays whole, and so does every text of another
+        program's tokenizer.
+        """
+        if len(text) <= length or not self._cuts_as_ours:
+            yield text
+            return
+        begin = 0
+        while begin < len(text):
+            place = _SAFE.search(text, begin + length)
+            end = place.end() if place else len(text)
+            yield text[begin:end]
+            begin = end
+
+    @cached_property
+    def _cuts_as_ours(self) -> bool:
+        """Whether text is cut into pieces as `pre_tokenizer` does, and nothing is normalised."""
+        content = json.loads(self.to_json())
+        ours = tokenizers.Tokenizer(models.BPE())
+        ours.pre_tokenizer = pre_tokenizer()
+        expected = json.loads(ours.to_str())["pre_tokenizer"]
+        return content["pre_tokenizer"] == expected and content["normalizer"] is None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; markers are spelt out, bytes that are not UTF-8 become U+FFFD."""
@@ -169,11 +199,16 @@ def pre_tokenizer(*, bounded: bool = False) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(steps)
 
 
-def train(texts: Iterable[str], vocab: int) -> Tokenizer:
+def train(texts: Iterable[str], vocab: int, *, bounded: bool | None = None) -> Tokenizer:
     """Learns a vocabulary of exactly `vocab` entries; the same texts give the same bytes of JSON.
 
     A piece of more than `LONGEST_PIECE` characters is cut for training; encoding takes it whole. Texts without such
     pieces give the same vocabulary as if there were no bound.
+
+    Args:
+        texts: the texts, which are read once, a few at a time, if `bounded` is given.
+        vocab: entries of the vocabulary, the end marker included.
+        bounded: whether some text may hold a longer piece; None: the texts are searched, in memory.
 
     Raises:
         UserError: `vocab` is below 257, or the texts run out of pairs to merge before `vocab` is reached.
@@ -185,8 +220,10 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
         most = f"a tokenizer with at most {LARGEST} entries is trained"
         raise UserError(f"data.tokenizer.vocab = {vocab} is too large: {most}")
     engine = tokenizers.Tokenizer(models.BPE())
-    texts = list(texts)
-    engine.pre_tokenizer = pre_tokenizer(bounded=any(map(has_long_piece, texts)))
+    if bounded is None:
+        texts = list(texts)
+        bounded = any(map(has_long_piece, texts))
+    engine.pre_tokenizer = pre_tokenizer(bounded=bounded)
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,

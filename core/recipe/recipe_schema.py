@@ -34,6 +34,14 @@ class DataSection:
     """The data that is read."""
 
     corpus: Child = child("corpus", {"name": "package_text"}, doc="where text comes from")
+    validation: Child = child(
+        "corpus", None, doc="a corpus of its own to validate on; null: a part of `corpus`"
+    )
+    validation_fraction: float | None = setting(
+        None,
+        doc="the part of the documents that is held out, or of every document where there are too "
+        "few; null: every twentieth, by name",
+    )
     tokenizer: TokenizerSection = setting(doc="how text is split into tokens")
     sequence_length: int = setting(doc="tokens in a training sequence")
     mask_documents: bool = setting(
@@ -41,8 +49,10 @@ class DataSection:
     )
 
     def check(self, parent: Any) -> None:
-        """Raises `ConfigError` for an empty sequence."""
+        """Raises `ConfigError` for an empty sequence, or a fraction that leaves nothing on one side."""
         at_least(self, 1, "sequence_length")
+        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
+            raise ConfigError("validation_fraction", "must be more than 0 and less than 1, or null")
 
 
 @dataclass(kw_only=True)
@@ -184,6 +194,9 @@ class RecipeSchema:
 
     def check_components(self) -> None:
         """Raises `ConfigError` if the precision cannot run with recomputation or on the strategy's devices."""
+        if self.data.validation is not None and self.data.validation_fraction is not None:
+            why = "must be null where data.validation names a corpus to validate on"
+            raise ConfigError("data.validation_fraction", why)
         able = self.precision.component.capabilities_of(self.precision.config)
         if "remembers_products" in able and self.recompute.blocks:
             name = self.precision.name

@@ -1,6 +1,7 @@
 """The data that a recipe's run reads."""
 
 from core.assemble import make
+from core.data.held_out import HeldOut
 from core.data.module import TextData
 from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
@@ -25,4 +26,12 @@ def text_data(recipe: Recipe, plan: TrainingPlan, run: RunFolder | None = None) 
         rank_and_world=rank_and_world,
         validation_sequences=recipe.validation.sequences,
         recorded=None if run is None else run.recorded_data(),
+        held_out=held_out(recipe),
     )
+
+
+def held_out(recipe: Recipe) -> HeldOut:
+    """How a recipe chooses its validation text."""
+    validation = recipe.data.validation
+    corpus = None if validation is None else make(validation)
+    return HeldOut(recipe.data.validation_fraction, corpus)

@@ -9,10 +9,8 @@ import torch
 
 from core.analysis.budget import plan_of
 from core.assemble import make
-from core.contracts.corpus import TokenCorpus
 from core.contracts.errors import NotFiniteError, UserError
 from core.data.baseline import xz_bits_per_byte
-from core.data.documents import read_split
 from core.data.loaders import ValidationLoader
 from core.recipe.compose import compose_run
 from core.run.data import text_data
@@ -48,11 +46,11 @@ def evaluate(
         say(f"note: {notice}")
     data = text_data(recipe, plan_of(recipe), folder)
     data.prepare()
-    corpus = make(recipe.data.corpus)
+    is_text = not data.tokens_only
     if not data.validation_documents:
-        why = "" if isinstance(corpus, TokenCorpus) else " (fewer than 11 documents)"
+        why = " (fewer than 11 documents)" if is_text else ""
         raise UserError(f"{checkpoint}: the corpus has no validation split{why}")
-    if xz and isinstance(corpus, TokenCorpus):
+    if xz and not is_text:
         raise UserError(
             f"--xz: corpus {recipe.data.corpus.name} has tokens and no text, and xz needs text"
         )
@@ -75,9 +73,7 @@ def evaluate(
     values: dict[str, Any] = {"checkpoint": checkpoint.name, **measured}
     values["notices"] = recipe.notices()
     if xz:
-        split = read_split(corpus)
-        train = b"".join(document.data for document in split.train)
-        validation = b"".join(document.data for document in split.validation)
+        train, validation = data.read_text()
         values["xz_bits_per_byte"] = xz_bits_per_byte(train, validation)
     return finite(values)
 

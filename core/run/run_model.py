@@ -88,7 +88,9 @@ class RunModel:
 def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
     """Warns if the initial weights were trained with another tokenizer, whose ids mean other text."""
     run = RunFolder(source.parent.parent)
-    if run.tokenizer.is_file() and run.load_tokenizer().entries() != data.tokenizer.entries():
+    if data.tokenizer is None or not run.tokenizer.is_file():
+        return
+    if run.load_tokenizer().entries() != data.tokenizer.entries():
         say(
             f"note: {run.tokenizer} is another tokenizer than this run's, so its weights have to learn the tokens anew"
         )

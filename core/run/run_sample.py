@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 
 from core.contracts.errors import NotFiniteError
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import END, Tokenizer
 from core.generation.sample import sample
 from core.training.module import TrainingModule
 from core.training.ranks import broadcast_int, is_rank_zero
@@ -22,14 +22,14 @@ class SampleAtEnd(L.Callback):
 
     Args:
         folder: the run folder.
-        tokenizer: the run's tokenizer.
+        tokenizer: the run's tokenizer; None: the ids are written.
 
     Attributes:
         error: why there is no text; None if there is one.
         weight_not_finite: a sentence about a weight that is not finite, on whichever rank; None if there is none.
     """
 
-    def __init__(self, folder: RunFolder, tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: RunFolder, tokenizer: Tokenizer | None) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
         self.error: str | None = None
@@ -51,7 +51,7 @@ class SampleAtEnd(L.Callback):
         def agreed(token: int) -> int:
             return broadcast_int(token, pl_module.device) if together else token
 
-        opening = self.tokenizer.end
+        opening = END
         length = min(TOKENS, pl_module.model.max_length)
         options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "stop": opening}
         text = sample(
@@ -68,4 +68,10 @@ class SampleAtEnd(L.Callback):
             self.error = str(cause)
             return
         if is_rank_zero():
-            self.folder.write_text("sample.txt", self.tokenizer.decode(written) + "\n")
+            self.folder.write_text("sample.txt", self._text(written) + "\n")
+
+    def _text(self, ids: list[int]) -> str:
+        """The text of some ids; the ids themselves where no tokenizer is known."""
+        if self.tokenizer is None:
+            return " ".join(map(str, ids))
+        return self.tokenizer.decode(ids)

@@ -32,6 +32,7 @@ def summarise(
     results = {
         "steps": module.windows_done,
         "tokens": tokens,
+        "epochs": data.epochs() * tokens / max(module.plan.tokens, 1),
         "wall_seconds": module.wall_seconds,
         "train_seconds": module.seconds,
         "tokens_per_second": rate,

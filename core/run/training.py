@@ -15,7 +15,6 @@ from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
 from core.assemble import build, make
 from core.checkpoints.content import check_model, check_optimizers
-from core.contracts.corpus import TokenCorpus
 from core.contracts.errors import ConfigError, Interrupted, RunFailed, UserError
 from core.contracts.strategy import StrategyFactory
 from core.data.module import TextData
@@ -24,6 +23,7 @@ from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe, compose_run
 from core.recipe.values import show_value
 from core.run.data import text_data
+from core.run.reading import count_of, reading_line
 from core.run.run_model import RunModel
 from core.run.run_sample import SampleAtEnd
 from core.run.summary import divergence, summarise
@@ -46,8 +46,9 @@ from core.training.setup import RunCallbacks, make_run_callbacks, make_trainer
 from core.training.throughput import measured_peak_flops
 
 NO_VALIDATION = (
-    "no document is held out for validation, which takes at least 11 documents: "
-    "the run has no validation loss"
+    "no document is held out for validation, which takes at least 11 documents ({}): "
+    "the run has no validation loss; data.validation_fraction=0.1 holds out a tenth of the text, "
+    "data.validation a corpus of its own"
 )
 """The note of a run that trains on all of its text."""
 
@@ -197,10 +198,7 @@ def _fit(
     data.prepare()
     if moved:
         _record_moved_corpus(recipe, folder)
-    notices = [*recipe.notices(), *lost]
-    if not data.validation_documents:
-        notices.append(NO_VALIDATION)
-        say(f"note: {NO_VALIDATION}")
+    notices = [*recipe.notices(), *lost, *_say_data(data, say)]
     strategy: StrategyFactory = make(recipe.strategy)
     run_model = RunModel(recipe, strategy, data)
     size = size_of(run_model.model)
@@ -235,10 +233,22 @@ def _fit(
     return {}
 
 
+def _say_data(data: TextData, say: Callable[[str], None]) -> list[str]:
+    """Prints how often the text is read and what is missing from it; returns what belongs into the summary."""
+    say(reading_line(data))
+    notices = data.notes()
+    if not data.validation_documents:
+        notices.append(NO_VALIDATION.format(count_of(data.train_documents, "document")))
+    for notice in notices:
+        say(f"note: {notice}")
+    return notices
+
+
 def _record_moved_corpus(recipe: Recipe, folder: RunFolder) -> None:
     """Writes where the corpus is now into the run's recipe, so that later commands find the same documents."""
     values = compose_run(folder.recipe, trust=True, named=recipe.plugins).to_dict()
-    values["data"]["corpus"] = recipe.to_dict()["data"]["corpus"]
+    for key in ("corpus", "validation"):
+        values["data"][key] = recipe.to_dict()["data"][key]
     folder.write_recipe(values)
 
 
@@ -257,7 +267,8 @@ def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
         recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads()
     )
     folder.write_json("provenance.json", shaped_by)
-    data.tokenizer.save(folder.tokenizer)
+    if data.tokenizer is not None:
+        data.tokenizer.save(folder.tokenizer)
     if data.documents is not None:
         folder.write_text(folder.documents.name, data.documents)
     folder.write_digests()
@@ -363,7 +374,7 @@ def check_environment(recipe: Recipe) -> None:
 def _check_vocabulary(recipe: Recipe) -> None:
     """Raises `UserError` for a vocabulary that no tokenizer of this program can have, where one is to be trained."""
     vocab = recipe.data.tokenizer.vocab
-    if vocab < SMALLEST and not issubclass(recipe.data.corpus.component, TokenCorpus):
+    if vocab < SMALLEST and make(recipe.data.corpus).as_tokens() is None:
         allowed = f"must be at least {SMALLEST}, as the corpus is text: 256 bytes and the marker"
         raise UserError(f"{recipe.source}: data.tokenizer.vocab = {vocab}: {allowed}")
 

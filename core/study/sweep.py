@@ -121,7 +121,7 @@ def _prepare(sweep: Sweep) -> None:
     prepared: list[Any] = []
     for variant in sweep.variants:
         source = variant.recipe.data
-        key = [to_dict(source.corpus), source.tokenizer.vocab, source.sequence_length]
+        key = to_dict(source)
         if key in prepared:
             continue
         prepared.append(key)

@@ -69,7 +69,9 @@ def check_recipe_unchanged(
     check_trained(folder, "start a run from its weights with initial_weights")
     before = compose_run(folder.recipe, trust=trust, named=recipe.plugins).to_dict()
     now = recipe.to_dict()
-    corpora = (before["data"].pop("corpus"), now["data"].pop("corpus"))
+    corpora = [
+        [values["data"].pop("corpus"), values["data"].pop("validation")] for values in (before, now)
+    ]
     difference = _first_difference_in(REPRODUCED, before, now)
     if difference:
         path, old, new = difference

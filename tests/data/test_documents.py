@@ -5,7 +5,8 @@ from conftest import MakeCorpus
 
 from core.contracts.corpus import Document
 from core.contracts.errors import UserError
-from core.data.documents import bytes_in, fingerprint, read_split
+from core.data.documents import bytes_in, fingerprint
+from core.data.held_out import read_split
 
 
 def names(documents: list[Document]) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from conftest import MakeCorpus
 
 from core.contracts.errors import UserError
-from core.data.documents import read_split
+from core.data.held_out import read_split
 from core.data.prepare import prepare
 from core.data.recorded import (
     RecordedData,
@@ -108,4 +108,4 @@ def test_long_lists_are_not_kept(
 def test_a_name_that_is_no_text_is_identified_and_not_listed(corpus_of: MakeCorpus) -> None:
     documents = read_split(corpus_of({"a": b"one", "b-\udcff": b"two"})).documents
     assert list_documents(documents) is None
-    assert identity(documents, VOCAB) != identity(documents[:1], VOCAB)
+    assert identity(documents, VOCAB) != identity(list(documents)[:1], VOCAB)

@@ -27,7 +27,7 @@ from core.checkpoints import saving
 from core.checkpoints.listing import checkpoints_in
 from core.checkpoints.reading import read_checkpoint
 from core.contracts.errors import UserError
-from core.data.documents import read_split
+from core.data.held_out import read_split
 from core.data.recorded import identity
 from core.recipe.compose import compose
 from core.run.data import text_data

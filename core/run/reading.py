@@ -1,0 +1,21 @@
+"""One line about the text of a run: how much of it there is, and how often the run reads it."""
+
+from core.data.module import TextData
+
+
+def reading_line(data: TextData) -> str:
+    """The line that a run prints before it starts."""
+    read = f"{data.plan.tokens:,} tokens are trained on"
+    text = f"{data.train_tokens:,} tokens in {count_of(data.train_documents, 'document')}"
+    held = f"{count_of(data.validation_documents, 'document')} held out"
+    return f"text: {text}, {held}; {read}: {times(data.epochs())}"
+
+
+def times(epochs: float) -> str:
+    """How often something is read, in words."""
+    return f"{epochs:.3g} epochs"
+
+
+def count_of(count: int, noun: str) -> str:
+    """A number with its noun, which gets an s unless the number is 1."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
