@@ -11,7 +11,8 @@ from lab import SMALL, Lab, write_texts
 
 from core.command import system_error
 from core.contracts.errors import UserError
-from core.data.documents import fingerprint, read_split
+from core.data.documents import fingerprint
+from core.data.held_out import read_split
 from core.recipe.compose import compose
 from core.run.training import check_environment
 from plugins.text_files.corpus import TextFiles
