@@ -34,6 +34,7 @@ class SequenceContext:
         learned_BM: bool, whether each input and the last target is learned where it is a target (the answers of a
             chat, for example); the others still take part in attention, load and capacity. None: all are learned.
         source_B: int64, number of the corpus that each sequence comes from, for losses by source; None: one source.
+        source_names: the names of all sources, by number, if losses are reported by source; the same in every batch.
         step: optimizer steps done before this one.
         first_sequence: number of the first sequence among all that the step reads, over micro-batches and data
             ranks. Random choices are addressed by (seed, step, layer, number of the sequence, position), see
@@ -50,6 +51,7 @@ class SequenceContext:
     documents_BM: Tensor | None = None
     learned_BM: Tensor | None = None
     source_B: Tensor | None = None
+    source_names: tuple[str, ...] = ()
     step: int = 0
     first_sequence: int = 0
     reduce_sum: Callable[[Tensor], Tensor] = identity

@@ -6,8 +6,9 @@ from math import ceil
 import numpy as np
 
 from core.data.batch import Batch
+from core.data.mixture_order import MixtureOrder
 from core.data.store import TokenStore
-from core.data.windows import count_sequences, cut, rows_of, sequences_at
+from core.data.windows import count_sequences, cut, rows_of, sequences_at, source_ranges
 from core.recipe.plan import TrainingPlan
 
 
@@ -25,24 +26,35 @@ class WindowLoader:
         seed: the seed of the order.
         rank: the data rank of this process.
         world: how many data ranks there are; must divide S.
+        order: the order of a mixture; None: all sequences of the stream, shuffled in each epoch.
 
     Raises:
         UserError: the stream is shorter than one sequence, or `world` does not divide S.
     """
 
     def __init__(
-        self, store: TokenStore, *, plan: TrainingPlan, seed: int, rank: int = 0, world: int = 1
+        self,
+        store: TokenStore,
+        *,
+        plan: TrainingPlan,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        order: MixtureOrder | None = None,
     ) -> None:
         self.plan = plan
         self.step = 0
         self._store = store
         self._seed = seed
+        self._order = order
         self._count = count_sequences(store, plan.length)
         self._rows = np.array(rows_of(rank, world, plan.sequences))
 
     def micro_batch(self, index: int) -> Batch:
         """This rank's rows of micro-batch `index` of the run: B = S / world sequences of L tokens."""
         positions_B = index * self.plan.sequences + self._rows
+        if self._order is not None:
+            return cut(self._store, self._order.begins(positions_B), self.plan.length)
         sequences_B = sequences_at(positions_B, self._seed, self._count)
         return cut(self._store, sequences_B * self.plan.length, self.plan.length)
 
@@ -73,8 +85,9 @@ class WindowLoader:
 class ValidationLoader:
     """The whole validation stream once, in order, in sequences that do not overlap.
 
-    Every token but the first marker is predicted exactly once. Where the stream or the last batch is not full,
-    the rest is padding, so that all ranks see the same number of batches of the same shape.
+    Every token but the first marker is predicted exactly once, of a mixture the first marker of every part. Where the
+    stream, a part of it or the last batch is not full, the rest is padding, so that all ranks see the same number of
+    batches of the same shape.
 
     Args:
         store: the validation stream.
@@ -82,25 +95,41 @@ class ValidationLoader:
         sequences: S, sequences in a batch, all data ranks together.
         rank: the data rank of this process.
         world: how many data ranks there are; must divide S.
+        by_source: whether no sequence reaches from one source into the next.
 
     Raises:
         UserError: `world` does not divide S.
     """
 
     def __init__(
-        self, store: TokenStore, *, length: int, sequences: int, rank: int = 0, world: int = 1
+        self,
+        store: TokenStore,
+        *,
+        length: int,
+        sequences: int,
+        rank: int = 0,
+        world: int = 1,
+        by_source: bool = False,
     ) -> None:
         self._store = store
         self._length = length
         self._sequences = sequences
         self._rows = np.array(rows_of(rank, world, sequences))
+        ranges = source_ranges(store) if by_source else [(0, len(store))]
+        begins = [np.arange(begin, end - 1, length) for begin, end in ranges]
+        ends = [np.full(len(own), end) for own, (_, end) in zip(begins, ranges, strict=True)]
+        self._begins = np.concatenate(begins)
+        self._ends = np.concatenate(ends)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in range(len(self)):
             sequences_B = batch * self._sequences + self._rows
-            yield cut(self._store, sequences_B * self._length, self._length)
+            exists_B = sequences_B < len(self._begins)
+            nearest_B = np.minimum(sequences_B, len(self._begins) - 1)
+            begins_B = np.where(exists_B, self._begins[nearest_B], len(self._store))
+            ends_B = np.where(exists_B, self._ends[nearest_B], len(self._store))
+            yield cut(self._store, begins_B, self._length, ends_B)
 
     def __len__(self) -> int:
         """The number of batches of S sequences; the last may be padded."""
-        sequences = ceil((len(self._store) - 1) / self._length)
-        return ceil(sequences / self._sequences)
+        return ceil(len(self._begins) / self._sequences)

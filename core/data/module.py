@@ -11,12 +11,14 @@ from torch import Tensor
 from core.contracts.corpus import Corpus
 from core.data.held_out import HeldOut
 from core.data.loaders import ValidationLoader, WindowLoader
+from core.data.mixed_tokens import holds_tokens
+from core.data.mixture_order import MixtureOrder
 from core.data.prepare import prepare
 from core.data.prepared import Prepared
 from core.data.recorded import RecordedData
 from core.data.run_text import read_text
 from core.data.tokenizer import Tokenizer
-from core.data.windows import count_sequences
+from core.data.windows import count_sequences, source_ranges
 from core.recipe.plan import TrainingPlan
 
 _PIECE = 1 << 24
@@ -79,6 +81,38 @@ class TextData(LightningDataModule):
                 does not fit it; the cache cannot be written.
         """
         count_sequences(self._prepared.train, self.plan.length)
+        self._order  # noqa: B018 - raises an error for a part that is too short
+
+    @cached_property
+    def _order(self) -> MixtureOrder | None:
+        """The order of a mixture's sequences; None for one corpus."""
+        sources = self._prepared.sources
+        if sources is None:
+            return None
+        ranges = source_ranges(self._prepared.train)
+        return MixtureOrder(sources.names, sources.weights, ranges, self.plan.length, self._seed)
+
+    @property
+    def source_bytes(self) -> dict[str, int]:
+        """The bytes of each part's validation text, for a mixture; empty for one corpus."""
+        sources = self._prepared.sources
+        if sources is None:
+            return {}
+        return dict(zip(sources.names, sources.validation_bytes, strict=True))
+
+    def source_weights(self) -> dict[str, float]:
+        """The share of each part of a mixture in the training sequences; empty for one corpus."""
+        sources = self._prepared.sources
+        if sources is None:
+            return {}
+        return dict(zip(sources.names, sources.weights, strict=True))
+
+    def source_epochs(self, tokens: int) -> dict[str, float]:
+        """How often the first `tokens` of the run read each part of a mixture; empty for one corpus."""
+        if self._order is None:
+            return {}
+        epochs = self._order.epochs(tokens // self.plan.length)
+        return dict(zip(self.source_weights(), epochs, strict=True))
 
     @cached_property
     def _prepared(self) -> Prepared:
@@ -145,7 +179,7 @@ class TextData(LightningDataModule):
     @cached_property
     def tokens_only(self) -> bool:
         """Whether the corpus holds token ids and no text."""
-        return self._corpus.as_tokens() is not None
+        return holds_tokens(self._corpus)
 
     def read_text(self) -> tuple[bytes, bytes]:
         """The training and the validation text, joined in order of names."""
@@ -165,7 +199,14 @@ class TextData(LightningDataModule):
         """This rank's share of every step's window."""
         rank, world = self._rank_and_world()
         store = self._prepared.train
-        return WindowLoader(store, plan=self.plan, seed=self._seed, rank=rank, world=world)
+        return WindowLoader(
+            store,
+            plan=self.plan,
+            seed=self._seed,
+            rank=rank,
+            world=world,
+            order=self._order,
+        )
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
         """This rank's share of the validation stream; an empty list where nothing is held out."""
@@ -179,4 +220,5 @@ class TextData(LightningDataModule):
             sequences=self._validation_sequences,
             rank=rank,
             world=world,
+            by_source=self._prepared.sources is not None,
         )

@@ -5,18 +5,20 @@ have changed. Training the tokenizer and encoding take seconds and happen once. 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from core.contracts.corpus import Corpus
+from core.contracts.corpus import Corpus, MixtureCorpus
 from core.data import cache
 from core.data.documents import fingerprint, text_of
 from core.data.held_out import HeldOut
+from core.data.mixed_tokens import MixedTokens, holds_tokens
 from core.data.packing import EncodingProgress, PackedStream, pack_into
-from core.data.prepared import Prepared
+from core.data.prepared import Prepared, SourceNames
 from core.data.recorded import RecordedData
-from core.data.run_text import RunText, Side, read_text
+from core.data.run_text import RunText, Side, read_text, shares_of
 from core.data.store import TokenStore, open_store
-from core.data.token_blocks import prepare_tokens
+from core.data.token_blocks import prepare_tokens, prepare_tokens_by_source
 from core.data.token_split import TokenSplit
 from core.data.tokenizer import LONGEST_PIECE, Tokenizer, train
 
@@ -40,6 +42,8 @@ def prepare(
             cannot be written.
     """
     held_out = held_out or HeldOut()
+    if isinstance(corpus, MixtureCorpus) and holds_tokens(corpus):
+        return _checked(_prepare_mixed(corpus, vocab, held_out), recorded)
     tokens = corpus.as_tokens()
     if tokens is not None:
         return _checked(prepare_tokens(TokenSplit(tokens, held_out), vocab), recorded)
@@ -55,6 +59,19 @@ def prepare(
         dropped=sum(source.split.dropped for source in text.sources),
         documents=text.list_text(),
         sources=text.names(),
+    )
+
+
+def _prepare_mixed(corpus: MixtureCorpus, vocab: int, held_out: HeldOut) -> Prepared:
+    """The data of a mixture of tokens, whose identity includes the weights."""
+    parts = corpus.parts()
+    prepared, sizes = prepare_tokens_by_source(MixedTokens(parts, held_out), vocab)
+    weights = shares_of(parts)
+    found = tuple(sizes.get(number, 0) for number in range(len(parts)))
+    return replace(
+        prepared,
+        fingerprint=fingerprint([], prepared.fingerprint, *weights),
+        sources=SourceNames(tuple(part.name for part in parts), weights, found),
     )
 
 

@@ -125,8 +125,7 @@ def read_text(corpus: Corpus, vocab: int, held_out: HeldOut) -> RunText:
         sources += others
     weights: tuple[float, ...] = ()
     if is_mixture:
-        total = sum(part.weight for part in parts)
-        weights = tuple(part.weight / total for part in parts)
+        weights = shares_of(parts)
     return RunText(
         sources=sources,
         roles=["train"] * len(own) + ["validation"] * (len(sources) - len(own)),
@@ -135,6 +134,12 @@ def read_text(corpus: Corpus, vocab: int, held_out: HeldOut) -> RunText:
         part_names=tuple(part.name for part in parts),
         weights=weights,
     )
+
+
+def shares_of(parts: list[MixturePart]) -> tuple[float, ...]:
+    """The share of each part of a mixture in the training sequences, together 1."""
+    total = sum(part.weight for part in parts)
+    return tuple(part.weight / total for part in parts)
 
 
 def _parts_of(corpus: Corpus) -> list[MixturePart]:

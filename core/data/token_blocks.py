@@ -25,7 +25,12 @@ PIECE = 1 << 22
 
 
 def prepare_tokens(corpus: TokenCorpus, vocab: int) -> Prepared:
-    """Reads a corpus of tokens into token stores.
+    """Reads a corpus of tokens into token stores; see `prepare_tokens_by_source`."""
+    return prepare_tokens_by_source(corpus, vocab)[0]
+
+
+def prepare_tokens_by_source(corpus: TokenCorpus, vocab: int) -> tuple[Prepared, dict[int, int]]:
+    """Reads a corpus of tokens into token stores, and counts the bytes of validation text by source.
 
     Raises:
         UserError: `vocab` is not the corpus's vocabulary, a block is empty, has an id outside of it or a mask of
@@ -46,13 +51,14 @@ def prepare_tokens(corpus: TokenCorpus, vocab: int) -> Prepared:
         digest.update(len(part).to_bytes(8, "little") + part)
     folder = cache.cache_folder() / digest.hexdigest()
     cache.ensure(folder, lambda: _files(corpus, tokenizer, vocab, found))
-    return Prepared(
+    prepared = Prepared(
         tokenizer=None if tokenizer is None else Tokenizer.load(folder / "tokenizer.json"),
         train=_open(folder, "train", found["train"]),
         validation=_open(folder, "validation", found["validation"]),
         fingerprint=digest.hexdigest(),
         dropped=0,
     )
+    return prepared, found["validation"].source_bytes
 
 
 @dataclass
@@ -61,6 +67,7 @@ class _Survey:
 
     digest: Any = field(default_factory=hashlib.sha256)
     text_bytes: int = 0
+    source_bytes: dict[int, int] = field(default_factory=dict)
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
     sources: "array[int]" = field(default_factory=lambda: array("q"))
 
@@ -88,6 +95,8 @@ def _survey(blocks: Iterable[TokenBlock], vocab: int, split: str) -> _Survey:
         found.lengths.append(len(block.tokens))
         found.sources.append(block.source)
         found.text_bytes += block.text_bytes
+        before = found.source_bytes.get(block.source, 0)
+        found.source_bytes[block.source] = before + block.text_bytes
     return found
 
 

@@ -68,16 +68,39 @@ def sequences_at(positions: NDArray[np.int64], seed: int, count: int) -> NDArray
     return chosen
 
 
-def cut(store: TokenStore, begins_B: NDArray[np.int64], length: int) -> Batch:
+def source_ranges(store: TokenStore) -> list[tuple[int, int]]:
+    """The first token of each source and the one past its last, for a stream that holds one source after the other."""
+    if store.sources is None:
+        return [(0, len(store))]
+    ends = [*store.starts[1:].tolist(), len(store)]
+    found: dict[int, tuple[int, int]] = {}
+    for source, begin, end in zip(store.sources.tolist(), store.starts.tolist(), ends, strict=True):
+        found[source] = (found.get(source, (begin, end))[0], end)
+    return [found.get(source, (0, 0)) for source in range(max(found, default=-1) + 1)]
+
+
+def cut(
+    store: TokenStore,
+    begins_B: NDArray[np.int64],
+    length: int,
+    ends_B: NDArray[np.int64] | None = None,
+) -> Batch:
     """Cuts out the sequences that begin at some tokens of a stream.
 
     A position without a next token is padding: token and target 0, and a document number past the last. A sequence's
     source is that of its first token.
+
+    Args:
+        store: the stream.
+        begins_B: where each sequence begins.
+        length: tokens in a sequence.
+        ends_B: where the part of the stream ends that a sequence may read; None: the whole stream.
     """
+    ends_B1 = np.full((len(begins_B), 1), len(store)) if ends_B is None else ends_B[:, None]
     positions_BM = begins_B[:, None] + np.arange(length + 1)
-    exists_BM = positions_BM < len(store)
-    nearest_BM = np.minimum(positions_BM, len(store) - 1)
-    valid_BL = positions_BM[:, 1:] < len(store)
+    exists_BM = positions_BM < ends_B1
+    nearest_BM = np.minimum(positions_BM, ends_B1 - 1)
+    valid_BL = positions_BM[:, 1:] < ends_B1
     ids_BM = store.tokens[nearest_BM].astype(np.int64)
     documents_BM = np.searchsorted(store.starts, positions_BM, side="right") - 1
     learned_BM = None

@@ -20,7 +20,11 @@ MANY_ROWS = 8192
 
 
 def cross_entropy_sum(
-    logits: Callable[[Tensor], Tensor], hidden_BLD: Tensor, targets_BL: Tensor, counted_BL: Tensor
+    logits: Callable[[Tensor], Tensor],
+    hidden_BLD: Tensor,
+    targets_BL: Tensor,
+    counted_BL: Tensor,
+    losses_T: Tensor | None = None,
 ) -> Tensor:
     """Sum of -log p(target) in nats over the counted positions, in fp32 or wider; 0 if there is none.
 
@@ -29,17 +33,25 @@ def cross_entropy_sum(
         hidden_BLD: states from which the targets are predicted.
         targets_BL: int64 token ids.
         counted_BL: bool, which positions count.
+        losses_T: is filled with the loss of each position, T = B x L, without a gradient, for reports; None: it is not
+            needed.
     """
     hidden_TD = hidden_BLD.flatten(0, 1)
     targets_T = targets_BL.masked_fill(~counted_BL, IGNORED).flatten()
     weight_VD = _fused_weight(logits, hidden_TD)
     if weight_VD is not None:
-        result: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T)  # type: ignore[no-untyped-call]
+        result: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, losses_T)  # type: ignore[no-untyped-call]
         return result
     total = at_least_fp32(hidden_TD[:0]).sum()
     rows = MANY_ROWS if hidden_BLD.is_cuda else ROWS
-    for rows_RD, targets_R in zip(hidden_TD.split(rows), targets_T.split(rows), strict=True):
+    pieces = zip(hidden_TD.split(rows), targets_T.split(rows), strict=True)
+    for number, (rows_RD, targets_R) in enumerate(pieces):
         wide_RV = at_least_fp32(logits(rows_RD))
+        if losses_T is not None:
+            losses_R = F.cross_entropy(
+                wide_RV.detach(), targets_R, ignore_index=IGNORED, reduction="none"
+            )
+            losses_T[number * rows : number * rows + len(losses_R)] = losses_R
         total = total + F.cross_entropy(wide_RV, targets_R, ignore_index=IGNORED, reduction="sum")
     return total
 
@@ -60,8 +72,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The loss and its gradients, piece by piece: logits live in one buffer, and none are saved for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        losses_T: Tensor | None,
+    ) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dhidden_TD = torch.empty_like(hidden_TD) if needs_hidden else hidden_TD[:0]
         dweight_VD = torch.zeros_like(weight_VD) if needs_weight else weight_VD[:0]
         total = hidden_TD.new_zeros(())
@@ -71,7 +89,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_RD = hidden_TD[piece]
             logits_RV = buffer_RV[: len(hidden_RD)]
             torch.mm(hidden_RD, weight_VD.t(), out=logits_RV)
-            total += _losses_and_gradients_(logits_RV, targets_T[piece]).sum()
+            losses_R1 = _losses_and_gradients_(logits_RV, targets_T[piece])
+            total += losses_R1.sum()
+            if losses_T is not None:
+                losses_T[piece] = losses_R1[:, 0]
             if needs_hidden:
                 torch.mm(logits_RV, weight_VD, out=dhidden_TD[piece])
             if needs_weight:
@@ -81,12 +102,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         dhidden_TD, dweight_VD = ctx.saved_tensors
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dhidden = dhidden_TD * dtotal if needs_hidden else None
         dweight = dweight_VD * dtotal if needs_weight else None
-        return dhidden, dweight, None
+        return dhidden, dweight, None, None
 
 
 def _losses_and_gradients_(logits_RV: Tensor, targets_R: Tensor) -> Tensor:

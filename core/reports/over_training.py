@@ -133,6 +133,10 @@ def _hover(text: str) -> Trace:
     return {"meta": text, "hovertemplate": "%{meta}<br>%{x:,.4~g}: %{y:.5~g}<extra></extra>"}
 
 
+BY_SOURCE = "/source/"
+"""What the name of a column holds that is about one part of a mixture."""
+
+
 class OverTraining:
     """Draws columns of `metrics.csv` over training.
 
@@ -157,6 +161,7 @@ class OverTraining:
     def losses(self) -> list[Line]:
         """A line for each training loss of a single run."""
         columns = self.columns([LOSS, "loss/mtp/"])
+        columns += [c for c in self.columns([""]) if BY_SOURCE in c and not c.startswith("val/")]
         looks = styles(columns, LOSS)
         found = []
         for column in columns:
@@ -283,9 +288,18 @@ def validation(over: OverTraining, metric: str, words: str) -> Figure:
         title = words
     missing = "No run has been validated yet."
     blank = Figure("validation", f"Over training: {title}", missing=missing)
-    if validated_once(over.study, [column]):
-        return at_the_end(replace(blank, title=title.capitalize()), over.study, {"": column}, title)
-    return _framed(over.figure(blank, over.lines(column), y=title), over.end)
+    columns = {"": column}
+    if len(over.study.runs) == 1:
+        for of_source in over.columns([f"{column}/"]):  # the parts of a mixture
+            columns[f", {of_source.removeprefix(f'{column}/')}"] = of_source
+    if validated_once(over.study, list(columns.values())):
+        return at_the_end(replace(blank, title=title.capitalize()), over.study, columns, title)
+    lines: list[Line] = []
+    for (suffix, name), dash in zip(columns.items(), cycle(DASHES), strict=False):
+        for line in over.lines(name, suffix):
+            look = replace(line.style, dash=dash) if suffix else line.style
+            lines.append(replace(line, style=look))
+    return _framed(over.figure(blank, lines, y=title), over.end)
 
 
 def violation(over: OverTraining) -> Figure:

@@ -62,6 +62,7 @@ def evaluate(
         flops_per_token=0.0,
         mask_documents=recipe.data.mask_documents,
         validation_bytes=data.validation_bytes,
+        source_bytes=data.source_bytes,
     ).eval()
     loader = data.val_dataloader()
     assert isinstance(loader, ValidationLoader)

@@ -11,6 +11,15 @@ def reading_line(data: TextData) -> str:
     return f"text: {text}, {held}; {read}: {times(data.epochs())}"
 
 
+def source_lines(data: TextData) -> list[str]:
+    """A line for each part of a mixture: its share of the sequences, and how often it is read."""
+    epochs = data.source_epochs(data.plan.tokens)
+    lines = []
+    for name, weight in data.source_weights().items():
+        lines.append(f"  {name}: {weight:.4g} of the sequences, {times(epochs[name])}")
+    return lines
+
+
 def times(epochs: float) -> str:
     """How often something is read, in words."""
     return f"{epochs:.3g} epochs"

@@ -9,6 +9,7 @@ import torch
 
 from core.analysis.size import Size
 from core.data.module import TextData
+from core.model.by_source import SOURCE
 from core.run.divergence import DIVERGED
 from core.training.module import TrainingModule
 from core.training.setup import RunCallbacks
@@ -33,6 +34,7 @@ def summarise(
         "steps": module.windows_done,
         "tokens": tokens,
         "epochs": data.epochs() * tokens / max(module.plan.tokens, 1),
+        "sources": _by_source(data, values, tokens),
         "wall_seconds": module.wall_seconds,
         "train_seconds": module.seconds,
         "tokens_per_second": rate,
@@ -57,6 +59,23 @@ def summarise(
         "notices": notices,
     }
     return finite(results)
+
+
+def _by_source(data: TextData, values: dict[str, float], tokens: int) -> dict[str, Any] | None:
+    """The weight, epochs and validation of each part of a mixture; None for one corpus."""
+    epochs = data.source_epochs(tokens)
+    found = {}
+    for name, weight in data.source_weights().items():
+        losses = [value for key, value in values.items() if key.endswith(f"/{SOURCE}{name}")]
+        found[name] = finite(
+            {
+                "weight": weight,
+                "epochs": epochs[name],
+                "val_loss": losses[0] if losses and data.source_bytes[name] else None,
+                "val_bits_per_byte": values.get(f"val_bits_per_byte/{name}"),
+            }
+        )
+    return found or None
 
 
 def divergence(module: TrainingModule, sample_error: str | None, weight: str | None) -> str | None:

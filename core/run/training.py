@@ -17,13 +17,14 @@ from core.assemble import build, make
 from core.checkpoints.content import check_model, check_optimizers
 from core.contracts.errors import ConfigError, Interrupted, RunFailed, UserError
 from core.contracts.strategy import StrategyFactory
+from core.data.mixed_tokens import holds_tokens
 from core.data.module import TextData
 from core.data.tokenizer import SMALLEST
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe, compose_run
 from core.recipe.values import show_value
 from core.run.data import text_data
-from core.run.reading import count_of, reading_line
+from core.run.reading import count_of, reading_line, source_lines
 from core.run.run_model import RunModel
 from core.run.run_sample import SampleAtEnd
 from core.run.summary import divergence, summarise
@@ -219,6 +220,7 @@ def _fit(
         gradient_clip=recipe.gradient_clip,
         max_skipped=recipe.max_skipped_steps,
         validation_bytes=data.validation_bytes,
+        source_bytes=data.source_bytes,
     )
     module.started = started
     if start:
@@ -235,7 +237,8 @@ def _fit(
 
 def _say_data(data: TextData, say: Callable[[str], None]) -> list[str]:
     """Prints how often the text is read and what is missing from it; returns what belongs into the summary."""
-    say(reading_line(data))
+    for line in (reading_line(data), *source_lines(data)):
+        say(line)
     notices = data.notes()
     if not data.validation_documents:
         notices.append(NO_VALIDATION.format(count_of(data.train_documents, "document")))
@@ -374,7 +377,7 @@ def check_environment(recipe: Recipe) -> None:
 def _check_vocabulary(recipe: Recipe) -> None:
     """Raises `UserError` for a vocabulary that no tokenizer of this program can have, where one is to be trained."""
     vocab = recipe.data.tokenizer.vocab
-    if vocab < SMALLEST and make(recipe.data.corpus).as_tokens() is None:
+    if vocab < SMALLEST and not holds_tokens(make(recipe.data.corpus)):
         allowed = f"must be at least {SMALLEST}, as the corpus is text: 256 bytes and the marker"
         raise UserError(f"{recipe.source}: data.tokenizer.vocab = {vocab}: {allowed}")
 

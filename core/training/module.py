@@ -61,6 +61,7 @@ class TrainingModule(L.LightningModule):
         gradient_clip: largest global gradient norm, or None.
         max_skipped: consecutive steps with a non-finite gradient before the run fails.
         validation_bytes: bytes of the validation documents; 0 without a validation split.
+        source_bytes: the same for each part of a mixture, by its name; losses are then logged by source.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class TrainingModule(L.LightningModule):
         gradient_clip: float | None = 1.0,
         max_skipped: int = 5,
         validation_bytes: int = 0,
+        source_bytes: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -105,7 +107,8 @@ class TrainingModule(L.LightningModule):
         self.pending_step: int | None = None
         self._interval: int | float | None = None
         self.ledger = Ledger.of(model)
-        self.validation = ValidationTotals(model, self.ledger, validation_bytes)
+        self.source_names = tuple(source_bytes or ())
+        self.validation = ValidationTotals(model, self.ledger, validation_bytes, source_bytes)
 
     def dropped_fraction(self) -> float:
         """The fraction of the whole run's assignments that were dropped."""
@@ -158,6 +161,7 @@ class TrainingModule(L.LightningModule):
             documents_BM=documents_BM,
             learned_BM=batch.learned_BM,
             source_B=batch.source_B,
+            source_names=() if batch.source_B is None else self.source_names,
             step=step,
             first_sequence=(index * world + rank) * len(batch.tokens_BL),
             reduce_sum=differentiable_all_reduce_sum,

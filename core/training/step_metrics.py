@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from core.contracts.record import Metric
+from core.contracts.record import MeanMetric, Metric
 from core.contracts.schedule import Progress
+from core.model.by_source import SOURCE
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger, Term, head_label
 from core.training.totals import HEADS, WindowTotals
@@ -73,7 +74,15 @@ def component_metrics(totals: WindowTotals) -> dict[str, Tensor]:
                 raise TypeError(f"layers report the metric {label} by different reductions")
             if before is not metric:
                 found[label] = before.merge(metric)  # type: ignore[arg-type]
-    return {label: metric.value() for label, metric in found.items()}
+    return {label: _value_of(label, metric) for label, metric in found.items()}
+
+
+def _value_of(label: str, metric: Metric) -> Tensor:
+    """The value of a metric; NaN for a source of which the step has no sequence."""
+    value = metric.value()
+    if SOURCE in label and isinstance(metric, MeanMetric):
+        value = value.masked_fill(metric.count == 0, math.nan)
+    return value
 
 
 def exchange_metrics(totals: WindowTotals) -> dict[str, Tensor]:

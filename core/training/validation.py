@@ -1,6 +1,7 @@
 """Totals of a validation: loss, bits per byte, load over the whole split, and metrics of heads and layers."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torchmetrics import Metric
 
 from core.contracts.context import SequenceContext
 from core.contracts.record import MaxMetric, MeanMetric
+from core.model.by_source import SOURCE
 from core.model.language_model import LanguageModel, Losses
 from core.model.ledger import Ledger, head_label
 from core.training.load import measures
@@ -20,12 +22,20 @@ class ValidationTotals(Metric):
         model: the model whose heads and layers are counted.
         ledger: the model's loss terms.
         validation_bytes: bytes of the validation documents' text, the denominator of bits per byte.
+        source_bytes: the same for each part of a mixture, by its name.
     """
 
     full_state_update = False
 
-    def __init__(self, model: LanguageModel, ledger: Ledger, validation_bytes: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        ledger: Ledger,
+        validation_bytes: int,
+        source_bytes: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
+        self.source_bytes = dict(source_bytes or {})
         self.bytes = validation_bytes
         self.terms = ledger.heads
         self.main: str | None = None
@@ -76,6 +86,11 @@ class ValidationTotals(Metric):
             if self.bytes:
                 nats = float(self._state(f"sum {self.main}"))
                 values["val_bits_per_byte"] = nats / math.log(2) / self.bytes
+            for source, size in self.source_bytes.items():
+                label = f"{self.main}/{SOURCE}{source}"
+                if size and label in means:
+                    nats = float(self._state(f"sum {label}"))
+                    values[f"val_bits_per_byte/{source}"] = nats / math.log(2) / size
         loads = [self._state(f"load {index}") for index in range(len(self.layers))]
         if loads:
             assigned = sum(int(load_E.sum()) for load_E in loads)

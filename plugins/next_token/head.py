@@ -12,7 +12,9 @@ from core.contracts.errors import ConfigError
 from core.contracts.loss_head import HeadOutput, LossHead, SharedModules
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
+from core.model.by_source import losses_by_source
 from core.model.loss import cross_entropy_sum
+from core.numerics.promotion import at_least_fp32
 
 
 class NextToken(LossHead):
@@ -39,11 +41,19 @@ class NextToken(LossHead):
     def forward(
         self, hidden_BLD: Tensor, context: SequenceContext, shared: SharedModules
     ) -> HeadOutput:
-        """The term `next_token`: the sum of the cross-entropies of predicted positions."""
+        """The term `next_token`: the sum of the cross-entropies of predicted positions; of a mixture by source too."""
         assert context.targets_BL is not None
         counted_BL = context.predicted()
-        total = cross_entropy_sum(shared.logits, hidden_BLD, context.targets_BL, counted_BL)
-        return HeadOutput({"next_token": total})
+        logits = shared.logits
+        targets_BL = context.targets_BL
+        if not context.source_names:
+            return HeadOutput(
+                {"next_token": cross_entropy_sum(logits, hidden_BLD, targets_BL, counted_BL)}
+            )
+        losses_T = at_least_fp32(hidden_BLD.new_zeros(targets_BL.numel()))
+        total = cross_entropy_sum(logits, hidden_BLD, targets_BL, counted_BL, losses_T)
+        metrics = losses_by_source(context, losses_T, counted_BL)
+        return HeadOutput({"next_token": total}, metrics=metrics)
 
     def counts(self, context: SequenceContext) -> dict[str, Tensor]:
         """The number of predicted positions."""
