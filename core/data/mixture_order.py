@@ -66,8 +66,7 @@ class MixtureOrder:
         ):
             epoch, place = divmod(ordinal, int(self.counts[part]))
             chosen[index] = self._order(part, epoch)[place]
-        begins: NDArray[np.int64] = self._begins[parts] + chosen * self._length
-        return begins
+        return self._begins[parts] + chosen * self._length
 
     def epochs(self, positions: int) -> list[float]:
         """How often each part is read in the first positions."""
@@ -85,14 +84,13 @@ class MixtureOrder:
             seeds = np.random.SeedSequence(self._seed, spawn_key=(epoch, part))
             words = np.random.PCG64(seeds).random_raw(int(self.counts[part]))
             self._orders[part, epoch] = np.argsort(words, kind="stable")
-        order: NDArray[np.int64] = self._orders[part, epoch]
-        return order
+        return self._orders[part, epoch]
 
 
 def quotas_of(weights: Sequence[float]) -> NDArray[np.int64]:
     """The positions of a cycle that each part has: its weight rounded, and together `CYCLE`."""
     exact = np.array(weights) * CYCLE
-    quotas = np.floor(exact).astype(np.int64)
+    quotas: NDArray[np.int64] = np.floor(exact).astype(np.int64)
     missing = CYCLE - int(quotas.sum())
     quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
     return quotas

@@ -167,6 +167,7 @@ def test_validation_predicts_every_token_of_every_part_once(world: int) -> None:
 
 def test_losses_by_source_add_up_to_the_loss() -> None:
     torch.manual_seed(0)
+    sources = [0, 2, 0, 2, 0]
     hidden_BLD = torch.randn(5, LENGTH, 8, dtype=torch.float64, requires_grad=True)
     weight_VD = torch.randn(11, 8, dtype=torch.float64)
     tokens_BL = torch.randint(11, (5, LENGTH))
@@ -175,7 +176,7 @@ def test_losses_by_source_add_up_to_the_loss() -> None:
         tokens_BL,
         targets_BL=targets_BL,
         valid_BL=torch.rand(5, LENGTH) < 0.8,
-        source_B=torch.tensor([0, 2, 0, 2, 0]),
+        source_B=torch.tensor(sources),
         source_names=NAMES,
     )
     counted_BL = context.predicted()
@@ -193,11 +194,10 @@ def test_losses_by_source_add_up_to_the_loss() -> None:
         count = 0
         for row in range(5):
             for place in range(LENGTH):
-                if context.source_B is not None and context.source_B[row] == number:
-                    if counted_BL[row, place]:
-                        chosen = logits(hidden_BLD[row, place]).log_softmax(0)
-                        expected -= float(chosen[targets_BL[row, place]].detach())
-                        count += 1
+                if sources[row] == number and counted_BL[row, place]:
+                    chosen = logits(hidden_BLD[row, place]).log_softmax(0)
+                    expected -= float(chosen[targets_BL[row, place]].detach())
+                    count += 1
         metric = metrics[f"source/{name}"]
         assert int(metric.count) == count  # type: ignore[union-attr]
         assert float(metric.sum) == pytest.approx(expected, abs=1e-12)  # type: ignore[union-attr]
@@ -242,7 +242,7 @@ def test_a_document_of_a_part_that_changed_is_named(
     listed = read_documents(data.documents or "")
     recorded = RecordedData(Path("run"), data.fingerprint, "0.0.1", data.tokenizer, listed)
     changed = mixture(corpus_of, texts | {"doc-03": b"other"})
-    with pytest.raises(UserError, match="document 'one/doc-03' .* has another text"):
+    with pytest.raises(UserError, match=r"document 'one/doc-03' .* has another text"):
         prepare(changed, VOCAB, recorded)
 
 
