@@ -93,6 +93,7 @@ def test_it_lists_the_commands(
         "report",
         "convert",
         "bench",
+        "cache",
     } == set(listed)
     assert listed["fit"] == "  fit       Train a recipe into a run folder"
     assert max(map(len, listed.values())) <= 100

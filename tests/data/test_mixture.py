@@ -331,3 +331,30 @@ def test_a_part_without_files_is_named(tmp_path: Path) -> None:
     section = resolver.component("corpus", raw | {"weights": {"web": 1}}, "data.corpus", None)
     with pytest.raises(UserError, match=r"corpora\.web: the glob .* matches no file"):
         Mixture(section.config).check_source()
+
+
+def test_losses_by_source_can_be_compiled_as_one_graph() -> None:
+    torch.manual_seed(0)
+    hidden_BLD = torch.randn(2, LENGTH, 8, requires_grad=True)
+    weight_VD = torch.randn(11, 8)
+    targets_BL = torch.randint(11, (2, LENGTH))
+
+    def losses(hidden_BLD: torch.Tensor, source_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        context = SequenceContext.of(
+            targets_BL, targets_BL=targets_BL, source_B=source_B, source_names=NAMES
+        )
+        counted_BL = context.predicted()
+        losses_T = hidden_BLD.new_zeros(2 * LENGTH)
+        total = cross_entropy_sum(
+            lambda x: x @ weight_VD.T, hidden_BLD, targets_BL, counted_BL, losses_T
+        )
+        metrics = losses_by_source(context, losses_T, counted_BL)
+        return total, *(metric.sum for metric in metrics.values())  # type: ignore[union-attr]
+
+    source_B = torch.tensor([0, 2])
+    compiled = torch.compile(losses, backend="aot_eager", fullgraph=True)
+    for one, two in zip(compiled(hidden_BLD, source_B), losses(hidden_BLD, source_B), strict=True):
+        assert float(one.detach()) == pytest.approx(float(two.detach()), rel=1e-6)
+    (gradient,) = torch.autograd.grad(compiled(hidden_BLD, source_B)[0], hidden_BLD)
+    (expected,) = torch.autograd.grad(losses(hidden_BLD, source_B)[0], hidden_BLD)
+    assert torch.allclose(gradient, expected)
