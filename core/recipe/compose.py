@@ -39,16 +39,22 @@ class Recipe(RecipeSchema):
         name: the file's name without its ending.
         source: the file.
         dropped: keys that were left out, because a changed `name` selects a component that does not have them.
+        caveats: what readers of its results must know beside the caveats of its components.
     """
 
     name: str = ""
     source: str = ""
     dropped: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
+
+    def notices(self) -> list[str]:
+        """Returns the caveats of the recipe and of its components, each once."""
+        return list(dict.fromkeys([*self.caveats, *super().notices()]))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the resolved recipe as plain containers; composing it again gives the same recipe."""
         values: dict[str, Any] = to_dict(self)
-        for key in ("name", "source", "dropped"):
+        for key in ("name", "source", "dropped", "caveats"):
             del values[key]
         return values
 

@@ -35,8 +35,8 @@ class YarnSection:
         positive(self, "beta_slow", "beta_fast")
         for key in ("mscale", "mscale_all_dim"):
             at_least(self, 0, key)
-        if not self.beta_fast > self.beta_slow:
-            raise ConfigError("beta_fast", f"must be more than beta_slow = {self.beta_slow:g}")
+        if self.beta_fast < self.beta_slow:
+            raise ConfigError("beta_fast", f"must be at least beta_slow = {self.beta_slow:g}")
 
 
 @dataclass(kw_only=True)

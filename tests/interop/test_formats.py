@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core.contracts.errors import ConfigError, UserError
-from core.interop.from_hf import composed
+from core.interop.translation import composed
 from plugins.hf_deepseek.v2 import DeepSeekV2
 from plugins.hf_deepseek.v3 import DeepSeekV3
 

@@ -50,6 +50,7 @@ UNUSUAL: list[tuple[Case, Mapping[str, Any], str]] = [
         "dynamic",
     ),
     (BASE, {"rope_parameters": {**YARN, "beta_fast": 32, "beta_slow": 2}}, "beta_"),
+    (BASE, {"rope_parameters": {**YARN, "beta_fast": 1, "beta_slow": 1}}, "beta_"),
     (BASE, {"hidden_act": "gelu"}, "hidden_act"),
     (BASE, {"attention_bias": True}, "attention_bias"),
     (V2_BASE, {"mlp_bias": True}, "mlp_bias"),
