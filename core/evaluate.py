@@ -24,7 +24,11 @@ def parser() -> argparse.ArgumentParser:
     text = p.add_argument_group(
         "your own text, instead of validation; the run may be a converted one"
     )
-    text.add_argument("--text", metavar="FILE", help="print bits per byte and perplexity of a file")
+    text.add_argument(
+        "--text",
+        metavar="FILE",
+        help="print bits per byte and perplexity of a text file, or perplexity of token ids in a .npy file",
+    )
     text.add_argument(
         "--context",
         type=int,
@@ -106,7 +110,7 @@ def _score_text(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from core.contracts.errors import NotFiniteError, UserError
-    from core.generation.run_tokenizer import RunTokenizer
+    from core.generation.markers import markers_of
     from core.harness.own_text import read_own_text, score_text
     from core.recipe.compose import compose_run
     from core.run.device import check_device
@@ -123,14 +127,15 @@ def _score_text(arguments: argparse.Namespace) -> None:
         raise UserError(f"--context = {context}: must be at most model.rope.max_length = {longest}")
     device = arguments.device or "cpu"
     check_device(device, recipe)
-    tokenizer = RunTokenizer.of(folder)
+    markers = markers_of(folder)
+    tokenizer = folder.load_tokenizer() if isinstance(text, str) else None
     notices = recipe.notices()
     for notice in notices:
         _say(f"note: {notice}")
     model = load(checkpoint, trust=arguments.trust).to(device)
     batch = arguments.batch_size or 16
     try:
-        found = score_text(model, tokenizer, text, context=context, batch_size=batch)
+        found = score_text(model, markers, text, tokenizer, context=context, batch_size=batch)
     except UserError as cause:
         raise UserError(f"--text {arguments.text}: {cause}") from cause
     except NotFiniteError as cause:

@@ -2,14 +2,16 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lab import Lab
 
 import core
 from core.data.tokenizer import Tokenizer
-from core.generation.run_tokenizer import RunTokenizer
+from core.generation.markers import Markers
 from core.harness.own_text import pieces, score_text
 from core.model.language_model import LanguageModel
 
@@ -35,7 +37,7 @@ def nats_by_hand(model: LanguageModel, ids: list[int], context: int) -> float:
 def test_bits_per_byte_are_those_of_one_token_after_another(
     model: LanguageModel, tokenizer: Tokenizer, context: int
 ) -> None:
-    found = score_text(model, RunTokenizer(tokenizer), TEXT, context=context, batch_size=3)
+    found = score_text(model, Markers(), TEXT, tokenizer, context=context, batch_size=3)
     ids = tokenizer.encode(TEXT)
     nats = nats_by_hand(model, ids, context)
     assert (found.tokens, found.bytes) == (len(ids), len(TEXT.encode()))
@@ -86,6 +88,46 @@ def test_the_command_scores_a_file_of_a_trained_and_of_a_converted_run(
         assert result.code == 0, result.err
         both.append(json.loads(result.out)["bits_per_byte"])
     assert both[0] == both[1]
+
+
+def test_token_ids_need_no_tokenizer(lab: Lab, finished: Path, tmp_path: Path) -> None:
+    """As for a converted run whose tokenizer cannot be read."""
+    ids = Tokenizer.load(finished / "tokenizer.json").encode(TEXT)
+    (tmp_path / "text.txt").write_text(TEXT)
+    np.save(tmp_path / "ids.npy", np.array(ids, dtype=np.uint16))
+    text = lab.command("evaluate", finished, "--text", tmp_path / "text.txt", "--json")
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "tokenizer.json").unlink()
+    tokens = lab.command("evaluate", run, "--text", tmp_path / "ids.npy", "--json")
+    assert tokens.code == 0, tokens.err
+    found = json.loads(tokens.out)
+    assert (found["bytes"], found["bits_per_byte"]) == (None, None)
+    assert found["loss"] == json.loads(text.out)["loss"]
+    refused = lab.command("evaluate", run, "--text", tmp_path / "text.txt")
+    assert refused.code == 2
+    assert str(run) in refused.sentence
+    assert "tokenizer.json" in refused.sentence
+
+
+@pytest.mark.parametrize(
+    "value", [[[1, 2]], [1.5], [-1], [], [300]], ids=["axes", "reals", "negative", "none", "large"]
+)
+def test_ids_that_are_none_are_one_sentence(
+    lab: Lab, finished: Path, tmp_path: Path, value: list[object]
+) -> None:
+    np.save(tmp_path / "ids.npy", np.array(value))
+    found = lab.command("evaluate", finished, "--text", tmp_path / "ids.npy")
+    assert found.code == 2
+    assert found.err.count("\n") == 1
+    assert found.sentence.startswith(f"--text {tmp_path}/ids.npy: ")
+
+
+def test_a_file_that_holds_no_ids_is_one_sentence(lab: Lab, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids.npy").write_text("1, 2, 3")
+    found = lab.command("evaluate", finished, "--text", tmp_path / "ids.npy")
+    assert found.code == 2
+    assert found.sentence.startswith(f"--text {tmp_path}/ids.npy: cannot be read as token ids: ")
 
 
 def test_what_cannot_be_scored_is_one_sentence(lab: Lab, finished: Path, tmp_path: Path) -> None:
