@@ -137,7 +137,9 @@ class RecipeSchema:
     seed: int = setting(
         0, doc="seed of the initial weights, the data order and every random choice"
     )
-    plugins: list[str] = setting([], doc="modules to load beyond the installed plugins")
+    plugins: list[str] = setting(
+        [], doc="modules, or files (./my_router.py), to load beyond the installed plugins"
+    )
     model: ModelSection = setting(doc="the model")
     precision: Child = child("precision", {"name": "fp32"}, doc="number formats")
     data: DataSection = setting(doc="corpus, tokenizer and sequence length")

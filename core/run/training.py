@@ -258,6 +258,7 @@ def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
     )
     folder.write_json("provenance.json", shaped_by)
     data.tokenizer.save(folder.tokenizer)
+    folder.write_plugin_files(recipe.plugins)
     if data.documents is not None:
         folder.write_text(folder.documents.name, data.documents)
     folder.write_digests()
