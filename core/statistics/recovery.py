@@ -10,7 +10,7 @@ right-censored: all that is known is that it needs more steps than it has window
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-WINDOW = 10
+WINDOW = 20
 """Steps whose mean counts: a single step's load is noisy."""
 
 MARGIN = 0.25
