@@ -1,8 +1,8 @@
 """The parts of a training stream whose data shift in the middle of a run.
 
 Each part has its own endless line of epochs, from its first sequence on. A run reads part 0 for a number of steps
-and part 1 afterwards, so the part of a micro-batch follows from its number alone: a run resumes, and any number of ranks
-reads the same batches, as without a shift. No sequence reaches over the boundary.
+and part 1 afterwards, so the part of a micro-batch follows from its number alone: a run resumes, and any number of
+ranks reads the same batches, as without a shift. No sequence reaches over the boundary.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ of the corpus, the version of the library `tokenizers` and the machine do not.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -8,7 +8,8 @@ level taken here: a difference can be shown even where all others have none.
 """
 
 from collections.abc import Sequence
-from math import sqrt
+from itertools import pairwise
+from math import erfc, exp, lgamma, log, sqrt
 
 from core.statistics.comparison import ALPHA
 
@@ -19,19 +20,42 @@ POWER = 0.8
 def detection_probability(effect: float, n: float, comparisons: int = 1) -> float:
     """The probability with which a difference of a size is shown.
 
+    T = (Z + sqrt(n) effect) / R with a normal Z and R = sqrt(V / f), where V has the chi-square distribution with f = n - 1
+    degrees of freedom. The probability that |T| is beyond the critical value is integrated over R: scipy's noncentral t
+    is not a number far in its tails.
+
     Args:
         effect: the mean difference over the standard deviation of the differences (d_z).
         n: paired runs, at least 2.
         comparisons: how many variants are compared with the baseline.
     """
-    from scipy import stats
+    from scipy import integrate, stats
 
     freedom = n - 1
     critical = float(stats.t.isf(ALPHA / comparisons / 2, freedom))
-    noncentrality = sqrt(n) * abs(effect)
-    above = float(stats.nct.sf(critical, freedom, noncentrality))
-    below = float(stats.nct.cdf(-critical, freedom, noncentrality))
-    return above + below
+    shift = sqrt(n) * abs(effect)
+    scale = log(2) + freedom / 2 * log(freedom / 2) - lgamma(freedom / 2)
+
+    def shown(root: float) -> float:
+        """The density of R, times the probability that |T| is beyond the critical value there."""
+        if root <= 0:
+            return 0.0
+        density = exp(scale + (freedom - 1) * log(root) - freedom * root * root / 2)
+        return density * (_above(critical * root - shift) + _above(critical * root + shift))
+
+    edge = shift / critical  # there the probability falls from 1 to 0, within a few 1 / critical
+    largest = 1 + 40 / sqrt(freedom)
+    places = [0.0, 1.0, edge - 4 / critical, edge, edge + 4 / critical, largest]
+    inside = sorted({place for place in places if 0 <= place <= largest})
+    total = 0.0
+    for low, high in pairwise(inside):
+        total += float(integrate.quad(shown, low, high, epsabs=1e-10)[0])
+    return min(1.0, total)
+
+
+def _above(value: float) -> float:
+    """The probability that a standard normal variable is above a value."""
+    return 0.5 * erfc(value / sqrt(2))
 
 
 def smallest_effect(n: float, comparisons: int = 1) -> float | None:

@@ -267,7 +267,8 @@ class _Reader:
             found, overrides_and_seed, self.file, smoke=self.smoke, trust=self.trust
         )
         candidate = name + _suffix(searched)
-        return Variant(candidate, recipe, str(found), tuple(overrides), name, searched)
+        variant = Variant(candidate, recipe, str(found), tuple(overrides))
+        return replace(variant, candidate_of=name, searched=searched)
 
     def _check_names(self, names: list[str]) -> None:
         """Adds an error for a variant's name that occurs twice, and for keys that name no variant."""
@@ -374,7 +375,9 @@ def _combinations(values: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 def _suffix(point: Mapping[str, Any]) -> str:
     """The part of a name that says which values a combination has."""
-    return "".join(f"+{key.rpartition('.')[2]}={_for_a_file_name(value)}" for key, value in point.items())
+    return "".join(
+        f"+{key.rpartition('.')[2]}={_for_a_file_name(value)}" for key, value in point.items()
+    )
 
 
 def chosen_of(candidate: Variant, name: str) -> Variant:

@@ -175,15 +175,17 @@ class SweepSchema:
                 yield ConfigError("search", "has seeds, but no variant has a `search`")
             return
         if not seeds:
-            yield ConfigError("search", f"seeds must hold at least one seed: {searching[0]} searches")
+            yield ConfigError(
+                "search", f"seeds must hold at least one seed: {searching[0]} searches"
+            )
         elif len(set(seeds)) < len(seeds) or min(seeds) < 0:
             yield ConfigError("search", "seeds must be different whole numbers of at least 0")
         if both := sorted({*seeds} & {*self.seeds}):
             why = f"seeds: {both[0]} is also among the sweep's `seeds`, which must be new to the search"
             yield ConfigError("search", why)
         for name in searching:
-            if why := _wrong_search(self.variants[name], [*self.overrides, *self.grid]):
-                yield ConfigError("variants", f"{name}: {why}")
+            if reason := _wrong_search(self.variants[name], [*self.overrides, *self.grid]):
+                yield ConfigError("variants", f"{name}: {reason}")
         counts = {name: count_points(section) for name, section in self.variants.items()}
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -27,7 +27,9 @@ class DataShift(Corpus):
             for key in ("first", "then"):
                 section = getattr(self, key)
                 if issubclass(section.component, TokenCorpus):
-                    raise ConfigError(key, "must be a corpus of text: its tokens would need one tokenizer")
+                    raise ConfigError(
+                        key, "must be a corpus of text: its tokens would need one tokenizer"
+                    )
                 if issubclass(section.component, DataShift):
                     raise ConfigError(key, "must not shift itself: a run has one shift")
 

