@@ -221,8 +221,9 @@ def _shown_lines(rows: list[dict[str, Any]]) -> list[str]:
     """A line with the smallest difference that each comparison could show, given the deviation that was observed."""
     shown = []
     for row in rows:
-        if row["smallest_difference"] is not None:
-            shown.append(f"{row['variant']} {row['smallest_difference']:.3g}")
+        smallest = row.get("smallest_difference")
+        if smallest is not None:
+            shown.append(f"{row['variant']} {smallest:.3g}")
     if not shown:
         return []
     return ["", f"could show, with the observed spread: {', '.join(shown)}"]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from math import inf, prod
+from math import prod
 from typing import Any, Literal
 
 from core.contracts.errors import ConfigError, nearest
@@ -125,8 +125,8 @@ class SweepSchema:
         yield from self._name_errors()
         yield from self._override_errors()
         yield from self._search_errors()
-        if isinstance(self.expected_sd, float | int) and not 0 < self.expected_sd < inf:
-            yield ConfigError("expected_sd", "must be above 0 and finite, or a sweep's folder")
+        if isinstance(self.expected_sd, float | int) and self.expected_sd <= 0:
+            yield ConfigError("expected_sd", "must be above 0, or a sweep's folder")
 
     def _run_errors(self) -> Iterator[ConfigError]:
         """Errors of seeds, variants and grid."""

@@ -30,6 +30,7 @@ def error_in(file: Path, *, smoke: bool = False) -> str:
 def test_the_shipped_sweeps_are_those_that_were_asked_for() -> None:
     assert SHIPPED == [
         "attention",
+        "balance_shift",
         "bias_rate",
         "mtp",
         "mtp_flops",
@@ -109,7 +110,8 @@ def test_a_variant_says_why_it_does_not_match() -> None:
 
 def test_the_metrics_are_the_numbers_of_a_summary(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
-    assert set(METRICS) == set(summary) - {"notices", "precision_paths", "peak_flops_source"}
+    measured = set(summary) - {"notices", "precision_paths", "peak_flops_source"}
+    assert set(METRICS) == measured | set(AFTER_SHIFT)
 
 
 @pytest.mark.parametrize(
