@@ -173,7 +173,9 @@ class _Reader:
         for key in ("seeds", "held_equal", "not_equal"):
             about[key] = _list_of(about, key)
         about["variants"] = variants
-        about["smallest_difference"] = _text_of(_section(about, "smallest_difference").get("sentence"))
+        about["smallest_difference"] = _text_of(
+            _section(about, "smallest_difference").get("sentence")
+        )
         about["search"] = _list_of(_section(about, "search"), "sentences")
         names = [str(variant["name"]) for variant in variants]
         if not names:

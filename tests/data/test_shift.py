@@ -9,6 +9,7 @@ import pytest
 import torch
 from lab import Lab, assert_same_run
 
+from core.assemble import make
 from core.checkpoints.listing import checkpoints_in
 from core.contracts.corpus import Corpus, Document
 from core.contracts.errors import UserError
@@ -189,9 +190,7 @@ def shift_of(lab: Lab, at: object = 0.5) -> str:
         ("data.corpus.at=0", "must be between 0 and 1, and neither of them"),
         ("data.corpus.at=1.0", "must be between 0 and 1, and neither of them"),
         ("data.corpus.at=.nan", "must be finite"),
-        ("data.corpus.then={name: shift}", "data.corpus.then.first: required key is missing"),
         ("data.corpus.first.paths=[]", "must hold at least one glob"),
-        ("data.corpus.then.paths=[nowhere/*.txt]", "matches no file"),
     ],
 )
 def test_a_corpus_that_cannot_shift_is_one_sentence(lab: Lab, change: str, expected: str) -> None:
@@ -202,8 +201,21 @@ def test_a_corpus_that_cannot_shift_is_one_sentence(lab: Lab, change: str, expec
 
 def test_a_shift_of_a_shift_is_refused(lab: Lab) -> None:
     inner = shift_of(lab).removeprefix("data.corpus=")
+    outer = f"data.corpus={{name: shift, first: {{name: package_text}}, then: {inner}}}"
     with pytest.raises(UserError, match="must not shift itself: a run has one shift"):
-        lab.recipe(shift_of(lab), f"data.corpus.then={inner}")
+        lab.recipe(outer)
+
+
+def test_each_corpus_must_have_something_to_read(lab: Lab) -> None:
+    corpus = make(lab.recipe(shift_of(lab), "data.corpus.then.paths=[nowhere/*.txt]").data.corpus)
+    with pytest.raises(UserError, match="matches no file"):
+        corpus.check_source()
+    corpus = make(lab.recipe(shift_of(lab)).data.corpus)
+    corpus.check_source()
+    names = [document.name for document in read_split(corpus).documents]
+    assert names[0] == "first/doc-00.txt"
+    assert names[-1] == "then/doc-30.txt"
+    assert sum(name.startswith("first/") for name in names) == 20
 
 
 @pytest.mark.full
