@@ -21,8 +21,8 @@ def detection_probability(effect: float, n: float, comparisons: int = 1) -> floa
     """The probability with which a difference of a size is shown.
 
     T = (Z + sqrt(n) effect) / R with a normal Z and R = sqrt(V / f), where V has the chi-square distribution with
-    f = n - 1 degrees of freedom. The probability that |T| is beyond the critical value is integrated over R: scipy's noncentral t
-    is not a number far in its tails.
+    f = n - 1 degrees of freedom. The probability that |T| is beyond the critical value is integrated over R: scipy's
+    noncentral t is not a number far in its tails.
 
     Args:
         effect: the mean difference over the standard deviation of the differences (d_z).
