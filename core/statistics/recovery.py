@@ -13,7 +13,7 @@ from dataclasses import dataclass
 WINDOW = 20
 """Steps whose mean counts: a single step's load is noisy."""
 
-MARGIN = 0.25
+MARGIN = 0.5
 """How far above its level before the shift the load may lie and count as balanced, as a fraction of that level."""
 
 LEVEL = 0.25
