@@ -231,6 +231,8 @@ class _Reader:
                 if self.here and (reasons := unmet_requirements(candidate.recipe)):
                     raise UserError(f"cannot run here: {'; '.join(reasons)}")
                 candidates.append(candidate)
+            if not candidates:
+                return  # a key of the search has no value, which is reported with the file's keys
             self.variants.append(chosen_of(candidates[0], name))
             if section.search:
                 self.candidates += candidates
