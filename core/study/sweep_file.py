@@ -15,6 +15,7 @@ from core.assemble import build
 from core.contracts.errors import UserError, nearest
 from core.extension.registry import Registry
 from core.recipe.compose import Recipe, compose_variant, find_recipe, shipped_sweeps
+from core.recipe.key_paths import to_dict
 from core.recipe.resolve import Resolver
 from core.storage.documents import TOO_DEEP, read_yaml
 from core.study.expected import Expected, expected_deviation
@@ -158,7 +159,7 @@ class _Reader:
         self.schema = self._valid_part(values)
         for error in self.schema.config_errors():
             if error.key not in self.invalid:
-                value = getattr(self.schema, error.key)
+                value = to_dict(getattr(self.schema, error.key))
                 self._add_error(self.resolver.error(error.key, value, error.why))
                 self.invalid.add(error.key)
         self.variants: list[Variant] = []
