@@ -23,12 +23,14 @@ class CorpusSplit:
     """The documents of a corpus in order, split into training and validation.
 
     Args:
-        documents: every document that has text, sorted by name.
+        documents: every document that has text, sorted by part and name.
         dropped: how many empty documents were left out.
+        shift_at: the fraction of a run's steps that read part 0; None: there is one part.
     """
 
     documents: list[Document]
     dropped: int = 0
+    shift_at: float | None = None
 
     @property
     def train(self) -> list[Document]:
@@ -44,9 +46,16 @@ class CorpusSplit:
         """The documents that are held out; none where the corpus has fewer than 11."""
         return self.documents[HELD_OUT::PERIOD]
 
+    @property
+    def first_part(self) -> int | None:
+        """The number of training documents of part 0; None: there is one part."""
+        if self.shift_at is None:
+            return None
+        return sum(document.part == 0 for document in self.train)
+
 
 def read_split(corpus: Corpus) -> CorpusSplit:
-    """Reads and checks every document of a corpus, sorted by name.
+    """Reads and checks every document of a corpus, sorted by part and name.
 
     Empty documents are dropped before anything is counted. All bytes are held in memory, so a corpus of text
     must fit into it.
@@ -54,11 +63,11 @@ def read_split(corpus: Corpus) -> CorpusSplit:
     Raises:
         UserError: no document has text, a document is not UTF-8, or two documents share a name.
     """
-    found = sorted(corpus.documents(), key=lambda document: document.name)
+    found = sorted(corpus.documents(), key=lambda document: (document.part, document.name))
     kept = [document for document in found if document.data]
     if not kept:
         raise UserError(f"the corpus is empty: {_plural(len(found), 'document')}, none with text")
-    for before, after in pairwise(kept):
+    for before, after in pairwise(sorted(kept, key=lambda document: document.name)):
         if before.name == after.name:
             sources = f"{before.source} and {after.source}"
             raise UserError(
@@ -66,7 +75,21 @@ def read_split(corpus: Corpus) -> CorpusSplit:
             )
     for document in kept:
         text_of(document)
-    return CorpusSplit(kept, dropped=len(found) - len(kept))
+    shift_at = corpus.shift_at()
+    _check_parts(kept, shift_at)
+    return CorpusSplit(kept, dropped=len(found) - len(kept), shift_at=shift_at)
+
+
+def _check_parts(documents: list[Document], shift_at: float | None) -> None:
+    """Raises `UserError` for a shift of the data without text on both sides of it."""
+    parts = {document.part for document in documents}
+    if shift_at is None:
+        assert parts <= {0}, f"documents of parts {parts} in a corpus without a shift"
+        return
+    assert 0 < shift_at < 1, f"a shift at {shift_at} of the run"
+    for part, where in ((0, "before"), (1, "after")):
+        if part not in parts:
+            raise UserError(f"the corpus has no text {where} the shift of its data")
 
 
 def text_of(document: Document) -> str:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from core.contracts.corpus import Corpus
 from core.data.loaders import ValidationLoader, WindowLoader
+from core.data.parts import parts_of, step_of_shift
 from core.data.prepare import prepare
 from core.data.prepared import Prepared
 from core.data.recorded import RecordedData
 from core.data.tokenizer import Tokenizer
-from core.data.windows import count_sequences
 from core.recipe.plan import TrainingPlan
 
 _PIECE = 1 << 24
@@ -71,9 +71,9 @@ class TextData(LightningDataModule):
 
         Raises:
             UserError: the corpus cannot be read, is too short, or is not the recorded one; the vocabulary
-                does not fit it; the cache cannot be written.
+                does not fit it; the run has no step on one side of a shift; the cache cannot be written.
         """
-        count_sequences(self._prepared.train, self.plan.length)
+        parts_of(self._prepared.train, self.plan, self.shift_step)
 
     @cached_property
     def _prepared(self) -> Prepared:
@@ -88,6 +88,11 @@ class TextData(LightningDataModule):
     def fingerprint(self) -> str:
         """The hash of everything that made the tokens; two runs with the same fingerprint read the same data."""
         return self._prepared.fingerprint
+
+    @property
+    def shift_step(self) -> int | None:
+        """The number of steps before the data shift; None where they do not."""
+        return step_of_shift(self._prepared.shift_at, self.plan.steps)
 
     @property
     def documents(self) -> str | None:
@@ -129,7 +134,14 @@ class TextData(LightningDataModule):
         """This rank's share of every step's window."""
         rank, world = self._rank_and_world()
         store = self._prepared.train
-        return WindowLoader(store, plan=self.plan, seed=self._seed, rank=rank, world=world)
+        return WindowLoader(
+            store,
+            plan=self.plan,
+            seed=self._seed,
+            rank=rank,
+            world=world,
+            shift_step=self.shift_step,
+        )
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
         """This rank's share of the validation stream; an empty list where nothing is held out."""

@@ -5,6 +5,7 @@ have changed. Training the tokenizer and encoding take seconds and happen once. 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from core.contracts.corpus import Corpus, Document, TokenCorpus
@@ -36,17 +37,26 @@ def prepare(corpus: Corpus, vocab: int, recorded: RecordedData | None = None) ->
         return _checked(prepare_tokens(corpus, vocab), recorded)
     split = read_split(corpus)
     if recorded is not None:
-        recorded.check_documents(split.documents, vocab)
-    key = identity(split.documents, vocab)
+        recorded.check_documents(split.documents, vocab, split.shift_at)
+    key = identity(split.documents, vocab, shift_at=split.shift_at)
     folder = _entry(key, split, vocab, recorded)
     return Prepared(
         tokenizer=Tokenizer.load(folder / "tokenizer.json"),
-        train=_open(folder, "train", split.train),
+        train=_with_shift(_open(folder, "train", split.train), split.first_part),
         validation=_open(folder, "validation", split.validation),
         fingerprint=key,
         dropped=split.dropped,
         documents=list_documents(split.documents),
+        shift_at=split.shift_at,
     )
+
+
+def _with_shift(store: TokenStore, first_part: int | None) -> TokenStore:
+    """The training stream with the place where part 1 begins, after the documents of part 0."""
+    if first_part is None:
+        return store
+    starts = [*store.starts.tolist(), len(store)]
+    return replace(store, shift=starts[first_part])
 
 
 def _checked(prepared: Prepared, recorded: RecordedData | None) -> Prepared:

@@ -17,6 +17,7 @@ class Prepared:
         fingerprint: SHA-256 of documents, vocabulary size and formats; equal if and only if the data are equal.
         dropped: empty documents that were left out.
         documents: the list that a run folder keeps, a line with hash and name for each document; None: none.
+        shift_at: the fraction of a run's steps that read the training stream before its `shift`; None: there is none.
     """
 
     tokenizer: Tokenizer
@@ -25,3 +26,4 @@ class Prepared:
     fingerprint: str
     dropped: int
     documents: str | None = None
+    shift_at: float | None = None

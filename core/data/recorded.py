@@ -5,7 +5,7 @@ of the corpus, the version of the library `tokenizers` and the machine do not.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,17 +40,20 @@ class RecordedData:
     tokenizer: Tokenizer | None = None
     documents: Mapping[str, str] | None = None
 
-    def check_documents(self, documents: list[Document], vocab: int) -> None:
+    def check_documents(
+        self, documents: list[Document], vocab: int, shift_at: float | None = None
+    ) -> None:
         """Compares a corpus with the run's.
 
         Args:
-            documents: all documents that have text, in order of names.
+            documents: all documents that have text, in order of parts and names.
             vocab: entries of the tokenizer.
+            shift_at: the fraction of the run's steps that read part 0; None: there is one part.
 
         Raises:
             UserError: the corpus differs; the message names the first document that does, if the folder lists them.
         """
-        found = identity(documents, vocab, self.version)
+        found = identity(documents, vocab, self.version, shift_at)
         if found != self.fingerprint:
             why = self._difference(documents) or _fingerprints(found, self.fingerprint)
             raise self._changed(why)
@@ -78,9 +81,18 @@ class RecordedData:
         return ""
 
 
-def identity(documents: Iterable[Document], vocab: int, version: str = VERSION) -> str:
-    """The fingerprint of documents and a vocabulary as a run with this version of `tokenizers` records it."""
-    return fingerprint(documents, FORMAT, version, vocab)
+def identity(
+    documents: list[Document], vocab: int, version: str = VERSION, shift_at: float | None = None
+) -> str:
+    """The fingerprint of documents and a vocabulary as a run with this version of `tokenizers` records it.
+
+    Where the data shift, it holds the place of the shift and the number of documents before it.
+    """
+    settings: list[object] = [FORMAT, version, vocab]
+    if shift_at is not None:
+        first = sum(document.part == 0 for document in documents)
+        settings += ["shift", shift_at, first]
+    return fingerprint(documents, *settings)
 
 
 def document_hash(document: Document) -> str:

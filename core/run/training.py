@@ -26,6 +26,7 @@ from core.recipe.values import show_value
 from core.run.data import text_data
 from core.run.run_model import RunModel
 from core.run.run_sample import SampleAtEnd
+from core.run.shift import after_shift
 from core.run.summary import divergence, summarise
 from core.storage.files import is_disk_full
 from core.training.launchers import Launch, launch_of
@@ -343,6 +344,8 @@ def _finish(
     if diverged:
         notices = [*notices, diverged]
     summary = summarise(module, data, size, callbacks, notices)
+    if data.shift_step is not None:
+        summary |= after_shift(folder.path, data.shift_step, module.windows_done)
     folder.write_json("summary.json", summary)
     return summary
 
