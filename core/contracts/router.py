@@ -35,6 +35,8 @@ class Routing:
         logits_TE: what the affinities were computed from.
         kept_A: bool, False for an assignment that is not carried out; None: all are.
         choices: K where the list is token-major with K choices for every token, else 0.
+        selection_TE: the scores that experts were selected by, without a gradient: adjusted, and -inf at experts out of
+            a token's reach. None: the adjusted affinities, and every expert was in reach.
     """
 
     token_A: Tensor
@@ -45,6 +47,7 @@ class Routing:
     logits_TE: Tensor
     kept_A: Tensor | None = None
     choices: int = 0
+    selection_TE: Tensor | None = None
 
     @classmethod
     def top_k(
@@ -54,6 +57,7 @@ class Routing:
         scores_TE: Tensor,
         logits_TE: Tensor,
         kept_TK: Tensor | None = None,
+        selection_TE: Tensor | None = None,
     ) -> "Routing":
         """Makes the routing of K choices for every token."""
         tokens, choices = expert_TK.shape
@@ -68,6 +72,7 @@ class Routing:
             logits_TE=logits_TE,
             kept_A=kept_A,
             choices=choices,
+            selection_TE=selection_TE,
         )
 
     def load(self, valid_T: Tensor) -> Tensor:

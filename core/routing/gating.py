@@ -81,13 +81,26 @@ def best_experts(
         group_limit: groups that a token may reach; experts of the others are masked with -inf, never 0.
         experts_per_group_score: how many of a group's best scores are added up to the group's score.
     """
-    if group_limit < groups:
-        scores_TGX = scores_TE.unflatten(1, (groups, -1))
-        group_score_TG = _sum_of_best(scores_TGX, experts_per_group_score)
-        reached_TM = group_score_TG.topk(group_limit, dim=1).indices
-        masked_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter(1, reached_TM, False)
-        scores_TE = scores_TGX.masked_fill(masked_TG[:, :, None], -torch.inf).flatten(1)
-    return scores_TE.topk(top_k, dim=1).indices
+    reachable_TE = within_reach(
+        scores_TE,
+        groups=groups,
+        group_limit=group_limit,
+        experts_per_group_score=experts_per_group_score,
+    )
+    return reachable_TE.topk(top_k, dim=1).indices
+
+
+def within_reach(
+    scores_TE: Tensor, *, groups: int, group_limit: int, experts_per_group_score: int = 1
+) -> Tensor:
+    """The scores, with -inf at the experts of groups that a token does not reach; arguments as of `best_experts`."""
+    if group_limit >= groups:
+        return scores_TE
+    scores_TGX = scores_TE.unflatten(1, (groups, -1))
+    group_score_TG = _sum_of_best(scores_TGX, experts_per_group_score)
+    reached_TM = group_score_TG.topk(group_limit, dim=1).indices
+    masked_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter(1, reached_TM, False)
+    return scores_TGX.masked_fill(masked_TG[:, :, None], -torch.inf).flatten(1)
 
 
 def _sum_of_best(scores_TGX: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
 from core.contracts.router import AdjustScores, Routing
 from core.contracts.schema import setting
-from core.routing.gating import LearnedRouter, best_experts
+from core.routing.gating import LearnedRouter, within_reach
 
 
 class DeepSeekV2Router(LearnedRouter):
@@ -70,6 +70,7 @@ class DeepSeekV2Router(LearnedRouter):
             adjusted_TE = adjust_scores(scores_TE.detach())
             groups = self.config.groups
             limit = self.config.reachable_groups
-            expert_TK = best_experts(adjusted_TE, self.top_k, groups=groups, group_limit=limit)
+            selection_TE = within_reach(adjusted_TE, groups=groups, group_limit=limit)
+            expert_TK = selection_TE.topk(self.top_k, dim=1).indices
         gate_TK = scores_TE.gather(1, expert_TK) * self.config.scale
-        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE)
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, selection_TE=selection_TE)
