@@ -173,6 +173,33 @@ def bias_selects_as_declared(subject: Subject) -> None:
         )
 
 
+@check(
+    "router",
+    clause="`selection_TE`, if there is one, is what the experts were selected by: the adjusted affinities, or -inf",
+    where=ROUTING,
+)
+def selection_scores_select(subject: Subject) -> None:
+    """Compares their best experts with the selected ones, and each score that is not -inf with the adjusted affinity."""
+    module = perturbed(subject.made())
+    draw = torch.Generator().manual_seed(0)
+    bias_E = torch.randn(bench.EXPERTS, dtype=torch.float64, generator=draw)
+    routing = routed(module, bench.padded([8, 5, 0]), lambda scores_TE: scores_TE + bias_E)
+    selection_TE = routing.selection_TE
+    skip_unless(selection_TE is not None, "none are given")
+    assert selection_TE is not None
+    require(selection_TE.shape == routing.scores_TE.shape, f"they are {tuple(selection_TE.shape)}")
+    require(not selection_TE.requires_grad, "they carry a gradient")
+    require(routing.choices > 0, "they are given where tokens do not all have as many experts")
+    selected_TK = routing.expert_A.view(-1, routing.choices)
+    best_TK = selection_TE.topk(routing.choices, dim=1).indices
+    same = torch.equal(best_TK.sort(dim=1).values, selected_TK.sort(dim=1).values)
+    require(same, "their best experts are not the selected ones")
+    adjusted_TE = routing.scores_TE.detach() + bias_E
+    reached_TE = selection_TE > -torch.inf
+    same = torch.equal(selection_TE[reached_TE], adjusted_TE[reached_TE])
+    require(same, "a score in reach is not the adjusted affinity")
+
+
 @check("router", clause="no gradient goes through selection", where=CONTRACT)
 def no_gradient_reaches_the_bias(subject: Subject) -> None:
     """Adds a bias that requires a gradient, which must not get one."""

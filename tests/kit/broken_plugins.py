@@ -57,6 +57,7 @@ BROKEN = {
     ("strategy", "wrapper"): "divided_weights_are_the_whole_models",
     ("strategy", "redrawer"): "divided_weights_are_the_whole_models",
     ("dispatcher", "one_way"): "bound_dispatch_equals_a_loop",
+    ("router", "hearsay"): "selection_scores_select",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 """The one check that each must fail."""
@@ -393,6 +394,18 @@ class OneCache(KitAttention):
         return self.kept
 
 
+class Hearsay(KitRouter):
+    """Gives the plain affinities as the scores that experts were selected by."""
+
+    example = {"name": "hearsay"}
+
+    def route(
+        self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
+        routing = super().route(logits_TE, adjust_scores, context)
+        return replace(routing, selection_TE=routing.scores_TE.detach())
+
+
 class OwnPositions(KitAttention):
     """Counts rows itself instead of reading their positions."""
 
@@ -464,6 +477,6 @@ CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
-    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay),
+    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay, Hearsay),
     *FORMATS,
 )
