@@ -323,3 +323,63 @@ def bias_step(
         moves = [(mean - c) / divisor if total else Fraction(0) for c in load]
     shift = sum(moves) / len(moves) if centre else Fraction(0)
     return [b + rate * float(move - shift) for b, move in zip(bias, moves, strict=True)]
+
+
+# ---- Quantile Balancing (Kimi K3 report, section 2.3.3 and appendix D)
+
+
+def needed_biases(
+    scores: Sequence[Sequence[float]], selected_by: Sequence[Sequence[float]], top_k: int
+) -> list[list[float]]:
+    """The bias that each expert needs for each token: the (k+1)-th best score for selection minus the plain score.
+
+    Args:
+        scores: the plain affinities of each counted token.
+        selected_by: the biased affinities, -inf where a token does not reach an expert.
+        top_k: experts per token.
+    """
+    needed = []
+    for plain, biased in zip(scores, selected_by, strict=True):
+        cutoff = sorted(biased, reverse=True)[top_k]
+        needed.append([cutoff - score for score in plain])
+    return needed
+
+
+def quantile_histogram(
+    needed: Sequence[Sequence[float]], bias: Sequence[float], bins: int, span: float = 1.0
+) -> list[list[int]]:
+    """How many tokens need a bias in each bin, for each expert; the bins go from min(b) - span to max(b) + span."""
+    low = min(bias) - span
+    width = (max(bias) + span - low) / bins
+    histogram = [[0] * bins for _ in bias]
+    for token in needed:
+        for expert, value in enumerate(token):
+            place = math.floor((value - low) / width)
+            histogram[expert][min(max(place, 0), bins - 1)] += 1
+    return histogram
+
+
+def quantile_step(
+    histogram: Sequence[Sequence[int]],
+    bias: Sequence[float],
+    top_k: int,
+    *,
+    span: float = 1.0,
+    ema: float = 0.0,
+) -> list[float]:
+    """The next biases: k/E quantiles, inside a bin by interpolation, centred; the old ones where nothing was counted."""
+    low = min(bias) - span
+    width = (max(bias) + span - low) / len(histogram[0])
+    solved = []
+    for counts in histogram:
+        if not sum(counts):
+            return list(bias)
+        target = Fraction(sum(counts) * top_k, len(histogram))
+        below = 0
+        for place, inside in enumerate(counts):
+            if below + inside >= target:
+                solved.append(low + width * (place + float((target - below) / inside)))
+                break
+            below += inside
+    mean = sum(solved) / len(solved)
+    return [ema * old + (1 - ema) * (new - mean) for old, new in zip(bias, solved, strict=True)]
