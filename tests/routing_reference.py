@@ -325,23 +325,46 @@ def bias_step(
     return [b + rate * float(move - shift) for b, move in zip(bias, moves, strict=True)]
 
 
-# ---- Quantile Balancing (Kimi K3 report, section 2.3.3 and appendix D)
+# ---- Quantile Balancing (Kimi K3 report, section 2.3.3 and appendix D; within groups as our plugin's README says)
 
 
 def needed_biases(
-    scores: Sequence[Sequence[float]], selected_by: Sequence[Sequence[float]], top_k: int
+    scores: Sequence[Sequence[float]],
+    bias: Sequence[float],
+    top_k: int,
+    *,
+    groups: int = 1,
+    group_limit: int = 1,
+    experts_per_group_score: int = 1,
 ) -> list[list[float]]:
-    """The bias that each expert needs for each token: the (k+1)-th best score for selection minus the plain score.
+    """The bias that each expert needs for each token to select it.
 
-    Args:
-        scores: the plain affinities of each counted token.
-        selected_by: the biased affinities, -inf where a token does not reach an expert.
-        top_k: experts per token.
+    Its own bias plus what its score s + b is short of the (k+1)-th best one in the token's groups. If a token reaches only
+    some groups, at least its own bias plus what the score of its group is short of that of the worst reached one (of the
+    best one not reached, if it is reached), for each of the experts that the group's score adds up.
     """
+    size = len(bias) // groups
     needed = []
-    for plain, biased in zip(scores, selected_by, strict=True):
-        cutoff = sorted(biased, reverse=True)[top_k]
-        needed.append([cutoff - score for score in plain])
+    for plain in scores:
+        biased = [s + b for s, b in zip(plain, bias, strict=True)]
+        strength = []
+        for group in range(groups):
+            own = sorted(biased[group * size : (group + 1) * size], reverse=True)
+            strength.append(sum(own[:experts_per_group_score]))
+        order = best(strength, groups)
+        reached = order[:group_limit]
+        in_reach = [biased[e] for e in range(len(bias)) if e // size in reached]
+        cutoff = sorted(in_reach, reverse=True)[top_k] if top_k < len(in_reach) else -math.inf
+        row = []
+        for expert, score in enumerate(biased):
+            short = cutoff - score
+            if group_limit < groups:
+                group = expert // size
+                rival = order[group_limit] if group in reached else order[group_limit - 1]
+                gap = (strength[rival] - strength[group]) / experts_per_group_score
+                short = max(short, gap)
+            row.append(bias[expert] + short)
+        needed.append(row)
     return needed
 
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.contracts.context import SequenceContext
 from core.contracts.router import CAPABILITIES, Routing
+from core.routing.gating import best_experts
 from core.testing import bench
 from core.testing.clauses import check, require, skip_unless
 from core.testing.subject import Subject, all_finite, perturbed, require_close, require_flops
@@ -175,29 +176,26 @@ def bias_selects_as_declared(subject: Subject) -> None:
 
 @check(
     "router",
-    clause="`selection_TE`, if there is one, is what the experts were selected by: the adjusted affinities, or -inf",
+    clause="`limit`, if there is one, says within which groups the best adjusted affinities were selected",
     where=ROUTING,
 )
-def selection_scores_select(subject: Subject) -> None:
-    """Compares their best experts with the selected ones, and each score that is not -inf with the adjusted affinity."""
+def limits_are_those_of_the_selection(subject: Subject) -> None:
+    """Compares the selected experts with the best ones within the groups, under several biases."""
     module = perturbed(subject.made())
     draw = torch.Generator().manual_seed(0)
-    bias_E = torch.randn(bench.EXPERTS, dtype=torch.float64, generator=draw)
-    routing = routed(module, bench.padded([8, 5, 0]), lambda scores_TE: scores_TE + bias_E)
-    selection_TE = routing.selection_TE
-    skip_unless(selection_TE is not None, "none are given")
-    assert selection_TE is not None
-    require(selection_TE.shape == routing.scores_TE.shape, f"they are {tuple(selection_TE.shape)}")
-    require(not selection_TE.requires_grad, "they carry a gradient")
-    require(routing.choices > 0, "they are given where tokens do not all have as many experts")
-    selected_TK = routing.expert_A.view(-1, routing.choices)
-    best_TK = selection_TE.topk(routing.choices, dim=1).indices
-    same = torch.equal(best_TK.sort(dim=1).values, selected_TK.sort(dim=1).values)
-    require(same, "their best experts are not the selected ones")
-    adjusted_TE = routing.scores_TE.detach() + bias_E
-    reached_TE = selection_TE > -torch.inf
-    same = torch.equal(selection_TE[reached_TE], adjusted_TE[reached_TE])
-    require(same, "a score in reach is not the adjusted affinity")
+    for spread in (0.0, 0.2, 5.0):
+        bias_E = spread * torch.randn(bench.EXPERTS, dtype=torch.float64, generator=draw)
+        routing = routed(module, bench.tokens(), lambda scores_TE, b_E=bias_E: scores_TE + b_E)
+        limit = routing.limit
+        skip_unless(limit is not None, "none is given")
+        assert limit is not None
+        found = "it is given where tokens do not all have as many experts"
+        require(routing.choices > 0, found)
+        adjusted_TE = routing.scores_TE.detach() + bias_E
+        best_TK = best_experts(adjusted_TE, routing.choices, **limit._asdict())
+        selected_TK = routing.expert_A.view(-1, routing.choices)
+        same = torch.equal(best_TK.sort(dim=1).values, selected_TK.sort(dim=1).values)
+        require(same, "other experts are the best within its groups")
 
 
 @check("router", clause="no gradient goes through selection", where=CONTRACT)

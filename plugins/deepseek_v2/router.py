@@ -8,9 +8,9 @@ from torch import Tensor
 
 from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
-from core.contracts.router import AdjustScores, Routing
+from core.contracts.router import AdjustScores, GroupLimit, Routing
 from core.contracts.schema import setting
-from core.routing.gating import LearnedRouter, within_reach
+from core.routing.gating import LearnedRouter, best_experts
 
 
 class DeepSeekV2Router(LearnedRouter):
@@ -68,9 +68,7 @@ class DeepSeekV2Router(LearnedRouter):
         scores_TE = logits_TE.softmax(dim=1)
         with torch.no_grad():
             adjusted_TE = adjust_scores(scores_TE.detach())
-            groups = self.config.groups
-            limit = self.config.reachable_groups
-            selection_TE = within_reach(adjusted_TE, groups=groups, group_limit=limit)
-            expert_TK = selection_TE.topk(self.top_k, dim=1).indices
+            limit = GroupLimit(self.config.groups, self.config.reachable_groups)
+            expert_TK = best_experts(adjusted_TE, self.top_k, **limit._asdict())
         gate_TK = scores_TE.gather(1, expert_TK) * self.config.scale
-        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, selection_TE=selection_TE)
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=limit)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
-from core.contracts.router import AdjustScores, Routing
+from core.contracts.router import AdjustScores, GroupLimit, Routing
 from core.contracts.schema import setting
 from core.numerics.linear import is_hooked
 from core.numerics.promotion import at_least_fp32
-from core.routing.gating import LearnedRouter, within_reach
+from core.routing.gating import LearnedRouter, best_experts
 
 
 class DeepSeekV3Router(LearnedRouter):
@@ -60,6 +60,11 @@ class DeepSeekV3Router(LearnedRouter):
             if self.group_score is None:
                 return max(1, self.top_k // self.reachable_groups)
             return self.group_score
+
+        @property
+        def limit(self) -> GroupLimit:
+            """The limit on the groups that a token reaches."""
+            return GroupLimit(self.groups, self.reachable_groups, self.experts_per_group_score)
 
         def check(self, parent: Any) -> None:
             """Raises `ConfigError` if the groups do not divide the experts or leave too few to choose from."""
@@ -109,9 +114,9 @@ class DeepSeekV3Router(LearnedRouter):
     ) -> Routing:
         """The top_k experts of each token, and their gates (eq. 12-16)."""
         scores_TE = self._affinities(logits_TE)
-        selection_TE = self._selection(scores_TE, adjust_scores)
-        expert_TK, gate_TK = self._choose(scores_TE, selection_TE)
-        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, selection_TE=selection_TE)
+        expert_TK, gate_TK = self._choose(scores_TE, adjust_scores)
+        limit = self.config.limit
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=limit)
 
     def choices(
         self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
@@ -121,8 +126,7 @@ class DeepSeekV3Router(LearnedRouter):
         if not own_route or is_hooked(self) or torch.is_autocast_enabled(x_TD.device.type):
             return None
         logits_TE = self.centroids(self.read(at_least_fp32(x_TD), context))
-        scores_TE = self._affinities(logits_TE)
-        return self._choose(scores_TE, self._selection(scores_TE, adjust_scores))
+        return self._choose(self._affinities(logits_TE), adjust_scores)
 
     def _affinities(self, logits_TE: Tensor) -> Tensor:
         """The affinities of tokens to experts (eq. 15)."""
@@ -130,25 +134,15 @@ class DeepSeekV3Router(LearnedRouter):
             return logits_TE.sigmoid()
         return logits_TE.softmax(dim=1)
 
-    @torch.no_grad()
-    def _selection(self, scores_TE: Tensor, adjust_scores: AdjustScores) -> Tensor:
-        """The adjusted affinities, with -inf at experts out of a token's reach; no gradient."""
-        return self.within_reach(adjust_scores(scores_TE.detach()))
-
-    def _choose(self, scores_TE: Tensor, selection_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts T x K that score best for selection, and their gates from the affinities themselves."""
-        expert_TK = selection_TE.topk(self.config.top_k, dim=1).indices
+    def _choose(self, scores_TE: Tensor, adjust_scores: AdjustScores) -> tuple[Tensor, Tensor]:
+        """The experts T x K with the best adjusted affinities, and their gates from the affinities themselves."""
+        with torch.no_grad():
+            expert_TK = self.select(adjust_scores(scores_TE.detach()))
         gate_TK = scores_TE.gather(1, expert_TK)
         if self.config.normalise:
             gate_TK = gate_TK / (gate_TK.sum(dim=1, keepdim=True) + 1e-20)
         return expert_TK, gate_TK * self.config.scale
 
-    def within_reach(self, biased_TE: Tensor) -> Tensor:
-        """Biased affinities, with -inf at the experts of groups that a token does not reach."""
-        config = self.config
-        return within_reach(
-            biased_TE,
-            groups=config.groups,
-            group_limit=config.reachable_groups,
-            experts_per_group_score=config.experts_per_group_score,
-        )
+    def select(self, biased_TE: Tensor) -> Tensor:
+        """The chosen experts T x K, from biased affinities."""
+        return best_experts(biased_TE, self.config.top_k, **self.config.limit._asdict())

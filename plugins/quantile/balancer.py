@@ -22,6 +22,7 @@ from core.contracts.router import Routing
 from core.contracts.schedule import Progress, Scheduled, check_scheduled, value_at
 from core.contracts.schema import setting
 from core.numerics.exact import ExactState
+from core.routing.gating import shortfall
 from plugins.quantile.histogram import Bins
 
 MOST_BINS = 65536
@@ -54,22 +55,16 @@ class QuantileBalance(ExactState, Balancer):
         )
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` for values out of range, and where no expert is left that is not selected."""
+            """Raises `ConfigError` for values out of range, and if every token uses every expert."""
             if not 2 <= self.bins <= MOST_BINS:
                 raise ConfigError("bins", f"must be between 2 and {MOST_BINS}")
             if not 0 < self.span < float("inf"):
                 raise ConfigError("span", "must be more than 0 and finite")
             check_scheduled(self.ema, "ema", low=0, high=1)
-            self._check_next_best(parent)
-
-        def _check_next_best(self, parent: Any) -> None:
-            router = parent.router.config
-            top_k = getattr(router, "top_k", 0)
-            groups = getattr(router, "groups", 1)
-            reachable = parent.experts // groups * getattr(router, "reachable_groups", groups)
-            if top_k >= reachable:
-                uses = f"every token uses all {reachable} experts that it can reach"
-                raise ConfigError("name", f"must be another balancer: {uses} (top_k = {top_k})")
+            top_k = getattr(parent.router.config, "top_k", 0)
+            if top_k >= parent.experts:
+                uses = f"every token uses all {parent.experts} experts (top_k = {top_k})"
+                raise ConfigError("name", f"must be another balancer: {uses}")
 
     def __init__(self, config: Config, build: BuildContext, *, experts: int, top_k: int) -> None:
         super().__init__(config, build, experts=experts, top_k=top_k)
@@ -91,11 +86,8 @@ class QuantileBalance(ExactState, Balancer):
         """The histogram of the biases that each expert needed, E x B, over the valid tokens of a micro-batch."""
         if self.config.frozen:
             return {}
-        selection_TE = routing.selection_TE
-        if selection_TE is None:
-            selection_TE = self.adjust_scores(routing.scores_TE)
-        cutoff_T1 = selection_TE.topk(self.top_k + 1, dim=1).values[:, -1:]
-        needed_TE = cutoff_T1 - routing.scores_TE
+        selected_by_TE = self.adjust_scores(routing.scores_TE)
+        needed_TE = self.bias + shortfall(selected_by_TE, self.top_k, routing.limit)
         return {"needed_EB": self._bins().histogram(needed_TE, context.valid().flatten())}
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from core.contracts.dispatcher import Dispatcher, Handle, Placement
 from core.contracts.loss_head import HeadOutput
 from core.contracts.precision import StepState
 from core.contracts.record import StepTotals
-from core.contracts.router import AdjustScores, Routing
+from core.contracts.router import AdjustScores, GroupLimit, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
 from core.contracts.strategy import StrategyFactory
@@ -57,7 +57,7 @@ BROKEN = {
     ("strategy", "wrapper"): "divided_weights_are_the_whole_models",
     ("strategy", "redrawer"): "divided_weights_are_the_whole_models",
     ("dispatcher", "one_way"): "bound_dispatch_equals_a_loop",
-    ("router", "hearsay"): "selection_scores_select",
+    ("router", "hearsay"): "limits_are_those_of_the_selection",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 """The one check that each must fail."""
@@ -395,7 +395,7 @@ class OneCache(KitAttention):
 
 
 class Hearsay(KitRouter):
-    """Gives the plain affinities as the scores that experts were selected by."""
+    """Says that tokens reach one of four groups, which is not how it selects."""
 
     example = {"name": "hearsay"}
 
@@ -403,7 +403,7 @@ class Hearsay(KitRouter):
         self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
     ) -> Routing:
         routing = super().route(logits_TE, adjust_scores, context)
-        return replace(routing, selection_TE=routing.scores_TE.detach())
+        return replace(routing, limit=GroupLimit(4, 1))
 
 
 class OwnPositions(KitAttention):
