@@ -339,9 +339,9 @@ def needed_biases(
 ) -> list[list[float]]:
     """The bias that each expert needs for each token to select it.
 
-    Its own bias plus what its score s + b is short of the (k+1)-th best one in the token's groups. If a token reaches only
-    some groups, at least its own bias plus what the score of its group is short of that of the worst reached one (of the
-    best one not reached, if it is reached), for each of the experts that the group's score adds up.
+    Its own bias plus what its score s + b is short of the (k+1)-th best one in the token's groups. If a token reaches
+    only some groups, at least its own bias plus what the score of its group is short of that of the worst reached one
+    (of the best one not reached, if it is reached), for each of the experts that the group's score adds up.
     """
     size = len(bias) // groups
     needed = []
@@ -390,7 +390,7 @@ def quantile_step(
     span: float = 1.0,
     ema: float = 0.0,
 ) -> list[float]:
-    """The next biases: k/E quantiles, inside a bin by interpolation, centred; the old ones where nothing was counted."""
+    """The next biases: k/E quantiles, interpolated inside a bin, centred; the old ones where nothing was counted."""
     low = min(bias) - span
     width = (max(bias) + span - low) / len(histogram[0])
     solved = []

@@ -91,16 +91,16 @@ def best_experts(
 
 
 def shortfall(scores_TE: Tensor, top_k: int, limit: GroupLimit | None = None) -> Tensor:
-    """How much each expert's score falls short of being selected, T x E: below 0 just where `best_experts` selects it.
+    """How much each expert's score falls short of being selected, T x E: below 0 where `best_experts` selects it.
 
-    Without a limit on groups it is the difference to the (K+1)-th best score. With one, an expert also needs its group
-    to be reached, and the larger of both counts: the difference to the (K+1)-th best score in the groups that are
-    reached, and what all experts of the group would have to gain for the group to be reached (below 0: could lose).
-    Nobody is selected by a tie with 0.
+    It is 0 for the best expert that is not selected and for all that tie with it. Without a limit on groups it is the
+    difference to the (K+1)-th best score. With one, an expert also needs its group to be reached, so it is the larger
+    of two: the difference to the (K+1)-th best score in the reached groups, and what each expert in the group's score
+    would have to gain for the group to be reached (below 0: could lose).
 
     Args:
         scores_TE: scores for selection.
-        top_k: experts per token, less than there are experts; with a limit at most those in reach.
+        top_k: experts per token: less than there are, and with a limit at most those in reach.
         limit: the groups that a token reaches; None: all.
     """
     if limit is None or limit.group_limit >= limit.groups:
@@ -110,9 +110,9 @@ def shortfall(scores_TE: Tensor, top_k: int, limit: GroupLimit | None = None) ->
     best_groups = group_score_TG.topk(limit.group_limit + 1, dim=1)
     reached_TM = best_groups.indices[:, :-1]
     reached_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter(1, reached_TM, True)
-    rival_TG = torch.where(
-        reached_TG, best_groups.values[:, -1:], best_groups.values[:, -2:-1]
-    )  # the group whose place it has, or would take
+    best_missed_T1 = best_groups.values[:, -1:]
+    worst_reached_T1 = best_groups.values[:, -2:-1]
+    rival_TG = torch.where(reached_TG, best_missed_T1, worst_reached_T1)
     of_group_TG = (rival_TG - group_score_TG) / limit.experts_per_group_score
     in_reach_TE = scores_TGX.masked_fill(~reached_TG[:, :, None], -torch.inf).flatten(1)
     cutoff_T1 = in_reach_TE.topk(top_k + 1, dim=1).values[:, -1:]

@@ -4,7 +4,8 @@ A token selects an expert if its affinity plus the expert's bias exceeds the tok
 that it did not select, its (k+1)-th. So `cutoff - affinity` is the bias that the expert would need for this token. Over
 the tokens of a step, the k/E quantile of the needed biases is the bias with which k/E of them, an even share,
 select the expert. Each step replaces the bias by this quantile, read from a histogram of integers that is added up over
-micro-batches and data ranks. The biases are then centred, which changes no selection.
+micro-batches and data ranks. The biases are then centred, which changes no selection. Where a token reaches only some
+groups of experts, an expert also needs its group to be reached (`core.routing.gating.shortfall`).
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from core.routing.gating import shortfall
 from plugins.quantile.histogram import Bins
 
 MOST_BINS = 65536
-"""The most bins: with more, a bin's number no longer has the 8 bits after the point that fp32 leaves here."""
+"""The most bins: an affinity in fp32 does not tell many more apart."""
 
 
 class QuantileBalance(ExactState, Balancer):
