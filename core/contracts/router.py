@@ -123,7 +123,8 @@ class Router(nn.Module, Component, ABC):
     groups or `ordered` is declared. A batch without any token is valid.
 
     `capabilities` are words of `CAPABILITIES`. The `Config` of a router with `groups` has `groups`, their number, and
-    `reachable_groups`, how many of them a token may use.
+    `reachable_groups`, how many of them a token may use; if that limits it and balancers bias it, its routings have a
+    `limit`.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset()

@@ -176,15 +176,22 @@ def bias_selects_as_declared(subject: Subject) -> None:
 
 @check(
     "router",
-    clause="`limit`, if there is one, says within which groups the best adjusted affinities were selected",
+    clause="`limit` says within which groups the best adjusted affinities were selected; `groups` that limit give one",
     where=ROUTING,
 )
 def limits_are_those_of_the_selection(subject: Subject) -> None:
     """Compares the selected experts with the best ones within the groups, under several biases."""
     module = perturbed(subject.made())
     draw = torch.Generator().manual_seed(0)
+    config = subject.config
+    if {"groups", "selects_with_bias"} <= subject.capabilities:
+        is_limited = config.reachable_groups < config.groups
+        limit = routed(module, bench.tokens()).limit
+        require(
+            limit is not None or not is_limited, "tokens reach few groups, and no limit is given"
+        )
     for spread in (0.0, 0.2, 5.0):
-        bias_E = spread * torch.randn(bench.EXPERTS, dtype=torch.float64, generator=draw)
+        bias_E = spread * torch.rand(bench.EXPERTS, dtype=torch.float64, generator=draw)
         routing = routed(module, bench.tokens(), lambda scores_TE, b_E=bias_E: scores_TE + b_E)
         limit = routing.limit
         skip_unless(limit is not None, "none is given")

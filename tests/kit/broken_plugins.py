@@ -147,7 +147,9 @@ class ZeroMask(KitRouter):
             .topk(self.top_k, dim=1)
             .indices
         )
-        return Routing.top_k(expert_TK, scores_TE.gather(1, expert_TK), scores_TE, logits_TE)
+        gate_TK = scores_TE.gather(1, expert_TK)
+        limit = GroupLimit(self.config.groups, self.config.reachable_groups)
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=limit)
 
 
 @dataclass(kw_only=True)
