@@ -81,7 +81,10 @@ def measured(lab: Lab) -> dict[str, float]:
 def test_the_bias_balances_a_skewed_stream(
     measured: dict[str, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Requires balance from the bias, stepped or from quantiles; the sequence loss alone, at DeepSeek-V3's coefficient, is only measured."""
+    """Requires balance from a bias, stepped or from quantiles.
+
+    The sequence loss alone, at DeepSeek-V3's coefficient, is only measured.
+    """
     message = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
     with capsys.disabled():
         print(f"\nMaxVio_global over steps {FIRST} to {STEPS}, seed {SEED}, Zipf {SKEW}: {message}")
