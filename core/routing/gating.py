@@ -93,10 +93,10 @@ def best_experts(
 def shortfall(scores_TE: Tensor, top_k: int, limit: GroupLimit | None = None) -> Tensor:
     """How much each expert's score falls short of being selected, T x E: below 0 where `best_experts` selects it.
 
-    Without a limit on groups it is the difference to the (K+1)-th best score, so it is 0 for the best expert that is not
-    selected and for all that tie with it. With a limit an expert also needs its group to be reached, so it is the larger
-    of two: the difference to the (K+1)-th best score in the reached groups, and what each expert in the group's score
-    would have to gain for the group to be reached (below 0: could lose).
+    Without a limit on groups it is the difference to the (K+1)-th best score, so it is 0 for the best expert that is
+    not selected and for all that tie with it. With a limit an expert also needs its group to be reached, so it is the
+    larger of two: the difference to the (K+1)-th best score in the reached groups, and what each expert in the group's
+    score would have to gain for the group to be reached (below 0: could lose).
 
     Args:
         scores_TE: scores for selection.
