@@ -323,3 +323,86 @@ def bias_step(
         moves = [(mean - c) / divisor if total else Fraction(0) for c in load]
     shift = sum(moves) / len(moves) if centre else Fraction(0)
     return [b + rate * float(move - shift) for b, move in zip(bias, moves, strict=True)]
+
+
+# ---- Quantile Balancing (Kimi K3 report, section 2.3.3 and appendix D; within groups as our plugin's README says)
+
+
+def needed_biases(
+    scores: Sequence[Sequence[float]],
+    bias: Sequence[float],
+    top_k: int,
+    *,
+    groups: int = 1,
+    group_limit: int = 1,
+    experts_per_group_score: int = 1,
+) -> list[list[float]]:
+    """The bias that each expert needs for each token to select it.
+
+    Its own bias plus what its score s + b is short of the (k+1)-th best one in the token's groups. If a token reaches
+    only some groups, at least its own bias plus what the score of its group is short of that of the worst reached one
+    (of the best one not reached, if it is reached), for each of the experts that the group's score adds up.
+    """
+    size = len(bias) // groups
+    needed = []
+    for plain in scores:
+        biased = [s + b for s, b in zip(plain, bias, strict=True)]
+        strength = []
+        for group in range(groups):
+            own = sorted(biased[group * size : (group + 1) * size], reverse=True)
+            strength.append(sum(own[:experts_per_group_score]))
+        order = best(strength, groups)
+        reached = order[:group_limit]
+        in_reach = [biased[e] for e in range(len(bias)) if e // size in reached]
+        cutoff = sorted(in_reach, reverse=True)[top_k] if top_k < len(in_reach) else -math.inf
+        row = []
+        for expert, score in enumerate(biased):
+            short = cutoff - score
+            if group_limit < groups:
+                group = expert // size
+                rival = order[group_limit] if group in reached else order[group_limit - 1]
+                gap = (strength[rival] - strength[group]) / experts_per_group_score
+                short = max(short, gap)
+            row.append(bias[expert] + short)
+        needed.append(row)
+    return needed
+
+
+def quantile_histogram(
+    needed: Sequence[Sequence[float]], bias: Sequence[float], bins: int, span: float = 1.0
+) -> list[list[int]]:
+    """How many tokens need a bias in each bin, for each expert; the bins go from min(b) - span to max(b) + span."""
+    low = min(bias) - span
+    width = (max(bias) + span - low) / bins
+    histogram = [[0] * bins for _ in bias]
+    for token in needed:
+        for expert, value in enumerate(token):
+            place = math.floor((value - low) / width)
+            histogram[expert][min(max(place, 0), bins - 1)] += 1
+    return histogram
+
+
+def quantile_step(
+    histogram: Sequence[Sequence[int]],
+    bias: Sequence[float],
+    top_k: int,
+    *,
+    span: float = 1.0,
+    ema: float = 0.0,
+) -> list[float]:
+    """The next biases: k/E quantiles, interpolated inside a bin, centred; the old ones where nothing was counted."""
+    low = min(bias) - span
+    width = (max(bias) + span - low) / len(histogram[0])
+    solved = []
+    for counts in histogram:
+        if not sum(counts):
+            return list(bias)
+        target = Fraction(sum(counts) * top_k, len(histogram))
+        below = 0
+        for place, inside in enumerate(counts):
+            if below + inside >= target:
+                solved.append(low + width * (place + float((target - below) / inside)))
+                break
+            below += inside
+    mean = sum(solved) / len(solved)
+    return [ema * old + (1 - ema) * (new - mean) for old, new in zip(bias, solved, strict=True)]

@@ -40,7 +40,7 @@ FULL = {
     "training/test_rank_failures.py": "starts, stops and kills the processes of two ranks",
     "training/test_rank_processes.py": "starts and kills the processes of two ranks",
     "training/test_ranks.py": "starts the processes of two ranks",
-    "training/test_skew.py": "trains 300 steps three times",
+    "training/test_skew.py": "trains 300 steps four times",
 }
 """Files and folders below `tests/`, each with the reason."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
-from core.contracts.router import AdjustScores, Router, Routing
+from core.contracts.router import AdjustScores, GroupLimit, Router, Routing
 from core.numerics.promotion import at_least_fp32
 
 
@@ -88,6 +88,36 @@ def best_experts(
         masked_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter(1, reached_TM, False)
         scores_TE = scores_TGX.masked_fill(masked_TG[:, :, None], -torch.inf).flatten(1)
     return scores_TE.topk(top_k, dim=1).indices
+
+
+def shortfall(scores_TE: Tensor, top_k: int, limit: GroupLimit | None = None) -> Tensor:
+    """How much each expert's score falls short of being selected, T x E: below 0 where `best_experts` selects it.
+
+    Without a limit on groups it is the difference to the (K+1)-th best score, so it is 0 for the best expert that is
+    not selected and for all that tie with it. With a limit an expert also needs its group to be reached, so it is the
+    larger of two: the difference to the (K+1)-th best score in the reached groups, and what each expert in the group's
+    score would have to gain for the group to be reached (below 0: could lose).
+
+    Args:
+        scores_TE: scores for selection.
+        top_k: experts per token: less than there are, and with a limit at most those in reach.
+        limit: the groups that a token reaches; None: all.
+    """
+    if limit is None or limit.group_limit >= limit.groups:
+        return scores_TE.topk(top_k + 1, dim=1).values[:, -1:] - scores_TE
+    scores_TGX = scores_TE.unflatten(1, (limit.groups, -1))
+    group_score_TG = _sum_of_best(scores_TGX, limit.experts_per_group_score)
+    best_groups = group_score_TG.topk(limit.group_limit + 1, dim=1)
+    reached_TM = best_groups.indices[:, :-1]
+    reached_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter(1, reached_TM, True)
+    best_missed_T1 = best_groups.values[:, -1:]
+    worst_reached_T1 = best_groups.values[:, -2:-1]
+    rival_TG = torch.where(reached_TG, best_missed_T1, worst_reached_T1)
+    of_group_TG = (rival_TG - group_score_TG) / limit.experts_per_group_score
+    in_reach_TE = scores_TGX.masked_fill(~reached_TG[:, :, None], -torch.inf).flatten(1)
+    cutoff_T1 = in_reach_TE.topk(top_k + 1, dim=1).values[:, -1:]
+    size = scores_TGX.shape[2]
+    return torch.maximum(cutoff_T1 - scores_TE, of_group_TG.repeat_interleave(size, dim=1))
 
 
 def _sum_of_best(scores_TGX: Tensor, count: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.contracts.context import SequenceContext
 from core.contracts.router import CAPABILITIES, Routing
+from core.routing.gating import best_experts
 from core.testing import bench
 from core.testing.clauses import check, require, skip_unless
 from core.testing.subject import Subject, all_finite, perturbed, require_close, require_flops
@@ -171,6 +172,37 @@ def bias_selects_as_declared(subject: Subject) -> None:
             torch.equal(biased.expert_A, plainly.expert_A),
             "a bias changes which experts are selected",
         )
+
+
+@check(
+    "router",
+    clause="`limit` says within which groups the best adjusted affinities were selected; `groups` that limit give one",
+    where=ROUTING,
+)
+def limits_are_those_of_the_selection(subject: Subject) -> None:
+    """Compares the selected experts with the best ones within the groups, under several biases."""
+    module = perturbed(subject.made())
+    draw = torch.Generator().manual_seed(0)
+    config = subject.config
+    if {"groups", "selects_with_bias"} <= subject.capabilities:
+        is_limited = config.reachable_groups < config.groups
+        limit = routed(module, bench.tokens()).limit
+        require(
+            limit is not None or not is_limited, "tokens reach few groups, and no limit is given"
+        )
+    for spread in (0.0, 0.2, 5.0):
+        bias_E = spread * torch.rand(bench.EXPERTS, dtype=torch.float64, generator=draw)
+        routing = routed(module, bench.tokens(), lambda scores_TE, b_E=bias_E: scores_TE + b_E)
+        limit = routing.limit
+        skip_unless(limit is not None, "none is given")
+        assert limit is not None
+        found = "it is given where tokens do not all have as many experts"
+        require(routing.choices > 0, found)
+        adjusted_TE = routing.scores_TE.detach() + bias_E
+        best_TK = best_experts(adjusted_TE, routing.choices, **limit._asdict())
+        selected_TK = routing.expert_A.view(-1, routing.choices)
+        same = torch.equal(best_TK.sort(dim=1).values, selected_TK.sort(dim=1).values)
+        require(same, "other experts are the best within its groups")
 
 
 @check("router", clause="no gradient goes through selection", where=CONTRACT)

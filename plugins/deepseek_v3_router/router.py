@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
-from core.contracts.router import AdjustScores, Routing
+from core.contracts.router import AdjustScores, GroupLimit, Routing
 from core.contracts.schema import setting
 from core.numerics.linear import is_hooked
 from core.numerics.promotion import at_least_fp32
@@ -60,6 +60,11 @@ class DeepSeekV3Router(LearnedRouter):
             if self.group_score is None:
                 return max(1, self.top_k // self.reachable_groups)
             return self.group_score
+
+        @property
+        def limit(self) -> GroupLimit:
+            """The limit on the groups that a token reaches."""
+            return GroupLimit(self.groups, self.reachable_groups, self.experts_per_group_score)
 
         def check(self, parent: Any) -> None:
             """Raises `ConfigError` if the groups do not divide the experts or leave too few to choose from."""
@@ -110,7 +115,8 @@ class DeepSeekV3Router(LearnedRouter):
         """The top_k experts of each token, and their gates (eq. 12-16)."""
         scores_TE = self._affinities(logits_TE)
         expert_TK, gate_TK = self._choose(scores_TE, adjust_scores)
-        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE)
+        limit = self.config.limit
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=limit)
 
     def choices(
         self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
@@ -139,11 +145,4 @@ class DeepSeekV3Router(LearnedRouter):
 
     def select(self, biased_TE: Tensor) -> Tensor:
         """The chosen experts T x K, from biased affinities."""
-        config = self.config
-        return best_experts(
-            biased_TE,
-            config.top_k,
-            groups=config.groups,
-            group_limit=config.reachable_groups,
-            experts_per_group_score=config.experts_per_group_score,
-        )
+        return best_experts(biased_TE, self.config.top_k, **self.config.limit._asdict())

@@ -12,6 +12,9 @@ _Section = tuple[str, Mapping[str, Any]]
 _TRAINING_KEYS = ("balance", "dispatcher", "token_dropping")
 """Keys of a layer with experts that do not affect a forward in evaluation, except by the bias."""
 
+_BIASING = ("bias", "quantile")
+"""Balancers that hold a selection bias; a layer has at most one of them."""
+
 
 @dataclass(frozen=True)
 class BiasPosition:
@@ -113,16 +116,16 @@ def _same(sections: list[_Section]) -> Mapping[str, Any]:
 def _compared(section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what must be equal in all layers: the keys of a forward, and the index of the bias."""
     kept = {key: value for key, value in section.items() if key not in _TRAINING_KEYS}
-    balancers = [balancer["name"] for balancer in section.get("balance", ())]
-    kept["bias"] = balancers.index("bias") if "bias" in balancers else None
+    biasing = [b["name"] in _BIASING for b in section.get("balance", ())]
+    kept["bias"] = biasing.index(True) if any(biasing) else None
     return kept
 
 
 def _bias(experts: Mapping[str, Any], path: str) -> BiasPosition | None:
     """Returns the selection bias of the layers with experts; raises `ConfigError` if it is not additive."""
     for index, balancer in enumerate(experts["balance"]):
-        if balancer["name"] == "bias":
-            if balancer["form"] != "additive":
+        if balancer["name"] in _BIASING:
+            if balancer.get("form", "additive") != "additive":
                 raise ConfigError(
                     f"{path}.balance.{index}.form",
                     "must be additive: the architecture adds its bias",

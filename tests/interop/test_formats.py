@@ -341,6 +341,17 @@ def test_a_run_without_a_selection_bias_is_written_with_zeros() -> None:
     assert [p.ours for p in biases] == [None, None]
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_bias_of_a_run_balanced_by_quantiles_is_written(place: int) -> None:
+    balance: list[dict[str, Any]] = [{"name": "sequence", "alpha": 0.0001}]
+    balance.insert(place, {"name": "quantile", "bins": 1000})
+    recipe = put(recipe_of(V3), f"{FFN}.balance", balance)
+    made = DeepSeekV3(None)
+    mappings = made.tensor_mappings(made.config_of(recipe), recipe, None)
+    biases = [p.ours for p in mappings if "e_score" in p.theirs]
+    assert biases == [f"blocks.{layer}.ffn.balance.{place}.bias" for layer in (1, 2)]
+
+
 def test_what_cannot_be_built_is_reported_of_the_configuration() -> None:
     with pytest.raises(UserError, match=r"gives no model that can be built here: .*rope_dim = 7"):
         recipe_of({**V3, "qk_rope_head_dim": 7})

@@ -19,7 +19,7 @@ from core.contracts.dispatcher import Dispatcher, Handle, Placement
 from core.contracts.loss_head import HeadOutput
 from core.contracts.precision import StepState
 from core.contracts.record import StepTotals
-from core.contracts.router import AdjustScores, Routing
+from core.contracts.router import AdjustScores, GroupLimit, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
 from core.contracts.strategy import StrategyFactory
@@ -57,6 +57,7 @@ BROKEN = {
     ("strategy", "wrapper"): "divided_weights_are_the_whole_models",
     ("strategy", "redrawer"): "divided_weights_are_the_whole_models",
     ("dispatcher", "one_way"): "bound_dispatch_equals_a_loop",
+    ("router", "hearsay"): "limits_are_those_of_the_selection",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 """The one check that each must fail."""
@@ -146,7 +147,9 @@ class ZeroMask(KitRouter):
             .topk(self.top_k, dim=1)
             .indices
         )
-        return Routing.top_k(expert_TK, scores_TE.gather(1, expert_TK), scores_TE, logits_TE)
+        gate_TK = scores_TE.gather(1, expert_TK)
+        limit = GroupLimit(self.config.groups, self.config.reachable_groups)
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=limit)
 
 
 @dataclass(kw_only=True)
@@ -393,6 +396,18 @@ class OneCache(KitAttention):
         return self.kept
 
 
+class Hearsay(KitRouter):
+    """Says that tokens reach one of four groups, which is not how it selects."""
+
+    example = {"name": "hearsay"}
+
+    def route(
+        self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
+        routing = super().route(logits_TE, adjust_scores, context)
+        return replace(routing, limit=GroupLimit(4, 1))
+
+
 class OwnPositions(KitAttention):
     """Counts rows itself instead of reading their positions."""
 
@@ -464,6 +479,6 @@ CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
-    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay),
+    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay, Hearsay),
     *FORMATS,
 )

@@ -37,6 +37,7 @@ BALANCERS = {
     "bias": "{name: bias, rate: 0.01}",
     "bias, proportional": "{name: bias, rate: 0.01, update: proportional, unit: fraction}",
     "bias, multiplicative and centred": "{name: bias, rate: 0.01, form: multiplicative, centre: true}",
+    "quantile": "{name: quantile, bins: 100}",
     "sequence": "{name: sequence, alpha: 0.1}",
     "batch": "{name: batch, alpha: 0.1}",
     "micro_batch": "{name: micro_batch, alpha: 0.1}",
