@@ -183,11 +183,12 @@ def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> d
     tokens = recipe.batch.sequences * length
     # Two states of the residual stream in each block: the inputs of attention and of the feed-forward layer.
     states = 2 * (len(model.blocks) + len(model.heads))
+    streams = model.residual.streams
     return {
         "weights": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
         "gradients": gradients,
         "optimizer": moments,
-        "residual_stream": tokens * recipe.model.dim * itemsize * states,
+        "residual_stream": tokens * recipe.model.dim * itemsize * states * streams,
         "logits": tokens * recipe.data.tokenizer.vocab * 4,  # in fp32
         "kv_cache_per_sequence": 2 * size.cache_elements * length,  # in 16 bits
     }

@@ -75,11 +75,14 @@ class LossHead(nn.Module, Component, ABC):
     means over the whole window however it is split into micro-batches and ranks.
 
     Class attributes:
-        reads_streams: whether the head reads the residual stream before it is collapsed (`SharedModules.stream`).
         drafts: whether `draft` can be called in decoding.
+
+    Attributes:
+        reads_streams: whether the head reads the residual stream before it is collapsed (`SharedModules.stream`). A
+            head whose settings decide it sets it on the instance.
     """
 
-    reads_streams: ClassVar[bool] = False
+    reads_streams: bool = False
     drafts: ClassVar[bool] = False
 
     def __init__(self, config: Any, build: BuildContext) -> None:
