@@ -146,7 +146,7 @@ def _multi_token(heads: Mapping[str, Any]) -> tuple[str | None, int]:
             )
     if not found:
         return None, 0
-    if heads[found[0]]["reads"] != "collapsed":
+    if heads[found[0]].get("reads", "collapsed") != "collapsed":
         raise ConfigError(
             f"model.heads.{found[0]}.reads",
             "must be collapsed: the architecture's multi-token modules read states after the final norm",

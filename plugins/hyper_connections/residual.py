@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from core.contracts.build import BuildContext
@@ -29,6 +30,7 @@ from core.contracts.errors import ConfigError
 from core.contracts.residual import Place, Residual
 from core.contracts.schema import setting
 from core.numerics.draw import draw_normal
+from core.numerics.part_exchange import local_part, local_tensor
 from core.numerics.promotion import at_least_fp32
 from plugins.hyper_connections.sinkhorn import doubly_stochastic
 
@@ -74,10 +76,10 @@ class HyperConnections(Residual):
                 raise ConfigError("streams", f"must be from 1 to {MOST_STREAMS}")
             if not 1 <= self.rounds <= MOST_ROUNDS:
                 raise ConfigError("rounds", f"must be from 1 to {MOST_ROUNDS}")
-            if not 0 < self.eps <= MOST_EPS:  # so that NaN fails too
+            if not 0 < self.eps <= MOST_EPS:
                 raise ConfigError("eps", f"must be more than 0 and at most {MOST_EPS:g}")
-            if not 0 <= self.scale < math.inf:
-                raise ConfigError("scale", "must be a finite number of at least 0")
+            if self.scale < 0:
+                raise ConfigError("scale", "must be at least 0")
 
     def __init__(self, config: Config, build: BuildContext, *, place: Place) -> None:
         super().__init__(config, build, place=place)
@@ -92,7 +94,7 @@ class HyperConnections(Residual):
         dtype = build.precision.param_dtype("norm")  # never low, as the weights of norms
         rows = sum(self.sizes)
         self.projection = nn.Parameter(torch.empty(rows, n * build.dim, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype))
+        self.base = nn.Parameter(torch.empty(rows, dtype=dtype))
         self.scale = nn.Parameter(torch.empty(len(self.sizes), dtype=dtype))
         self.reset_parameters()
 
@@ -102,32 +104,35 @@ class HyperConnections(Residual):
         return self.config.streams
 
     def reset_parameters(self) -> None:
-        """Draws the projection from N(0, std), and sets bias and scale.
+        """Draws the projection from N(0, std), and sets base and scale.
 
-        With equal streams, as they are at first, the initial biases of `start: add` give what residual `add` does: pre
+        With equal streams, as they are at first, the initial base of `start: add` gives what residual `add` does: pre
         sums to 1, post is 1, and any doubly stochastic comb changes nothing. The projection must not start from zero as
         well, because no gradient would then tell one stream from another.
         """
         draw_normal(self.projection, self.std)
-        if self.bias.is_meta:
+        if self.base.is_meta:
             return
+        base = self._initial_base()
+        if isinstance(self.base, DTensor):
+            base = local_part(base, self.base)
         with torch.no_grad():
-            self.bias.copy_(self._initial_bias().to(self.bias.device))
+            local_tensor(self.base).copy_(base)
             self.scale.fill_(self.config.scale)
 
-    def _initial_bias(self) -> Tensor:
+    def _initial_base(self) -> Tensor:
         """The initial biases, in fp64."""
         n = self.config.streams
-        bias = torch.zeros(sum(self.sizes), dtype=torch.float64, device="cpu")
+        base = torch.zeros(sum(self.sizes), dtype=torch.float64, device="cpu")
         if self.config.start == "zeros":
-            return bias
+            return base
         if n > 1:  # a sigmoid is never 1; the norm after it takes the 1/2 of a single stream away
             share = 1 / n - self.config.eps
-            bias[:n] = math.log(share / (1 - share))
+            base[:n] = math.log(share / (1 - share))
         if self.is_layer:
             own = torch.eye(n, dtype=torch.float64, device="cpu") * OWN_STREAM
-            bias[2 * n :] = own.flatten()
-        return bias
+            base[2 * n :] = own.flatten()
+        return base
 
     def expand(self, embedded_BLD: Tensor) -> Tensor:
         """The streams B x L x N x D, all of them the embedding."""
@@ -178,7 +183,7 @@ class HyperConnections(Residual):
         scale_BL1 = (norm_BL1.square() / wide_BLX.shape[-1] + self.norm_eps).rsqrt()
         projected = F.linear(wide_BLX, self.projection[rows].to(wide_BLX.dtype)) * scale_BL1
         parts = projected.split(sizes, dim=-1)
-        biases = self.bias[rows].to(wide_BLX.dtype).split(sizes)
+        biases = self.base[rows].to(wide_BLX.dtype).split(sizes)
         scales = self.scale[first:last].to(wide_BLX.dtype)
         logits: list[Tensor] = []
         for part, scale, bias in zip(parts, scales.unbind(), biases, strict=True):
@@ -197,7 +202,7 @@ class HyperConnections(Residual):
     def costs(self) -> Costs:
         """The costs of one token: the maps' weights, and the sums that the maps take part in."""
         n = self.config.streams
-        weights = self.projection.numel() + self.bias.numel() + self.scale.numel()
+        weights = self.projection.numel() + self.base.numel() + self.scale.numel()
         products = n  # read or collapse: one for each stream
         if self.is_layer:
             products += n * n + n  # comb, post
