@@ -372,6 +372,18 @@ def test_describe_counts_every_stream() -> None:
     assert "residual" not in documents[4]["precision"]
 
 
+def test_the_rows_of_components_add_up_to_the_model() -> None:
+    document = document_of(tiny.compose(residual(), STREAMS))
+    rows = {row["component"]: row for row in document["components"]}
+    assert rows["residual"]["parameters"] == 6 * (24 * 128 + 24 + 3) + 4 * 128 + 4 + 1
+    assert rows["residual"]["active"] == rows["residual"]["parameters"]
+    assert "other" not in rows
+    flops = sum(row["flops_per_token"] for row in rows.values())
+    assert flops == pytest.approx(document["flops_per_token"], rel=1e-12)
+    parameters = sum(row["parameters"] for row in rows.values())
+    assert parameters == document["params_total"] + document["params_mtp"]
+
+
 def test_weights_are_matrices_and_vectors_of_the_role_residual() -> None:
     """Optimizers see a matrix and two vectors for each layer, of which AdamW decays the matrix alone."""
     found = {named.name: named for named in named_parameters(tiny.build(residual()))}
