@@ -104,9 +104,7 @@ def _add_block(sums: dict[str, Sums], block: Block, products: Products) -> None:
     other.active += costs.active - (active_after - active_before)
 
 
-def _add_residual(
-    sums: dict[str, Sums], residual: Residual, counted: set[nn.Parameter]
-) -> float:
+def _add_residual(sums: dict[str, Sums], residual: Residual, counted: set[nn.Parameter]) -> float:
     """Adds the weights and costs of a residual; returns its `other_flops`."""
     costs = residual.costs()
     own = sums["residual"]

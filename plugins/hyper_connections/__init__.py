@@ -8,6 +8,4 @@ CONTRACTS = "2.0"
 @hookimpl
 def register(registry: Registrar) -> None:
     """Offers the residual of several streams."""
-    registry.residual(
-        "hyper_connections", "plugins.hyper_connections.residual:HyperConnections"
-    )
+    registry.residual("hyper_connections", "plugins.hyper_connections.residual:HyperConnections")

@@ -59,7 +59,9 @@ class HyperConnections(Residual):
 
         streams: int = setting(4, doc="states of width D between blocks (DeepSeek-V4: 4)")
         rounds: int = setting(20, doc="rounds of Sinkhorn's normalisation (DeepSeek-V4: 20)")
-        eps: float = setting(1e-6, doc="added to pre and inside Sinkhorn's sums (DeepSeek-V4: 1e-6)")
+        eps: float = setting(
+            1e-6, doc="added to pre and inside Sinkhorn's sums (DeepSeek-V4: 1e-6)"
+        )
         start: Literal["add", "zeros"] = setting(
             "add",
             doc="initial biases; add: maps with which the model computes what residual add does; "

@@ -28,7 +28,8 @@ def doubly_stochastic(logits: Tensor, rounds: int, eps: float) -> Tensor:
     """
     # The positions come last, because the sums then run over whole vectors of them: four times as fast on a CPU.
     by_position_NNT = logits.flatten(0, -3).permute(1, 2, 0)
-    if torch.compiler.is_compiling():  # a compiler fuses the rounds, and decides itself what it keeps
+    if torch.compiler.is_compiling():
+        # A compiler fuses the rounds, and decides itself what it keeps.
         balanced_NNT = _halves(by_position_NNT.softmax(dim=1) + eps, rounds, eps)[-1][0]
     else:
         balanced_NNT = _Sinkhorn.apply(by_position_NNT, rounds, eps)  # type: ignore[no-untyped-call]

@@ -96,4 +96,3 @@ def test_the_start_zeros_is_transformers() -> None:
     own: Any = model.blocks[0].ffn_residual
     assert not own.base.any()
     assert torch.equal(own.scale, torch.ones(3))
-
