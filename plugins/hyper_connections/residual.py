@@ -193,9 +193,9 @@ class HyperConnections(Residual):
         return logits
 
     def activation_bytes(self, stream: int, wide: int) -> int:
-        """The streams, a layer's output and the maps' logits; a copy of the streams in fp32 for `read` and `write` each.
+        """The bytes of the streams, of a layer's output and of the maps' logits, all in fp32 or wider.
 
-        Where the streams are as wide as fp32 they are their own copy.
+        `read` and `write` each make a copy of narrower streams; others are their own copy.
         """
         n = self.config.streams
         states = n if stream == wide else 2 * n

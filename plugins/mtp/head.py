@@ -10,9 +10,9 @@ implementation the state of depth 0 is the main model's after its final norm, an
 normed output. The loss of a depth has L - k terms and the divisor of the main loss (eq. 24: T); their mean
 over depths is multiplied by `weight`.
 
-With `reads: streams` the state of a depth is a whole residual stream, the main model's before it is collapsed: each of its
-states is normed and joined with the embedding in the same way, the results are the block's stream, and depth k hands on
-its block's stream. So it is in DeepSeek-V4, whose stream has four states.
+With `reads: streams` the state of a depth is a whole residual stream, the main model's before it is collapsed: each of
+its states is normed and joined with the embedding in the same way, the results are the block's stream, and depth k
+hands on its block's stream. So it is in DeepSeek-V4, whose stream has four states.
 
 In decoding the depths draft (section 5.4.3): depth 1 the token after the next one, depth k the k-th after it, from the
 states and the caches of its own block, and the last depth all further ones.
@@ -105,7 +105,8 @@ class Depth(nn.Module):
         if self.reads_streams:
             again = (self.residual.streams - 1) * 2 * self.norm.dim**2
         own_costs = Costs(active=own, other_flops=2.0 * again) + self.residual.costs()
-        return self.block.costs() + own_costs
+        costs: Costs = self.block.costs() + own_costs  # type: ignore[operator]
+        return costs
 
 
 class MultiTokenPrediction(LossHead):
