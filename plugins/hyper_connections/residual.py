@@ -41,7 +41,7 @@ MOST_ROUNDS = 1000
 """Most rounds of Sinkhorn's normalisation; DeepSeek-V4 has 20."""
 
 MOST_EPS = 1e-3
-"""Largest epsilon: an initial `pre` of 1 / streams must leave room for it."""
+"""Largest epsilon; it is subtracted from the initial `pre` of 1 / streams, which must stay positive."""
 
 OWN_STREAM = 8.0
 """Initial logit of a stream's share of itself above the others': e^-8 = 0.0003 of it goes to each of them."""
