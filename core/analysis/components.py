@@ -33,7 +33,7 @@ class Sums:
     Args:
         parameters: number of parameters, persistent buffers of floating point included.
         active: those of them that one token uses.
-        attention_flops, other_flops: as in `Costs`.
+        attention_flops, other_flops: those of `Costs`, summed.
     """
 
     parameters: int = 0
