@@ -31,8 +31,9 @@ CONVENTION = (
     "training FLOPs per token = 6 x active parameters (embedding excluded, output included) + 3 x forward attention "
     "over the causal half of the sequence and over residual streams; flops_per_token counts the multi-token modules "
     "with one more use of the output each, flops_per_token_main does not; flops_per_token_full takes the whole "
-    "square of attention; flops_per_token_megatron is Megatron-LM's count: without routers, and without norms outside attention; "
-    "params_total is the main model with its selection biases, params_experts what its routed and shared experts own"
+    "square of attention; flops_per_token_megatron is Megatron-LM's count: without routers, and without norms "
+    "outside attention; params_total is the main model with its selection biases, params_experts what its routed "
+    "and shared experts own"
 )
 
 
