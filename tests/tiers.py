@@ -23,6 +23,7 @@ FULL = {
     "interop/test_parity.py": "needs transformers",
     "interop/test_parity_exports.py": "needs transformers",
     "interop/test_parity_fp8.py": "needs transformers",
+    "interop/test_parity_hyper_connections.py": "needs transformers",
     "interop/test_parity_limits.py": "needs transformers",
     "interop/test_parity_mtp.py": "needs transformers",
     "interop/test_parity_trained.py": "needs transformers",

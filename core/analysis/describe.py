@@ -29,10 +29,11 @@ from core.recipe.plan import TrainingPlan
 
 CONVENTION = (
     "training FLOPs per token = 6 x active parameters (embedding excluded, output included) + 3 x forward attention "
-    "over the causal half of the sequence; flops_per_token counts the multi-token modules with one more use of the "
-    "output each, flops_per_token_main does not; flops_per_token_full takes the whole square of attention; "
-    "flops_per_token_megatron is Megatron-LM's count: without routers, and without norms outside attention; "
-    "params_total is the main model with its selection biases, params_experts what its routed and shared experts own"
+    "over the causal half of the sequence and over residual streams; flops_per_token counts the multi-token modules "
+    "with one more use of the output each, flops_per_token_main does not; flops_per_token_full takes the whole "
+    "square of attention; flops_per_token_megatron is Megatron-LM's count: without routers, and without norms "
+    "outside attention; params_total is the main model with its selection biases, params_experts what its routed "
+    "and shared experts own"
 )
 
 
@@ -183,11 +184,12 @@ def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> d
     tokens = recipe.batch.sequences * length
     # Two states of the residual stream in each block: the inputs of attention and of the feed-forward layer.
     states = 2 * (len(model.blocks) + len(model.heads))
+    streams = model.residual.streams
     return {
         "weights": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
         "gradients": gradients,
         "optimizer": moments,
-        "residual_stream": tokens * recipe.model.dim * itemsize * states,
+        "residual_stream": tokens * recipe.model.dim * itemsize * states * streams,
         "logits": tokens * recipe.data.tokenizer.vocab * 4,  # in fp32
         "kv_cache_per_sequence": 2 * size.cache_elements * length,  # in 16 bits
     }

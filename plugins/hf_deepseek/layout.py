@@ -60,6 +60,10 @@ def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
         ConfigError: the layers cannot be described by one configuration.
     """
     model = recipe["model"]
+    if model["residual"]["name"] != "add":
+        raise ConfigError(
+            "model.residual.name", "must be add: the architecture has no other residual stream"
+        )
     attentions: list[_Section] = []
     ffns: list[_Section] = []
     for name, block in model["blocks"].items():
@@ -145,4 +149,9 @@ def _multi_token(heads: Mapping[str, Any]) -> tuple[str | None, int]:
             )
     if not found:
         return None, 0
+    if heads[found[0]].get("reads", "collapsed") != "collapsed":
+        raise ConfigError(
+            f"model.heads.{found[0]}.reads",
+            "must be collapsed: the architecture's multi-token modules read states after the final norm",
+        )
     return found[0], heads[found[0]]["depth"]

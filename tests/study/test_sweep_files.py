@@ -39,6 +39,7 @@ def test_the_shipped_sweeps_are_those_that_were_asked_for() -> None:
         "mtp",
         "mtp_flops",
         "precision",
+        "residual",
         "routing",
         "shared_experts",
     ]
