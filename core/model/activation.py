@@ -4,7 +4,6 @@ With a limit (DeepSeek-V4, arXiv 2606.19348) both factors are clamped before the
 both sides. A clamped element gets no gradient; one that is exactly at the limit gets its own, as `torch.clamp` has it.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +18,9 @@ from core.numerics.linear import plain_matrix
 
 
 def check_limit(limit: float | None) -> None:
-    """Raises `ConfigError` for the key `swiglu_limit` unless it is null, or positive and finite."""
-    if limit is not None and not 0 < limit < math.inf:
-        raise ConfigError("swiglu_limit", "must be more than 0 and finite, or null: no limit")
+    """Raises `ConfigError` for the key `swiglu_limit` unless it is null or positive; recipes hold finite numbers only."""
+    if limit is not None and not limit > 0:
+        raise ConfigError("swiglu_limit", "must be more than 0, or null: no limit")
 
 
 def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
