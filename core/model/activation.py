@@ -18,7 +18,7 @@ from core.numerics.linear import plain_matrix
 
 
 def check_limit(limit: float | None) -> None:
-    """Raises `ConfigError` for the key `swiglu_limit` unless it is null or positive; recipes hold finite numbers only."""
+    """Raises `ConfigError` unless a `swiglu_limit` is null or positive; a recipe holds finite numbers only."""
     if limit is not None and not limit > 0:
         raise ConfigError("swiglu_limit", "must be more than 0, or null: no limit")
 

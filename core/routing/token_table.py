@@ -36,9 +36,9 @@ class TokenTableRouter(Router):
         self.layer = build.layer
         self.token_counts = DataCounts(build.token_counts)
         self.is_known = False
-        shape = (build.vocabulary, self.top_k)
+        shape: tuple[int, ...] = (build.vocabulary, self.top_k)
         if self.top_k == 1:
-            shape = shape[:1]
+            shape = (build.vocabulary,)
         self.register_buffer("table", torch.full(shape, UNKNOWN, dtype=torch.int64))
 
     def reset_parameters(self) -> None:

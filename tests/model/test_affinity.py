@@ -74,7 +74,7 @@ def test_gates_of_far_logits_are_still_shares_of_the_scale() -> None:
 
 @pytest.mark.parametrize("kind", list(reference.AFFINITIES))
 def test_the_share_of_an_affinity_is_a_share_whatever_its_range(kind: str) -> None:
-    """The sequence-wise loss and its gradient are the reference's, which divides each token's affinities by their sum."""
+    """The sequence-wise loss and its gradient are the reference's, which divides affinities by their sum."""
     draw = torch.Generator().manual_seed(0)
     logits_TE = 3 * torch.randn(8, 6, dtype=torch.float64, generator=draw)
     loss = _made(SequenceLoss)
