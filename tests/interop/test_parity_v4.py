@@ -141,7 +141,7 @@ LIMITS = [0.5, 10.0]
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_a_dense_layer(theirs: Any, limit: float) -> None:
-    """Two fifths of the gates and four fifths of the ups exceed the smaller limit, and nothing exceeds the larger one."""
+    """Two fifths of the gates and four fifths of the ups exceed the smaller limit, and none the larger one."""
     config = config_of(theirs, limit)
     their = filled(theirs.DeepseekV4MLP(config))
     inner = their.intermediate_size
