@@ -38,6 +38,14 @@ def sigmoid(logits: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-logits))
 
 
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    """sqrt(log(1 + exp(x_i))), for logits of ordinary size."""
+    return torch.log(1 + torch.exp(logits)).sqrt()
+
+
+AFFINITIES = {"sigmoid": sigmoid, "softmax": softmax, "sqrt_softplus": sqrt_softplus}
+
+
 def best(values: Sequence[float], count: int) -> list[int]:
     """The places of the highest values, falling; the lower place first where they tie."""
     return sorted(range(len(values)), key=lambda i: -values[i])[:count]
@@ -92,9 +100,28 @@ def deepseek_v3(
     strength = max(1, top_k // limit) if group_score is None else group_score
     result = []
     for token, row in enumerate(logits):
-        scores = sigmoid(row) if affinity == "sigmoid" else softmax(row)
+        scores = AFFINITIES[affinity](row)
         biased = [s + b for s, b in zip(scores.tolist(), bias, strict=True)]
         chosen = within_groups(biased, top_k, groups, limit, strength)
+        total = torch.stack([scores[e] for e in chosen]).sum() if normalise else 1.0
+        result += [Assigned(token, e, scores[e] / total * scale) for e in chosen]
+    return result
+
+
+def hash_gated(
+    logits: Rows,
+    table: Sequence[Sequence[int]],
+    ids: Sequence[int],
+    *,
+    scale: float = 1.0,
+    affinity: str = "sqrt_softplus",
+    normalise: bool = True,
+) -> list[Assigned]:
+    """DeepSeek-V4 (2606.19348, section 2.1): the table chooses by the token's id, the affinities are the gates."""
+    result = []
+    for token, (row, token_id) in enumerate(zip(logits, ids, strict=True)):
+        scores = AFFINITIES[affinity](row)
+        chosen = table[token_id]
         total = torch.stack([scores[e] for e in chosen]).sum() if normalise else 1.0
         result += [Assigned(token, e, scores[e] / total * scale) for e in chosen]
     return result
@@ -180,12 +207,14 @@ def expert_choice(logits: Rows, groups: list[list[int]], *, top_k: int) -> list[
     return result
 
 
-def balanced_table(counts: list[int], experts: int) -> list[int]:
-    """Hash Layers' balanced map: frequent tokens first, each to the expert with the least count so far."""
-    table, count, ids = [0] * len(counts), [0] * experts, [0] * experts
+def balanced_table(counts: list[int], experts: int, top_k: int = 1) -> list[list[int]]:
+    """Hash Layers' balanced map: frequent tokens first, each to the experts with the least count so far."""
+    table: list[list[int]] = [[] for _ in counts]
+    count, ids = [0] * experts, [0] * experts
     for token in sorted(range(len(counts)), key=lambda token: (-counts[token], token)):
-        e = min(range(experts), key=lambda e: (count[e], ids[e], e))
-        table[token], count[e], ids[e] = e, count[e] + counts[token], ids[e] + 1
+        table[token] = sorted(range(experts), key=lambda e: (count[e], ids[e], e))[:top_k]
+        for e in table[token]:
+            count[e], ids[e] = count[e] + counts[token], ids[e] + 1
     return table
 
 

@@ -27,6 +27,7 @@ FULL = {
     "interop/test_parity_limits.py": "needs transformers",
     "interop/test_parity_mtp.py": "needs transformers",
     "interop/test_parity_trained.py": "needs transformers",
+    "interop/test_parity_v4.py": "needs transformers",
     "interop/test_resume.py": "kills conversions",
     "interop/test_trained.py": "trains and converts runs there and back",
     "precision/test_benchmark.py": "times whole steps of every precision",
@@ -42,6 +43,7 @@ FULL = {
     "training/test_rank_processes.py": "starts and kills the processes of two ranks",
     "training/test_ranks.py": "starts the processes of two ranks",
     "training/test_skew.py": "trains 300 steps four times",
+    "training/test_table_runs.py": "trains on the ranks of forked processes",
 }
 """Files and folders below `tests/`, each with the reason."""
 

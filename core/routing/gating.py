@@ -10,7 +10,9 @@ from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.router import AdjustScores, GroupLimit, Router, Routing
+from core.numerics.linear import is_hooked
 from core.numerics.promotion import at_least_fp32
+from core.routing.affinity import affinities, chosen_gates
 
 
 class LearnedRouter(Router):
@@ -51,6 +53,53 @@ class LearnedRouter(Router):
     def costs(self) -> Costs:
         """The costs of the centroids."""
         return Costs(active=sum(p.numel() for p in self.parameters()))
+
+
+class ChosenGateRouter(LearnedRouter):
+    """A learned router with K experts for every token, whose gates are the affinities of the chosen experts.
+
+    Its `Config` has `top_k`, `affinity` (`core.routing.affinity.Affinity`), `normalise` and `scale`.
+    """
+
+    @abstractmethod
+    def choose(
+        self, scores_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Tensor:
+        """The chosen experts T x K, int64; the scores come without a gradient."""
+
+    @property
+    def limit(self) -> GroupLimit | None:
+        """The limit on the groups that a token reaches; None: it reaches all."""
+        return None
+
+    def route(
+        self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
+        """The chosen experts of each token, and their gates."""
+        scores_TE = affinities(logits_TE, self.config.affinity)
+        expert_TK, gate_TK = self._chosen(scores_TE, adjust_scores, context)
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=self.limit)
+
+    def choices(
+        self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> tuple[Tensor, Tensor] | None:
+        """The experts and gates of `forward`, without the lists of a `Routing`."""
+        own_route = type(self).route is ChosenGateRouter.route
+        if not own_route or is_hooked(self) or torch.is_autocast_enabled(x_TD.device.type):
+            return None
+        logits_TE = self.centroids(self.read(at_least_fp32(x_TD), context))
+        scores_TE = affinities(logits_TE, self.config.affinity)
+        return self._chosen(scores_TE, adjust_scores, context)
+
+    def _chosen(
+        self, scores_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> tuple[Tensor, Tensor]:
+        """The chosen experts T x K, and their gates from the affinities themselves."""
+        with torch.no_grad():
+            expert_TK = self.choose(scores_TE.detach(), adjust_scores, context)
+        config = self.config
+        gate_TK = chosen_gates(scores_TE, expert_TK, normalise=config.normalise, scale=config.scale)
+        return expert_TK, gate_TK
 
 
 class TokenGroupRouter(LearnedRouter):

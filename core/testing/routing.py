@@ -239,6 +239,22 @@ def gates_teach_the_router(subject: Subject) -> None:
 
 @check(
     "router",
+    clause="every weight of a router gets a gradient from the gates, whoever chooses the experts",
+    where=CONTRACT,
+)
+def gates_teach_every_weight(subject: Subject) -> None:
+    """Weighs the gates differently and looks for a weight that cannot learn."""
+    module = perturbed(subject.made())
+    skip_unless(list(module.parameters()), "it has no weights")
+    gate_TE = dense_gates(routed(module, bench.tokens()))
+    (gate_TE * torch.linspace(1, 2, gate_TE.numel()).view_as(gate_TE)).sum().backward()
+    for name, parameter in module.named_parameters():
+        gradient = parameter.grad
+        require(gradient is not None and bool(gradient.any()), f"{name} gets no gradient")
+
+
+@check(
+    "router",
     clause=f"`groups`: it {CAPABILITIES['groups']}, whatever the bias (masked with -inf, never 0)",
     where=WORDS,
 )

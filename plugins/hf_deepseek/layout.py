@@ -81,6 +81,10 @@ def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
             raise ConfigError(
                 f"{path}.name", "must be swiglu or moe: the architecture has no other layers"
             )
+        if ffn.get("swiglu_limit") is not None:
+            raise ConfigError(
+                f"{path}.swiglu_limit", "must be null: the architecture does not clamp its SwiGLU"
+            )
     dense = sum(ffn["name"] == "swiglu" for _, ffn in ffns)
     if any(ffn["name"] == "swiglu" for _, ffn in ffns[dense:]):
         raise ConfigError(

@@ -228,6 +228,8 @@ NOT_SUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
     ("deepseek_v3", {"num_key_value_heads": 1}, "num_key_value_heads"),
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+    ("deepseek_v3", {"scoring_func": "sqrtsoftplus"}, "scoring_func"),
+    ("deepseek_v3", {"swiglu_limit": 10.0}, "swiglu_limit"),
     ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
     ("deepseek_v3", {"num_experts_per_tok": 1}, "num_experts_per_tok"),
     ("deepseek_v3", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
@@ -257,6 +259,7 @@ NOT_SUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func"),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
     ("deepseek_v2", {"mlp_bias": True}, "mlp_bias"),
+    ("deepseek_v2", {"swiglu_limit": 7}, "swiglu_limit"),
 ]
 
 
@@ -284,6 +287,11 @@ UNSPEAKABLE: list[tuple[str, str, Any, str]] = [
     ("deepseek_v3", "model.norm_eps", 1e-5, "1e-06"),
     ("deepseek_v3", f"{FFN}.router.affinity", "softmax", "sigmoid"),
     ("deepseek_v3", f"{FFN}.router.group_score", 1, "group_score must be 2"),
+    ("deepseek_v3", f"{FFN}.router.affinity", "sqrt_softplus", "sigmoid"),
+    ("deepseek_v3", f"{FFN}.router", {"name": "hash_gated", "top_k": 2}, "hash_gated"),
+    ("deepseek_v3", f"{FFN}.swiglu_limit", 10.0, "does not clamp"),
+    ("deepseek_v3", "model.blocks.dense.ffn.swiglu_limit", 10.0, "does not clamp"),
+    ("deepseek_v2", f"{FFN}.swiglu_limit", 10.0, "does not clamp"),
     ("deepseek_v3", f"{FFN}.router", {"name": "switch"}, "switch"),
     ("deepseek_v3", f"{FFN}.balance.0.form", "multiplicative", "additive"),
     ("deepseek_v3", "model.heads.other", {"name": "mtp", "depth": 1}, "one mtp"),

@@ -38,6 +38,8 @@ BROKEN = {
     ("router", "narrow"): "gates_are_finite_and_wide",
     ("router", "biased_gates"): "gates_know_no_bias",
     ("router", "zero_mask"): "group_limit_is_honoured",
+    ("router", "hoarder"): "copies_are_equal",
+    ("router", "idle_weight"): "gates_teach_every_weight",
     ("balancer", "counts_padding"): "padding_balances_nothing",
     ("balancer", "melting"): "state_is_exact",
     ("ffn", "diary"): "forward_writes_nothing",
@@ -150,6 +152,29 @@ class ZeroMask(KitRouter):
         gate_TK = scores_TE.gather(1, expert_TK)
         limit = GroupLimit(self.config.groups, self.config.reachable_groups)
         return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=limit)
+
+
+class Hoarder(KitRouter):
+    """Keeps the data of the run, which a copy of the module then copies too."""
+
+    example = {"name": "hoarder"}
+
+    def __init__(self, config: Any, build: BuildContext, *, experts: int) -> None:
+        super().__init__(config, build, experts=experts)
+        self.token_counts = build.token_counts
+
+
+class IdleWeight(KitRouter):
+    """Has centroids that no gate is computed from."""
+
+    example = {"name": "idle_weight"}
+
+    def __init__(self, config: Any, build: BuildContext, *, experts: int) -> None:
+        super().__init__(config, build, experts=experts)
+        self.spare = build.linear(build.dim, experts, "router")
+
+    def costs(self) -> Costs:
+        return Costs(active=sum(p.numel() for p in self.centroids.parameters()))
 
 
 @dataclass(kw_only=True)
@@ -476,7 +501,7 @@ class OneWay(Dispatcher):
 
 
 CLASSES = (
-    *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
+    *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask, Hoarder, IdleWeight),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
     *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay, Hearsay),

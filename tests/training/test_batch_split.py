@@ -31,6 +31,8 @@ ROUTERS = {
     "expert_choice over sequences": "{name: expert_choice, top_k: 2, group: sequence}",
     "expert_choice over chunks": "{name: expert_choice, top_k: 2, group: sequence, chunk: 5}",
     "hash": "{name: hash}",
+    "hash_gated": "{name: hash_gated, top_k: 2, scale: 1.5}",
+    "deepseek_v3, sqrt_softplus": "{name: deepseek_v3, top_k: 2, affinity: sqrt_softplus, scale: 1.5}",
     "forced_balance": "{name: forced_balance, top_k: 2}",
 }
 BALANCERS = {
