@@ -24,7 +24,6 @@ from core.data.tokenizer import SMALLEST
 from core.model.language_model import LanguageModel
 from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe, compose_run
-from core.recipe.key_paths import value_at
 from core.recipe.values import show_value
 from core.run.data import text_data
 from core.run.run_model import RunModel
@@ -388,8 +387,7 @@ def _check_optimizer(recipe: Recipe, model: LanguageModel) -> None:
     try:
         optimizer.check_parameters(named_parameters(model))
     except ConfigError as error:
-        value = show_value(value_at(recipe.optimizer.config, error.key))
-        raise UserError(f"{recipe.source}: optimizer.{error.key} = {value}: {error.why}") from error
+        raise UserError(f"{recipe.source}: optimizer.{error.key}: {error.why}") from error
 
 
 def _check_memory(recipe: Recipe, model: nn.Module) -> None:

@@ -104,7 +104,8 @@ class MuonWithAdamW(OptimizerFactory):
             blocks = self.blocks_of(named)
             if self.is_muons(named) and named.parameter.shape[-2] % blocks:
                 rows = named.parameter.shape[-2]
-                raise ConfigError("split", f"{blocks} must divide the {rows} rows of {named.name}")
+                why = f"{named.role}: {blocks} must divide the {rows} rows of {named.name}"
+                raise ConfigError("split", why)
 
     def make(self, parameters: Sequence[NamedParameter]) -> list[torch.optim.Optimizer]:
         """Muon and AdamW; one of them alone if the other has no weight."""
