@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from broken_formats import *  # noqa: F403 - classes that are found by their name
 from broken_formats import FORMATS
+from broken_optimizers import *  # noqa: F403
+from broken_optimizers import OPTIMIZERS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -59,6 +61,7 @@ BROKEN = {
     ("dispatcher", "one_way"): "bound_dispatch_equals_a_loop",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
+BROKEN |= {("optimizer", cls.example["name"]): check for cls, check in OPTIMIZERS.items()}
 """The one check that each must fail."""
 
 
@@ -466,4 +469,5 @@ CLASSES = (
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
     *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay),
     *FORMATS,
+    *OPTIMIZERS,
 )
