@@ -64,7 +64,7 @@ def config_is_honest(subject: Subject) -> None:
 
 
 def _names_read(component: Any) -> Iterator[str]:
-    """Names that are read like keys of a `Config` in the component's package, or where its and its keys' classes are."""
+    """Names that are read like keys of a `Config` in its package, or where its and its `Config`'s classes are."""
     files = set()
     for cls in (*component.__mro__, *component.Config.__mro__):
         file = getattr(sys.modules.get(cls.__module__), "__file__", None)
