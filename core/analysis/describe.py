@@ -24,6 +24,7 @@ from core.contracts.schema import Section
 from core.extension.checks import format_error_at
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger
+from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
 
@@ -177,9 +178,9 @@ def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> d
     optimizer = recipe.optimizer.component(recipe.optimizer.config)
     gradients = 0
     moments = 0
-    for parameter in model.parameters():
-        gradients += parameter.numel() * parameter.element_size()
-        moments += optimizer.state_bytes(parameter)
+    for named in named_parameters(model):
+        gradients += named.parameter.numel() * named.parameter.element_size()
+        moments += optimizer.state_bytes_of(named)
     length = recipe.data.sequence_length
     tokens = recipe.batch.sequences * length
     # Two states of the residual stream in each block: the inputs of attention and of the feed-forward layer.

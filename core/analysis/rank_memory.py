@@ -20,6 +20,7 @@ from core.analysis.products import MatrixProduct, Products
 from core.contracts.precision import Precision
 from core.model.block import Block
 from core.model.language_model import LanguageModel
+from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
 
@@ -103,9 +104,10 @@ def _owned(recipe: Recipe, model: LanguageModel, owners: int) -> dict[str, int]:
     optimizer = recipe.optimizer.component(recipe.optimizer.config)
     weights = 0
     states = 0
-    for parameter in model.parameters():
+    for named in named_parameters(model):
+        parameter = named.parameter
         weights += -(-parameter.numel() // owners) * parameter.element_size()
-        states += -(-optimizer.state_bytes(parameter) // owners)
+        states += -(-optimizer.state_bytes_of(named) // owners)
     return {"weights": weights, "gradients": weights, "optimizer": states}
 
 

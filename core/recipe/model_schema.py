@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from core.contracts.bounds import at_least, positive
 from core.contracts.errors import ConfigError
 from core.contracts.schema import Child, child, children, setting
-from core.recipe.bounds import at_least, positive
 
 MOST_LAYERS = 10_000
 """Most blocks of a model: each is an object, so a million of them take minutes before anything is checked."""

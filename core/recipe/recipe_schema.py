@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from core.contracts.bounds import at_least
 from core.contracts.errors import ConfigError
 from core.contracts.schedule import Schedule, Scheduled, check_scheduled
 from core.contracts.schema import Child, Section, child, children, sections_in, setting
-from core.recipe.bounds import at_least
 from core.recipe.model_schema import ModelSection
 from core.recipe.trainer_keys import check_trainer_values
 
@@ -193,7 +193,9 @@ class RecipeSchema:
                 f"must be empty under precision {name}: as it is set, a recomputed product differs"
             )
             raise ConfigError("recompute.blocks", why)
-        if self.strategy.component.shards and self.optimizer.component.needs_whole_matrices:
+        optimizer = self.optimizer.component
+        needs_whole = optimizer.needs_whole_matrices and not optimizer.gathers_matrices
+        if self.strategy.component.shards and needs_whole:
             why = f"{self.strategy.name} divides the weights, and optimizer {self.optimizer.name} needs whole matrices"
             raise ConfigError("strategy.name", why)
         if "gpu_only" in able and getattr(self.strategy.config, "accelerator", None) == "cpu":

@@ -18,9 +18,11 @@ from core.checkpoints.content import check_model, check_optimizers
 from core.contracts.corpus import TokenCorpus
 from core.contracts.errors import ConfigError, Interrupted, RunFailed, UserError
 from core.contracts.strategy import StrategyFactory
+from core.contracts.training import OptimizerFactory
 from core.data.module import TextData
 from core.data.tokenizer import SMALLEST
 from core.model.language_model import LanguageModel
+from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe, compose_run
 from core.recipe.values import show_value
 from core.run.data import text_data
@@ -358,6 +360,7 @@ def check_environment(recipe: Recipe) -> None:
         raise UserError(f"{recipe.source}: {error}") from error
     _check_vocabulary(recipe)
     _check_strategy(recipe, model)
+    _check_optimizer(recipe, model)
     _check_memory(recipe, model)
     found = unmet_requirements(recipe)
     if found:
@@ -380,6 +383,15 @@ def _check_strategy(recipe: Recipe, model: LanguageModel) -> None:
     except ConfigError as error:
         value = show_value(getattr(recipe.strategy.config, error.key, recipe.strategy.name))
         raise UserError(f"{recipe.source}: strategy.{error.key} = {value}: {error.why}") from error
+
+
+def _check_optimizer(recipe: Recipe, model: LanguageModel) -> None:
+    """Raises `UserError` for settings of the optimizer that do not suit the model's weights."""
+    optimizer: OptimizerFactory = make(recipe.optimizer)
+    try:
+        optimizer.check_parameters(named_parameters(model))
+    except ConfigError as error:
+        raise UserError(f"{recipe.source}: optimizer.{error.key}: {error.why}") from error
 
 
 def _check_memory(recipe: Recipe, model: nn.Module) -> None:

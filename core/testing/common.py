@@ -66,9 +66,9 @@ def config_is_honest(subject: Subject) -> None:
 
 
 def _names_read(component: Any) -> Iterator[str]:
-    """Names that are read like keys of a `Config` in the component's package and in its classes' modules."""
+    """Names that are read like keys of a `Config` in its package, or where its and its `Config`'s classes are."""
     files = set()
-    for cls in component.__mro__:
+    for cls in (*component.__mro__, *component.Config.__mro__):
         file = getattr(sys.modules.get(cls.__module__), "__file__", None)
         if file and cls.__module__.partition(".")[0] != "torch":
             files.add(Path(file))

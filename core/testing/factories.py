@@ -2,6 +2,8 @@
 
 import json
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +15,7 @@ from torch import Tensor
 from core.contracts.corpus import Split, TokenCorpus
 from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
-from core.contracts.training import NamedParameter, ParameterKind
+from core.contracts.training import NamedParameter, OptimizerFactory, ParameterKind
 from core.model.initialise import initialise
 from core.model.parameters import check_groups
 from core.numerics.part_exchange import local_tensor
@@ -45,10 +47,7 @@ WEIGHTS: dict[ParameterKind, tuple[str, tuple[int, ...]]] = {
 def optimizer_is_torchs(subject: Subject) -> None:
     """Takes a step, which must move every parameter, loads the state again, and reads learning rates of a run."""
     factory = subject.factory()
-    named = []
-    for kind, (role, shape) in WEIGHTS.items():
-        parameter = torch.nn.Parameter(torch.ones(shape))
-        named.append(NamedParameter(f"{kind}.weight", parameter, role, kind))
+    named = _weights_with_gradients(torch.float32)
     made = factory.make(named)
     optimizers = made if isinstance(made, list) else [made]
     require(all(isinstance(one, torch.optim.Optimizer) for one in optimizers), f"made {made!r}")
@@ -58,9 +57,6 @@ def optimizer_is_torchs(subject: Subject) -> None:
         require(False, str(error))
     rates = [factory.learning_rate(Progress(step, step, 100, 100)) for step in (1, 50, 100)]
     require(all(0 <= rate < float("inf") for rate in rates), f"learning rates {rates}")
-    draw = torch.Generator().manual_seed(0)
-    for weight in named:
-        weight.parameter.grad = torch.rand(weight.parameter.shape, generator=draw) + 0.5
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = 0.1 * group.get("lr_scale", 1.0)
@@ -68,6 +64,114 @@ def optimizer_is_torchs(subject: Subject) -> None:
         optimizer.load_state_dict(optimizer.state_dict())
     for weight in named:
         require(bool((weight.parameter != 1).all()), "a parameter did not move")
+
+
+@check(
+    "optimizer",
+    clause="`state_bytes_of` counts at least the bytes of every state that has the form of its weight",
+    where=f"{TRAINING}, OptimizerFactory: `state_bytes_of`",
+)
+def optimizer_states_are_counted(subject: Subject) -> None:
+    """Takes a step of a weight of each kind, and compares the bytes of what is kept."""
+    factory = subject.factory()
+    named = _weights_with_gradients(torch.float32)
+    optimizers = _stepped(factory, named)
+    for weight in named:
+        states = [optimizer.state.get(weight.parameter, {}) for optimizer in optimizers]
+        kept = [v for state in states for v in state.values() if isinstance(v, Tensor) and v.ndim]
+        held = sum(tensor.nbytes for tensor in kept)
+        counted = factory.state_bytes_of(weight)
+        require(held <= counted, f"{weight.kind}: {held} bytes are kept, and {counted} counted")
+
+
+class _Meeting:
+    """Two threads that gather the rows of their matrices, as two ranks do.
+
+    Args:
+        rank: the number of this thread.
+        axis: the axis along which a tensor is divided.
+        barrier, parts: what both threads share.
+    """
+
+    def __init__(
+        self, rank: int, axis: int, barrier: threading.Barrier, parts: list[Tensor]
+    ) -> None:
+        self.rank = rank
+        self.axis = axis
+        self.barrier = barrier
+        self.parts = parts
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Waits for the other thread's part."""
+        self.parts[self.rank] = part
+        self.barrier.wait()
+        whole = torch.cat(self.parts, dim=self.axis)
+        self.barrier.wait()
+        return whole
+
+    def shard_of(self, whole: Tensor) -> Tensor:
+        """This thread's part."""
+        return whole.chunk(2, dim=self.axis)[self.rank]
+
+
+@check(
+    "optimizer",
+    clause="an optimizer that gathers matrices updates the parts of divided ones as it updates whole ones",
+    where=f"{TRAINING}, OptimizerFactory: `gathers_matrices`, MatrixShard",
+)
+def divided_matrices_are_updated_as_whole(subject: Subject) -> None:
+    """Takes two steps of whole weights, and of their halves in two threads that gather from each other."""
+    factory = subject.factory()
+    skip_unless(factory.gathers_matrices, "it gathers no matrices")
+    whole = _weights_with_gradients(torch.float64)
+    axes = {weight.name: max(0, weight.parameter.ndim - 2) for weight in whole}
+    barrier = threading.Barrier(2, timeout=60)
+    parts: list[Tensor] = [torch.empty(0)] * 2
+
+    def half(weight: NamedParameter, rank: int) -> NamedParameter:
+        axis = axes[weight.name]
+        meeting = _Meeting(rank, axis, barrier, parts) if weight.parameter.ndim > 1 else None
+        own = torch.nn.Parameter(weight.parameter.detach().chunk(2, dim=axis)[rank].clone())
+        assert weight.parameter.grad is not None
+        own.grad = weight.parameter.grad.chunk(2, dim=axis)[rank].clone()
+        return NamedParameter(weight.name, own, weight.role, weight.kind, meeting)
+
+    halves = [[half(weight, rank) for weight in whole] for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        work = [threads.submit(_stepped, subject.factory(), own, steps=2) for own in halves]
+        for future in work:
+            future.result()
+    _stepped(factory, whole, steps=2)
+    for weight, one, other in zip(whole, *halves, strict=True):
+        pair = [one.parameter.detach(), other.parameter.detach()]
+        found = torch.cat(pair, dim=axes[weight.name])
+        far = float((found - weight.parameter.detach()).abs().max())
+        require(far < 1e-10, f"{weight.name}: halves differ from the whole by {far:.1e}")
+
+
+def _weights_with_gradients(dtype: torch.dtype) -> list[NamedParameter]:
+    """A weight of each kind, with a gradient."""
+    draw = torch.Generator().manual_seed(0)
+    named = []
+    for kind, (role, shape) in WEIGHTS.items():
+        parameter = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+        parameter.grad = torch.rand(shape, generator=draw, dtype=dtype) + 0.5
+        named.append(NamedParameter(f"{kind}.weight", parameter, role, kind))
+    return named
+
+
+def _stepped(
+    factory: OptimizerFactory, named: list[NamedParameter], *, steps: int = 1
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of some weights after a few steps."""
+    made = factory.make(named)
+    optimizers = made if isinstance(made, list) else [made]
+    for _ in range(steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * group.get("lr_scale", 1.0)
+            optimizer.step()
+    return optimizers
 
 
 @check(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from broken_formats import *  # noqa: F403 - classes that are found by their name
 from broken_formats import FORMATS
+from broken_optimizers import *  # noqa: F403
+from broken_optimizers import OPTIMIZERS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -62,6 +64,7 @@ BROKEN = {
     ("router", "hearsay"): "limits_are_those_of_the_selection",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
+BROKEN |= {("optimizer", cls.example["name"]): check for cls, check in OPTIMIZERS.items()}
 """The one check that each must fail."""
 
 
@@ -506,4 +509,5 @@ CLASSES = (
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
     *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay, Hearsay),
     *FORMATS,
+    *OPTIMIZERS,
 )
