@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from core.command import print_json, run_command, trust_argument
+from core.command import print_json, run_command, trust_argument, weights_argument
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print also what xz -9e needs (two seconds for each MB of text)",
     )
+    weights_argument(p)
     p.add_argument("--json", action="store_true", help="print one JSON document")
     trust_argument(p, "the run's recipe or a task file names")
     tasks = p.add_argument_group("benchmarks, instead of validation (pip install 'moeloom[eval]')")
@@ -57,7 +58,11 @@ def _validate(arguments: argparse.Namespace) -> None:
     from core.training.resume import newest_checkpoint
 
     values = evaluate(
-        newest_checkpoint(Path(arguments.run)), xz=arguments.xz, trust=arguments.trust, say=_say
+        newest_checkpoint(Path(arguments.run)),
+        xz=arguments.xz,
+        trust=arguments.trust,
+        weights=arguments.weights,
+        say=_say,
     )
     if arguments.json:
         print_json(values)
@@ -87,11 +92,14 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         given["folder"] = Path(arguments.task_path)
     names = [name.strip() for name in arguments.tasks.split(",")]
     options = TaskOptions(tuple(name for name in names if name), **given)
+    from core.interop.run_weights import check_average
     from core.recipe.compose import compose_run
     from core.run.device import check_device
     from core.run.loading import load, run_of
 
     folder = run_of(checkpoint)
+    if arguments.weights is not None:
+        check_average(checkpoint, arguments.weights)
     recipe = compose_run(folder.recipe, trust=arguments.trust)
     device = arguments.device or "cpu"
     check_device(device, recipe)
@@ -99,13 +107,16 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     notices = recipe.notices()
     for notice in notices:
         _say(f"note: {notice}")
-    model = load(checkpoint, trust=arguments.trust).to(device)
+    model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
     try:
         results = run_tasks(loaded, folder, model, options, say=_say)
     except NotFiniteError as cause:
         raise NotFiniteError(f"{checkpoint}: {cause}") from cause
     if arguments.json:
-        print_json({"checkpoint": checkpoint.name, **results, "notices": notices})
+        document = {"checkpoint": checkpoint.name, **results}
+        if arguments.weights is not None:
+            document["weights"] = arguments.weights
+        print_json({**document, "notices": notices})
         return
     for line in table_lines(results):
         print(line)

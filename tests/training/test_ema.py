@@ -1,0 +1,252 @@
+"""The callback `ema`: its average is the loop's, training reaches the same bits, and a killed run continues with it.
+
+The small run has 12 steps, checkpoints after steps 5, 10 and 12, and validations after steps 6 and 12.
+"""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lab import Lab, assert_same, assert_same_run, forked, last_checkpoint, rows
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from core.assemble import build, make
+from core.checkpoints.listing import checkpoints_in
+from core.checkpoints.reading import read_checkpoint
+from core.contracts.errors import ConfigError, UserError
+from core.contracts.training import NamedParameter
+from core.recipe.compose import compose
+from core.run.loading import load
+from core.training import callbacks
+from core.training.averages import in_place_of_weights
+from plugins.ema.callback import EmaCallback
+from plugins.ema.factory import ExponentialMovingAverage
+
+DECAY = 0.9
+
+
+def section(**given: Any) -> str:
+    """The override that adds the callback."""
+    keys = {"decay": DECAY, **given}
+    text = ", ".join(f"{key}: {value}" for key, value in keys.items())
+    return f"callbacks=[{{name: ema, {text}}}]"
+
+
+def without_averages(values: dict[str, str]) -> dict[str, str]:
+    """A row of the log without the columns of the average."""
+    return {key: value for key, value in values.items() if not key.startswith("ema/")}
+
+
+def ema_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The averaged tensors in the content of a checkpoint."""
+    tensors: dict[str, Tensor] = checkpoint["averages"]["ema"]["weights"]
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def averaged(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run of the small recipe with an average; tests must only read it."""
+    folder = tmp_path_factory.mktemp("averaged") / "run"
+    lab.fit(folder, section())
+    return folder
+
+
+# ---- the average
+
+
+class Weights(L.Callback):
+    """Keeps a copy of all weights after each step, and whether it was skipped."""
+
+    def __init__(self) -> None:
+        self.after: list[dict[str, Tensor]] = []
+        self.skipped: list[bool] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Copies the weights."""
+        found = dict(pl_module.model.named_parameters())
+        self.after.append({name: weight.detach().clone() for name, weight in found.items()})
+        self.skipped.append(pl_module.skipped_in_a_row > 0)
+
+
+def slow_average(
+    after: Sequence[dict[str, Tensor]],
+    skipped: Sequence[bool],
+    *,
+    first_step: int = 1,
+    every_steps: int = 1,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[int, dict[str, Tensor]]:
+    """The number of updates and the average of every weight, by the definition, one step after the other."""
+    updates = 0
+    average: dict[str, Tensor] = {}
+    for step, (weights, skip) in enumerate(zip(after, skipped, strict=True), start=1):
+        if skip or step < first_step or (step - first_step) % every_steps:
+            continue
+        for name, weight in weights.items():
+            now = weight.to(dtype)
+            if updates == 0:
+                average[name] = now.clone()
+            elif dtype == torch.float64:
+                average[name] = DECAY * average[name] + (1 - DECAY) * now
+            else:
+                average[name] = torch.lerp(average[name], now, 1 - DECAY)
+        updates += 1
+    return updates, average
+
+
+def made(**given: Any) -> EmaCallback:
+    """The callback with some keys."""
+    keys = ExponentialMovingAverage.Config(**{"decay": DECAY, **given})
+    callback = ExponentialMovingAverage(keys).make(Path())
+    assert isinstance(callback, EmaCallback)
+    return callback
+
+
+@pytest.mark.parametrize(("first_step", "every_steps"), [(1, 1), (3, 4)])
+@pytest.mark.parametrize("device", ["same", "cpu"])
+def test_the_average_is_that_of_a_slow_loop(
+    lab: Lab, first_step: int, every_steps: int, device: str
+) -> None:
+    """In fp64 up to the rounding of 12 updates in fp32, whose relative error is 2^-24 each; in fp32 to the bit."""
+    seen = Weights()
+    when = {"first_step": first_step, "every_steps": every_steps}
+    callback = made(device=device, **when)
+    lab.train(callbacks=[seen, callback])
+    updates, exact = slow_average(seen.after, seen.skipped, **when)
+    assert callback.average.updates == updates == len(range(first_step, 13, every_steps))
+    assert list(callback.average.weights) == list(exact)
+    for name, value in exact.items():
+        largest = max(float(weights[name].abs().max()) for weights in seen.after)
+        error = float((callback.average.weights[name] - value).abs().max())
+        assert error <= 12 * 2**-23 * largest, name
+    _, same = slow_average(seen.after, seen.skipped, **when, dtype=torch.float32)
+    assert_same(callback.average.weights, same)
+
+
+def test_the_average_is_that_of_torch(lab: Lab) -> None:
+    """`AveragedModel` is what Lightning's `WeightAveraging` keeps; a model without hash tables can be copied."""
+    seen = Weights()
+    callback = made()
+    lab.train(callbacks=[seen, callback])
+    theirs = build(lab.recipe())
+    torchs = AveragedModel(theirs, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    for weights in seen.after:
+        theirs.load_state_dict(weights, strict=False)
+        torchs.update_parameters(theirs)
+    assert_same(callback.average.weights, dict(torchs.module.named_parameters()))
+
+
+class SkipStep(L.Callback):
+    """Makes the gradient of one step not finite."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Writes an infinity into a gradient."""
+        if pl_module.windows_done == self.step - 1:
+            pl_module.model.norm.weight.grad.fill_(float("inf"))
+
+
+@pytest.mark.parametrize("optimizer", ["{name: adamw, lr: 0.003}"])
+def test_a_skipped_step_is_no_update(lab: Lab, optimizer: str) -> None:
+    seen = Weights()
+    callback = made(first_step=2, every_steps=2)
+    lab.train(f"optimizer={optimizer}", callbacks=[SkipStep(4), seen, callback])
+    assert seen.skipped.index(True) == 3
+    updates, same = slow_average(
+        seen.after, seen.skipped, first_step=2, every_steps=2, dtype=torch.float32
+    )
+    assert callback.average.updates == updates == 5
+    assert_same(callback.average.weights, same)
+
+
+def test_an_average_of_bf16_weights_is_kept_in_fp32() -> None:
+    """In bf16 an update of a thousandth would be lost."""
+    weight = torch.ones(3, dtype=torch.bfloat16)
+    callback = made(decay=0.999)
+    named = [NamedParameter("w", weight, "", "vector")]
+    callback.update(named)
+    weight.fill_(2.0)
+    for _ in range(3):
+        callback.update(named)
+    average = callback.average.weights["w"]
+    assert average.dtype == torch.float32
+    assert average[0] == pytest.approx(2 - 0.999**3, rel=1e-6)
+
+
+# ---- a run
+
+
+def test_a_run_with_an_average_reaches_the_same_bits(averaged: Path, finished: Path) -> None:
+    one = last_checkpoint(averaged)
+    two = last_checkpoint(finished)
+    for key in ("state_dict", "optimizer_states", "loops"):
+        assert_same(one[key], two[key])
+    assert [without_averages(row) for row in rows(averaged)] == rows(finished)
+    assert_same(load_file(averaged / "loads.safetensors"), load_file(finished / "loads.safetensors"))
+    assert (averaged / "sample.txt").read_text() == (finished / "sample.txt").read_text()
+
+
+def test_log_and_summary_have_both_losses(averaged: Path, lab: Lab) -> None:
+    validated = [row for row in rows(averaged) if "val_loss" in row]
+    assert [row["step"] for row in validated] == ["6", "12"]
+    names = {key for key in validated[0] if key.startswith("ema/")}
+    assert names == {f"ema/{key}" for key in validated[0] if key.startswith("val")}
+    summary = json.loads((averaged / "summary.json").read_text())
+    for key in ("val_loss", "val_bits_per_byte"):
+        assert summary[f"ema/{key}"] == pytest.approx(float(validated[1][f"ema/{key}"]), rel=1e-6)
+        assert summary[f"ema/{key}"] != summary[key]
+    assert set(summary) - {"ema/val_loss", "ema/val_bits_per_byte"} == set(summary_keys(lab))
+
+
+def summary_keys(lab: Lab) -> list[str]:
+    """The keys of a summary without an average, from the documented table."""
+    from core.study.sweep_schema import METRICS
+
+    return [*METRICS, "peak_flops_source", "precision_paths", "notices"]
+
+
+def test_a_checkpoint_holds_every_weight_and_its_average(averaged: Path, lab: Lab) -> None:
+    content = last_checkpoint(averaged)
+    average = content["averages"]["ema"]
+    assert average["updates"] == 12
+    assert average["settings"] == {"decay": DECAY, "first_step": 1, "every_steps": 1}
+    weights = [f"model.{name}" for name, _ in build(lab.recipe()).named_parameters()]
+    assert list(average["weights"]) == weights
+    assert all(not torch.equal(average["weights"][n], content["state_dict"][n]) for n in weights)
+
+
+def test_averaged_weights_come_with_the_current_selection_bias(averaged: Path) -> None:
+    content = last_checkpoint(averaged)
+    state = load(averaged, weights="ema").state_dict()
+    for name, tensor in content["state_dict"].items():
+        name = name.removeprefix("model.")
+        if name in state:
+            expected = ema_of(content).get(f"model.{name}", tensor)
+            assert torch.equal(state[name], expected), name
+    assert any(name.endswith("bias_E") or "bias" in name for name in state)
+
+
+# ---- commands
+
+
+def test_evaluate_measures_what_the_run_measured(averaged: Path, lab: Lab) -> None:
+    printed = lab.command("evaluate", averaged, "--weights", "ema", "--json")
+    values = json.loads(printed.out)
+    summary = json.loads((averaged / "summary.json").read_text())
+    assert values["weights"] == "ema"
+    assert values["val_loss"] == summary["ema/val_loss"]
+    assert values["val_bits_per_byte"] == summary["ema/val_bits_per_byte"]
+    trained = json.loads(lab.command("evaluate", averaged, "--json").out)
+    assert "weights" not in trained
+    assert trained["val_loss"] == summary["val_loss"]
