@@ -164,8 +164,8 @@ def routing_of(model: LanguageModel) -> RoutingProperties:
 def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> dict[str, int]:
     """Estimated bytes on one device that holds all of the model and a whole micro-batch.
 
-    Weights, gradients, the optimizer's moments and averages of weights are exact; of the activations only the residual stream and the
-    logits are counted.
+    Weights, gradients, the optimizer's moments and averages of weights are exact; of the activations only the residual
+    stream and the logits are counted.
 
     Args:
         recipe: its batch, its optimizer and its callbacks decide.

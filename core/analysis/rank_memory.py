@@ -24,12 +24,12 @@ from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
 
 CONVENTION = (
-    "per rank, in bytes, at the end of a batch ramp; owned: weights, gradients, optimizer states and averages, divided over all "
-    "ranks if the strategy divides weights; whole weights: those outside of blocks and, of divided blocks, two at a "
-    "time (one runs, the next is gathered), with the experts of one rank; whole gradients: in fp32, those outside "
-    "of blocks and of one block, or of all blocks where a step has several micro-batches; activations: of one "
-    "micro-batch, with the recipe's recompute.blocks, even load; without buffers of communication, workspaces and the "
-    "allocator's loss"
+    "per rank, in bytes, at the end of a batch ramp; owned: weights, gradients, optimizer states and averages, "
+    "divided over all ranks if the strategy divides weights; whole weights: those outside of blocks and, of divided "
+    "blocks, two at a time (one runs, the next is gathered), with the experts of one rank; whole gradients: in fp32, "
+    "those outside of blocks and of one block, or of all blocks where a step has several micro-batches; activations: "
+    "of one micro-batch, with the recipe's recompute.blocks, even load; without buffers of communication, workspaces "
+    "and the allocator's loss"
 )
 
 

@@ -70,12 +70,16 @@ def not_finite_average(content: Mapping[str, Any]) -> str | None:
 
 
 def check_averages(
-    averages: Sequence[WeightAverage], content: Mapping[str, Any], file: Path
+    averages: Sequence[WeightAverage],
+    weights: Collection[str],
+    content: Mapping[str, Any],
+    file: Path,
 ) -> list[str]:
     """Compares the averages that a run keeps with those of the checkpoint that it continues from.
 
     Args:
         averages: those that the recipe asks for.
+        weights: the names of all weights in the part `state_dict`.
         content: the checkpoint's.
         file: the checkpoint.
 
@@ -91,7 +95,7 @@ def check_averages(
     notes: list[str] = []
     for average in averages:
         if average.name in stored:
-            _check_average(average, stored[average.name], content["state_dict"], file)
+            _check_average(average, stored[average.name], weights, content["state_dict"], file)
         else:
             notes.append(f"{average.name}: {file.name} holds no such average, so it begins anew")
     kept = [average.name for average in averages]
@@ -103,7 +107,11 @@ def check_averages(
 
 
 def _check_average(
-    average: WeightAverage, stored: Any, state: Mapping[str, Any], file: Path
+    average: WeightAverage,
+    stored: Any,
+    expected: Collection[str],
+    state: Mapping[str, Any],
+    file: Path,
 ) -> None:
     """Raises `UserError` unless an average can be continued from what a checkpoint holds."""
     where = f"{AVERAGES}.{average.name}"
@@ -122,8 +130,11 @@ def _check_average(
             raise UserError(f"--resume: callbacks: {average.name}: {key} = {value}: {before}")
     if bool(weights) != (updates > 0):
         raise _damaged(file, f"{where}: {len(weights)} tensors after {updates} updates")
+    for name in expected if weights else ():
+        if name not in weights:
+            raise _damaged(file, f"{where}: tensor {name} is missing")
     for name, value in weights.items():
-        whole = state.get(name)
+        whole = state.get(name) if name in expected else None
         if not isinstance(whole, Tensor) or not isinstance(value, Tensor):
             raise _damaged(file, f"{where}: {name} is no tensor of the model")
         if value.shape != whole.shape:

@@ -13,7 +13,6 @@ from core.run.divergence import DIVERGED
 from core.training.module import TrainingModule
 from core.training.setup import RunCallbacks
 
-
 AVERAGED = ("/val_loss", "/val_bits_per_byte")
 """How the names of those values of averaged weights end that a summary has; they begin with the average's name."""
 

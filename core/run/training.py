@@ -229,7 +229,8 @@ def _fit(
     callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
     if start:
         _check_start(module, start)
-        for note in check_averages(averages_of(callbacks), start.content, start.path):
+        names = [f"model.{one.name}" for one in module.local_parameters.named]
+        for note in check_averages(averages_of(callbacks), names, start.content, start.path):
             notices.append(note)
             say(f"note: {note}")
         # the content is as large as the model, and Lightning reads the file again

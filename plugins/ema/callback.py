@@ -22,8 +22,8 @@ from core.numerics.promotion import at_least_fp32
 class EmaCallback(L.Callback):
     """Keeps the average a <- decay a + (1 - decay) w of every weight w, in fp32 or wider.
 
-    The first update copies the weights. A step that was skipped for a non-finite gradient is no update. Buffers, such as
-    selection biases, are not averaged: `--weights ema` takes them from the weights' own state.
+    The first update copies the weights. A step that was skipped for a non-finite gradient is no update. Buffers, such
+    as selection biases, are not averaged: `--weights ema` takes them from the weights' own state.
 
     Args:
         config: the keys of the recipe's section.

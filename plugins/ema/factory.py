@@ -34,7 +34,8 @@ class ExponentialMovingAverage(CallbackFactory):
             0.999, doc="what an update keeps of the average; the rest comes from the weights"
         )
         first_step: int = setting(
-            1, doc="the step, counted from 1, after which the average begins as a copy of the weights"
+            1,
+            doc="the step, counted from 1, after which the average begins as a copy of the weights",
         )
         every_steps: int = setting(1, doc="steps from one update to the next")
         device: Literal["same", "cpu"] = setting(

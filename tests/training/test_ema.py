@@ -4,30 +4,21 @@ The small run has 12 steps, checkpoints after steps 5, 10 and 12, and validation
 """
 
 import json
-import os
-import shutil
-import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lab import Lab, assert_same, assert_same_run, forked, last_checkpoint, rows
+from lab import Lab, assert_same, last_checkpoint, rows
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from core.assemble import build, make
-from core.checkpoints.listing import checkpoints_in
-from core.checkpoints.reading import read_checkpoint
-from core.contracts.errors import ConfigError, UserError
+from core.assemble import build
 from core.contracts.training import NamedParameter
-from core.recipe.compose import compose
 from core.run.loading import load
-from core.training import callbacks
-from core.training.averages import in_place_of_weights
 from plugins.ema.callback import EmaCallback
 from plugins.ema.factory import ExponentialMovingAverage
 
@@ -193,7 +184,9 @@ def test_a_run_with_an_average_reaches_the_same_bits(averaged: Path, finished: P
     for key in ("state_dict", "optimizer_states", "loops"):
         assert_same(one[key], two[key])
     assert [without_averages(row) for row in rows(averaged)] == rows(finished)
-    assert_same(load_file(averaged / "loads.safetensors"), load_file(finished / "loads.safetensors"))
+    assert_same(
+        load_file(averaged / "loads.safetensors"), load_file(finished / "loads.safetensors")
+    )
     assert (averaged / "sample.txt").read_text() == (finished / "sample.txt").read_text()
 
 
