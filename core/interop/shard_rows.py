@@ -30,24 +30,25 @@ class ShardRows(TensorReader):
     def __init__(self, checkpoint: Path, average: str | None = None) -> None:
         self._reader = open_shards(checkpoint)
         self._reader.check(MODEL)
-        self.specs = specs_of(self._reader)
-        self._stored = {name: f"{PREFIX}{name}" for name in self.specs}
+        specs = specs_of(self._reader)
+        self._stored = {name: f"{PREFIX}{name}" for name in specs}
         if average is not None:
-            self._take_average(average)
+            self._take_average(average, specs)
+        self.specs = specs
 
-    def _take_average(self, average: str) -> None:
-        """Reads averaged weights wherever there are any."""
+    def _take_average(self, average: str, specs: dict[str, TensorSpec]) -> None:
+        """Reads averaged weights wherever there are any, and replaces their specifications."""
         index = self._reader.index
         known = averages_in_index(index)
         if average not in known:
             raise missing_average(average, self._reader.folder, known)
         prefix = index_prefix(average)
         self._reader.check(prefix)
-        for name in self.specs:
+        for name in specs:
             stored = f"{prefix}{PREFIX.removeprefix(MODEL)}{name}"
             if stored in index.tensors:
                 tensor = index.tensors[stored]
-                self.specs[name] = TensorSpec(dtype_of(tensor), tensor.shape)
+                specs[name] = TensorSpec(dtype_of(tensor), tensor.shape)
                 self._stored[name] = stored
 
     def read_rows(self, name: str, begin: int, end: int) -> Tensor:

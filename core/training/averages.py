@@ -94,7 +94,8 @@ class Averages(L.Callback):
         totals = ValidationTotals(module.model, module.ledger, module.validation.bytes)
         totals = totals.to(module.device)
         limit = trainer.num_val_batches[0]
-        batches = islice(trainer.val_dataloaders, None if math.isinf(limit) else int(limit))
+        loader: Any = trainer.val_dataloaders
+        batches = islice(loader, None if math.isinf(limit) else int(limit))
         is_stopped = False
         with in_place_of_weights(module, average), trainer.precision_plugin.val_step_context():
             for index, batch in enumerate(batches):
