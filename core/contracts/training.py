@@ -75,8 +75,10 @@ class OptimizerFactory(Component, ABC):
 class WeightAverage:
     """Averaged weights that a callback keeps beside those that are trained.
 
-    The callback updates them after steps. The run does everything else: it validates them beside the weights, writes
-    them into every checkpoint, and hands them back when it continues.
+    The callback updates them in `on_train_batch_end`, where its module has `local_parameters.named` (a `NamedParameter`
+    for each weight or part of a weight that this rank owns), `windows_done` (steps, skipped ones included) and
+    `skipped_in_a_row` (0 unless the step just done was skipped). The run does everything else: it validates the
+    averages beside the weights, writes them into every checkpoint, and hands them back, on the CPU, when it continues.
 
     Args:
         name: what `--weights` and the names of metrics call it.

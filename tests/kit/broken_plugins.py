@@ -1,11 +1,13 @@
 """Plugins with one error each, of kinds that occurred in real code."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from broken_formats import *  # noqa: F403 - classes that are found by their name
 from broken_formats import FORMATS
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +25,7 @@ from core.contracts.router import AdjustScores, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
 from core.contracts.strategy import StrategyFactory
+from core.contracts.training import CallbackFactory, WeightAverage
 from core.extension.hookspec import hookimpl
 from core.model.attend import TensorCache
 from core.numerics.linear import Linear
@@ -57,6 +60,7 @@ BROKEN = {
     ("strategy", "wrapper"): "divided_weights_are_the_whole_models",
     ("strategy", "redrawer"): "divided_weights_are_the_whole_models",
     ("dispatcher", "one_way"): "bound_dispatch_equals_a_loop",
+    ("callback", "hasty"): "averages_follow_the_weights",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 """The one check that each must fail."""
@@ -460,10 +464,36 @@ class OneWay(Dispatcher):
         return Done(gated_sums(y_AD, state))
 
 
+class HastyCallback(Callback):
+    """Copies the weights after every step."""
+
+    def __init__(self) -> None:
+        self.average = WeightAverage("hasty", {})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        for named in pl_module.local_parameters.named:
+            self.average.weights[named.name] = named.parameter.detach().clone()
+        self.average.updates += 1
+
+
+class Hasty(CallbackFactory):
+    """Updates its average also after a step that was skipped."""
+
+    average = "hasty"
+    example = {"name": "hasty"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Nothing to set."""
+
+    def make(self, folder: Path) -> Callback:
+        return HastyCallback()
+
+
 CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
-    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay),
+    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay, Hasty),
     *FORMATS,
 )

@@ -77,12 +77,13 @@ def check_run(lab: Lab, folder: Path, overrides: list[str]) -> None:
     lab.fit(folder / "plain", *SHORT, *overrides)
     runs = [checkpoints_in(folder / "ema"), checkpoints_in(folder / "plain")]
     average: dict[str, torch.Tensor] = {}
-    for one, two in zip(*map(lambda files: [read_checkpoint(f) for f in files], runs), strict=True):
+    for files in zip(*runs, strict=True):
+        one, two = [read_checkpoint(file) for file in files]
         for key in ("state_dict", "optimizer_states"):
             assert_same(one[key], two[key])
         assert_same(one["moeloom"]["step_states"], two["moeloom"]["step_states"])
         kept = one["averages"]["ema"]["weights"]
-        for name, tensor in kept.items():
+        for name in kept:
             weight = one["state_dict"][name]
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             average[name] = (
@@ -116,7 +117,10 @@ def test_every_component_trains_with_an_average(
         [DELAYED],
         ["model.tied_embedding=true"],
         ["recompute.blocks=[dense, moe]"],
-        ["model.blocks.moe.ffn.router={name: hash, map: balanced}", "model.blocks.moe.ffn.balance=[]"],
+        [
+            "model.blocks.moe.ffn.router={name: hash, map: balanced}",
+            "model.blocks.moe.ffn.balance=[]",
+        ],
         ["compile=true"],
     ],
     ids=["delayed scaling", "tied embedding", "recompute", "hash tables", "compile"],
