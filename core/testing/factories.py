@@ -181,7 +181,7 @@ def averages_follow_the_weights(subject: Subject) -> None:
     skip_unless(factory.average is not None, "it averages no weights")
     with tempfile.TemporaryDirectory() as folder:
         callback: Any = factory.make(Path(folder))
-    average = getattr(callback, "average", None)
+    average: Any = getattr(callback, "average", None)
     require(isinstance(average, WeightAverage), f"its attribute `average` is {average!r}")
     require(average.name == factory.average, f"named {average.name!r}, not {factory.average!r}")
     require(not average.updates and not average.weights, "it has averages before the first step")
