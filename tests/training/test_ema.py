@@ -12,17 +12,22 @@ import lightning as L
 import pytest
 import torch
 from lab import Lab, assert_same, last_checkpoint, rows
+from rank_runs import cut_after
 from safetensors.torch import load_file
+from tiers import first_by_default
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from core.analysis.describe import document_of
 from core.assemble import build
+from core.contracts.errors import UserError
 from core.contracts.training import NamedParameter
 from core.run.loading import load
 from plugins.ema.callback import EmaCallback
 from plugins.ema.factory import ExponentialMovingAverage
 
 DECAY = 0.9
+KEEP = "checkpoint.keep=9"
 
 
 def section(**given: Any) -> str:
@@ -47,7 +52,7 @@ def ema_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 def averaged(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run of the small recipe with an average; tests must only read it."""
     folder = tmp_path_factory.mktemp("averaged") / "run"
-    lab.fit(folder, section())
+    lab.fit(folder, section(), KEEP)
     return folder
 
 
@@ -102,8 +107,10 @@ def made(**given: Any) -> EmaCallback:
     return callback
 
 
-@pytest.mark.parametrize(("first_step", "every_steps"), [(1, 1), (3, 4)])
-@pytest.mark.parametrize("device", ["same", "cpu"])
+@pytest.mark.parametrize(
+    ("first_step", "every_steps", "device"),
+    first_by_default([(3, 4, "cpu"), (1, 1, "same"), (1, 1, "cpu"), (3, 4, "same")], several=True),
+)
 def test_the_average_is_that_of_a_slow_loop(
     lab: Lab, first_step: int, every_steps: int, device: str
 ) -> None:
@@ -123,6 +130,7 @@ def test_the_average_is_that_of_a_slow_loop(
     assert_same(callback.average.weights, same)
 
 
+@pytest.mark.full
 def test_the_average_is_that_of_torch(lab: Lab) -> None:
     """`AveragedModel` is what Lightning's `WeightAveraging` keeps; a model without hash tables can be copied."""
     seen = Weights()
@@ -148,11 +156,10 @@ class SkipStep(L.Callback):
             pl_module.model.norm.weight.grad.fill_(float("inf"))
 
 
-@pytest.mark.parametrize("optimizer", ["{name: adamw, lr: 0.003}"])
-def test_a_skipped_step_is_no_update(lab: Lab, optimizer: str) -> None:
+def test_a_skipped_step_is_no_update(lab: Lab) -> None:
     seen = Weights()
     callback = made(first_step=2, every_steps=2)
-    lab.train(f"optimizer={optimizer}", callbacks=[SkipStep(4), seen, callback])
+    lab.train(callbacks=[SkipStep(4), seen, callback])
     assert seen.skipped.index(True) == 3
     updates, same = slow_average(
         seen.after, seen.skipped, first_step=2, every_steps=2, dtype=torch.float32
@@ -219,6 +226,7 @@ def test_a_checkpoint_holds_every_weight_and_its_average(averaged: Path, lab: La
     assert all(not torch.equal(average["weights"][n], content["state_dict"][n]) for n in weights)
 
 
+@pytest.mark.full
 def test_averaged_weights_come_with_the_current_selection_bias(averaged: Path) -> None:
     content = last_checkpoint(averaged)
     state = load(averaged, weights="ema").state_dict()
@@ -227,12 +235,33 @@ def test_averaged_weights_come_with_the_current_selection_bias(averaged: Path) -
         if name in state:
             expected = ema_of(content).get(f"model.{name}", tensor)
             assert torch.equal(state[name], expected), name
-    assert any(name.endswith("bias_E") or "bias" in name for name in state)
+    assert any("bias" in name for name in state)
+
+
+@pytest.mark.parametrize("step", first_by_default([5, 10]))
+def test_a_run_continues_with_its_average_to_the_same_bits(
+    lab: Lab, averaged: Path, tmp_path: Path, step: int
+) -> None:
+    run = cut_after(averaged, step, tmp_path / "run")
+    lab.fit(run, section(), KEEP, resume=True)
+    one, two = last_checkpoint(run), last_checkpoint(averaged)
+    for key in ("state_dict", "optimizer_states", "averages"):
+        assert_same(one[key], two[key])
+    assert_same(rows(run), rows(averaged))
+
+
+def test_a_run_does_not_continue_with_another_decay(
+    lab: Lab, averaged: Path, tmp_path: Path
+) -> None:
+    run = cut_after(averaged, 10, tmp_path / "run")
+    with pytest.raises(UserError, match=r"ema: decay = 0\.5: the average in .*ckpt has 0\.9$"):
+        lab.fit(run, section(decay=0.5), KEEP, resume=True)
 
 
 # ---- commands
 
 
+@pytest.mark.full
 def test_evaluate_measures_what_the_run_measured(averaged: Path, lab: Lab) -> None:
     printed = lab.command("evaluate", averaged, "--weights", "ema", "--json")
     values = json.loads(printed.out)
@@ -243,3 +272,76 @@ def test_evaluate_measures_what_the_run_measured(averaged: Path, lab: Lab) -> No
     trained = json.loads(lab.command("evaluate", averaged, "--json").out)
     assert "weights" not in trained
     assert trained["val_loss"] == summary["val_loss"]
+
+
+@pytest.mark.full
+def test_the_report_draws_both_losses(averaged: Path) -> None:
+    pytest.importorskip("pandas", reason="the extra `report` is not installed")
+    from core.reports.page import figures_of
+    from core.reports.study_files import read
+
+    figures = {figure.key: figure for figure in figures_of(read(averaged), "bits per byte")}
+    lines = [trace for trace in figures["validation"].traces if trace.get("mode") != "none"]
+    by_name = {trace["name"]: trace["y"][-1] for trace in lines if trace.get("name")}
+    (last,) = [row for row in rows(averaged) if row["step"] == "12" and "val_loss" in row]
+    own = next(name for name in by_name if not name.endswith(", ema"))
+    assert by_name == {
+        own: float(last["val_bits_per_byte"]),
+        f"{own}, ema": float(last["ema/val_bits_per_byte"]),
+    }
+
+
+# ---- memory, and mistakes in the recipe
+
+
+def test_describe_counts_the_average(lab: Lab) -> None:
+    described = document_of(lab.recipe(section()))["memory_bytes"]
+    parameters = list(build(lab.recipe(), device="meta").parameters())
+    assert described["averages"] == sum(4 * parameter.numel() for parameter in parameters)
+    wide = document_of(lab.recipe(section(), "precision.name=fp64"))["memory_bytes"]
+    assert wide["averages"] == 2 * described["averages"]
+    for override in (section(device="cpu"), "callbacks=[]"):
+        assert document_of(lab.recipe(override))["memory_bytes"]["averages"] == 0
+
+
+@pytest.mark.full
+def test_a_rank_holds_its_part_of_the_average(lab: Lab) -> None:
+    strategy = "strategy={name: fsdp, ranks: 2}"
+    with_average = document_of(lab.recipe(section(), strategy))["rank_memory"]
+    without = document_of(lab.recipe(strategy))["rank_memory"]
+    assert with_average["averages"] == with_average["weights"]
+    assert with_average["total"] == without["total"] + with_average["averages"]
+
+
+MISTAKES = {
+    "decay: 1.0": "decay = 1: must be more than 0 and less than 1",
+    "decay: 0.0": "decay = 0: must be more than 0 and less than 1",
+    "decay: .nan": "decay = nan: must be finite",
+    "decay: .inf": "decay = inf: must be finite",
+    "first_step: 0": "first_step = 0: must be at least 1",
+    "every_steps: 0": "every_steps = 0: must be at least 1",
+    "first_step: 13": "first_step = 13: must be at most 12, the steps of the run",
+    "device: gpu": "device = 'gpu'",
+}
+
+
+@pytest.mark.parametrize("keys", MISTAKES)
+def test_a_mistake_is_one_sentence(lab: Lab, keys: str) -> None:
+    with pytest.raises(UserError) as raised:
+        lab.recipe(f"callbacks=[{{name: ema, {keys}}}]")
+    assert MISTAKES[keys] in str(raised.value)
+
+
+def test_two_averages_of_one_name_are_one_sentence(lab: Lab) -> None:
+    with pytest.raises(UserError, match=r"callbacks.*two of them keep the average ema: remove one"):
+        lab.recipe("callbacks=[{name: ema}, {name: ema, decay: 0.9}]")
+
+
+@pytest.mark.full
+def test_an_average_that_would_begin_after_the_run_is_one_sentence(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """The number of steps of a run in tokens is known when the data are."""
+    late = section(first_step=99)
+    with pytest.raises(UserError, match="ema: first_step = 99: the average would begin after it"):
+        lab.fit(tmp_path / "run", late, "budget={steps: null, tokens: 1024}")

@@ -102,7 +102,6 @@ def check_run(lab: Lab, folder: Path, overrides: list[str]) -> None:
         assert found == pytest.approx(summary["ema/val_loss"], rel=0.05)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(("slot", "name"), cases())
 def test_every_component_trains_with_an_average(
     lab: Lab, tmp_path: Path, slot: str, name: str
@@ -110,7 +109,6 @@ def test_every_component_trains_with_an_average(
     check_run(lab, tmp_path, overrides_of(slot, name))
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -14,7 +14,6 @@ import torch
 from lab import Lab, assert_same, assert_same_run, forked, last_checkpoint, rows
 from rank_runs import assert_same_end, cut_after, fit_on_ranks
 from safetensors.torch import load_file
-from tiers import first_by_default
 
 from core.checkpoints.listing import checkpoints_in
 from core.checkpoints.reading import read_checkpoint
@@ -50,18 +49,6 @@ def assert_same_averaged_run(actual: Path, expected: Path) -> None:
 # ---- stopped and continued
 
 
-@pytest.mark.parametrize("step", first_by_default([5, 10]))
-def test_a_run_continues_with_its_average_to_the_same_bits(
-    lab: Lab, averaged: Path, tmp_path: Path, step: int
-) -> None:
-    run = cut_after(averaged, step, tmp_path / "run")
-    lab.fit(run, EMA, "checkpoint.keep=9", resume=True)
-    one, two = last_checkpoint(run), last_checkpoint(averaged)
-    for key in ("state_dict", "optimizer_states", "averages"):
-        assert_same(one[key], two[key])
-    assert_same(rows(run), rows(averaged))
-
-
 def in_the_validation_of_the_average() -> None:
     """Ends the process when the model has the averaged weights in place of its own."""
     exchanged = averages.in_place_of_weights
@@ -89,7 +76,6 @@ def after_step(step: int) -> None:
     callbacks.StepLog.on_train_batch_end = dying  # type: ignore[method-assign]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "moment",
     [
@@ -113,7 +99,6 @@ def test_a_killed_run_continues_with_its_average(
     assert_same_averaged_run(run, averaged)
 
 
-@pytest.mark.full
 def test_a_signal_in_the_validation_of_the_average_saves_the_trained_weights(
     lab: Lab, averaged: Path, tmp_path: Path
 ) -> None:
@@ -143,7 +128,6 @@ def test_a_signal_in_the_validation_of_the_average_saves_the_trained_weights(
     assert_same(rows(run), rows(averaged))
 
 
-@pytest.mark.full
 def test_a_run_that_is_stopped_before_the_average_begins_continues(
     lab: Lab, tmp_path: Path
 ) -> None:
@@ -162,7 +146,6 @@ def test_a_run_that_is_stopped_before_the_average_begins_continues(
 # ---- a recipe and a checkpoint that do not agree
 
 
-@pytest.mark.full
 def test_an_average_that_the_checkpoint_lacks_begins_anew_with_a_note(
     lab: Lab, tmp_path: Path
 ) -> None:
@@ -177,7 +160,6 @@ def test_an_average_that_the_checkpoint_lacks_begins_anew_with_a_note(
     assert_same(last_checkpoint(run)["state_dict"], last_checkpoint(whole)["state_dict"])
 
 
-@pytest.mark.full
 def test_an_average_that_the_recipe_lacks_is_dropped_with_a_note(
     lab: Lab, averaged: Path, tmp_path: Path
 ) -> None:
@@ -189,15 +171,6 @@ def test_an_average_that_the_recipe_lacks_is_dropped_with_a_note(
     )
     assert "averages" not in last_checkpoint(run)
     assert_same(last_checkpoint(run)["state_dict"], last_checkpoint(averaged)["state_dict"])
-
-
-def test_a_run_does_not_continue_with_another_decay(
-    lab: Lab, averaged: Path, tmp_path: Path
-) -> None:
-    run = cut_after(averaged, 10, tmp_path / "run")
-    other = "callbacks=[{name: ema, decay: 0.5}]"
-    with pytest.raises(UserError, match=r"ema: decay = 0\.5: the average in .*ckpt has 0\.9$"):
-        lab.fit(run, other, resume=True)
 
 
 DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -218,7 +191,6 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("sentence", DAMAGES)
 def test_a_damaged_average_is_one_sentence(
     lab: Lab, averaged: Path, tmp_path: Path, sentence: str
@@ -233,7 +205,6 @@ def test_a_damaged_average_is_one_sentence(
     assert sentence in str(raised.value)
 
 
-@pytest.mark.full
 def test_an_average_that_is_not_finite_is_not_continued(
     lab: Lab, averaged: Path, tmp_path: Path
 ) -> None:
@@ -269,7 +240,6 @@ def in_fp64(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     ("layout", "sharded", "device"),
     [
@@ -308,7 +278,6 @@ def test_ranks_reach_the_average_of_one(
     assert_same(rows(again), rows(run))
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(("first", "then"), [("experts", "one"), ("one", "fsdp"), ("fsdp", "ddp")])
 def test_an_average_continues_under_another_strategy(
     lab: Lab, in_fp64: Path, tmp_path: Path, first: str, then: str
@@ -330,7 +299,6 @@ def test_an_average_continues_under_another_strategy(
         torch.testing.assert_close(found, tensor, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.full
 def test_an_asynchronous_save_has_the_average_of_its_step(lab: Lab, tmp_path: Path) -> None:
     runs = []
     for asynchronous in ("false", "true"):
@@ -347,7 +315,6 @@ def test_an_asynchronous_save_has_the_average_of_its_step(lab: Lab, tmp_path: Pa
 EXPORTED = "model.blocks.moe.ffn.router.group_score=2"
 
 
-@pytest.mark.full
 def test_an_export_has_the_averaged_weights(lab: Lab, tmp_path: Path) -> None:
     run = tmp_path / "run"
     lab.fit(run, EMA, EXPORTED)
@@ -371,7 +338,6 @@ def test_an_export_has_the_averaged_weights(lab: Lab, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.full
 def test_an_export_reads_averages_of_a_sharded_checkpoint(lab: Lab, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fit_on_ranks(lab, run, EMA, EXPORTED, LAYOUTS["experts"][1], ranks=2)
@@ -385,7 +351,6 @@ def test_an_export_reads_averages_of_a_sharded_checkpoint(lab: Lab, tmp_path: Pa
     assert torch.equal(files["model.embed_tokens.weight"], average["model.embedding.weight"])
 
 
-@pytest.mark.full
 def test_a_text_is_written_with_the_averaged_weights(lab: Lab, averaged: Path) -> None:
     """A run folder whose trained weights are the average writes the same."""
     asked = ("--prompt", "ab", "--tokens", "12", "--json")
@@ -400,7 +365,6 @@ def test_a_text_is_written_with_the_averaged_weights(lab: Lab, averaged: Path) -
     assert own["text"] == same["text"]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "command", [("evaluate",), ("generate", "--prompt", "a"), ("convert", "to-hf")]
 )
