@@ -285,10 +285,10 @@ def test_the_report_draws_both_losses(averaged: Path) -> None:
     by_name = {trace["name"]: trace["y"][-1] for trace in lines if trace.get("name")}
     (last,) = [row for row in rows(averaged) if row["step"] == "12" and "val_loss" in row]
     own = next(name for name in by_name if not name.endswith(", ema"))
-    assert by_name == {
-        own: float(last["val_bits_per_byte"]),
-        f"{own}, ema": float(last["ema/val_bits_per_byte"]),
-    }
+    expected = {own: "val_bits_per_byte", f"{own}, ema": "ema/val_bits_per_byte"}
+    assert by_name.keys() == expected.keys()
+    for name, column in expected.items():
+        assert by_name[name] == pytest.approx(float(last[column]), rel=1e-3)  # drawn with 4 digits
 
 
 # ---- memory, and mistakes in the recipe
