@@ -119,9 +119,8 @@ def test_every_component_trains_with_an_average(
             "model.blocks.moe.ffn.router={name: hash, map: balanced}",
             "model.blocks.moe.ffn.balance=[]",
         ],
-        ["compile=true"],
     ],
-    ids=["delayed scaling", "tied embedding", "recompute", "hash tables", "compile"],
+    ids=["delayed scaling", "tied embedding", "recompute", "hash tables"],
 )
 def test_what_is_kept_beside_weights_is_not_averaged(
     lab: Lab, tmp_path: Path, overrides: list[str]
