@@ -278,6 +278,7 @@ def _rank_memory(memory: dict[str, Any]) -> str:
         "weights",
         "gradients",
         "optimizer",
+        "averages",
         "whole_weights",
         "whole_gradients",
         "activations",

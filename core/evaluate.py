@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from core.command import print_json, run_command, trust_argument
+from core.command import print_json, run_command, trust_argument, weights_argument
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print also what xz -9e needs (two seconds for each MB of text)",
     )
+    weights_argument(p)
     p.add_argument("--json", action="store_true", help="print one JSON document")
     trust_argument(p, "the run's recipe or a task file names")
     text = p.add_argument_group(
@@ -112,6 +113,7 @@ def _score_text(arguments: argparse.Namespace) -> None:
     from core.contracts.errors import NotFiniteError, UserError
     from core.generation.markers import markers_of
     from core.harness.own_text import read_own_text, score_text
+    from core.interop.run_weights import check_average
     from core.recipe.compose import compose_run
     from core.run.device import check_device
     from core.run.loading import load, run_of
@@ -119,6 +121,8 @@ def _score_text(arguments: argparse.Namespace) -> None:
 
     checkpoint = newest_checkpoint(Path(arguments.run))
     folder = run_of(checkpoint)
+    if arguments.weights is not None:
+        check_average(checkpoint, arguments.weights)
     text = read_own_text(Path(arguments.text))
     recipe = compose_run(folder.recipe, trust=arguments.trust)
     longest = recipe.model.rope.max_length
@@ -132,7 +136,7 @@ def _score_text(arguments: argparse.Namespace) -> None:
     notices = recipe.notices()
     for notice in notices:
         _say(f"note: {notice}")
-    model = load(checkpoint, trust=arguments.trust).to(device)
+    model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
     batch = arguments.batch_size or 16
     try:
         found = score_text(model, markers, text, tokenizer, context=context, batch_size=batch)
@@ -140,7 +144,10 @@ def _score_text(arguments: argparse.Namespace) -> None:
         raise UserError(f"--text {arguments.text}: {cause}") from cause
     except NotFiniteError as cause:
         raise NotFiniteError(f"{checkpoint}: {cause}") from cause
-    _print_values({"checkpoint": checkpoint.name, **found.to_dict(), "notices": notices}, arguments)
+    values: dict[str, Any] = {"checkpoint": checkpoint.name, **found.to_dict()}
+    if arguments.weights is not None:
+        values["weights"] = arguments.weights
+    _print_values({**values, "notices": notices}, arguments)
 
 
 def _validate(arguments: argparse.Namespace) -> None:
@@ -150,7 +157,11 @@ def _validate(arguments: argparse.Namespace) -> None:
     from core.training.resume import newest_checkpoint
 
     values = evaluate(
-        newest_checkpoint(Path(arguments.run)), xz=arguments.xz, trust=arguments.trust, say=_say
+        newest_checkpoint(Path(arguments.run)),
+        xz=arguments.xz,
+        trust=arguments.trust,
+        weights=arguments.weights,
+        say=_say,
     )
     _print_values(values, arguments)
 
@@ -188,11 +199,14 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         given["folder"] = Path(arguments.task_path)
     names = [name.strip() for name in arguments.tasks.split(",")]
     options = TaskOptions(tuple(name for name in names if name), **given)
+    from core.interop.run_weights import check_average
     from core.recipe.compose import compose_run
     from core.run.device import check_device
     from core.run.loading import load, run_of
 
     folder = run_of(checkpoint)
+    if arguments.weights is not None:
+        check_average(checkpoint, arguments.weights)
     recipe = compose_run(folder.recipe, trust=arguments.trust)
     device = arguments.device or "cpu"
     check_device(device, recipe)
@@ -200,13 +214,16 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     notices = recipe.notices()
     for notice in notices:
         _say(f"note: {notice}")
-    model = load(checkpoint, trust=arguments.trust).to(device)
+    model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
     try:
         results = run_tasks(loaded, folder, model, options, say=_say)
     except NotFiniteError as cause:
         raise NotFiniteError(f"{checkpoint}: {cause}") from cause
     if arguments.json:
-        print_json({"checkpoint": checkpoint.name, **results, "notices": notices})
+        document = {"checkpoint": checkpoint.name, **results}
+        if arguments.weights is not None:
+            document["weights"] = arguments.weights
+        print_json({**document, "notices": notices})
         return
     for line in table_lines(results):
         print(line)

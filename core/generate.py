@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.command import print_json, run_command, trust_argument
+from core.command import print_json, run_command, trust_argument, weights_argument
 
 if TYPE_CHECKING:
     from core.generation.completion import Completion, Completions
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m core.generate", description="Write text with a trained model."
     )
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint")
+    weights_argument(p)
     p.add_argument("--prompt", metavar="TEXT", help="what to continue")
     p.add_argument(
         "--prompt-ids",
@@ -116,7 +117,7 @@ def main(arguments: argparse.Namespace) -> None:
         where = f"{prompt.where} of {len(ids)} tokens{marked}"
         limit = options.limit(len(ids), recipe.model.rope.max_length, where, _flag)
         rows.append(Prompt(ids, limit, number))
-    model = load(checkpoint, trust=arguments.trust).to(device)
+    model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
     _warn_of_batches(model, min(options.batch, len(rows)))
     printer = _Printer(arguments, prompts, tokenizer)
     on_text = None if tokenizer is None else printer.on_text

@@ -37,6 +37,8 @@ FULL = {
     "repository/test_tutorial.py": "starts processes",
     "study/test_processes.py": "starts and kills processes",
     "study/test_ray.py": "needs Ray",
+    "training/test_ema_components.py": "trains with every component that is registered",
+    "training/test_ema_runs.py": "kills runs, and trains on ranks",
     "training/test_node_processes.py": "starts the processes of two nodes",
     "training/test_profiler_ranks.py": "starts the processes of two ranks",
     "training/test_rank_failures.py": "starts, stops and kills the processes of two ranks",

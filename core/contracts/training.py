@@ -1,8 +1,8 @@
 """The slots that hand Lightning and torch their own objects: optimizer, callback, logger."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -103,8 +103,38 @@ class OptimizerFactory(Component, ABC):
         return value_at(self.config.lr, progress)
 
 
+@dataclass
+class WeightAverage:
+    """Averaged weights that a callback keeps beside those that are trained.
+
+    The callback updates them in `on_train_batch_end`, where its module has `local_parameters.named` (a `NamedParameter`
+    for each weight or part of a weight that this rank owns), `windows_done` (steps, skipped ones included) and
+    `skipped_in_a_row` (0 unless the step just done was skipped). The run does everything else: it validates the
+    averages beside the weights, writes them into every checkpoint, and hands them back, on the CPU, when it continues.
+
+    Args:
+        name: what `--weights` and the names of metrics call it.
+        settings: the settings that shape the average; a run continues only with those that its checkpoint has.
+        updates: how many updates there were.
+        weights: the averages, by the names that the weights have in the model, each of the shape of the part of the
+            weight that this rank owns; empty until the first update.
+    """
+
+    name: str
+    settings: Mapping[str, int | float | str]
+    updates: int = 0
+    weights: "dict[str, Tensor]" = field(default_factory=dict)
+
+
 class CallbackFactory(Component, ABC):
-    """Makes a Lightning callback for a run folder."""
+    """Makes a Lightning callback for a run folder.
+
+    Class attributes:
+        average: the name of the averaged weights that its callback keeps as its attribute `average`, a
+            `WeightAverage`; None: it keeps none.
+    """
+
+    average: ClassVar[str | None] = None
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -112,6 +142,10 @@ class CallbackFactory(Component, ABC):
     @abstractmethod
     def make(self, folder: Path) -> "Callback":
         """Makes the callback."""
+
+    def average_bytes(self, parameter: "Tensor") -> int:
+        """The bytes on the training device that the average of a weight takes; 0 unless overridden."""
+        return 0
 
 
 class LoggerFactory(Component, ABC):

@@ -203,6 +203,17 @@ class RecipeSchema:
             raise ConfigError("strategy.accelerator", why)
 
         self._check_checkpoints()
+        self._check_averages()
+
+    def _check_averages(self) -> None:
+        """Raises `ConfigError` if two callbacks keep averaged weights under one name."""
+        known: set[str] = set()
+        for section in self.callbacks:
+            name = section.component.average
+            if name in known:
+                raise ConfigError("callbacks", f"two of them keep the average {name}: remove one")
+            if name is not None:
+                known.add(name)
 
     @property
     def shards_checkpoints(self) -> bool:

@@ -395,7 +395,8 @@ def _seeds_in(folder: Path) -> list[int]:
 
 
 def _is_kept(column: str) -> bool:
-    return column in KEPT or column.startswith(("loss/", "val_", "val/"))
+    of_average = column.endswith(("/val_loss", "/val_bits_per_byte"))
+    return column in KEPT or of_average or column.startswith(("loss/", "val_", "val/"))
 
 
 def _placed(frame: Any) -> Any:

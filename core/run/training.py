@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import nn
 
@@ -14,6 +15,7 @@ from core.analysis.budget import plan_of
 from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
 from core.assemble import build, make
+from core.checkpoints.averages import check_averages
 from core.checkpoints.content import check_model, check_optimizers
 from core.contracts.corpus import TokenCorpus
 from core.contracts.errors import ConfigError, Interrupted, RunFailed, UserError
@@ -31,6 +33,7 @@ from core.run.run_sample import SampleAtEnd
 from core.run.shift import after_shift
 from core.run.summary import divergence, summarise
 from core.storage.files import is_disk_full
+from core.training.averages import Averages, averages_of
 from core.training.launchers import Launch, launch_of
 from core.training.machine import code_version
 from core.training.module import TrainingModule
@@ -226,15 +229,20 @@ def _fit(
         validation_bytes=data.validation_bytes,
     )
     module.started = started
+    callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
     if start:
         _check_start(module, start)
+        names = [f"model.{one.name}" for one in module.local_parameters.named]
+        for note in check_averages(averages_of(callbacks), names, start.content, start.path):
+            notices.append(note)
+            say(f"note: {note}")
         # the content is as large as the model, and Lightning reads the file again
         start = replace(start, content={})
     if not is_started and is_rank_zero():
         _write_identity(recipe, folder, data)
-    callbacks, sample = _train(recipe, folder, launch, module, data, peak, start, say)
+    own, sample = _train(recipe, folder, launch, module, data, callbacks, peak, start, say)
     if is_rank_zero():
-        return _finish(folder, module, data, size, callbacks, notices, sample)
+        return _finish(folder, module, data, size, own, notices, sample)
     return {}
 
 
@@ -274,6 +282,7 @@ def _train(
     launch: Launch,
     module: TrainingModule,
     data: TextData,
+    callbacks: list[L.Callback],
     peak: float | None,
     start: Resume | None,
     say: Callable[[str], None],
@@ -282,10 +291,12 @@ def _train(
     sample = SampleAtEnd(folder, data.tokenizer)
     own = make_run_callbacks(recipe, folder.path, peak)
     step = start.step if start else 0
-    callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
+    averages = averages_of(callbacks)
+    if averages:
+        callbacks = [*callbacks, Averages(averages, own.stop)]
     if launch.world > 1:
         now = _start_of(recipe, launch, step, data.fingerprint)
-        callbacks.insert(0, SameStart(now, folder.path))
+        callbacks = [SameStart(now, folder.path), *callbacks]
     resumed_at = start.step if start else None
     loggers = [make(section).make(folder.path, resumed_at=resumed_at) for section in recipe.loggers]
     trainer = make_trainer(

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
@@ -15,9 +16,14 @@ from torch import Tensor
 from core.contracts.corpus import Split, TokenCorpus
 from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
-from core.contracts.training import NamedParameter, OptimizerFactory, ParameterKind
+from core.contracts.training import (
+    NamedParameter,
+    OptimizerFactory,
+    ParameterKind,
+    WeightAverage,
+)
 from core.model.initialise import initialise
-from core.model.parameters import check_groups
+from core.model.parameters import check_groups, named_parameters
 from core.numerics.part_exchange import local_tensor
 from core.testing.clauses import check, require, skip_unless
 from core.testing.forked_ranks import on_ranks
@@ -37,6 +43,10 @@ WEIGHTS: dict[ParameterKind, tuple[str, tuple[int, ...]]] = {
     "vector": ("norm", (3,)),
 }
 """A role and a shape for each kind of parameter."""
+
+
+AVERAGED_STEPS = 20
+"""Steps in which an average must have been updated; the last one is skipped."""
 
 
 @check(
@@ -267,6 +277,52 @@ def divided_weights_are_the_whole_models(subject: Subject) -> None:
     require(not reshaped, f"other shapes: {', '.join(reshaped)}")
     different = [name for name, value in weights.items() if not torch.equal(value, whole[name])]
     require(not different, f"other initial weights: {', '.join(different)}")
+
+
+@check(
+    "callback",
+    clause="averages follow the weights after steps that were not skipped, and change neither them nor random numbers",
+    where=f"{TRAINING}, WeightAverage",
+)
+def averages_follow_the_weights(subject: Subject) -> None:
+    """Moves the weights of the kit's model for some steps, of which one is skipped, and looks at the averages."""
+    factory = subject.factory()
+    skip_unless(factory.average is not None, "it averages no weights")
+    with tempfile.TemporaryDirectory() as folder:
+        callback: Any = factory.make(Path(folder))
+    average: Any = getattr(callback, "average", None)
+    require(isinstance(average, WeightAverage), f"its attribute `average` is {average!r}")
+    require(average.name == factory.average, f"named {average.name!r}, not {factory.average!r}")
+    require(not average.updates and not average.weights, "it has averages before the first step")
+    named = named_parameters(subject.model())
+    before = torch.get_rng_state()
+    moved: list[Tensor] = []
+    updates: list[int] = []
+    for step in range(1, AVERAGED_STEPS + 1):
+        with torch.no_grad():
+            for one in named:
+                one.parameter.add_(0.01)
+        moved = [one.parameter.detach().clone() for one in named]
+        skipped = int(step == AVERAGED_STEPS)
+        module = SimpleNamespace(
+            local_parameters=SimpleNamespace(named=named),
+            windows_done=step,
+            skipped_in_a_row=skipped,
+        )
+        callback.on_train_batch_end(SimpleNamespace(), module, None, None, step - 1)
+        updates.append(average.updates)
+    require(updates[-2] > 0, f"no update in {AVERAGED_STEPS - 1} steps")
+    require(updates[-1] == updates[-2], "a skipped step was an update")
+    same = all(torch.equal(one.parameter, now) for one, now in zip(named, moved, strict=True))
+    require(same, "the weights changed")
+    require(torch.equal(torch.get_rng_state(), before), "random numbers were drawn")
+    require(list(average.weights) == [one.name for one in named], "other names than the weights'")
+    for one in named:
+        kept = average.weights[one.name]
+        require(kept.shape == one.parameter.shape, f"{one.name} has the shape {list(kept.shape)}")
+        behind = bool(torch.isfinite(kept).all()) and bool((kept <= one.parameter).all())
+        require(behind, f"the average of {one.name} is ahead of a weight that only grew")
+        require(factory.average_bytes(one.parameter) >= 0, "negative bytes")
 
 
 @check("callback", "logger", clause="`make` returns a Lightning callback or logger", where=TRAINING)

@@ -1,6 +1,7 @@
 """Plugins with one error each, of kinds that occurred in real code."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from broken_formats import *  # noqa: F403 - classes that are found by their nam
 from broken_formats import FORMATS
 from broken_optimizers import *  # noqa: F403
 from broken_optimizers import OPTIMIZERS
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -25,6 +27,7 @@ from core.contracts.router import AdjustScores, GroupLimit, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
 from core.contracts.strategy import StrategyFactory
+from core.contracts.training import CallbackFactory, WeightAverage
 from core.extension.hookspec import hookimpl
 from core.model.attend import TensorCache
 from core.numerics.linear import Linear
@@ -62,6 +65,7 @@ BROKEN = {
     ("strategy", "redrawer"): "divided_weights_are_the_whole_models",
     ("dispatcher", "one_way"): "bound_dispatch_equals_a_loop",
     ("router", "hearsay"): "limits_are_those_of_the_selection",
+    ("callback", "hasty"): "averages_follow_the_weights",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 BROKEN |= {("optimizer", cls.example["name"]): check for cls, check in OPTIMIZERS.items()}
@@ -503,11 +507,37 @@ class OneWay(Dispatcher):
         return Done(gated_sums(y_AD, state))
 
 
+class HastyCallback(Callback):
+    """Copies the weights after every step."""
+
+    def __init__(self) -> None:
+        self.average = WeightAverage("hasty", {})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        for named in pl_module.local_parameters.named:
+            self.average.weights[named.name] = named.parameter.detach().clone()
+        self.average.updates += 1
+
+
+class Hasty(CallbackFactory):
+    """Updates its average also after a step that was skipped."""
+
+    average = "hasty"
+    example = {"name": "hasty"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Nothing to set."""
+
+    def make(self, folder: Path) -> Callback:
+        return HastyCallback()
+
+
 CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask, Hoarder, IdleWeight),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
-    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay, Hearsay),
+    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay, Hearsay, Hasty),
     *FORMATS,
     *OPTIMIZERS,
 )
