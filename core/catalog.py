@@ -1,11 +1,13 @@
 """python -m core.catalog: list the installed plugins, show the keys of one component, or write a new plugin."""
 
 import argparse
+import os
 import re
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from core.command import print_json, run_command
@@ -23,6 +25,13 @@ def parser() -> argparse.ArgumentParser:
         "imported, from where, in how long.",
     )
     p.add_argument("--json", action="store_true", help="print one JSON document")
+    p.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="list this module or file (./my_router.py) too, as a recipe's `plugins` does; may be given several times",
+    )
     commands = p.add_subparsers(dest="command", metavar="COMMAND")
     one = commands.add_parser(
         "show", help="one component: contract, keys with defaults, paper, an example section"
@@ -39,27 +48,54 @@ def parser() -> argparse.ArgumentParser:
         "slot", metavar="SLOT", help="which part it is: router, balancer, attention, ..."
     )
     new.add_argument("name", metavar="NAME", help="its name in recipes, and the package's")
-    new.add_argument("folder", metavar="DIR", help="where the package is written; new, or empty")
+    new.add_argument(
+        "folder",
+        metavar="DIR",
+        help="where the package is written; new, or empty. A name like my_router.py writes one file instead",
+    )
     return p
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Prints the list or one component, or writes a new package."""
+    from core.contracts.errors import UserError
+
     as_json = arguments.json or getattr(arguments, "json_after", False)
+    try:
+        _run(arguments, as_json=as_json)
+    except UserError as cause:
+        if not arguments.plugin:
+            raise
+        raise UserError(
+            str(cause).replace("which the recipe names", "which --plugin names")
+        ) from cause
+
+
+def _run(arguments: argparse.Namespace, *, as_json: bool) -> None:
     if arguments.command == "show":
-        _show(arguments.slot, arguments.name, as_json=as_json)
+        _show(arguments.slot, arguments.name, _named(arguments), as_json=as_json)
     elif arguments.command == "new":
         _write_new(arguments.slot, arguments.name, arguments.folder, as_json=as_json)
     else:
-        _list(as_json=as_json)
+        _list(_named(arguments), as_json=as_json)
 
 
-def _show(slot: str, name: str, *, as_json: bool) -> None:
+def _named(arguments: argparse.Namespace) -> list[str]:
+    """The modules and files that `--plugin` names, files by their whole paths."""
+    from core.command import search_current_folder
+    from core.extension.plugin_file import is_plugin_file
+
+    if not all(map(is_plugin_file, arguments.plugin)):
+        search_current_folder()
+    return [os.path.abspath(name) if is_plugin_file(name) else name for name in arguments.plugin]
+
+
+def _show(slot: str, name: str, named: list[str], *, as_json: bool) -> None:
     from core.authoring.catalog import component
 
     # the error about a name that nobody offers lists broken plugins, so no warning is needed
     warnings.filterwarnings("ignore", r"plugin .* is broken", module=r"core\.extension\.")
-    document = component(slot, name)
+    document = component(slot, name, named)
     if as_json:
         print_json(document)
     else:
@@ -68,19 +104,23 @@ def _show(slot: str, name: str, *, as_json: bool) -> None:
 
 def _write_new(slot: str, name: str, folder: str, *, as_json: bool) -> None:
     from core.authoring.skeleton import write_skeleton
+    from core.extension.plugin_file import is_plugin_file
 
     files = write_skeleton(slot, name, folder)
     if as_json:
         print_json({"folder": folder, "files": files})
     else:
         print("\n".join(files))
-        print(f"next: cd {folder}; README.md says how to test it and train with it")
+        if is_plugin_file(folder):
+            print(f"next: put `plugins: [./{Path(folder).name}]` into a recipe beside it")
+        else:
+            print(f"next: cd {folder}; README.md says how to test it and train with it")
 
 
-def _list(*, as_json: bool) -> None:
+def _list(named: list[str], *, as_json: bool) -> None:
     from core.authoring.catalog import catalog_rows, check_strict
 
-    found = catalog_rows()
+    found = catalog_rows(named)
     if as_json:
         print_json(found)
     else:

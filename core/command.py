@@ -264,6 +264,15 @@ def trust_argument(parser: argparse.ArgumentParser, what: str = "a run's recipe 
     )
 
 
+def weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --weights, which takes averaged weights in place of those that were trained."""
+    parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="averaged weights that the run kept, e.g. ema (those that were trained)",
+    )
+
+
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments RECIPE and KEY=VALUE."""
     parser.add_argument(

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from core.command import run_command, trust_argument
+from core.command import run_command, trust_argument, weights_argument
 
 FORMATS = ("fp32", "bf16", "fp16", "fp64")
 
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave the modules of multi-token prediction out: the main model alone",
     )
+    weights_argument(write)
     trust_argument(write)
     _add_allow_non_finite(write)
     return p
@@ -90,6 +91,7 @@ def main(arguments: argparse.Namespace) -> None:
             keep_fp8=arguments.keep_fp8,
             main_only=arguments.main_only,
             allow_non_finite=arguments.allow_non_finite,
+            weights=arguments.weights,
         )
         run = run_of(checkpoint).path
         made = to_hf(run, checkpoint, target, options, trust=arguments.trust, say=_say)

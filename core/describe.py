@@ -1,4 +1,4 @@
-"""python -m core.describe RECIPE [KEY=VALUE ...] [--compare RECIPE ...]: describe a model without building it."""
+"""python -m core.describe RECIPE|CONFIG [KEY=VALUE ...] [--compare ...]: describe a model without building it."""
 
 import argparse
 import sys
@@ -46,7 +46,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m core.describe", description="What a recipe would build."
     )
     p.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="a recipe file, or the name of a shipped one"
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help="a recipe file, the name of a shipped one, or a Hugging Face config.json",
     )
     p.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="overrides, which hold for every recipe"
@@ -93,16 +96,28 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Describes one recipe, or several side by side; the overrides hold for all."""
-    from core.recipe.compose import compose
-
+    """Describes one model, or several side by side; the overrides hold for all."""
     files, overrides = recipes_and_overrides(arguments)
     options = _options(arguments)
-    recipes = [compose(path, overrides, trust=arguments.trust) for path in files]
+    recipes = [_read(path, overrides, trust=arguments.trust) for path in files]
     if arguments.compare:
         show_comparison(recipes, as_json=arguments.json)
     else:
         show(recipes[0], as_json=arguments.json, options=options)
+
+
+def _read(path: str, overrides: list[str], *, trust: bool) -> "Recipe":
+    """Returns the recipe of a recipe file or of a Hugging Face configuration.
+
+    Raises:
+        UserError: it cannot be read, or gives no model that can be built here.
+    """
+    from core.interop.translation import is_configuration, recipe_of_config
+    from core.recipe.compose import compose
+
+    if is_configuration(path):
+        return recipe_of_config(path, overrides)
+    return compose(path, overrides, trust=trust)
 
 
 def _options(arguments: argparse.Namespace) -> "DescribeOptions":
@@ -263,6 +278,7 @@ def _rank_memory(memory: dict[str, Any]) -> str:
         "weights",
         "gradients",
         "optimizer",
+        "averages",
         "whole_weights",
         "whole_gradients",
         "activations",

@@ -1,10 +1,10 @@
-"""python -m core.evaluate RUN [--tasks A,B]: measure a trained model's validation loss, or its benchmark scores."""
+"""python -m core.evaluate RUN [--text FILE | --tasks A,B]: the loss of validation or of a text, or benchmark scores."""
 
 import argparse
 import sys
 from typing import Any
 
-from core.command import print_json, run_command, trust_argument
+from core.command import print_json, run_command, trust_argument, weights_argument
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,8 +19,23 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print also what xz -9e needs (two seconds for each MB of text)",
     )
+    weights_argument(p)
     p.add_argument("--json", action="store_true", help="print one JSON document")
     trust_argument(p, "the run's recipe or a task file names")
+    text = p.add_argument_group(
+        "your own text, instead of validation; the run may be a converted one"
+    )
+    text.add_argument(
+        "--text",
+        metavar="FILE",
+        help="print bits per byte and perplexity of a text file, or perplexity of token ids in a .npy file",
+    )
+    text.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="longest input in tokens (the sequence length of the run's recipe)",
+    )
     tasks = p.add_argument_group("benchmarks, instead of validation (pip install 'moeloom[eval]')")
     tasks.add_argument(
         "--tasks",
@@ -31,34 +46,128 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument(
         "--limit", type=int, metavar="N", help="only the first N questions of each task"
     )
-    tasks.add_argument("--batch-size", type=int, metavar="B", help="sequences in a forward (16)")
-    tasks.add_argument("--device", metavar="NAME", help="where the model runs, e.g. cuda (cpu)")
+    tasks.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="K",
+        help="solved questions before each question (what the task says)",
+    )
+    tasks.add_argument(
+        "--output",
+        metavar="DIR",
+        help="write the results there too, in the harness's own format",
+    )
+    both = p.add_argument_group("your own text and benchmarks")
+    both.add_argument("--batch-size", type=int, metavar="B", help="sequences in a forward (16)")
+    both.add_argument("--device", metavar="NAME", help="where the model runs, e.g. cuda (cpu)")
     return p
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Reads the whole validation split of the run's recipe once, or runs benchmarks."""
-    if arguments.tasks is None:
-        _validate(arguments)
-    else:
+    """Reads the whole validation split of the run's recipe once, or a text, or runs benchmarks."""
+    _check_options(arguments)
+    if arguments.text is not None:
+        _score_text(arguments)
+    elif arguments.tasks is not None:
         _benchmark(arguments)
+    else:
+        _validate(arguments)
+
+
+NEEDED_BY = {
+    "task_path": ("--tasks",),
+    "limit": ("--tasks",),
+    "num_fewshot": ("--tasks",),
+    "output": ("--tasks",),
+    "context": ("--text",),
+    "batch_size": ("--tasks", "--text"),
+    "device": ("--tasks", "--text"),
+}
+"""Options that change only one of the ways to evaluate, and the options that choose these."""
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for options that cannot be combined."""
+    from core.contracts.errors import UserError
+
+    chosen = {"--tasks": arguments.tasks, "--text": arguments.text}
+    given = [option for option, value in chosen.items() if value is not None]
+    if len(given) > 1:
+        raise UserError("--tasks and --text cannot be combined: use one command for each")
+    for option, needed in NEEDED_BY.items():
+        if getattr(arguments, option) is None or set(given) & set(needed):
+            continue
+        flag = f"--{option.replace('_', '-')}"
+        raise UserError(f"{flag} needs {' or '.join(needed)}")
+    if arguments.xz and given:
+        raise UserError(f"--xz is for validation and cannot be combined with {given[0]}")
+    for option in ("batch_size", "context"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} = {value}: must be at least 1")
+
+
+def _score_text(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from core.contracts.errors import NotFiniteError, UserError
+    from core.generation.markers import markers_of
+    from core.harness.own_text import read_own_text, score_text
+    from core.interop.run_weights import check_average
+    from core.recipe.compose import compose_run
+    from core.run.device import check_device
+    from core.run.loading import load, run_of
+    from core.training.resume import newest_checkpoint
+
+    checkpoint = newest_checkpoint(Path(arguments.run))
+    folder = run_of(checkpoint)
+    if arguments.weights is not None:
+        check_average(checkpoint, arguments.weights)
+    text = read_own_text(Path(arguments.text))
+    recipe = compose_run(folder.recipe, trust=arguments.trust)
+    longest = recipe.model.rope.max_length
+    context = arguments.context or recipe.data.sequence_length
+    if context > longest:
+        raise UserError(f"--context = {context}: must be at most model.rope.max_length = {longest}")
+    device = arguments.device or "cpu"
+    check_device(device, recipe)
+    markers = markers_of(folder)
+    tokenizer = folder.load_tokenizer() if isinstance(text, str) else None
+    notices = recipe.notices()
+    for notice in notices:
+        _say(f"note: {notice}")
+    model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
+    batch = arguments.batch_size or 16
+    try:
+        found = score_text(model, markers, text, tokenizer, context=context, batch_size=batch)
+    except UserError as cause:
+        raise UserError(f"--text {arguments.text}: {cause}") from cause
+    except NotFiniteError as cause:
+        raise NotFiniteError(f"{checkpoint}: {cause}") from cause
+    values: dict[str, Any] = {"checkpoint": checkpoint.name, **found.to_dict()}
+    if arguments.weights is not None:
+        values["weights"] = arguments.weights
+    _print_values({**values, "notices": notices}, arguments)
 
 
 def _validate(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from core.contracts.errors import UserError
-
-    for option in ("task_path", "limit", "batch_size", "device"):
-        if getattr(arguments, option) is not None:
-            flag = f"--{option.replace('_', '-')}"
-            raise UserError(f"{flag} needs --tasks: validation reads the recipe's whole split")
     from core.run.evaluation import evaluate
     from core.training.resume import newest_checkpoint
 
     values = evaluate(
-        newest_checkpoint(Path(arguments.run)), xz=arguments.xz, trust=arguments.trust, say=_say
+        newest_checkpoint(Path(arguments.run)),
+        xz=arguments.xz,
+        trust=arguments.trust,
+        weights=arguments.weights,
+        say=_say,
     )
+    _print_values(values, arguments)
+
+
+def _print_values(values: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Prints values by name, or as one JSON document."""
     if arguments.json:
         print_json(values)
         return
@@ -72,26 +181,32 @@ def _validate(arguments: argparse.Namespace) -> None:
 def _benchmark(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from core.contracts.errors import NotFiniteError, UserError
-
-    if arguments.xz:
-        raise UserError("--xz is for validation and cannot be combined with --tasks")
+    from core.contracts.errors import NotFiniteError
     from core.harness.tasks import TaskOptions, load_tasks, run_tasks, table_lines
     from core.training.resume import newest_checkpoint
 
     checkpoint = newest_checkpoint(Path(arguments.run))
-    given: dict[str, Any] = {"limit": arguments.limit, "trust": arguments.trust}
+    given: dict[str, Any] = {
+        "limit": arguments.limit,
+        "shots": arguments.num_fewshot,
+        "trust": arguments.trust,
+    }
+    if arguments.output is not None:
+        given["output"] = Path(arguments.output)
     if arguments.batch_size is not None:
         given["batch_size"] = arguments.batch_size
     if arguments.task_path is not None:
         given["folder"] = Path(arguments.task_path)
     names = [name.strip() for name in arguments.tasks.split(",")]
     options = TaskOptions(tuple(name for name in names if name), **given)
+    from core.interop.run_weights import check_average
     from core.recipe.compose import compose_run
     from core.run.device import check_device
     from core.run.loading import load, run_of
 
     folder = run_of(checkpoint)
+    if arguments.weights is not None:
+        check_average(checkpoint, arguments.weights)
     recipe = compose_run(folder.recipe, trust=arguments.trust)
     device = arguments.device or "cpu"
     check_device(device, recipe)
@@ -99,13 +214,16 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     notices = recipe.notices()
     for notice in notices:
         _say(f"note: {notice}")
-    model = load(checkpoint, trust=arguments.trust).to(device)
+    model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
     try:
         results = run_tasks(loaded, folder, model, options, say=_say)
     except NotFiniteError as cause:
         raise NotFiniteError(f"{checkpoint}: {cause}") from cause
     if arguments.json:
-        print_json({"checkpoint": checkpoint.name, **results, "notices": notices})
+        document = {"checkpoint": checkpoint.name, **results}
+        if arguments.weights is not None:
+            document["weights"] = arguments.weights
+        print_json({**document, "notices": notices})
         return
     for line in table_lines(results):
         print(line)

@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.command import print_json, run_command, trust_argument
+from core.command import print_json, run_command, trust_argument, weights_argument
 
 if TYPE_CHECKING:
     from core.generation.completion import Completion, Completions
     from core.generation.options import GenerationOptions
     from core.generation.pass_times import PassTimes
-    from core.generation.prompts import TextPrompt
+    from core.generation.prompts import GivenPrompt
+    from core.generation.run_tokenizer import RunTokenizer
     from core.model.language_model import LanguageModel
     from core.recipe.compose import Recipe
+    from core.training.run_folder import RunFolder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,12 +25,18 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m core.generate", description="Write text with a trained model."
     )
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint")
+    weights_argument(p)
     p.add_argument("--prompt", metavar="TEXT", help="what to continue")
+    p.add_argument(
+        "--prompt-ids",
+        metavar="IDS",
+        help="the same as token ids with commas between them, which need no tokenizer and get no marker",
+    )
     p.add_argument(
         "--prompts",
         metavar="FILE",
-        help="several texts to continue: one a line in a .txt file; JSON strings, or objects with the key prompt, in "
-        "a .jsonl file",
+        help="several texts to continue: one a line in a .txt file; JSON strings or lists of token ids, or objects "
+        "with the key prompt, in a .jsonl file",
     )
     p.add_argument(
         "--tokens",
@@ -85,7 +93,6 @@ def main(arguments: argparse.Namespace) -> None:
     prompts = _prompts(arguments)
     from core.generation.completion import Completer
     from core.generation.pass_times import measure_passes
-    from core.generation.run_tokenizer import RunTokenizer
     from core.generation.writer import Prompt
     from core.recipe.compose import compose_run
     from core.run.device import check_device
@@ -102,17 +109,19 @@ def main(arguments: argparse.Namespace) -> None:
         _check_heads(recipe)
     device = arguments.device or "cpu"
     check_device(device, recipe)
-    tokenizer = RunTokenizer.of(run)
+    tokenizer, end = _tokenizer(run, prompts, arguments)
     rows = []
     for number, prompt in enumerate(prompts):
-        ids = tokenizer.prompt(prompt.text)
-        where = f"{prompt.where} of {len(ids)} tokens with the marker"
+        ids = _ids(prompt, tokenizer, recipe.data.tokenizer.vocab)
+        marked = " with the marker" if isinstance(prompt.content, str) else ""
+        where = f"{prompt.where} of {len(ids)} tokens{marked}"
         limit = options.limit(len(ids), recipe.model.rope.max_length, where, _flag)
         rows.append(Prompt(ids, limit, number))
-    model = load(checkpoint, trust=arguments.trust).to(device)
+    model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
     _warn_of_batches(model, min(options.batch, len(rows)))
-    printer = _Printer(arguments, prompts)
-    completer = Completer(model, options, tokenizer, tokenizer.end, printer.on_text)
+    printer = _Printer(arguments, prompts, tokenizer)
+    on_text = None if tokenizer is None else printer.on_text
+    completer = Completer(model, options, tokenizer, end, on_text)
     try:
         completions = completer.complete(rows)
         times = None
@@ -163,16 +172,67 @@ def _options(arguments: argparse.Namespace) -> "GenerationOptions":
     return options
 
 
-def _prompts(arguments: argparse.Namespace) -> "list[TextPrompt]":
+def _prompts(arguments: argparse.Namespace) -> "list[GivenPrompt]":
     """Returns the prompts of the command line."""
     from core.contracts.errors import UserError
-    from core.generation.prompts import one_prompt, read_prompts
+    from core.generation.prompts import one_prompt, prompt_of_ids, read_prompts
 
-    if (arguments.prompt is None) == (arguments.prompts is None):
-        raise UserError("give either --prompt TEXT or --prompts FILE")
+    given = (arguments.prompt, arguments.prompt_ids, arguments.prompts)
+    if sum(value is not None for value in given) != 1:
+        raise UserError("give one of --prompt TEXT, --prompt-ids IDS and --prompts FILE")
     if arguments.prompts is not None:
         return read_prompts(Path(arguments.prompts))
+    if arguments.prompt_ids is not None:
+        return [prompt_of_ids(arguments.prompt_ids)]
     return [one_prompt(arguments.prompt)]
+
+
+def _tokenizer(
+    run: "RunFolder", prompts: "list[GivenPrompt]", arguments: argparse.Namespace
+) -> "tuple[RunTokenizer | None, int | None]":
+    """Returns the tokenizer of a run, if there is one, and the token that ends a text.
+
+    Raises:
+        UserError: it cannot be read, and a prompt, --stop or --stream needs it.
+    """
+    from core.contracts.errors import UserError
+    from core.generation.markers import markers_of
+    from core.generation.run_tokenizer import RunTokenizer
+
+    try:
+        tokenizer = RunTokenizer.of(run)
+    except UserError as cause:
+        if any(isinstance(prompt.content, str) for prompt in prompts):
+            raise UserError(f"{cause}; --prompt-ids needs no tokenizer") from cause
+        for option in ("stop", "stream"):
+            if getattr(arguments, option):
+                raise UserError(f"{cause}; --{option} needs it") from cause
+        _say(f"note: {cause}; tokens are printed by their ids")
+    else:
+        return tokenizer, tokenizer.end
+    try:
+        return None, markers_of(run).end
+    except UserError:  # nothing is known that ends a text
+        return None, None
+
+
+def _ids(prompt: "GivenPrompt", tokenizer: "RunTokenizer | None", vocabulary: int) -> list[int]:
+    """Returns the token ids of a prompt; a text begins with the marker.
+
+    Raises:
+        UserError: the model does not know an id.
+    """
+    from core.contracts.errors import UserError
+
+    if isinstance(prompt.content, str):
+        assert tokenizer is not None
+        return tokenizer.prompt(prompt.content)
+    for token in prompt.content:
+        if not 0 <= token < vocabulary:
+            raise UserError(
+                f"{prompt.where} has token {token}, and the model knows {vocabulary}, from 0"
+            )
+    return list(prompt.content)
 
 
 def _flag(setting: str) -> str:
@@ -211,7 +271,13 @@ def _warn_of_batches(model: "LanguageModel", rows: int) -> None:
 class _Printer:
     """Prints texts for a reader: as they come, or when all are done."""
 
-    def __init__(self, arguments: argparse.Namespace, prompts: "list[TextPrompt]") -> None:
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        prompts: "list[GivenPrompt]",
+        tokenizer: "RunTokenizer | None",
+    ) -> None:
+        self.tokenizer = tokenizer
         self.streams = arguments.stream
         self.is_file = arguments.prompts is not None
         self.prompts = prompts
@@ -227,7 +293,9 @@ class _Printer:
         """Prints what was not printed yet."""
         for number, found in enumerate(completions):
             self._begin(number)
-            if not self.streams:
+            if found.text is None:
+                print("", *found.tokens, end="")
+            elif not self.streams:
                 print(found.text, end="")
         print()
 
@@ -238,8 +306,16 @@ class _Printer:
                 print()
             if self.is_file:
                 print(f"--- prompt {self.begun + 1} ---")
-            print(self.prompts[self.begun].text, end="", flush=self.streams)
+            print(self._shown(self.prompts[self.begun]), end="", flush=self.streams)
             self.begun += 1
+
+    def _shown(self, prompt: "GivenPrompt") -> str:
+        """The text of a prompt, or its ids without a tokenizer."""
+        if isinstance(prompt.content, str):
+            return prompt.content
+        if self.tokenizer is None:
+            return " ".join(map(str, prompt.content))
+        return self.tokenizer.decode(prompt.content)
 
 
 def _speed_lines(completions: "Completions", times: "PassTimes | None", drafts: int) -> "list[str]":
@@ -251,7 +327,7 @@ def _speed_lines(completions: "Completions", times: "PassTimes | None", drafts: 
 
 def _document(
     arguments: argparse.Namespace,
-    prompts: "list[TextPrompt]",
+    prompts: "list[GivenPrompt]",
     completions: "Completions",
     times: "PassTimes | None",
     notices: list[str],
@@ -270,10 +346,11 @@ def _document(
     return document
 
 
-def _text_document(prompt: "TextPrompt", found: "Completion") -> dict[str, Any]:
+def _text_document(prompt: "GivenPrompt", found: "Completion") -> dict[str, Any]:
     return {
-        "prompt": prompt.text,
+        "prompt": prompt.content,
         "text": found.text,
+        "token_ids": found.tokens,
         "tokens": len(found.tokens),
         "prompt_tokens": len(found.prompt),
         "ended": found.ended,

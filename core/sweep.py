@@ -87,6 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
             ray=arguments.ray,
             resume=arguments.resume,
             command=command_line(),
+            say=lambda line: print(line, file=sys.stderr),
         )
     if arguments.json:
         print_json(found)
@@ -113,15 +114,24 @@ def _resumption_named(path: Path) -> Iterator[None]:
 def _dry_run(sweep: Any) -> None:
     """Prints the runs that the sweep would start, and what is equal in all variants."""
     from core.study.matching import match
+    from core.study.results import sweep_document
+    from core.study.sweep import beforehand
 
     matched = match(sweep)
     variants = [variant.name for variant in sweep.variants]
     seeds = sweep.schema.seeds
     runs = len(variants) * len(seeds)
-    print(f"{runs} runs: {len(variants)} variants x {len(seeds)} seeds")
+    searches = len(sweep.candidates) * len(sweep.schema.search.seeds)
+    after = f", after {searches} of a search" if searches else ""
+    print(f"{runs} runs: {len(variants)} variants x {len(seeds)} seeds{after}")
+    for seed in sweep.schema.search.seeds:
+        for candidate in sweep.candidates:
+            print(f"search: {candidate.name}/seed-{seed}")
     for seed in seeds:
         for name in variants:
             print(f"run: {name}/seed-{seed}")
+    for line in beforehand(sweep_document(sweep, matched, command="", started="")):
+        print(line)
     for line in matched.held_equal:
         print(f"equal: {line}")
     for line in matched.not_equal:
@@ -202,7 +212,32 @@ def _result_lines(found: dict[str, Any]) -> list[str]:
     if len(differences) > 1:
         title = f"minus {found['baseline']}, paired by seed"
         lines += ["", title, *_table_lines(differences)]
+        lines += _shown_lines(found["rows"])
+    lines += _chosen_lines(found.get("search"))
     return lines + [f"note: {warning}" for warning in found["warnings"]]
+
+
+def _shown_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line with the smallest difference that each comparison could show, given the deviation that was observed."""
+    shown = []
+    for row in rows:
+        smallest = row.get("smallest_difference")
+        if smallest is not None:
+            shown.append(f"{row['variant']} {smallest:.3g}")
+    if not shown:
+        return []
+    return ["", f"could show, with the observed spread: {', '.join(shown)}"]
+
+
+def _chosen_lines(search: dict[str, Any] | None) -> list[str]:
+    """A line for each variant with the values that its search has chosen."""
+    lines = []
+    for row in (search or {}).get("rows", []):
+        values = ", ".join(f"{key} = {value}" for key, value in (row["chosen"] or {}).items())
+        lines.append(
+            f"searched: {row['variant']}: {values}, of {len(row['candidates'])} values tried"
+        )
+    return lines
 
 
 def _table_lines(rows: list[list[str]]) -> list[str]:

@@ -38,6 +38,14 @@ def sigmoid(logits: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-logits))
 
 
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    """sqrt(log(1 + exp(x_i))), for logits of ordinary size."""
+    return torch.log(1 + torch.exp(logits)).sqrt()
+
+
+AFFINITIES = {"sigmoid": sigmoid, "softmax": softmax, "sqrt_softplus": sqrt_softplus}
+
+
 def best(values: Sequence[float], count: int) -> list[int]:
     """The places of the highest values, falling; the lower place first where they tie."""
     return sorted(range(len(values)), key=lambda i: -values[i])[:count]
@@ -92,9 +100,28 @@ def deepseek_v3(
     strength = max(1, top_k // limit) if group_score is None else group_score
     result = []
     for token, row in enumerate(logits):
-        scores = sigmoid(row) if affinity == "sigmoid" else softmax(row)
+        scores = AFFINITIES[affinity](row)
         biased = [s + b for s, b in zip(scores.tolist(), bias, strict=True)]
         chosen = within_groups(biased, top_k, groups, limit, strength)
+        total = torch.stack([scores[e] for e in chosen]).sum() if normalise else 1.0
+        result += [Assigned(token, e, scores[e] / total * scale) for e in chosen]
+    return result
+
+
+def hash_gated(
+    logits: Rows,
+    table: Sequence[Sequence[int]],
+    ids: Sequence[int],
+    *,
+    scale: float = 1.0,
+    affinity: str = "sqrt_softplus",
+    normalise: bool = True,
+) -> list[Assigned]:
+    """DeepSeek-V4 (2606.19348, section 2.1): the table chooses by the token's id, the affinities are the gates."""
+    result = []
+    for token, (row, token_id) in enumerate(zip(logits, ids, strict=True)):
+        scores = AFFINITIES[affinity](row)
+        chosen = table[token_id]
         total = torch.stack([scores[e] for e in chosen]).sum() if normalise else 1.0
         result += [Assigned(token, e, scores[e] / total * scale) for e in chosen]
     return result
@@ -180,12 +207,14 @@ def expert_choice(logits: Rows, groups: list[list[int]], *, top_k: int) -> list[
     return result
 
 
-def balanced_table(counts: list[int], experts: int) -> list[int]:
-    """Hash Layers' balanced map: frequent tokens first, each to the expert with the least count so far."""
-    table, count, ids = [0] * len(counts), [0] * experts, [0] * experts
+def balanced_table(counts: list[int], experts: int, top_k: int = 1) -> list[list[int]]:
+    """Hash Layers' balanced map: frequent tokens first, each to the experts with the least count so far."""
+    table: list[list[int]] = [[] for _ in counts]
+    count, ids = [0] * experts, [0] * experts
     for token in sorted(range(len(counts)), key=lambda token: (-counts[token], token)):
-        e = min(range(experts), key=lambda e: (count[e], ids[e], e))
-        table[token], count[e], ids[e] = e, count[e] + counts[token], ids[e] + 1
+        table[token] = sorted(range(experts), key=lambda e: (count[e], ids[e], e))[:top_k]
+        for e in table[token]:
+            count[e], ids[e] = count[e] + counts[token], ids[e] + 1
     return table
 
 
@@ -323,3 +352,86 @@ def bias_step(
         moves = [(mean - c) / divisor if total else Fraction(0) for c in load]
     shift = sum(moves) / len(moves) if centre else Fraction(0)
     return [b + rate * float(move - shift) for b, move in zip(bias, moves, strict=True)]
+
+
+# ---- Quantile Balancing (Kimi K3 report, section 2.3.3 and appendix D; within groups as our plugin's README says)
+
+
+def needed_biases(
+    scores: Sequence[Sequence[float]],
+    bias: Sequence[float],
+    top_k: int,
+    *,
+    groups: int = 1,
+    group_limit: int = 1,
+    experts_per_group_score: int = 1,
+) -> list[list[float]]:
+    """The bias that each expert needs for each token to select it.
+
+    Its own bias plus what its score s + b is short of the (k+1)-th best one in the token's groups. If a token reaches
+    only some groups, at least its own bias plus what the score of its group is short of that of the worst reached one
+    (of the best one not reached, if it is reached), for each of the experts that the group's score adds up.
+    """
+    size = len(bias) // groups
+    needed = []
+    for plain in scores:
+        biased = [s + b for s, b in zip(plain, bias, strict=True)]
+        strength = []
+        for group in range(groups):
+            own = sorted(biased[group * size : (group + 1) * size], reverse=True)
+            strength.append(sum(own[:experts_per_group_score]))
+        order = best(strength, groups)
+        reached = order[:group_limit]
+        in_reach = [biased[e] for e in range(len(bias)) if e // size in reached]
+        cutoff = sorted(in_reach, reverse=True)[top_k] if top_k < len(in_reach) else -math.inf
+        row = []
+        for expert, score in enumerate(biased):
+            short = cutoff - score
+            if group_limit < groups:
+                group = expert // size
+                rival = order[group_limit] if group in reached else order[group_limit - 1]
+                gap = (strength[rival] - strength[group]) / experts_per_group_score
+                short = max(short, gap)
+            row.append(bias[expert] + short)
+        needed.append(row)
+    return needed
+
+
+def quantile_histogram(
+    needed: Sequence[Sequence[float]], bias: Sequence[float], bins: int, span: float = 1.0
+) -> list[list[int]]:
+    """How many tokens need a bias in each bin, for each expert; the bins go from min(b) - span to max(b) + span."""
+    low = min(bias) - span
+    width = (max(bias) + span - low) / bins
+    histogram = [[0] * bins for _ in bias]
+    for token in needed:
+        for expert, value in enumerate(token):
+            place = math.floor((value - low) / width)
+            histogram[expert][min(max(place, 0), bins - 1)] += 1
+    return histogram
+
+
+def quantile_step(
+    histogram: Sequence[Sequence[int]],
+    bias: Sequence[float],
+    top_k: int,
+    *,
+    span: float = 1.0,
+    ema: float = 0.0,
+) -> list[float]:
+    """The next biases: k/E quantiles, interpolated inside a bin, centred; the old ones where nothing was counted."""
+    low = min(bias) - span
+    width = (max(bias) + span - low) / len(histogram[0])
+    solved = []
+    for counts in histogram:
+        if not sum(counts):
+            return list(bias)
+        target = Fraction(sum(counts) * top_k, len(histogram))
+        below = 0
+        for place, inside in enumerate(counts):
+            if below + inside >= target:
+                solved.append(low + width * (place + float((target - below) / inside)))
+                break
+            below += inside
+    mean = sum(solved) / len(solved)
+    return [ema * old + (1 - ema) * (new - mean) for old, new in zip(bias, solved, strict=True)]

@@ -23,9 +23,11 @@ FULL = {
     "interop/test_parity.py": "needs transformers",
     "interop/test_parity_exports.py": "needs transformers",
     "interop/test_parity_fp8.py": "needs transformers",
+    "interop/test_parity_hyper_connections.py": "needs transformers",
     "interop/test_parity_limits.py": "needs transformers",
     "interop/test_parity_mtp.py": "needs transformers",
     "interop/test_parity_trained.py": "needs transformers",
+    "interop/test_parity_v4.py": "needs transformers",
     "interop/test_resume.py": "kills conversions",
     "interop/test_trained.py": "trains and converts runs there and back",
     "precision/test_benchmark.py": "times whole steps of every precision",
@@ -35,12 +37,15 @@ FULL = {
     "repository/test_tutorial.py": "starts processes",
     "study/test_processes.py": "starts and kills processes",
     "study/test_ray.py": "needs Ray",
+    "training/test_ema_components.py": "trains with every component that is registered",
+    "training/test_ema_runs.py": "kills runs, and trains on ranks",
     "training/test_node_processes.py": "starts the processes of two nodes",
     "training/test_profiler_ranks.py": "starts the processes of two ranks",
     "training/test_rank_failures.py": "starts, stops and kills the processes of two ranks",
     "training/test_rank_processes.py": "starts and kills the processes of two ranks",
     "training/test_ranks.py": "starts the processes of two ranks",
-    "training/test_skew.py": "trains 300 steps three times",
+    "training/test_skew.py": "trains 300 steps four times",
+    "training/test_table_runs.py": "trains on the ranks of forked processes",
 }
 """Files and folders below `tests/`, each with the reason."""
 

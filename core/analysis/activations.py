@@ -90,14 +90,18 @@ class Widths:
 
 
 def block_activations(block: Block, products: Products, widths: Widths) -> ActivationBytes:
-    """The activations of a block: the inputs of its two norms, and what attention and feed-forward layer keep."""
+    """The activations of a block: the inputs of its two norms, and what the layers and residuals keep."""
     dim = block.attention_norm.dim
     attention = _attention(dict(_by_role(block.attention, products)), widths)
     ffn = _feed_forward(block, products, widths)
     norms = 2 * widths.norm(dim)
-    none = norms + attention.none + ffn.none
-    selective = 2 * dim * widths.stream + attention.selective + ffn.selective
-    return ActivationBytes(none, selective, dim * widths.stream, none - selective, none)
+    residuals = 0
+    for residual in (block.attention_residual, block.ffn_residual):
+        residuals += residual.activation_bytes(widths.stream, widths.wide)
+    none = norms + attention.none + ffn.none + residuals
+    selective = 2 * dim * widths.stream + attention.selective + ffn.selective + residuals
+    full = dim * widths.stream * block.attention_residual.streams
+    return ActivationBytes(none, selective, full, none - selective, none)
 
 
 def _by_role(module: nn.Module, products: Products) -> Iterable[tuple[str, MatrixProduct]]:

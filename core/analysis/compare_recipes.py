@@ -188,6 +188,7 @@ def _comparable(recipe: Recipe, document: dict[str, Any]) -> dict[str, Any]:
         "width": recipe.model.dim,
         "depth": depth,
         "attention": attention,
+        "residual": to_dict(recipe.model.residual),
         "sequence length": recipe.data.sequence_length,
         "vocabulary": recipe.data.tokenizer.vocab,
         "corpus": to_dict(recipe.data.corpus),

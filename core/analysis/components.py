@@ -10,6 +10,7 @@ from torch import nn
 from core.analysis.products import Products, products_in
 from core.analysis.size import elements, training_flops
 from core.contracts.component import Costs
+from core.contracts.residual import Residual
 from core.model.block import Block
 from core.model.language_model import LanguageModel
 
@@ -22,7 +23,7 @@ NAMES = {
 }
 """Row names by the first part of a product's role."""
 
-ORDER = ("embedding", *NAMES.values(), "norms", "selection biases", "output", "other")
+ORDER = ("embedding", *NAMES.values(), "norms", "residual", "selection biases", "output", "other")
 
 
 @dataclass
@@ -32,12 +33,13 @@ class Sums:
     Args:
         parameters: number of parameters, persistent buffers of floating point included.
         active: those of them that one token uses.
-        attention_flops: forward FLOPs per token that belong to no parameter.
+        attention_flops, other_flops: those of `Costs`, summed.
     """
 
     parameters: int = 0
     active: int = 0
     attention_flops: float = 0.0
+    other_flops: float = 0.0
 
 
 def components(model: LanguageModel, products: Products) -> list[dict[str, Any]]:
@@ -54,6 +56,7 @@ def components(model: LanguageModel, products: Products) -> list[dict[str, Any]]
     sums["output"].active = embedding  # as large, tied or not
     sums["norms"].parameters = model.norm.dim
     sums["norms"].active = model.norm.dim
+    _add_residual(sums, model.residual, set())
     for block in model.blocks:
         assert isinstance(block, Block)
         _add_block(sums, block, products)
@@ -62,7 +65,7 @@ def components(model: LanguageModel, products: Products) -> list[dict[str, Any]]
         costs = head.costs()
         parameters = elements(head)
         if costs.active or parameters:
-            own = Sums(parameters, costs.active, costs.attention_flops)
+            own = Sums(parameters, costs.active, costs.attention_flops, costs.other_flops)
             rows.append(_row(f"heads.{name}", own))
     return rows
 
@@ -84,6 +87,10 @@ def _add_block(sums: dict[str, Sums], block: Block, products: Products) -> None:
         else:
             kind.active += parameters
     sums["attention"].attention_flops += costs.attention_flops
+    in_residuals = 0.0
+    for residual in (block.attention_residual, block.ffn_residual):
+        in_residuals += _add_residual(sums, residual, counted)
+    sums["other"].other_flops += costs.other_flops - in_residuals
     for name, part in (("attention", block.attention), ("norms", block)):
         vectors = _count_once((p for p in part.parameters() if p.ndim == 1), counted)
         sums[name].parameters += vectors
@@ -95,6 +102,16 @@ def _add_block(sums: dict[str, Sums], block: Block, products: Products) -> None:
     other = sums["other"]
     other.parameters += elements(block) - (parameters_after - parameters_before)
     other.active += costs.active - (active_after - active_before)
+
+
+def _add_residual(sums: dict[str, Sums], residual: Residual, counted: set[nn.Parameter]) -> float:
+    """Adds the weights and costs of a residual; returns its `other_flops`."""
+    costs = residual.costs()
+    own = sums["residual"]
+    own.parameters += _count_once(residual.parameters(), counted)
+    own.active += costs.active
+    own.other_flops += costs.other_flops
+    return costs.other_flops
 
 
 def _count_once(parameters: Iterable[nn.Parameter], counted: set[nn.Parameter]) -> int:
@@ -113,7 +130,9 @@ def _totals(sums: dict[str, Sums]) -> tuple[int, int]:
 
 
 def _row(name: str, sums: Sums) -> dict[str, Any]:
-    costs = Costs(active=sums.active, attention_flops=sums.attention_flops)
+    costs = Costs(
+        active=sums.active, attention_flops=sums.attention_flops, other_flops=sums.other_flops
+    )
     return {
         "component": name,
         "parameters": sums.parameters,

@@ -12,7 +12,7 @@ from core.analysis.gpu_hours import gpu_hours, speed
 from core.analysis.memory import per_gpu
 from core.analysis.options import DescribeOptions
 from core.analysis.products import MatrixProduct
-from core.analysis.rank_memory import per_rank
+from core.analysis.rank_memory import average_bytes, per_rank
 from core.analysis.size import Size, size_of
 from core.assemble import build, make
 from core.contracts.component import Environment
@@ -24,15 +24,17 @@ from core.contracts.schema import Section
 from core.extension.checks import format_error_at
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger
+from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
 
 CONVENTION = (
     "training FLOPs per token = 6 x active parameters (embedding excluded, output included) + 3 x forward attention "
-    "over the causal half of the sequence; flops_per_token counts the multi-token modules with one more use of the "
-    "output each, flops_per_token_main does not; flops_per_token_full takes the whole square of attention; "
-    "flops_per_token_megatron is Megatron-LM's count: without routers, and without norms outside attention; "
-    "params_total is the main model with its selection biases, params_experts what its routed and shared experts own"
+    "over the causal half of the sequence and over residual streams; flops_per_token counts the multi-token modules "
+    "with one more use of the output each, flops_per_token_main does not; flops_per_token_full takes the whole "
+    "square of attention; flops_per_token_megatron is Megatron-LM's count: without routers, and without norms "
+    "outside attention; params_total is the main model with its selection biases, params_experts what its routed "
+    "and shared experts own"
 )
 
 
@@ -164,11 +166,11 @@ def routing_of(model: LanguageModel) -> RoutingProperties:
 def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> dict[str, int]:
     """Estimated bytes on one device that holds all of the model and a whole micro-batch.
 
-    Weights, gradients and the optimizer's moments are exact; of the activations only the residual stream and the
-    logits are counted.
+    Weights, gradients, the optimizer's moments and averages of weights are exact; of the activations only the residual
+    stream and the logits are counted.
 
     Args:
-        recipe: its batch and its optimizer decide.
+        recipe: its batch, its optimizer and its callbacks decide.
         model: the recipe's.
         size: the model's.
         itemsize: bytes per number of the residual stream.
@@ -176,18 +178,22 @@ def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> d
     optimizer = recipe.optimizer.component(recipe.optimizer.config)
     gradients = 0
     moments = 0
-    for parameter in model.parameters():
-        gradients += parameter.numel() * parameter.element_size()
-        moments += optimizer.state_bytes(parameter)
+    averages = 0
+    for named in named_parameters(model):
+        gradients += named.parameter.numel() * named.parameter.element_size()
+        moments += optimizer.state_bytes_of(named)
+        averages += average_bytes(recipe, named.parameter)
     length = recipe.data.sequence_length
     tokens = recipe.batch.sequences * length
     # Two states of the residual stream in each block: the inputs of attention and of the feed-forward layer.
     states = 2 * (len(model.blocks) + len(model.heads))
+    streams = model.residual.streams
     return {
         "weights": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
         "gradients": gradients,
         "optimizer": moments,
-        "residual_stream": tokens * recipe.model.dim * itemsize * states,
+        "averages": averages,
+        "residual_stream": tokens * recipe.model.dim * itemsize * states * streams,
         "logits": tokens * recipe.data.tokenizer.vocab * 4,  # in fp32
         "kv_cache_per_sequence": 2 * size.cache_elements * length,  # in 16 bits
     }

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from core.analysis.activations import (
     POLICIES,
@@ -34,6 +34,7 @@ from core.analysis.products import MatrixProduct, Products
 from core.contracts.precision import Precision
 from core.model.block import Block
 from core.model.language_model import LanguageModel
+from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
 
@@ -167,7 +168,10 @@ class _Counter:
         copies: int,
     ) -> None:
         self.copies = copies
-        self.optimizer = recipe.optimizer.component(recipe.optimizer.config)
+        optimizer = recipe.optimizer.component(recipe.optimizer.config)
+        self.state_bytes: dict[Tensor, int] = {}
+        for named in named_parameters(model):
+            self.state_bytes[named.parameter] = optimizer.state_bytes_of(named)
         self.model = model
         self.products = products
         self.precision = precision
@@ -231,7 +235,7 @@ class _Counter:
             held = held // layout.expert
             ranks = layout.data // layout.expert
         master = held * own_bytes if working_bytes != own_bytes else 0
-        moments = self.optimizer.state_bytes(parameter) * held // parameter.numel()
+        moments = self.state_bytes[parameter] * held // parameter.numel()
         optimizer = -(-(master + moments) // (ranks * self.copies))  # rounded up
         return StateBytes(held, held * working_bytes, held * own_bytes, optimizer)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.analysis.activations import (
     ActivationBytes,
@@ -20,16 +20,17 @@ from core.analysis.products import MatrixProduct, Products
 from core.contracts.precision import Precision
 from core.model.block import Block
 from core.model.language_model import LanguageModel
+from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
 
 CONVENTION = (
-    "per rank, in bytes, at the end of a batch ramp; owned: weights, gradients and optimizer states, divided over all "
-    "ranks if the strategy divides weights; whole weights: those outside of blocks and, of divided blocks, two at a "
-    "time (one runs, the next is gathered), with the experts of one rank; whole gradients: in fp32, those outside "
-    "of blocks and of one block, or of all blocks where a step has several micro-batches; activations: of one "
-    "micro-batch, with the recipe's recompute.blocks, even load; without buffers of communication, workspaces and the "
-    "allocator's loss"
+    "per rank, in bytes, at the end of a batch ramp; owned: weights, gradients, optimizer states and averages, "
+    "divided over all ranks if the strategy divides weights; whole weights: those outside of blocks and, of divided "
+    "blocks, two at a time (one runs, the next is gathered), with the experts of one rank; whole gradients: in fp32, "
+    "those outside of blocks and of one block, or of all blocks where a step has several micro-batches; activations: "
+    "of one micro-batch, with the recipe's recompute.blocks, even load; without buffers of communication, workspaces "
+    "and the allocator's loss"
 )
 
 
@@ -99,14 +100,24 @@ def per_rank(
 
 
 def _owned(recipe: Recipe, model: LanguageModel, owners: int) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer states, divided evenly and rounded up."""
+    """Bytes of weights, gradients, optimizer states and averages, divided evenly and rounded up."""
     optimizer = recipe.optimizer.component(recipe.optimizer.config)
     weights = 0
     states = 0
-    for parameter in model.parameters():
+    averages = 0
+    for named in named_parameters(model):
+        parameter = named.parameter
         weights += -(-parameter.numel() // owners) * parameter.element_size()
-        states += -(-optimizer.state_bytes(parameter) // owners)
-    return {"weights": weights, "gradients": weights, "optimizer": states}
+        states += -(-optimizer.state_bytes_of(named) // owners)
+        averages += -(-average_bytes(recipe, parameter) // owners)
+    return {"weights": weights, "gradients": weights, "optimizer": states, "averages": averages}
+
+
+def average_bytes(recipe: Recipe, parameter: Tensor) -> int:
+    """The bytes on the training device that the averages of a weight take which callbacks keep."""
+    return sum(
+        section.component(section.config).average_bytes(parameter) for section in recipe.callbacks
+    )
 
 
 class _Gathered:

@@ -70,12 +70,12 @@ def elements(module: nn.Module) -> int:
 
 
 def training_flops(costs: Costs) -> float:
-    """Training FLOPs per token: 6 per active parameter, and three times the forward's attention over the sequence.
+    """Training FLOPs per token: 6 per active parameter, and three times the forward's other FLOPs.
 
     A product takes 2 FLOPs per weight forward and 4 backward (Kaplan et al., arXiv 2001.08361, section 2.1); attention
-    over the sequence likewise takes twice its forward FLOPs backward.
+    over the sequence, and what belongs to no parameter, likewise take twice their forward FLOPs backward.
     """
-    return 6.0 * costs.active + 3.0 * costs.attention_flops
+    return 6.0 * costs.active + 3.0 * (costs.attention_flops + costs.other_flops)
 
 
 def _in_experts(model: LanguageModel) -> int:

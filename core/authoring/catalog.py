@@ -11,19 +11,26 @@ from typing import Any, get_args, get_type_hints
 from core.contracts.errors import UserError, nearest
 from core.contracts.schedule import Schedule
 from core.contracts.schema import REQUIRED, Provenance
-from core.extension.loader import STRICT, installed_registry, strict, surveyed_registry
+from core.extension.loader import STRICT, load_plugins, registry_for, strict, surveyed_registry
 from core.extension.registry import SLOTS, Entry
 
 SECTIONS = {"one": "{} section", "list": "list of {} sections", "mapping": "mapping of {} sections"}
 """The type of a key that other components fill, by how many they are."""
 
 
-def catalog_rows() -> list[dict[str, Any]]:
+def catalog_rows(named: Iterable[str] = ()) -> list[dict[str, Any]]:
     """One object for each offer: slot, name, distribution, version, module, status, notice, schema.
 
     A plugin that could not be read, or was not read because it is disabled, is one object with the slot "?".
+
+    Args:
+        named: modules and plugin files to list beside the installed plugins.
+
+    Raises:
+        UserError: one of these cannot be read.
     """
     registry = surveyed_registry()
+    registry.absorb(load_plugins([], named))
     found = []
     for _, offers in sorted(registry.entries.items()):
         found += [_row(entry) for entry in offers]
@@ -98,15 +105,20 @@ def _row(entry: Entry) -> dict[str, Any]:
     return row
 
 
-def component(slot: str, name: str) -> dict[str, Any]:
+def component(slot: str, name: str, named: Iterable[str] = ()) -> dict[str, Any]:
     """All that is known of one component: its row, and doc, paper, capabilities, rejected keys, example, contract.
+
+    Args:
+        slot: the slot.
+        name: the component's name.
+        named: modules and plugin files that may offer it, beside the installed plugins.
 
     Raises:
         UserError: there is no such slot or name, or the component cannot be imported.
     """
     if slot not in SLOTS:
         raise UserError(f"there is no slot {slot!r}; {nearest(slot, SLOTS)}")
-    entry = installed_registry().find(slot, name)
+    entry = registry_for(named).find(slot, name)
     loaded, _ = entry.load()
     contract = contract_of(slot)
     return {

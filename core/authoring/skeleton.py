@@ -1,4 +1,4 @@
-"""Writes the package of a new plugin for the command `catalog new`, from the templates in `skeletons/`."""
+"""Writes a new plugin for the command `catalog new`, as a package or as one file, from templates in `skeletons/`."""
 
 import importlib.util
 import keyword
@@ -12,6 +12,7 @@ from core import contracts
 from core.command import command_prefix
 from core.contracts.errors import UserError, nearest
 from core.extension.loader import installed_registry
+from core.extension.plugin_file import is_plugin_file
 from core.extension.registry import SLOTS
 
 SUMMARIES = {
@@ -43,6 +44,8 @@ FILES = {
     "tests/test_$name.py": "test.py.txt",
 }
 """The files of a package, and the template of each."""
+HOOKS = "from core.extension.hookspec import Registrar, hookimpl\n"
+"""What a plugin of one file imports beside what its component needs."""
 RESERVED = frozenset(
     [
         "build",
@@ -64,12 +67,13 @@ RESERVED = frozenset(
 
 
 def write_skeleton(slot: str, name: str, folder: str | Path) -> list[str]:
-    """Writes the package of a plugin with one component that works.
+    """Writes the package of a plugin with one component that works, or a file with it.
 
     Args:
         slot: the slot of the component.
         name: its name in recipes; the package and its entry point have the same name.
-        folder: receives the files; it must not exist yet, or be empty.
+        folder: receives the files; it must not exist yet, or be empty. If its name ends in `.py`, it is the one file
+            that is written.
 
     Returns:
         The paths of the files, relative to the folder.
@@ -81,6 +85,8 @@ def write_skeleton(slot: str, name: str, folder: str | Path) -> list[str]:
     _check_slot(slot)
     _check_name(slot, name)
     root = Path(folder)
+    if is_plugin_file(root.name):
+        return [_write_file(slot, name, root)]
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} exists already and is not an empty folder; name another one")
     texts = dict(_texts(slot, name))
@@ -91,6 +97,27 @@ def write_skeleton(slot: str, name: str, folder: str | Path) -> list[str]:
     except OSError as cause:
         raise UserError(f"{root} cannot be written: {cause.strerror}") from cause
     return list(texts)
+
+
+def _write_file(slot: str, name: str, file: Path) -> str:
+    """Writes a plugin of one file, which a recipe names by its path."""
+    if file.exists():
+        raise UserError(f"{file} exists already; name another file")
+    words = _words(slot, name)
+    words["target"] = f"{file.stem}:{words['cls']}"
+    lines = Template(_read(f"{slot}.py.txt")).substitute(words).splitlines(keepends=True)
+    registration = Template(_read("registration.txt")).substitute(words)
+    imports = [number for number, line in enumerate(lines) if line.startswith("from core.contr")]
+    begin = next(number for number, line in enumerate(lines) if line.startswith("class "))
+    lines.insert(begin, registration)
+    lines.insert(imports[-1] + 1, HOOKS)
+    text = "".join(lines)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as cause:
+        raise UserError(f"{file} cannot be written: {cause.strerror}") from cause
+    return str(file)
 
 
 def _check_slot(slot: str) -> None:
@@ -130,8 +157,8 @@ def _importable(name: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def _texts(slot: str, name: str) -> list[tuple[str, str]]:
-    """The path and the text of each file."""
+def _words(slot: str, name: str) -> dict[str, str]:
+    """What the templates leave open."""
     words = {
         "slot": slot,
         "words": {"ffn": "feed-forward layer"}.get(slot, slot.replace("_", " ")),
@@ -145,6 +172,12 @@ def _texts(slot: str, name: str) -> list[tuple[str, str]]:
         "fit": command_prefix("fit"),
     }
     words["recipe"] = Template(RECIPES[slot]).substitute(words)
+    return words
+
+
+def _texts(slot: str, name: str) -> list[tuple[str, str]]:
+    """The path and the text of each file."""
+    words = _words(slot, name)
     texts = []
     for path, template in FILES.items():
         text = _read(Template(template).substitute(words))

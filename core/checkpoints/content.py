@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from core.checkpoints.averages import not_finite_average
 from core.checkpoints.listing import STEP, other_checkpoints
 from core.contracts.errors import NotFiniteError, UserError
 from core.numerics.finite import holds_nan, not_finite_in
@@ -91,7 +92,7 @@ def _check_progress(content: Mapping[str, Any], file: Path) -> None:
 
 
 def not_finite(content: Mapping[str, Any]) -> str | None:
-    """A sentence about a weight that is not finite, or such a number in an optimizer; None if there is none.
+    """A sentence about a number that is not finite in weights, averages or an optimizer; None if there is none.
 
     An infinity in an optimizer's state is allowed, but for first moments: a squared gradient can overflow in a run that
     goes on. Tensors on the meta device have no numbers.
@@ -99,6 +100,8 @@ def not_finite(content: Mapping[str, Any]) -> str | None:
     found = not_finite_in(content["state_dict"])
     if found is None:
         found = _not_finite_in_optimizers(content.get("optimizer_states", []))
+    if found is None:
+        found = not_finite_average(content)
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.checkpoints.averages import AVERAGES
 from core.checkpoints.index import INDEX, change_of, is_sharded
 from core.checkpoints.listing import other_checkpoints
 from core.checkpoints.shards import MODEL, ShardReader, dtype_of
@@ -96,6 +97,9 @@ def _with_tensors(reader: ShardReader, value_of: Callable[[str], Tensor]) -> dic
         for name in reader.index.tensors:
             if name.startswith(MODEL):
                 content["state_dict"][name.removeprefix(MODEL)] = value_of(name)
+            elif name.startswith(f"{AVERAGES}."):
+                average, tensor = name.removeprefix(f"{AVERAGES}.").split(".", 1)
+                content[AVERAGES][average]["weights"][tensor] = value_of(name)
             else:
                 number, _, parameter, key = name.removeprefix(OPTIMIZERS).split(".", 3)
                 values = content["optimizer_states"][int(number)]["state"][int(parameter)]

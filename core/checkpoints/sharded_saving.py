@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from core.checkpoints.averages import AVERAGES, index_prefix
 from core.checkpoints.distributed import save_shards
 from core.checkpoints.reading import OPTIMIZERS
 from core.checkpoints.saving import AtomicCheckpointIO, not_written
@@ -81,7 +82,7 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
 
 
 def split_content(content: dict[str, Any]) -> tuple[dict[str, TensorShard], dict[str, Any]]:
-    """The tensors of the model and of the optimizers by name, and everything else of a checkpoint."""
+    """The tensors of model, averages and optimizers by name, and everything else of a checkpoint."""
     parts: dict[str, TensorShard] = {}
     state: dict[str, Any] = {}
     for name, value in content["state_dict"].items():
@@ -100,7 +101,14 @@ def split_content(content: dict[str, Any]) -> tuple[dict[str, TensorShard], dict
                 else:
                     kept[parameter][key] = value
         optimizers.append({**optimizer, "state": kept})
-    return parts, {**content, "state_dict": state, "optimizer_states": optimizers}
+    rest = {**content, "state_dict": state, "optimizer_states": optimizers}
+    if AVERAGES in content:
+        rest[AVERAGES] = {}
+        for average, entry in content[AVERAGES].items():
+            rest[AVERAGES][average] = {**entry, "weights": {}}
+            for name, part in entry["weights"].items():
+                parts[f"{index_prefix(average)}{name}"] = part
+    return parts, rest
 
 
 @contextlib.contextmanager

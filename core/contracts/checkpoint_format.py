@@ -80,13 +80,14 @@ class CheckpointFormat(Component, ABC):
 
     @abstractmethod
     def recipe_of(
-        self, config: Mapping[str, Any], names: Collection[str], precision: str
+        self, config: Mapping[str, Any], names: Collection[str] | None, precision: str
     ) -> Translation:
         """Returns the recipe whose model computes what theirs does.
 
         Args:
             config: their configuration file.
             names: the tensors of their files, because a configuration does not say whether some parts are present.
+                None if there is only a configuration: every part that it mentions is then present.
             precision: the precision that suits their number formats: fp32, fp64 or bf16.
         """
 

@@ -14,17 +14,21 @@ class Costs:
         attention_flops: forward FLOPs per token that belong to no parameter: attention's scores and weighted
             sums, causal (half of the square), 2 FLOPs a multiply-add.
         cache: elements that decoding keeps per token.
+        other_flops: further forward FLOPs per token that belong to no parameter and to no pair of tokens, or to a
+            parameter that is used more than once.
     """
 
     active: int = 0
     attention_flops: float = 0.0
     cache: int = 0
+    other_flops: float = 0.0
 
     def __add__(self, other: "Costs") -> "Costs":
         return Costs(
             self.active + other.active,
             self.attention_flops + other.attention_flops,
             self.cache + other.cache,
+            self.other_flops + other.other_flops,
         )
 
 

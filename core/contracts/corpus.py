@@ -17,11 +17,13 @@ class Document:
             that order.
         data: its bytes, which must be UTF-8.
         source: the file that error messages name.
+        part: 0, or 1 for a document that is read after the shift of a corpus that has one (`Corpus.shift_at`).
     """
 
     name: str
     data: bytes
     source: str
+    part: int = 0
 
 
 class Corpus(Component, ABC):
@@ -37,6 +39,10 @@ class Corpus(Component, ABC):
     @abstractmethod
     def documents(self) -> Iterator[Document]:
         """Yields every document, in any order."""
+
+    def shift_at(self) -> float | None:
+        """Returns the fraction of a run's steps after which it reads part 1 instead of part 0; None: one part."""
+        return None
 
     def check_source(self) -> None:
         """Raises `UserError` where it is plain, before anything is read, that there is nothing to read.

@@ -40,7 +40,8 @@ class Draft:
     Args:
         logits_BLV: the logits, at each position, of the token after the one that was given, from `shared.logits`, which
             in decoding may choose the positions for which it computes them.
-        state_BLD: the state at each position, from which the token after the next one can be drafted.
+        state_BLD: the state at each position, from which the token after the next one can be drafted; the whole stream
+            if the head `reads_streams`.
     """
 
     logits_BLV: Tensor
@@ -75,11 +76,14 @@ class LossHead(nn.Module, Component, ABC):
     means over the whole window however it is split into micro-batches and ranks.
 
     Class attributes:
-        reads_streams: whether the head reads the residual stream before it is collapsed (`SharedModules.stream`).
         drafts: whether `draft` can be called in decoding.
+
+    Attributes:
+        reads_streams: whether the head reads the residual stream before it is collapsed (`SharedModules.stream`). A
+            head whose settings decide it sets it on the instance.
     """
 
-    reads_streams: ClassVar[bool] = False
+    reads_streams: bool = False
     drafts: ClassVar[bool] = False
 
     def __init__(self, config: Any, build: BuildContext) -> None:
@@ -119,7 +123,8 @@ class LossHead(nn.Module, Component, ABC):
         last module reads its own states where there are more drafts than modules.
 
         Args:
-            state_BLD: the main model's state after its final norm, or the state of an earlier draft.
+            state_BLD: the main model's state after its final norm, or its stream before it is collapsed if the head
+                `reads_streams`; or the state of an earlier draft.
             context: the tokens that follow these states, at their own positions.
             shared: what `forward` receives; `states` are those of the same positions.
             caches: what `new_draft_caches` returned for this depth; these positions are appended to them.

@@ -22,14 +22,20 @@ class Residual(nn.Module, Component, ABC):
         for every layer:  stream = layer.write(stream, layer_output(norm(layer.read(stream))))
         states_BLD = model.collapse(stream)
 
-    A stream is a tensor whose first axes are B x L. No position sees another one's stream. A loss head that owns blocks
-    has a model's instance for them, and one that sets `reads_streams` also finds the stream before `collapse`.
+    A stream is a tensor whose first axes are B x L and whose last one is D. No position sees another one's stream. A
+    loss head that owns blocks has a model's instance for them, and one that sets `reads_streams` also finds the stream
+    before `collapse`.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any, build: BuildContext, *, place: Place) -> None:
         super().__init__()
+
+    @property
+    def streams(self) -> int:
+        """The number of states of width D that the stream holds at each position."""
+        return 1
 
     @abstractmethod
     def expand(self, embedded_BLD: Tensor) -> Tensor:
@@ -46,6 +52,15 @@ class Residual(nn.Module, Component, ABC):
     @abstractmethod
     def collapse(self, stream: Tensor) -> Tensor:
         """Returns the states B x L x D before the final norm."""
+
+    def activation_bytes(self, stream: int, wide: int) -> int:
+        """Bytes per token that the backward of a layer's `read` and `write` needs, beside the input of the norm.
+
+        Args:
+            stream: bytes per number of the stream.
+            wide: bytes per number in fp32 or wider.
+        """
+        return 0
 
     def costs(self) -> Costs:
         """The costs of one token in this instance; by default none, as for one without weights."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,20 @@ from core.contracts.record import as_pytree
 
 AdjustScores = Callable[[Tensor], Tensor]
 """Maps scores T x E to those that experts are selected by; balancers supply it, and without one it is the identity."""
+
+
+class GroupLimit(NamedTuple):
+    """A limit on the groups of experts that a token reaches: the first arguments of `core.routing.gating.best_experts`.
+
+    Args:
+        groups: equal groups of neighbouring experts.
+        group_limit: groups that a token reaches, those with the highest scores.
+        experts_per_group_score: how many of a group's best adjusted affinities are added up to its score.
+    """
+
+    groups: int
+    group_limit: int
+    experts_per_group_score: int = 1
 
 
 @as_pytree
@@ -35,6 +49,7 @@ class Routing:
         logits_TE: what the affinities were computed from.
         kept_A: bool, False for an assignment that is not carried out; None: all are.
         choices: K where the list is token-major with K choices for every token, else 0.
+        limit: the groups within which the K best adjusted affinities were selected; None: among all experts.
     """
 
     token_A: Tensor
@@ -45,6 +60,7 @@ class Routing:
     logits_TE: Tensor
     kept_A: Tensor | None = None
     choices: int = 0
+    limit: GroupLimit | None = None
 
     @classmethod
     def top_k(
@@ -54,6 +70,7 @@ class Routing:
         scores_TE: Tensor,
         logits_TE: Tensor,
         kept_TK: Tensor | None = None,
+        limit: GroupLimit | None = None,
     ) -> "Routing":
         """Makes the routing of K choices for every token."""
         tokens, choices = expert_TK.shape
@@ -68,6 +85,7 @@ class Routing:
             logits_TE=logits_TE,
             kept_A=kept_A,
             choices=choices,
+            limit=limit,
         )
 
     def load(self, valid_T: Tensor) -> Tensor:
@@ -105,7 +123,8 @@ class Router(nn.Module, Component, ABC):
     groups or `ordered` is declared. A batch without any token is valid.
 
     `capabilities` are words of `CAPABILITIES`. The `Config` of a router with `groups` has `groups`, their number, and
-    `reachable_groups`, how many of them a token may use.
+    `reachable_groups`, how many of them a token may use; if that limits it and balancers bias it, its routings have a
+    `limit`.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset()

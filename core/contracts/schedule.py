@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from core.contracts.errors import ConfigError
+from core.contracts.schema import setting
 
 
 @dataclass(frozen=True)
@@ -161,3 +162,14 @@ def check_scheduled(setting: Scheduled, key: str, *, low: float, high: float = m
             elif high != math.inf and high <= 1:
                 why = f"must be between {low:g} and {high:g}"
             raise ConfigError(where, why)
+
+
+@dataclass(kw_only=True)
+class LearningRateSettings:
+    """The learning rate of an optimizer: derive its `Config` from this class."""
+
+    lr: Scheduled = setting(doc="learning rate")
+
+    def check(self, parent: Any) -> None:
+        """Raises `ConfigError` for a rate that is negative or not finite anywhere in the run; it may be 0."""
+        check_scheduled(self.lr, "lr", low=0)

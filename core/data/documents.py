@@ -1,8 +1,8 @@
 """Reading a corpus: the order of its documents, what one pass over them finds, and the hash of both.
 
-A corpus yields documents in any order, and they are read sorted by name. A small corpus is kept in memory. A large one
-is read again whenever its documents are needed, if it yields them in that order by itself; so its size is bounded by
-the disk.
+A corpus yields documents in any order, and they are read sorted by part and name. A small corpus is kept in memory. A
+large one is read again whenever its documents are needed, if it yields them in that order by itself; so its size is
+bounded by the disk.
 """
 
 import hashlib
@@ -59,13 +59,14 @@ Visit = Callable[[Document], None]
 
 
 class Documents:
-    """The documents of a corpus that have text, sorted by name; they can be iterated any number of times.
+    """The documents of a corpus that have text, sorted by part and name; they can be iterated any number of times.
 
     Args:
         corpus: where they come from.
         kept: the documents, if they are in memory; None: they are read again each time.
         lengths: the bytes of each.
         dropped: how many empty ones were left out.
+        first: how many belong to part 0; all of them unless the corpus shifts.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class Documents:
         kept: list[Document] | None,
         lengths: NDArray[np.int64],
         dropped: int,
+        first: int,
     ) -> None:
         self.corpus = corpus
+        self.first = first
         self.lengths = lengths
         self.dropped = dropped
         self._kept = kept
@@ -102,7 +105,7 @@ class Documents:
 def read_all(
     corpus: Corpus, new_visit: Callable[[], Visit] | None = None, in_memory: int = IN_MEMORY
 ) -> Documents:
-    """Reads and checks every document of a corpus, in order of names.
+    """Reads and checks every document of a corpus, in order of parts and names.
 
     Empty documents are dropped before anything is counted.
 
@@ -113,7 +116,8 @@ def read_all(
         in_memory: bytes of text above which the documents are not kept, unless they must be sorted.
 
     Raises:
-        UserError: no document has text, a document is not UTF-8, or two documents share a name.
+        UserError: no document has text, a document is not UTF-8, two documents share a name, or the corpus shifts and
+            has no text on one side of the shift.
     """
     reading = _Reading(new_visit, in_memory)
     for document in corpus.documents():
@@ -140,6 +144,7 @@ class _Reading:
     last: Document | None = None
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
     found: int = 0
+    first: int = 0
     size: int = 0
     is_sorted: bool = True
 
@@ -153,7 +158,8 @@ class _Reading:
             return
         self.lengths.append(len(document.data))
         self.size += len(document.data)
-        if self.last is not None and document.name <= self.last.name:
+        self.first += document.part == 0
+        if self.last is not None and not _follows(document, self.last):
             _check_names(self.last, document)
             self.is_sorted = False
         self.last = document
@@ -178,9 +184,9 @@ class _Reading:
                 f"the corpus is empty: {_plural(self.found, 'document')}, none with text"
             )
         if not self.is_sorted and self.kept is not None:
-            self.kept.sort(key=lambda document: document.name)
-            for before, after in pairwise(self.kept):
+            for before, after in pairwise(sorted(self.kept, key=lambda document: document.name)):
                 _check_names(before, after)
+            self.kept.sort(key=lambda document: (document.part, document.name))
             visit = self.new_visit() if self.new_visit else None
             for document in self.kept:
                 text_of(document)
@@ -188,7 +194,30 @@ class _Reading:
                     visit(document)
             self.lengths = array("q", [len(document.data) for document in self.kept])
         lengths = np.array(self.lengths, np.int64)
-        return Documents(corpus, self.kept, lengths, self.found - len(lengths))
+        _check_parts(self.first, len(lengths), corpus.shift_at())
+        return Documents(corpus, self.kept, lengths, self.found - len(lengths), self.first)
+
+
+def _follows(document: Document, last: Document) -> bool:
+    """Whether documents come in order; where names also rise from part to part, no two can be equal."""
+    return document.name > last.name and document.part >= last.part
+
+
+def _check_parts(first: int, count: int, shift_at: float | None) -> None:
+    """Raises `UserError` for a shift of the data without text on both sides of it.
+
+    Args:
+        first: the number of documents of part 0.
+        count: the number of all documents.
+        shift_at: the fraction of the run's steps that read part 0; None: there is one part.
+    """
+    if shift_at is None:
+        assert first == count, f"{count - first} documents of part 1 in a corpus without a shift"
+        return
+    assert 0 < shift_at < 1, f"a shift at {shift_at} of the run"
+    for size, where in ((first, "before"), (count - first, "after")):
+        if not size:
+            raise UserError(f"the corpus has no text {where} the shift of its data")
 
 
 def _check_names(before: Document, after: Document) -> None:

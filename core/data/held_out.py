@@ -1,13 +1,13 @@
 """What is held out for validation: documents by their names, a fraction of the text, or a corpus of its own.
 
-By default every twentieth document (the 11th, the 31st, ...) is held out, in order of names. The split depends on the
-names alone, so adding a rank, changing the seed or taking another vocabulary never moves a document from one side to
-the other.
+By default every twentieth document (the 11th, the 31st, ...) is held out, in order of parts and names. The split depends
+on these alone, so adding a rank, changing the seed or taking another vocabulary never moves a document from one side
+to the other.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -65,16 +65,23 @@ class CorpusSplit:
     """The documents of a corpus in order, split into training and validation.
 
     Args:
-        documents: every document that has text, sorted by name.
+        documents: every document that has text, sorted by part and name.
         train: the documents that the model and the tokenizer learn from.
         validation: the documents that are held out.
         is_held: which documents are held out as a whole; nothing where the end of each is.
+        first: the number of training documents of part 0.
     """
 
     documents: Documents
     train: DocumentsOf
     validation: DocumentsOf
     is_held: NDArray[np.bool_]
+    first: int
+
+    @property
+    def shift_at(self) -> float | None:
+        """The fraction of a run's steps that read part 0; None: there is one part."""
+        return self.documents.corpus.shift_at()
 
     @property
     def dropped(self) -> int:
@@ -103,7 +110,8 @@ def split_of(documents: Documents, held_out: HeldOut) -> CorpusSplit:
         size = int(documents.lengths[chosen].sum())
         return DocumentsOf(lambda: _where(documents, chosen), int(chosen.sum()), size)
 
-    return CorpusSplit(documents, side(~is_held), side(is_held), is_held)
+    first = int((~is_held)[: documents.first].sum())
+    return CorpusSplit(documents, side(~is_held), side(is_held), is_held, first)
 
 
 def _where(documents: Iterable[Document], chosen: NDArray[np.bool_]) -> Iterator[Document]:
@@ -131,19 +139,23 @@ def _cut_each(documents: Documents, fraction: float) -> CorpusSplit:
         for document in documents:
             data = cut_text(document, fraction)[side]
             if data:
-                yield Document(document.name, data, document.source)
+                yield replace(document, data=data)
 
     counts = [0, 0]
     sizes = [0, 0]
+    first = 0
     for document in documents:
-        for side, data in enumerate(cut_text(document, fraction)):
+        texts = cut_text(document, fraction)
+        for side, data in enumerate(texts):
             counts[side] += bool(data)
             sizes[side] += len(data)
+        first += document.part == 0 and bool(texts[0])
     return CorpusSplit(
         documents,
         train=DocumentsOf(lambda: part(0), counts[0], sizes[0]),
         validation=DocumentsOf(lambda: part(1), counts[1], sizes[1]),
         is_held=np.zeros(len(documents), bool),
+        first=first,
     )
 
 

@@ -1,5 +1,6 @@
 """The two loaders that Lightning iterates: windows to train on, and the validation stream."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from math import ceil
 
@@ -7,8 +8,9 @@ import numpy as np
 
 from core.data.batch import Batch
 from core.data.mixture_order import MixtureOrder
+from core.data.parts import parts_of
 from core.data.store import TokenStore
-from core.data.windows import count_sequences, cut, rows_of, sequences_at, source_ranges
+from core.data.windows import cut, rows_of, sequences_at, source_ranges
 from core.recipe.plan import TrainingPlan
 
 
@@ -27,9 +29,10 @@ class WindowLoader:
         rank: the data rank of this process.
         world: how many data ranks there are; must divide S.
         order: the order of a mixture; None: all sequences of the stream, shuffled in each epoch.
+        shift_step: the number of steps that read the stream before its `shift`; None: it has one part.
 
     Raises:
-        UserError: the stream is shorter than one sequence, or `world` does not divide S.
+        UserError: the stream, or a part of it, is shorter than one sequence, or `world` does not divide S.
     """
 
     def __init__(
@@ -41,22 +44,27 @@ class WindowLoader:
         rank: int = 0,
         world: int = 1,
         order: MixtureOrder | None = None,
+        shift_step: int | None = None,
     ) -> None:
         self.plan = plan
         self.step = 0
         self._store = store
         self._seed = seed
         self._order = order
-        self._count = count_sequences(store, plan.length)
+        self._parts = parts_of(store, plan, shift_step)
         self._rows = np.array(rows_of(rank, world, plan.sequences))
 
     def micro_batch(self, index: int) -> Batch:
         """This rank's rows of micro-batch `index` of the run: B = S / world sequences of L tokens."""
-        positions_B = index * self.plan.sequences + self._rows
         if self._order is not None:
+            positions_B = index * self.plan.sequences + self._rows
             return cut(self._store, self._order.begins(positions_B), self.plan.length)
-        sequences_B = sequences_at(positions_B, self._seed, self._count)
-        return cut(self._store, sequences_B * self.plan.length, self.plan.length)
+        number = bisect_right(self._parts, index, key=lambda part: part.first) - 1
+        part = self._parts[number]
+        positions_B = (index - part.first) * self.plan.sequences + self._rows
+        sequences_B = sequences_at(positions_B, self._seed, part.count, number)
+        begins_B = part.begin + sequences_B * self.plan.length
+        return cut(self._store, begins_B, self.plan.length)
 
     def window(self, step: int) -> list[Batch]:
         """The micro-batches that optimizer step `step`, counted from 0, reads."""

@@ -13,12 +13,13 @@ from core.data.held_out import HeldOut
 from core.data.loaders import ValidationLoader, WindowLoader
 from core.data.mixed_tokens import holds_tokens
 from core.data.mixture_order import MixtureOrder
+from core.data.parts import Part, parts_of, step_of_shift
 from core.data.prepare import prepare
 from core.data.prepared import Prepared
 from core.data.recorded import RecordedData
 from core.data.run_text import read_text
 from core.data.tokenizer import Tokenizer
-from core.data.windows import count_sequences, source_ranges
+from core.data.windows import source_ranges
 from core.recipe.plan import TrainingPlan
 
 _PIECE = 1 << 24
@@ -78,9 +79,9 @@ class TextData(LightningDataModule):
 
         Raises:
             UserError: the corpus cannot be read, is too short, or is not the recorded one; the vocabulary
-                does not fit it; the cache cannot be written.
+                does not fit it; the run has no step on one side of a shift; the cache cannot be written.
         """
-        count_sequences(self._prepared.train, self.plan.length)
+        self._parts  # noqa: B018 - raises an error for a stream, or a part of it, that is too short
         self._order  # noqa: B018 - raises an error for a part that is too short
 
     @cached_property
@@ -115,6 +116,20 @@ class TextData(LightningDataModule):
         return dict(zip(self.source_weights(), epochs, strict=True))
 
     @cached_property
+    def _parts(self) -> list[Part]:
+        """The stretches of the training stream: two where the data shift."""
+        return parts_of(self._prepared.train, self.plan, self.shift_step)
+
+    def epochs_around_shift(self) -> tuple[float, float] | None:
+        """How often the run reads the text before the shift of its data and the text after it; None: no shift."""
+        if self.shift_step is None:
+            return None
+        before, after = self._parts
+        read_before = after.first * self.plan.sequences
+        read_after = (self.plan.micro_batches - after.first) * self.plan.sequences
+        return read_before / before.count, read_after / after.count
+
+    @cached_property
     def _prepared(self) -> Prepared:
         return prepare(self._corpus, self._vocab, self._recorded, self._held_out)
 
@@ -127,6 +142,11 @@ class TextData(LightningDataModule):
     def fingerprint(self) -> str:
         """The hash of everything that made the tokens; two runs with the same fingerprint read the same data."""
         return self._prepared.fingerprint
+
+    @property
+    def shift_step(self) -> int | None:
+        """The number of steps before the data shift; None where they do not."""
+        return step_of_shift(self._prepared.shift_at, self.plan.steps)
 
     @property
     def documents(self) -> str | None:
@@ -193,7 +213,7 @@ class TextData(LightningDataModule):
     def epochs(self) -> float:
         """How often the run reads the whole training stream; incomplete sequences at its end are left out."""
         read = self.plan.micro_batches * self.plan.sequences
-        return read / count_sequences(self._prepared.train, self.plan.length)
+        return read / sum(part.count for part in self._parts)
 
     def train_dataloader(self) -> WindowLoader:
         """This rank's share of every step's window."""
@@ -206,6 +226,7 @@ class TextData(LightningDataModule):
             rank=rank,
             world=world,
             order=self._order,
+            shift_step=self.shift_step,
         )
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:

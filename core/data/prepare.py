@@ -53,13 +53,22 @@ def prepare(
     folder = _entry(text, vocab, recorded)
     return Prepared(
         tokenizer=Tokenizer.load(folder / "tokenizer.json"),
-        train=_open(folder, "train", text.train),
+        train=_with_shift(_open(folder, "train", text.train), text.first_part),
         validation=_open(folder, "validation", text.validation),
         fingerprint=text.identity(),
         dropped=sum(source.split.dropped for source in text.sources),
         documents=text.list_text(),
         sources=text.names(),
+        shift_at=text.shift_at,
     )
+
+
+def _with_shift(store: TokenStore, first_part: int | None) -> TokenStore:
+    """The training stream with the place where part 1 begins, after the documents of part 0."""
+    if first_part is None:
+        return store
+    starts = [*store.starts.tolist(), len(store)]
+    return replace(store, shift=starts[first_part])
 
 
 def _prepare_mixed(corpus: MixtureCorpus, vocab: int, held_out: HeldOut) -> Prepared:

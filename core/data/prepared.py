@@ -33,6 +33,7 @@ class Prepared:
         dropped: empty documents that were left out.
         documents: the list that a run folder keeps, a line with hash and name for each document; None: none.
         sources: the parts of a mixture; None: one corpus.
+        shift_at: the fraction of a run's steps that read the training stream before its `shift`; None: there is none.
     """
 
     tokenizer: Tokenizer | None
@@ -42,3 +43,4 @@ class Prepared:
     dropped: int
     documents: str | None = None
     sources: SourceNames | None = None
+    shift_at: float | None = None

@@ -74,7 +74,23 @@ class RunText:
     def identity(self, version: str = VERSION) -> str:
         """The fingerprint of the data as a run with this version of `tokenizers` records it."""
         key = self.tokens_identity(version)
-        return fingerprint([], key, *self.weights) if self.weights else key
+        if self.weights:
+            return fingerprint([], key, *self.weights)
+        if self.shift_at is not None:
+            return fingerprint(
+                [], key, "shift", self.shift_at, self.sources[0].split.documents.first
+            )
+        return key
+
+    @property
+    def shift_at(self) -> float | None:
+        """The fraction of a run's steps that read part 0; None: there is one part."""
+        return self.sources[0].split.shift_at
+
+    @property
+    def first_part(self) -> int | None:
+        """The number of training documents of part 0; None: there is one part."""
+        return None if self.shift_at is None else self.sources[0].split.first
 
     @property
     def has_long_piece(self) -> bool:
@@ -113,6 +129,12 @@ def read_text(corpus: Corpus, vocab: int, held_out: HeldOut) -> RunText:
     """
     is_mixture = isinstance(corpus, MixtureCorpus)
     parts = _parts_of(corpus)
+    if is_mixture:
+        for part in parts:
+            _check_one_part(part.corpus, f"the part {part.name!r} of a mixture")
+    if held_out.corpus is not None:
+        for part in _parts_of(held_out.corpus):
+            _check_one_part(part.corpus, "data.validation")
     own = [read_source(part.name, _text_only(part.corpus), vocab, held_out) for part in parts]
     numbered = list(enumerate(own))
     train = Side([(number, source.split.train) for number, source in numbered], is_mixture)
@@ -171,6 +193,12 @@ def _read_validation(
         sources.append(source)
         sides.append((number, source.split.train))
     return Side(sides, by_part), sources
+
+
+def _check_one_part(corpus: Corpus, name: str) -> None:
+    """Raises `UserError` for a corpus that shifts where none may."""
+    if corpus.shift_at() is not None:
+        raise UserError(f"{name} must not shift: only data.corpus itself can change during a run")
 
 
 def _text_only(corpus: Corpus) -> Corpus:

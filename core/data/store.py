@@ -27,6 +27,7 @@ class TokenStore:
         bytes: length of the documents' text in bytes, markers not counted.
         learned: (N,) bool, which tokens are learned where they are targets; None: all.
         sources: (D,) int64, the number of each document's source; None: one source.
+        shift: the position where the documents of part 1 begin; None: there is one part.
     """
 
     tokens: NDArray[np.unsignedinteger[Any]]
@@ -34,6 +35,7 @@ class TokenStore:
     bytes: int
     learned: NDArray[np.bool_] | None = None
     sources: NDArray[np.int64] | None = None
+    shift: int | None = None
 
     def __len__(self) -> int:
         """The number of tokens, markers included."""

@@ -1,7 +1,7 @@
 """One corpus of text of a run: read, surveyed and split."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.contracts.corpus import Corpus, Document
 from core.data.documents import Fingerprint, read_all, text_of
@@ -78,7 +78,7 @@ def prefix_of(name: str) -> str:
 def _renamed(document: Document, prefix: str) -> Document:
     if not prefix:
         return document
-    return Document(prefix + document.name, document.data, document.source)
+    return replace(document, name=prefix + document.name)
 
 
 def read_source(name: str, corpus: Corpus, vocab: int, held_out: HeldOut) -> TextSource:

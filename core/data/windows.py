@@ -18,16 +18,21 @@ from core.data.batch import Batch
 from core.data.store import TokenStore
 
 
-def count_sequences(store: TokenStore, length: int) -> int:
-    """The number of whole sequences in a training stream; an incomplete one at its end is left out.
+def count_sequences(tokens: int, length: int, where: str = "") -> int:
+    """The number of whole sequences in a stretch of a training stream; an incomplete one at its end is left out.
+
+    Args:
+        tokens: the length of the stretch.
+        length: tokens in a sequence.
+        where: which stretch, in the error message.
 
     Raises:
-        UserError: the stream is shorter than one sequence.
+        UserError: the stretch is shorter than one sequence.
     """
-    count = (len(store) - 1) // length
+    count = (tokens - 1) // length
     if count < 1:
         raise UserError(
-            f"the corpus is too short: {len(store)} training tokens, and one sequence of "
+            f"the corpus is too short: {tokens} training tokens{where}, and one sequence of "
             f"data.sequence_length = {length} needs {length + 1}"
         )
     return count
@@ -48,23 +53,26 @@ def rows_of(rank: int, world: int, sequences: int) -> range:
 
 
 @lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """A permutation of `count` sequences, fixed by (seed, epoch).
+def epoch_order(seed: int, epoch: int, count: int, part: int = 0) -> NDArray[np.int64]:
+    """A permutation of `count` sequences, fixed by (seed, epoch, part).
 
     The sequences are sorted by raw PCG64 words. Numpy guarantees that stream across versions, but not the one of
     `Generator.permutation`, and a run must be able to resume with another version of numpy.
     """
-    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(count)
+    key = (epoch, part) if part else (epoch,)
+    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
     return np.argsort(words, kind="stable")
 
 
-def sequences_at(positions: NDArray[np.int64], seed: int, count: int) -> NDArray[np.int64]:
-    """The sequence at each position of the endless line of epochs; both arrays are (B,)."""
+def sequences_at(
+    positions: NDArray[np.int64], seed: int, count: int, part: int = 0
+) -> NDArray[np.int64]:
+    """The sequence at each position of the endless line of a part's epochs; both arrays are (B,)."""
     epochs, places = np.divmod(positions, count)
     chosen = np.empty_like(positions)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        chosen[here] = epoch_order(seed, int(epoch), count)[places[here]]
+        chosen[here] = epoch_order(seed, int(epoch), count, part)[places[here]]
     return chosen
 
 

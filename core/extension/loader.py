@@ -20,6 +20,7 @@ from core.contracts.errors import StoppedBySignal, UserError, nearest
 from core.contracts.schema import Provenance
 from core.extension.checks import PluginError, check_plugin, format_error
 from core.extension.hookspec import GROUP, Hooks
+from core.extension.plugin_file import DISTRIBUTION, import_file, is_plugin_file, owner_of
 from core.extension.registry import Broken, Registry
 from core.extension.trace import traced
 
@@ -113,13 +114,19 @@ def load_plugins(
                 raise UserError(f"{broken} ({STRICT}=1)") from cause
             warnings.warn(str(broken), PluginWarning, stacklevel=1)
     for name in named:
-        owner = Provenance("recipe", "", name, name)
+        module = name
         try:
+            owner = Provenance("recipe", "", name, name)
+            if is_plugin_file(name):
+                owner = owner_of(name)
+                module = owner.module
             _register(registry, owner)
         except StoppedBySignal:
             raise
         except (Exception, SystemExit) as cause:
             why = f"{format_error(cause)}{_not_found_hint(cause, name)}"
+            if module != name:
+                why = why.replace(module, Path(name).name)
             raise UserError(f"plugin {name!r}, which the recipe names, is broken: {why}") from cause
     return registry
 
@@ -141,7 +148,10 @@ def _register(registry: Registry, owner: Provenance) -> None:
             f"{owner.module!r} is not the name of a module, such as my_package or my_package.plugin"
         )
     with traced(f"plugin {owner.entry_point!r}", owner, owner.module):
-        module = importlib.import_module(owner.module)
+        if owner.distribution == DISTRIBUTION:
+            module = import_file(owner)
+        else:
+            module = importlib.import_module(owner.module)
     check_plugin(module)
     manager = pluggy.PluginManager("moeloom")
     manager.add_hookspecs(Hooks)

@@ -10,6 +10,7 @@ from core.contracts.errors import StoppedBySignal, UserError, nearest
 from core.contracts.schema import Provenance
 from core.extension.checks import PluginError, UnknownSlotError, check_component, format_error
 from core.extension.hookspec import Registrar
+from core.extension.plugin_file import target_in
 from core.extension.trace import traced
 
 SLOTS = {
@@ -194,6 +195,7 @@ class OwnedRegistrar(Registrar):
         if not name or "/" in name or target.count(":") != 1:
             allowed = "a name has no '/', and a target reads 'module:Class'"
             raise PluginError(f"{slot} {name!r}: {allowed}, not {target!r}")
+        target = target_in(self._owner, target)
         entry = Entry(slot, name, target, self._owner)
         for other in self._registry.entries.get((slot, name), []):
             if other.owner == self._owner and other.target != target:

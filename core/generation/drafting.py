@@ -12,6 +12,8 @@ module k has columns from position k on, and its cache holds `tokens - k` of a t
 
 Drafts are appended to the same caches, and forgotten before the tokens that were accepted are read, because the states
 before these are known only after the model's pass.
+
+A state is B x L x D, or the residual stream B x L x ... x D for a head that reads streams.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.contracts.loss_head import Draft, LossHead, SharedModules
 from core.generation.graphs import on_device
-from core.model.language_model import LanguageModel
+from core.model.language_model import Decoded, LanguageModel
 
 ChooseDraft = Callable[[Tensor, int], Tensor]
 """Chooses a draft for each row from logits B x V; the number is how many drafts came before it."""
@@ -41,7 +43,7 @@ def drafting_head(model: LanguageModel) -> LossHead:
         names.append(name)
         if not head.drafts:
             continue
-        if head.reads_streams or head.reads_blocks:
+        if head.reads_blocks:
             raise UserError(
                 f"model.heads.{name} drafts from states of single blocks, which decoding does not keep"
             )
@@ -90,6 +92,13 @@ class Drafter:
     def truncates(self) -> bool:
         """Whether drafts can be forgotten."""
         return all(cache.truncates for caches in self.caches for cache in caches)
+
+    def states_in(self, decoded: Decoded) -> Tensor:
+        """The main model's states that the head reads, among what a pass of the model returned."""
+        if not self.head.reads_streams:
+            return decoded.hidden_BLD
+        assert decoded.stream is not None
+        return decoded.stream
 
     @torch.no_grad()
     def follow(self, states_BLD: Tensor, tokens_BL: Tensor, counts: Sequence[int]) -> None:

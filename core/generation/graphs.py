@@ -122,7 +122,8 @@ class RecordedSteps:
         for cache in self.caches:
             cache.advance(new)
         (decoded,) = step.results
-        return Decoded(decoded.hidden_BLD.clone(), decoded.logits_BLV.clone())
+        stream = None if decoded.stream is None else decoded.stream.clone()
+        return Decoded(decoded.hidden_BLD.clone(), decoded.logits_BLV.clone(), stream)
 
     def clear(self) -> None:
         """Empties the caches."""

@@ -10,19 +10,19 @@ from core.storage.documents import is_text, read_text
 
 
 @dataclass(frozen=True)
-class TextPrompt:
+class GivenPrompt:
     """A prompt, and where it comes from.
 
     Args:
-        text: the prompt.
+        content: a text, or token ids, which are taken as they are.
         where: begins a sentence about it: the option, or the file with the line.
     """
 
-    text: str
+    content: str | tuple[int, ...]
     where: str
 
 
-def one_prompt(text: str) -> TextPrompt:
+def one_prompt(text: str) -> GivenPrompt:
     """The prompt of the command line.
 
     Raises:
@@ -30,14 +30,28 @@ def one_prompt(text: str) -> TextPrompt:
     """
     if not is_text(text):
         raise UserError("--prompt is not UTF-8 text")
-    return TextPrompt(text, "--prompt")
+    return GivenPrompt(text, "--prompt")
 
 
-def read_prompts(file: Path) -> list[TextPrompt]:
+def prompt_of_ids(text: str) -> GivenPrompt:
+    """The prompt of the command line that is written as token ids, with commas or spaces between them.
+
+    Raises:
+        UserError: it has no ids, or something else.
+    """
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() for word in words):
+        raise UserError(
+            f"--prompt-ids {text!r}: must be whole numbers from 0 with commas between them"
+        )
+    return GivenPrompt(tuple(map(int, words)), "--prompt-ids")
+
+
+def read_prompts(file: Path) -> list[GivenPrompt]:
     """The prompts of a file, in order; lines with nothing but space are left out.
 
-    A `.txt` file has a prompt on each line. In a `.jsonl` file each line is a JSON string, or an object whose key
-    `prompt` is one.
+    A `.txt` file has a prompt on each line. In a `.jsonl` file each line is a JSON string, a list of token ids, or an
+    object whose key `prompt` is one of these.
 
     Raises:
         UserError: the file cannot be read, has another ending, has no prompt, or a line that is none.
@@ -51,9 +65,8 @@ def read_prompts(file: Path) -> list[TextPrompt]:
     prompts = []
     for number, line in _lines(text):
         where = f"--prompts {file}, line {number}"
-        if file.suffix == ".jsonl":
-            line = _prompt_of(line, where)
-        prompts.append(TextPrompt(line, f"{where}: a prompt"))
+        content = _prompt_of(line, where) if file.suffix == ".jsonl" else line
+        prompts.append(GivenPrompt(content, f"{where}: a prompt"))
     if not prompts:
         raise UserError(f"--prompts {file}: holds no prompt")
     return prompts
@@ -67,7 +80,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _prompt_of(line: str, where: str) -> str:
+def _prompt_of(line: str, where: str) -> str | tuple[int, ...]:
     """The prompt in a line of JSON."""
     try:
         value = json.loads(line)
@@ -77,6 +90,10 @@ def _prompt_of(line: str, where: str) -> str:
         if "prompt" not in value:
             raise UserError(f"{where}: must have the key prompt")
         value = value["prompt"]
-    if not isinstance(value, str) or not is_text(value):
-        raise UserError(f"{where}: must be a string, or an object whose key prompt is one")
-    return value
+    if isinstance(value, str) and is_text(value):
+        return value
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return tuple(value)
+    raise UserError(
+        f"{where}: must be a string or a list of token ids, or an object whose key prompt is one"
+    )

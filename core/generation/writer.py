@@ -151,7 +151,7 @@ class Writer:
         tokens = self._choose(decoded.logits_BLV[:, 0])
         new = [[token] for token in tokens]
         if self.drafter is not None:
-            self._states_BLD = decoded.hidden_BLD
+            self._states_BLD = self.drafter.states_in(decoded)
             self._unread = [
                 [*row.prompt.tokens[1:], *one] for row, one in zip(self.rows, new, strict=True)
             ]
@@ -166,7 +166,7 @@ class Writer:
         tokens = self._choose(decoded.logits_BLV[:, 0])
         new = [[token] if row.open else [] for row, token in zip(self.rows, tokens, strict=True)]
         if self.drafter is not None:
-            self._states_BLD = decoded.hidden_BLD  # no row will draft again
+            self._states_BLD = self.drafter.states_in(decoded)  # no row will draft again
             self._unread = [[] for _ in self.rows]
         return new
 
@@ -195,7 +195,7 @@ class Writer:
         check_logits(decoded.logits_BLV)
         drafted_B = torch.tensor(drafted, device=self.device)
         verified = self._verify(drafts_BN, drafted_B, decoded.logits_BLV, q, positions_BM)
-        return self._take(verified, drafts_BN, drafted, before, decoded.hidden_BLD)
+        return self._take(verified, drafts_BN, drafted, before, self.drafter.states_in(decoded))
 
     def _verify(
         self,

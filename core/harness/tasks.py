@@ -26,6 +26,8 @@ class TaskOptions:
         tasks: names of tasks, groups or tags, or patterns of them (`mmlu_*`).
         folder: the user's own task files; they take precedence over tasks of the harness with the same name.
         limit: questions of each task; None: all of them.
+        shots: solved questions before each question; None: what each task says, 0 where it says nothing.
+        output: folder for the results in the harness's own format; None: they are not written.
         batch_size: sequences in a forward.
         trust: whether files of that folder may run code.
     """
@@ -33,10 +35,16 @@ class TaskOptions:
     tasks: tuple[str, ...]
     folder: Path | None = None
     limit: int | None = None
+    shots: int | None = None
+    output: Path | None = None
     batch_size: int = 16
     trust: bool = False
 
     def __post_init__(self) -> None:
+        if self.shots is not None and self.shots < 0:
+            raise UserError(f"--num-fewshot = {self.shots}: must be at least 0")
+        if self.output is not None and self.output.exists() and not self.output.is_dir():
+            raise UserError(f"--output {self.output}: is a file, not a folder")
         for option, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"{option} = {value}: must be at least 1")
@@ -63,6 +71,10 @@ def load_tasks(options: TaskOptions, *, say: Callable[[str], None] = print) -> A
         )
     if options.folder is not None:
         _check_code(options.folder, options.trust, say)
+    if options.output is not None:
+        from core.harness.results_file import check_folder
+
+        check_folder(options.output)
     import numpy
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
@@ -77,10 +89,36 @@ def load_tasks(options: TaskOptions, *, say: Callable[[str], None] = print) -> A
             )
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"task {name} shows pictures; this model reads text only")
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        shots = task.get_config("num_fewshot") or 0
+        if options.shots is not None:
+            shots = _shots(task, name, options.shots, say)
+        task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return loaded
+
+
+def _shots(task: Any, name: str, shots: int, say: Callable[[str], None]) -> int:
+    """Returns the shots of a task for which the user asks for `shots`.
+
+    As in the harness, a task whose own file says 0 keeps 0, and so does one that scores whole texts.
+
+    Raises:
+        UserError: the task has too few solved questions.
+    """
+    if shots == 0:
+        return 0
+    if task.OUTPUT_TYPE == "loglikelihood_rolling" or task.get_config("num_fewshot") == 0:
+        say(
+            f"note: task {name} has no solved questions before a question, whatever --num-fewshot says"
+        )
+        return 0
+    available = len(list(task.fewshot_docs() or ()))
+    from_questions = not (task.has_training_docs() or task.has_validation_docs())
+    if available < shots + from_questions:  # a question is not shown before itself
+        raise UserError(
+            f"--num-fewshot = {shots}: task {name} has {available} questions to take them from"
+        )
+    return shots
 
 
 def _check_code(folder: Path, trust: bool, say: Callable[[str], None]) -> None:
@@ -111,13 +149,24 @@ def run_tasks(
     Raises:
         UserError: the model cannot answer a question, or the run has no tokenizer.
     """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
     from core.harness.model import HarnessModel
 
     tokenizer = RunTokenizer.of(run)
     answering = HarnessModel(model, tokenizer, batch_size=options.batch_size, say=say)
+    file = None
+    if options.output is not None:
+        from core.harness.results_file import ResultsFile
+
+        settings: dict[str, Any] = {"batch_size": options.batch_size, "limit": options.limit}
+        settings["device"] = str(model.embedding.weight.device)
+        settings["fewshot_seed"] = DEFAULT_OTHER_SEED
+        file = ResultsFile(options.output, str(run.path), settings)
     results = evaluate(lm=answering, task_dict=loaded, limit=options.limit, log_samples=False)
+    if file is not None:
+        say(f"results: {file.write(results)}")
     groups = {name: _result(results, name) for name in results.get("groups", {})}
     tasks = {}
     for name in results["results"]:

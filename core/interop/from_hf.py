@@ -7,21 +7,18 @@ each tensor.
 
 import math
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from core.assemble import build
-from core.contracts.checkpoint_format import CheckpointFormat, TensorMapping, Translation
-from core.contracts.errors import ConfigError, UserError
+from core.contracts.checkpoint_format import CheckpointFormat, TensorMapping
+from core.contracts.errors import UserError
 from core.contracts.schema import Provenance
 from core.data.tokenizer import Tokenizer
-from core.extension.checks import format_error_at
 from core.interop.accounting import check_ours, check_theirs, owners, wanted
 from core.interop.blocks import INVERSE, ReadBlocks
 from core.interop.finite import FiniteTensors
@@ -31,8 +28,9 @@ from core.interop.source_folder import check_inside, small_files
 from core.interop.tensor_ops import Compare, Copy, TensorOp
 from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader, TensorSpec, scale_spec
 from core.interop.transfer import Conversion, check_target
+from core.interop.translation import composed, translated
 from core.interop.writing import planned
-from core.recipe.compose import Recipe, compose
+from core.recipe.compose import Recipe
 from core.training.run_folder import RunFolder, provenance
 
 PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16"}
@@ -73,7 +71,7 @@ def from_hf(
     override = DTYPES[dtype] if dtype else None
     plain = override or plain_format(shards)
     precision = PRECISIONS.get(plain, "fp32")
-    translation = _translated(checkpoint_format, config, shards.specs, precision, config_file)
+    translation = translated(checkpoint_format, config, shards.specs, precision, config_file)
     theirs = ReadBlocks(shards)
     recipe = composed(translation.recipe, str(config_file))
     model = build(recipe, device="meta")
@@ -110,30 +108,6 @@ def from_hf(
     }
 
 
-def shown(value: Any) -> str:
-    """A value of a configuration in an error message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _translated(
-    checkpoint_format: CheckpointFormat,
-    config: Mapping[str, Any],
-    names: Collection[str],
-    precision: str,
-    file: Path,
-) -> Translation:
-    """Returns what the format makes of a configuration; its exceptions become a `UserError` that names the file."""
-    try:
-        return checkpoint_format.recipe_of(config, list(names), precision)
-    except ConfigError as error:
-        value = f" = {shown(config[error.key])}" if error.key in config else ""
-        raise UserError(f"{file}: {error.key}{value}: {error.why}") from error
-    except Exception as cause:
-        who = f"checkpoint_format {checkpoint_format.label}"
-        raise UserError(f"{file}: {who} cannot read it: {format_error_at(cause)}") from cause
-
-
 def plain_format(shards: Shards) -> torch.dtype:
     """Returns the number format of most bytes that are neither FP8 codes nor their scales."""
     sizes: Counter[torch.dtype] = Counter({torch.bfloat16: 0})
@@ -141,22 +115,6 @@ def plain_format(shards: Shards) -> torch.dtype:
         if spec.dtype.is_floating_point and spec.dtype != CODES and not name.endswith(INVERSE):
             sizes[spec.dtype] += spec.bytes
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def composed(values: Mapping[str, Any], source: str) -> Recipe:
-    """Composes a raw recipe, which validates it.
-
-    Raises:
-        UserError: the recipe is invalid; the message names `source` instead of a recipe file.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
-        file.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
-        try:
-            return compose(file)
-        except UserError as cause:
-            why = str(cause).replace(f"{file}: ", "")
-            raise UserError(f"{source}: gives no model that can be built here: {why}") from cause
 
 
 def _is_scale(name: str, codes: set[str]) -> bool:

@@ -5,11 +5,19 @@ from typing import Any
 
 import torch
 
-from core.checkpoints.reading import open_shards, read_checkpoint
+from core.checkpoints.averages import averaged_tensors, missing_average
+from core.checkpoints.reading import open_shards, read_checkpoint, read_metadata
 from core.interop.shard_rows import ShardRows, specs_of
 from core.interop.shards import shards_of
 from core.interop.tensors import SCALE, InMemoryTensors, TensorReader, TensorSpec
 from core.training.run_folder import WEIGHTS_INDEX, RunFolder
+
+
+def check_average(checkpoint: Path, average: str) -> None:
+    """Raises `UserError` unless a checkpoint holds averaged weights of a name; their numbers are not used."""
+    if is_converted(checkpoint):
+        raise missing_average(average, checkpoint, ())
+    averaged_tensors(read_metadata(checkpoint), average, checkpoint)
 
 
 def is_converted(checkpoint: Path) -> bool:
@@ -17,22 +25,28 @@ def is_converted(checkpoint: Path) -> bool:
     return checkpoint.name == WEIGHTS_INDEX
 
 
-def weights_of(checkpoint: Path) -> TensorReader:
+def weights_of(checkpoint: Path, average: str | None = None) -> TensorReader:
     """Returns the model's tensors of a checkpoint, or of the index of a converted run.
 
     Those of a sharded checkpoint and of a converted run are read when they are asked for.
 
+    Args:
+        checkpoint: the checkpoint.
+        average: takes these averaged weights in place of those that were trained.
+
     Raises:
-        UserError: a file is damaged, has changed, or was not written by this program.
+        UserError: a file is damaged, has changed, or was not written by this program, or there is no such average.
     """
     if is_converted(checkpoint):
+        if average is not None:
+            raise missing_average(average, checkpoint, ())
         shards = shards_of(checkpoint.parent)
         RunFolder(checkpoint.parent.parent).check_digests(checkpoint.parent.name)
         return shards
     if checkpoint.is_dir():
-        return ShardRows(checkpoint)
+        return ShardRows(checkpoint, average)
     tensors = {}
-    for name, value in state_of(checkpoint).items():
+    for name, value in state_of(checkpoint, average).items():
         if torch.is_tensor(value) and not name.endswith("_extra_state"):
             tensors[name] = value
     return InMemoryTensors(tensors)
@@ -56,13 +70,20 @@ def reads_rows(checkpoint: Path) -> bool:
     return is_converted(checkpoint) or checkpoint.is_dir()
 
 
-def state_of(checkpoint: Path) -> dict[str, Any]:
+def state_of(checkpoint: Path, average: str | None = None) -> dict[str, Any]:
     """Returns the model's state dict, from a checkpoint that our training wrote.
 
+    Args:
+        checkpoint: the checkpoint.
+        average: takes these averaged weights in place of those that were trained; all else is the same.
+
     Raises:
-        UserError: the file is damaged, or was not written by this program.
+        UserError: the file is damaged, or was not written by this program, or there is no such average.
     """
-    state = read_checkpoint(checkpoint)["state_dict"]
+    content = read_checkpoint(checkpoint)
+    state = content["state_dict"]
+    if average is not None:
+        state = {**state, **averaged_tensors(content, average, checkpoint)}
     return {
         name.removeprefix("model."): value
         for name, value in state.items()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core.checkpoints.averages import averages_in_index, index_prefix, missing_average
 from core.checkpoints.reading import open_shards
 from core.checkpoints.shards import MODEL, ShardReader, dtype_of
 from core.interop.tensors import TensorReader, TensorSpec
@@ -20,22 +21,42 @@ class ShardRows(TensorReader):
 
     Args:
         checkpoint: its folder.
+        average: takes these averaged weights in place of those that were trained; None: these.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or holds no such average.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, average: str | None = None) -> None:
         self._reader = open_shards(checkpoint)
         self._reader.check(MODEL)
-        self.specs = specs_of(self._reader)
+        specs = specs_of(self._reader)
+        self._stored = {name: f"{PREFIX}{name}" for name in specs}
+        if average is not None:
+            self._take_average(average, specs)
+        self.specs = specs
+
+    def _take_average(self, average: str, specs: dict[str, TensorSpec]) -> None:
+        """Reads averaged weights wherever there are any, and replaces their specifications."""
+        index = self._reader.index
+        known = averages_in_index(index)
+        if average not in known:
+            raise missing_average(average, self._reader.folder, known)
+        prefix = index_prefix(average)
+        self._reader.check(prefix)
+        for name in specs:
+            stored = f"{prefix}{PREFIX.removeprefix(MODEL)}{name}"
+            if stored in index.tensors:
+                tensor = index.tensors[stored]
+                specs[name] = TensorSpec(dtype_of(tensor), tensor.shape)
+                self._stored[name] = stored
 
     def read_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Reads the rows, whatever the parts are that hold them."""
         spec = self.specs[name]
         rows = [torch.empty(0, spec.width, dtype=spec.dtype)]
         for offsets, shape in _slices(spec.shape, begin, end):
-            numbers = self._reader.read_slice(f"{PREFIX}{name}", offsets, shape)
+            numbers = self._reader.read_slice(self._stored[name], offsets, shape)
             rows.append(numbers.reshape(-1, spec.width))
         return torch.cat(rows)
 

@@ -41,7 +41,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The number formats in which weights are written.
+    """Which weights are written, and in which number formats.
 
     Args:
         dtype: format of all weights but selection biases, a key of `DTYPES`; None: the formats of the source, or bf16
@@ -50,6 +50,7 @@ class ExportOptions:
         keep_fp8: write matrices in the FP8 blocks that they were converted from.
         main_only: leave out the modules of loss heads, such as multi-token prediction.
         allow_non_finite: write numbers that are not finite, with a note, instead of an error.
+        weights: the name of averaged weights to write; None: those that were trained.
     """
 
     dtype: str | None = None
@@ -57,6 +58,7 @@ class ExportOptions:
     keep_fp8: bool = False
     main_only: bool = False
     allow_non_finite: bool = False
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def to_hf(
     check_target(target, "name another folder")
     folder = RunFolder(run)
     recipe = compose_run(folder.recipe, trust=trust).to_dict()
-    weights = weights_of(checkpoint)
+    weights = weights_of(checkpoint, options.weights)
     ours = model_specs(weights)
     if options.main_only:
         recipe, ours = _main_model(recipe, ours)
@@ -121,6 +123,8 @@ def to_hf(
     identity = _identity(checkpoint, config, theirs)
     if options.allow_non_finite:
         identity.append("allow-non-finite")
+    if options.weights is not None:
+        identity.append(f"weights {options.weights}")
     checked = FiniteTensors.to_convert(
         weights, checkpoint, say, allow=options.allow_non_finite, fp8=options.fp8
     )

@@ -76,6 +76,8 @@ def agrees(found: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
     gate_TK = random(3, 2).float()
     one = found.gated_experts(x_TD, gate_up_EXD, down_EDI, expert_TK, gate_TK)
     same = _close(one, gated_experts(x_TD, gate_up_EXD, down_EDI, expert_TK, gate_TK), dtype)
+    clamped = (x_TD, gate_up_EXD, down_EDI, expert_TK, gate_TK, 8.0)
+    same = same and _close(found.gated_experts(*clamped), gated_experts(*clamped), dtype)
     rows_TD, weight_D = random(3, 400)[:, :328], random(328).float()
     normed = F.rms_norm(rows_TD.float(), (328,), weight_D, 1e-6)
     same = same and _close(found.rms_norm(rows_TD, weight_D, 1e-6), normed, dtype)
@@ -94,7 +96,12 @@ def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 
 def gated_experts(
-    x_TD: Tensor, gate_up_EXD: Tensor, down_EDI: Tensor, expert_TK: Tensor, gate_TK: Tensor
+    x_TD: Tensor,
+    gate_up_EXD: Tensor,
+    down_EDI: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    limit: float | None = None,
 ) -> Tensor:
     """The sum of gate * expert(x) over each token's K experts, by copies of their matrices: the kernels' reference.
 
@@ -104,7 +111,8 @@ def gated_experts(
         down_EDI: the second matrix of every expert.
         expert_TK: int64, the experts.
         gate_TK: their gates.
+        limit: that of their SwiGLU; None: none.
     """
-    hidden_TKI = swiglu(torch.einsum("td,tkxd->tkx", x_TD, gate_up_EXD[expert_TK]))
+    hidden_TKI = swiglu(torch.einsum("td,tkxd->tkx", x_TD, gate_up_EXD[expert_TK]), limit)
     y_TKD = torch.einsum("tki,tkdi->tkd", hidden_TKI, down_EDI[expert_TK])
     return torch.einsum("tk,tkd->td", gate_TK.to(y_TKD.dtype), y_TKD)

@@ -100,10 +100,12 @@ class Decoded:
     Args:
         hidden_BLD: states after the final norm, of all new tokens.
         logits_BLV: logits of the next token after each new token, or B x 1 x V of the one that was asked for.
+        stream: the residual stream after the last block; None unless a loss head drafts from it.
     """
 
     hidden_BLD: Tensor
     logits_BLV: Tensor
+    stream: Tensor | None = None
 
 
 def has_load(parts: dict[str, Record]) -> bool:
@@ -272,12 +274,15 @@ class LanguageModel(nn.Module):
             if valid_BL is not None:
                 positions_BL = positions_BL.clamp(max=self.max_length - 1)  # those of padding
             context = replace(context, positions_BL=positions_BL)
-        hidden_BLD, _ = self.hidden(context, caches)
-        chosen_BLD = hidden_BLD
+        states = self.states(context, caches)
+        chosen_BLD = states.hidden_BLD
         if logits_at_B is not None:
             row_B = torch.arange(len(tokens_BL), device=tokens_BL.device)
-            chosen_BLD = hidden_BLD[row_B, logits_at_B][:, None]
-        return Decoded(hidden_BLD, self.output(chosen_BLD))
+            chosen_BLD = chosen_BLD[row_B, logits_at_B][:, None]
+        stream = None
+        if any(head.drafts and head.reads_streams for _, head in self.loss_heads()):
+            stream = states.stream
+        return Decoded(states.hidden_BLD, self.output(chosen_BLD), stream)
 
     def new_caches(
         self, rows: int, capacity: int, device: torch.device | None = None

@@ -25,10 +25,12 @@ def _gate_up_kernel(
     width,
     inner,
     choices,
+    limit,
+    CLAMPED: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """silu(gate) * up of one assignment, for some of the inner elements."""
+    """silu(gate) * up of one assignment, for some of the inner elements; both are clamped if CLAMPED."""
     assignment = tl.program_id(0)
     token = assignment // choices
     expert = tl.load(expert_ptr + assignment)
@@ -48,6 +50,10 @@ def _gate_up_kernel(
         up_rows = tl.load(up_ptr + columns[None, :], mask=read, other=0.0).to(tl.float32)
         gate += tl.sum(gate_rows * x[None, :], 1)
         up += tl.sum(up_rows * x[None, :], 1)
+    if CLAMPED:  # comparisons keep NaN, which tl.minimum does not
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, up)
+        up = tl.where(up < -limit, -limit, up)
     hidden = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(
         out_ptr + assignment * inner + outputs, hidden.to(out_ptr.dtype.element_ty), mask=inside
@@ -124,15 +130,35 @@ def _softmax_kernel(
 
 
 def gated_experts(
-    x_TD: Tensor, gate_up_EXD: Tensor, down_EDI: Tensor, expert_TK: Tensor, gate_TK: Tensor
+    x_TD: Tensor,
+    gate_up_EXD: Tensor,
+    down_EDI: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    limit: float | None = None,
 ) -> Tensor:
-    """The sum of gate * expert(x) over each token's K experts, in the format of the matrices; all are contiguous."""
+    """The sum of gate * expert(x) over each token's K experts, in the format of the matrices; all are contiguous.
+
+    With a limit the SwiGLU of the experts is clamped.
+    """
     tokens, choices = expert_TK.shape
     width, inner = down_EDI.shape[1:]
     hidden_AI = x_TD.new_empty(tokens * choices, inner, dtype=down_EDI.dtype)
     grid = (tokens * choices, triton.cdiv(inner, OUTPUTS))
+    clamped = limit is not None
+    bound = float(limit) if limit is not None else 0.0
     _gate_up_kernel[grid](
-        x_TD, gate_up_EXD, expert_TK, hidden_AI, width, inner, choices, OUTPUTS, STEP
+        x_TD,
+        gate_up_EXD,
+        expert_TK,
+        hidden_AI,
+        width,
+        inner,
+        choices,
+        bound,
+        CLAMPED=clamped,
+        OUTPUTS=OUTPUTS,
+        STEP=STEP,
     )
     y_TD = x_TD.new_empty(tokens, width, dtype=down_EDI.dtype)
     grid = (tokens, triton.cdiv(width, OUTPUTS))

@@ -4,6 +4,7 @@ The layers, each merged over the one before: the file that it `extends`, the fil
 requested, and the command line's `KEY.PATH=VALUE`.
 """
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from io import StringIO
@@ -18,17 +19,19 @@ from core.command import search_current_folder
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import REQUIRED
 from core.extension.loader import installed_registry, registry_for
+from core.extension.plugin_file import is_plugin_file
 from core.recipe.key_paths import to_dict
 from core.recipe.recipe_layers import COMMAND_LINE, Layers, leaves, with_string_keys
 from core.recipe.recipe_schema import RecipeSchema
 from core.recipe.resolve import Resolver
 from core.recipe.trainer_keys import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS
-from core.recipe.trust import check_modules, check_run_links, is_of_a_run
+from core.recipe.trust import check_modules, check_run_links, is_named, is_of_a_run
 from core.recipe.values import environment_hidden, omegaconf_message
 from core.storage.digests import warn_if_edited
 from core.storage.documents import TOO_DEEP, read_yaml
 
 SWEEPS = "sweeps/"
+_SMOKE = " (smoke)"
 
 
 @dataclass(kw_only=True)
@@ -39,16 +42,22 @@ class Recipe(RecipeSchema):
         name: the file's name without its ending.
         source: the file.
         dropped: keys that were left out, because a changed `name` selects a component that does not have them.
+        caveats: what readers of its results must know beside the caveats of its components.
     """
 
     name: str = ""
     source: str = ""
     dropped: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
+
+    def notices(self) -> list[str]:
+        """Returns the caveats of the recipe and of its components, each once."""
+        return list(dict.fromkeys([*self.caveats, *super().notices()]))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the resolved recipe as plain containers; composing it again gives the same recipe."""
         values: dict[str, Any] = to_dict(self)
-        for key in ("name", "source", "dropped"):
+        for key in ("name", "source", "dropped", "caveats"):
             del values[key]
         return values
 
@@ -62,6 +71,7 @@ class _Sources:
         of_a_run: whether the first file is a run's recipe, whatever else its folder holds.
         named: modules that the user has named elsewhere.
         overrides_from: the file that holds the overrides, if that is a sweep's which was made elsewhere.
+        overrides_folder: the folder in which files are that overrides name; None: the current one.
         checked: the files to check, by their names as origins of keys.
     """
 
@@ -69,6 +79,7 @@ class _Sources:
     of_a_run: bool = False
     named: Collection[str] = ()
     overrides_from: Path | None = None
+    overrides_folder: Path | None = None
     checked: dict[str, Path] = field(default_factory=dict)
 
     def add(self, file: Path, *, of_a_run: bool = False) -> None:
@@ -103,10 +114,39 @@ class _Sources:
             origin = layers.origin(f"plugins.{index}")
             name = str(module)
             if "${" in name:
-                raise UserError(f"{origin}: plugins: {name!r} must be the name of a module itself")
+                raise UserError(
+                    f"{origin}: plugins: {name!r} must be the name of a module or a file itself"
+                )
             file = self.file_of(origin)
-            if file is not None and name not in self.named:
+            if file is not None and not is_named(name, self.named):
                 check_modules(file, "plugins", [name])
+
+    def locate_plugin_files(self, layers: Layers) -> None:
+        """Replaces the plugin files that a recipe names, each relative to the file that names it, by whole paths.
+
+        Raises:
+            UserError: two of them have the same name.
+        """
+        plugins = layers.values.get("plugins")
+        if not isinstance(plugins, list):
+            return
+        located: list[Any] = []
+        found: dict[str, Path] = {}
+        for index, item in enumerate(plugins):
+            if not isinstance(item, str) or not is_plugin_file(item) or "${" in item:
+                located.append(item)
+                continue
+            origin = layers.origin(f"plugins.{index}")
+            folder = Path(origin.removesuffix(_SMOKE)).parent
+            if origin.startswith(COMMAND_LINE):
+                folder = self.overrides_folder or Path.cwd()
+            path = Path(os.path.abspath(folder / item))
+            other = found.setdefault(path.name, path)
+            if other != path:
+                why = f"{other} and {path} have the same name, and a run keeps both in one folder"
+                raise UserError(f"{origin}: plugins: {why}")
+            located.append(str(path))
+        layers.values = {**layers.values, "plugins": located}
 
 
 def compose(
@@ -170,7 +210,7 @@ def compose_variant(
     Raises:
         UserError: something is wrong, or a module may not run.
     """
-    sources = _Sources(trust=trust)
+    sources = _Sources(trust=trust, overrides_folder=sweep.parent)
     if is_of_a_run(sweep):
         sources.of_a_run = not is_shipped(file)
         sources.overrides_from = sweep
@@ -205,13 +245,14 @@ def _compose(
         sources.add_smoke(file, layers)
         layers.add(section, _smoke_of(file))
     layers.override(overrides)
+    sources.locate_plugin_files(layers)
     sources.check_plugins(layers)
     return _resolve(file, layers, check_source=check_source)
 
 
 def _smoke_of(file: Path) -> str:
     """The origin of the keys of a file's `smoke` section."""
-    return f"{file} (smoke)"
+    return f"{file}{_SMOKE}"
 
 
 def find_recipe(path: str | Path) -> Path:

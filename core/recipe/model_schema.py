@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from core.contracts.bounds import at_least, positive
 from core.contracts.errors import ConfigError
 from core.contracts.schema import Child, child, children, setting
-from core.recipe.bounds import at_least, positive
 
 MOST_LAYERS = 10_000
 """Most blocks of a model: each is an object, so a million of them take minutes before anything is checked."""
@@ -35,8 +35,8 @@ class YarnSection:
         positive(self, "beta_slow", "beta_fast")
         for key in ("mscale", "mscale_all_dim"):
             at_least(self, 0, key)
-        if not self.beta_fast > self.beta_slow:
-            raise ConfigError("beta_fast", f"must be more than beta_slow = {self.beta_slow:g}")
+        if self.beta_fast < self.beta_slow:
+            raise ConfigError("beta_fast", f"must be at least beta_slow = {self.beta_slow:g}")
 
 
 @dataclass(kw_only=True)

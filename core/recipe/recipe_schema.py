@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from core.contracts.bounds import at_least
 from core.contracts.errors import ConfigError
 from core.contracts.schedule import Schedule, Scheduled, check_scheduled
 from core.contracts.schema import Child, Section, child, children, sections_in, setting
-from core.recipe.bounds import at_least
 from core.recipe.model_schema import ModelSection
 from core.recipe.trainer_keys import check_trainer_values
 
@@ -147,7 +147,9 @@ class RecipeSchema:
     seed: int = setting(
         0, doc="seed of the initial weights, the data order and every random choice"
     )
-    plugins: list[str] = setting([], doc="modules to load beyond the installed plugins")
+    plugins: list[str] = setting(
+        [], doc="modules, or files (./my_router.py), to load beyond the installed plugins"
+    )
     model: ModelSection = setting(doc="the model")
     precision: Child = child("precision", {"name": "fp32"}, doc="number formats")
     data: DataSection = setting(doc="corpus, tokenizer and sequence length")
@@ -204,7 +206,9 @@ class RecipeSchema:
                 f"must be empty under precision {name}: as it is set, a recomputed product differs"
             )
             raise ConfigError("recompute.blocks", why)
-        if self.strategy.component.shards and self.optimizer.component.needs_whole_matrices:
+        optimizer = self.optimizer.component
+        needs_whole = optimizer.needs_whole_matrices and not optimizer.gathers_matrices
+        if self.strategy.component.shards and needs_whole:
             why = f"{self.strategy.name} divides the weights, and optimizer {self.optimizer.name} needs whole matrices"
             raise ConfigError("strategy.name", why)
         if "gpu_only" in able and getattr(self.strategy.config, "accelerator", None) == "cpu":
@@ -212,6 +216,17 @@ class RecipeSchema:
             raise ConfigError("strategy.accelerator", why)
 
         self._check_checkpoints()
+        self._check_averages()
+
+    def _check_averages(self) -> None:
+        """Raises `ConfigError` if two callbacks keep averaged weights under one name."""
+        known: set[str] = set()
+        for section in self.callbacks:
+            name = section.component.average
+            if name in known:
+                raise ConfigError("callbacks", f"two of them keep the average {name}: remove one")
+            if name is not None:
+                known.add(name)
 
     @property
     def shards_checkpoints(self) -> bool:

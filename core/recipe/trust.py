@@ -3,7 +3,7 @@
 A recipe may name modules under `plugins`, which are imported. A file in a run folder may have come from somebody else,
 so its modules are imported only if an installed distribution registers them, if this machine has recorded the file, or
 if the user trusts it. A record is the hash of the file's contents: a run that was moved or copied is still known, an
-edited recipe is not.
+edited recipe is not. Plugin files that a run holds are recorded in the same way.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from core.contracts.errors import UserError
 from core.extension.loader import installed_registry
+from core.extension.plugin_file import is_plugin_file
 from core.storage import records
 from core.storage.documents import DocumentError, read_bytes
 from core.storage.files import check_links
@@ -22,6 +23,9 @@ RECIPES = "recipes"
 
 PLACES = "places"
 """The kind of the records of recipes together with their folders."""
+
+CODE = "code"
+"""The kind of the records of plugin files that runs of this machine hold."""
 
 RUN_FILES = ("provenance.json", "checkpoints", "weights")
 """The names of which any one, beside `recipe.yaml`, makes a folder a run folder."""
@@ -59,17 +63,52 @@ def check_modules(file: Path, key: str, modules: Collection[str]) -> None:
     Raises:
         UserError: no installed distribution registers one of them, and the file is not recorded.
     """
-    if not modules or is_recorded(file):
+    recorded = is_recorded(file)
+    for module in filter(is_plugin_file, modules):
+        if not (recorded and _is_own_code(Path(module))):
+            raise UserError(
+                f"{file}: {key}: the code in {module} would run, which was not put there by this machine; "
+                "--trust allows it"
+            )
+    if not modules or recorded:
         return
     installed = installed_registry()
     owners = [*installed.disabled, *(broken.owner for broken in installed.broken)]
     registered = installed.modules() | {owner.module for owner in owners}
     for module in modules:
-        if module not in registered:
+        if module not in registered and not is_plugin_file(module):
             raise UserError(
                 f"{file}: {key}: the module {module!r} would run, which no installed distribution registers, "
                 "and this run was not made here; --trust allows it"
             )
+
+
+def record_code(file: Path) -> None:
+    """Records that this machine has copied the code of a plugin file into a run."""
+    records.add(CODE, _digest(file))
+
+
+def _is_own_code(file: Path) -> bool:
+    """Whether a plugin file is the user's own, or the copy of one that this machine has put into a run."""
+    if not is_of_a_run(file):
+        return True
+    try:
+        return records.contains(CODE, _digest(file))
+    except DocumentError:
+        return False
+
+
+def is_named(module: str, named: Collection[str]) -> bool:
+    """Whether the user has named a module, or a file with the same code."""
+    if module in named:
+        return True
+    if not is_plugin_file(module):
+        return False
+    try:
+        code = _digest(Path(module))
+        return any(code == _digest(Path(other)) for other in filter(is_plugin_file, named))
+    except DocumentError:
+        return False
 
 
 def check_run_links(recipe: Path) -> None:

@@ -1,6 +1,6 @@
 """The figures over training: columns of `metrics.csv`, a line for each variant."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
@@ -158,6 +158,28 @@ class OverTraining:
             found.append(Line(name + suffix, runs, column, self.styles[name], name))
         return found
 
+    def dashed_lines(self, by_suffix: Mapping[str, str]) -> list[Line]:
+        """Lines over several columns, whose dashes stand for the column and not for a variant.
+
+        Args:
+            by_suffix: what is added to a variant's name, possibly nothing, and the column.
+        """
+        lines: list[Line] = []
+        for (suffix, column), dash in zip(by_suffix.items(), cycle(DASHES), strict=False):
+            for line in self.lines(column, suffix):
+                look = replace(line.style, dash=dash) if suffix else line.style
+                lines.append(replace(line, style=look))
+        return lines
+
+    def averages_of(self, column: str) -> dict[str, str]:
+        """The columns with the same value of averaged weights, by what is added to a variant's name."""
+        found: dict[str, str] = {}
+        for run in self.study.runs:
+            for name in run.metrics if run.metrics is not None else ():
+                if name.endswith(f"/{column}") and run.has(name):
+                    found[f", {name.removesuffix(f'/{column}')}"] = name
+        return found
+
     def losses(self) -> list[Line]:
         """A line for each training loss of a single run."""
         columns = self.columns([LOSS, "loss/mtp/"])
@@ -279,7 +301,7 @@ def values_after(trace: Trace, start: float) -> list[float]:
 
 
 def validation(over: OverTraining, metric: str, words: str) -> Figure:
-    """The metric at each validation; bits per byte where validation does not give the metric."""
+    """The metric at each validation, of averaged weights too; bits per byte where validation does not give it."""
     column = "val_bits_per_byte"
     if any(run.has(metric) for run in over.study.runs):
         column = metric
@@ -288,18 +310,13 @@ def validation(over: OverTraining, metric: str, words: str) -> Figure:
         title = words
     missing = "No run has been validated yet."
     blank = Figure("validation", f"Over training: {title}", missing=missing)
-    columns = {"": column}
+    columns = {"": column, **over.averages_of(column)}
     if len(over.study.runs) == 1:
         for of_source in over.columns([f"{column}/"]):  # the parts of a mixture
             columns[f", {of_source.removeprefix(f'{column}/')}"] = of_source
     if validated_once(over.study, list(columns.values())):
         return at_the_end(replace(blank, title=title.capitalize()), over.study, columns, title)
-    lines: list[Line] = []
-    for (suffix, name), dash in zip(columns.items(), cycle(DASHES), strict=False):
-        for line in over.lines(name, suffix):
-            look = replace(line.style, dash=dash) if suffix else line.style
-            lines.append(replace(line, style=look))
-    return _framed(over.figure(blank, lines, y=title), over.end)
+    return _framed(over.figure(blank, over.dashed_lines(columns), y=title), over.end)
 
 
 def violation(over: OverTraining) -> Figure:
@@ -353,14 +370,7 @@ def acceptance(over: OverTraining) -> Figure:
         by_suffix[suffix] = column
     if validated_once(over.study, columns):
         return at_the_end(blank, over.study, by_suffix, "fraction")
-    lines: list[Line] = []
-    for (suffix, column), dash in zip(by_suffix.items(), cycle(DASHES), strict=False):
-        for line in over.lines(column, suffix):
-            look = line.style
-            if suffix:  # a dash stands for a depth, not for a variant
-                look = replace(look, dash=dash)
-            lines.append(replace(line, style=look))
-    figure = over.figure(blank, lines, y="fraction")
+    figure = over.figure(blank, over.dashed_lines(by_suffix), y="fraction")
     if len(columns) == 1 and not figure.missing:
         figure.note = f"Depth {_depth(columns[0])}. {figure.note}"
     return figure

@@ -42,6 +42,8 @@ IDENTITY = (
     "started",
     "held_equal",
     "not_equal",
+    "smallest_difference",
+    "search",
 )
 """Keys of `sweep.json`; until it is written, those that the sweep file has too are taken from there."""
 
@@ -171,6 +173,10 @@ class _Reader:
         for key in ("seeds", "held_equal", "not_equal"):
             about[key] = _list_of(about, key)
         about["variants"] = variants
+        about["smallest_difference"] = _text_of(
+            _section(about, "smallest_difference").get("sentence")
+        )
+        about["search"] = _list_of(_section(about, "search"), "sentences")
         names = [str(variant["name"]) for variant in variants]
         if not names:
             recipes = declared.get("recipes")
@@ -331,6 +337,12 @@ def _list_of(document: Mapping[str, Any], key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _section(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The section under a key; an empty one where something else is there."""
+    value = document.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def _variant_of(variant: Mapping[str, Any]) -> dict[str, Any]:
     """A variant's entry in `sweep.json` without what is not of its kind."""
     pairs = {}
@@ -384,7 +396,10 @@ def _seeds_in(folder: Path) -> list[int]:
 
 def _is_kept(column: str) -> bool:
     of_source = "/source/" in column
-    return column in KEPT or of_source or column.startswith(("loss/", "val_", "val/"))
+    of_average = column.endswith(("/val_loss", "/val_bits_per_byte"))
+    if column in KEPT or of_source or of_average:
+        return True
+    return column.startswith(("loss/", "val_", "val/"))
 
 
 def _placed(frame: Any) -> Any:

@@ -12,6 +12,7 @@ from core.assemble import make
 from core.contracts.errors import NotFiniteError, UserError
 from core.data.baseline import xz_bits_per_byte
 from core.data.loaders import ValidationLoader
+from core.interop.run_weights import check_average
 from core.recipe.compose import compose_run
 from core.run.data import text_data
 from core.run.loading import load, run_of
@@ -22,7 +23,12 @@ from core.training.resume import check_trained
 
 @torch.no_grad()
 def evaluate(
-    checkpoint: Path, *, xz: bool = False, trust: bool = False, say: Callable[[str], None] = print
+    checkpoint: Path,
+    *,
+    xz: bool = False,
+    trust: bool = False,
+    weights: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Validates a checkpoint over its recipe's whole validation split.
 
@@ -30,17 +36,22 @@ def evaluate(
         checkpoint: the checkpoint.
         xz: also measure what `xz -9e` needs for the same bytes when it has the training text before them.
         trust: whether the recipe of a run that was made elsewhere may name modules, which then run.
+        weights: the name of averaged weights; None: those that were trained.
         say: prints the caveats that belong to the values.
 
     Returns:
-        The values of `ValidationTotals.compute`, with `checkpoint`, `notices` and, if requested, `xz_bits_per_byte`.
+        The values of `ValidationTotals.compute`, with `checkpoint`, `notices` and, if requested, `weights` and
+        `xz_bits_per_byte`.
 
     Raises:
-        UserError: no run, a damaged checkpoint, data that differs from the run's, or no validation split.
+        UserError: no run, a damaged checkpoint, no such average, data that differs from the run's, or no validation
+            split.
         NotFiniteError: a weight or a loss is not finite.
     """
     folder = run_of(checkpoint)
     check_trained(folder, "score it with --tasks")
+    if weights is not None:
+        check_average(checkpoint, weights)
     recipe = compose_run(folder.recipe, trust=trust, check_source=True)
     for notice in recipe.notices():
         say(f"note: {notice}")
@@ -55,7 +66,7 @@ def evaluate(
             f"--xz: corpus {recipe.data.corpus.name} has tokens and no text, and xz needs text"
         )
     module = TrainingModule(
-        load(checkpoint, trust=trust),
+        load(checkpoint, trust=trust, weights=weights),
         plan=data.plan,
         optimizer=make(recipe.optimizer),
         strategy=make(recipe.strategy),
@@ -72,6 +83,8 @@ def evaluate(
     losses = ["val_loss", *(f"val/{term.label}" for term in module.ledger.heads)]
     _check_losses(measured, losses, checkpoint)
     values: dict[str, Any] = {"checkpoint": checkpoint.name, **measured}
+    if weights is not None:
+        values["weights"] = weights
     values["notices"] = recipe.notices()
     if xz:
         train, validation = data.read_text()

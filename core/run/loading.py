@@ -32,20 +32,24 @@ NOT_FINITE = "such weights predict nothing: name another checkpoint"
 """The end of the error message for weights that are not finite."""
 
 
-def load(run_or_checkpoint: str | Path, *, trust: bool = False) -> LanguageModel:
+def load(
+    run_or_checkpoint: str | Path, *, trust: bool = False, weights: str | None = None
+) -> LanguageModel:
     """Loads a trained model in evaluation mode, from a run folder (its newest checkpoint) or one checkpoint.
 
     Args:
         run_or_checkpoint: the run folder, or the checkpoint.
         trust: whether the recipe of a run that was made elsewhere may name modules, which then run.
+        weights: the name of averaged weights, such as "ema"; None: those that were trained.
 
     Raises:
-        UserError: no run there, a damaged checkpoint, or a recipe that names a module which may not run.
+        UserError: no run there, a damaged checkpoint, no such average, or a recipe that names a module which may not
+            run.
         NotFiniteError: a weight that is not finite.
     """
     checkpoint = newest_checkpoint(Path(run_or_checkpoint))
     model = build(compose_run(run_of(checkpoint).recipe, trust=trust))
-    load_weights(model, checkpoint)
+    load_weights(model, checkpoint, average=weights)
     return model.eval()
 
 
@@ -75,7 +79,11 @@ def check_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightShard] | None = None
+    model: nn.Module,
+    checkpoint: Path,
+    parts: Mapping[str, WeightShard] | None = None,
+    *,
+    average: str | None = None,
 ) -> None:
     """Loads a checkpoint's weights into a model, in the model's own formats.
 
@@ -86,6 +94,7 @@ def load_weights(
         checkpoint: a checkpoint, or the index of a converted run's weights.
         parts: the weights of a model that is divided over ranks, which each take their own parts; None: it is whole.
             `check_weights` has checked the checkpoint.
+        average: the name of averaged weights to load, into a model that is whole; None: those that were trained.
 
     Raises:
         UserError: the first missing, unexpected or differently shaped tensor, by name.
@@ -95,12 +104,12 @@ def load_weights(
     if parts is not None:
         _load_parts(model, checkpoint, parts)
     elif reads_rows(checkpoint):
-        weights = weights_of(checkpoint)
+        weights = weights_of(checkpoint, average)
         shapes = {name: spec.shape for name, spec in model_specs(weights).items()}
         _check_shapes(model, shapes, checkpoint)
         _copy_rows(model, FiniteTensors(weights, str(checkpoint), NOT_FINITE))
     else:
-        state = state_of(checkpoint)
+        state = state_of(checkpoint, average)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         _check_shapes(model, shapes, checkpoint)
         found = not_finite_in({name: state[name] for name in model.state_dict()})

@@ -12,11 +12,15 @@ def reading_line(data: TextData) -> str:
 
 
 def source_lines(data: TextData) -> list[str]:
-    """A line for each part of a mixture: its share of the sequences, and how often it is read."""
+    """A line for each part of a mixture, or each side of a shift: its share, and how often it is read."""
     epochs = data.source_epochs(data.plan.tokens)
     lines = []
     for name, weight in data.source_weights().items():
         lines.append(f"  {name}: {weight:.4g} of the sequences, {times(epochs[name])}")
+    around = data.epochs_around_shift()
+    if around is not None:
+        lines.append(f"  until the shift after step {data.shift_step}: {times(around[0])}")
+        lines.append(f"  after the shift: {times(around[1])}")
     return lines
 
 

@@ -14,11 +14,17 @@ from core.run.divergence import DIVERGED
 from core.training.module import TrainingModule
 from core.training.setup import RunCallbacks
 
+AVERAGED = ("/val_loss", "/val_bits_per_byte")
+"""How the names of those values of averaged weights end that a summary has; they begin with the average's name."""
+
 
 def summarise(
     module: TrainingModule, data: TextData, size: Size, callbacks: RunCallbacks, notices: list[str]
 ) -> dict[str, Any]:
-    """The run's results under the names that `summary.json` promises; null where something was not measured."""
+    """The run's results under the names that `summary.json` promises; null where something was not measured.
+
+    Averaged weights that a callback keeps add `<average>/val_loss` and `<average>/val_bits_per_byte`.
+    """
     values = module.validated
     acceptances = [value for name, value in values.items() if name.endswith("acceptance_1")]
     if not math.isfinite(values.get("val_loss", 0.0)):
@@ -58,6 +64,9 @@ def summarise(
         "precision_paths": module.model.kernels_used().table(),
         "notices": notices,
     }
+    for name, value in values.items():
+        if name.endswith(AVERAGED):
+            results[name] = value
     return finite(results)
 
 

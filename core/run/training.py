@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import nn
 
@@ -14,21 +15,26 @@ from core.analysis.budget import plan_of
 from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
 from core.assemble import build, make
+from core.checkpoints.averages import check_averages
 from core.checkpoints.content import check_model, check_optimizers
 from core.contracts.errors import ConfigError, Interrupted, RunFailed, UserError
 from core.contracts.strategy import StrategyFactory
+from core.contracts.training import OptimizerFactory
 from core.data.mixed_tokens import holds_tokens
 from core.data.module import TextData
 from core.data.tokenizer import SMALLEST
 from core.model.language_model import LanguageModel
+from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe, compose_run
 from core.recipe.values import show_value
 from core.run.data import text_data
 from core.run.reading import count_of, reading_line, source_lines
 from core.run.run_model import RunModel
 from core.run.run_sample import SampleAtEnd
+from core.run.shift import after_shift
 from core.run.summary import divergence, summarise
 from core.storage.files import is_disk_full
+from core.training.averages import Averages, averages_of
 from core.training.launchers import Launch, launch_of
 from core.training.machine import code_version
 from core.training.module import TrainingModule
@@ -223,15 +229,20 @@ def _fit(
         source_bytes=data.source_bytes,
     )
     module.started = started
+    callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
     if start:
         _check_start(module, start)
+        names = [f"model.{one.name}" for one in module.local_parameters.named]
+        for note in check_averages(averages_of(callbacks), names, start.content, start.path):
+            notices.append(note)
+            say(f"note: {note}")
         # the content is as large as the model, and Lightning reads the file again
         start = replace(start, content={})
     if not is_started and is_rank_zero():
         _write_identity(recipe, folder, data)
-    callbacks, sample = _train(recipe, folder, launch, module, data, peak, start, say)
+    own, sample = _train(recipe, folder, launch, module, data, callbacks, peak, start, say)
     if is_rank_zero():
-        return _finish(folder, module, data, size, callbacks, notices, sample)
+        return _finish(folder, module, data, size, own, notices, sample)
     return {}
 
 
@@ -272,6 +283,7 @@ def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
     folder.write_json("provenance.json", shaped_by)
     if data.tokenizer is not None:
         data.tokenizer.save(folder.tokenizer)
+    folder.write_plugin_files(recipe.plugins)
     if data.documents is not None:
         folder.write_text(folder.documents.name, data.documents)
     folder.write_digests()
@@ -284,6 +296,7 @@ def _train(
     launch: Launch,
     module: TrainingModule,
     data: TextData,
+    callbacks: list[L.Callback],
     peak: float | None,
     start: Resume | None,
     say: Callable[[str], None],
@@ -292,10 +305,12 @@ def _train(
     sample = SampleAtEnd(folder, data.tokenizer)
     own = make_run_callbacks(recipe, folder.path, peak)
     step = start.step if start else 0
-    callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
+    averages = averages_of(callbacks)
+    if averages:
+        callbacks = [*callbacks, Averages(averages, own.stop)]
     if launch.world > 1:
         now = _start_of(recipe, launch, step, data.fingerprint)
-        callbacks.insert(0, SameStart(now, folder.path))
+        callbacks = [SameStart(now, folder.path), *callbacks]
     resumed_at = start.step if start else None
     loggers = [make(section).make(folder.path, resumed_at=resumed_at) for section in recipe.loggers]
     trainer = make_trainer(
@@ -356,6 +371,8 @@ def _finish(
     if diverged:
         notices = [*notices, diverged]
     summary = summarise(module, data, size, callbacks, notices)
+    if data.shift_step is not None:
+        summary |= after_shift(folder.path, data.shift_step, module.windows_done)
     folder.write_json("summary.json", summary)
     return summary
 
@@ -368,6 +385,7 @@ def check_environment(recipe: Recipe) -> None:
         raise UserError(f"{recipe.source}: {error}") from error
     _check_vocabulary(recipe)
     _check_strategy(recipe, model)
+    _check_optimizer(recipe, model)
     _check_memory(recipe, model)
     found = unmet_requirements(recipe)
     if found:
@@ -390,6 +408,15 @@ def _check_strategy(recipe: Recipe, model: LanguageModel) -> None:
     except ConfigError as error:
         value = show_value(getattr(recipe.strategy.config, error.key, recipe.strategy.name))
         raise UserError(f"{recipe.source}: strategy.{error.key} = {value}: {error.why}") from error
+
+
+def _check_optimizer(recipe: Recipe, model: LanguageModel) -> None:
+    """Raises `UserError` for settings of the optimizer that do not suit the model's weights."""
+    optimizer: OptimizerFactory = make(recipe.optimizer)
+    try:
+        optimizer.check_parameters(named_parameters(model))
+    except ConfigError as error:
+        raise UserError(f"{recipe.source}: optimizer.{error.key}: {error.why}") from error
 
 
 def _check_memory(recipe: Recipe, model: nn.Module) -> None:

@@ -1,17 +1,22 @@
 """Checks that the variants of a sweep are comparable: sizes on the meta device, the rest from the recipes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from core.analysis.compare_recipes import different_recipes
 from core.analysis.describe import document_of
+from core.assemble import make
 from core.contracts.errors import UserError, nearest
+from core.study.search_budget import SEARCHED, SearchBudget, search_budgets
 from core.study.sweep_file import Sweep
 
+AFTER_SHIFT = ("steps_until_balanced", "max_vio_before_shift", "max_vio_peak_after_shift")
+"""Metrics of runs whose data shift."""
 NEEDS = {
     "mtp_acceptance": ("params_mtp", "a multi-token head"),
     "max_vio_global": ("top_k", "experts"),
     "max_vio_batch": ("top_k", "experts"),
+    **dict.fromkeys(AFTER_SHIFT, ("top_k", "experts")),
 }
 """Metrics that not every model has: the number of its description that must not be 0, and what is missing if it is."""
 SCHEDULED = ("training tokens", "steps")
@@ -26,11 +31,13 @@ class Matched:
         documents: each variant's description, by name.
         held_equal: sentences: what is the same in all.
         not_equal: sentences: what is not, and why that was allowed.
+        budgets: what each variant's search may spend; empty without a search.
     """
 
     documents: dict[str, dict[str, Any]]
     held_equal: list[str]
     not_equal: list[str]
+    budgets: dict[str, SearchBudget] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,8 @@ def match(sweep: Sweep) -> Matched:
     """Describes every variant and compares it with the baseline.
 
     Raises:
-        UserError: variants differ in what `match` says must be equal (the message lists all differences), or one of
-            them cannot have the metric.
+        UserError: variants differ in what `match` says must be equal (the message lists all differences), one of
+            them cannot have the metric, or the budgets of their searches are not equal.
     """
     documents = {variant.name: document_of(variant.recipe) for variant in sweep.variants}
     _check_metric(sweep, documents)
@@ -66,7 +73,9 @@ def match(sweep: Sweep) -> Matched:
         lines = "".join(f"\n  {line}" for line in matching.forbidden)
         how = "match.allow names what may differ, match.exempt a variant with the reason"
         raise UserError(f"sweep {sweep.name}: variants cannot be compared ({how}):{lines}")
-    return Matched(documents, matching.held_equal, matching.not_equal)
+    tried = {one.name: document_of(one.recipe) for one in sweep.candidates}
+    budgets = search_budgets(sweep, tried)
+    return Matched(documents, matching.held_equal, matching.not_equal, budgets)
 
 
 class _Matching:
@@ -80,6 +89,7 @@ class _Matching:
         self.rules = sweep.schema.match
         self.baseline = sweep.schema.baseline
         self.equal_flops = "flops" in sweep.schema.budget
+        self.is_searched = bool(sweep.candidates)
         self.forbidden: list[str] = []
         self.held_equal: list[str] = []
         self.not_equal: list[str] = []
@@ -104,7 +114,11 @@ class _Matching:
         """Notes that a thing is equal in all variants, or in which of them it differs from the baseline's."""
         if not different:
             self.held_equal.append(thing)
-        allowed = thing in self.rules.allow or (thing in SCHEDULED and self.equal_flops)
+        allowed = (
+            thing in self.rules.allow
+            or (thing in SCHEDULED and self.equal_flops)
+            or (thing == SEARCHED and self.is_searched)
+        )
         for variant in different:
             sentence = f"{variant}: another {thing} than {self.baseline}"
             self._differs(variant, sentence, allowed=allowed)
@@ -123,6 +137,11 @@ class _Matching:
 def _check_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
     """Raises `UserError` for a metric that some variants' summaries will not have."""
     metric = sweep.schema.metric
+    if metric in AFTER_SHIFT:
+        without = [v.name for v in sweep.variants if make(v.recipe.data.corpus).shift_at() is None]
+        if without:
+            why = f"{', '.join(without)} cannot have it without a corpus whose data shift"
+            raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {why}")
     if metric not in NEEDS:
         return
     count, thing = NEEDS[metric]

@@ -1,13 +1,17 @@
 """The results of a sweep so far, as the documents that its report is made of."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from core.recipe.key_paths import to_dict
 from core.statistics.comparison import compare, interval
+from core.statistics.recovery import WINDOW
 from core.storage.documents import DocumentError, finite_number, read_object
-from core.study.matching import Matched
+from core.study.expected import observed_difference, smallest_difference
+from core.study.matching import AFTER_SHIFT, Matched
+from core.study.search_budget import budget_sentences
 from core.study.sweep_file import Sweep, Variant
 from core.study.sweep_folder import Job, SweepFolder
 from core.study.training_losses import against
@@ -35,12 +39,15 @@ MEASURED = ("mfu", "peak_flops", "peak_memory_bytes")
 
 NOTHING_HELD_OUT = "the corpus has no validation split (fewer than 11 documents)"
 
+CENSORED = "not comparable: a run ended before its load was balanced"
+"""The verdict where a value is only a lower bound."""
+
 HELD_OUT = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance")
 """Metrics that are measured on validation text."""
 
 
 def sweep_document(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
-    """The document `sweep.json`: the question, what was held equal, and what each variant is."""
+    """The document `sweep.json`: the question, what it could show, what was held equal, and what each variant is."""
     schema = sweep.schema
     base = next(variant for variant in sweep.variants if variant.name == schema.baseline)
     base_values = _compared_values(base)
@@ -65,9 +72,22 @@ def sweep_document(sweep: Sweep, matched: Matched, command: str, started: str) -
         "seeds": schema.seeds,
         "command": command,
         "started": started,
+        "smallest_difference": smallest_difference(schema, len(sweep.variants), sweep.expected),
+        "search": _search_document(sweep, matched),
         "held_equal": matched.held_equal,
         "not_equal": matched.not_equal,
         "variants": variants,
+    }
+
+
+def _search_document(sweep: Sweep, matched: Matched) -> dict[str, Any] | None:
+    """The seeds, values and budgets of the search, known before it begins; None without a search."""
+    if not matched.budgets:
+        return None
+    return {
+        "seeds": list(sweep.schema.search.seeds),
+        "budgets": {name: asdict(budget) for name, budget in matched.budgets.items()},
+        "sentences": budget_sentences(sweep, matched.budgets),
     }
 
 
@@ -133,11 +153,25 @@ def never_measured(job: Job, metric: str) -> str | None:
         return "this machine does not measure it"
     if metric in HELD_OUT and not summary.get("validation_bytes"):
         return NOTHING_HELD_OUT
+    if metric in AFTER_SHIFT:
+        return f"metrics.csv lacks a step, or fewer than {WINDOW} steps come after the shift"
     return None
 
 
-def sweep_results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[str, Any]:
-    """The document `results.json`: each variant's runs, mean and interval, and its difference to the baseline."""
+def sweep_results(
+    sweep: Sweep,
+    folder: SweepFolder,
+    matched: Matched,
+    search: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The document `results.json`: each variant's runs, mean and interval, and its difference to the baseline.
+
+    Args:
+        sweep: the variants, with chosen values where they search.
+        folder: the sweep's.
+        matched: what is held equal.
+        search: the document of the search so far; None: there is none.
+    """
     metric = sweep.schema.metric
     baseline = sweep.schema.baseline
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -154,9 +188,13 @@ def sweep_results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[s
         if value is not None:
             values[name][job.seed] = value
             done[name][job.seed] = job.path
-        row = {"seed": job.seed, "state": status.state, "value": value, "reason": status.reason}
+        row: dict[str, Any] = {"seed": job.seed, "state": status.state, "value": value}
+        row["reason"] = status.reason
+        if value is not None and is_censored(job, metric):
+            row["censored"] = True
         runs[name].append(row)
     differences = compare(values, baseline, sweep.schema.better)
+    censored = _withhold_verdicts(differences, runs, baseline)
     rows = []
     for name, own in values.items():
         training_loss = None
@@ -168,15 +206,76 @@ def sweep_results(sweep: Sweep, folder: SweepFolder, matched: Matched) -> dict[s
             "n": len(own),
             **_mean(own),
             "difference": differences[name],
+            "smallest_difference": _observed(values, name, baseline),
             "training_loss": training_loss,
         }
         rows.append(row)
-    return {
-        "metric": metric,
-        "baseline": baseline,
-        "rows": rows,
-        "warnings": [*_clock_warnings(sweep, folder), *_warnings(runs, matched)],
-    }
+    warnings = [*censored, *_clock_warnings(sweep, folder), *_warnings(runs, matched)]
+    found: dict[str, Any] = {"metric": metric, "baseline": baseline, "rows": rows}
+    found["warnings"] = warnings
+    if search is not None:
+        found["search"] = dict(search)
+        warnings[:0] = search_caveats(search)
+    return found
+
+
+def _observed(values: Mapping[str, Mapping[int, float]], name: str, baseline: str) -> float | None:
+    """The smallest difference that the comparison could show, with the observed deviation; None without one."""
+    base = values[baseline]
+    seeds = sorted(base.keys() & values[name].keys())
+    if name == baseline or len(seeds) < 2:
+        return None
+    differences = [values[name][seed] - base[seed] for seed in seeds]
+    return observed_difference(differences, len(values) - 1)
+
+
+def is_censored(job: Job, metric: str) -> bool:
+    """Whether a run ended before its load was balanced again, so that its value is a lower bound."""
+    if metric != "steps_until_balanced":
+        return False
+    summary = _summary(job) or {}
+    return summary.get("balanced_again") is False
+
+
+def _withhold_verdicts(
+    differences: dict[str, dict[str, Any] | None],
+    runs: Mapping[str, list[dict[str, Any]]],
+    baseline: str,
+) -> list[str]:
+    """Takes the verdict from comparisons that a censored run is part of; a t test takes its bound for a value.
+
+    Returns:
+        A warning for each censored run.
+    """
+    found = {}
+    for name, own in runs.items():
+        found[name] = [run for run in own if run.get("censored")]
+    for name, row in differences.items():
+        if row is not None and (found[name] or found[baseline]):
+            row.update(p=None, p_holm=None, effect_size=None, low=None, high=None, verdict=CENSORED)
+    warnings = []
+    for name, own in found.items():
+        for run in own:
+            bound = f"at least {run['value']:g} steps, the value that its mean contains"
+            warnings.append(
+                f"{name}, seed {run['seed']}: not balanced again before the end: {bound}"
+            )
+    return warnings
+
+
+def search_caveats(found: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of a search: values at the edge of what was tried, and runs that failed."""
+    caveats = []
+    for row in found["rows"]:
+        for key in row["edges"]:
+            at = f"{row['variant']}: the chosen {key} = {row['chosen'][key]} is at the edge of the values"
+            caveats.append(f"{at} that were searched: a better one may lie outside")
+        for candidate in row["candidates"]:
+            for run in candidate["runs"]:
+                if run["state"] == "failed":
+                    name = f"search of {candidate['name']}, seed {run['seed']}"
+                    caveats.append(f"{name}: {run['reason']}; this value cannot be chosen")
+    return caveats
 
 
 def _mean(values: dict[int, float]) -> dict[str, float | None]:

@@ -1,6 +1,7 @@
 """Runs a sweep from its file to its results: validate, match, run, compare."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from core.study.results import (
     value_of,
 )
 from core.study.runner import LocalPool, Pool, run_jobs
+from core.study.search import FILE, METRIC, chosen_variants, recorded_search, search_results
 from core.study.sweep_file import Sweep
 from core.study.sweep_folder import Job, Status, SweepFolder
 
@@ -39,6 +41,7 @@ def run_sweep(
     resume: bool = False,
     command: str = "",
     progress: ProgressCallback = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Runs what is not done yet, and returns the document `results.json`.
 
@@ -51,6 +54,7 @@ def run_sweep(
         command: the command line that began the sweep, kept in `sweep.json`.
         progress: called at the beginning (None, None, done, all, None) and after each run (run, its status, done, all,
             seconds left).
+        say: called before the first run with what the sweep could show, and with the budgets of a search.
 
     Raises:
         UserError: variants cannot be compared, the folder holds something else, or the disk is full.
@@ -61,15 +65,23 @@ def run_sweep(
         with folder.locked():
             folder.open(sweep, resume=resume)
             began = _beginning(folder, command or command_line())
-            folder.write_json("sweep.json", sweep_document(sweep, matched, **began))
-            jobs = folder.jobs(sweep)
-            left = [job for job in jobs if not _is_done(job, folder, sweep.schema.metric)]
-            progress(None, None, len(jobs) - len(left), len(jobs), None)
-            if left:
-                if ray is None:
-                    _prepare(sweep)
-                _work_on(left, _pool(folder, workers, ray), sweep, folder, matched, progress)
-            found = sweep_results(sweep, folder, matched)
+            document = sweep_document(sweep, matched, **began)
+            folder.write_json("sweep.json", document)
+            for line in beforehand(document):
+                say(line)
+            stage = Stage(sweep, folder, matched, progress, lambda: _pool(folder, workers, ray))
+            if ray is None:
+                stage.prepare = lambda: _prepare(sweep)
+            search = None
+            if sweep.candidates:
+                search = stage.search()
+                sweep = replace(sweep, variants=chosen_variants(sweep, search))
+                folder.add_chosen(sweep.variants)
+                matched = match(sweep)
+                folder.write_json("sweep.json", sweep_document(sweep, matched, **began))
+                stage = replace(stage, sweep=sweep, matched=matched)
+            stage.compare(search)
+            found = sweep_results(sweep, folder, matched, search)
             folder.write_json("results.json", found)
             return found
     except OSError as error:
@@ -79,36 +91,124 @@ def run_sweep(
         raise
 
 
+def beforehand(document: dict[str, Any]) -> list[str]:
+    """What is known of a sweep before its first run: the smallest difference it could show, the budgets of a search.
+
+    Args:
+        document: `sweep.json`.
+    """
+    lines = [f"could show: {document['smallest_difference']['sentence']}"]
+    for sentence in (document["search"] or {}).get("sentences", []):
+        lines.append(f"budget of the search: {sentence}")
+    return lines
+
+
 def _is_done(job: Job, folder: SweepFolder, metric: str) -> bool:
     """Whether a run is done and its result can be read; where that is lost, the run writes it again."""
     return folder.status(job).state == "done" and value_of(job, metric) is not None
 
 
-def _work_on(
-    left: list[Job],
-    pool: Pool,
-    sweep: Sweep,
-    folder: SweepFolder,
-    matched: Matched,
-    progress: ProgressCallback,
-) -> None:
-    """Works on every run that is left; after each, writes the results so far and reports the time that is left."""
-    pace = Pace({job.name: _flops(matched.documents[job.variant.name]) for job in left}, pool.slots)
-    jobs = len(folder.jobs(sweep))
-    ended = jobs - len(left)
+@dataclass
+class Stage:
+    """The runs of a sweep's search, or of its comparison.
 
-    def before(job: Job) -> None:
-        pace.begin(job.name, fresh=not (job.path / "recipe.yaml").exists())
+    Args:
+        sweep: its variants, with chosen values once there are any.
+        folder: the sweep's.
+        matched: the variants' descriptions.
+        progress: as for `run_sweep`; a search's runs are counted together with those of the comparison.
+        make_pool: returns a place that works on runs.
+        prepare: called before the first run.
+    """
 
-    def after(job: Job, status: Status) -> None:
-        nonlocal ended
-        ended += 1
-        pace.end(job.name, whole=status.state == "done")
-        folder.write_json("results.json", sweep_results(sweep, folder, matched))
-        progress(job, status, ended, jobs, pace.left())
+    sweep: Sweep
+    folder: SweepFolder
+    matched: Matched
+    progress: ProgressCallback
+    make_pool: Callable[[], Pool]
+    prepare: Callable[[], None] = lambda: None
 
-    metric = sweep.schema.metric
-    run_jobs(left, folder, pool, metric, trust=sweep.trust, began=before, ended=after)
+    def search(self) -> dict[str, Any]:
+        """Runs what is left of the search and returns its document; one that has chosen is not run again."""
+        sweep = self.sweep
+        folder = self.folder
+        recorded = recorded_search(sweep, folder)
+        if recorded is not None:
+            return recorded
+
+        def write_results() -> None:
+            so_far = search_results(sweep, folder)
+            folder.write_json("results.json", sweep_results(sweep, folder, self.matched, so_far))
+
+        jobs = folder.search_jobs(sweep)
+        later = len(folder.jobs(sweep))
+        self._work_on(jobs, METRIC, write_results, before=0, after=later)
+        found = search_results(sweep, folder)
+        chosen_variants(sweep, found)
+        folder.write_json(FILE, found)
+        return found
+
+    def compare(self, search: dict[str, Any] | None) -> None:
+        """Runs what is left of the comparison; after each run the results so far are written.
+
+        Args:
+            search: the document of the search that came before; None: there was none.
+        """
+        sweep = self.sweep
+        folder = self.folder
+
+        def write_results() -> None:
+            found = sweep_results(sweep, folder, self.matched, search)
+            folder.write_json("results.json", found)
+
+        before = len(folder.search_jobs(sweep))
+        self._work_on(
+            folder.jobs(sweep), sweep.schema.metric, write_results, before=before, after=0
+        )
+
+    def _work_on(
+        self,
+        jobs: list[Job],
+        metric: str,
+        write_results: Callable[[], None],
+        *,
+        before: int,
+        after: int,
+    ) -> None:
+        """Works on every run that is not done; after each, reports the time that this stage still takes.
+
+        Args:
+            jobs: the stage's runs.
+            metric: a finished run must have it.
+            write_results: called after each run.
+            before, after: runs of other stages, for the count of all.
+        """
+        left = [job for job in jobs if not _is_done(job, self.folder, metric)]
+        ended = before + len(jobs) - len(left)
+        total = before + len(jobs) + after
+        self.progress(None, None, ended, total, None)
+        if not left:
+            return
+        self.prepare()
+        pool = self.make_pool()
+        pace = Pace({job.name: self._flops(job) for job in left}, pool.slots)
+
+        def began(job: Job) -> None:
+            pace.begin(job.name, fresh=not (job.path / "recipe.yaml").exists())
+
+        def done(job: Job, status: Status) -> None:
+            nonlocal ended
+            ended += 1
+            pace.end(job.name, whole=status.state == "done")
+            write_results()
+            self.progress(job, status, ended, total, pace.left())
+
+        run_jobs(left, self.folder, pool, metric, trust=self.sweep.trust, began=began, ended=done)
+
+    def _flops(self, job: Job) -> float:
+        """The training FLOPs of a whole run: FLOPs per token x tokens, both from its variant's description."""
+        document = self.matched.documents[job.variant.candidate_of or job.variant.name]
+        return float(document["flops_per_token"]) * float(document["tokens"])
 
 
 def _prepare(sweep: Sweep) -> None:
@@ -127,14 +227,11 @@ def _prepare(sweep: Sweep) -> None:
         prepared.append(key)
         data = text_data(variant.recipe, plan_of(variant.recipe))
         data.prepare()
-        if metric in HELD_OUT and not data.validation_bytes:
+        if (metric in HELD_OUT or sweep.candidates) and not data.validation_bytes:
+            if metric not in HELD_OUT:
+                metric = METRIC
             why = f"{variant.name} cannot have it: {NOTHING_HELD_OUT}"
             raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {why}")
-
-
-def _flops(document: dict[str, Any]) -> float:
-    """The training FLOPs of a whole run: FLOPs per token x tokens, both from its description."""
-    return float(document["flops_per_token"]) * float(document["tokens"])
 
 
 def _beginning(folder: SweepFolder, command: str) -> dict[str, str]:

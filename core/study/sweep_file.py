@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +15,10 @@ from core.assemble import build
 from core.contracts.errors import UserError, nearest
 from core.extension.registry import Registry
 from core.recipe.compose import Recipe, compose_variant, find_recipe, shipped_sweeps
+from core.recipe.key_paths import to_dict
 from core.recipe.resolve import Resolver
 from core.storage.documents import TOO_DEEP, read_yaml
+from core.study.expected import Expected, expected_deviation
 from core.study.sweep_schema import LONGEST, SweepSchema, VariantSection
 
 
@@ -29,12 +31,16 @@ class Variant:
         recipe: validated, for the first seed.
         source: the recipe's file.
         overrides: `KEY=VALUE` each, without the seed.
+        candidate_of: the variant that searches, if this is one of the combinations that it tries; "" if not.
+        searched: the values of a candidate by key path.
     """
 
     name: str
     recipe: Recipe
     source: str
     overrides: tuple[str, ...]
+    candidate_of: str = ""
+    searched: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,12 @@ class Sweep:
     Args:
         name: the file's name without its suffix.
         schema: its keys; with `smoke`, the file's `smoke` keys replace them.
-        variants: the variants in the file's order, grid included.
+        variants: the variants in the file's order, grid included. Before a search has chosen, a variant has the first
+            of the values that it searches.
         smoke: whether the small sizes are meant.
         trust: whether files of runs that were made elsewhere may name modules, which then run.
+        candidates: what the variants search, variant by variant; empty without a search.
+        expected: the standard deviation of the paired differences that is expected; None: unknown.
     """
 
     name: str
@@ -54,6 +63,8 @@ class Sweep:
     variants: list[Variant]
     smoke: bool
     trust: bool = False
+    candidates: list[Variant] = field(default_factory=list)
+    expected: Expected | None = None
 
 
 def read_sweep(
@@ -83,7 +94,15 @@ def read_sweep(
     if errors:
         raise UserError(f"{file}: {_message(errors, full_size)}")
     chosen = small_size if smoke else full_size
-    return Sweep(file.stem, chosen.schema, chosen.variants, smoke, trust)
+    return Sweep(
+        file.stem,
+        chosen.schema,
+        chosen.variants,
+        smoke,
+        trust,
+        candidates=chosen.candidates,
+        expected=chosen.expected,
+    )
 
 
 def _smoke_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,10 +159,12 @@ class _Reader:
         self.schema = self._valid_part(values)
         for error in self.schema.config_errors():
             if error.key not in self.invalid:
-                value = getattr(self.schema, error.key)
+                value = to_dict(getattr(self.schema, error.key))
                 self._add_error(self.resolver.error(error.key, value, error.why))
                 self.invalid.add(error.key)
         self.variants: list[Variant] = []
+        self.candidates: list[Variant] = []
+        self.expected: Expected | None = None
         self.rejected: list[str] = []
         points: list[tuple[str, VariantSection, dict[str, Any]]] = []
         if "grid" not in self.invalid:
@@ -152,6 +173,16 @@ class _Reader:
         for point in points:
             self._read_variant(*point)
         self._check_names([name for name, _, _ in points])
+        self._read_expected()
+
+    def _read_expected(self) -> None:
+        """Reads the expected standard deviation, from an earlier sweep where a folder is given."""
+        if self.invalid & {"expected_sd", "metric"}:
+            return
+        try:
+            self.expected = expected_deviation(self.schema, self.file.parent)
+        except UserError as error:
+            self._add_error(error)
 
     def _add_error(self, error: UserError | str) -> None:
         line = str(error).removeprefix(f"{self.file}: ")
@@ -194,23 +225,37 @@ class _Reader:
         try:
             if length > LONGEST:
                 raise UserError(f"a name of {length} bytes cannot name a folder: at most {LONGEST}")
-            variant = self._compose(name, section, point)
-            build(variant.recipe, device="meta")
-            if self.here and (reasons := unmet_requirements(variant.recipe)):
-                raise UserError(f"cannot run here: {'; '.join(reasons)}")
-            self.variants.append(variant)
+            candidates = []
+            for searched in _combinations(section.search):
+                candidate = self._compose(name, section, {**point, **searched}, searched)
+                build(candidate.recipe, device="meta")
+                if self.here and (reasons := unmet_requirements(candidate.recipe)):
+                    raise UserError(f"cannot run here: {'; '.join(reasons)}")
+                candidates.append(candidate)
+            if not candidates:
+                return  # a key of the search has no value, which is reported with the file's keys
+            self.variants.append(chosen_of(candidates[0], name))
+            if section.search:
+                self.candidates += candidates
         except UserError as error:
             self.rejected.append(name)
             shown = name if len(name) <= LONGEST else f"{name[:40]}..."
             self.errors.append(f"{shown}: {error}")
 
-    def _compose(self, name: str, section: VariantSection, point: dict[str, Any]) -> Variant:
-        """The variant with its recipe for the first seed.
+    def _compose(
+        self,
+        name: str,
+        section: VariantSection,
+        point: dict[str, Any],
+        searched: dict[str, Any],
+    ) -> Variant:
+        """The variant with one combination of what it searches, and its recipe for the first seed.
 
         Args:
             name: the variant's.
             section: its keys in the file.
-            point: its overrides from the grid.
+            point: its overrides from the grid and from the search.
+            searched: those from the search.
         """
         schema = self.schema
         source = section.recipe or schema.base
@@ -224,7 +269,9 @@ class _Reader:
         recipe = compose_variant(
             found, overrides_and_seed, self.file, smoke=self.smoke, trust=self.trust
         )
-        return Variant(name, recipe, str(found), tuple(overrides))
+        candidate = name + _suffix(searched)
+        variant = Variant(candidate, recipe, str(found), tuple(overrides))
+        return replace(variant, candidate_of=name, searched=searched)
 
     def _check_names(self, names: list[str]) -> None:
         """Adds an error for a variant's name that occurs twice, and for keys that name no variant."""
@@ -318,14 +365,27 @@ _UniqueKeys.add_implicit_resolver(  # type: ignore[no-untyped-call]
 
 def _points(schema: SweepSchema) -> Iterator[tuple[str, VariantSection, dict[str, Any]]]:
     """Every variant with every combination of the grid; the name says what varies."""
-    combinations = list(itertools.product(*schema.grid.values()))
     for name, section in schema.variants.items():
-        for values in combinations:
-            point = dict(zip(schema.grid, values, strict=True))
-            full_name = name
-            for key, value in point.items():
-                full_name += f"+{key.rpartition('.')[2]}={_for_a_file_name(value)}"
-            yield full_name, section, point
+        for point in _combinations(schema.grid):
+            yield name + _suffix(point), section, point
+
+
+def _combinations(values: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values of some keys; one that is empty without a key."""
+    combinations = itertools.product(*values.values())
+    return [dict(zip(values, combination, strict=True)) for combination in combinations]
+
+
+def _suffix(point: Mapping[str, Any]) -> str:
+    """The part of a name that says which values a combination has."""
+    return "".join(
+        f"+{key.rpartition('.')[2]}={_for_a_file_name(value)}" for key, value in point.items()
+    )
+
+
+def chosen_of(candidate: Variant, name: str) -> Variant:
+    """The variant of a name with the values of one of its candidates."""
+    return replace(candidate, name=name, candidate_of="", searched={})
 
 
 def _for_a_file_name(value: Any) -> str:

@@ -34,8 +34,9 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name in messages: `VARIANT/seed-N`."""
-        return f"{self.variant.name}/seed-{self.seed}"
+        """The name in messages: `VARIANT/seed-N`, of a search `search/VARIANT/seed-N`."""
+        stage = "search/" if self.variant.candidate_of else ""
+        return f"{stage}{self.variant.name}/seed-{self.seed}"
 
     @property
     def ranks(self) -> int:
@@ -100,9 +101,21 @@ class SweepFolder:
                 jobs.append(Job(variant, seed, path))
         return jobs
 
+    def search_jobs(self, sweep: Sweep) -> list[Job]:
+        """The runs of a sweep's search, seed by seed; none without a search."""
+        jobs = []
+        for seed in sweep.schema.search.seeds:
+            for candidate in sweep.candidates:
+                path = self.path / "search" / candidate.name / f"seed-{seed}"
+                jobs.append(Job(candidate, seed, path))
+        return jobs
+
     def recipe(self, variant: Variant) -> Path:
-        """The file of a variant's resolved recipe."""
-        return self.path / "recipes" / f"{variant.name}.yaml"
+        """The file of a variant's resolved recipe; those of a search have a folder of their own."""
+        recipes = self.path / "recipes"
+        if variant.candidate_of:
+            recipes = recipes / "search"
+        return recipes / f"{variant.name}.yaml"
 
     def open(self, sweep: Sweep, *, resume: bool) -> None:
         """Writes the sweep's files into an empty folder, or checks that the folder holds the same sweep.
@@ -121,12 +134,26 @@ class SweepFolder:
                 raise UserError(
                     f"--out {self.path}: holds this sweep already; go on with --resume, or name another"
                 )
-            self._check_recipes(sweep)
+            self._check_recipes(sweep.candidates or sweep.variants)
             return
         self._check_empty()
-        for variant in sweep.variants:
-            self._write_yaml(self.recipe(variant), variant.recipe.to_dict())
+        self._write_recipes(sweep.candidates or sweep.variants)
         self._write_yaml(file, describe_file(sweep))
+
+    def add_chosen(self, variants: list[Variant]) -> None:
+        """Writes the recipes that a search has chosen, or checks that the folder holds the same ones.
+
+        Raises:
+            UserError: it holds others.
+        """
+        known = [variant for variant in variants if self.recipe(variant).exists()]
+        self._check_recipes(known)
+        self._write_recipes([variant for variant in variants if variant not in known])
+
+    def _write_recipes(self, variants: list[Variant]) -> None:
+        """Writes the resolved recipes of some variants."""
+        for variant in variants:
+            self._write_yaml(self.recipe(variant), variant.recipe.to_dict())
 
     def _check_same(self, sweep: Sweep, file: Path) -> None:
         """Raises `UserError` if the folder holds another sweep."""
@@ -137,9 +164,9 @@ class SweepFolder:
             difference = f"{key}: {theirs.get(key)} there, {mine.get(key)} here"
             raise UserError(f"--out {self.path}: holds another sweep ({difference})")
 
-    def _check_recipes(self, sweep: Sweep) -> None:
+    def _check_recipes(self, variants: list[Variant]) -> None:
         """Raises `UserError` if a variant's recipe has been changed since its runs were begun."""
-        for variant in sweep.variants:
+        for variant in variants:
             theirs = self._read(self.recipe(variant))
             mine = yaml.safe_load(yaml.safe_dump(variant.recipe.to_dict()))
             if theirs != mine:
@@ -208,6 +235,11 @@ def describe_file(sweep: Sweep) -> dict[str, Any]:
     """The identity of a sweep, as in its `sweep.yaml`: its keys, and the recipe of each variant."""
     keys: dict[str, Any] = to_dict(sweep.schema)
     keys.pop("smoke")
+    keys.pop("expected_sd")  # it changes no run
+    if not sweep.candidates:  # as in folders that an earlier version began
+        keys.pop("search")
+        for section in keys["variants"].values():
+            section.pop("search")
     recipes = {}
     for variant in sweep.variants:
         recipes[variant.name] = {"source": variant.source, "overrides": list(variant.overrides)}

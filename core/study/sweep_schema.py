@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 from typing import Any, Literal
 
 from core.contracts.errors import ConfigError, nearest
@@ -35,6 +37,9 @@ METRICS = (
     "flops_per_token",
     "peak_memory_bytes",
     "threads",
+    "steps_until_balanced",
+    "max_vio_before_shift",
+    "max_vio_peak_after_shift",
 )
 """The numbers in summary.json."""
 
@@ -45,6 +50,18 @@ class VariantSection:
 
     recipe: str | None = setting(None, doc="a recipe file or shipped name; null: the sweep's base")
     overrides: dict[str, Any] = setting({}, doc="KEY.PATH: VALUE, as on the command line")
+    search: dict[str, list[Any]] = setting(
+        {}, doc="KEY.PATH: [values, in rising order]; the best combination is run with the seeds"
+    )
+
+
+@dataclass(kw_only=True)
+class SearchSection:
+    """The first stage of a sweep, in which every variant searches its own values with an equal budget."""
+
+    seeds: list[int] = setting(
+        [], doc="one run of every value for each; none of them may be among the sweep's seeds"
+    )
 
 
 @dataclass(kw_only=True)
@@ -88,6 +105,11 @@ class SweepSchema:
     better: Literal["lower", "higher"] = setting(
         "lower", doc="whether lower or higher values are better"
     )
+    search: SearchSection = setting({}, doc="seeds of the search that precedes the comparison")
+    expected_sd: float | str | None = setting(
+        None,
+        doc="standard deviation of the paired differences, or an earlier sweep's folder to take it from",
+    )
     budget: dict[str, Any] = setting(
         {}, doc="the recipe's budget for every run; empty: each recipe's own"
     )
@@ -102,6 +124,9 @@ class SweepSchema:
         yield from self._run_errors()
         yield from self._name_errors()
         yield from self._override_errors()
+        yield from self._search_errors()
+        if isinstance(self.expected_sd, float | int) and self.expected_sd <= 0:
+            yield ConfigError("expected_sd", "must be above 0, or a sweep's folder")
 
     def _run_errors(self) -> Iterator[ConfigError]:
         """Errors of seeds, variants and grid."""
@@ -137,8 +162,63 @@ class SweepSchema:
             if why := _wrong_override(keys, self.budget):
                 yield ConfigError(where, why)
         for name, section in self.variants.items():
-            if why := _wrong_override(section.overrides, self.budget):
-                yield ConfigError("variants", f"{name}: {why}")
+            for keys in (section.overrides, section.search):
+                if why := _wrong_override(keys, self.budget):
+                    yield ConfigError("variants", f"{name}: {why}")
+
+    def _search_errors(self) -> Iterator[ConfigError]:
+        """Errors of the search: its seeds, its values, and budgets that are not equal."""
+        searching = [name for name, section in self.variants.items() if section.search]
+        seeds = self.search.seeds
+        if not searching:
+            if seeds:
+                yield ConfigError("search", "has seeds, but no variant has a `search`")
+            return
+        if not seeds:
+            yield ConfigError(
+                "search", f"seeds must hold at least one seed: {searching[0]} searches"
+            )
+        elif len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            yield ConfigError("search", "seeds must be different whole numbers of at least 0")
+        if both := sorted({*seeds} & {*self.seeds}):
+            why = f"seeds: {both[0]} is also among the sweep's `seeds`, which must be new to the search"
+            yield ConfigError("search", why)
+        for name in searching:
+            if reason := _wrong_search(self.variants[name], [*self.overrides, *self.grid]):
+                yield ConfigError("variants", f"{name}: {reason}")
+        counts = {name: count_points(section) for name, section in self.variants.items()}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            why = f"every variant must search equally many values, and they have: {listed}"
+            yield ConfigError("search", why)
+
+
+def count_points(section: VariantSection) -> int:
+    """The number of combinations that a variant searches; 0 if it does not search."""
+    if not section.search:
+        return 0
+    return prod(len(values) for values in section.search.values())
+
+
+def _wrong_search(section: VariantSection, elsewhere: Iterable[str]) -> str | None:
+    """The reason why a variant cannot search its values; None if there is none.
+
+    Args:
+        section: the variant's.
+        elsewhere: keys that the sweep sets for every variant.
+    """
+    taken = {*section.overrides, *elsewhere}
+    for key, values in section.search.items():
+        if not values:
+            return f"search.{key} must have at least one value"
+        if key in taken:
+            return f"search.{key} is also set by `overrides` or `grid`"
+        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+            if any(value in values[:index] for index, value in enumerate(values)):
+                return f"search.{key} has a value twice"
+        elif any(high <= low for low, high in pairwise(values)):
+            return f"search.{key} must be numbers that rise"
+    return None
 
 
 def _wrong_override(keys: Iterable[str], budget: Mapping[str, Any]) -> str | None:

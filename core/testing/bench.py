@@ -66,6 +66,19 @@ class KitPrecision(Precision):
         return self.kept if role in ("router", "norm") else self.computed
 
 
+class RunData:
+    """Token counts of a run's data, which no copy of a module may copy as well."""
+
+    def __call__(self) -> Tensor:
+        return torch.arange(VOCABULARY)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RunData":
+        raise TypeError("the data of the run are copied with the module")
+
+    def __reduce__(self) -> str:
+        raise TypeError("the data of the run are pickled with the module")
+
+
 def build_context(precision: Precision, *, seed: int = 0) -> BuildContext:
     """The kit's `BuildContext`, with initial weights that are large enough to matter."""
     context = BuildContext(
@@ -78,7 +91,7 @@ def build_context(precision: Precision, *, seed: int = 0) -> BuildContext:
         rope=Rope(10000.0, 4 * LENGTH),
         norm_eps=1e-6,
         seed=seed,
-        token_counts=lambda: torch.arange(VOCABULARY),
+        token_counts=RunData(),
     )
     context = replace(context, residual=section("residual", KitResidual))
     attention = section("attention", KitAttention)

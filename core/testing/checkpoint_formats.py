@@ -10,9 +10,10 @@ from core.assemble import build
 from core.contracts.checkpoint_format import CheckpointFormat, TensorMapping
 from core.contracts.errors import ConfigError, UserError
 from core.interop.accounting import check_ours, wanted
-from core.interop.from_hf import composed, import_ops
+from core.interop.from_hf import import_ops
 from core.interop.tensors import InMemoryTensors, TensorSpec
 from core.interop.to_hf import export_ops
+from core.interop.translation import composed
 from core.recipe.compose import Recipe
 from core.testing.clauses import check, require
 from core.testing.subject import Subject

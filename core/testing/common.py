@@ -1,8 +1,10 @@
 """Checks of clauses that every component keeps, whichever slot it fills."""
 
 import ast
+import pickle
 import sys
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -64,9 +66,9 @@ def config_is_honest(subject: Subject) -> None:
 
 
 def _names_read(component: Any) -> Iterator[str]:
-    """Names that are read like keys of a `Config` in the component's package and in its classes' modules."""
+    """Names that are read like keys of a `Config` in its package, or where its and its `Config`'s classes are."""
     files = set()
-    for cls in component.__mro__:
+    for cls in (*component.__mro__, *component.Config.__mro__):
         file = getattr(sys.modules.get(cls.__module__), "__file__", None)
         if file and cls.__module__.partition(".")[0] != "torch":
             files.add(Path(file))
@@ -205,6 +207,30 @@ def state_round_trips(subject: Subject) -> None:
 
 @check(
     *MODULES,
+    clause="a module can be deep-copied and pickled, without the data of the run, and the copy gives the same bits",
+    where="core/contracts/component.py, Component",
+)
+def copies_are_equal(subject: Subject) -> None:
+    """Copies it as an average of the weights does, and sends it through pickle; the copies share no tensor with it."""
+    module = perturbed(subject.made())
+    expected = results(subject, module)
+    try:
+        copies = {
+            "deep copy": deepcopy(module),
+            "pickled one": pickle.loads(pickle.dumps(module)),
+        }
+    except (TypeError, AttributeError, pickle.PicklingError) as cause:
+        raise BrokenClauseError(f"{type(cause).__name__}: {cause}") from cause
+    own = {tensor.data_ptr() for tensor in module.state_dict().values()}
+    for kind, copied in copies.items():
+        same = equal_bits(expected, results(subject, copied))
+        require(same, f"a {kind} gives other results")
+        shared = [name for name, tensor in copied.state_dict().items() if tensor.data_ptr() in own]
+        require(not shared, f"a {kind} shares {', '.join(shared)}")
+
+
+@check(
+    *MODULES,
     clause="a forward changes nothing but the cache that it is given",
     where="docs/architecture.md, Purity and records",
 )
@@ -259,7 +285,7 @@ def formats_are_followed(subject: Subject) -> None:
             require_close(other.double(), one, found, tolerance=1e-3)
             floating = True
             moved = moved or not torch.equal(one, changed_a_little)
-    fixed = slot == "router" and "learned" not in subject.capabilities
+    fixed = slot == "router" and not list(wide.parameters())
     found = "an fp64 model does not react to 1e-11: something in it is computed in fp32"
     require(moved or fixed or not floating, found)
 

@@ -2,20 +2,28 @@
 
 import json
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.contracts.corpus import Split, TokenBlock, TokenCorpus
+from core.contracts.corpus import MixtureCorpus, Split, TokenBlock, TokenCorpus
 from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
-from core.contracts.training import NamedParameter, ParameterKind
+from core.contracts.training import (
+    NamedParameter,
+    OptimizerFactory,
+    ParameterKind,
+    WeightAverage,
+)
 from core.model.initialise import initialise
-from core.model.parameters import check_groups
+from core.model.parameters import check_groups, named_parameters
 from core.numerics.part_exchange import local_tensor
 from core.testing.clauses import check, require, skip_unless
 from core.testing.forked_ranks import on_ranks
@@ -37,6 +45,10 @@ WEIGHTS: dict[ParameterKind, tuple[str, tuple[int, ...]]] = {
 """A role and a shape for each kind of parameter."""
 
 
+AVERAGED_STEPS = 20
+"""Steps in which an average must have been updated; the last one is skipped."""
+
+
 @check(
     "optimizer",
     clause="`make` returns torch optimizers that hold each weight in exactly one group",
@@ -45,10 +57,7 @@ WEIGHTS: dict[ParameterKind, tuple[str, tuple[int, ...]]] = {
 def optimizer_is_torchs(subject: Subject) -> None:
     """Takes a step, which must move every parameter, loads the state again, and reads learning rates of a run."""
     factory = subject.factory()
-    named = []
-    for kind, (role, shape) in WEIGHTS.items():
-        parameter = torch.nn.Parameter(torch.ones(shape))
-        named.append(NamedParameter(f"{kind}.weight", parameter, role, kind))
+    named = _weights_with_gradients(torch.float32)
     made = factory.make(named)
     optimizers = made if isinstance(made, list) else [made]
     require(all(isinstance(one, torch.optim.Optimizer) for one in optimizers), f"made {made!r}")
@@ -58,9 +67,6 @@ def optimizer_is_torchs(subject: Subject) -> None:
         require(False, str(error))
     rates = [factory.learning_rate(Progress(step, step, 100, 100)) for step in (1, 50, 100)]
     require(all(0 <= rate < float("inf") for rate in rates), f"learning rates {rates}")
-    draw = torch.Generator().manual_seed(0)
-    for weight in named:
-        weight.parameter.grad = torch.rand(weight.parameter.shape, generator=draw) + 0.5
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = 0.1 * group.get("lr_scale", 1.0)
@@ -68,6 +74,114 @@ def optimizer_is_torchs(subject: Subject) -> None:
         optimizer.load_state_dict(optimizer.state_dict())
     for weight in named:
         require(bool((weight.parameter != 1).all()), "a parameter did not move")
+
+
+@check(
+    "optimizer",
+    clause="`state_bytes_of` counts at least the bytes of every state that has the form of its weight",
+    where=f"{TRAINING}, OptimizerFactory: `state_bytes_of`",
+)
+def optimizer_states_are_counted(subject: Subject) -> None:
+    """Takes a step of a weight of each kind, and compares the bytes of what is kept."""
+    factory = subject.factory()
+    named = _weights_with_gradients(torch.float32)
+    optimizers = _stepped(factory, named)
+    for weight in named:
+        states = [optimizer.state.get(weight.parameter, {}) for optimizer in optimizers]
+        kept = [v for state in states for v in state.values() if isinstance(v, Tensor) and v.ndim]
+        held = sum(tensor.nbytes for tensor in kept)
+        counted = factory.state_bytes_of(weight)
+        require(held <= counted, f"{weight.kind}: {held} bytes are kept, and {counted} counted")
+
+
+class _Meeting:
+    """Two threads that gather the rows of their matrices, as two ranks do.
+
+    Args:
+        rank: the number of this thread.
+        axis: the axis along which a tensor is divided.
+        barrier, parts: what both threads share.
+    """
+
+    def __init__(
+        self, rank: int, axis: int, barrier: threading.Barrier, parts: list[Tensor]
+    ) -> None:
+        self.rank = rank
+        self.axis = axis
+        self.barrier = barrier
+        self.parts = parts
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Waits for the other thread's part."""
+        self.parts[self.rank] = part
+        self.barrier.wait()
+        whole = torch.cat(self.parts, dim=self.axis)
+        self.barrier.wait()
+        return whole
+
+    def shard_of(self, whole: Tensor) -> Tensor:
+        """This thread's part."""
+        return whole.chunk(2, dim=self.axis)[self.rank]
+
+
+@check(
+    "optimizer",
+    clause="an optimizer that gathers matrices updates the parts of divided ones as it updates whole ones",
+    where=f"{TRAINING}, OptimizerFactory: `gathers_matrices`, MatrixShard",
+)
+def divided_matrices_are_updated_as_whole(subject: Subject) -> None:
+    """Takes two steps of whole weights, and of their halves in two threads that gather from each other."""
+    factory = subject.factory()
+    skip_unless(factory.gathers_matrices, "it gathers no matrices")
+    whole = _weights_with_gradients(torch.float64)
+    axes = {weight.name: max(0, weight.parameter.ndim - 2) for weight in whole}
+    barrier = threading.Barrier(2, timeout=60)
+    parts: list[Tensor] = [torch.empty(0)] * 2
+
+    def half(weight: NamedParameter, rank: int) -> NamedParameter:
+        axis = axes[weight.name]
+        meeting = _Meeting(rank, axis, barrier, parts) if weight.parameter.ndim > 1 else None
+        own = torch.nn.Parameter(weight.parameter.detach().chunk(2, dim=axis)[rank].clone())
+        assert weight.parameter.grad is not None
+        own.grad = weight.parameter.grad.chunk(2, dim=axis)[rank].clone()
+        return NamedParameter(weight.name, own, weight.role, weight.kind, meeting)
+
+    halves = [[half(weight, rank) for weight in whole] for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        work = [threads.submit(_stepped, subject.factory(), own, steps=2) for own in halves]
+        for future in work:
+            future.result()
+    _stepped(factory, whole, steps=2)
+    for weight, one, other in zip(whole, *halves, strict=True):
+        pair = [one.parameter.detach(), other.parameter.detach()]
+        found = torch.cat(pair, dim=axes[weight.name])
+        far = float((found - weight.parameter.detach()).abs().max())
+        require(far < 1e-10, f"{weight.name}: halves differ from the whole by {far:.1e}")
+
+
+def _weights_with_gradients(dtype: torch.dtype) -> list[NamedParameter]:
+    """A weight of each kind, with a gradient."""
+    draw = torch.Generator().manual_seed(0)
+    named = []
+    for kind, (role, shape) in WEIGHTS.items():
+        parameter = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+        parameter.grad = torch.rand(shape, generator=draw, dtype=dtype) + 0.5
+        named.append(NamedParameter(f"{kind}.weight", parameter, role, kind))
+    return named
+
+
+def _stepped(
+    factory: OptimizerFactory, named: list[NamedParameter], *, steps: int = 1
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of some weights after a few steps."""
+    made = factory.make(named)
+    optimizers = made if isinstance(made, list) else [made]
+    for _ in range(steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * group.get("lr_scale", 1.0)
+            optimizer.step()
+    return optimizers
 
 
 @check(
@@ -79,6 +193,8 @@ def documents_are_named_text(subject: Subject) -> None:
     """Reads the first hundred documents twice; both readings must be the same."""
     of_tokens = isinstance(subject.factory(), TokenCorpus)
     skip_unless(not of_tokens, "a corpus of tokens has no documents")
+    is_mixture = isinstance(subject.factory(), MixtureCorpus)
+    skip_unless(not is_mixture, "the parts of a mixture have the documents")
     try:
         first = list(islice(subject.factory().documents(), 100))
         again = list(islice(subject.factory().documents(), 100))
@@ -181,6 +297,52 @@ def divided_weights_are_the_whole_models(subject: Subject) -> None:
     require(not reshaped, f"other shapes: {', '.join(reshaped)}")
     different = [name for name, value in weights.items() if not torch.equal(value, whole[name])]
     require(not different, f"other initial weights: {', '.join(different)}")
+
+
+@check(
+    "callback",
+    clause="averages follow the weights after steps that were not skipped, and change neither them nor random numbers",
+    where=f"{TRAINING}, WeightAverage",
+)
+def averages_follow_the_weights(subject: Subject) -> None:
+    """Moves the weights of the kit's model for some steps, of which one is skipped, and looks at the averages."""
+    factory = subject.factory()
+    skip_unless(factory.average is not None, "it averages no weights")
+    with tempfile.TemporaryDirectory() as folder:
+        callback: Any = factory.make(Path(folder))
+    average: Any = getattr(callback, "average", None)
+    require(isinstance(average, WeightAverage), f"its attribute `average` is {average!r}")
+    require(average.name == factory.average, f"named {average.name!r}, not {factory.average!r}")
+    require(not average.updates and not average.weights, "it has averages before the first step")
+    named = named_parameters(subject.model())
+    before = torch.get_rng_state()
+    moved: list[Tensor] = []
+    updates: list[int] = []
+    for step in range(1, AVERAGED_STEPS + 1):
+        with torch.no_grad():
+            for one in named:
+                one.parameter.add_(0.01)
+        moved = [one.parameter.detach().clone() for one in named]
+        skipped = int(step == AVERAGED_STEPS)
+        module = SimpleNamespace(
+            local_parameters=SimpleNamespace(named=named),
+            windows_done=step,
+            skipped_in_a_row=skipped,
+        )
+        callback.on_train_batch_end(SimpleNamespace(), module, None, None, step - 1)
+        updates.append(average.updates)
+    require(updates[-2] > 0, f"no update in {AVERAGED_STEPS - 1} steps")
+    require(updates[-1] == updates[-2], "a skipped step was an update")
+    same = all(torch.equal(one.parameter, now) for one, now in zip(named, moved, strict=True))
+    require(same, "the weights changed")
+    require(torch.equal(torch.get_rng_state(), before), "random numbers were drawn")
+    require(list(average.weights) == [one.name for one in named], "other names than the weights'")
+    for one in named:
+        kept = average.weights[one.name]
+        require(kept.shape == one.parameter.shape, f"{one.name} has the shape {list(kept.shape)}")
+        behind = bool(torch.isfinite(kept).all()) and bool((kept <= one.parameter).all())
+        require(behind, f"the average of {one.name} is ahead of a weight that only grew")
+        require(factory.average_bytes(one.parameter) >= 0, "negative bytes")
 
 
 @check("callback", "logger", clause="`make` returns a Lightning callback or logger", where=TRAINING)

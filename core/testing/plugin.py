@@ -4,6 +4,7 @@ Registered with the installed distribution (entry-point group `pytest11`). It co
 given: everything else is imported when tests are collected.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -23,7 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="run only the conformance kit: check what this plugin package registers against its slots' contracts",
+        help="run only the conformance kit: check what this plugin package, or plugin file (./my_router.py), registers "
+        "against its slots' contracts",
     )
 
 
@@ -32,6 +34,8 @@ def pytest_collection(session: pytest.Session) -> None:
     packages: list[str] = session.config.getoption(OPTION)
     if not packages:
         return
+    from core.extension.plugin_file import is_plugin_file
+
     collect = session.collect
     paths_were_named = session.config.args_source is pytest.Config.ArgsSource.ARGS
 
@@ -39,7 +43,10 @@ def pytest_collection(session: pytest.Session) -> None:
         if paths_were_named:
             yield from collect()
         for package in packages:
-            make_importable(package, session.config.invocation_params.dir)
+            folder = session.config.invocation_params.dir
+            if is_plugin_file(package):
+                package = os.path.abspath(folder / package)
+            make_importable(package, folder)
             yield Conformance.from_parent(
                 session, name=package, nodeid=f"moeloom::{package}", path=Path(session.path)
             )

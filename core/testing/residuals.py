@@ -18,7 +18,8 @@ CONTRACT = "core/contracts/residual.py, Residual"
 
 @check(
     "residual",
-    clause="`read` and `collapse` give B x L x D, and `write` keeps the stream's shape",
+    clause="a stream is B x L x ... x D with as many states as `streams` says, which `write` keeps; `read` and "
+    "`collapse` give B x L x D",
     where=CONTRACT,
 )
 def streams_keep_their_shapes(subject: Subject) -> None:
@@ -29,6 +30,10 @@ def streams_keep_their_shapes(subject: Subject) -> None:
         stream = module.model.expand(x_BLD)
         found = f"a stream of {batch} x {length} tokens is {tuple(stream.shape)}"
         require(stream.shape[:2] == (batch, length), found)
+        require(stream.shape[-1] == bench.WIDTH, f"{found}, whose last axis is not the width")
+        states = module.model.streams
+        holds = stream.numel() == x_BLD.numel() * states
+        require(holds, f"{found}, but it is declared to hold {states} states")
         for layer in (module.attention, module.ffn):
             read_BLD = layer.read(stream)
             require(read_BLD.shape == x_BLD.shape, f"read gives {tuple(read_BLD.shape)}")

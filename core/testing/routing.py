@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.contracts.context import SequenceContext
 from core.contracts.router import CAPABILITIES, Routing
+from core.routing.gating import best_experts
 from core.testing import bench
 from core.testing.clauses import check, require, skip_unless
 from core.testing.subject import Subject, all_finite, perturbed, require_close, require_flops
@@ -173,6 +174,37 @@ def bias_selects_as_declared(subject: Subject) -> None:
         )
 
 
+@check(
+    "router",
+    clause="`limit` says within which groups the best adjusted affinities were selected; `groups` that limit give one",
+    where=ROUTING,
+)
+def limits_are_those_of_the_selection(subject: Subject) -> None:
+    """Compares the selected experts with the best ones within the groups, under several biases."""
+    module = perturbed(subject.made())
+    draw = torch.Generator().manual_seed(0)
+    config = subject.config
+    if {"groups", "selects_with_bias"} <= subject.capabilities:
+        is_limited = config.reachable_groups < config.groups
+        limit = routed(module, bench.tokens()).limit
+        require(
+            limit is not None or not is_limited, "tokens reach few groups, and no limit is given"
+        )
+    for spread in (0.0, 0.2, 5.0):
+        bias_E = spread * torch.rand(bench.EXPERTS, dtype=torch.float64, generator=draw)
+        routing = routed(module, bench.tokens(), lambda scores_TE, b_E=bias_E: scores_TE + b_E)
+        limit = routing.limit
+        skip_unless(limit is not None, "none is given")
+        assert limit is not None
+        found = "it is given where tokens do not all have as many experts"
+        require(routing.choices > 0, found)
+        adjusted_TE = routing.scores_TE.detach() + bias_E
+        best_TK = best_experts(adjusted_TE, routing.choices, **limit._asdict())
+        selected_TK = routing.expert_A.view(-1, routing.choices)
+        same = torch.equal(best_TK.sort(dim=1).values, selected_TK.sort(dim=1).values)
+        require(same, "other experts are the best within its groups")
+
+
 @check("router", clause="no gradient goes through selection", where=CONTRACT)
 def no_gradient_reaches_the_bias(subject: Subject) -> None:
     """Adds a bias that requires a gradient, which must not get one."""
@@ -203,6 +235,22 @@ def gates_teach_the_router(subject: Subject) -> None:
             gradients.append(parameter.grad)
     require(gradients, "no parameter gets a gradient from the gates")
     require(all_finite(gradients), "a gradient is not finite")
+
+
+@check(
+    "router",
+    clause="every weight of a router gets a gradient from the gates, whoever chooses the experts",
+    where=CONTRACT,
+)
+def gates_teach_every_weight(subject: Subject) -> None:
+    """Weighs the gates differently and looks for a weight that cannot learn."""
+    module = perturbed(subject.made())
+    skip_unless(list(module.parameters()), "it has no weights")
+    gate_TE = dense_gates(routed(module, bench.tokens()))
+    (gate_TE * torch.linspace(1, 2, gate_TE.numel()).view_as(gate_TE)).sum().backward()
+    for name, parameter in module.named_parameters():
+        gradient = parameter.grad
+        require(gradient is not None and bool(gradient.any()), f"{name} gets no gradient")
 
 
 @check(

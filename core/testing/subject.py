@@ -30,7 +30,7 @@ def entries_of(package: str) -> list[Entry]:
     """The components that a package registers: an installed plugin, or a module that Python finds.
 
     Args:
-        package: the module that an entry point names, or a package around it.
+        package: the module that an entry point names, or a package around it; or the path of a plugin file.
 
     Raises:
         UserError: it cannot be read, or registers nothing.
@@ -50,7 +50,9 @@ def _registered_by(package: str, registry: Registry) -> Iterator[Entry]:
     for _, entries in sorted(registry.entries.items()):
         for entry in entries:
             module = entry.owner.module
-            if module == package or module.startswith(f"{package}."):
+            file = entry.owner.file
+            is_of_file = file is not None and str(file) == package
+            if is_of_file or module == package or module.startswith(f"{package}."):
                 yield entry
 
 

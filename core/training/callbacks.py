@@ -225,7 +225,7 @@ class StopOnSignal(_StepEnd):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops before the first batch of a validation."""
-        self._stop_validation(trainer, pl_module)
+        self.stop_validation(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -237,9 +237,9 @@ class StopOnSignal(_StepEnd):
         dataloader_idx: int = 0,
     ) -> None:
         """Stops after a batch of a validation."""
-        self._stop_validation(trainer, pl_module)
+        self.stop_validation(trainer, pl_module)
 
-    def _stop_validation(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def stop_validation(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Saves and stops if some rank has received a signal; the validation is repeated after a resume."""
         assert isinstance(module, TrainingModule)
         if trainer.state.fn != TrainerFn.FITTING:

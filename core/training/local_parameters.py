@@ -1,12 +1,13 @@
 """The weights, or the parts of divided weights, that this rank owns and updates."""
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grads_with_norm_
 
 from core.contracts.training import NamedParameter
 from core.model.parameters import named_parameters
 from core.numerics.part_exchange import local_tensor
+from core.training.weight_shards import WeightShard
 
 CLIP_EPS = 1e-6
 """What torch adds to the norm before it divides by it."""
@@ -30,7 +31,8 @@ class LocalParameters:
             if isinstance(weight, DTensor):
                 part = local_tensor(weight)
                 self._sharded.append((weight, part))  # type: ignore[arg-type]
-                named = NamedParameter(named.name, part, named.role, named.kind)
+                shard = WeightShard(weight) if _divides_matrices(weight) else None
+                named = NamedParameter(named.name, part, named.role, named.kind, shard)
             self.named.append(named)
 
     def tensors(self) -> list[Tensor]:
@@ -61,6 +63,12 @@ class LocalParameters:
         if largest is None or largest / (norm + CLIP_EPS) >= 1:  # torch would multiply by 1
             return
         clip_grads_with_norm_(self.tensors(), largest, norm)
+
+
+def _divides_matrices(weight: DTensor) -> bool:
+    """Whether a matrix of the weight is on several ranks; a stack may be divided between its matrices instead."""
+    axes = [place.dim for place in weight.placements if isinstance(place, Shard)]
+    return any(axis >= weight.ndim - 2 for axis in axes)
 
 
 def local_state(module: nn.Module) -> dict[str, object]:

@@ -103,6 +103,7 @@ class TrainingModule(L.LightningModule):
         self.assigned = 0
         self.dropped = 0
         self.validated: dict[str, float] = {}
+        self.averages_validated: dict[str, float] = {}
         self.validation_pending = False
         self.pending_step: int | None = None
         self._interval: int | float | None = None
@@ -332,8 +333,9 @@ class TrainingModule(L.LightningModule):
         self.validation.update(self.model(context), context)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the values over the whole validation split."""
-        self.validated = self.validation.compute()
+        """Logs the values over the whole validation split, of averaged weights too."""
+        self.validated = {**self.validation.compute(), **self.averages_validated}
+        self.averages_validated = {}
         self.validation_pending = False
         self.write_row(self.validated)
         # The totals are equal on all ranks already, but Lightning warns where several ranks log without sync_dist.

@@ -12,6 +12,7 @@ from core.checkpoints.content import check_content, diverged, not_finite
 from core.checkpoints.listing import checkpoints_in, is_checkpoint
 from core.checkpoints.reading import open_shards, read_metadata
 from core.contracts.errors import UserError
+from core.extension.plugin_file import digest_of_code, is_plugin_file
 from core.recipe.compose import Recipe, compose_run
 from core.storage.lock import LOCK, is_locked
 from core.training.run_folder import RunFolder
@@ -67,7 +68,9 @@ def check_recipe_unchanged(
         UserError: another recipe (the first difference is named), or a run that cannot be continued.
     """
     check_trained(folder, "start a run from its weights with initial_weights")
-    before = compose_run(folder.recipe, trust=trust, named=recipe.plugins).to_dict()
+    started = compose_run(folder.recipe, trust=trust, named=recipe.plugins)
+    _check_code_unchanged(recipe, started, folder)
+    before = started.to_dict()
     now = recipe.to_dict()
     corpora = [
         [values["data"].pop("corpus"), values["data"].pop("validation")] for values in (before, now)
@@ -89,6 +92,21 @@ def check_recipe_unchanged(
             "without trainer.deterministic a GPU does not promise the same bits as if the run had never stopped"
         )
     return bool(corpora[0] != corpora[1])
+
+
+def _check_code_unchanged(recipe: Recipe, started: Recipe, folder: RunFolder) -> None:
+    """Raises `UserError` if a plugin file of the recipe is not the one that the run was started with."""
+    code = {file.name: digest_of_code(file) for file in _plugin_files(started)}
+    for file in _plugin_files(recipe):
+        held = folder.plugin_files / file.name
+        if digest_of_code(file) != code.get(file.name):
+            raise UserError(
+                f"--resume {folder.path}: {file} is not the code that the run was started with, which is {held}"
+            )
+
+
+def _plugin_files(recipe: Recipe) -> list[Path]:
+    return [Path(name) for name in recipe.plugins if is_plugin_file(name)]
 
 
 def check_trained(folder: RunFolder, instead: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -16,6 +17,7 @@ from core.contracts.errors import UserError
 from core.contracts.schema import Section
 from core.data.recorded import RecordedData, read_documents
 from core.data.tokenizer import VERSION, Tokenizer
+from core.extension.plugin_file import is_plugin_file
 from core.recipe import trust
 from core.storage.digests import DIGESTS, check_digests, set_digest, write_digests
 from core.storage.documents import (
@@ -45,7 +47,7 @@ FILES = (
 )
 """The files of a run that was trained here."""
 
-FOLDERS = ("checkpoints", "logs", "tensorboard")
+FOLDERS = ("checkpoints", "logs", "tensorboard", "plugin_files")
 """Its folders."""
 
 
@@ -100,6 +102,11 @@ class RunFolder:
     def source_layout(self) -> Path:
         """The file of a converted run that says which file and format each tensor of its source had."""
         return self.source_files / "layout.json"
+
+    @property
+    def plugin_files(self) -> Path:
+        """The folder with copies of the recipe's plugin files."""
+        return self.path / "plugin_files"
 
     def never_started(self) -> bool:
         """Whether a run was killed here before it wrote its recipe, so that it has to start anew.
@@ -188,9 +195,9 @@ class RunFolder:
         remove_partial_checkpoints(self.path / "checkpoints")
 
     def write_digests(self) -> None:
-        """Writes the checksums of the tokenizer and, in a converted run, of the weights and the files of the source."""
+        """Writes the checksums of tokenizer and plugin files, and of a converted run's weights and source files."""
         names = [self.tokenizer.name] if self.tokenizer.exists() else []
-        for folder in (self.converted_weights.parent, self.source_files):
+        for folder in (self.converted_weights.parent, self.source_files, self.plugin_files):
             if folder.is_dir():
                 names += [f"{folder.name}/{file.name}" for file in sorted(folder.iterdir())]
         write_digests(self.path, names)
@@ -275,8 +282,26 @@ class RunFolder:
         """Writes a JSON document."""
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
+    def write_plugin_files(self, plugins: Iterable[str]) -> None:
+        """Copies the plugin files of a recipe, so that the run keeps the code that it was trained with."""
+        for name in filter(is_plugin_file, plugins):
+            self.plugin_files.mkdir(exist_ok=True)
+            copy = self.plugin_files / Path(name).name
+            shutil.copyfile(name, copy)
+            trust.record_code(copy)
+
     def write_recipe(self, values: dict[str, Any]) -> None:
-        """Writes the resolved recipe and its checksum, and records that it was written here."""
+        """Writes the resolved recipe and its checksum, and records that it was written here.
+
+        Its plugin files are those that the run holds, relative to the run folder.
+        """
+        plugins = []
+        for name in values.get("plugins", []):
+            held = self.plugin_files / Path(name).name
+            is_held = is_plugin_file(name) and held.is_file()
+            plugins.append(f"./{held.relative_to(self.path)}" if is_held else name)
+        if plugins:
+            values = {**values, "plugins": plugins}
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         set_digest(self.path, self.recipe.name, text.encode())
         self.write_text(self.recipe.name, text)

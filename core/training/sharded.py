@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
+from core.checkpoints.averages import AVERAGES, index_prefix
 from core.checkpoints.content import diverged, not_finite
 from core.checkpoints.distributed import load_shards
 from core.checkpoints.reading import OPTIMIZERS, metadata_of, open_shards
@@ -147,6 +148,46 @@ class ShardedStrategy(ModelParallelStrategy):
                 found[name] = self.parts[name].place(local_tensor(value))
             elif isinstance(value, Tensor):
                 found[name] = TensorShard.whole(local_tensor(value))
+        return found
+
+    def like_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Tensors of the form of weights, as they are saved: this rank's parts, or whole ones on the first rank.
+
+        Args:
+            tensors: this rank's parts by the names of their weights in the module.
+        """
+        found: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            shard = self.parts[name]
+            if self.saves_shards:
+                found[name] = shard.place(tensor)
+                continue
+            if shard.is_sharded:
+                tensor = shard.gather(tensor.to(local_tensor(shard.weight).device))
+            if self.is_global_zero:
+                found[name] = tensor.cpu()
+        return found
+
+    def load_like_weights(self, average: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's parts of the averaged weights of the checkpoint that the run continues from.
+
+        Args:
+            average: the name of the average.
+            stored: whole tensors by the names of their weights in the module; those of a sharded checkpoint are on
+                the meta device.
+        """
+        found: dict[str, Tensor] = {}
+        if self._reader is None:
+            for name, tensor in stored.items():
+                found[name] = self.parts[name].shard_of(tensor).clone()
+            return found
+        places: dict[str, TensorShard] = {}
+        for name, tensor in stored.items():
+            shape = local_tensor(self.parts[name].weight).shape
+            found[name] = torch.empty(shape, dtype=tensor.dtype)
+            places[f"{index_prefix(average)}{name}"] = self.parts[name].place(found[name])
+        self._load(places)
+        self._check_finite({"state_dict": {}, AVERAGES: {average: {"weights": found}}})
         return found
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

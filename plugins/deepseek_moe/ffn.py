@@ -21,7 +21,7 @@ from core.contracts.ffn import FeedForward, RoutingProperties
 from core.contracts.record import Record
 from core.contracts.router import CAPABILITIES, Router, Routing
 from core.contracts.schema import Child, child, children, setting
-from core.model.activation import swiglu, swiglu_product
+from core.model.activation import check_limit, swiglu, swiglu_product
 from core.numerics.linear import is_hooked, plain_matrix
 from core.routing.chance import Chance
 from core.routing.rows import sorted_rows
@@ -32,14 +32,15 @@ from plugins.deepseek_moe.dropping import TokenDropping, drop_over_budget
 class Experts(nn.Module):
     """E SwiGLU experts over rows sorted by expert."""
 
-    def __init__(self, experts: int, hidden: int, build: BuildContext) -> None:
+    def __init__(self, experts: int, hidden: int, build: BuildContext, limit: float | None) -> None:
         super().__init__()
+        self.limit = limit
         self.gate_up = build.grouped_linear(experts, build.dim, 2 * hidden, "experts.gate_up")
         self.down = build.grouped_linear(experts, hidden, build.dim, "experts.down", residual=True)
 
     def forward(self, x_AD: Tensor, ends_E: Tensor) -> Tensor:
         """The outputs of rows sorted by expert; rows of expert e end at ends_E[e]."""
-        result: Tensor = self.down(swiglu(self.gate_up(x_AD, ends_E)), ends_E)
+        result: Tensor = self.down(swiglu(self.gate_up(x_AD, ends_E), self.limit), ends_E)
         return result
 
     def of_chosen(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor | None:
@@ -47,7 +48,7 @@ class Experts(nn.Module):
         matrices = self._matrices()
         if matrices is None:
             return None
-        return chosen.gated_experts(x_TD, *matrices, expert_TK, gate_TK)
+        return chosen.gated_experts(x_TD, *matrices, expert_TK, gate_TK, self.limit)
 
     def of_routing(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
         """The gated sum of each token's experts, in training on a CPU; None where the products are not plain ones."""
@@ -55,7 +56,7 @@ class Experts(nn.Module):
         if matrices is None:
             return None
         rows, ends_E = sorted_rows(routing, len(x_TD), len(matrices[0]))
-        return training_on_cpu.gated_experts(x_TD, *matrices, rows, ends_E)
+        return training_on_cpu.gated_experts(x_TD, *matrices, rows, ends_E, self.limit)
 
     def _matrices(self) -> tuple[Tensor, Tensor] | None:
         """The matrices of all experts; None where a call does more than multiply by them."""
@@ -71,14 +72,15 @@ class Experts(nn.Module):
 class SharedExperts(nn.Module):
     """The experts that see every token, as one SwiGLU."""
 
-    def __init__(self, hidden: int, build: BuildContext) -> None:
+    def __init__(self, hidden: int, build: BuildContext, limit: float | None) -> None:
         super().__init__()
+        self.limit = limit
         self.gate_up = build.linear(build.dim, 2 * hidden, "shared_experts.gate_up")
         self.down = build.linear(hidden, build.dim, "shared_experts.down", residual=True)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """The shared experts' output for each token."""
-        return swiglu_product(self.gate_up(x_TD), self.down)
+        return swiglu_product(self.gate_up(x_TD), self.down, self.limit)
 
 
 class MixtureOfExperts(FeedForward):
@@ -106,6 +108,9 @@ class MixtureOfExperts(FeedForward):
         dispatcher: Child = child(
             "dispatcher", {"name": "local"}, doc="how tokens travel to their experts"
         )
+        swiglu_limit: float | None = setting(
+            None, doc="clamp of every expert's gate (from above) and up (both sides); null: none"
+        )
         token_dropping: TokenDropping | None = setting(
             None, doc="DeepSeek-V2's device budget in training; null: none"
         )
@@ -115,6 +120,7 @@ class MixtureOfExperts(FeedForward):
             for key, low in (("experts", 1), ("expert_hidden", 1), ("shared_experts", 0)):
                 if getattr(self, key) < low:
                     raise ConfigError(key, f"must be at least {low}")
+            check_limit(self.swiglu_limit)
             capabilities = self.router.component.capabilities_of(self.router.config)
             self._check_balance(capabilities)
             if self.token_dropping is not None:
@@ -153,10 +159,12 @@ class MixtureOfExperts(FeedForward):
         self.config = config
         self.router: Router = build.make(config.router, experts=config.experts)
         self.dispatcher: Dispatcher = build.make(config.dispatcher, experts=config.experts)
-        self.routed = Experts(config.experts, config.expert_hidden, build)
+        limit = config.swiglu_limit
+        self.routed = Experts(config.experts, config.expert_hidden, build, limit)
         self.shared = None
         if config.shared_experts:
-            self.shared = SharedExperts(config.shared_experts * config.expert_hidden, build)
+            shared_hidden = config.shared_experts * config.expert_hidden
+            self.shared = SharedExperts(shared_hidden, build, limit)
         self.balance = nn.ModuleList()
         for section in config.balance:
             balancer = build.make(section, experts=config.experts, top_k=self.router.top_k)

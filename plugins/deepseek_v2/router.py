@@ -8,7 +8,7 @@ from torch import Tensor
 
 from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
-from core.contracts.router import AdjustScores, Routing
+from core.contracts.router import AdjustScores, GroupLimit, Routing
 from core.contracts.schema import setting
 from core.routing.gating import LearnedRouter, best_experts
 
@@ -68,8 +68,7 @@ class DeepSeekV2Router(LearnedRouter):
         scores_TE = logits_TE.softmax(dim=1)
         with torch.no_grad():
             adjusted_TE = adjust_scores(scores_TE.detach())
-            groups = self.config.groups
-            limit = self.config.reachable_groups
-            expert_TK = best_experts(adjusted_TE, self.top_k, groups=groups, group_limit=limit)
+            limit = GroupLimit(self.config.groups, self.config.reachable_groups)
+            expert_TK = best_experts(adjusted_TE, self.top_k, **limit._asdict())
         gate_TK = scores_TE.gather(1, expert_TK) * self.config.scale
-        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE)
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=limit)

@@ -1,27 +1,26 @@
 """DeepSeek-V3 routing (report, eq. 13-16 and "node-limited routing").
 
-Affinities are sigmoids of the product with each expert's centroid. Selection uses the affinity plus the
-balancers' bias; gates use the affinity alone, normalised over the chosen experts and scaled. A token reaches
-at most `group_limit` groups: those whose best `group_score` biased affinities have the highest sum.
+Affinities are sigmoids of the product with each expert's centroid, or what `affinity` names instead. Selection
+uses the affinity plus the balancers' bias; gates use the affinity alone, normalised over the chosen experts and
+scaled. A token reaches at most `group_limit` groups: those whose best `group_score` biased affinities have the
+highest sum.
 Experts of other groups are masked with -inf, so that a negative bias can never bring one of them back.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
-from core.contracts.router import AdjustScores, Routing
+from core.contracts.router import AdjustScores, GroupLimit
 from core.contracts.schema import setting
-from core.numerics.linear import is_hooked
-from core.numerics.promotion import at_least_fp32
-from core.routing.gating import LearnedRouter, best_experts
+from core.routing.affinity import Affinity, check_gates_learn, check_scale
+from core.routing.gating import ChosenGateRouter, best_experts
 
 
-class DeepSeekV3Router(LearnedRouter):
+class DeepSeekV3Router(ChosenGateRouter):
     """Sigmoid affinity, bias for selection only, group-limited, normalised gates times a scale."""
 
     paper = "DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2"
@@ -42,8 +41,8 @@ class DeepSeekV3Router(LearnedRouter):
             None, doc="best affinities that add up to a group's score; null: top_k / group_limit"
         )
         scale: float = setting(1.0, doc="factor on the gates (2.5 in DeepSeek-V3)")
-        affinity: Literal["sigmoid", "softmax"] = setting(
-            "sigmoid", doc="function from logits to affinities"
+        affinity: Affinity = setting(
+            "sigmoid", doc="function from logits to affinities (DeepSeek-V4: sqrt_softplus)"
         )
         normalise: bool = setting(True, doc="divide the gates by their sum")
 
@@ -61,11 +60,15 @@ class DeepSeekV3Router(LearnedRouter):
                 return max(1, self.top_k // self.reachable_groups)
             return self.group_score
 
+        @property
+        def limit(self) -> GroupLimit:
+            """The limit on the groups that a token reaches."""
+            return GroupLimit(self.groups, self.reachable_groups, self.experts_per_group_score)
+
         def check(self, parent: Any) -> None:
             """Raises `ConfigError` if the groups do not divide the experts or leave too few to choose from."""
             experts = parent.experts
-            if not 0 < self.scale < float("inf"):
-                raise ConfigError("scale", "must be more than 0 and finite")
+            check_scale(self.scale)
             if self.groups < 1 or experts % self.groups:
                 raise ConfigError("groups", f"must divide experts = {experts}")
             if not 1 <= self.reachable_groups <= self.groups:
@@ -75,9 +78,7 @@ class DeepSeekV3Router(LearnedRouter):
         def _check_top_k(self, in_group: int) -> None:
             left = in_group * self.reachable_groups
             least = 2 if self.normalise else 1
-            if self.top_k == 1 and self.normalise:
-                why = "one gate, normalised, is a constant and has no gradient (normalise: false keeps it as it is)"
-                raise ConfigError("top_k", f"must be at least 2: {why}")
+            check_gates_learn(self.top_k, normalise=self.normalise)
             limited = f"{self.reachable_groups} of {self.groups} groups of {in_group}"
             if left < least:
                 key = "group_limit" if self.groups > 1 else "top_k"
@@ -104,46 +105,18 @@ class DeepSeekV3Router(LearnedRouter):
                 need = f"must be between 1 and {in_group}, the experts of a group"
                 raise ConfigError("group_score", need)
 
-    def route(
-        self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
-    ) -> Routing:
-        """The top_k experts of each token, and their gates (eq. 12-16)."""
-        scores_TE = self._affinities(logits_TE)
-        expert_TK, gate_TK = self._choose(scores_TE, adjust_scores)
-        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE)
+    @property
+    def limit(self) -> GroupLimit:
+        """The limit on the groups that a token reaches."""
+        limit: GroupLimit = self.config.limit
+        return limit
 
-    def choices(
-        self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext
-    ) -> tuple[Tensor, Tensor] | None:
-        """The experts and gates of `forward`, without the lists of a `Routing`."""
-        own_route = type(self).route is DeepSeekV3Router.route
-        if not own_route or is_hooked(self) or torch.is_autocast_enabled(x_TD.device.type):
-            return None
-        logits_TE = self.centroids(self.read(at_least_fp32(x_TD), context))
-        return self._choose(self._affinities(logits_TE), adjust_scores)
-
-    def _affinities(self, logits_TE: Tensor) -> Tensor:
-        """The affinities of tokens to experts (eq. 15)."""
-        if self.config.affinity == "sigmoid":
-            return logits_TE.sigmoid()
-        return logits_TE.softmax(dim=1)
-
-    def _choose(self, scores_TE: Tensor, adjust_scores: AdjustScores) -> tuple[Tensor, Tensor]:
-        """The experts T x K with the best adjusted affinities, and their gates from the affinities themselves."""
-        with torch.no_grad():
-            expert_TK = self.select(adjust_scores(scores_TE.detach()))
-        gate_TK = scores_TE.gather(1, expert_TK)
-        if self.config.normalise:
-            gate_TK = gate_TK / (gate_TK.sum(dim=1, keepdim=True) + 1e-20)
-        return expert_TK, gate_TK * self.config.scale
+    def choose(
+        self, scores_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Tensor:
+        """The experts T x K with the best adjusted affinities (eq. 16)."""
+        return self.select(adjust_scores(scores_TE))
 
     def select(self, biased_TE: Tensor) -> Tensor:
         """The chosen experts T x K, from biased affinities."""
-        config = self.config
-        return best_experts(
-            biased_TE,
-            config.top_k,
-            groups=config.groups,
-            group_limit=config.reachable_groups,
-            experts_per_group_score=config.experts_per_group_score,
-        )
+        return best_experts(biased_TE, self.config.top_k, **self.limit._asdict())

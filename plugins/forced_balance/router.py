@@ -13,6 +13,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
 from core.contracts.router import AdjustScores, Routing
 from core.contracts.schema import setting
+from core.routing.affinity import check_scale, chosen_gates
 from core.routing.chance import token_places
 from core.routing.gating import LearnedRouter
 
@@ -44,8 +45,7 @@ class ForcedBalanceRouter(LearnedRouter):
             """Raises `ConfigError` for more experts than there are."""
             if not 1 <= self.top_k <= parent.experts:
                 raise ConfigError("top_k", f"must be between 1 and experts = {parent.experts}")
-            if not 0 < self.scale < float("inf"):
-                raise ConfigError("scale", "must be more than 0 and finite")
+            check_scale(self.scale)
 
     def route(
         self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
@@ -56,7 +56,6 @@ class ForcedBalanceRouter(LearnedRouter):
         number_T = sequence_T * context.tokens_BL.shape[1] + position_T
         choice_K = torch.arange(self.top_k, device=number_T.device)
         expert_TK = (number_T[:, None] * self.top_k + choice_K) % self.experts
-        gate_TK = scores_TE.gather(1, expert_TK)
-        if self.top_k > 1:  # one gate, normalised, would be a constant
-            gate_TK = gate_TK / (gate_TK.sum(dim=1, keepdim=True) + 1e-20)
-        return Routing.top_k(expert_TK, gate_TK * self.config.scale, scores_TE, logits_TE)
+        several = self.top_k > 1  # one gate, normalised, would be a constant
+        gate_TK = chosen_gates(scores_TE, expert_TK, normalise=several, scale=self.config.scale)
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE)

@@ -31,6 +31,7 @@ MUST_BE = {
     "mlp_bias": (False, None),
     "moe_layer_freq": (1, None),
     "attention_dropout": (0, 0.0, None),
+    "swiglu_limit": (None,),
 }
 """Keys that would change a forward, and their only allowed values, which do not."""
 
@@ -124,4 +125,6 @@ class HfConfig:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

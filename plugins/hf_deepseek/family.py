@@ -62,7 +62,7 @@ class DeepSeek(CheckpointFormat):
         """There is nothing to set."""
 
     def recipe_of(
-        self, config: Mapping[str, Any], names: Collection[str], precision: str
+        self, config: Mapping[str, Any], names: Collection[str] | None, precision: str
     ) -> Translation:
         """Translates every key that a forward depends on, or raises `ConfigError`."""
         given = HfConfig(config, self.defaults)
@@ -71,9 +71,11 @@ class DeepSeek(CheckpointFormat):
         heads: dict[str, Any] = {"next_token": {"name": "next_token"}}
         depths = given.count("num_nextn_predict_layers", 0, MOST_LAYERS)
         layers = given.count("num_hidden_layers", 1, MOST_LAYERS)
-        _check_against_files(given, layers, depths, names)
+        if names is not None:
+            _check_against_files(given, layers, depths, names)
         module = f"model.layers.{layers}."
-        if depths and any(name.startswith(module) for name in names):
+        is_present = names is None or any(name.startswith(module) for name in names)
+        if depths and is_present:
             heads["mtp"] = {"name": "mtp", "depth": depths}
         elif depths:
             notices.append(
@@ -228,7 +230,7 @@ def _check_against_files(given: HfConfig, layers: int, depths: int, names: Colle
         given: the configuration.
         layers: its layers.
         depths: its modules of multi-token prediction.
-        names: the tensors; none where only a configuration is read.
+        names: the tensors.
 
     Raises:
         ConfigError: there are more layers or experts than tensors, or files hold a layer that is not counted.

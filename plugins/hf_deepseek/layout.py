@@ -12,6 +12,9 @@ _Section = tuple[str, Mapping[str, Any]]
 _TRAINING_KEYS = ("balance", "dispatcher", "token_dropping")
 """Keys of a layer with experts that do not affect a forward in evaluation, except by the bias."""
 
+_BIASING = ("bias", "quantile")
+"""Balancers that hold a selection bias; a layer has at most one of them."""
+
 
 @dataclass(frozen=True)
 class BiasPosition:
@@ -57,6 +60,10 @@ def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
         ConfigError: the layers cannot be described by one configuration.
     """
     model = recipe["model"]
+    if model["residual"]["name"] != "add":
+        raise ConfigError(
+            "model.residual.name", "must be add: the architecture has no other residual stream"
+        )
     attentions: list[_Section] = []
     ffns: list[_Section] = []
     for name, block in model["blocks"].items():
@@ -73,6 +80,10 @@ def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
         if ffn["name"] not in ("swiglu", "moe"):
             raise ConfigError(
                 f"{path}.name", "must be swiglu or moe: the architecture has no other layers"
+            )
+        if ffn.get("swiglu_limit") is not None:
+            raise ConfigError(
+                f"{path}.swiglu_limit", "must be null: the architecture does not clamp its SwiGLU"
             )
     dense = sum(ffn["name"] == "swiglu" for _, ffn in ffns)
     if any(ffn["name"] == "swiglu" for _, ffn in ffns[dense:]):
@@ -113,16 +124,16 @@ def _same(sections: list[_Section]) -> Mapping[str, Any]:
 def _compared(section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what must be equal in all layers: the keys of a forward, and the index of the bias."""
     kept = {key: value for key, value in section.items() if key not in _TRAINING_KEYS}
-    balancers = [balancer["name"] for balancer in section.get("balance", ())]
-    kept["bias"] = balancers.index("bias") if "bias" in balancers else None
+    biasing = [b["name"] in _BIASING for b in section.get("balance", ())]
+    kept["bias"] = biasing.index(True) if any(biasing) else None
     return kept
 
 
 def _bias(experts: Mapping[str, Any], path: str) -> BiasPosition | None:
     """Returns the selection bias of the layers with experts; raises `ConfigError` if it is not additive."""
     for index, balancer in enumerate(experts["balance"]):
-        if balancer["name"] == "bias":
-            if balancer["form"] != "additive":
+        if balancer["name"] in _BIASING:
+            if balancer.get("form", "additive") != "additive":
                 raise ConfigError(
                     f"{path}.balance.{index}.form",
                     "must be additive: the architecture adds its bias",
@@ -142,4 +153,9 @@ def _multi_token(heads: Mapping[str, Any]) -> tuple[str | None, int]:
             )
     if not found:
         return None, 0
+    if heads[found[0]].get("reads", "collapsed") != "collapsed":
+        raise ConfigError(
+            f"model.heads.{found[0]}.reads",
+            "must be collapsed: the architecture's multi-token modules read states after the final norm",
+        )
     return found[0], heads[found[0]]["depth"]

@@ -10,13 +10,17 @@ implementation the state of depth 0 is the main model's after its final norm, an
 normed output. The loss of a depth has L - k terms and the divisor of the main loss (eq. 24: T); their mean
 over depths is multiplied by `weight`.
 
+With `reads: streams` the state of a depth is a whole residual stream, the main model's before it is collapsed: each of
+its states is normed and joined with the embedding in the same way, the results are the block's stream, and depth k
+hands on its block's stream. So it is in DeepSeek-V4, whose stream has four states.
+
 In decoding the depths draft (section 5.4.3): depth 1 the token after the next one, depth k the k-th after it, from the
 states and the caches of its own block, and the last depth all further ones.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +42,31 @@ MOST_DEPTHS = 1000
 """Most depths; DeepSeek-V3 has one."""
 
 
-class Depth(nn.Module):
-    """One multi-token module: two norms, the projection M, a block, and the norm before the shared output."""
+class DepthOutput(NamedTuple):
+    """What a multi-token module returns.
 
-    def __init__(self, build: BuildContext) -> None:
+    Args:
+        normed_BLD: the normed state, from which the shared output predicts.
+        state: what the next depth reads: the same, or the stream.
+        records: what the block's layers saw.
+    """
+
+    normed_BLD: Tensor
+    state: Tensor
+    records: dict[str, Record]
+
+
+class Depth(nn.Module):
+    """One multi-token module: two norms, the projection M, a block, and the norm before the shared output.
+
+    Args:
+        build: the model around it.
+        reads_streams: whether the states that it reads and hands on are residual streams.
+    """
+
+    def __init__(self, build: BuildContext, *, reads_streams: bool) -> None:
         super().__init__()
+        self.reads_streams = reads_streams
         assert build.block is not None
         self.precision = build.precision
         self.embedding_norm = RMSNorm(build.dim, build)
@@ -54,19 +78,35 @@ class Depth(nn.Module):
 
     def forward(
         self,
-        hidden_BLD: Tensor,
+        state: Tensor,
         embedded_BLD: Tensor,
         context: SequenceContext,
         cache: Cache | None = None,
-    ) -> tuple[Tensor, dict[str, Record]]:
-        """The normed state of this depth, and what its block's layers saw; `cache` is the block's, in decoding."""
-        embedding_BLD = self.embedding_norm(embedded_BLD)
-        state_BLD = self.hidden_norm(hidden_BLD)
-        joined_BLX = torch.cat([embedding_BLD, state_BLD], dim=-1)
+    ) -> DepthOutput:
+        """Runs the module on a state B x L x D or a stream; `cache` is the block's, in decoding."""
+        embedding = self.embedding_norm(embedded_BLD)
+        if self.reads_streams:
+            embedding = self.residual.expand(embedding)
+        joined = torch.cat([embedding, self.hidden_norm(state)], dim=-1)
         with self.precision.context():
-            projected_BLD = self.projection(joined_BLX)
-        stream, records = self.block(self.residual.expand(projected_BLD), context, cache)
-        return self.norm(self.residual.collapse(stream)), records
+            stream = self.projection(joined)
+        if not self.reads_streams:
+            stream = self.residual.expand(stream)
+        stream, records = self.block(stream, context, cache)
+        normed_BLD = self.norm(self.residual.collapse(stream))
+        return DepthOutput(normed_BLD, stream if self.reads_streams else normed_BLD, records)
+
+    def costs(self) -> Costs:
+        """The costs of one token: each weight once, and the projection once more for every further state."""
+        in_block = sum(p.numel() for p in self.block.parameters())
+        in_residual = sum(p.numel() for p in self.residual.parameters())
+        own = sum(p.numel() for p in self.parameters()) - in_block - in_residual
+        again = 0
+        if self.reads_streams:
+            again = (self.residual.streams - 1) * 2 * self.norm.dim**2
+        own_costs = Costs(active=own, other_flops=2.0 * again) + self.residual.costs()
+        costs: Costs = self.block.costs() + own_costs  # type: ignore[operator]
+        return costs
 
 
 class MultiTokenPrediction(LossHead):
@@ -84,6 +124,11 @@ class MultiTokenPrediction(LossHead):
         weight: Scheduled = setting(
             0.3, doc="coefficient (lambda; DeepSeek-V3: 0.3, then 0.1 after 10T tokens)"
         )
+        reads: Literal["collapsed", "streams"] = setting(
+            "collapsed",
+            doc="what depth 1 reads; collapsed: the main model's states after its final norm; streams: its residual "
+            "stream before it is collapsed (DeepSeek-V4)",
+        )
 
         def check(self, parent: Any) -> None:
             """Raises `ConfigError` for no depth or a negative weight."""
@@ -99,9 +144,11 @@ class MultiTokenPrediction(LossHead):
             why = f"must be less than data.sequence_length = {build.length}"
             raise ConfigError("depth", f"{why}: depth k has sequence_length - k tokens to predict")
         self.config = config
+        self.reads_streams = config.reads == "streams"
         self.output_size = build.vocabulary * build.dim
         self.depths = nn.ModuleList(
-            Depth(replace(build, layer=build.layer + k)) for k in range(config.depth)
+            Depth(replace(build, layer=build.layer + k), reads_streams=self.reads_streams)
+            for k in range(config.depth)
         )
 
     def forward(
@@ -115,18 +162,22 @@ class MultiTokenPrediction(LossHead):
         main_BL = None
         if not self.training:
             main_BL = shared.logits(hidden_BLD).argmax(dim=-1)
-        state_BLD = hidden_BLD
+        state = hidden_BLD
+        if self.reads_streams:
+            assert shared.stream is not None
+            state = shared.stream
         for k, depth in enumerate(self.depths, start=1):
             inner = _shifted(context, k)
             embedded_BLD = shared.embed(inner.tokens_BL)
-            state_BLD = state_BLD[:, : inner.tokens_BL.shape[1]]
-            state_BLD, records[block_path(k)] = depth(state_BLD, embedded_BLD, inner)
+            output: DepthOutput = depth(state[:, : inner.tokens_BL.shape[1]], embedded_BLD, inner)
+            state = output.state
+            records[block_path(k)] = output.records
             counted_BL = context.predicted(k)
             targets_BL = context.targets_BL[:, k:]
-            loss = cross_entropy_sum(shared.logits, state_BLD, targets_BL, counted_BL)
+            loss = cross_entropy_sum(shared.logits, output.normed_BLD, targets_BL, counted_BL)
             terms[f"depth_{k}"] = loss
             if main_BL is not None:
-                own_BL = shared.logits(state_BLD).argmax(dim=-1)
+                own_BL = shared.logits(output.normed_BLD).argmax(dim=-1)
                 agree_BL = (own_BL == main_BL[:, k:]) & counted_BL
                 metrics[f"acceptance_{k}"] = MeanMetric(agree_BL.sum(), counted_BL.sum())
         return HeadOutput(terms, records, metrics)
@@ -147,8 +198,8 @@ class MultiTokenPrediction(LossHead):
         """Drafts with the module of a depth, from the states before some tokens and these tokens."""
         module = self.depths[depth - 1]
         embedded_BLD = shared.embed(context.tokens_BL)
-        state_BLD, _ = module(state_BLD, embedded_BLD, context, caches[0])
-        return Draft(shared.logits(state_BLD), state_BLD)
+        output: DepthOutput = module(state_BLD, embedded_BLD, context, caches[0])
+        return Draft(shared.logits(output.normed_BLD), output.state)
 
     def new_draft_caches(
         self, rows: int, capacity: int, device: torch.device | None = None, depth: int = 1
@@ -176,9 +227,7 @@ class MultiTokenPrediction(LossHead):
         total = Costs()
         for depth in self.depths:
             assert isinstance(depth, Depth)
-            in_block = sum(p.numel() for p in depth.block.parameters())
-            own = sum(p.numel() for p in depth.parameters()) - in_block
-            total = total + depth.block.costs() + Costs(active=own + self.output_size)  # type: ignore[operator]
+            total = total + depth.costs() + Costs(active=self.output_size)
         return total
 
 

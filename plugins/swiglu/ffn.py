@@ -1,4 +1,4 @@
-"""The dense SwiGLU layer: down(silu(gate(x)) * up(x))."""
+"""The dense SwiGLU layer: down(silu(gate(x)) * up(x)), clamped or not."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
 from core.contracts.ffn import FeedForward
 from core.contracts.schema import setting
-from core.model.activation import swiglu_product
+from core.model.activation import check_limit, swiglu_product
 
 
 class SwiGLU(FeedForward):
@@ -22,23 +22,28 @@ class SwiGLU(FeedForward):
 
     @dataclass(kw_only=True)
     class Config:
-        """The width of the dense layer."""
+        """The width of the dense layer, and its limit."""
 
         hidden: int = setting(doc="inner width")
+        swiglu_limit: float | None = setting(
+            None, doc="clamp of the gate (from above) and of up (both sides); null: none"
+        )
 
         def check(self, parent: Any) -> None:
-            """Raises `ConfigError` for a layer without width."""
+            """Raises `ConfigError` for a layer without width, or a limit that is none."""
             if self.hidden < 1:
                 raise ConfigError("hidden", "must be at least 1")
+            check_limit(self.swiglu_limit)
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)
+        self.limit = config.swiglu_limit
         self.gate_up = build.linear(build.dim, 2 * config.hidden, "ffn.gate_up")
         self.down = build.linear(config.hidden, build.dim, "ffn.down", residual=True)
 
     def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, None]:
         """The layer's output for each position by itself, and no record."""
-        return swiglu_product(self.gate_up(x_BLD), self.down), None
+        return swiglu_product(self.gate_up(x_BLD), self.down, self.limit), None
 
     def costs(self) -> Costs:
         """The costs of one token: all weights are active."""

@@ -408,4 +408,5 @@ def test_there_are_skeletons_for_real_slots_only() -> None:
     assert set(RECIPES) <= set(SLOTS)
     texts = {file.name for file in (ROOT / "core/authoring/skeletons").iterdir()}
     common = {text for text in FILES.values() if "$" not in text}
-    assert texts == common | {f"{slot}.py.txt" for slot in RECIPES}
+    of_one_file = {"registration.txt"}
+    assert texts == common | of_one_file | {f"{slot}.py.txt" for slot in RECIPES}

@@ -101,7 +101,7 @@ def test_a_stop_token_ends_the_text_and_is_not_written(finished: Path) -> None:
         (["--speculative", "0"], "--speculative = 0: must be at least 1"),
         (["--speculative", "99"], "--speculative = 99: must be 0 to 64"),
         (["--stream", "--json"], "--stream cannot be combined with --json"),
-        (["--prompts", "a.txt"], "give either --prompt TEXT or --prompts FILE"),
+        (["--prompts", "a.txt"], "give one of --prompt TEXT, --prompt-ids IDS and --prompts FILE"),
         (["--device", "nonsense"], "--device nonsense: the model cannot go there: "),
         (["--device", "meta"], "--device meta: the model cannot go there: "),
         pytest.param(
@@ -188,8 +188,12 @@ def test_a_stream_is_the_text_of_the_document(lab: Lab, finished: Path) -> None:
         ("bad.txt", b"\xff", "bad.txt: cannot be read: it is not UTF-8 text"),
         ("bad.jsonl", b'"a"\n{"text": "b"}', "bad.jsonl, line 2: must have the key prompt"),
         ("bad.jsonl", b'"a"\n\nb', "bad.jsonl, line 3: cannot be read as JSON: "),
-        ("bad.jsonl", b"[1]", "bad.jsonl, line 1: must be a string, or an object"),
-        ("bad.jsonl", b'"\\ud800"', "bad.jsonl, line 1: must be a string, or an object"),
+        ("bad.jsonl", b"[1.5]", "bad.jsonl, line 1: must be a string or a list of token ids, or"),
+        (
+            "bad.jsonl",
+            b'"\\ud800"',
+            "bad.jsonl, line 1: must be a string or a list of token ids, or",
+        ),
         ("long.txt", b"a\n\n" + b"abc " * 3000, "long.txt, line 3: a prompt of "),
     ],
 )
@@ -224,7 +228,55 @@ def test_one_of_the_prompts_is_needed_and_must_be_text(lab: Lab, finished: Path)
     result = lab.command("generate", finished, "--prompt", "a\udcff")
     assert (result.code, result.sentence) == (2, "--prompt is not UTF-8 text")
     result = lab.command("generate", finished)
-    assert (result.code, result.sentence) == (2, "give either --prompt TEXT or --prompts FILE")
+    assert (result.code, result.sentence) == (
+        2,
+        "give one of --prompt TEXT, --prompt-ids IDS and --prompts FILE",
+    )
+
+
+def test_token_ids_are_taken_as_they_are(lab: Lab, finished: Path, tmp_path: Path) -> None:
+    text = lab.command("generate", finished, "--prompt", "abc", "--tokens", "4", "--json")
+    ids = [0, *Tokenizer.load(finished / "tokenizer.json").encode("abc")]
+    listed = ", ".join(map(str, ids))
+    found = lab.command("generate", finished, "--prompt-ids", listed, "--tokens", "4", "--json")
+    assert found.code == 0, found.err
+    (document, other) = (json.loads(found.out), json.loads(text.out))
+    assert document["prompt"] == ids
+    assert document["token_ids"] == other["token_ids"]
+    assert document["text"] == other["text"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{json.dumps(ids)}\n{{"prompt": {json.dumps(ids)}}}\n"abc"\n')
+    several = lab.command("generate", finished, "--prompts", file, "--tokens", "4", "--json")
+    texts = [one["text"] for one in json.loads(several.out)["completions"]]
+    assert texts == [other["text"]] * 3
+
+
+def test_without_a_tokenizer_ids_are_read_and_printed(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "tokenizer.json").unlink()
+    with_it = lab.command("generate", finished, "--prompt-ids", "0 5", "--tokens", "3", "--json")
+    found = lab.command("generate", run, "--prompt-ids", "0 5", "--tokens", "3")
+    assert found.code == 0, found.err
+    ids = json.loads(with_it.out)["token_ids"]
+    assert found.out == " ".join(map(str, [0, 5, *ids])) + "\n"
+    assert "note: " in found.err
+    for more in (("--prompt", "abc"), ("--prompt-ids", "5", "--stop", "a")):
+        refused = lab.command("generate", run, *more)
+        assert refused.code == 2
+        assert f"{run}/tokenizer.json" in refused.sentence
+
+
+@pytest.mark.parametrize("ids", ["", "1,x", "-1", "1.5", "300"])
+def test_ids_that_the_model_does_not_know_are_one_sentence(
+    lab: Lab, finished: Path, ids: str
+) -> None:
+    found = lab.command("generate", finished, f"--prompt-ids={ids}")
+    assert found.code == 2
+    assert found.err.count("\n") == 1
+    assert found.sentence.startswith("--prompt-ids")
 
 
 def test_drafts_leave_the_text_and_are_counted(lab: Lab, finished: Path) -> None:

@@ -74,6 +74,10 @@ class TwoLanes(Residual):
             if self.place != "model":
                 self.spread_2.copy_(torch.tensor([1.0, 0.5]))
 
+    @property
+    def streams(self) -> int:
+        return 2
+
     def expand(self, embedded_BLD: Tensor) -> Tensor:
         return torch.stack([embedded_BLD, torch.zeros_like(embedded_BLD)], dim=2)
 

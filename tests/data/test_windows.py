@@ -52,7 +52,7 @@ def test_a_sequence_is_its_inputs_and_the_tokens_one_further() -> None:
 
 @pytest.mark.parametrize(("tokens", "count"), [(5, 1), (8, 1), (9, 2), (12, 2), (13, 3)])
 def test_the_incomplete_piece_at_the_end_is_left_out(tokens: int, count: int) -> None:
-    assert count_sequences(stream(tokens), LENGTH) == count
+    assert count_sequences(tokens, LENGTH) == count
 
 
 def test_a_corpus_shorter_than_one_sequence() -> None:

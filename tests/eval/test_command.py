@@ -116,6 +116,44 @@ def test_a_task_that_wants_text_gets_what_the_model_writes(
     assert set(results) == {"written", "chosen"}
 
 
+def test_shots_come_before_a_question_and_results_are_files_that_the_harness_reads(
+    lab: Lab, finished: Path, folder: Path, tmp_path: Path
+) -> None:
+    own_zero = MULTIPLE_CHOICE + "num_fewshot: 0\n"
+    write_task(folder, "zero", own_zero, ROWS)
+    result = lab.command(
+        "evaluate",
+        finished,
+        *("--tasks", "chosen,zero", "--task-path", folder, "--num-fewshot", "1"),
+        *("--output", tmp_path / "out", "--json"),
+    )
+    assert result.code == 0, result.err
+    tasks = json.loads(result.out)["tasks"]
+    assert (tasks["chosen"]["shots"], tasks["zero"]["shots"]) == (1, 0)
+    assert "note: task zero has no solved questions before a question" in result.err
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    written = json.loads(file.read_text())
+    from lm_eval.utils import make_table
+
+    assert "chosen" in make_table(written)
+    assert written["n-shot"] == {"chosen": 1, "zero": 0}
+    assert written["results"]["chosen"]["acc,none"] == tasks["chosen"]["metrics"]["acc"]["value"]
+    assert written["config"]["model_args"] == {"path": str(finished)}
+
+
+def test_shots_that_cannot_be_are_refused(
+    lab: Lab, finished: Path, folder: Path, tmp_path: Path
+) -> None:
+    given = ("--tasks", "chosen", "--task-path", folder)
+    few = lab.command("evaluate", finished, *given, "--num-fewshot", "10")
+    assert few.code == 2
+    assert few.sentence == "--num-fewshot = 10: task chosen has 10 questions to take them from"
+    (tmp_path / "taken").write_text("")
+    taken = lab.command("evaluate", finished, *given, "--output", tmp_path / "taken")
+    assert taken.code == 2
+    assert taken.sentence.startswith(f"--output {tmp_path}/taken: is a file, not a folder")
+
+
 def test_a_name_that_nobody_knows_comes_with_the_nearest(
     lab: Lab, finished: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +196,10 @@ def test_data_that_is_not_there_is_one_sentence(lab: Lab, finished: Path, folder
             "--task-path /no/such: there is no such folder",
         ),
         (("--tasks", "a", "--xz"), "--xz is for validation and cannot be combined with --tasks"),
+        (("--tasks", "a", "--num-fewshot", "-1"), "--num-fewshot = -1: must be at least 0"),
         (("--limit", "3"), "--limit needs --tasks"),
+        (("--num-fewshot", "3"), "--num-fewshot needs --tasks"),
+        (("--output", "x"), "--output needs --tasks"),
         (("--batch-size", "3"), "--batch-size needs --tasks"),
         (("--task-path", "."), "--task-path needs --tasks"),
         (("--device", "cpu"), "--device needs --tasks"),

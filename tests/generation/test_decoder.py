@@ -24,6 +24,11 @@ CAUSAL_ROUTERS = {
         f"{tiny.BALANCE}=[{{name: z_loss, alpha: 0.001}}]",
     ),
     "hash": (f"{tiny.ROUTER}={{name: hash, map: random}}", f"{tiny.BALANCE}=[]"),
+    "hash_gated": (
+        f"{tiny.ROUTER}={{name: hash_gated, top_k: 2}}",
+        f"{tiny.BALANCE}=[]",
+        f"{tiny.FFN}.swiglu_limit=0.2",
+    ),
 }
 COMBINATIONS = [(attention, router) for router in CAUSAL_ROUTERS for attention in tiny.ATTENTIONS]
 

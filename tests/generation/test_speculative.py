@@ -65,7 +65,11 @@ def test_in_fp32_texts_part_where_two_tokens_are_nearly_equal_or_nowhere() -> No
 @pytest.mark.full
 def test_the_counts_are_those_of_the_text() -> None:
     """By hand, for one row: the next tokens are compared with what the module would draft."""
-    model = model_with(1)
+    assert_counts_are_those_of_the_text(model_with(1))
+
+
+def assert_counts_are_those_of_the_text(model: LanguageModel) -> None:
+    """Drafts, one in a pass, are what the module's training forward predicts."""
     (found,) = complete(model, [PROMPTS[2]], tokens=12, drafts=1)
     written = greedy(model, PROMPTS[2], 12)
     place = 1  # the first token comes from the prompt
@@ -320,3 +324,34 @@ def _recording(method, seen):  # type: ignore[no-untyped-def]
         method(self, model, prompts, *arguments, **rest)
 
     return init
+
+
+# ---- heads that read residual streams
+
+
+STREAMS = (
+    "model.residual={name: hyper_connections}",
+    "model.heads.mtp={name: mtp, depth: 2, weight: 0.3, reads: streams}",
+)
+
+
+def test_a_head_that_reads_streams_drafts_what_its_forward_predicts() -> None:
+    """Four streams, two modules, rows of different lengths; the text is that of the full forward."""
+    model = model_with(2, *STREAMS)
+    found = complete(model, PROMPTS, tokens=12, drafts=3)
+    for one, prompt in zip(found, PROMPTS, strict=True):
+        assert_greedy(model, prompt, one.tokens)
+    assert 0 < sum(found.accepted) < sum(found.drafted)
+
+
+def test_drafts_from_streams_are_those_of_the_training_forward() -> None:
+    one_module = STREAMS[1].replace("depth: 2", "depth: 1")
+    assert_counts_are_those_of_the_text(model_with(1, STREAMS[0], one_module))
+
+
+def test_the_stream_is_kept_in_decoding_for_a_head_that_drafts_from_it_alone() -> None:
+    tokens_BL = torch.tensor([[1, 2, 3]])
+    for overrides, kept in ((STREAMS, True), (STREAMS[:1], False)):
+        model = model_with(2, *overrides)
+        decoded = model.read(tokens_BL, model.new_caches(1, 8))
+        assert (decoded.stream is not None) == kept

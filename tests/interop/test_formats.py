@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core.contracts.errors import ConfigError, UserError
-from core.interop.from_hf import composed
+from core.interop.translation import composed
 from plugins.hf_deepseek.v2 import DeepSeekV2
 from plugins.hf_deepseek.v3 import DeepSeekV3
 
@@ -228,6 +228,8 @@ NOT_SUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
     ("deepseek_v3", {"num_key_value_heads": 1}, "num_key_value_heads"),
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+    ("deepseek_v3", {"scoring_func": "sqrtsoftplus"}, "scoring_func"),
+    ("deepseek_v3", {"swiglu_limit": 10.0}, "swiglu_limit"),
     ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
     ("deepseek_v3", {"num_experts_per_tok": 1}, "num_experts_per_tok"),
     ("deepseek_v3", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
@@ -257,6 +259,7 @@ NOT_SUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func"),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
     ("deepseek_v2", {"mlp_bias": True}, "mlp_bias"),
+    ("deepseek_v2", {"swiglu_limit": 7}, "swiglu_limit"),
 ]
 
 
@@ -284,9 +287,22 @@ UNSPEAKABLE: list[tuple[str, str, Any, str]] = [
     ("deepseek_v3", "model.norm_eps", 1e-5, "1e-06"),
     ("deepseek_v3", f"{FFN}.router.affinity", "softmax", "sigmoid"),
     ("deepseek_v3", f"{FFN}.router.group_score", 1, "group_score must be 2"),
+    ("deepseek_v3", f"{FFN}.router.affinity", "sqrt_softplus", "sigmoid"),
+    ("deepseek_v3", f"{FFN}.router", {"name": "hash_gated", "top_k": 2}, "hash_gated"),
+    ("deepseek_v3", f"{FFN}.swiglu_limit", 10.0, "does not clamp"),
+    ("deepseek_v3", "model.blocks.dense.ffn.swiglu_limit", 10.0, "does not clamp"),
+    ("deepseek_v2", f"{FFN}.swiglu_limit", 10.0, "does not clamp"),
     ("deepseek_v3", f"{FFN}.router", {"name": "switch"}, "switch"),
     ("deepseek_v3", f"{FFN}.balance.0.form", "multiplicative", "additive"),
     ("deepseek_v3", "model.heads.other", {"name": "mtp", "depth": 1}, "one mtp"),
+    (
+        "deepseek_v3",
+        "model.heads.mtp",
+        {"name": "mtp", "depth": 1, "reads": "streams"},
+        "must be collapsed",
+    ),
+    ("deepseek_v3", "model.residual", {"name": "hyper_connections"}, "must be add"),
+    ("deepseek_v2", "model.residual", {"name": "hyper_connections"}, "must be add"),
     ("deepseek_v3", "model.heads.other", {"name": "cosine"}, "no other heads"),
     ("deepseek_v2", f"{FFN}.router", {"name": "deepseek_v3", "top_k": 2}, "deepseek_v2"),
     ("deepseek_v2", f"{FFN}.balance", [{"name": "bias", "form": "additive"}], "no selection bias"),
@@ -339,6 +355,17 @@ def test_a_run_without_a_selection_bias_is_written_with_zeros() -> None:
         if "e_score" in p.theirs
     ]
     assert [p.ours for p in biases] == [None, None]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_bias_of_a_run_balanced_by_quantiles_is_written(place: int) -> None:
+    balance: list[dict[str, Any]] = [{"name": "sequence", "alpha": 0.0001}]
+    balance.insert(place, {"name": "quantile", "bins": 1000})
+    recipe = put(recipe_of(V3), f"{FFN}.balance", balance)
+    made = DeepSeekV3(None)
+    mappings = made.tensor_mappings(made.config_of(recipe), recipe, None)
+    biases = [p.ours for p in mappings if "e_score" in p.theirs]
+    assert biases == [f"blocks.{layer}.ffn.balance.{place}.bias" for layer in (1, 2)]
 
 
 def test_what_cannot_be_built_is_reported_of_the_configuration() -> None:

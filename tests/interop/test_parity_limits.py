@@ -50,6 +50,7 @@ UNUSUAL: list[tuple[Case, Mapping[str, Any], str]] = [
         "dynamic",
     ),
     (BASE, {"rope_parameters": {**YARN, "beta_fast": 32, "beta_slow": 2}}, "beta_"),
+    (BASE, {"rope_parameters": {**YARN, "beta_fast": 1, "beta_slow": 1}}, "beta_"),
     (BASE, {"hidden_act": "gelu"}, "hidden_act"),
     (BASE, {"attention_bias": True}, "attention_bias"),
     (V2_BASE, {"mlp_bias": True}, "mlp_bias"),
@@ -86,6 +87,12 @@ TWO = f"{FFN}.router.group_score=2"
 UNKNOWN_THERE = {
     "group_score": [],  # top_k / group_limit = 1 affinity speaks for a group; transformers adds up two
     "affinity": [TWO, f"{FFN}.router.affinity=softmax"],
+    "sigmoid": [TWO, f"{FFN}.router.affinity=sqrt_softplus"],
+    "hash_gated": [
+        f"{FFN}.router={{name: hash_gated, top_k: 2, map: balanced}}",
+        f"{FFN}.balance=[]",
+    ],
+    "swiglu_limit": [TWO, f"{FFN}.swiglu_limit=10"],
     "balance.0.form": [TWO, f"{FFN}.balance.0.form=multiplicative"],
     "switch": [f"{FFN}.router={{name: switch}}", f"{FFN}.balance=[{{name: switch, alpha: 0.01}}]"],
     "dense blocks": [TWO, "model.blocks.last={count: 1, ffn: {name: swiglu, hidden: 48}}"],

@@ -1,11 +1,15 @@
 """Plugins with one error each, of kinds that occurred in real code."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from broken_formats import *  # noqa: F403 - classes that are found by their name
 from broken_formats import FORMATS
+from broken_optimizers import *  # noqa: F403
+from broken_optimizers import OPTIMIZERS
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -19,10 +23,11 @@ from core.contracts.dispatcher import Dispatcher, Handle, Placement
 from core.contracts.loss_head import HeadOutput
 from core.contracts.precision import StepState
 from core.contracts.record import StepTotals
-from core.contracts.router import AdjustScores, Routing
+from core.contracts.router import AdjustScores, GroupLimit, Routing
 from core.contracts.schedule import Progress
 from core.contracts.schema import setting
 from core.contracts.strategy import StrategyFactory
+from core.contracts.training import CallbackFactory, WeightAverage
 from core.extension.hookspec import hookimpl
 from core.model.attend import TensorCache
 from core.numerics.linear import Linear
@@ -38,6 +43,8 @@ BROKEN = {
     ("router", "narrow"): "gates_are_finite_and_wide",
     ("router", "biased_gates"): "gates_know_no_bias",
     ("router", "zero_mask"): "group_limit_is_honoured",
+    ("router", "hoarder"): "copies_are_equal",
+    ("router", "idle_weight"): "gates_teach_every_weight",
     ("balancer", "counts_padding"): "padding_balances_nothing",
     ("balancer", "melting"): "state_is_exact",
     ("ffn", "diary"): "forward_writes_nothing",
@@ -57,8 +64,11 @@ BROKEN = {
     ("strategy", "wrapper"): "divided_weights_are_the_whole_models",
     ("strategy", "redrawer"): "divided_weights_are_the_whole_models",
     ("dispatcher", "one_way"): "bound_dispatch_equals_a_loop",
+    ("router", "hearsay"): "limits_are_those_of_the_selection",
+    ("callback", "hasty"): "averages_follow_the_weights",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
+BROKEN |= {("optimizer", cls.example["name"]): check for cls, check in OPTIMIZERS.items()}
 """The one check that each must fail."""
 
 
@@ -146,7 +156,32 @@ class ZeroMask(KitRouter):
             .topk(self.top_k, dim=1)
             .indices
         )
-        return Routing.top_k(expert_TK, scores_TE.gather(1, expert_TK), scores_TE, logits_TE)
+        gate_TK = scores_TE.gather(1, expert_TK)
+        limit = GroupLimit(self.config.groups, self.config.reachable_groups)
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=limit)
+
+
+class Hoarder(KitRouter):
+    """Keeps the data of the run, which a copy of the module then copies too."""
+
+    example = {"name": "hoarder"}
+
+    def __init__(self, config: Any, build: BuildContext, *, experts: int) -> None:
+        super().__init__(config, build, experts=experts)
+        self.token_counts = build.token_counts
+
+
+class IdleWeight(KitRouter):
+    """Has centroids that no gate is computed from."""
+
+    example = {"name": "idle_weight"}
+
+    def __init__(self, config: Any, build: BuildContext, *, experts: int) -> None:
+        super().__init__(config, build, experts=experts)
+        self.spare = build.linear(build.dim, experts, "router")
+
+    def costs(self) -> Costs:
+        return Costs(active=sum(p.numel() for p in self.centroids.parameters()))
 
 
 @dataclass(kw_only=True)
@@ -393,6 +428,18 @@ class OneCache(KitAttention):
         return self.kept
 
 
+class Hearsay(KitRouter):
+    """Says that tokens reach one of four groups, which is not how it selects."""
+
+    example = {"name": "hearsay"}
+
+    def route(
+        self, logits_TE: Tensor, adjust_scores: AdjustScores, context: SequenceContext
+    ) -> Routing:
+        routing = super().route(logits_TE, adjust_scores, context)
+        return replace(routing, limit=GroupLimit(4, 1))
+
+
 class OwnPositions(KitAttention):
     """Counts rows itself instead of reading their positions."""
 
@@ -460,10 +507,37 @@ class OneWay(Dispatcher):
         return Done(gated_sums(y_AD, state))
 
 
+class HastyCallback(Callback):
+    """Copies the weights after every step."""
+
+    def __init__(self) -> None:
+        self.average = WeightAverage("hasty", {})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        for named in pl_module.local_parameters.named:
+            self.average.weights[named.name] = named.parameter.detach().clone()
+        self.average.updates += 1
+
+
+class Hasty(CallbackFactory):
+    """Updates its average also after a step that was skipped."""
+
+    average = "hasty"
+    example = {"name": "hasty"}
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Nothing to set."""
+
+    def make(self, folder: Path) -> Callback:
+        return HastyCallback()
+
+
 CLASSES = (
-    *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask),
+    *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask, Hoarder, IdleWeight),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
-    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay),
+    *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay, Hearsay, Hasty),
     *FORMATS,
+    *OPTIMIZERS,
 )

@@ -362,6 +362,7 @@ SEEN = {
     "expert_choice, sequence": {"top_k": 2, "group": "sequence"},
     "expert_choice, chunks": {"top_k": 2, "group": "sequence", "chunk": 4},
     "hash": {},
+    "hash_gated": {"top_k": 2},
     "forced_balance": {"top_k": 2},
     "deepseek_v2, device budget": {},
 }
@@ -440,6 +441,7 @@ IMPOSSIBLE = {
         f"bias with {name}": ((section(name, **keys), BIAS), "balance.0", CHOSEN)
         for name, keys in (
             ("hash", {}),
+            ("hash_gated", {"top_k": 2}),
             ("gshard", {}),
             ("gshard_dropless", {}),
             ("switch", {}),
@@ -448,6 +450,21 @@ IMPOSSIBLE = {
         )
     },
     "a loss with hash": ((section("hash"), SEQUENCE), "balance.0", UNLEARNED),
+    "a loss with hash_gated": (
+        (section("hash_gated", top_k=2), SEQUENCE),
+        "balance.0",
+        UNLEARNED,
+    ),
+    "z_loss with hash_gated": (
+        (section("hash_gated", top_k=2), f"{tiny.BALANCE}=[{{name: z_loss}}]"),
+        "balance.0",
+        UNLEARNED,
+    ),
+    "a budget with hash_gated": (
+        (section("hash_gated", top_k=2), UNBALANCED, BUDGET),
+        "token_dropping",
+        UNLEARNED,
+    ),
     "z_loss with hash": (
         (section("hash"), f"{tiny.BALANCE}=[{{name: z_loss}}]"),
         "balance.0",

@@ -37,7 +37,8 @@ def section(name: str, **keys: Any) -> str:
 def overrides(name: str, *, experts: int = EXPERTS, **keys: Any) -> tuple[str, ...]:
     """The overrides for a recipe with this router, routed experts only, and no balancer."""
     free = {"groups": 1, "group_limit": None} if name.startswith("deepseek") else {}
-    given = {"top_k": 2, "scale": 1.0, **free} if free or name == "forced_balance" else {}
+    scaled = free or name in ("forced_balance", "hash_gated")
+    given = {"top_k": 2, "scale": 1.0, **free} if scaled else {}
     layer = (f"{tiny.FFN}.experts={experts}", f"{tiny.FFN}.shared_experts=0", f"{tiny.BALANCE}=[]")
     return (section(name, **{**given, **keys}), *layer)
 
@@ -191,10 +192,26 @@ def forced(**keys: Any) -> Case:
     return Case("forced_balance", keys, expected, ties=True)
 
 
+def hash_gated(**keys: Any) -> Case:
+    def expected(rows: Rows, batch: Batch, one: Any, context: SequenceContext) -> list[Assigned]:
+        settings = {key: value for key, value in keys.items() if key != "top_k"}
+        ids = context.tokens_BL.flatten().tolist()
+        return reference.hash_gated(rows, one.table.view(-1, one.top_k).tolist(), ids, **settings)
+
+    return Case("hash_gated", keys, expected, ties=True)
+
+
 CASES = {
     "deepseek_v3": v3(),
     "deepseek_v3, groups": v3(groups=4, group_limit=2, scale=2.5),
     "deepseek_v3, softmax": v3(affinity="softmax", top_k=3),
+    "deepseek_v3, sqrt_softplus": v3(affinity="sqrt_softplus", top_k=3, scale=1.5),
+    "deepseek_v3, sqrt_softplus in groups": v3(
+        affinity="sqrt_softplus", groups=4, group_limit=2, normalise=False
+    ),
+    "hash_gated": hash_gated(top_k=3, scale=1.5),
+    "hash_gated, sigmoid": hash_gated(top_k=2, affinity="sigmoid"),
+    "hash_gated, one plain gate": hash_gated(top_k=1, normalise=False, affinity="softmax"),
     "deepseek_v3, not normalised": v3(normalise=False, scale=1.5),
     "deepseek_v3, top-1": v3(normalise=False, top_k=1),
     "deepseek_v3, groups by their best expert": v3(top_k=4, groups=2, group_limit=1, group_score=1),
@@ -328,11 +345,13 @@ def test_gates_carry_the_references_gradient_to_the_centroids(name: str, batch: 
 
 @pytest.mark.parametrize("name", CASES)
 def test_scores_and_logits_are_unbiased_affinities(name: str) -> None:
-    """Softmax, or sigmoid where the paper has it; in fp64 in an fp64 model."""
+    """Softmax, or what the paper has; in fp64 in an fp64 model."""
     logits_TE = logits_of("random", 18)
     routing = both(name, logits_TE, lengths(9, 9)).routing
-    sigmoid = CASES[name].name in ("deepseek_v3", "forced_balance") and "softmax" not in name
-    of = reference.sigmoid if sigmoid else reference.softmax
+    usual = {"deepseek_v3": "sigmoid", "forced_balance": "sigmoid", "hash_gated": "sqrt_softplus"}
+    case = CASES[name]
+    affinity = case.keys.get("affinity", usual.get(case.name, "softmax"))
+    of = reference.AFFINITIES[affinity]
     torch.testing.assert_close(routing.logits_TE, logits_TE, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         routing.scores_TE, torch.stack([of(row) for row in logits_TE]), rtol=1e-12, atol=0
@@ -438,7 +457,7 @@ def test_a_balanced_map_needs_data_or_a_checkpoint() -> None:
 @pytest.mark.parametrize("experts", [4, 8])
 def test_the_balanced_map_is_the_references(counts: list[int], experts: int) -> None:
     table = hashed("balanced", counts, experts=experts).table
-    assert table.tolist() == reference.balanced_table(counts, experts)
+    assert table[:, None].tolist() == reference.balanced_table(counts, experts)
 
 
 @pytest.mark.parametrize("width", [0.01, 0.25])

@@ -19,6 +19,7 @@ STRATEGIES = {
     "expert_choice": "{name: expert_choice, top_k: 2}",
     "expert_choice in chunks": "{name: expert_choice, top_k: 2, group: sequence, chunk: 3}",
     "hash": "{name: hash}",
+    "hash_gated": "{name: hash_gated, top_k: 3}",
     "forced_balance": "{name: forced_balance, top_k: 3}",
     "token dropping": "{name: deepseek_v3, top_k: 2}",
 }

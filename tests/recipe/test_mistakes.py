@@ -45,7 +45,7 @@ CORE = {
     "gradient_clip=inf": "{o}: gradient_clip = inf: must be finite",
     "trainer.log_every_n_steps=.inf": "{o}: trainer.log_every_n_steps = inf: must be finite",
     "smoke={batch: {sequences: .nan}}": "{o}: smoke.batch.sequences = nan: must be finite",
-    "model.norm_eps=0": "{o}: model.norm_eps = 0: must be more than 0",
+    "model.norm_eps=0": "{o}: model.norm_eps = 0: must be more than 0 and finite",
     "gradient_clip=often": "{o}: gradient_clip = 'often': must be a number or null",
     "gradient_clip=0": "{o}: gradient_clip = 0: must be more than 0, or null for no clipping",
     "compile=maybe": "{o}: compile = 'maybe': must be true or false",

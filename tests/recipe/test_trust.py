@@ -176,7 +176,10 @@ def test_a_module_cannot_be_named_by_an_interpolation(
 ) -> None:
     """In the user's own recipe, it could name what a downloaded one holds."""
     file = write("extends: run/recipe.yaml\nplugins: ['${seed}']\n")
-    assert message_of(file) == f"{file}: plugins: '${{seed}}' must be the name of a module itself"
+    assert (
+        message_of(file)
+        == f"{file}: plugins: '${{seed}}' must be the name of a module or a file itself"
+    )
     assert not marker.exists()
 
 

@@ -31,12 +31,15 @@ ROUTERS = {
     "expert_choice over sequences": "{name: expert_choice, top_k: 2, group: sequence}",
     "expert_choice over chunks": "{name: expert_choice, top_k: 2, group: sequence, chunk: 5}",
     "hash": "{name: hash}",
+    "hash_gated": "{name: hash_gated, top_k: 2, scale: 1.5}",
+    "deepseek_v3, sqrt_softplus": "{name: deepseek_v3, top_k: 2, affinity: sqrt_softplus, scale: 1.5}",
     "forced_balance": "{name: forced_balance, top_k: 2}",
 }
 BALANCERS = {
     "bias": "{name: bias, rate: 0.01}",
     "bias, proportional": "{name: bias, rate: 0.01, update: proportional, unit: fraction}",
     "bias, multiplicative and centred": "{name: bias, rate: 0.01, form: multiplicative, centre: true}",
+    "quantile": "{name: quantile, bins: 100}",
     "sequence": "{name: sequence, alpha: 0.1}",
     "batch": "{name: batch, alpha: 0.1}",
     "micro_batch": "{name: micro_batch, alpha: 0.1}",

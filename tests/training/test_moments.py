@@ -156,7 +156,7 @@ def test_a_parameter_without_gradient_is_left_alone(lab: Lab) -> None:
 def falls(lab: Lab, beta2: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Whether a second moment falls in a step whose gradient is 0, for each of the 128 significands."""
     parameter = nn.Parameter(torch.ones(1, 128))
-    monkeypatch.setattr("plugins.adamw.optimizer.LARGEST_BETA", 1.0)
+    monkeypatch.setattr("core.model.adamw.LARGEST_BETA", 1.0)
     optimizer = optimizer_of(lab, {"w": parameter}, BF16, f"optimizer.betas=[0.9,{beta2}]")
     parameter.grad = torch.zeros(1, 128)
     optimizer.step()

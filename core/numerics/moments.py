@@ -1,8 +1,8 @@
-"""AdamW whose moments are kept in bf16, beside weights of at least fp32 (DeepSeek-V3 report, section 3.3.3).
+"""Optimizers whose moments are kept in bf16, beside weights of at least fp32 (DeepSeek-V3 report, section 3.3.3).
 
-The arithmetic is torch's fused AdamW in the weight's format: a step widens both moments of one weight,
-updates, and rounds them to the nearest bf16 value again. The weight moves by the moments as they were before
-that rounding, so what is stored costs precision and what is computed does not.
+A step widens the moments of one weight to the weight's format, updates, and rounds them to the nearest bf16 value
+again. The weight moves by the moments as they were before that rounding, so what is stored costs precision and what
+is computed does not. The arithmetic of AdamW is torch's fused one.
 
 What bf16 can follow. A significand of 8 bits puts neighbouring values of v between 2^-8 and 2^-7 of v apart, and a
 change of less than half that gap is rounded away. Where gradients vanish, v should become beta v: it falls from
@@ -22,6 +22,19 @@ LARGEST_BETA = 1 - 2**-8
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """torch's names of the two moments; kept, so that states are read by the same names whatever their format."""
+
+
+def keep_bf16(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
+    """Makes moments bf16 again after torch has cast what it loaded to the parameters' format, which loses nothing.
+
+    Args:
+        optimizer: one that has just loaded a state.
+        names: the moments' names in it.
+    """
+    for state in optimizer.state.values():
+        for name in names:
+            if name in state:
+                state[name] = state[name].to(torch.bfloat16)
 
 
 class AdamWBF16(torch.optim.Optimizer):
@@ -83,14 +96,9 @@ class AdamWBF16(torch.optim.Optimizer):
             state[name].copy_(moment)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state as torch does, and makes the moments bf16 again.
-
-        torch casts what it loads to the parameter's format; from bf16 and back that loses nothing.
-        """
+        """Loads a state as torch does, and makes the moments bf16 again."""
         super().load_state_dict(state_dict)
+        keep_bf16(self, MOMENTS)
         for parameter, state in self.state.items():
-            for name in MOMENTS:
-                if name in state:
-                    state[name] = state[name].to(torch.bfloat16)
             if "step" in state:
                 state["step"] = state["step"].to(torch.float32).to(parameter.device)

@@ -1,0 +1,64 @@
+"""The parts of a training stream whose data shift in the middle of a run.
+
+Each part has its own endless line of epochs, from its first sequence on. A run reads part 0 for a number of steps
+and part 1 afterwards, so the part of a micro-batch follows from its number alone: a run resumes, and any number of
+ranks reads the same batches, as without a shift. No sequence reaches over the boundary.
+"""
+
+from dataclasses import dataclass
+
+from core.contracts.errors import UserError
+from core.data.store import TokenStore
+from core.data.windows import count_sequences
+from core.recipe.plan import TrainingPlan
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the training stream, and when it is read.
+
+    Args:
+        begin: the position of its first token.
+        count: the number of its sequences.
+        first: the micro-batch of the run with which it begins.
+    """
+
+    begin: int
+    count: int
+    first: int
+
+
+def step_of_shift(shift_at: float | None, steps: int) -> int | None:
+    """The number of steps before the shift of the data, the nearest to the fraction; None without a shift.
+
+    Raises:
+        UserError: the run is so short that one side of the shift would have no step.
+    """
+    if shift_at is None:
+        return None
+    step = round(shift_at * steps)
+    if not 0 < step < steps:
+        side = "after" if step else "before"
+        raise UserError(
+            f"the data shift at {shift_at:g} of the run, and of its {steps} steps none is {side} it"
+        )
+    return step
+
+
+def parts_of(store: TokenStore, plan: TrainingPlan, shift_step: int | None) -> list[Part]:
+    """The parts of a training stream in the order in which they are read: one, or two.
+
+    Args:
+        store: the stream.
+        plan: the micro-batches of each step, and the length of a sequence.
+        shift_step: the number of steps that read part 0; None: the stream has one part.
+
+    Raises:
+        UserError: a part is shorter than one sequence.
+    """
+    if shift_step is None or store.shift is None:
+        return [Part(0, count_sequences(len(store), plan.length), 0)]
+    before = count_sequences(store.shift, plan.length, " before the shift")
+    after = count_sequences(len(store) - store.shift, plan.length, " after the shift")
+    first = plan.window(shift_step).first
+    return [Part(0, before, 0), Part(store.shift, after, first)]

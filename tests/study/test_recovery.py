@@ -1,0 +1,51 @@
+"""Steps until the load is balanced again after a shift of the data: by hand."""
+
+import pytest
+
+from core.statistics.recovery import LEVEL, MARGIN, WINDOW, recovery
+
+
+def violations(before: list[float], after: list[float]) -> dict[int, float]:
+    """MaxVio by step, counted from 1."""
+    return dict(enumerate([*before, *after], start=1))
+
+
+def test_the_level_before_is_the_mean_of_the_last_quarter() -> None:
+    values = violations([9.0] * 6 + [0.1, 0.3], [0.2] * WINDOW)
+    found = recovery(values, 8, 8 + WINDOW)
+    assert LEVEL == 0.25
+    assert found is not None
+    assert found.before == pytest.approx(0.2)
+    assert (found.steps, found.balanced) == (0, True)
+
+
+@pytest.mark.parametrize("high", [0, 1, 7, 30])
+def test_the_steps_are_those_before_the_first_balanced_window(high: int) -> None:
+    """After `high` steps far from balance no window that has one of them is balanced."""
+    after = [50.0] * high + [1.0] * 40
+    found = recovery(violations([1.0] * 8, after), 8, 8 + len(after))
+    assert found is not None
+    assert (found.steps, found.balanced) == (high, True)
+    assert found.peak == pytest.approx((min(high, WINDOW) * 50 + max(0, WINDOW - high)) / WINDOW)
+
+
+def test_the_margin_counts() -> None:
+    for factor, balanced in ((1 + MARGIN - 0.01, True), (1 + MARGIN + 0.01, False)):
+        found = recovery(violations([1.0] * 4, [factor] * WINDOW), 4, 4 + WINDOW)
+        assert found is not None
+        assert found.balanced is balanced
+
+
+def test_a_run_that_is_never_balanced_again_is_censored_at_its_number_of_windows() -> None:
+    found = recovery(violations([1.0] * 4, [3.0] * 60), 4, 64)
+    assert found is not None
+    assert (found.steps, found.balanced) == (60 - WINDOW + 1, False)
+
+
+def test_what_is_missing_is_not_guessed() -> None:
+    whole = violations([1.0] * 8, [1.0] * 40)
+    assert recovery(whole, 8, 48) is not None
+    assert recovery({step: value for step, value in whole.items() if step != 30}, 8, 48) is None
+    assert recovery({step: value for step, value in whole.items() if step != 8}, 8, 48) is None
+    assert recovery(whole, 8, 8 + WINDOW - 1) is None, "no whole window comes after the shift"
+    assert recovery({}, 8, 48) is None
