@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core.contracts.context import SequenceContext
 from core.generation.completion import complete
 from core.generation.decoder import Decoder
+from core.model import absorbed, latent_attention
 from core.model.attend import TensorCache
 from core.model.language_model import LanguageModel
 from core.numerics.chosen import chosen_products
@@ -19,7 +20,6 @@ from core.numerics.grouped import grouped_product
 from core.numerics.linear import ProductLayer
 from model import tiny
 from plugins.deepseek_moe import chosen
-from plugins.mla import absorbed, attention
 
 LENGTHS = (9, 13, 11)
 EIGHTS = (
@@ -113,7 +113,7 @@ def test_A1_decoded_rows_have_the_logits_of_the_full_forward(
     precision: str, name: str, constant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = tiny.Calls(absorbed.attend_to_latents)
-    monkeypatch.setattr(attention, "attend_to_latents", calls)
+    monkeypatch.setattr(latent_attention, "attend_to_latents", calls)
     model = tiny.build(*MODELS[name], f"precision.name={precision}").eval()
     tokens_BL = tiny.context(3, 17).tokens_BL
     found_BLV = decode_rows(model, tokens_BL, constant=constant)
@@ -129,7 +129,7 @@ def test_A1_decoded_rows_have_the_logits_of_the_full_forward(
 def test_a_product_that_is_not_plain_is_called_for_every_latent(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "attend_to_latents", None)
+    monkeypatch.setattr(latent_attention, "attend_to_latents", None)
     model = tiny.build(f"precision={{name: {precision}}}").eval()
     tokens_BL = tiny.context(1, 10).tokens_BL
     caches = model.new_caches(1, 10)
