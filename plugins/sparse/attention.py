@@ -95,10 +95,10 @@ class SparseAttention(LatentAttentionBase):
             q_rank=config.q_rank,
             rope_dim=config.rope_dim,
         )
-        self.dense: Tensor | None = None
-        if config.warmup_steps:
-            self.dense = nn.Buffer(torch.empty((), dtype=torch.bool))
-            self.reset_parameters()
+        self.dense: Tensor | None
+        stage = torch.empty((), dtype=torch.bool) if config.warmup_steps else None
+        self.register_buffer("dense", stage)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Starts in the warm-up, if there is one."""
