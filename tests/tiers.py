@@ -25,6 +25,7 @@ FULL = {
     "interop/test_parity_fp8.py": "needs transformers",
     "interop/test_parity_limits.py": "needs transformers",
     "interop/test_parity_mtp.py": "needs transformers",
+    "interop/test_parity_sparse.py": "needs transformers",
     "interop/test_parity_trained.py": "needs transformers",
     "interop/test_resume.py": "kills conversions",
     "interop/test_trained.py": "trains and converts runs there and back",

@@ -35,6 +35,7 @@ MODELS = {
     "no query latent": ("model.attention.q_rank=null",),
     "yarn": (YARN, "model.rope.max_length=64"),
     "gqa": tiny.ATTENTIONS["gqa"],
+    "sparse": tiny.SPARSE,
 }
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
 
@@ -258,7 +259,7 @@ def refuse(*_: Any) -> None:
     raise AssertionError("the host reads a number")
 
 
-@pytest.mark.parametrize("name", ["mla", "gqa"])
+@pytest.mark.parametrize("name", ["mla", "gqa", "sparse"])
 @pytest.mark.parametrize("new", [1, 3])
 def test_a_step_of_constant_shapes_reads_no_number_on_the_host(
     new: int, name: str, monkeypatch: pytest.MonkeyPatch

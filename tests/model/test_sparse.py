@@ -26,11 +26,7 @@ from .sparse_reference import Widths, best, sparse_attention
 from .test_recompute import RECOMPUTE, Ops
 
 TOP_K = 3
-WIDTHS = (
-    "heads: 4, q_rank: 24, kv_rank: 16, nope_dim: 8, rope_dim: 4, value_dim: 6, "
-    "index_heads: 3, index_dim: 10"
-)
-SPARSE = (f"model.attention={{name: sparse, {WIDTHS}, top_k: {TOP_K}}}",)
+SPARSE = tiny.SPARSE
 WARMUP = (*SPARSE, "model.attention.warmup_steps=4")
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2], [3] * 9])
 
