@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from test_window import cut, padded
 from tiers import first_by_default
 from torch import Tensor
 
+import core.run.run_model
+from core.assemble import compile_parts
 from core.testing.forked_ranks import on_ranks
 from core.training.launchers import Launch
 
@@ -122,22 +125,27 @@ def test_a_run_resumes_to_the_bit_across_the_end_of_the_warm_up(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("more", [SPARSE, WARMUP, (*TRAINED, "compile=true"), (*WARMUP, RECOMPUTE)])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("more", [SPARSE, (*WARMUP, RECOMPUTE)])
 def test_every_strategy_of_two_ranks_computes_what_one_process_does(
-    lab: Lab, more: tuple[str, ...]
+    lab: Lab, more: tuple[str, ...], compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = [Case(name, 2, more) for name in ("ddp", "fsdp", "experts")]
+    """A compiled model of two ranks is compared with one that is not compiled."""
+    backend = partial(compile_parts, backend="aot_eager")
+    monkeypatch.setattr(core.run.run_model, "compile_parts", backend)
+    keys = (*more, "compile=true") if compiled else more
+    names = ("ddp", "fsdp", "experts")
 
     def work(rank: int) -> list[dict[str, Any]]:
         launch = Launch(rank, 2, "torchrun", port=1, local_rank=rank)
-        return [asdict(case.run(lab, launch)) for case in chosen]
+        return [asdict(Case(name, 2, keys).run(lab, launch)) for name in names]
 
     with tempfile.TemporaryDirectory() as folder:
         by_rank = on_ranks(work, Path(folder), world=2)
+    alone = asdict(Case("ddp", 2, more).run(lab, None))
     for rank, results in enumerate(by_rank):
-        for case, seen in zip(chosen, results, strict=True):
-            alone = asdict(case.run(lab, None))
-            compare(f"{case}, rank {rank}", alone, seen, is_first=rank == 0)
+        for name, seen in zip(names, results, strict=True):
+            compare(f"{name}, rank {rank}", alone, seen, is_first=rank == 0)
 
 
 @pytest.mark.full
