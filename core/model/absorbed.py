@@ -105,4 +105,3 @@ def _softmax(
     if mask_BAS is not None:
         scores_BAS = scores_BAS.masked_fill(~mask_BAS, -torch.inf)
     return scores_BAS.softmax(dim=-1).to(dtype)
-

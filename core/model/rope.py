@@ -131,7 +131,8 @@ def pairs_of_halves(x: Tensor) -> Tensor:
     Models whose rotary positions are not interleaved pair element j with element j + half. Scores do not depend on the
     order of a key's elements, so queries and keys that were reordered alike are rotated as all others here.
     """
-    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    pairs: Tensor = x.unflatten(-1, (2, -1)).transpose(-1, -2)
+    return pairs.flatten(-2)
 
 
 class _Rotate(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """DeepSeek Sparse Attention: latent attention to the positions that a lightning indexer chooses (arXiv 2512.02556).
 
-The indexer scores every earlier position, and each query attends to the `top_k` best. The choice has no gradient, so the
-indexer learns from a loss of its own: its softmax follows the distribution of the main attention, summed over heads and
-normalised. Its inputs and that target are detached: the indexer learns from this loss alone, and everything else from
-the other losses alone.
+The indexer scores every earlier position, and each query attends to the `top_k` best. The choice has no gradient, so
+the indexer learns from a loss of its own: its softmax follows the distribution of the main attention, summed over heads
+and normalised. Its inputs and that target are detached: the indexer learns from this loss alone, and everything else
+from the other losses alone.
 """
 
 from dataclasses import dataclass, replace
@@ -77,7 +77,9 @@ class SparseAttention(LatentAttentionBase):
                 if getattr(self, key) < 1:
                     raise ConfigError(key, "must be at least 1")
             if self.index_dim < self.rope_dim:
-                why = f"must be at least rope_dim = {self.rope_dim}, which is the rotated part of it"
+                why = (
+                    f"must be at least rope_dim = {self.rope_dim}, which is the rotated part of it"
+                )
                 raise ConfigError("index_dim", why)
             if self.warmup_steps < 0:
                 raise ConfigError("warmup_steps", "must be at least 0")
@@ -145,7 +147,7 @@ class SparseAttention(LatentAttentionBase):
         return index_scores(q_BLHX, keys_BSX, self.indexer.head_weights(x_BLD.detach()))
 
     def _select(self, scores_BLS: Tensor, visible_BLS: Tensor) -> Tensor | None:
-        """The visible positions with the `top_k` highest scores, the lower of equal ones; None: all that are visible."""
+        """The visible positions with the `top_k` highest scores, of equal ones the first; None: all that are visible."""
         if scores_BLS.shape[-1] <= self.config.top_k:
             return None
         masked_BLS = scores_BLS.detach().masked_fill(~visible_BLS, -torch.inf)
@@ -222,7 +224,7 @@ class SparseAttention(LatentAttentionBase):
     def costs(self) -> Costs:
         """The costs of one token, which attends to the selected positions alone; its index scores are of all.
 
-        A query with i earlier positions attends to min(i, k) of them: k - k^2 / 2L on average, which is L / 2 if k is L.
+        Query number i attends to min(i, k) positions: k - k^2 / 2L on average, which is L / 2 if k is L.
         """
         config = self.config
         dense = super().costs()

@@ -87,7 +87,8 @@ class Indexer(nn.Module):
         The factors 1/sqrt(heads) and 1/sqrt(head_dim) of weights and products are both in them, because the ReLU lets a
         positive factor pass.
         """
-        return at_least_fp32(self.weights(x_BLD)) * self.scale
+        weights_BLH: Tensor = self.weights(x_BLD)
+        return at_least_fp32(weights_BLH) * self.scale
 
     def _rotated(self, x_BLHX: Tensor, context: SequenceContext, decoding: bool) -> Tensor:
         """Rotates the first `rope_dim` elements, whose pairs are in halves; they are then in pairs side by side."""

@@ -76,7 +76,9 @@ class _IndexScores(torch.autograd.Function):
 def _products(q_BLHX: Tensor, k_BSX: Tensor) -> Tensor:
     """The products of the queries of some heads with one key per token, B x H x L x S, in fp32 or wider."""
     q_BAX = q_BLHX.transpose(1, 2).flatten(1, 2)
-    return wide_product(q_BAX, k_BSX.transpose(1, 2)).unflatten(1, (q_BLHX.shape[2], -1))
+    product_BAS = wide_product(q_BAX, k_BSX.transpose(1, 2))
+    product_BHLS: Tensor = product_BAS.unflatten(1, (q_BLHX.shape[2], -1))
+    return product_BHLS
 
 
 @torch.no_grad()
@@ -115,4 +117,5 @@ def divergence(p_BLS: Tensor, scores_BLS: Tensor, mask_BLS: Tensor) -> Tensor:
     """
     masked_BLS = scores_BLS.masked_fill(~mask_BLS, -torch.inf)
     log_q_BLS = masked_BLS.log_softmax(dim=-1).masked_fill(~mask_BLS, 0)
-    return (torch.special.xlogy(p_BLS, p_BLS) - p_BLS * log_q_BLS).sum(dim=-1)
+    parts_BLS: Tensor = torch.special.xlogy(p_BLS, p_BLS) - p_BLS * log_q_BLS
+    return parts_BLS.sum(dim=-1)

@@ -11,9 +11,7 @@ from core.contracts.context import SequenceContext
 
 from .hf_models import transformers_or_skip
 
-YARN = (
-    "model.rope={max_length: 128, yarn: {factor: 4, original_length: 32, mscale: 1.0, mscale_all_dim: 1.0}}"
-)
+YARN = "model.rope={max_length: 128, yarn: {factor: 4, original_length: 32, mscale: 1.0, mscale_all_dim: 1.0}}"
 OURS_TO_THEIRS = {
     "q_down": "q_a_proj",
     "q_norm": "q_a_layernorm",

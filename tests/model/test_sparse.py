@@ -100,7 +100,9 @@ def test_outputs_losses_and_gradients_are_those_of_loops(
             x_BLD[row], weights, settings, which, dense=dense
         )
         expected.append(found)
-        loss = loss + sum(d for d, is_valid in zip(divergences, valid_BL[row], strict=True) if is_valid)
+        loss = loss + sum(
+            d for d, is_valid in zip(divergences, valid_BL[row], strict=True) if is_valid
+        )
         assert dense or max(map(len, chosen)) == TOP_K
     expected_BLD = torch.stack(expected)
     torch.testing.assert_close(output_BLD, expected_BLD, rtol=0, atol=1e-12)
@@ -137,7 +139,10 @@ def test_a_query_without_many_positions_before_it_attends_to_all() -> None:
     long_BLD, _ = run(module, x_BLD, tiny.context())
     short_BLD, _ = run(module, x_BLD[:, :TOP_K], tiny.context(length=TOP_K))
     torch.testing.assert_close(long_BLD[:, :TOP_K], short_BLD, rtol=0, atol=1e-12)
-    assert (long_BLD[:, TOP_K:] - run(layer("model.attention.top_k=8"), x_BLD, tiny.context())[0][:, TOP_K:]).abs().max() > 1e-3
+    assert (
+        long_BLD[:, TOP_K:]
+        - run(layer("model.attention.top_k=8"), x_BLD, tiny.context())[0][:, TOP_K:]
+    ).abs().max() > 1e-3
 
 
 # ---- the choice
@@ -240,7 +245,9 @@ def test_one_graph_serves_both_stages() -> None:
             loss = y_BLD.square().sum() + records["attention"].terms["indexer"]
             found.append({"y": y_BLD.detach(), **gradients_of(one, x_BLD, loss)})
         tiny.assert_close(*found, 1e-11)
-    assert counter.frame_count <= 2, "the number of the step is a constant once, and then a variable"
+    assert counter.frame_count <= 2, (
+        "the number of the step is a constant once, and then a variable"
+    )
 
 
 def test_index_scores_keep_their_arguments_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +324,9 @@ def test_decoding_keeps_the_stage() -> None:
             full_BLD, _ = run(module, x_BLD, context)
             parts = []
             for start, end in ((0, 4), (4, 5), (5, 8)):
-                new = SequenceContext.of(context.tokens_BL[:, start:end], start=start, recorded=False)
+                new = SequenceContext.of(
+                    context.tokens_BL[:, start:end], start=start, recorded=False
+                )
                 parts.append(module(x_BLD[:, start:end], new, cache))
         torch.testing.assert_close(torch.cat(parts, dim=1), full_BLD, rtol=0, atol=1e-12)
 

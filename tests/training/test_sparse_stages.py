@@ -107,7 +107,12 @@ def test_skipped_steps_do_not_prolong_the_warm_up(lab: Lab) -> None:
     assert not states.steps[3]["blocks.0.attention.dense"]
 
 
-SHORT = ("budget.steps=4", "checkpoint.every_steps=2", "checkpoint.keep=9", "validation.every_steps=4")
+SHORT = (
+    "budget.steps=4",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep=9",
+    "validation.every_steps=4",
+)
 
 
 @pytest.mark.parametrize("warmup", first_by_default([3, 2]))
@@ -150,9 +155,7 @@ def test_every_strategy_of_two_ranks_computes_what_one_process_does(
 
 @pytest.mark.full
 @pytest.mark.parametrize("strategy", ["fsdp, ranks: 2", "expert_parallel, expert_ranks: 2"])
-def test_sharded_checkpoints_resume_in_the_warm_up(
-    lab: Lab, tmp_path: Path, strategy: str
-) -> None:
+def test_sharded_checkpoints_resume_in_the_warm_up(lab: Lab, tmp_path: Path, strategy: str) -> None:
     """Frozen weights have no optimizer state in the checkpoint; the run continues on ranks and on one process."""
     keys = (*WARMUP, "model.attention.warmup_steps=3", *SHORT, "precision.name=fp64")
     ranks = (*keys, f"strategy={{name: {strategy}}}")
