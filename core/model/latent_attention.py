@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention, shared by every attention plugin with latents (DeepSeek-V2, eq. 37-47; report, eq. 1-11).
+"""Multi-head Latent Attention, shared by the plugins that have latents (DeepSeek-V2, eq. 37-47; report, eq. 1-11).
 
 Queries and keys-values go through low-rank latents, each with an RMSNorm. Position enters only through a
 rotated part: one per query head, and one key part shared by all heads. The cache keeps the normed

@@ -147,7 +147,7 @@ class SparseAttention(LatentAttentionBase):
         return index_scores(q_BLHX, keys_BSX, self.indexer.head_weights(x_BLD.detach()))
 
     def _select(self, scores_BLS: Tensor, visible_BLS: Tensor) -> Tensor | None:
-        """The visible positions with the `top_k` highest scores, of equal ones the first; None: all that are visible."""
+        """The visible positions with the `top_k` highest scores, of equal ones the first; None: all of them."""
         if scores_BLS.shape[-1] <= self.config.top_k:
             return None
         masked_BLS = scores_BLS.detach().masked_fill(~visible_BLS, -torch.inf)

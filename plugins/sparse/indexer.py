@@ -65,7 +65,7 @@ class Indexer(nn.Module):
         self.heads = heads
         self.rope = build.rope
         self.rope_dim = rope_dim
-        self.scale = heads**-0.5 * head_dim**-0.5
+        self.scale: float = heads**-0.5 * head_dim**-0.5
         self.q = build.linear(q_rank, heads * head_dim, "indexer.q")
         self.k = build.linear(build.dim, head_dim, "indexer.k")
         self.k_norm = LayerNorm(head_dim, build)
