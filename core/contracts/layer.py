@@ -34,6 +34,14 @@ class LayerExtras:
             progress: the position of the run at the end of the step.
         """
 
+    def added_state(self) -> Sequence[str]:
+        """The names in the layer's state dict that weights to start from may lack, all of them or none.
+
+        They are what the layer adds to another one that was trained before: an indexer, for example. Where
+        `initial_weights` lacks them they keep their initial values, and what the layer no longer has is left out.
+        """
+        return ()
+
     def learns_alone(self, progress: Progress) -> Sequence[nn.Parameter] | None:
         """The layer's weights that are updated at this position of the run while the rest of the model is frozen.
 

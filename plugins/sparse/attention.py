@@ -214,6 +214,10 @@ class SparseAttention(LatentAttentionBase):
         if self.dense is not None:
             self.dense.fill_(progress.step <= self.config.warmup_steps)
 
+    def added_state(self) -> list[str]:
+        """The indexer and the stage: a run may start from weights of `mla`."""
+        return [*(f"indexer.{name}" for name in self.indexer.state_dict()), "dense"]
+
     def learns_alone(self, progress: Progress) -> list[nn.Parameter] | None:
         """The indexer's weights in a warm-up of a frozen model."""
         frozen = self.config.warmup_main == "frozen"

@@ -17,8 +17,11 @@ from test_window import cut, padded
 from tiers import first_by_default
 from torch import Tensor
 
+import core.run.loading
 import core.run.run_model
-from core.assemble import compile_parts
+from core.assemble import build, compile_parts
+from core.contracts.errors import UserError
+from core.run.loading import added_to
 from core.testing.forked_ranks import on_ranks
 from core.training.launchers import Launch
 
@@ -127,6 +130,43 @@ def test_a_run_resumes_to_the_bit_across_the_end_of_the_warm_up(
     assert_same_run(cut_run, tmp_path / "whole")
     names = rows(cut_run)[0]
     assert {"loss/attention/indexer", "attention/selected_share"} <= names.keys(), sorted(names)
+
+
+def test_a_run_starts_from_weights_of_latent_attention_and_draws_its_indexers(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
+    """As DeepSeek-V3.2 did; in the warm-up the weights stay what they were. A part of an indexer is an error."""
+    start = f"initial_weights={finished}"
+    lab.fit(tmp_path / "warm", *WARMUP, start, "budget.steps=1", "validation.every_steps=1")
+    before = last_checkpoint(finished)["state_dict"]
+    after = last_checkpoint(tmp_path / "warm")["state_dict"]
+    added = after.keys() - before.keys()
+    assert {name.split(".attention.")[1].split(".")[0] for name in added} == {"indexer", "dense"}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    sparse = tmp_path / "sparse"
+    lab.fit(sparse, *SPARSE, f"initial_weights={tmp_path / 'warm'}", "budget.steps=1")
+    assert "model.blocks.0.attention.dense" not in last_checkpoint(sparse)["state_dict"]
+    module = build(lab.recipe(*SPARSE))
+    with pytest.MonkeyPatch.context() as patch:
+        shapes = {name.removeprefix("model."): tuple(t.shape) for name, t in after.items()}
+        del shapes["blocks.0.attention.indexer.k.weight"]
+        patch.setattr(core.run.loading, "shapes_of", lambda checkpoint: shapes)
+        with pytest.raises(
+            UserError, match=r"tensor blocks\.0\.attention\.indexer\.k\.weight is missing"
+        ):
+            added_to(module, tmp_path)
+
+
+@pytest.mark.full
+def test_ranks_start_from_weights_of_latent_attention(
+    lab: Lab, finished: Path, tmp_path: Path
+) -> None:
+    keys = (*TRAINED, "precision.name=fp64", f"initial_weights={finished}", "budget.steps=2")
+    lab.fit(tmp_path / "one", *keys)
+    for name in ("fsdp, ranks: 2", "expert_parallel, expert_ranks: 2"):
+        run = tmp_path / name.partition(",")[0]
+        fit_on_ranks(lab, run, *keys, f"strategy={{name: {name}}}")
+        assert_same_end(run, tmp_path / "one")
 
 
 @pytest.mark.full
