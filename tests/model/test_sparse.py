@@ -331,6 +331,27 @@ def test_decoding_keeps_the_stage() -> None:
         torch.testing.assert_close(torch.cat(parts, dim=1), full_BLD, rtol=0, atol=1e-12)
 
 
+# ---- precision
+
+
+@pytest.mark.parametrize("high", [False, True])
+def test_the_indexers_products_have_roles_that_a_precision_treats(high: bool) -> None:
+    """FP8 by default; `precision.high` may name single roles, as the released weights keep `weights_proj`."""
+    names = (
+        "[embedding, head, router, norm, indexer.weights]"
+        if high
+        else "[embedding, head, router, norm]"
+    )
+    model = tiny.build(*SPARSE, f"precision={{name: fp8_emulated, high: {names}}}")
+    total(model, tiny.context()).backward()
+    paths = model.kernels_used().table()
+    assert paths["indexer.q"] == paths["indexer.k"] == paths["attention.q_up"]
+    assert (paths["indexer.weights"] == paths["attention.q_up"]) is not high
+    gradient = model.blocks[0].attention.indexer.weights.weight.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+
+
 # ---- costs and settings
 
 V32 = (
