@@ -41,9 +41,9 @@ def test_greedy_text_with_drafts_is_the_text_of_the_full_forward(case: tuple[int
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("attention", tiny.ATTENTIONS)
-def test_every_attention_drafts_and_forgets(attention: str) -> None:
-    model = model_with(1, *tiny.ATTENTIONS[attention])
+@pytest.mark.parametrize("attention", [*tiny.ATTENTIONS.values(), tiny.SPARSE])
+def test_every_attention_drafts_and_forgets(attention: tuple[str, ...]) -> None:
+    model = model_with(1, *attention)
     found = complete(model, PROMPTS, tokens=12, drafts=2)
     assert [one.tokens for one in found] == [greedy(model, prompt, 12) for prompt in PROMPTS]
 
