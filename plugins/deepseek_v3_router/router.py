@@ -61,7 +61,7 @@ class DeepSeekV3Router(ChosenGateRouter):
             return self.group_score
 
         @property
-        def selection_limit(self) -> GroupLimit:
+        def limit(self) -> GroupLimit:
             """The limit on the groups that a token reaches."""
             return GroupLimit(self.groups, self.reachable_groups, self.experts_per_group_score)
 
