@@ -1,8 +1,13 @@
-"""Steps until the load is balanced again after a shift of the data: by hand."""
+"""Steps until the load is balanced again after a shift of the data: by hand, and sweeps that cannot have them."""
 
 import pytest
 
+from core.contracts.errors import UserError
 from core.statistics.recovery import LEVEL, MARGIN, WINDOW, recovery
+from core.study.matching import match
+from core.study.sweep_file import read_sweep
+
+from .conftest import TWO, Write
 
 
 def violations(before: list[float], after: list[float]) -> dict[int, float]:
@@ -49,3 +54,34 @@ def test_what_is_missing_is_not_guessed() -> None:
     assert recovery({step: value for step, value in whole.items() if step != 8}, 8, 48) is None
     assert recovery(whole, 8, 8 + WINDOW - 1) is None, "no whole window comes after the shift"
     assert recovery({}, 8, 48) is None
+
+
+TEXTS = "{{name: files, paths: [texts/*.txt]}}"
+SHIFTING = TWO.replace(
+    "budget: {{steps: 2}}", "metric: steps_until_balanced\nbudget: {{steps: 40}}"
+)
+SHIFTING += f"overrides: {{{{data.corpus: {{{{name: shift, first: {TEXTS}, then: {TEXTS}}}}}}}}}\n"
+
+
+def refused(text: str, write: Write) -> str:
+    """The error message of a sweep whose variants cannot have its metric."""
+    with pytest.raises(UserError) as caught:
+        match(read_sweep(write(text)))
+    return str(caught.value)
+
+
+def test_a_sweep_has_it_where_a_whole_window_comes_after_the_shift(write: Write) -> None:
+    assert match(read_sweep(write(SHIFTING))).documents["bias"]["steps"] == 2 * WINDOW
+    assert refused(SHIFTING.replace("steps: 40", "steps: 39"), write).endswith(
+        "metric = 'steps_until_balanced': bias has 19 of its 39 steps after the shift of its data, "
+        "and a window of 20 is the least"
+    )
+    message = refused(SHIFTING.replace("steps: 40", "steps: 1"), write)
+    assert message.endswith("of its 1 steps none is before it")
+
+
+def test_a_sweep_without_a_shift_cannot_have_it(write: Write) -> None:
+    text = SHIFTING[: SHIFTING.index("overrides: {{data")]
+    assert refused(text, write).endswith(
+        "bias, none cannot have it without a corpus whose data shift"
+    )
