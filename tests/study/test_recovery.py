@@ -1,10 +1,14 @@
 """Steps until the load is balanced again after a shift of the data: by hand, and sweeps that cannot have them."""
 
+from typing import Any
+
 import pytest
 
 from core.contracts.errors import UserError
+from core.statistics.comparison import compare
 from core.statistics.recovery import LEVEL, MARGIN, WINDOW, recovery
 from core.study.matching import match
+from core.study.results import CENSORED, withhold_verdicts
 from core.study.sweep_file import read_sweep
 
 from .conftest import TWO, Write
@@ -85,3 +89,45 @@ def test_a_sweep_without_a_shift_cannot_have_it(write: Write) -> None:
     assert refused(text, write).endswith(
         "bias, none cannot have it without a corpus whose data shift"
     )
+
+
+STEPS = {"sign": (40.0, 44.0, 41.0), "quantile": (3.0, 5.0, 2.0), "loss": (70.0, 81.0, 66.0)}
+
+
+def results_with(censored: str) -> list[dict[str, Any]]:
+    """Rows of `results.json` in which the second run of one variant is censored."""
+    values = {name: dict(enumerate(steps)) for name, steps in STEPS.items()}
+    differences = compare(values, "sign", "lower")
+    rows = []
+    for name, steps in STEPS.items():
+        runs = [{"seed": seed, "value": value} for seed, value in enumerate(steps)]
+        if name == censored:
+            runs[1]["censored"] = True
+        row = {"variant": name, "runs": runs, "mean": sum(steps) / 3, "low": 0.0, "high": 99.0}
+        rows.append({**row, "difference": differences[name], "smallest_difference": 4.0})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("censored", "withheld"), [("loss", {"loss"}), ("sign", {"quantile", "loss"}), ("", set())]
+)
+def test_a_lower_bound_is_compared_with_nothing(censored: str, withheld: set[str]) -> None:
+    rows = results_with(censored)
+    warnings = withhold_verdicts(rows, "sign")
+    plain = {row["variant"]: row for row in results_with("")}
+    for row in rows:
+        name = row["variant"]
+        assert row["mean"] == plain[name]["mean"]
+        assert (row["low"] is None) == (row["high"] is None) == (name == censored)
+        if name not in withheld:
+            assert row["difference"] == plain[name]["difference"]
+            continue
+        kept = {key: value for key, value in row["difference"].items() if value is not None}
+        assert kept.pop("verdict") == CENSORED
+        assert kept.items() <= plain[name]["difference"].items()
+        assert not {"p", "p_holm", "low", "high", "effect_size"} & kept.keys()
+        assert row["smallest_difference"] is None
+    bound = STEPS[censored][1] if censored else 0
+    expected = f"{censored}, seed 1: not balanced again before the end: at least {bound:g} steps"
+    assert [line.partition(",")[0] for line in warnings] == [censored] * bool(censored)
+    assert all(line.startswith(expected) for line in warnings)
