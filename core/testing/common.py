@@ -118,18 +118,18 @@ def _is_required(key: Any) -> bool:
 
 @check(
     *MODULES,
-    clause="every role that the component declares is new, and its example has a matrix product of that role",
-    where="core/contracts/component.py, Component: `roles`",
+    clause="every role that the component declares is new, and its example has a layer of that role",
+    where="core/contracts/component.py, Component: `roles`, `weight_roles`",
 )
 def declared_roles_have_products(subject: Subject) -> None:
-    """Looks for a product of each declared role; one of another new role makes `component_can_be_built` fail."""
-    declared = set(subject.component.roles)
+    """Looks for a layer of each declared role; a product of another new role makes `component_can_be_built` fail."""
+    declared = {*subject.component.roles, *subject.component.weight_roles}
     skip_unless(declared, "it declares no role")
     usual = sorted(declared & set(ROLES))
     require(not usual, f"roles that exist already: {', '.join(usual)}")
     used = {getattr(module, "role", None) for module in subject.made().modules()}
     unused = sorted(declared - used)
-    require(not unused, f"roles without a product: {', '.join(unused)}")
+    require(not unused, f"roles without a layer: {', '.join(unused)}")
 
 
 @check(
