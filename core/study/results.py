@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from core.recipe.key_paths import to_dict
-from core.statistics.comparison import compare, interval
+from core.statistics.comparison import CENSORED, compare, interval
 from core.statistics.recovery import WINDOW
 from core.storage.documents import DocumentError, finite_number, read_object
 from core.study.expected import observed_difference, smallest_difference
@@ -38,9 +38,6 @@ MEASURED = ("mfu", "peak_flops", "peak_memory_bytes")
 """Metrics that not every machine can measure."""
 
 NOTHING_HELD_OUT = "the corpus has no validation split (fewer than 11 documents)"
-
-CENSORED = "not comparable: a run ended before its load was balanced"
-"""The verdict where a value is only a lower bound."""
 
 HELD_OUT = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance")
 """Metrics that are measured on validation text."""

@@ -13,7 +13,7 @@ from core.command import system_error
 from core.contracts.errors import UserError
 from core.data.documents import fingerprint, read_split
 from core.recipe.compose import compose
-from core.run.training import check_environment
+from core.run.environment import check_environment
 from plugins.text_files.corpus import TextFiles
 
 

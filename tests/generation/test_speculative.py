@@ -284,9 +284,7 @@ def test_two_rows_with_one_prompt_are_drawn_apart() -> None:
 
 def test_a_model_without_a_drafting_head_names_its_heads() -> None:
     model = tiny.build().eval()
-    with pytest.raises(
-        UserError, match=r"none of the loss heads of this model drafts \(next_token\)"
-    ):
+    with pytest.raises(UserError, match=r"none of the model's loss heads drafts \(next_token\)"):
         complete(model, PROMPTS, drafts=1)
 
 

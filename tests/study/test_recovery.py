@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from core.contracts.errors import UserError
-from core.statistics.comparison import compare
+from core.statistics.comparison import CENSORED, compare
 from core.statistics.recovery import LEVEL, MARGIN, WINDOW, recovery
 from core.study.matching import match
-from core.study.results import CENSORED, withhold_verdicts
+from core.study.results import withhold_verdicts
 from core.study.sweep_file import read_sweep
 
 from .conftest import TWO, Write

@@ -21,7 +21,8 @@ from core.contracts.errors import UserError
 from core.generation.sample import sample
 from core.recipe.compose import Recipe, compose
 from core.recipe.model_schema import RESERVED_HEAD_NAMES
-from core.run.training import check_environment, fit
+from core.run.environment import check_environment
+from core.run.training import fit
 from core.training.run_folder import RunFolder
 
 
