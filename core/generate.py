@@ -94,6 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
     from core.generation.completion import Completer
     from core.generation.pass_times import measure_passes
     from core.generation.writer import Prompt
+    from core.interop.run_weights import check_average
     from core.recipe.compose import compose_run
     from core.run.device import check_device
     from core.run.loading import load, run_of
@@ -101,6 +102,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     checkpoint = newest_checkpoint(Path(arguments.run))
     run = run_of(checkpoint)
+    if arguments.weights is not None:
+        check_average(checkpoint, arguments.weights)
     recipe = compose_run(run.recipe, trust=arguments.trust)
     notices = recipe.notices()
     for notice in notices:
@@ -243,15 +246,15 @@ def _flag(setting: str) -> str:
 
 
 def _check_heads(recipe: "Recipe") -> None:
-    """Raises `UserError` if no loss head of a recipe drafts."""
+    """Raises `UserError` if no loss head of a recipe drafts, or one does from states that decoding does not keep."""
+    from core.assemble import build
     from core.contracts.errors import UserError
+    from core.generation.drafting import drafting_head
 
-    heads = recipe.model.heads
-    if not any(section.component.drafts for section in heads.values()):
-        names = ", ".join(heads)
-        raise UserError(
-            f"--speculative: none of the model's loss heads drafts ({names}): train with a head such as mtp"
-        )
+    try:
+        drafting_head(build(recipe, device="meta"))
+    except UserError as error:
+        raise UserError(f"--speculative: {error}") from error
 
 
 def _warn_of_batches(model: "LanguageModel", rows: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -46,6 +47,10 @@ SIZES: Mapping[str, tuple[Any, ...]] = {
     "model.dim": (16, 24, 32),
     "model.init.std": (0.0, 0.02, 0.1),
     "model.blocks.*.count": (1, 1, 1, 1, 1, 1, 2, 0),
+    "model.attention.q_rank": (4, 8, 8, None),
+    "model.attention.rope_dim": (2, 4, 8, 0),
+    "model.attention.value_dim": (1, 4, 8),
+    "model.attention.heads": (1, 2, 4),
     "model.rope.max_length": (16, 16, 64, 64, 64),
     "model.rope.yarn.original_length": (8, 32, 32),
     "model.rope.yarn.factor": (2.0, 2.0, 40.0),
@@ -57,6 +62,10 @@ SIZES: Mapping[str, tuple[Any, ...]] = {
     "optimizer.lr": (0.0, 0.001, 0.1),
     "optimizer.betas": ([0.9, 0.95], [0.0, 0.0]),
     "optimizer.eps": (1e-8, 1e-3),
+    "optimizer.momentum": (0.0, 0.95),
+    "optimizer.split": ({}, {"*.gate_up": 2}),
+    "optimizer.adamw.eps": (1e-8, 1e-3),
+    "model.residual.eps": (1e-6, 1e-3),
     "data.sequence_length": (1, 2, 4, 7, 8, 8, 16, 16),
     "data.tokenizer.vocab": (257, 260, 300),
     "batch.sequences": (1, 2, 3),
@@ -73,6 +82,12 @@ REAL = (0.5, 0.5, 1.0, 1.0, 1.0, 0.0, 1.5, 8.0)
 
 ROLE_PATTERNS = ([], ["*"], ["head", "attention.*"], ["experts.*", "head", "mtp.*"])
 """Lists of roles that a precision's keys may name."""
+
+
+def _listed(path: str) -> str:
+    """The path under which `SIZES` lists a key of a block: its attention has the sizes of the model's."""
+    path = re.sub(r"^model\.blocks\.\w+\.", "model.blocks.*.", path)
+    return path.replace("model.blocks.*.attention.", "model.attention.")
 
 
 class RecipeDraw:
@@ -120,12 +135,12 @@ class RecipeDraw:
     def _is_drawn(self, f: Field[Any], path: str) -> bool:
         """Whether a key is drawn: always if it is required or its values are listed, else by chance."""
         required = f.default == REQUIRED and f.default_factory is MISSING
-        return required or path in SIZES or self.random.random() < self.change
+        return required or _listed(path) in SIZES or self.random.random() < self.change
 
     def _value(self, hint: Any, path: str) -> Any:
         """A value of a type; `_DEFAULT` for types of which no value can be drawn."""
-        if path in SIZES:
-            return self.random.choice(SIZES[path])
+        if _listed(path) in SIZES:
+            return self.random.choice(SIZES[_listed(path)])
         if path == "model.blocks":
             return self._blocks(path)
         if path == "recompute.blocks":

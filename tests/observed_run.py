@@ -22,6 +22,7 @@ from core.training.module import TrainingModule
 from core.training.rank_processes import RunEnvironment
 from core.training.ranks import broadcast_int, rank_and_world
 from core.training.sharded import ShardedStrategy
+from core.training.totals import learning_alone
 
 UNUSED = 5
 """The number of an expert that is never chosen."""
@@ -100,18 +101,21 @@ class Observer(L.Callback):
 
 
 def whole_gradients(trainer: L.Trainer, module: TrainingModule) -> dict[str, Tensor]:
-    """The gradients that the optimizer is about to read, each gathered from its parts."""
+    """The gradients that the optimizer is about to read, each gathered from its parts; none of frozen weights."""
     found = {}
     strategy = trainer.strategy
-    if isinstance(strategy, ShardedStrategy):
-        for named in module.local_parameters.named:
-            assert named.parameter.grad is not None
-            part = strategy.parts[f"model.{named.name}"]
-            found[named.name] = part.gather(named.parameter.grad).cpu().clone()
-        return found
+    learning = learning_alone(module.model, module.plan.progress(module.windows_done))
     for named in module.local_parameters.named:
-        assert named.parameter.grad is not None
-        found[named.name] = local_tensor(named.parameter.grad).cpu().clone()
+        gradient = named.parameter.grad
+        if learning is not None and named.name not in learning:
+            assert gradient is None
+            continue
+        assert gradient is not None
+        if isinstance(strategy, ShardedStrategy):
+            part = strategy.parts[f"model.{named.name}"]
+            found[named.name] = part.gather(gradient).cpu().clone()
+        else:
+            found[named.name] = local_tensor(gradient).cpu().clone()
     return found
 
 

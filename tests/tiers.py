@@ -26,6 +26,7 @@ FULL = {
     "interop/test_parity_hyper_connections.py": "needs transformers",
     "interop/test_parity_limits.py": "needs transformers",
     "interop/test_parity_mtp.py": "needs transformers",
+    "interop/test_parity_sparse.py": "needs transformers",
     "interop/test_parity_trained.py": "needs transformers",
     "interop/test_parity_v4.py": "needs transformers",
     "interop/test_resume.py": "kills conversions",

@@ -93,6 +93,7 @@ def block_activations(block: Block, products: Products, widths: Widths) -> Activ
     """The activations of a block: the inputs of its two norms, and what the layers and residuals keep."""
     dim = block.attention_norm.dim
     attention = _attention(dict(_by_role(block.attention, products)), widths)
+    attention = attention + _declared(block.attention, products, widths)
     ffn = _feed_forward(block, products, widths)
     norms = 2 * widths.norm(dim)
     residuals = 0
@@ -105,9 +106,24 @@ def block_activations(block: Block, products: Products, widths: Widths) -> Activ
 
 
 def _by_role(module: nn.Module, products: Products) -> Iterable[tuple[str, MatrixProduct]]:
-    """The products of a module with the last part of their roles: `q_up` for `attention.q_up`."""
+    """The usual products of attention with the last part of their roles: `q_up` for `attention.q_up`."""
     for _, product in products_in(module, products):
-        yield product.role.partition(".")[2] or product.role, product
+        first, _, last = product.role.partition(".")
+        if first == "attention":
+            yield last, product
+
+
+def _declared(attention: nn.Module, products: Products, widths: Widths) -> ActivationBytes:
+    """Activations of products with roles that an attention declares itself: their outputs, under every policy.
+
+    Their inputs are taken to be what other products of the layer read, and are counted there. What grows with the
+    square of the sequence is not counted.
+    """
+    outputs = 0
+    for _, product in products_in(attention, products):
+        if not product.role.startswith("attention."):
+            outputs += product.outputs * widths.stream
+    return ActivationBytes(outputs, outputs)
 
 
 def _attention(by_role: dict[str, MatrixProduct], widths: Widths) -> ActivationBytes:

@@ -21,7 +21,7 @@ NAMES = {
     "shared_experts": "shared experts",
     "router": "routers",
 }
-"""Row names by the first part of a product's role."""
+"""Row names by the first part of a product's role; a role that a component declares itself has a row of its own."""
 
 ORDER = ("embedding", *NAMES.values(), "norms", "residual", "selection biases", "output", "other")
 
@@ -60,7 +60,9 @@ def components(model: LanguageModel, products: Products) -> list[dict[str, Any]]
     for block in model.blocks:
         assert isinstance(block, Block)
         _add_block(sums, block, products)
-    rows = [_row(name, sums[name]) for name in ORDER if name in sums and sums[name] != Sums()]
+    declared = [name for name in sums if name not in ORDER]
+    order = [*ORDER[:-1], *declared, ORDER[-1]]
+    rows = [_row(name, sums[name]) for name in order if name in sums and sums[name] != Sums()]
     for name, head in model.loss_heads():
         costs = head.costs()
         parameters = elements(head)
@@ -78,7 +80,8 @@ def _add_block(sums: dict[str, Sums], block: Block, products: Products) -> None:
     top_k = properties.top_k if properties else 0
     counted: set[nn.Parameter] = set()
     for layer, product in products_in(block, products):
-        kind = sums[NAMES.get(product.role.partition(".")[0], "other")]
+        first_part = product.role.partition(".")[0]
+        kind = sums[NAMES.get(first_part, first_part or "other")]
         parameters = _count_once(layer.parameters(), counted)
         kind.parameters += parameters
         # A token uses top_k of the experts that a grouped layer holds, all of the same size.

@@ -125,3 +125,12 @@ class Attention(LayerExtras, nn.Module, Component, ABC):
     @abstractmethod
     def costs(self) -> Costs:
         """The costs of one token in a sequence of the build context's length."""
+
+    def computed_mixing(self) -> float | None:
+        """The FLOPs per token that a forward in training spends on what `costs().attention_flops` counts.
+
+        None, as by default: twice as many, because kernels without a mask compute the whole square; just as many with
+        the capability `exact_mixing`. A layer that computes more than it counts (masked scores, a loss of its own) says
+        so here.
+        """
+        return None

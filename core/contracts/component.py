@@ -69,6 +69,8 @@ class Component:
         roles: the roles of its matrix products that are not among the usual ones (`core.contracts.precision.ROLES`),
             each with what it is for. Recipes can then name them, and reports list them. A component built from
             `example` has a product of each.
+        weight_roles: the roles of its weights that are in no product of the precision's, each with what it is for.
+            Optimizers' settings can name them.
         label: the name in the recipe's section, set on each instance; logs use it.
     """
 
@@ -80,6 +82,7 @@ class Component:
     rejected_keys: ClassVar[Mapping[str, str]] = {}
     traceable: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, str]] = {}
+    weight_roles: ClassVar[Mapping[str, str]] = {}
     label: str = ""
 
     @classmethod

@@ -61,6 +61,18 @@ def declared_roles(parent: Any) -> dict[str, str]:
     return found
 
 
+def weight_roles(parent: Any) -> dict[str, str]:
+    """Collects the roles of all weights: `declared_roles`, and those of weights that no precision computes with.
+
+    Args:
+        parent: what an optimizer's `check` sees: the recipe, or something without a model.
+    """
+    found = declared_roles(parent)
+    for section in sections_in(getattr(parent, "model", None)):
+        found |= section.component.weight_roles
+    return found
+
+
 def roles_matching(patterns: Iterable[str], known: Iterable[str] = ROLES) -> frozenset[str]:
     """The roles that patterns name: a pattern is a role, or has wildcards as in `attention.*`.
 

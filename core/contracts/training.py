@@ -43,8 +43,8 @@ class NamedParameter:
     Args:
         name: its name in the state dict.
         parameter: the weight.
-        role: what the layer that owns it is for (`core.contracts.precision.ROLES`, or a component's `roles`); empty
-            if no layer with a role owns it.
+        role: what the layer that owns it is for (`core.contracts.precision.ROLES`, or a component's `roles` or
+            `weight_roles`); empty if no layer with a role owns it.
         kind: the form of the weight.
         shard: how the whole matrices are gathered and divided again; None: every matrix in `parameter` is whole. A
             stack that is divided between its matrices holds fewer of them, and each is whole.

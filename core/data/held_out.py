@@ -1,8 +1,8 @@
 """What is held out for validation: documents by their names, a fraction of the text, or a corpus of its own.
 
-By default every twentieth document (the 11th, the 31st, ...) is held out, in order of parts and names. The split depends
-on these alone, so adding a rank, changing the seed or taking another vocabulary never moves a document from one side
-to the other.
+By default every twentieth document (the 11th, the 31st, ...) is held out, in order of parts and names. The split
+depends on these alone, so adding a rank, changing the seed or taking another vocabulary never moves a document from one
+side to the other.
 """
 
 import hashlib

@@ -49,7 +49,7 @@ def drafting_head(model: LanguageModel) -> LossHead:
             )
         return head
     raise UserError(
-        f"none of the loss heads of this model drafts ({', '.join(names)}): train with a head such as mtp"
+        f"none of the model's loss heads drafts ({', '.join(names)}): train with a head such as mtp"
     )
 
 

@@ -110,7 +110,7 @@ def to_hf(
     folder = RunFolder(run)
     recipe = compose_run(folder.recipe, trust=trust).to_dict()
     weights = weights_of(checkpoint, options.weights)
-    ours = model_specs(weights)
+    ours = _without_flags(model_specs(weights))
     if options.main_only:
         recipe, ours = _main_model(recipe, ours)
     checkpoint_format, config, source = _described(folder, recipe)
@@ -137,6 +137,11 @@ def to_hf(
             "note: weights are written in bf16, as other programs expect; --dtype fp32 keeps every bit"
         )
     return {"format": checkpoint_format.label, "tensors": len(theirs), "bytes": plan.bytes}
+
+
+def _without_flags(ours: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Returns the tensors without flags of a layer's training (bool): no format has them, and no logit needs them."""
+    return {name: spec for name, spec in ours.items() if spec.dtype != torch.bool}
 
 
 def _main_model(

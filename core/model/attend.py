@@ -110,6 +110,7 @@ def attend(
     scale: float,
     context: SequenceContext,
     slots_BL: Tensor | None = None,
+    chosen_BLS: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention.
 
@@ -122,6 +123,7 @@ def attend(
         scale: factor of the scores.
         context: keeps documents apart if it says so.
         slots_BL: which of the S slots is each query's own, from `Cache.slots`; None: the last L slots of every row.
+        chosen_BLS: bool, the slots that each query attends to, instead of all that `visible_positions` returns.
 
     Returns:
         L x H x V outputs for every sequence, in the format of the values.
@@ -129,7 +131,9 @@ def attend(
     q, k, v = (x.transpose(1, 2) for x in (q_BLHR, k_BSHR, v_BSHV))
     new = q.shape[2]
     seen = k.shape[2]
-    mask = attention_mask(slots_BL, new, seen, context)
+    mask = chosen_BLS[:, None] if chosen_BLS is not None else None
+    if mask is None:
+        mask = attention_mask(slots_BL, new, seen, context)
     grouped = k.shape[1] != q.shape[1]
     causal = mask is None and new > 1
     width = v.shape[-1]
@@ -165,6 +169,20 @@ def attention_mask(
         slots = slots_BL
         return context.once(("row mask", new, seen), lambda: _row_mask(slots, seen))
     return _mask(new, seen, context)
+
+
+def visible_positions(
+    slots_BL: Tensor | None, new: int, seen: int, context: SequenceContext
+) -> Tensor:
+    """The slots that each query may see: bool, B x L x S, or 1 x L x S if it is the same in every row.
+
+    Arguments are those of `attention_mask`.
+    """
+    mask = attention_mask(slots_BL, new, seen, context)
+    if mask is None:
+        own_L1 = torch.arange(seen - new, seen, device=context.tokens_BL.device)[:, None]
+        mask = own_L1 >= torch.arange(seen, device=own_L1.device)
+    return mask[:, 0] if mask.ndim == 4 else mask[None]
 
 
 def _row_mask(slots_BL: Tensor, seen: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What recomputation keeps: the experts that were chosen, because a tie may be broken the other way the second time."""
+"""What recomputation keeps: the chosen experts and positions, because a tie may be broken the other way again."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,10 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from core.numerics import exchange
+from core.numerics import exchange, highest
 
-CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default, *exchange.OPERATORS)
-"""The operations that select experts, and those by which ranks tell each other their choices; results are kept. Places,
+CHOICES = (
+    torch.ops.aten.topk.default,
+    torch.ops.aten.argmax.default,
+    *highest.OPERATORS,
+    *exchange.OPERATORS,
+)
+"""The operations that select experts or positions, and those by which ranks exchange choices; results are kept. Places,
 budgets and random draws are computed again from them and from recomputed affinities; the two could only differ on a
 device whose kernels are not deterministic."""
 

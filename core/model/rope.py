@@ -125,6 +125,16 @@ def rotate(x_BLHR: Tensor, rope: Rope, positions_BL: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x_BLHR.dtype)
 
 
+def pairs_of_halves(x: Tensor) -> Tensor:
+    """Reorders the last axis from [first of each pair | second of each pair] to pairs side by side.
+
+    Models whose rotary positions are not interleaved pair element j with element j + half. Scores do not depend on the
+    order of a key's elements, so queries and keys that were reordered alike are rotated as all others here.
+    """
+    pairs: Tensor = x.unflatten(-1, (2, -1)).transpose(-1, -2)
+    return pairs.flatten(-2)
+
+
 class _Rotate(torch.autograd.Function):
     """Each pair times cos + i sin, as one product of complex numbers; compilers and GPUs do without those."""
 

@@ -12,3 +12,14 @@ def at_least_fp32(x: Tensor) -> Tensor:
     if x.dtype in WIDE:
         return x
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def wide_product(a_BXY: Tensor, b_BYZ: Tensor) -> Tensor:
+    """The batched product of two tensors of one format, B x X x Z in fp32 or wider.
+
+    On a GPU and without gradients operands of 16 bits stay as they are, and the sums are in fp32.
+    """
+    short = a_BXY.dtype in (torch.bfloat16, torch.float16)
+    if a_BXY.is_cuda and short and not torch.is_grad_enabled():
+        return torch.bmm(a_BXY, b_BYZ, out_dtype=torch.float32)
+    return torch.bmm(at_least_fp32(a_BXY), at_least_fp32(b_BYZ))

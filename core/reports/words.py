@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from core.reports.study_files import Run, Study
-from core.statistics.comparison import NOT_AFTER_HOLM, NOTHING_SHOWN
+from core.statistics.comparison import CENSORED, NOT_AFTER_HOLM, NOTHING_SHOWN
 from core.storage.documents import finite_number
 
 METRICS = {
@@ -143,6 +143,11 @@ def in_short(study: Study) -> list[str]:
         sentences.append(f"{corrected}: {listed(found[NOT_AFTER_HOLM])}.")
     if NOTHING_SHOWN in found:
         sentences.append(f"No difference to {baseline} shown: {listed(found[NOTHING_SHOWN])}.")
+    if CENSORED in found:
+        bound = "a run ended before its load was balanced, so its value is only a lower bound"
+        sentences.append(
+            f"Not compared with {baseline}, because {bound}: {listed(found[CENSORED])}."
+        )
     if not sentences and None in found:
         return [f"There are too few seeds to distinguish any variant from {baseline}."]
     if None in found:

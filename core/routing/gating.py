@@ -68,7 +68,7 @@ class ChosenGateRouter(LearnedRouter):
         """The chosen experts T x K, int64; the scores come without a gradient."""
 
     @property
-    def limit(self) -> GroupLimit | None:
+    def selection_limit(self) -> GroupLimit | None:
         """The limit on the groups that a token reaches; None: it reaches all."""
         return None
 
@@ -78,7 +78,7 @@ class ChosenGateRouter(LearnedRouter):
         """The chosen experts of each token, and their gates."""
         scores_TE = affinities(logits_TE, self.config.affinity)
         expert_TK, gate_TK = self._chosen(scores_TE, adjust_scores, context)
-        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=self.limit)
+        return Routing.top_k(expert_TK, gate_TK, scores_TE, logits_TE, limit=self.selection_limit)
 
     def choices(
         self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext

@@ -1,6 +1,6 @@
 """The model of a run, built from the recipe and the weights in its folder."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +65,43 @@ def load_tokenizer(run_or_checkpoint: str | Path) -> RunTokenizer:
     return RunTokenizer.of(run_of(Path(run_or_checkpoint)))
 
 
-def check_weights(model: nn.Module, checkpoint: Path) -> None:
+def added_to(model: LanguageModel, checkpoint: Path) -> set[str]:
+    """The names of tensors that layers add to those of a checkpoint (`added_state`), or had there and no longer have.
+
+    Raises:
+        UserError: the checkpoint has some of what a layer adds.
+    """
+    adding = []
+    for block, part, layer in model.block_layers():
+        names = [f"{block}.{part}.{name}" for name in layer.added_state()]
+        if names:
+            adding.append(names)
+    if not adding:
+        return set()
+    shapes = shapes_of(checkpoint)
+    own = model.state_dict()
+    found: set[str] = set()
+    for names in adding:
+        weights = [name for name in names if name in own and own[name].ndim]
+        lacking = [name for name in weights if name not in shapes]
+        if lacking and len(lacking) < len(weights):
+            raise UserError(f"{checkpoint}: tensor {lacking[0]} is missing")
+        found.update(name for name in names if (name in own) != (name in shapes))
+    return found
+
+
+def check_weights(model: nn.Module, checkpoint: Path, added: Collection[str] = frozenset()) -> None:
     """Checks that the tensors of a checkpoint are those of a model, by name and shape; their values are not read.
 
     Args:
         model: a whole model, on any device.
         checkpoint: a checkpoint, or the index of a converted run's weights.
+        added: names of tensors that only one of the two has.
 
     Raises:
         UserError: the first missing, unexpected or differently shaped tensor, by name.
     """
-    _check_shapes(model, shapes_of(checkpoint), checkpoint)
+    _check_shapes(model, shapes_of(checkpoint), checkpoint, added)
 
 
 def load_weights(
@@ -84,6 +110,7 @@ def load_weights(
     parts: Mapping[str, WeightShard] | None = None,
     *,
     average: str | None = None,
+    added: Collection[str] = frozenset(),
 ) -> None:
     """Loads a checkpoint's weights into a model, in the model's own formats.
 
@@ -95,6 +122,7 @@ def load_weights(
         parts: the weights of a model that is divided over ranks, which each take their own parts; None: it is whole.
             `check_weights` has checked the checkpoint.
         average: the name of averaged weights to load, into a model that is whole; None: those that were trained.
+        added: names of tensors that only one of the two has, from `added_to`; the model's keep their values.
 
     Raises:
         UserError: the first missing, unexpected or differently shaped tensor, by name.
@@ -102,17 +130,19 @@ def load_weights(
             format; the model may then hold some of the weights.
     """
     if parts is not None:
-        _load_parts(model, checkpoint, parts)
+        _load_parts(model, checkpoint, parts, added)
     elif reads_rows(checkpoint):
         weights = weights_of(checkpoint, average)
         shapes = {name: spec.shape for name, spec in model_specs(weights).items()}
-        _check_shapes(model, shapes, checkpoint)
-        _copy_rows(model, FiniteTensors(weights, str(checkpoint), NOT_FINITE))
+        _check_shapes(model, shapes, checkpoint, added)
+        _copy_rows(model, FiniteTensors(weights, str(checkpoint), NOT_FINITE), added)
     else:
         state = state_of(checkpoint, average)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        _check_shapes(model, shapes, checkpoint)
-        found = not_finite_in({name: state[name] for name in model.state_dict()})
+        _check_shapes(model, shapes, checkpoint, added)
+        own = model.state_dict()
+        state = {name: own[name] if name in added else state[name] for name in own}
+        found = not_finite_in(state)
         if found:
             raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")
         model.load_state_dict(state)
@@ -121,14 +151,19 @@ def load_weights(
             raise NotFiniteError(f"{checkpoint}: {found} in the format of this recipe's precision")
 
 
-def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightShard]) -> None:
+def _load_parts(
+    model: nn.Module,
+    checkpoint: Path,
+    parts: Mapping[str, WeightShard],
+    added: Collection[str],
+) -> None:
     """Copies this rank's parts of the weights of a checkpoint into a divided model.
 
     Raises:
         NotFiniteError: the first tensor that holds a number which is not finite.
     """
     if checkpoint.is_dir():
-        _load_sharded(model, checkpoint, parts)
+        _load_sharded(model, checkpoint, parts, added)
         return
     whole: Mapping[str, Any]
     if reads_rows(checkpoint):
@@ -138,18 +173,23 @@ def _load_parts(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightSh
         found = not_finite_in(whole)
         if found:
             raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")
-    load_full_state(model, whole, parts)
+    load_full_state(model, whole, parts, added)
     found = first_text_over_ranks(not_finite_in(local_state(model)))
     if found:
         raise NotFiniteError(f"{checkpoint}: {found} in the format of this recipe's precision")
 
 
-def _load_sharded(model: nn.Module, checkpoint: Path, parts: Mapping[str, WeightShard]) -> None:
+def _load_sharded(
+    model: nn.Module,
+    checkpoint: Path,
+    parts: Mapping[str, WeightShard],
+    added: Collection[str],
+) -> None:
     """Copies this rank's parts of the weights of a sharded checkpoint into a divided model, and reads no others."""
     reader = open_shards(checkpoint)
     check_over_ranks(reader, MODEL)
     for name, value in model.state_dict().items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or name in added:
             continue
         own = local_tensor(value)
         part = parts[name].place(own) if name in parts else TensorShard.whole(own)
@@ -178,11 +218,16 @@ class _WholeTensors(Mapping[str, torch.Tensor]):
 
 
 def _check_shapes(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], checkpoint: Path
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    checkpoint: Path,
+    added: Collection[str],
 ) -> None:
     """Raises `UserError` unless the tensors of a checkpoint are those of the model, by name and shape."""
     own = model.state_dict()
     for name in [*own, *shapes]:
+        if name in added:
+            continue
         if name not in shapes:
             raise UserError(f"{checkpoint}: tensor {name} is missing")
         if name not in own:
@@ -194,9 +239,11 @@ def _check_shapes(
 
 
 @torch.no_grad()
-def _copy_rows(model: nn.Module, weights: TensorReader) -> None:
-    """Copies every tensor of a model from weights that are read a few rows at a time."""
+def _copy_rows(model: nn.Module, weights: TensorReader, added: Collection[str]) -> None:
+    """Copies the tensors of a model, but those that it adds, from weights that are read a few rows at a time."""
     for name, tensor in model.state_dict().items():
+        if name in added:
+            continue
         spec = weights.specs[name]
         rows = tensor.view(spec.rows, spec.width)
         for low, high in chunks(spec, 0, spec.rows):

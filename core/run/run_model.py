@@ -10,7 +10,7 @@ from core.data.module import TextData
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
 from core.recipe.trust import check_run_links
-from core.run.loading import check_weights, load_weights
+from core.run.loading import added_to, check_weights, load_weights
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
 from core.training.weight_shards import weight_shards
@@ -36,6 +36,7 @@ class RunModel:
         self.strategy = strategy
         self.data = data
         self.source: Path | None = None
+        self.added: set[str] = set()
         device = "cpu"
         dispatcher = None
         if strategy.shards:
@@ -59,11 +60,18 @@ class RunModel:
         source_recipe = RunFolder(source.parent.parent).recipe
         if source_recipe.exists() and not trust:
             check_run_links(source_recipe)
+        self.added = added_to(self.model, source)
         if self.strategy.shards:
-            check_weights(self.model, source)
+            check_weights(self.model, source, self.added)
             self.source = source
         else:
-            load_weights(self.model, source)
+            load_weights(self.model, source, added=self.added)
+        own = self.model.state_dict()
+        new = [name for name in own if name in self.added]
+        if new:
+            say(
+                f"note: {source} lacks {len(new)} tensors that this model adds, which are drawn: {new[0]}, ..."
+            )
         _warn_other_tokenizer(source, self.data, say)
 
     def compile(self) -> None:
@@ -80,7 +88,7 @@ class RunModel:
         shard(self.model, self.recipe.seed, lambda model: self.strategy.parallelize(model, mesh))
         if self.source is not None:
             parts = dict(weight_shards(self.model, self.strategy.expert_group(mesh)))
-            load_weights(self.model, self.source, parts)
+            load_weights(self.model, self.source, parts, added=self.added)
         if self.recipe.compile:
             compile_parts(self.model, sharded=True)
 

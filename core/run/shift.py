@@ -11,6 +11,15 @@ from core.training.metrics_file import METRICS, STEP, read_metrics
 VIOLATION = "load/max_vio_batch"
 """The column of `metrics.csv`: MaxVio of each step."""
 
+KEYS = (
+    "shift_step",
+    "max_vio_before_shift",
+    "max_vio_peak_after_shift",
+    "steps_until_balanced",
+    "balanced_again",
+)
+"""The keys that a summary has only if the data shift."""
+
 
 def after_shift(run: Path, shift: int, last: int) -> dict[str, Any]:
     """The keys of `summary.json` on the shift of the data.
@@ -25,10 +34,7 @@ def after_shift(run: Path, shift: int, last: int) -> dict[str, Any]:
     """
     found = recovery(_violations(run), shift, last)
     if found is None:
-        measured = dict.fromkeys(
-            ("max_vio_before_shift", "max_vio_peak_after_shift", "steps_until_balanced")
-        )
-        return {"shift_step": shift, **measured, "balanced_again": None}
+        return {**dict.fromkeys(KEYS), "shift_step": shift}
     return {
         "shift_step": shift,
         "max_vio_before_shift": found.before,

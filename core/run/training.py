@@ -1,6 +1,5 @@
 """Training of a recipe into a run folder, from the start or from where a stopped run was."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,25 +8,18 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
 
 from core.analysis.budget import plan_of
-from core.analysis.describe import unmet_requirements
 from core.analysis.size import Size, size_of
-from core.assemble import build, make
+from core.assemble import make
 from core.checkpoints.averages import check_averages
 from core.checkpoints.content import check_model, check_optimizers
-from core.contracts.errors import ConfigError, Interrupted, RunFailed, UserError
+from core.contracts.errors import Interrupted, RunFailed, UserError
 from core.contracts.strategy import StrategyFactory
-from core.contracts.training import OptimizerFactory
-from core.data.mixed_tokens import holds_tokens
 from core.data.module import TextData
-from core.data.tokenizer import SMALLEST
-from core.model.language_model import LanguageModel
-from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe, compose_run
-from core.recipe.values import show_value
 from core.run.data import text_data
+from core.run.environment import check_environment
 from core.run.reading import count_of, reading_line, source_lines
 from core.run.run_model import RunModel
 from core.run.run_sample import SampleAtEnd
@@ -375,57 +367,3 @@ def _finish(
         summary |= after_shift(folder.path, data.shift_step, module.windows_done)
     folder.write_json("summary.json", summary)
     return summary
-
-
-def check_environment(recipe: Recipe) -> None:
-    """Raises `UserError` for shapes that a part of the model cannot take, and for components that cannot run here."""
-    try:
-        model = build(recipe, device="meta")
-    except UserError as error:
-        raise UserError(f"{recipe.source}: {error}") from error
-    _check_vocabulary(recipe)
-    _check_strategy(recipe, model)
-    _check_optimizer(recipe, model)
-    _check_memory(recipe, model)
-    found = unmet_requirements(recipe)
-    if found:
-        raise UserError(f"{recipe.source}: cannot run here: {'; '.join(found)}")
-
-
-def _check_vocabulary(recipe: Recipe) -> None:
-    """Raises `UserError` for a vocabulary that no tokenizer of this program can have, where one is to be trained."""
-    vocab = recipe.data.tokenizer.vocab
-    if vocab < SMALLEST and not holds_tokens(make(recipe.data.corpus)):
-        allowed = f"must be at least {SMALLEST}, as the corpus is text: 256 bytes and the marker"
-        raise UserError(f"{recipe.source}: data.tokenizer.vocab = {vocab}: {allowed}")
-
-
-def _check_strategy(recipe: Recipe, model: LanguageModel) -> None:
-    """Raises `UserError` for a model that the strategy cannot divide."""
-    strategy: StrategyFactory = make(recipe.strategy)
-    try:
-        strategy.check_model(model)
-    except ConfigError as error:
-        value = show_value(getattr(recipe.strategy.config, error.key, recipe.strategy.name))
-        raise UserError(f"{recipe.source}: strategy.{error.key} = {value}: {error.why}") from error
-
-
-def _check_optimizer(recipe: Recipe, model: LanguageModel) -> None:
-    """Raises `UserError` for settings of the optimizer that do not suit the model's weights."""
-    optimizer: OptimizerFactory = make(recipe.optimizer)
-    try:
-        optimizer.check_parameters(named_parameters(model))
-    except ConfigError as error:
-        raise UserError(f"{recipe.source}: optimizer.{error.key}: {error.why}") from error
-
-
-def _check_memory(recipe: Recipe, model: nn.Module) -> None:
-    """Raises `UserError` for a model whose weights alone are larger than this machine's memory."""
-    needed = sum(tensor.nbytes for tensor in model.state_dict().values() if torch.is_tensor(tensor))
-    strategy = recipe.strategy.component
-    if strategy.shards:
-        needed //= strategy.nodes_of(recipe.strategy.config)
-    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > held:
-        sizes = f"{needed / 1e9:.3g} GB, and this machine has {held / 1e9:.3g} GB of memory"
-        raise UserError(f"{recipe.source}: model: its weights need {sizes}")

@@ -19,6 +19,9 @@ NOTHING_SHOWN = "no difference shown"
 NOT_AFTER_HOLM = "not shown after Holm's correction"
 """The verdict where the interval excludes 0, but among so many variants one interval would by chance."""
 
+CENSORED = "not comparable: a run ended before its load was balanced"
+"""The verdict where a value is only a lower bound."""
+
 
 @dataclass(frozen=True)
 class Interval:

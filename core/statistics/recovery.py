@@ -3,8 +3,9 @@
 The level before the shift is the mean of the per-step MaxVio over the last quarter of the steps before it. After the
 shift the mean over every window of `WINDOW` consecutive steps is taken. The load is balanced again with the first
 window whose mean is at most (1 + `MARGIN`) times that level; the steps until then are those between the shift and the
-window's first step. 0 means that the load never left its level. A run that ends before such a window is
-right-censored: all that is known is that it needs more steps than it has windows.
+window's first step. 0 means that the first window is balanced already: what left the level left it for few steps or by
+little. A later window may be out of balance again, which `peak` shows. A run that ends before a balanced window is
+right-censored: all that is known is that it needs at least as many steps as it has windows.
 """
 
 from collections.abc import Mapping

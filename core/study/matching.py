@@ -7,6 +7,8 @@ from core.analysis.compare_recipes import different_recipes
 from core.analysis.describe import document_of
 from core.assemble import make
 from core.contracts.errors import UserError, nearest
+from core.data.parts import step_of_shift
+from core.statistics.recovery import WINDOW
 from core.study.search_budget import SEARCHED, SearchBudget, search_budgets
 from core.study.sweep_file import Sweep
 
@@ -138,10 +140,7 @@ def _check_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
     """Raises `UserError` for a metric that some variants' summaries will not have."""
     metric = sweep.schema.metric
     if metric in AFTER_SHIFT:
-        without = [v.name for v in sweep.variants if make(v.recipe.data.corpus).shift_at() is None]
-        if without:
-            why = f"{', '.join(without)} cannot have it without a corpus whose data shift"
-            raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {why}")
+        _check_shift(sweep, documents)
     if metric not in NEEDS:
         return
     count, thing = NEEDS[metric]
@@ -149,6 +148,25 @@ def _check_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
     if without:
         why = f"{', '.join(without)} cannot have it without {thing}"
         raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {why}")
+
+
+def _check_shift(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
+    """Raises `UserError` for a variant whose data do not shift, or too late in its run to be measured."""
+    where = f"sweep {sweep.name}: metric = {sweep.schema.metric!r}"
+    without = []
+    for variant in sweep.variants:
+        shift_at = make(variant.recipe.data.corpus).shift_at()
+        if shift_at is None:
+            without.append(variant.name)
+            continue
+        steps = documents[variant.name]["steps"]
+        after = steps - (step_of_shift(shift_at, steps) or 0)
+        if after < WINDOW:
+            has = f"{variant.name} has {after} of its {steps} steps after the shift of its data"
+            raise UserError(f"{where}: {has}, and a window of {WINDOW} is the least")
+    if without:
+        why = f"{', '.join(without)} cannot have it without a corpus whose data shift"
+        raise UserError(f"{where}: {why}")
 
 
 def _counts(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> list[Count]:

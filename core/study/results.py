@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from core.recipe.key_paths import to_dict
-from core.statistics.comparison import compare, interval
+from core.statistics.comparison import CENSORED, compare, interval
 from core.statistics.recovery import WINDOW
 from core.storage.documents import DocumentError, finite_number, read_object
 from core.study.expected import observed_difference, smallest_difference
@@ -38,9 +38,6 @@ MEASURED = ("mfu", "peak_flops", "peak_memory_bytes")
 """Metrics that not every machine can measure."""
 
 NOTHING_HELD_OUT = "the corpus has no validation split (fewer than 11 documents)"
-
-CENSORED = "not comparable: a run ended before its load was balanced"
-"""The verdict where a value is only a lower bound."""
 
 HELD_OUT = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance")
 """Metrics that are measured on validation text."""
@@ -194,7 +191,6 @@ def sweep_results(
             row["censored"] = True
         runs[name].append(row)
     differences = compare(values, baseline, sweep.schema.better)
-    censored = _withhold_verdicts(differences, runs, baseline)
     rows = []
     for name, own in values.items():
         training_loss = None
@@ -210,6 +206,7 @@ def sweep_results(
             "training_loss": training_loss,
         }
         rows.append(row)
+    censored = withhold_verdicts(rows, baseline)
     warnings = [*censored, *_clock_warnings(sweep, folder), *_warnings(runs, matched)]
     found: dict[str, Any] = {"metric": metric, "baseline": baseline, "rows": rows}
     found["warnings"] = warnings
@@ -237,29 +234,32 @@ def is_censored(job: Job, metric: str) -> bool:
     return summary.get("balanced_again") is False
 
 
-def _withhold_verdicts(
-    differences: dict[str, dict[str, Any] | None],
-    runs: Mapping[str, list[dict[str, Any]]],
-    baseline: str,
-) -> list[str]:
-    """Takes the verdict from comparisons that a censored run is part of; a t test takes its bound for a value.
+def withhold_verdicts(rows: list[dict[str, Any]], baseline: str) -> list[str]:
+    """Takes intervals, p and verdict from rows that a censored run is part of; a t test takes its bound for a value.
+
+    Args:
+        rows: those of `results.json`, which are changed.
+        baseline: the variant that all others are compared with.
 
     Returns:
         A warning for each censored run.
     """
-    found = {}
-    for name, own in runs.items():
-        found[name] = [run for run in own if run.get("censored")]
-    for name, row in differences.items():
-        if row is not None and (found[name] or found[baseline]):
-            row.update(p=None, p_holm=None, effect_size=None, low=None, high=None, verdict=CENSORED)
+    censored: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        censored[row["variant"]] = [run for run in row["runs"] if run.get("censored")]
     warnings = []
-    for name, own in found.items():
-        for run in own:
+    for row in rows:
+        name = row["variant"]
+        if censored[name]:
+            row.update(low=None, high=None)
+        if row["difference"] is not None and (censored[name] or censored[baseline]):
+            withheld = dict.fromkeys(("p", "p_holm", "effect_size", "low", "high"))
+            row["difference"] = {**row["difference"], **withheld, "verdict": CENSORED}
+            row["smallest_difference"] = None
+        for run in censored[name]:
             bound = f"at least {run['value']:g} steps, the value that its mean contains"
-            warnings.append(
-                f"{name}, seed {run['seed']}: not balanced again before the end: {bound}"
-            )
+            seed = f"{name}, seed {run['seed']}"
+            warnings.append(f"{seed}: not balanced again before the end: {bound}")
     return warnings
 
 

@@ -1,7 +1,5 @@
 """Reads a sweep file and validates all of it, with every variant, before the first run."""
 
-import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +16,7 @@ from core.recipe.compose import Recipe, compose_variant, find_recipe, shipped_sw
 from core.recipe.key_paths import to_dict
 from core.recipe.resolve import Resolver
 from core.storage.documents import TOO_DEEP, read_yaml
+from core.study.combinations import as_text, combinations, suffix
 from core.study.expected import Expected, expected_deviation
 from core.study.sweep_schema import LONGEST, SweepSchema, VariantSection
 
@@ -158,7 +157,10 @@ class _Reader:
         self.invalid: set[str] = set()
         self.schema = self._valid_part(values)
         for error in self.schema.config_errors():
-            if error.key not in self.invalid:
+            follows = (
+                error.key == "search" and "variants" in self.invalid
+            )  # it counts the valid ones
+            if error.key not in self.invalid and not follows:
                 value = to_dict(getattr(self.schema, error.key))
                 self._add_error(self.resolver.error(error.key, value, error.why))
                 self.invalid.add(error.key)
@@ -173,6 +175,7 @@ class _Reader:
         for point in points:
             self._read_variant(*point)
         self._check_names([name for name, _, _ in points])
+        self._check_candidates()
         self._read_expected()
 
     def _read_expected(self) -> None:
@@ -221,13 +224,12 @@ class _Reader:
         """Composes a variant, builds it without memory, and checks that its components can run here."""
         if not section.recipe and "base" in self.invalid:
             return
-        length = len(name.encode())
         try:
-            if length > LONGEST:
-                raise UserError(f"a name of {length} bytes cannot name a folder: at most {LONGEST}")
+            _check_length(name)
             candidates = []
-            for searched in _combinations(section.search):
+            for searched in combinations(section.search):
                 candidate = self._compose(name, section, {**point, **searched}, searched)
+                _check_length(candidate.name, "a name with the searched values")
                 build(candidate.recipe, device="meta")
                 if self.here and (reasons := unmet_requirements(candidate.recipe)):
                     raise UserError(f"cannot run here: {'; '.join(reasons)}")
@@ -262,14 +264,14 @@ class _Reader:
         beside = self.file.parent / source
         found = beside if beside.is_file() else find_recipe(source)
         layers = {**schema.overrides, **section.overrides, **point}
-        overrides = [f"{key}={_as_text(value)}" for key, value in layers.items()]
-        overrides += [f"budget.{key}={_as_text(value)}" for key, value in schema.budget.items()]
+        overrides = [f"{key}={as_text(value)}" for key, value in layers.items()]
+        overrides += [f"budget.{key}={as_text(value)}" for key, value in schema.budget.items()]
         seed = 0 if "seeds" in self.invalid else schema.seeds[0]
         overrides_and_seed = [*overrides, f"seed={seed}"]
         recipe = compose_variant(
             found, overrides_and_seed, self.file, smoke=self.smoke, trust=self.trust
         )
-        candidate = name + _suffix(searched)
+        candidate = name + suffix(searched)
         variant = Variant(candidate, recipe, str(found), tuple(overrides))
         return replace(variant, candidate_of=name, searched=searched)
 
@@ -288,11 +290,25 @@ class _Reader:
         if "baseline" not in self.invalid and self._is_unknown(name, names):
             self._add_error(f"baseline = {name!r}: no such variant; {nearest(name, names)}")
 
+    def _check_candidates(self) -> None:
+        """Adds an error for two values that would be searched in one folder."""
+        twice = _first_repeated([candidate.name for candidate in self.candidates])
+        if twice is not None:
+            how = "search values whose names differ in letters, digits, _ - or ."
+            self._add_error(f"two values that are searched are named {twice!r}; {how}")
+
     def _is_unknown(self, name: str, names: list[str]) -> bool:
         """Whether no variant has the name; False where the variant of that name is itself invalid."""
         if not names or name in names:
             return False
         return f"variants.{name.partition('+')[0]}" not in self.invalid
+
+
+def _check_length(name: str, what: str = "a name") -> None:
+    """Raises `UserError` for a name that is too long for a folder."""
+    length = len(name.encode())
+    if length > LONGEST:
+        raise UserError(f"{what} of {length} bytes cannot name a folder: at most {LONGEST}")
 
 
 def _first_repeated(names: list[str]) -> str | None:
@@ -366,34 +382,10 @@ _UniqueKeys.add_implicit_resolver(  # type: ignore[no-untyped-call]
 def _points(schema: SweepSchema) -> Iterator[tuple[str, VariantSection, dict[str, Any]]]:
     """Every variant with every combination of the grid; the name says what varies."""
     for name, section in schema.variants.items():
-        for point in _combinations(schema.grid):
-            yield name + _suffix(point), section, point
-
-
-def _combinations(values: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """Every combination of the values of some keys; one that is empty without a key."""
-    combinations = itertools.product(*values.values())
-    return [dict(zip(values, combination, strict=True)) for combination in combinations]
-
-
-def _suffix(point: Mapping[str, Any]) -> str:
-    """The part of a name that says which values a combination has."""
-    return "".join(
-        f"+{key.rpartition('.')[2]}={_for_a_file_name(value)}" for key, value in point.items()
-    )
+        for point in combinations(schema.grid):
+            yield name + suffix(point), section, point
 
 
 def chosen_of(candidate: Variant, name: str) -> Variant:
     """The variant of a name with the values of one of its candidates."""
     return replace(candidate, name=name, candidate_of="", searched={})
-
-
-def _for_a_file_name(value: Any) -> str:
-    """A value as text without characters that a file's name should not have."""
-    text = value if isinstance(value, str) else _as_text(value)
-    return re.sub(r"[^\w.-]", "_", text)
-
-
-def _as_text(value: Any) -> str:
-    """A value as an override writes it: JSON, where other types (a date) are strings."""
-    return json.dumps(value, default=str, ensure_ascii=False)

@@ -187,7 +187,8 @@ class SweepSchema:
             if reason := _wrong_search(self.variants[name], [*self.overrides, *self.grid]):
                 yield ConfigError("variants", f"{name}: {reason}")
         counts = {name: count_points(section) for name, section in self.variants.items()}
-        if len(set(counts.values())) > 1:
+        is_empty = any(counts[name] == 0 for name in searching)  # an error of its own
+        if not is_empty and len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             why = f"every variant must search equally many values, and they have: {listed}"
             yield ConfigError("search", why)

@@ -262,9 +262,13 @@ def declared_flops_are_real(subject: Subject) -> None:
     require(y_BLD.is_meta, f"from the meta device to {y_BLD.device}")
     costs = module.costs()
     product_flops = 2 * (costs.active - vector_elements(module))
-    attention_flops = costs.attention_flops
-    if "exact_mixing" not in subject.capabilities:
-        attention_flops *= 2
+    attention_flops = module.computed_mixing()
+    if attention_flops is None:
+        attention_flops = costs.attention_flops
+        if "exact_mixing" not in subject.capabilities:
+            attention_flops *= 2
+    computes_all = attention_flops >= costs.attention_flops
+    require(computes_all, "less is computed than `costs()` counts")
     declared = context.tokens_BL.numel() * (product_flops + attention_flops)
     require_flops(declared, counter.get_total_flops())
 

@@ -1,5 +1,7 @@
 """The weights, or the parts of divided weights, that this rank owns and updates."""
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grads_with_norm_
@@ -43,6 +45,18 @@ class LocalParameters:
         """Gives each part its part of the gradient."""
         for weight, part in self._sharded:
             part.grad = None if weight.grad is None else local_tensor(weight.grad)
+
+    def freeze_others(self, learning: Collection[str] | None) -> None:
+        """Forgets the gradients of all weights but some, so that optimizers leave those and their states as they are.
+
+        Args:
+            learning: names of the weights that are updated; None: of all.
+        """
+        if learning is None:
+            return
+        for named in self.named:
+            if named.name not in learning:
+                named.parameter.grad = None
 
     def clear_gradients(self) -> None:
         """Forgets the gradients of divided weights; optimizers forget those of parts and of whole weights."""

@@ -42,7 +42,12 @@ from core.training.step_metrics import (
     exchange_metrics,
     loss_metrics,
 )
-from core.training.totals import WindowTotals, call_on_step_end
+from core.training.totals import (
+    WindowTotals,
+    call_on_step_end,
+    call_on_step_start,
+    learning_alone,
+)
 from core.training.validation import ValidationTotals
 from core.training.window import Window, objective
 
@@ -172,10 +177,13 @@ class TrainingModule(L.LightningModule):
         """One optimizer step: denominators, forwards and backwards, load, norm, guard, clip, update, balance, log."""
         optimizers = self._optimizers()
         progress = self.plan.progress(self.windows_done)
+        call_on_step_start(self.model, progress)
         contexts = [self.context(batch, index) for index, batch in enumerate(batches)]
         window = Window.of(self.model, self.ledger, contexts)
         totals = self._backward(contexts, window, progress).over_ranks()
+        learning = learning_alone(self.model, progress)
         self.local_parameters.take_gradients()
+        self.local_parameters.freeze_others(learning)
         norm = self.strategy.gradient_norm(self.local_parameters.gradients())
         rate = self.optimizer_factory.learning_rate(progress)
         if self._agreed_finite(norm):
@@ -185,7 +193,7 @@ class TrainingModule(L.LightningModule):
                     group["lr"] = rate * group.get("lr_scale", 1.0)
                 optimizer.step()
             with torch.no_grad():
-                call_on_step_end(self.model, totals, progress)
+                call_on_step_end(self.model, totals, progress, balance=learning is None)
             self._end_step(done=True)
             self.skipped_in_a_row = 0
         else:

@@ -15,6 +15,7 @@ from core.contracts.record import MaxMetric, MeanMetric, Metric, StepTotals
 from core.contracts.schedule import Progress
 from core.model.language_model import LanguageModel, Losses
 from core.model.ledger import Term
+from core.model.parameters import named_parameters
 from core.training.ranks import all_reduce_max, all_reduce_sum
 
 Owner = tuple[str, str]
@@ -168,10 +169,34 @@ def _all_reduce_together(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
     return summed
 
 
-def call_on_step_end(model: LanguageModel, totals: WindowTotals, progress: Progress) -> None:
-    """Calls `on_step_end` of every balancer, layer and head with its own totals of the step."""
+def call_on_step_start(model: LanguageModel, progress: Progress) -> None:
+    """Calls `on_step_start` of every layer."""
+    for _, _, layer in model.block_layers():
+        layer.on_step_start(progress)
+
+
+def learning_alone(model: LanguageModel, progress: Progress) -> set[str] | None:
+    """The names of the weights that are updated while the rest is frozen; None: every weight is updated."""
+    found = [layer.learns_alone(progress) for _, _, layer in model.block_layers()]
+    if all(weights is None for weights in found):
+        return None
+    alone = {id(weight) for weights in found for weight in weights or ()}
+    return {named.name for named in named_parameters(model) if id(named.parameter) in alone}
+
+
+def call_on_step_end(
+    model: LanguageModel, totals: WindowTotals, progress: Progress, *, balance: bool = True
+) -> None:
+    """Calls `on_step_end` of every balancer, layer and head with its own totals of the step.
+
+    Args:
+        model: the model.
+        totals: those of the step, over all ranks.
+        progress: the position of the run at the end of the step.
+        balance: False for a frozen model, whose balancers keep their state.
+    """
     for path, layer in model.expert_layers().items():
-        for index, balancer in enumerate(layer.balancers):
+        for index, balancer in enumerate(layer.balancers if balance else ()):
             balancer.on_step_end(totals.of_balancer(path, index), progress)
     for path, name, component in model.block_layers():
         component.on_step_end(totals.of_owner((path, name)), progress)

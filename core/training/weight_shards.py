@@ -1,6 +1,6 @@
 """The part of each weight that this rank owns, its place in the whole, and how whole tensors are made of parts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +152,10 @@ def _offsets(weight: DTensor) -> list[int]:
 
 @torch.no_grad()
 def load_full_state(
-    module: nn.Module, state: Mapping[str, Any], parts: Mapping[str, WeightShard]
+    module: nn.Module,
+    state: Mapping[str, Any],
+    parts: Mapping[str, WeightShard],
+    added: Collection[str] = frozenset(),
 ) -> None:
     """Copies whole tensors into a module, of each divided weight the part that this rank owns.
 
@@ -160,9 +163,10 @@ def load_full_state(
         module: the module, whose weights may be divided.
         state: whole tensors by name; every tensor of the module must be among them.
         parts: the module's weights by name.
+        added: names of tensors of the module that are not among them, and keep their values.
     """
     for name, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or name in added:
             continue
         whole = state[name]
         if name in parts:

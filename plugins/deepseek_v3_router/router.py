@@ -106,7 +106,7 @@ class DeepSeekV3Router(ChosenGateRouter):
                 raise ConfigError("group_score", need)
 
     @property
-    def limit(self) -> GroupLimit:
+    def selection_limit(self) -> GroupLimit:
         """The limit on the groups that a token reaches."""
         limit: GroupLimit = self.config.limit
         return limit
@@ -119,4 +119,4 @@ class DeepSeekV3Router(ChosenGateRouter):
 
     def select(self, biased_TE: Tensor) -> Tensor:
         """The chosen experts T x K, from biased affinities."""
-        return best_experts(biased_TE, self.config.top_k, **self.limit._asdict())
+        return best_experts(biased_TE, self.config.top_k, **self.selection_limit._asdict())

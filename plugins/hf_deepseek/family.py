@@ -55,6 +55,7 @@ class DeepSeek(CheckpointFormat):
 
     defaults: ClassVar[Mapping[str, Any]]
     biased: ClassVar[bool]
+    attention_name: ClassVar[str] = "mla"
     fp8_config = FP8
 
     @dataclass(kw_only=True)
@@ -83,7 +84,7 @@ class DeepSeek(CheckpointFormat):
             )
         model = {
             "dim": given.count("hidden_size"),
-            "attention": _attention(given),
+            "attention": self.attention_of(given),
             "rope": rope,
             "init": {"std": given.number("initializer_range")},
             "norm_eps": given.number("rms_norm_eps"),
@@ -132,7 +133,7 @@ class DeepSeek(CheckpointFormat):
 
     def config_of(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the configuration of a recipe's model, or raises `ConfigError` for what it cannot express."""
-        layout = layout_of(recipe)
+        layout = layout_of(recipe, self.attention_name)
         model = recipe["model"]
         attention = layout.attention
         _check_latent_eps(model, attention)
@@ -156,6 +157,7 @@ class DeepSeek(CheckpointFormat):
             "qk_nope_head_dim": attention["nope_dim"],
             "qk_rope_head_dim": attention["rope_dim"],
             "v_head_dim": attention["value_dim"],
+            **self.attention_keys(attention),
             **self._widths(layout),
             **routing,
             "moe_layer_freq": 1,
@@ -195,7 +197,10 @@ class DeepSeek(CheckpointFormat):
     ) -> Iterator[TensorMapping]:
         """Yields the tensor mappings in the order of the layers."""
         return tensor_mappings(
-            layout_of(recipe), names, interleaved=self.interleaved(config), biased=self.biased
+            layout_of(recipe, self.attention_name),
+            names,
+            interleaved=self.interleaved(config),
+            biased=self.biased,
         )
 
     def ignores(self, name: str) -> bool:
@@ -205,6 +210,14 @@ class DeepSeek(CheckpointFormat):
     def interleaved(self, config: Mapping[str, Any]) -> bool:
         """Returns whether rotated rows are stored in pairs."""
         return True
+
+    def attention_of(self, given: HfConfig) -> dict[str, Any]:
+        """Returns the section of our attention."""
+        return {"name": self.attention_name, **_latent_widths(given)}
+
+    def attention_keys(self, attention: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns keys of the attention that only this generation has."""
+        return {}
 
     @abstractmethod
     def allowed(self) -> dict[str, tuple[Any, ...]]:
@@ -276,8 +289,8 @@ def _check_latent_eps(model: Mapping[str, Any], attention: Mapping[str, Any]) ->
         )
 
 
-def _attention(given: HfConfig) -> dict[str, Any]:
-    """Returns the section of our attention.
+def _latent_widths(given: HfConfig) -> dict[str, Any]:
+    """Returns the keys that every attention with latents has.
 
     Raises:
         ConfigError: the heads together have more rows of queries than can be listed.
@@ -290,7 +303,6 @@ def _attention(given: HfConfig) -> dict[str, Any]:
     if rows > MOST_ROWS:
         raise ConfigError("num_attention_heads", f"gives {rows} rows of queries, over {MOST_ROWS}")
     section = {
-        "name": "mla",
         "heads": heads,
         "q_rank": None if q_rank is None else given.count("q_lora_rank"),
         "kv_rank": given.count("kv_lora_rank"),

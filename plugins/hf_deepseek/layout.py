@@ -31,7 +31,7 @@ class HfLayout:
         dim, vocabulary: widths of the model and of its output.
         layers: number of layers.
         dense: number of layers without experts, which come first.
-        attention: the recipe's section of MLA.
+        attention: the recipe's section of its attention.
         hidden: width of the dense layers; None if there are none.
         experts: the recipe's section of the layers with experts; None if there are none.
         bias: the selection bias of those layers.
@@ -53,8 +53,12 @@ class HfLayout:
     tied: bool
 
 
-def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
+def layout_of(recipe: Mapping[str, Any], attention_name: str) -> HfLayout:
     """Returns the layout of a resolved recipe.
+
+    Args:
+        recipe: the recipe.
+        attention_name: the name of the attention that the architecture has.
 
     Raises:
         ConfigError: the layers cannot be described by one configuration.
@@ -72,9 +76,10 @@ def layout_of(recipe: Mapping[str, Any]) -> HfLayout:
             attentions.append((f"{path}.attention", block["attention"] or model["attention"]))
             ffns.append((f"{path}.ffn", block["ffn"]))
     attention = _same(attentions)
-    if attention["name"] != "mla":
+    if attention["name"] != attention_name:
         raise ConfigError(
-            "model.attention.name", "must be mla: the architecture has no other attention"
+            "model.attention.name",
+            f"must be {attention_name}: the architecture has no other attention",
         )
     for path, ffn in ffns:
         if ffn["name"] not in ("swiglu", "moe"):

@@ -102,6 +102,22 @@ class _Layers:
         output = f"{theirs}.o_proj.weight"
         shape = (dim, heads * value_dim)
         yield TensorMapping(output, shape, f"{ours}.output.weight", blocks=True)
+        if "index_heads" in section:
+            yield from self._indexer(f"{theirs}.indexer", f"{ours}.indexer")
+
+    def _indexer(self, theirs: str, ours: str) -> Iterator[TensorMapping]:
+        """Yields the matrices of the indexer of sparse attention, whose rotated rows are in halves on both sides."""
+        section = self.layout.attention
+        dim = self.layout.dim
+        heads = section["index_heads"]
+        width = section["index_dim"]
+        queries = (heads * width, section["q_rank"])
+        yield TensorMapping(f"{theirs}.wq_b.weight", queries, f"{ours}.q.weight", blocks=True)
+        yield TensorMapping(f"{theirs}.wk.weight", (width, dim), f"{ours}.k.weight", blocks=True)
+        yield TensorMapping(f"{theirs}.k_norm.weight", (width,), f"{ours}.k_norm.weight")
+        yield TensorMapping(f"{theirs}.k_norm.bias", (width,), f"{ours}.k_norm.bias")
+        weights = f"{theirs}.weights_proj.weight"
+        yield TensorMapping(weights, (heads, dim), f"{ours}.weights.weight")
 
     def _queries(self, theirs: str, ours: str) -> Iterator[TensorMapping]:
         """Yields the projection of the queries, or the two around their latent."""

@@ -43,6 +43,9 @@ MOST_ROUNDS = 1000
 MOST_EPS = 1e-3
 """Largest epsilon; it is subtracted from the initial `pre` of 1 / streams, which must stay positive."""
 
+MOST_SCALE = 1e3
+"""Largest initial scale; the projections that it multiplies are about init.std sqrt(N D): maps saturate far below."""
+
 OWN_STREAM = 8.0
 """Initial logit of a stream's share of itself above the others': e^-8 = 0.0003 of it goes to each of them."""
 
@@ -52,6 +55,7 @@ class HyperConnections(Residual):
 
     paper = "DeepSeek-V4 (arXiv 2606.19348); mHC: Manifold-Constrained Hyper-Connections (arXiv 2512.24880)"
     example = {"name": "hyper_connections", "streams": 4}
+    weight_roles = {"residual": "the maps of residual streams, always in fp32 or wider"}
 
     @dataclass(kw_only=True)
     class Config:
@@ -80,8 +84,8 @@ class HyperConnections(Residual):
                 raise ConfigError("rounds", f"must be from 1 to {MOST_ROUNDS}")
             if not 0 < self.eps <= MOST_EPS:
                 raise ConfigError("eps", f"must be more than 0 and at most {MOST_EPS:g}")
-            if self.scale < 0:
-                raise ConfigError("scale", "must be at least 0")
+            if not 0 <= self.scale <= MOST_SCALE:
+                raise ConfigError("scale", f"must be from 0 to {MOST_SCALE:g}")
 
     def __init__(self, config: Config, build: BuildContext, *, place: Place) -> None:
         super().__init__(config, build, place=place)

@@ -9,7 +9,7 @@ import torch
 
 from core.contracts.bounds import fraction, not_negative, positive
 from core.contracts.errors import ConfigError
-from core.contracts.precision import declared_roles, roles_matching
+from core.contracts.precision import roles_matching, weight_roles
 from core.contracts.schedule import LearningRateSettings
 from core.contracts.schema import setting
 from core.contracts.training import NamedParameter, OptimizerFactory
@@ -77,7 +77,7 @@ class MuonWithAdamW(OptimizerFactory):
             positive(self, "update_rms", "eps")
             if self.moments == "bf16":
                 check_bf16_decay("momentum", self.momentum)
-            known = declared_roles(parent)
+            known = weight_roles(parent)
             for key, patterns in (("adamw.roles", self.adamw.roles), ("split", self.split)):
                 for pattern in patterns:
                     _check_role(key, pattern, known)

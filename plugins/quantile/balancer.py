@@ -29,6 +29,9 @@ from plugins.quantile.histogram import Bins
 MOST_BINS = 65536
 """The most bins: an affinity in fp32 does not tell many more apart."""
 
+MOST_SPAN = 1e6
+"""The largest span: a step can move a bias by about as much, and a larger bias would drown affinities in fp32."""
+
 
 class QuantileBalance(ExactState, Balancer):
     """Sets each bias to the k/E quantile of the biases that the step's tokens needed; an fp32 buffer."""
@@ -59,8 +62,8 @@ class QuantileBalance(ExactState, Balancer):
             """Raises `ConfigError` for values out of range, and if every token uses every expert."""
             if not 2 <= self.bins <= MOST_BINS:
                 raise ConfigError("bins", f"must be between 2 and {MOST_BINS}")
-            if not 0 < self.span < float("inf"):
-                raise ConfigError("span", "must be more than 0 and finite")
+            if not 0 < self.span <= MOST_SPAN:
+                raise ConfigError("span", f"must be more than 0 and at most {MOST_SPAN:,.0f}")
             check_scheduled(self.ema, "ema", low=0, high=1)
             top_k = getattr(parent.router.config, "top_k", 0)
             if top_k >= parent.experts:

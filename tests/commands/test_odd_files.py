@@ -14,7 +14,7 @@ from core.contracts.errors import UserError
 from core.data.documents import fingerprint
 from core.data.held_out import read_split
 from core.recipe.compose import compose
-from core.run.training import check_environment
+from core.run.environment import check_environment
 from plugins.text_files.corpus import TextFiles
 
 

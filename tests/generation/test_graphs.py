@@ -78,8 +78,11 @@ def decoded(model: Any) -> torch.Tensor:
     return torch.cat(found, dim=1)
 
 
-def test_replayed_steps_have_the_logits_of_the_others(recorder: HostRecorder) -> None:
-    model = tiny.build().eval()
+@pytest.mark.parametrize("attention", [(), tiny.SPARSE])
+def test_replayed_steps_have_the_logits_of_the_others(
+    recorder: HostRecorder, attention: tuple[str, ...]
+) -> None:
+    model = tiny.build(*attention).eval()
     replayed_BLV = decoded(model)
     assert (recorder.records, recorder.replays) == (2, 3), "steps of 1 and of 3 new tokens"
     with pytest.MonkeyPatch.context() as patch:

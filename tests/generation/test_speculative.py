@@ -41,9 +41,9 @@ def test_greedy_text_with_drafts_is_the_text_of_the_full_forward(case: tuple[int
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("attention", tiny.ATTENTIONS)
-def test_every_attention_drafts_and_forgets(attention: str) -> None:
-    model = model_with(1, *tiny.ATTENTIONS[attention])
+@pytest.mark.parametrize("attention", [*tiny.ATTENTIONS.values(), tiny.SPARSE])
+def test_every_attention_drafts_and_forgets(attention: tuple[str, ...]) -> None:
+    model = model_with(1, *attention)
     found = complete(model, PROMPTS, tokens=12, drafts=2)
     assert [one.tokens for one in found] == [greedy(model, prompt, 12) for prompt in PROMPTS]
 
@@ -284,9 +284,7 @@ def test_two_rows_with_one_prompt_are_drawn_apart() -> None:
 
 def test_a_model_without_a_drafting_head_names_its_heads() -> None:
     model = tiny.build().eval()
-    with pytest.raises(
-        UserError, match=r"none of the loss heads of this model drafts \(next_token\)"
-    ):
+    with pytest.raises(UserError, match=r"none of the model's loss heads drafts \(next_token\)"):
         complete(model, PROMPTS, drafts=1)
 
 

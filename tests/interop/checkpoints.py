@@ -50,6 +50,14 @@ V2 = {
     "topk_method": "group_limited_greedy",
     "norm_topk_prob": False,
 }
+V32 = {
+    **V3,
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_n_heads": 4,
+    "index_head_dim": 8,
+    "index_topk": 5,
+}
 
 
 def block_shapes(

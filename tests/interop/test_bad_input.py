@@ -112,7 +112,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "another architecture": (
         change_config(architectures=["LlamaForCausalLM"]),
-        ("LlamaForCausalLM is not supported", "DeepseekV2ForCausalLM, DeepseekV3ForCausalLM"),
+        ("LlamaForCausalLM is not supported", "DeepseekV2ForCausalLM, DeepseekV32ForCausalLM"),
     ),
     "another model_type": (
         change_config(architectures=..., model_type="llama"),

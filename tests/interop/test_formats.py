@@ -13,10 +13,15 @@ from core.contracts.errors import ConfigError, UserError
 from core.interop.translation import composed
 from plugins.hf_deepseek.v2 import DeepSeekV2
 from plugins.hf_deepseek.v3 import DeepSeekV3
+from plugins.hf_deepseek.v32 import DeepSeekV32
 
-from .checkpoints import V2, V3
+from .checkpoints import V2, V3, V32
 
-FORMATS = {"deepseek_v3": (DeepSeekV3, V3), "deepseek_v2": (DeepSeekV2, V2)}
+FORMATS = {
+    "deepseek_v3": (DeepSeekV3, V3),
+    "deepseek_v2": (DeepSeekV2, V2),
+    "deepseek_v32": (DeepSeekV32, V32),
+}
 
 
 def recipe_of(config: dict[str, Any], names: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -260,6 +265,10 @@ NOT_SUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
     ("deepseek_v2", {"mlp_bias": True}, "mlp_bias"),
     ("deepseek_v2", {"swiglu_limit": 7}, "swiglu_limit"),
+    ("deepseek_v32", {"q_lora_rank": None}, "q_lora_rank"),
+    ("deepseek_v32", {"index_topk": 0}, "index_topk"),
+    ("deepseek_v32", {"index_n_heads": 2.5}, "index_n_heads"),
+    ("deepseek_v32", {"rope_interleave": False}, "rope_interleave"),
 ]
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core.contracts.context import SequenceContext
 from core.generation.completion import complete
 from core.generation.decoder import Decoder
+from core.model import absorbed, latent_attention
 from core.model.attend import TensorCache
 from core.model.language_model import LanguageModel
 from core.numerics.chosen import chosen_products
@@ -19,7 +20,6 @@ from core.numerics.grouped import grouped_product
 from core.numerics.linear import ProductLayer
 from model import tiny
 from plugins.deepseek_moe import chosen
-from plugins.mla import absorbed, attention
 
 LENGTHS = (9, 13, 11)
 EIGHTS = (
@@ -35,6 +35,7 @@ MODELS = {
     "no query latent": ("model.attention.q_rank=null",),
     "yarn": (YARN, "model.rope.max_length=64"),
     "gqa": tiny.ATTENTIONS["gqa"],
+    "sparse": tiny.SPARSE,
 }
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
 
@@ -113,7 +114,7 @@ def test_A1_decoded_rows_have_the_logits_of_the_full_forward(
     precision: str, name: str, constant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = tiny.Calls(absorbed.attend_to_latents)
-    monkeypatch.setattr(attention, "attend_to_latents", calls)
+    monkeypatch.setattr(latent_attention, "attend_to_latents", calls)
     model = tiny.build(*MODELS[name], f"precision.name={precision}").eval()
     tokens_BL = tiny.context(3, 17).tokens_BL
     found_BLV = decode_rows(model, tokens_BL, constant=constant)
@@ -129,7 +130,7 @@ def test_A1_decoded_rows_have_the_logits_of_the_full_forward(
 def test_a_product_that_is_not_plain_is_called_for_every_latent(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "attend_to_latents", None)
+    monkeypatch.setattr(latent_attention, "attend_to_latents", None)
     model = tiny.build(f"precision={{name: {precision}}}").eval()
     tokens_BL = tiny.context(1, 10).tokens_BL
     caches = model.new_caches(1, 10)
@@ -258,7 +259,7 @@ def refuse(*_: Any) -> None:
     raise AssertionError("the host reads a number")
 
 
-@pytest.mark.parametrize("name", ["mla", "gqa"])
+@pytest.mark.parametrize("name", ["mla", "gqa", "sparse"])
 @pytest.mark.parametrize("new", [1, 3])
 def test_a_step_of_constant_shapes_reads_no_number_on_the_host(
     new: int, name: str, monkeypatch: pytest.MonkeyPatch

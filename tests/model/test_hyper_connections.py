@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.analysis.describe import document_of
-from core.assemble import build, compile_parts
+from core.assemble import build, compile_parts, make
 from core.contracts.errors import UserError
 from core.model.language_model import LanguageModel
 from core.model.parameters import named_parameters
@@ -394,6 +394,24 @@ def test_weights_are_matrices_and_vectors_of_the_role_residual() -> None:
             assert (named.role, named.kind) == ("residual", kind)
 
 
+def test_the_projection_is_muons_unless_adamw_gets_the_role() -> None:
+    """Vectors are AdamW's in both cases; without such a residual the role is an error."""
+    muon = "optimizer={name: muon, lr: 0.001}"
+    named = "optimizer.adamw.roles=[embedding, head, residual]"
+    path = "blocks.1.ffn_residual."
+    for overrides, expected in (((muon,), True), ((muon, named), False)):
+        recipe = tiny.compose(residual(), *overrides)
+        optimizer = make(recipe.optimizer)
+        is_muons = {}
+        for one in named_parameters(build(recipe, device="meta")):
+            is_muons[one.name] = optimizer.is_muons(one)
+        assert is_muons[f"{path}projection"] == is_muons["residual.projection"] == expected
+        assert not is_muons[f"{path}base"]
+        assert not is_muons[f"{path}scale"]
+    with pytest.raises(UserError, match="'residual' is not a role"):
+        tiny.compose(muon, named)
+
+
 # ---- mistakes
 
 
@@ -409,7 +427,8 @@ def test_weights_are_matrices_and_vectors_of_the_role_residual() -> None:
         ("eps", "0.01", "must be more than 0 and at most 0.001"),
         ("eps", ".nan", "must be finite"),
         ("eps", ".inf", "must be finite"),
-        ("scale", "-0.1", "must be at least 0"),
+        ("scale", "-0.1", "must be from 0 to 1000"),
+        ("scale", "1.0e+39", "must be from 0 to 1000"),
         ("scale", ".inf", "must be finite"),
         ("scale", ".nan", "must be finite"),
         ("start", "ones", "add"),

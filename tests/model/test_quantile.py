@@ -1,89 +1,26 @@
 """Quantile Balancing against a loop over its definition, and what an update can be proved to do to the load."""
 
-from typing import Any
-
 import pytest
 import torch
 from routing_reference import needed_biases, quantile_histogram, quantile_step
-from tiers import first_by_default
 from torch import Tensor
 
-from core.contracts.context import SequenceContext
-from core.contracts.errors import UserError
-from core.contracts.record import StepTotals
-from core.contracts.router import GroupLimit, Routing
-from core.contracts.schedule import Progress
-from core.routing.gating import best_experts, shortfall
+from core.contracts.router import GroupLimit
+from core.routing.gating import shortfall
 
 from . import tiny
-
-FREE = (f"{tiny.ROUTER}.groups=1", f"{tiny.ROUTER}.group_limit=null")
-GROUPED = (f"{tiny.ROUTER}.groups=4", f"{tiny.ROUTER}.group_limit=2")
-IN_PAIRS = (
-    f"{tiny.ROUTER}.groups=2",
-    f"{tiny.ROUTER}.group_limit=1",
-    f"{tiny.ROUTER}.group_score=2",
+from .quantile_steps import (
+    LIMIT,
+    LIMITS,
+    drawn,
+    end_step,
+    histogram,
+    max_vio,
+    quantile,
+    recipe,
+    routed,
+    update,
 )
-LIMITS = {"one group": FREE, "groups": GROUPED, "groups by their two best": IN_PAIRS}
-LIMIT = GroupLimit(4, 2, 2)
-"""The limit of routings by hand."""
-
-
-def recipe(**keys: Any) -> tuple[str, ...]:
-    """Overrides that balance the tiny model by quantiles alone."""
-    written = ", ".join(f"{key}: {value}" for key, value in {"name": "quantile", **keys}.items())
-    return (f"{tiny.BALANCE}=[{{{written}}}]",)
-
-
-def quantile(experts: int = 8, top_k: int = 2, **keys: Any) -> Any:
-    """A balancer for any number of experts and choices, with biases of 0."""
-    made = tiny.moe(tiny.build(*recipe(**keys))).balancers[0]
-    return type(made)(made.config, None, experts=experts, top_k=top_k)
-
-
-def drawn(tokens: int, experts: int, *, skew: float = 1.0, seed: int = 0) -> Tensor:
-    """Sigmoid affinities of which some experts have more than others, fp64."""
-    draw = torch.Generator().manual_seed(seed)
-    noise_TE = torch.randn(tokens, experts, dtype=torch.float64, generator=draw)
-    return (noise_TE + skew * torch.randn(experts, dtype=torch.float64, generator=draw)).sigmoid()
-
-
-def routed(balancer: Any, scores_TE: Tensor, limit: GroupLimit | None = None) -> Routing:
-    """The routing by biased affinities, within groups if there is a limit."""
-    selected_by_TE = balancer.adjust_scores(scores_TE)
-    of_groups = {} if limit is None else limit._asdict()
-    expert_TK = best_experts(selected_by_TE, balancer.top_k, **of_groups)
-    gate_TK = scores_TE.gather(1, expert_TK)
-    return Routing.top_k(expert_TK, gate_TK, scores_TE, scores_TE, limit=limit)
-
-
-def histogram(
-    balancer: Any, routing: Routing, given: SequenceContext | None = None
-) -> dict[str, Tensor]:
-    """The tally of a micro-batch; by default all of its tokens are valid."""
-    if given is None:
-        given = SequenceContext.of(torch.zeros(1, len(routing.scores_TE), dtype=torch.int64))
-    result: dict[str, Tensor] = balancer.tally(routing, given)
-    return result
-
-
-def end_step(balancer: Any, tallies: dict[str, Tensor], progress: Progress = tiny.START) -> None:
-    """Ends a step; the load is not read."""
-    balancer.on_step_end(StepTotals(None, tallies), progress)
-
-
-def update(balancer: Any, scores_TE: Tensor, limit: GroupLimit | None = None) -> Routing:
-    """Routes a step's tokens and ends the step; returns how they were routed."""
-    routing = routed(balancer, scores_TE, limit)
-    end_step(balancer, histogram(balancer, routing))
-    return routing
-
-
-def max_vio(routing: Routing, experts: int) -> float:
-    """The largest load over the mean one, minus 1."""
-    load_E = routing.expert_A.bincount(minlength=experts).double()
-    return float(load_E.max() / load_E.mean() - 1)
-
 
 # ---- the definition
 
@@ -307,146 +244,3 @@ def test_affinities_without_an_upper_bound_are_balanced_too(span: float) -> None
     found = [max_vio(update(balancer, scores_TE), 8) for _ in range(30)]
     assert found[0] > 1.5
     assert found[-1] < 0.06
-
-
-# ---- state
-
-
-def test_biases_are_centred_and_a_common_shift_of_them_changes_no_update() -> None:
-    """Only to a bin: many tokens need exactly the bias that there is, and rounding puts them on a side of a border."""
-    plain, shifted = quantile(), quantile()
-    shifted.bias.add_(0.5)
-    for balancer in (plain, shifted):
-        update(balancer, drawn(300, 8))
-    assert abs(float(plain.bias.double().sum())) < 1e-6
-    torch.testing.assert_close(shifted.bias, plain.bias, rtol=0, atol=2 * 2.0 / 1000)
-
-
-def test_a_step_without_a_valid_token_leaves_the_bias() -> None:
-    """Not even centred: there is nothing to learn from."""
-    balancer = quantile()
-    balancer.bias.copy_(torch.arange(8.0))
-    given = tiny.context(2, 4, valid_BL=torch.zeros(2, 4, dtype=torch.bool))
-    tallies = histogram(balancer, routed(balancer, drawn(8, 8)), given)
-    assert not tallies["needed_EB"].any()
-    end_step(balancer, tallies)
-    assert torch.equal(balancer.bias, torch.arange(8.0))
-
-
-def test_P2_tallies_of_parts_add_up_to_that_of_the_whole() -> None:
-    balancer = quantile()
-    balancer.bias.copy_(torch.linspace(-0.2, 0.2, 8))
-    scores_TE = drawn(64, 8)
-    whole = histogram(balancer, routed(balancer, scores_TE))["needed_EB"]
-    parts = [
-        histogram(balancer, routed(balancer, part))["needed_EB"]
-        for part in scores_TE.split([1, 20, 43])
-    ]
-    assert whole.dtype == torch.int64
-    assert whole.sum(dim=1).tolist() == [64] * 8
-    assert torch.equal(torch.stack(parts).sum(dim=0), whole)
-
-
-def test_P1_one_token_of_a_trillion_moves_the_bias_as_one_of_a_few() -> None:
-    """Targets and counts are compared in integers: 2^40 tokens in each bin, and one more in the first."""
-    small, large = quantile(2, 1, bins=4), quantile(2, 1, bins=4)
-    even = torch.tensor([[0, 2, 2, 0], [0, 2, 2, 0]])
-    one = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0]])
-    end_step(small, {"needed_EB": even})
-    assert not small.bias.any()
-    end_step(small, {"needed_EB": even + one})
-    end_step(large, {"needed_EB": even * 2**40 + one})
-    assert small.bias[0] < 0 < small.bias[1]
-    assert large.bias[0] < 0 < large.bias[1]
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
-def test_P1_histograms_must_be_int64(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=r"^histograms are counted in int64, not "):
-        end_step(quantile(bins=4), {"needed_EB": torch.ones(8, 4, dtype=dtype)})
-
-
-def test_P7_a_frozen_one_stays_and_counts_nothing() -> None:
-    balancer = quantile(frozen="true")
-    balancer.bias.copy_(torch.linspace(-0.2, 0.2, 8))
-    before = balancer.bias.clone()
-    assert histogram(balancer, routed(balancer, drawn(20, 8))) == {}
-    end_step(balancer, {})
-    assert torch.equal(balancer.bias, before)
-
-
-def test_the_kept_part_follows_its_schedule_and_all_of_it_is_no_update() -> None:
-    balancer = quantile(
-        ema="{start: 0.0, unit: steps, segments: [{until: 1}, {until: 9, to: 1.0}]}"
-    )
-    for step, moves in ((1, True), (2, False)):
-        before = balancer.bias.clone()
-        tallies = histogram(balancer, routed(balancer, drawn(50, 8, seed=step)))
-        end_step(balancer, tallies, Progress(step, 50 * step, 10, 500))
-        assert torch.equal(balancer.bias, before) != moves
-
-
-def test_what_is_not_finite_is_counted_and_breaks_nothing() -> None:
-    """A step with such affinities is skipped; its forward must not fail before."""
-    balancer = quantile()
-    for value in (float("nan"), float("inf"), -float("inf")):
-        scores_TE = drawn(10, 8)
-        scores_TE[3, 2] = value
-        tallies = histogram(balancer, routed(balancer, scores_TE))
-        assert tallies["needed_EB"].sum(dim=1).tolist() == [10] * 8
-
-
-def test_A10_no_gradient_reaches_it() -> None:
-    model = tiny.build(*recipe())
-    bias = tiny.moe(model).balancers[0].bias
-    bias.requires_grad_()
-    tiny.see(model, tiny.context()).total().backward()
-    assert bias.grad is None
-
-
-@pytest.mark.parametrize("device", first_by_default(["meta", "cpu"]))
-def test_the_tally_is_one_graph_and_its_shape_depends_on_no_data(device: str) -> None:
-    balancer = quantile(bins=50).to(device)
-    given = SequenceContext.of(torch.zeros(1, 40, dtype=torch.int64, device=device))
-    compiled = torch.compile(balancer.tally, fullgraph=True, backend="aot_eager")
-    for seed in range(2):
-        routing = routed(balancer, drawn(40, 8, seed=seed).to(device))
-        tally = balancer.tally(routing, given)["needed_EB"]
-        assert tally.shape == (8, 50)
-        if device == "cpu":
-            assert torch.equal(compiled(routing, given)["needed_EB"], tally)
-
-
-# ---- settings
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "why"),
-    [
-        ("bins", "1", "must be between 2 and 65536"),
-        ("bins", "65537", "must be between 2 and 65536"),
-        ("span", "0", "must be more than 0 and finite"),
-        ("span", "-1.0", "must be more than 0 and finite"),
-        ("span", ".inf", "must be finite"),
-        ("span", ".nan", "must be finite"),
-        ("ema", "-0.1", "must be between 0 and 1"),
-        ("ema", "1.5", "must be between 0 and 1"),
-        ("ema", ".nan", "must be finite"),
-    ],
-)
-def test_settings_out_of_range_are_refused(key: str, value: str, why: str) -> None:
-    with pytest.raises(UserError, match=rf"balance\.0\.{key} = .*: {why}"):
-        tiny.compose(*recipe(**{key: value}))
-
-
-def test_where_every_token_uses_every_expert_there_is_nothing_to_balance() -> None:
-    with pytest.raises(UserError, match=r"every token uses all 8 experts \(top_k = 8\)"):
-        tiny.compose(*recipe(), *FREE, f"{tiny.ROUTER}.top_k=8")
-    tiny.compose(*recipe(), *FREE, f"{tiny.ROUTER}.top_k=7")
-
-
-def test_a_router_without_a_bias_and_a_second_bias_are_refused() -> None:
-    with pytest.raises(UserError, match="quantile needs a router that selects through"):
-        tiny.compose(*recipe(), f"{tiny.ROUTER}={{name: hash}}")
-    with pytest.raises(UserError, match="must be the only one that biases selection"):
-        tiny.compose(f"{tiny.BALANCE}=[{{name: bias}}, {{name: quantile}}]")

@@ -38,6 +38,11 @@ ATTENTIONS: dict[str, tuple[str, ...]] = {
     "mqa": ("model.attention={name: mqa, heads: 4}",),
 }
 
+SPARSE = (
+    "model.attention={name: sparse, heads: 4, q_rank: 24, kv_rank: 16, nope_dim: 8, rope_dim: 4, value_dim: 6, "
+    "index_heads: 3, index_dim: 10, top_k: 3}",
+)
+
 
 @cache
 def compose(*overrides: str) -> Recipe:

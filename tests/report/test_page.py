@@ -14,7 +14,7 @@ from core.reports.page import context, figures_of, render
 from core.reports.provenance import facts
 from core.reports.study_files import Run, read
 from core.reports.words import in_short, metric_words, signed
-from core.statistics.comparison import NOT_AFTER_HOLM
+from core.statistics.comparison import CENSORED, NOT_AFTER_HOLM
 from core.storage import lock
 
 from .conftest import EVIL, HOSTILE, LONG
@@ -192,6 +192,16 @@ def test_what_holms_correction_takes_away_has_words_and_a_mark_of_its_own(tmp_pa
     )
     judged(folder, {"b": "no difference shown"})
     assert "with a dot" not in words(page(folder))
+
+
+def test_variants_with_a_lower_bound_are_named_as_not_compared(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": Made(20), "b": Made(20), "c": Made(20)}, [0, 1])
+    judged(tmp_path / "s", {"b": CENSORED, "c": "better"})
+    bound = "a run ended before its load was balanced, so its value is only a lower bound"
+    assert in_short(read(tmp_path / "s")) == [
+        "Better than a: c.",
+        f"Not compared with a, because {bound}: b.",
+    ]
 
 
 def test_failed_seeds_stand_with_the_verdict(tmp_path: Path) -> None:

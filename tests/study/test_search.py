@@ -248,6 +248,46 @@ def test_a_search_that_cannot_be_right_is_named(
     assert expected in str(error.value)
 
 
+def test_an_empty_list_of_values_is_one_error(write: Write) -> None:
+    with pytest.raises(UserError) as error:
+        read_sweep(write(SEARCH.replace("[1.0e-9, 1.0e-8, 0.003]", "[]")))
+    assert str(error.value).endswith(
+        "variants: decayed: search.optimizer.lr must have at least one value"
+    )
+
+
+def test_an_invalid_variant_is_no_error_of_the_search_too(write: Write) -> None:
+    text = SEARCH.replace("{{optimizer.lr: [1.0e-9, 0.003, 0.01]}}", "{{optimizer.lr: 0.003}}")
+    text = text.replace("{{optimizer.lr: [1.0e-9, 1.0e-8, 0.003]}}", "{{optimizer.lr: 0.003}}")
+    with pytest.raises(UserError) as error:
+        read_sweep(write(text))
+    first, *lines = str(error.value).splitlines()
+    assert first.endswith("2 errors:")
+    assert [line.partition(":")[0].strip() for line in lines] == [
+        "variants.plain.search",
+        "variants.decayed.search",
+    ]
+
+
+def test_values_that_would_share_a_folder_are_refused(write: Write) -> None:
+    values = "{{data.corpus.paths: [[a b], [a_b]]}}"
+    text = SEARCH.replace("{{optimizer.lr: [1.0e-9, 0.003, 0.01]}}", values)
+    text = text.replace("{{optimizer.lr: [1.0e-9, 1.0e-8, 0.003]}}", values)
+    with pytest.raises(UserError) as error:
+        read_sweep(write(text))
+    assert "two values that are searched are named 'plain+paths=__a_b__'" in str(error.value)
+
+
+def test_a_searched_value_whose_text_is_too_long_for_a_folder_is_refused(write: Write) -> None:
+    segments = ", ".join(f"{{{{shape: constant, until: 0.{i}}}}}" for i in range(1, 10))
+    schedule = f"{{{{start: 0.1, segments: [{segments}, {{{{shape: constant, until: 1.0}}}}]}}}}"
+    values = f"[{schedule}, 0.002, 0.003]"
+    with pytest.raises(UserError) as error:
+        read_sweep(write(SEARCH.replace("[1.0e-9, 1.0e-8, 0.003]", values)))
+    assert "decayed: a name with the searched values of" in str(error.value)
+    assert str(error.value).endswith("bytes cannot name a folder: at most 200")
+
+
 @pytest.mark.parametrize(
     ("key", "values", "expected"),
     [

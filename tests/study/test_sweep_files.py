@@ -9,7 +9,6 @@ import yaml
 from lab import ROOT, Lab
 
 from core.contracts.errors import UserError
-from core.extension.loader import find_plugins, load_plugins
 from core.recipe.compose import shipped_sweeps
 from core.study.matching import AFTER_SHIFT, match
 from core.study.sweep_file import Sweep, read_sweep
@@ -17,10 +16,7 @@ from core.study.sweep_schema import METRICS
 
 from .conftest import TWO, Write
 
-REGISTRY = load_plugins([owner for owner in find_plugins() if owner.distribution == "moeloom"])
 SHIPPED = sorted(shipped_sweeps())
-WAITING = {"balance_shift": "quantile"}
-"""Shipped sweeps with a balancer that may not be installed yet: they are tested as soon as it is."""
 
 
 def error_in(file: Path, *, smoke: bool = False) -> str:
@@ -38,6 +34,7 @@ def test_the_shipped_sweeps_are_those_that_were_asked_for() -> None:
         "bias_rate",
         "mtp",
         "mtp_flops",
+        "optimizers",
         "precision",
         "residual",
         "routing",
@@ -52,9 +49,6 @@ def test_the_shipped_sweeps_are_those_that_were_asked_for() -> None:
 @pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_sweep_is_valid_and_its_variants_match(name: str, smoke: bool) -> None:
-    waiting = WAITING.get(name)
-    if waiting and waiting not in REGISTRY.names("balancer"):
-        pytest.skip(f"the sweep {name} needs the balancer {waiting}, which is not installed")
     sweep = read_sweep(name, smoke=smoke)
     found = match(sweep)
     assert set(found.documents) == {variant.name for variant in sweep.variants}

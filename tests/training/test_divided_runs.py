@@ -15,7 +15,7 @@ from torch import nn
 from core.assemble import build
 from core.contracts.errors import ConfigError, UserError
 from core.numerics.finite import not_finite_in
-from core.run.training import check_environment
+from core.run.environment import check_environment
 from core.testing.forked_ranks import on_ranks
 from core.training.local_parameters import local_state
 from core.training.ranks import first_text_over_ranks

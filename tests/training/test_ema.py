@@ -211,9 +211,11 @@ def test_log_and_summary_have_both_losses(averaged: Path, lab: Lab) -> None:
 
 def summary_keys(lab: Lab) -> list[str]:
     """The keys of a summary without an average, from the documented table."""
+    from core.run.shift import KEYS as KEYS_OF_A_SHIFT
     from core.study.sweep_schema import METRICS
 
-    return [*METRICS, "peak_flops_source", "precision_paths", "notices"]
+    keys = [*METRICS, "peak_flops_source", "precision_paths", "notices"]
+    return [key for key in keys if key not in KEYS_OF_A_SHIFT]
 
 
 def test_a_checkpoint_holds_every_weight_and_its_average(averaged: Path, lab: Lab) -> None:

@@ -17,7 +17,7 @@ from core.checkpoints.listing import checkpoints_in
 from core.contracts.errors import UserError
 from core.contracts.training import NamedParameter
 from core.model.parameters import check_groups, kind_of, named_parameters
-from core.run.training import check_environment
+from core.run.environment import check_environment
 from core.training.run_folder import RunFolder
 from plugins.muon import newton_schulz
 from plugins.muon.newton_schulz import SCHEDULES, orthogonalise

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.model import few_tokens
-from core.numerics.promotion import at_least_fp32
+from core.numerics.promotion import wide_product
 
 
 def absorption_pays(new: int, seen: int, latent: int, expanded: int) -> bool:
@@ -84,7 +84,7 @@ def _mix(
         )
         mixed_BAC: Tensor = mixed[:, 0, :, :latent]
         return mixed_BAC
-    scores_BAS = _wide_product(q_BAX, cached_BSX.transpose(1, 2))
+    scores_BAS = wide_product(q_BAX, cached_BSX.transpose(1, 2))
     weights_BAS = _softmax(scores_BAS, mask_BAS, scale, cached_BSX.dtype)
     return torch.bmm(weights_BAS, cached_BSX[..., :latent])
 
@@ -105,11 +105,3 @@ def _softmax(
     if mask_BAS is not None:
         scores_BAS = scores_BAS.masked_fill(~mask_BAS, -torch.inf)
     return scores_BAS.softmax(dim=-1).to(dtype)
-
-
-def _wide_product(q_BAX: Tensor, k_BXS: Tensor) -> Tensor:
-    """The scores in fp32 or wider, so that the softmax is too."""
-    short = q_BAX.dtype in (torch.bfloat16, torch.float16)
-    if q_BAX.is_cuda and short and not torch.is_grad_enabled():
-        return torch.bmm(q_BAX, k_BXS, out_dtype=torch.float32)
-    return torch.bmm(at_least_fp32(q_BAX), at_least_fp32(k_BXS))
