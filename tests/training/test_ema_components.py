@@ -13,8 +13,8 @@ from core.checkpoints.listing import checkpoints_in
 from core.checkpoints.reading import read_checkpoint
 from core.contracts.errors import UserError
 from core.extension.loader import installed_registry
-from core.run.evaluation import evaluate
 from core.run.environment import check_environment
+from core.run.evaluation import evaluate
 
 DECAY = 0.75
 EMA = f"callbacks=[{{name: ema, decay: {DECAY}}}]"
