@@ -172,10 +172,14 @@ def _page(document: dict[str, Any]) -> Iterator[str]:
     for key, why in document["refuses"].items():
         yield from _wrapped(f"  no {key}: {why}", "      ")
     example = f"{document['slot']}: {_yaml(document['example'])}"
-    if len(example) > WIDTH:
+    width = WIDTH
+    while (
+        max(map(len, example.splitlines())) > WIDTH
+    ):  # YAML breaks a line after it has become too long
         layered = {document["slot"]: document["example"]}
-        block = yaml.safe_dump(layered, default_flow_style=None, sort_keys=False, width=WIDTH)
-        example = block.strip()
+        example = yaml.safe_dump(layered, default_flow_style=None, sort_keys=False, width=width)
+        example = example.strip()
+        width -= 4
     yield f"\nexample:\n{example}"
     yield f"\ncontract ({document['contract']}):"
     yield from _text(document["contract_doc"].rstrip())

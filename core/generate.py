@@ -109,7 +109,7 @@ def main(arguments: argparse.Namespace) -> None:
     for notice in notices:
         _say(f"note: {notice}")
     if options.drafts:
-        _check_heads(recipe)
+        check_heads(recipe)
     device = arguments.device or "cpu"
     check_device(device, recipe)
     tokenizer, end = _tokenizer(run, prompts, arguments)
@@ -245,7 +245,7 @@ def _flag(setting: str) -> str:
     return f"--{setting.replace('_', '-')}"
 
 
-def _check_heads(recipe: "Recipe") -> None:
+def check_heads(recipe: "Recipe") -> None:
     """Raises `UserError` if no loss head of a recipe drafts, or one does from states that decoding does not keep."""
     from core.assemble import build
     from core.contracts.errors import UserError

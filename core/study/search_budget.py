@@ -18,7 +18,7 @@ class SearchBudget:
 
     Args:
         runs: values times seeds.
-        steps, tokens, flops: the sums over these runs.
+        steps, tokens, flops: the totals of all these runs.
     """
 
     runs: int

@@ -116,7 +116,7 @@ class Stage:
         sweep: its variants, with chosen values once there are any.
         folder: the sweep's.
         matched: the variants' descriptions.
-        progress: the one of `run_sweep`; a search's runs are counted together with those of the comparison.
+        progress: that of `run_sweep`; a search's runs are counted together with those of the comparison.
         make_pool: returns a place that works on runs.
         prepare: called before the first run.
     """

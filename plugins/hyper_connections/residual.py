@@ -44,7 +44,7 @@ MOST_EPS = 1e-3
 """Largest epsilon; it is subtracted from the initial `pre` of 1 / streams, which must stay positive."""
 
 MOST_SCALE = 1e3
-"""Largest initial scale; the projections that it multiplies are about init.std sqrt(N D): maps saturate far below."""
+"""Largest initial scale; the maps saturate far below, as the projections are about init.std sqrt(N D)."""
 
 OWN_STREAM = 8.0
 """Initial logit of a stream's share of itself above the others': e^-8 = 0.0003 of it goes to each of them."""

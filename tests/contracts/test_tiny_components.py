@@ -20,6 +20,7 @@ from core.contracts.errors import UserError
 from core.contracts.schedule import Progress
 from core.contracts.training import NamedParameter
 from core.data.prepare import prepare
+from core.generate import check_heads
 from core.model.language_model import LanguageModel
 from core.model.ledger import Ledger
 from core.model.parameters import check_groups, named_parameters
@@ -315,6 +316,14 @@ def test_rows_of_different_lengths_decode_as_each_row_alone(lab: Lab) -> None:
 
 
 # ---- the head that reads a block's state
+
+
+def test_drafting_from_a_blocks_state_is_refused_before_weights_are_read(lab: Lab) -> None:
+    recipe = lab.recipe(*ALL["head"], "model.heads.mtp=null")
+    with pytest.raises(
+        UserError, match=r"--speculative: model\.heads\.peek drafts from states of single blocks"
+    ):
+        check_heads(recipe)
 
 
 def test_the_head_reads_the_state_after_the_block_and_drafts_what_it_learned(lab: Lab) -> None:

@@ -12,6 +12,8 @@ import torch
 from lab import Lab, forked, run_command_here
 
 import core.run.device
+from core.checkpoints.listing import checkpoints_in
+from core.checkpoints.reading import read_checkpoint
 from core.contracts.errors import UserError
 from core.data.tokenizer import Tokenizer
 
@@ -73,6 +75,25 @@ def test_a_multiple_choice_task_gives_the_accuracy_of_the_likelihoods(
     share = expected["acc"]
     assert chosen["metrics"]["acc"]["stderr"] == pytest.approx((share * (1 - share) / 9) ** 0.5)
     assert "Scoring answers" in result.err
+
+
+def test_averaged_weights_are_scored_like_a_run_that_trained_them(
+    lab: Lab, tmp_path: Path, folder: Path
+) -> None:
+    run = tmp_path / "run"
+    lab.fit(run, "callbacks=[{name: ema, decay: 0.9}]", "model.init.std=0.5")
+    asked = ("--tasks", "chosen", "--task-path", folder, "--json")
+    found = json.loads(lab.command("evaluate", run, *asked, "--weights", "ema").out)
+    assert found["weights"] == "ema"
+    file = checkpoints_in(run)[-1]
+    content = read_checkpoint(file)
+    content["state_dict"].update(content["averages"]["ema"]["weights"])
+    torch.save(content, file)
+    same = json.loads(lab.command("evaluate", run, *asked).out)
+    assert found["tasks"] == same["tasks"]
+    refused = lab.command("evaluate", run, *asked, "--weights", "swa")
+    assert refused.code == 2
+    assert refused.sentence.endswith("holds no average of this name: it holds ema")
 
 
 def test_a_limit_asks_the_first_questions_only_and_the_table_says_so(
