@@ -152,9 +152,9 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_blocks_a_second_try(
     lab: Lab, tmp_path: Path, signum: signal.Signals
 ) -> None:
     def work() -> None:
-        import core.run.training
+        import core.run.environment
 
-        core.run.training.build = lambda recipe, **_: os.kill(os.getpid(), signum)  # type: ignore[assignment]
+        core.run.environment.build = lambda recipe, **_: os.kill(os.getpid(), signum)  # type: ignore[assignment]
         run_command_here("fit", lab.file, "--out", tmp_path / "run")
 
     result = forked(work)
