@@ -189,12 +189,12 @@ def test_an_error_of_ours_keeps_its_traceback(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An exception that is no user's mistake is printed with its traceback."""
-    import core.run.training
+    import core.run.environment
 
     def broken(recipe: Any, **_: Any) -> Any:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(core.run.training, "build", broken)
+    monkeypatch.setattr(core.run.environment, "build", broken)
     done = lab.command("fit", lab.file, "--out", tmp_path / "run")
     assert done.code == 1
     assert "ZeroDivisionError: ours" in done.err
