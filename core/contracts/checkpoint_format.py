@@ -66,12 +66,14 @@ class CheckpointFormat(Component, ABC):
     Class attributes:
         architectures: the names in their configuration that this format reads; it writes the first of them.
         model_type: identifies a configuration that names no architecture.
+        other_model_types: model types of other models with the same architecture, which identify one too.
         example_config: a small configuration for the conformance kit.
         fp8_config: what their configuration says about FP8 blocks; None where the format has none.
     """
 
     architectures: ClassVar[tuple[str, ...]] = ()
     model_type: ClassVar[str] = ""
+    other_model_types: ClassVar[tuple[str, ...]] = ()
     example_config: ClassVar[dict[str, Any]] = {}
     fp8_config: ClassVar[Mapping[str, Any] | None] = None
 

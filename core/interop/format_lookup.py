@@ -98,7 +98,8 @@ def format_of(config: Mapping[str, Any], file: Path) -> CheckpointFormat:
     for checkpoint_format in formats.values():
         if architecture in checkpoint_format.architectures:
             return checkpoint_format
-        if architecture is None and model_type == checkpoint_format.model_type:
+        types = (checkpoint_format.model_type, *checkpoint_format.other_model_types)
+        if architecture is None and model_type in types:
             return checkpoint_format
         known += checkpoint_format.architectures
     found = f"architecture {architecture}" if architecture else f"model_type {model_type}"

@@ -28,7 +28,7 @@ from core.interop.source_folder import check_inside, small_files
 from core.interop.tensor_ops import Compare, Copy, TensorOp
 from core.interop.tensors import CODES, DTYPES, SCALE, TensorReader, TensorSpec, scale_spec
 from core.interop.transfer import Conversion, check_target
-from core.interop.translation import composed, translated
+from core.interop.translation import check_not_nested, composed, translated
 from core.interop.writing import planned
 from core.recipe.compose import Recipe
 from core.training.run_folder import RunFolder, provenance
@@ -66,6 +66,7 @@ def from_hf(
     config = read_config(source)
     for name in ("tokenizer.json", "generation_config.json"):
         check_inside(source / name)
+    check_not_nested(config, config_file)
     checkpoint_format = format_of(config, config_file)
     shards = shards_of(source, say=say)
     override = DTYPES[dtype] if dtype else None

@@ -81,6 +81,16 @@ def _language_model(config: Mapping[str, Any], file: Path) -> tuple[dict[str, An
     return dict(config), []
 
 
+def check_not_nested(config: Mapping[str, Any], file: Path) -> None:
+    """Raises `UserError` for the configuration of a multimodal model, whose weights are not converted."""
+    for key in NESTED:
+        if isinstance(config.get(key), Mapping):
+            raise UserError(
+                f"{file}: {key}: the checkpoint holds more than the language model that is described there, "
+                "and convert reads language models only; core.describe takes this file"
+            )
+
+
 def translated(
     checkpoint_format: CheckpointFormat,
     config: Mapping[str, Any],

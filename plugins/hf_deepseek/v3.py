@@ -14,6 +14,7 @@ class DeepSeekV3(DeepSeek):
 
     architectures = ("DeepseekV3ForCausalLM",)
     model_type = "deepseek_v3"
+    other_model_types = ("kimi_k2",)
     paper = "DeepSeek-V3 technical report (arXiv 2412.19437)"
     example = {"name": "deepseek_v3"}
     example_config = {

@@ -167,6 +167,27 @@ def test_a_nested_language_model_is_described(
     assert any(key in notice for notice in document["notices"])
 
 
+def test_a_model_type_without_an_architecture_is_known(config: Path) -> None:
+    content = json.loads(config.read_text())
+    del content["architectures"]
+    plain = document_of(recipe_of_config(config))["params_total"]
+    for model_type in ("deepseek_v3", "kimi_k2"):
+        written(config.parent, {**content, "model_type": model_type})
+        assert document_of(recipe_of_config(config))["params_total"] == plain
+
+
+def test_convert_says_that_it_reads_no_multimodal_model(
+    lab: Lab, tmp_path: Path, config: Path
+) -> None:
+    outer = {"architectures": ["KimiVL"], "text_config": json.loads(config.read_text())}
+    (tmp_path / "vl").mkdir()
+    file = written(tmp_path / "vl", outer)
+    found = lab.command("convert", "from-hf", file.parent, tmp_path / "run")
+    assert found.code == 2
+    assert found.sentence.startswith(f"{file}: text_config: the checkpoint holds more than")
+    assert not (tmp_path / "run").exists()
+
+
 def test_overrides_change_what_a_configuration_leaves_open(lab: Lab, config: Path) -> None:
     found = lab.command("describe", config, "budget.steps=7", "precision.name=fp64", "--json")
     document = json.loads(found.out)
