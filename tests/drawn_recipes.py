@@ -38,7 +38,7 @@ NOT_DRAWN = {
         "compile",
         "max_skipped_steps",
     ],
-    "data": ["corpus"],
+    "data": ["corpus", "validation"],
     "budget": ["tokens", "flops"],
 }
 """Keys that are fixed, by section: they change where a run is written and how, not what a step computes."""

@@ -117,10 +117,13 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("fti", "unknown command 'fti'; did you mean fit? known: bench, catalog, convert, "),
-        ("--fit", "unknown command '--fit'; did you mean fit? known: bench, catalog, convert, "),
-        ("assemble", "unknown command 'assemble'; known: bench, catalog, convert, "),
-        ("", "unknown command ''; known: bench, catalog, convert, "),
+        ("fti", "unknown command 'fti'; did you mean fit? known: bench, cache, catalog, convert, "),
+        (
+            "--fit",
+            "unknown command '--fit'; did you mean fit? known: bench, cache, catalog, convert, ",
+        ),
+        ("assemble", "unknown command 'assemble'; known: bench, cache, catalog, convert, "),
+        ("", "unknown command ''; known: bench, cache, catalog, convert, "),
     ],
 )
 def test_an_unknown_command_is_one_sentence(

@@ -30,15 +30,20 @@ SLOW = ("compiles_as_declared", "loads_are_exact")
 """Clauses that the default tier checks for one component of each slot; they take half of the kit's time."""
 
 
+SLOW_PARTS = ("hf_dataset",)
+"""Components that import a large library."""
+
+
 def slow_ones_once_by_default() -> list[Any]:
-    """The cases, of which the tier `full` has those of `SLOW` beyond the first of a slot."""
+    """The cases; the tier `full` has those of `SLOW` beyond the first of a slot, and those of `SLOW_PARTS`."""
     seen = set()
     parameters = []
     for case in CASES:
         key = (case.check.name, case.subject.entry.slot)
         is_repeated = case.check.name in SLOW and key in seen
         seen.add(key)
-        parameters.append(pytest.param(case, marks=[pytest.mark.full] if is_repeated else []))
+        is_slow = is_repeated or case.subject.entry.name in SLOW_PARTS
+        parameters.append(pytest.param(case, marks=[pytest.mark.full] if is_slow else []))
     return parameters
 
 

@@ -214,7 +214,8 @@ def summary_keys(lab: Lab) -> list[str]:
     from core.run.shift import KEYS as KEYS_OF_A_SHIFT
     from core.study.sweep_schema import METRICS
 
-    keys = [*METRICS, "peak_flops_source", "precision_paths", "notices"]
+    about_data = ["epochs", "sources"]
+    keys = [*METRICS, *about_data, "peak_flops_source", "precision_paths", "notices"]
     return [key for key in keys if key not in KEYS_OF_A_SHIFT]
 
 
