@@ -151,7 +151,7 @@ def _check_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
 
 
 def _check_shift(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
-    """Raises `UserError` for a variant whose data do not shift, or too late in its run to be measured."""
+    """Raises `UserError` for a variant whose data do not shift, or too late, or that does not log every step."""
     where = f"sweep {sweep.name}: metric = {sweep.schema.metric!r}"
     without = []
     for variant in sweep.variants:
@@ -164,6 +164,12 @@ def _check_shift(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
         if after < WINDOW:
             has = f"{variant.name} has {after} of its {steps} steps after the shift of its data"
             raise UserError(f"{where}: {has}, and a window of {WINDOW} is the least")
+        every = variant.recipe.trainer.get("log_every_n_steps", 1)
+        if every != 1:
+            needed = (
+                f"{variant.name} has trainer.log_every_n_steps = {every}, and every step is needed"
+            )
+            raise UserError(f"{where}: {needed}: it must be 1")
     if without:
         why = f"{', '.join(without)} cannot have it without a corpus whose data shift"
         raise UserError(f"{where}: {why}")

@@ -74,6 +74,16 @@ def refused(text: str, write: Write) -> str:
     return str(caught.value)
 
 
+def test_a_sweep_that_logs_only_some_steps_is_refused(write: Write) -> None:
+    changed = "overrides: {{trainer.log_every_n_steps: 2, data.corpus"
+    text = SHIFTING.replace("overrides: {{data.corpus", changed)
+    assert text != SHIFTING
+    assert refused(text, write).endswith(
+        "metric = 'steps_until_balanced': bias has trainer.log_every_n_steps = 2, "
+        "and every step is needed: it must be 1"
+    )
+
+
 def test_a_sweep_has_it_where_a_whole_window_comes_after_the_shift(write: Write) -> None:
     assert match(read_sweep(write(SHIFTING))).documents["bias"]["steps"] == 2 * WINDOW
     assert refused(SHIFTING.replace("steps: 40", "steps: 39"), write).endswith(
