@@ -92,7 +92,7 @@ def test_P22_two_ranks_measure_and_say_what_one_does(pair: tuple[Path, Path, str
     assert json.loads(pair[2]) == two
     clock = {*SPEED, "wall_seconds", "train_seconds", "peak_flops", "peak_memory_bytes"}
     assert one.keys() == two.keys()
-    texts = {"precision_paths", "peak_flops_source"}
+    texts = {"precision_paths", "peak_flops_source", "sources"}
     assert [one[key] for key in texts] == [two[key] for key in texts]
     for key in one.keys() - clock - texts:
         assert two[key] == pytest.approx(one[key], rel=1e-9), key
