@@ -155,7 +155,8 @@ def _times(x_BLHR: Tensor, turn: Tensor) -> Tensor:
     pairs = x_BLHR.unflatten(-1, (-1, 2))
     dense = pairs.stride(-1) == 1 and not pairs.storage_offset() % 2
     if not dense or any(stride % 2 for stride in pairs.stride()[:-1]):
-        pairs = pairs.contiguous()
+        # Not `contiguous`: it returns an axis of length 1 as it is, with its odd stride, and the offset with it.
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
     return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
 
 

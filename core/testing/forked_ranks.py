@@ -1,5 +1,6 @@
 """Ranks as forked processes: they start in no time, and a test gets back what each computed."""
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -41,7 +42,11 @@ def on_ranks(
             os._exit(_rank(work, rank, folder, world, backend))
         children[pid] = rank
     codes = _wait(children, seconds)
-    errors = [(folder / f"error-{rank}").read_text() for rank in range(world)]
+    errors = [
+        (folder / f"{kind}-{rank}").read_text()
+        for kind in ("fatal", "error")
+        for rank in range(world)
+    ]
     assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(errors)
     # What is unpickled was written by the children of this process, into a folder of its own.
     return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world)]
@@ -71,6 +76,8 @@ def _wait(children: dict[int, int], seconds: float) -> list[int]:
 
 def _rank(work: Callable[[int], Any], rank: int, folder: Path, world: int, backend: str) -> int:
     (folder / f"error-{rank}").write_text("")
+    # A rank that the operating system ends says where it was.
+    faulthandler.enable((folder / f"fatal-{rank}").open("w"))
     try:
         torch.set_num_threads(1)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -51,6 +51,18 @@ def half_layout(y: Tensor, position: int, theta: float = 10000.0) -> Tensor:
     )
 
 
+@pytest.mark.parametrize("start", [0, 1, 2])
+@pytest.mark.parametrize("length", [1, 2])
+def test_rotations_read_vectors_from_anywhere_in_a_projection(start: int, length: int) -> None:
+    """A key behind a latent of odd width begins at an odd place; an axis of length 1 has any stride."""
+    projected = torch.randn(1, length, start + 8, dtype=torch.float64)
+    key = projected[..., start:]
+    positions = torch.arange(length)[None]
+    rope = Rope(1e4, 4096)
+    own = rotate(key.clone()[:, :, None], rope, positions)
+    assert torch.equal(rotate(key[:, :, None], rope, positions), own)
+
+
 def test_A2_interleaved_scores_equal_half_layout_scores_with_permuted_weights() -> None:
     """Rows 2j and 2j + 1 go to j and j + R/2."""
     generator = torch.Generator().manual_seed(0)

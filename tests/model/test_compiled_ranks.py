@@ -55,7 +55,8 @@ class Graphs:
 
 
 def divided(*overrides: str, backend: Any) -> LanguageModel:
-    """This rank's part of a compiled model."""
+    """This rank's part of a compiled model; graphs of earlier tests in this process do not count."""
+    torch._dynamo.reset()
     recipe = tiny.compose(*RECIPE, *overrides)
     strategy = recipe.strategy.component(recipe.strategy.config)
     dispatcher = getattr(strategy.config, "dispatcher", None)
