@@ -23,7 +23,7 @@ class Markers:
 
 
 def markers_of(folder: RunFolder) -> Markers:
-    """Returns the markers of a run: those of its source for a converted run, otherwise one marker for both.
+    """Returns the markers of a run: of its source for a converted run, of its tokenizer's file, or one for both.
 
     Raises:
         UserError: the source of a converted run has neither.
@@ -32,7 +32,7 @@ def markers_of(folder: RunFolder) -> Markers:
         return Markers()
     converted = read_object(folder.provenance).get("converted")
     if converted is None:
-        return Markers()
+        return Markers(*(folder.file_markers() or ()))
     if not isinstance(converted, dict):
         raise UserError(f"{folder.provenance}: converted: must be a section of keys")
     begin = _id_in(converted, "begin", folder)

@@ -269,12 +269,14 @@ def _check_start(module: TrainingModule, start: Resume) -> None:
 
 def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
     """Writes provenance, tokenizer and recipe; the recipe last, because its presence makes the folder a run."""
-    shaped_by = provenance(
-        recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads()
-    )
-    folder.write_json("provenance.json", shaped_by)
-    if data.tokenizer is not None:
-        data.tokenizer.save(folder.tokenizer)
+    tokenizer = data.tokenizer
+    file = recipe.data.tokenizer.file
+    rest: dict[str, Any] = {"data": data.fingerprint, "threads": torch.get_num_threads()}
+    if file is not None and tokenizer is not None:
+        rest["tokenizer"] = {"file": file, **tokenizer.record()}
+    folder.write_json("provenance.json", provenance(recipe.sections(), **rest))
+    if tokenizer is not None:
+        folder.write_tokenizer(tokenizer, file)
     folder.write_plugin_files(recipe.plugins)
     if data.documents is not None:
         folder.write_text(folder.documents.name, data.documents)
