@@ -16,7 +16,7 @@ USER = "<｜User｜>"  # noqa: RUF001
 ASSISTANT = "<｜Assistant｜>"  # noqa: RUF001
 THINK = "<think>"
 
-TEXT = " ".join(f"word{n} the tale of {n * 37} houses, and it's told; again." for n in range(200))
+TEXT = " ".join(f"word{n} the tale of {n * 37} houses, and it's read; again." for n in range(200))
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

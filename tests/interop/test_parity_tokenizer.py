@@ -24,9 +24,7 @@ TEXTS = [
     "  spaces   before, between  and after   ",
     "",
 ]
-MARKED = (
-    "<｜begin▁of▁sentence｜>You help.<｜User｜>Hi <think> x</think><｜Assistant｜>Ho!<｜end▁of▁sentence｜>"  # noqa: RUF001
-)
+MARKED = "<｜begin▁of▁sentence｜>You help.<｜User｜>Hi <think> x</think><｜Assistant｜>Ho!<｜end▁of▁sentence｜>"  # noqa: RUF001
 
 
 def released() -> Path:
