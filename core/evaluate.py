@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
         help="solved questions before each question (what the task says)",
     )
     tasks.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        default=None,
+        help="ask in the words of the chat template of the run's tokenizer, shots as turns before the question",
+    )
+    tasks.add_argument(
         "--output",
         metavar="DIR",
         help="write the results there too, in the harness's own format",
@@ -78,6 +84,7 @@ NEEDED_BY = {
     "task_path": ("--tasks",),
     "limit": ("--tasks",),
     "num_fewshot": ("--tasks",),
+    "apply_chat_template": ("--tasks",),
     "output": ("--tasks",),
     "context": ("--text",),
     "batch_size": ("--tasks", "--text"),
@@ -132,7 +139,13 @@ def _score_text(arguments: argparse.Namespace) -> None:
     device = arguments.device or "cpu"
     check_device(device, recipe)
     markers = markers_of(folder)
-    tokenizer = folder.load_tokenizer() if isinstance(text, str) else None
+    tokenizer = None
+    if isinstance(text, str):
+        try:
+            tokenizer = folder.load_tokenizer()
+        except UserError as cause:
+            how = "--text takes token ids too, from a .npy file, and core.generate --prompt-ids"
+            raise UserError(f"{cause}; {how}") from cause
     notices = recipe.notices()
     for notice in notices:
         _say(f"note: {notice}")
@@ -182,6 +195,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from core.contracts.errors import NotFiniteError
+    from core.generation.run_tokenizer import RunTokenizer
     from core.harness.tasks import TaskOptions, load_tasks, run_tasks, table_lines
     from core.training.resume import newest_checkpoint
 
@@ -189,6 +203,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     given: dict[str, Any] = {
         "limit": arguments.limit,
         "shots": arguments.num_fewshot,
+        "chat": bool(arguments.apply_chat_template),
         "trust": arguments.trust,
     }
     if arguments.output is not None:
@@ -210,6 +225,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     recipe = compose_run(folder.recipe, trust=arguments.trust)
     device = arguments.device or "cpu"
     check_device(device, recipe)
+    if options.chat:
+        RunTokenizer.of(folder).chat()  # a run without a template is reported before the tasks load
     loaded = load_tasks(options, say=_say)
     notices = recipe.notices()
     for notice in notices:

@@ -39,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
         "with the key prompt, in a .jsonl file",
     )
     p.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer: each text is a user's turn in the words of the chat template of the run's tokenizer",
+    )
+    p.add_argument("--system", metavar="TEXT", help="the system message before it, with --chat")
+    p.add_argument(
         "--tokens",
         type=int,
         metavar="N",
@@ -113,10 +119,20 @@ def main(arguments: argparse.Namespace) -> None:
     device = arguments.device or "cpu"
     check_device(device, recipe)
     tokenizer, end = _tokenizer(run, prompts, arguments)
+    chat = None
+    if arguments.chat:
+        assert tokenizer is not None
+        chat = tokenizer.chat()
+        end = chat.turn_end()
     rows = []
     for number, prompt in enumerate(prompts):
-        ids = _ids(prompt, tokenizer, recipe.data.tokenizer.vocab)
-        marked = " with the marker" if isinstance(prompt.content, str) else ""
+        marked = ""
+        if chat is not None and isinstance(prompt.content, str):
+            ids = chat.prompt(_messages(prompt.content, arguments.system))
+            marked = " in the words of the chat template"
+        else:
+            ids = _ids(prompt, tokenizer, recipe.data.tokenizer.vocab)
+            marked = " with the marker" if isinstance(prompt.content, str) else ""
         where = f"{prompt.where} of {len(ids)} tokens{marked}"
         limit = options.limit(len(ids), recipe.model.rope.max_length, where, _flag)
         rows.append(Prompt(ids, limit, number))
@@ -150,6 +166,12 @@ def _options(arguments: argparse.Namespace) -> "GenerationOptions":
 
     if arguments.stream and arguments.json:
         raise UserError("--stream cannot be combined with --json, which prints one whole document")
+    if arguments.system is not None and not arguments.chat:
+        raise UserError("--system needs --chat")
+    if arguments.chat and arguments.prompt_ids is not None:
+        raise UserError("--chat takes texts: it cannot be combined with --prompt-ids")
+    if arguments.system is not None and not is_text(arguments.system):
+        raise UserError("--system is not UTF-8 text")
     if arguments.speculative is not None and arguments.speculative < 1:
         raise UserError(f"--speculative = {arguments.speculative}: must be at least 1")
     if not all(map(is_text, arguments.stop)):
@@ -190,6 +212,12 @@ def _prompts(arguments: argparse.Namespace) -> "list[GivenPrompt]":
     return [one_prompt(arguments.prompt)]
 
 
+def _messages(text: str, system: str | None) -> list[dict[str, str]]:
+    """The turns of a conversation that a text begins."""
+    messages = [{"role": "user", "content": text}]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
 def _tokenizer(
     run: "RunFolder", prompts: "list[GivenPrompt]", arguments: argparse.Namespace
 ) -> "tuple[RunTokenizer | None, int | None]":
@@ -207,7 +235,7 @@ def _tokenizer(
     except UserError as cause:
         if any(isinstance(prompt.content, str) for prompt in prompts):
             raise UserError(f"{cause}; --prompt-ids needs no tokenizer") from cause
-        for option in ("stop", "stream"):
+        for option in ("stop", "stream", "chat"):
             if getattr(arguments, option):
                 raise UserError(f"{cause}; --{option} needs it") from cause
         _say(f"note: {cause}; tokens are printed by their ids")
@@ -283,6 +311,7 @@ class _Printer:
         self.tokenizer = tokenizer
         self.streams = arguments.stream
         self.is_file = arguments.prompts is not None
+        self.is_chat = arguments.chat
         self.prompts = prompts
         self.begun = 0
 
@@ -309,7 +338,10 @@ class _Printer:
                 print()
             if self.is_file:
                 print(f"--- prompt {self.begun + 1} ---")
-            print(self._shown(self.prompts[self.begun]), end="", flush=self.streams)
+            if not self.is_chat or self.is_file:
+                print(self._shown(self.prompts[self.begun]), end="", flush=self.streams)
+            if self.is_chat and self.is_file:
+                print()  # an answer begins on a line of its own
             self.begun += 1
 
     def _shown(self, prompt: "GivenPrompt") -> str:

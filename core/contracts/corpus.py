@@ -1,9 +1,9 @@
 """The corpus slot: where text, or tokens, come from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from core.contracts.component import Component
 
@@ -54,6 +54,16 @@ class Corpus(Component, ABC):
         """Returns the corpus of tokens that is read in place of this one; None, the default, if it holds text."""
         return None
 
+    needs_tokenizer: ClassVar[bool] = False
+    """Whether the corpus is read with a tokenizer from a file (`data.tokenizer.file`), such as conversations."""
+
+    def with_tokenizer(self, tokenizer: "CorpusTokenizer") -> "Corpus":
+        """Returns the corpus as it is read with the run's tokenizer; the default: itself.
+
+        Called only where `needs_tokenizer` is set. Raises `UserError` where the tokenizer cannot read it.
+        """
+        return self
+
     def notes(self) -> list[str]:
         """Returns what readers of a run's results must know about the last reading, a sentence each.
 
@@ -80,6 +90,21 @@ class TokenBlock:
 
 
 Split = Literal["train", "validation"]
+
+
+class CorpusTokenizer(Protocol):
+    """A tokenizer from a file as a corpus sees it."""
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> TokenBlock:
+        """Returns a conversation in the words of the tokenizer's chat template; only the assistant's turns are learned.
+
+        Args:
+            messages: its turns, each with the keys `role` and `content`.
+
+        Raises:
+            UserError: the template does not take them, or nothing of them is learned; the message is the end of a
+                sentence about the conversation.
+        """
 
 
 class TokenCorpus(Corpus):

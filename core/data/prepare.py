@@ -22,6 +22,7 @@ from core.data.store import TokenStore, open_store
 from core.data.token_blocks import prepare_tokens, prepare_tokens_by_source
 from core.data.token_split import TokenSplit
 from core.data.tokenizer import LONGEST_PIECE, Tokenizer, train
+from core.data.with_tokenizer import held_out_with, with_tokenizer
 
 
 def prepare(
@@ -44,7 +45,8 @@ def prepare(
         UserError: the corpus cannot be read or is not the recorded one, the vocabulary does not fit it, or the cache
             cannot be written.
     """
-    held_out = held_out or HeldOut()
+    held_out = held_out_with(held_out or HeldOut(), given)
+    corpus = with_tokenizer(corpus, given)
     if isinstance(corpus, MixtureCorpus) and holds_tokens(corpus):
         return _checked(_with_given(_prepare_mixed(corpus, vocab, held_out), given), recorded)
     tokens = corpus.as_tokens()

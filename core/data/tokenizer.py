@@ -73,6 +73,7 @@ class Tokenizer:
         text: the `tokenizer.json` that it was read from; None: it is written anew.
         begin: the token before every document.
         end: the token that ends a document; where it is another than `begin`, it is written after every document.
+        source: the file that it was read from, beside which a chat template may be; None: it was trained here.
     """
 
     def __init__(
@@ -82,14 +83,18 @@ class Tokenizer:
         text: str | None = None,
         begin: int = END,
         end: int = END,
+        source: Path | None = None,
     ) -> None:
         self._text = text
+        self.source = source
         self.begin = begin
         self.end = end
         # other programs' files declare only some of their markers as special; space is the one kind of added entry
         # that stands for itself
-        added = engine.get_added_tokens_decoder().values()
-        engine.add_special_tokens([one.content for one in added if not one.content.isspace()])
+        added = engine.get_added_tokens_decoder()
+        self.added = frozenset(added)
+        names = [one.content for one in added.values() if not one.content.isspace()]
+        engine.add_special_tokens(names)
         engine.encode_special_tokens = True  # a marker spelt out in a text is encoded as text
         self._engine = engine
 
@@ -232,7 +237,7 @@ class Tokenizer:
         """
         try:
             text = read_text(path)
-            return cls(tokenizers.Tokenizer.from_str(text), text=text)
+            return cls(tokenizers.Tokenizer.from_str(text), text=text, source=path)
         except DocumentError as cause:
             raise UserError(f"{path} cannot be read as a tokenizer: {cause.why}") from cause
         except Exception as cause:  # the library raises a bare `Exception` for any broken file

@@ -83,7 +83,7 @@ def _of_tiktoken(found: TokenizerFile, begin: str, end: str) -> Tokenizer:
     )
     engine.decoder = decoders.ByteLevel()
     text = _with_added(str(engine.to_str(pretty=True)), specials, found.file)
-    return Tokenizer(tokenizers.Tokenizer.from_str(text), text=text)
+    return Tokenizer(tokenizers.Tokenizer.from_str(text), text=text, source=found.file)
 
 
 def _with_added(text: str, specials: Mapping[str, int], file: Path) -> str:

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from core.data.tokenizer import Tokenizer
 from core.generation.markers import Markers, markers_of
 from core.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from core.data.conversations import ChatTokenizer
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,19 @@ class RunTokenizer:
             UserError: it cannot be read, or the run's source has no token that begins a text.
         """
         return cls(folder.load_tokenizer(), markers_of(folder))
+
+    def chat(self) -> "ChatTokenizer":
+        """The tokenizer with its chat template, whose `prompt` writes a conversation.
+
+        Raises:
+            UserError: the run has no template.
+        """
+        from core.data.conversations import (
+            ChatTokenizer,
+        )  # imports Jinja, which other texts do not need
+
+        markers = self.markers
+        return ChatTokenizer.of(self.tokenizer.with_markers(markers.begin, markers.end))
 
     @property
     def end(self) -> int:

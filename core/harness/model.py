@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from core.contracts.errors import NotFiniteError, UserError
+from core.data.conversations import ChatTokenizer
 from core.generation.completion import Completer
 from core.generation.options import GenerationOptions
 from core.generation.run_tokenizer import RunTokenizer
@@ -37,6 +38,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         model: the model in evaluation mode, on the device where it is to run.
         tokenizer: the tokenizer of the run, with its markers.
         batch_size: sequences in a forward.
+        chat: the chat template, if questions are asked with it; texts then begin as it says, and markers in them count.
         say: called with each message that a reader of the results should know.
     """
 
@@ -46,6 +48,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         tokenizer: RunTokenizer,
         *,
         batch_size: int,
+        chat: ChatTokenizer | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
@@ -53,13 +56,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
         self.batch_size = batch_size
         self.say = say
         self._tokenizer = tokenizer
+        self._chat = chat
+        self._end = tokenizer.end if chat is None else chat.turn_end()
         self._markers = tokenizer.markers
         self._device = model.embedding.weight.device
 
     @property
     def eot_token_id(self) -> int:
-        """The marker that ends a text that the model writes."""
-        return self._markers.end
+        """The marker that ends a text that the model writes: in a conversation, its turn."""
+        return self._end
 
     @property
     def prefix_token_id(self) -> int:
@@ -74,11 +79,39 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Returns the ids of a text, after the marker unless `add_special_tokens` is False."""
+        """Returns the ids of a text, after the marker unless `add_special_tokens` is False or a template wrote it."""
+        if self._chat is not None:
+            return self._tokenizer.tokenizer.encode_marked(string)
         ids = self._tokenizer.tokenizer.encode(string)
         if add_special_tokens is False:
             return ids
         return [self.prefix_token_id, *ids]
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name under which the harness keeps what it has rendered: that of the template."""
+        assert self._chat is not None
+        return self._chat.template.where
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Returns the template, for the harness's records."""
+        return None if self._chat is None else self._chat.template.source
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Returns a conversation as one text, up to where the assistant answers or goes on with its last turn.
+
+        Raises:
+            UserError: the template does not take it.
+        """
+        assert self._chat is not None
+        template = self._chat.template
+        if add_generation_prompt:
+            return template.render(chat_history, answer=True, clock=True)
+        text = template.render(chat_history, clock=True)
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False

@@ -33,9 +33,12 @@ class ResultsFile:
         folder: the results are written to FOLDER/MODEL/results_DATE.json.
         model: name of the model: the path of its run.
         settings: what was requested, for the field `config`.
+        template: the chat template that questions are asked with; None: none is.
     """
 
-    def __init__(self, folder: Path, model: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, model: str, settings: Mapping[str, Any], template: str | None = None
+    ) -> None:
         self._folder = folder
         self._settings = dict(settings)
         self._model = model
@@ -45,8 +48,8 @@ class ResultsFile:
             model_source="moeloom",
             model_args={"path": model},
             system_instruction=None,
-            chat_template=None,
-            fewshot_as_multiturn=False,
+            chat_template=template,
+            fewshot_as_multiturn=template is not None,
         )
 
     def write(self, results: Mapping[str, Any]) -> Path:

@@ -29,6 +29,7 @@ class TaskOptions:
         shots: solved questions before each question; None: what each task says, 0 where it says nothing.
         output: folder for the results in the harness's own format; None: they are not written.
         batch_size: sequences in a forward.
+        chat: whether questions are turns of a conversation, in the words of the tokenizer's chat template.
         trust: whether files of that folder may run code.
     """
 
@@ -38,6 +39,7 @@ class TaskOptions:
     shots: int | None = None
     output: Path | None = None
     batch_size: int = 16
+    chat: bool = False
     trust: bool = False
 
     def __post_init__(self) -> None:
@@ -147,15 +149,20 @@ def run_tasks(
         questions.
 
     Raises:
-        UserError: the model cannot answer a question, or the run has no tokenizer.
+        UserError: the model cannot answer a question, or the run has no tokenizer, or no template that is needed.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
     from core.harness.model import HarnessModel
 
-    tokenizer = RunTokenizer.of(run)
-    answering = HarnessModel(model, tokenizer, batch_size=options.batch_size, say=say)
+    try:
+        tokenizer = RunTokenizer.of(run)
+    except UserError as cause:
+        why = "tasks are text; --text takes token ids from a .npy file, and core.generate --prompt-ids"
+        raise UserError(f"{cause}; {why}") from cause
+    chat = tokenizer.chat() if options.chat else None
+    answering = HarnessModel(model, tokenizer, batch_size=options.batch_size, chat=chat, say=say)
     file = None
     if options.output is not None:
         from core.harness.results_file import ResultsFile
@@ -163,8 +170,16 @@ def run_tasks(
         settings: dict[str, Any] = {"batch_size": options.batch_size, "limit": options.limit}
         settings["device"] = str(model.embedding.weight.device)
         settings["fewshot_seed"] = DEFAULT_OTHER_SEED
-        file = ResultsFile(options.output, str(run.path), settings)
-    results = evaluate(lm=answering, task_dict=loaded, limit=options.limit, log_samples=False)
+        template = None if chat is None else chat.template.source
+        file = ResultsFile(options.output, str(run.path), settings, template)
+    results = evaluate(
+        lm=answering,
+        task_dict=loaded,
+        limit=options.limit,
+        log_samples=False,
+        apply_chat_template=options.chat,
+        fewshot_as_multiturn=options.chat,
+    )
     if file is not None:
         say(f"results: {file.write(results)}")
     groups = {name: _result(results, name) for name in results.get("groups", {})}

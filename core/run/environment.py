@@ -12,6 +12,7 @@ from core.contracts.strategy import StrategyFactory
 from core.contracts.training import OptimizerFactory
 from core.data.mixed_tokens import holds_tokens
 from core.data.tokenizer import SMALLEST
+from core.data.with_tokenizer import with_tokenizer
 from core.model.language_model import LanguageModel
 from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
@@ -39,11 +40,17 @@ def _check_vocabulary(recipe: Recipe) -> None:
 
     A tokenizer from a file is read, so that one that is missing or too large is reported before the work starts.
     """
-    if recipe.data.tokenizer.file is not None:
-        tokenizer_of(recipe)
+    corpora = [make(section) for section in (recipe.data.corpus, recipe.data.validation) if section]
+    tokenizer = None if recipe.data.tokenizer.file is None else tokenizer_of(recipe)
+    for corpus in corpora:
+        try:
+            with_tokenizer(corpus, tokenizer)
+        except UserError as error:
+            raise UserError(f"{recipe.source}: {error}") from error
+    if tokenizer is not None:
         return
     vocab = recipe.data.tokenizer.vocab
-    if vocab < SMALLEST and not holds_tokens(make(recipe.data.corpus)):
+    if vocab < SMALLEST and not holds_tokens(corpora[0]):
         allowed = f"must be at least {SMALLEST}, as the corpus is text: 256 bytes and the marker"
         raise UserError(f"{recipe.source}: data.tokenizer.vocab = {vocab}: {allowed}")
 

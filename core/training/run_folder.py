@@ -230,8 +230,9 @@ class RunFolder:
         Raises:
             UserError: there is none, or it has changed.
         """
-        if self.tokenizer.exists():
-            check_digests(self.path, self.tokenizer.name)
+        for file in (self.tokenizer, self.tokenizer_config, self.chat_template):
+            if file.exists():
+                check_digests(self.path, file.name)
         tokenizer = Tokenizer.load(self.tokenizer)
         markers = self.file_markers()
         return tokenizer.with_markers(*markers) if markers else tokenizer

@@ -1,4 +1,4 @@
-"""Corpus `files`: text files of your own."""
+"""Corpora `files` and `chat`: text and conversations in files of your own."""
 
 from core.extension.hookspec import Registrar, hookimpl
 
@@ -7,5 +7,6 @@ CONTRACTS = "2.0"
 
 @hookimpl
 def register(registry: Registrar) -> None:
-    """Offers the corpus."""
+    """Offers the corpora."""
     registry.corpus("files", "plugins.text_files.corpus:TextFiles")
+    registry.corpus("chat", "plugins.text_files.chat:Chat")

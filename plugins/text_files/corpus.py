@@ -26,12 +26,12 @@ class Content:
     Args:
         name: its name; see `Document`.
         source: the file, and the place in it, for error messages.
-        value: text in UTF-8, or token ids.
+        value: text in UTF-8, or token ids; messages for conversations.
     """
 
     name: str
     source: str
-    value: bytes | list[int]
+    value: Any
 
 
 class TextFiles(Corpus):
@@ -121,9 +121,14 @@ class TextFiles(Corpus):
 
     def notes(self) -> list[str]:
         """How many records and files the last reading left out."""
+        return self.notes_with(0)
+
+    def notes_with(self, others: int) -> list[str]:
+        """The same with further records, which were left out elsewhere."""
         found = []
-        if self._skipped:
-            counted = "1 record" if self._skipped == 1 else f"{self._skipped} records"
+        skipped = self._skipped + others
+        if skipped:
+            counted = "1 record" if skipped == 1 else f"{skipped} records"
             found.append(f"{counted} without readable text left out of the corpus")
         if self._left_out:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self._left_out.items()))
@@ -142,7 +147,7 @@ class TextFiles(Corpus):
                 else:
                     yield from self._text(located, source)
             except UnreadableError as error:
-                self._bad(str(error))
+                self.bad(str(error))
         self._is_shown = True
 
     def _text(self, located: Located, source: Source) -> Iterator[Content]:
@@ -153,7 +158,7 @@ class TextFiles(Corpus):
                 data.decode("utf-8")
             except UnicodeDecodeError as cause:
                 byte = f"byte 0x{data[cause.start]:02x} at offset {cause.start}"
-                self._bad(f"{source.path} is not UTF-8: {byte} ({cause.reason})")
+                self.bad(f"{source.path} is not UTF-8: {byte} ({cause.reason})")
                 return
         yield Content(located.name_of(source), str(source.path), data)
 
@@ -165,25 +170,33 @@ class TextFiles(Corpus):
             try:
                 if record.error:
                     raise BadRecordError(record.error)
-                found = content_of(record.value, keys)
-                value = found.encode("utf-8") if isinstance(found, str) else found
+                value = self.value_of(record.value)
             except UnicodeEncodeError as cause:
-                self._bad(f"{where} holds half a surrogate pair, which is not text: {cause.reason}")
+                self.bad(f"{where} holds half a surrogate pair, which is not text: {cause.reason}")
             except BadRecordError as error:
-                self._bad(f"{where} {error}")
+                self.bad(f"{where} {error}")
             else:
                 yield Content(f"{name}:{record.number:09d}", where, value)
 
-    def _bad(self, sentence: str) -> None:
+    def value_of(self, record: Any) -> Any:
+        """Returns what a record holds; raises `BadRecordError` or `UnicodeEncodeError` if it cannot be read."""
+        found = content_of(record, self.config.keys())
+        return found.encode("utf-8") if isinstance(found, str) else found
+
+    def bad(self, sentence: str, *, is_counted: bool = True) -> None:
         """Counts and shows a record that is left out; raises `UserError` where that is not allowed."""
         if self.config.on_error == "error":
             raise UserError(f"{sentence}{HOW_TO_SKIP}")
-        self._skipped += 1
-        if self._skipped > self.config.skip_limit:
-            most = f"data.corpus.skip_limit = {self.config.skip_limit}"
-            raise UserError(f"{sentence}; more records are bad than {most} allows")
+        self._skipped += is_counted
+        self.check_limit(sentence)
         if not self._is_shown and self._skipped <= SHOWN:
             print(f"note: left out: {sentence}", file=sys.stderr)
+
+    def check_limit(self, sentence: str, others: int = 0) -> None:
+        """Raises `UserError` if more records are left out than may be, with `others` that are counted elsewhere."""
+        if self._skipped + others > self.config.skip_limit:
+            most = f"data.corpus.skip_limit = {self.config.skip_limit}"
+            raise UserError(f"{sentence}; more records are bad than {most} allows")
 
 
 class FileIds(TokenCorpus):

@@ -175,10 +175,10 @@ def content_of(value: Any, keys: Sequence[str]) -> str | list[int]:
     if isinstance(value, str):
         return value
     if len(keys) == 1:
-        return _checked(_value_at(value, keys[0]), value, keys[0])
+        return _checked(value_at(value, keys[0]), value, keys[0])
     texts = []
     for key in keys:
-        found = _value_at(value, key)
+        found = value_at(value, key)
         if found is None and _has(value, key):
             continue
         text = _checked(found, value, key)
@@ -214,7 +214,7 @@ def _keys_of(record: Any) -> str:
     return f"; its keys: {known}"
 
 
-def _value_at(value: Any, key: str) -> Any:
+def value_at(value: Any, key: str) -> Any:
     """The value under a key, or under a path of keys with dots; None where there is none."""
     return next(_paths(value, key), None)
 

@@ -19,7 +19,7 @@ from .hf_models import transformers_or_skip
 GROUP = "model.blocks.moe.ffn.router.group_score=2"
 TEXTS = [
     "The state of the union in 1987: it's 12345678 people; they'll WE'RE \n\n and\ttabs.",
-    "naïve café, Ελλάδα, Россия, 日本語 ひらがな カタカナ, עברית, 👩‍👩‍👧 and \x7f",  # noqa: RUF001
+    "naïve café, Ελλάδα, Россия, 日本語 ひらがな カタカナ, עברית, 👩‍👩‍👧 and \x7f",
     "def f(x):\n    return [i**2 for i in range(x)]  # \r\n",
     "  spaces   before, between  and after   ",
     "",
