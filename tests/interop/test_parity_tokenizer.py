@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lab import Lab
-from tokenizer_files import TEMPLATE, write_deepseek_like
+from tokenizer_files import PLAIN_TEMPLATE, TEMPLATE, write_deepseek_like
 
 import core
+from core.data.chat_template import ChatTemplate
+from core.data.conversations import ChatTokenizer
 from core.data.tokenizer import Tokenizer
 from core.data.tokenizer_file import load_tokenizer_file
 
@@ -114,3 +116,59 @@ def test_an_exported_model_generates_the_same_ids(exported: tuple[Path, Path]) -
     other = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
     end = [token for token in other.tolist() if token != 1]
     assert [token for token in ours.tokens if token != 1] == end
+
+
+CHATML = (
+    "{%- for message in messages %}\n    {{- '<think>' + message.role + '\\n' }}\n"
+    "    {%- if message.role == 'assistant' %}\n        {%- generation %}\n"
+    "            {{- message['content'] + '<｜end▁of▁sentence｜>\\n' }}\n"  # noqa: RUF001
+    "        {%- endgeneration %}\n    {%- else %}\n"
+    "        {{- message['content'] | trim + '<｜end▁of▁sentence｜>\\n' }}\n"  # noqa: RUF001
+    "    {%- endif %}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<think>assistant\\n' }}\n{%- endif %}\n"
+)
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho, naïve 漢字!"}],
+    [
+        {"role": "system", "content": "  You  help. "},
+        {"role": "user", "content": "word1 12345"},
+        {"role": "assistant", "content": " leading space"},
+        {"role": "user", "content": "again <think> x"},
+        {"role": "assistant", "content": "x = 1\n\n"},
+    ],
+]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, CHATML])
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_the_mask_of_a_conversation_is_that_of_transformers(
+    folder: Path, template: str, messages: list[dict[str, str]]
+) -> None:
+    ours, other = load_tokenizer_file(folder), theirs(folder)
+    markers = {"bos_token": other.bos_token, "eos_token": other.eos_token}
+    chat = ChatTokenizer(ours, ChatTemplate(template, markers, "T"))
+    found = other.apply_chat_template(
+        messages,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+        tokenize=True,
+    )
+    block = chat.conversation(messages)
+    assert list(block.tokens) == found["input_ids"]
+    assert block.learned is not None
+    assert list(map(int, block.learned)) == found["assistant_masks"]
+    asked = messages[:-1]
+    options = {"add_generation_prompt": True, "return_dict": False}
+    expected = other.apply_chat_template(asked, chat_template=template, **options)
+    assert chat.prompt(asked) == expected
+
+
+def test_prefixes_give_the_mask_that_marks_would_give(folder: Path) -> None:
+    ours = load_tokenizer_file(folder)
+    markers = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}  # noqa: RUF001
+    masks = []
+    for template in (TEMPLATE, PLAIN_TEMPLATE):
+        chat = ChatTokenizer(ours, ChatTemplate(template, markers, "T"))
+        masks.append([chat.conversation(messages).learned for messages in CONVERSATIONS])
+    assert masks[0] == masks[1]

@@ -10,10 +10,10 @@ import torch
 from lab import MOE, Lab, rows
 from safetensors.torch import load_file
 from tokenizer_files import ASSISTANT, TEMPLATE, write_deepseek_like
-from torch.nn import functional as F
 
 import core
 from core.analysis.budget import plan_of
+from core.contracts.context import SequenceContext
 from core.run.data import text_data
 from core.training.run_folder import RunFolder
 
@@ -53,33 +53,40 @@ def test_validation_counts_the_learned_tokens_and_their_bytes(
     data = text_data(recipe, plan_of(recipe), RunFolder(run))
     data.prepare()
     model = core.load(run).double()
-    sums, counts = {1: 0.0, 2: 0.0}, {1: 0, 2: 0}
-    with torch.no_grad():
-        for batch in data.val_dataloader():
-            assert batch.learned_BM is not None
-            for row in range(len(batch.tokens_BL)):
-                logits = model(batch.tokens_BL[row : row + 1])
-                logits = logits[0] if isinstance(logits, tuple) else logits
-                logits = getattr(logits, "logits_BLV", logits)[0]
-                losses = F.cross_entropy(logits, batch.targets_BL[row], reduction="none")
-                mask = batch.learned_BM[row, 1:] & batch.valid_BL[row]
-                sums[1] += float(losses[mask].sum())
-                counts[1] += int(mask.sum())
+    total, count, drafted = 0.0, 0, 0
+    for batch in data.val_dataloader():
+        assert batch.learned_BM is not None
+        context = SequenceContext.of(
+            batch.tokens_BL,
+            targets_BL=batch.targets_BL,
+            valid_BL=batch.valid_BL,
+            learned_BM=batch.learned_BM,
+        )
+        drafted += sum(int(n) for n in model.heads["mtp"].counts(context).values())
+        with torch.no_grad():
+            logits = model.logits(batch.tokens_BL)
+        for row in range(len(batch.tokens_BL)):
+            for place in range(batch.tokens_BL.shape[1]):
+                if not batch.valid_BL[row, place]:
+                    continue
+                if batch.learned_BM[row, place + 1]:
+                    target = batch.targets_BL[row, place]
+                    total -= float(logits[row, place].double().log_softmax(-1)[target])
+                    count += 1
     summary = json.loads((run / "summary.json").read_text())
-    assert 0 < counts[1] < data._prepared.validation.learned.size
-    assert summary["val_loss"] == pytest.approx(sums[1] / counts[1], rel=1e-9)
-    expected = sums[1] / math.log(2) / data.validation_bytes
+    assert 0 < count < len(data._prepared.validation)
+    assert drafted == count, "the denominator of a multi-token module is the main loss's"
+    assert summary["val_loss"] == pytest.approx(total / count, rel=1e-9)
+    expected = total / math.log(2) / data.validation_bytes
     assert summary["val_bits_per_byte"] == pytest.approx(expected, rel=1e-9)
-    conversation = [
+    lines = Path(recipe.data.corpus.config.paths[0]).read_text(encoding="utf-8").splitlines()
+    said = [
         turn["content"]
-        for turn in json.loads(
-            Path(recipe.data.corpus.config.paths[0]).read_text().splitlines()[10]
-        )["messages"]
+        for line in (lines[10], lines[30])
+        for turn in json.loads(line)["messages"]
         if turn["role"] == "assistant"
     ]
-    others = json.loads(Path(recipe.data.corpus.config.paths[0]).read_text().splitlines()[30])
-    conversation += [t["content"] for t in others["messages"] if t["role"] == "assistant"]
-    assert data.validation_bytes == sum(len(text.encode()) for text in conversation)
+    assert data.validation_bytes == sum(len(text.encode()) for text in said)
 
 
 def test_every_valid_token_takes_load(lab: Lab, run: Path) -> None:
