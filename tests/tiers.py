@@ -14,6 +14,8 @@ TESTS = Path(__file__).parent
 FULL = {
     "commands/test_readme_command.py": "starts the README's command as a process",
     "eval/test_command.py": "needs lm-eval",
+    "eval/test_fine_tuning.py": "needs TRL",
+    "eval/test_chat_tasks.py": "needs lm-eval and transformers",
     "eval/test_harness_model.py": "needs lm-eval",
     "eval/test_parity.py": "needs lm-eval and transformers",
     "eval/test_post_training.py": "needs TRL",

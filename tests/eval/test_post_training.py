@@ -53,7 +53,8 @@ def _step(export: Path, folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """The first and the last block of the document; ours are the folders, the reward, and how small the step is."""
     from datasets import Dataset
 
-    load, _, train = (block.text for block in blocks(ROOT / "docs" / "post_training.md", "python"))
+    found = [block.text for block in blocks(ROOT / "docs" / "post_training.md", "python")]
+    load, _, train = found[-3:]
     small = "learning_rate=1e-3, max_steps=1, per_device_train_batch_size=8, save_strategy='no', logging_steps=1"
     names: dict[str, Any] = {
         "reward": reward,

@@ -316,7 +316,7 @@ def test_a_broken_plugin_stops_no_run_that_does_not_need_it(
     result = lab.command("describe", lab.file, "data.corpus.name=probe")
     assert result.code == 2
     assert result.sentence.endswith(
-        "no corpus is named 'probe'; known: files, hf_dataset, mixture, package_text, shift, tokens; "
+        "no corpus is named 'probe'; known: chat, files, hf_dataset, mixture, package_text, shift, tokens; "
         "plugin 'bad' of bad 1.0 is broken: RuntimeError: no GPU driver"
     )
 

@@ -59,7 +59,8 @@ def test_who_misses_a_name_is_reported_what_is_disabled(
     with pytest.raises(UserError) as caught:
         compose("dsv3_small", overrides)
     assert str(caught.value).endswith(
-        "data.corpus.name: no corpus is named 'probe'; known: files, hf_dataset, mixture, package_text, shift, tokens; "
+        "data.corpus.name: no corpus is named 'probe'; "
+        "known: chat, files, hf_dataset, mixture, package_text, shift, tokens; "
         "disabled by MOELOOM_DISABLE_PLUGINS, whatever they may offer: one, two of loom-extra 2.3"
     )
     compose("dsv3_small")
