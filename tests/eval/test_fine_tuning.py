@@ -38,7 +38,7 @@ def tuned(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any
     for name, folder in (("EXPORT", "export"), ("TUNED", "tuned"), ("out", "out")):
         code = code.replace(f'"{name}"', repr(str(place / folder)))
     names: dict[str, Any] = {}
-    exec(code.replace("bf16=True, ", f"bf16=False, {SMALL}"), names)  # noqa: S102
+    exec(code.replace("bf16=True, ", f"bf16=False, {SMALL}"), names)
     return place, names["trainer"]
 
 
