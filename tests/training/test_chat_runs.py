@@ -155,3 +155,20 @@ def test_mistakes_are_one_sentence(
     assert "has no chat template" in done.sentence
     done = lab.command("generate", finished, "--system", "x", "--prompt", "x")
     assert done.sentence == "--system needs --chat"
+
+
+def test_a_step_without_a_learned_token_is_a_step(
+    lab: Lab, keys: list[str], tmp_path: Path
+) -> None:
+    turns = [
+        {"role": "user", "content": "the tale of " * 100},
+        {"role": "assistant", "content": "x"},
+    ]
+    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    corpus = f"data.corpus={{name: chat, paths: ['{tmp_path}/one.jsonl']}}"
+    split = ("batch.sequences=1", "batch.accumulate=1", "validation.every_steps=null")
+    lab.fit(tmp_path / "run", corpus, *keys[1:], *split, "budget.steps=2")
+    (first, _) = rows(tmp_path / "run")
+    assert float(first["loss/next_token"]) == float(first["loss/mtp/depth_1"]) == 0
+    assert float(first["loss/balance/sequence"]) > 0
+    assert math.isfinite(float(first["grad_norm"]))
