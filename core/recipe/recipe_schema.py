@@ -9,6 +9,7 @@ from core.contracts.errors import ConfigError
 from core.contracts.schedule import Schedule, Scheduled, check_scheduled
 from core.contracts.schema import Child, Section, child, children, sections_in, setting
 from core.recipe.model_schema import ModelSection
+from core.recipe.selection import Selection
 from core.recipe.trainer_keys import check_trainer_values
 
 LONGEST = 2**53
@@ -171,7 +172,9 @@ class RecipeSchema:
     loggers: Child = children(
         "logger", "list", [{"name": "csv"}, {"name": "tensorboard"}], doc="where metrics go"
     )
-    initial_weights: str | None = setting(None, doc="a run or checkpoint to take the weights from")
+    initial_weights: str | Selection | None = setting(
+        None, doc="a run or checkpoint to take the weights from, or a section that takes a part"
+    )
     trainer: dict[str, Any] = setting({}, doc="passed to lightning.Trainer")
     smoke: dict[str, Any] = setting({}, doc="overrides for tests and smoke runs")
 
@@ -227,6 +230,12 @@ class RecipeSchema:
                 raise ConfigError("callbacks", f"two of them keep the average {name}: remove one")
             if name is not None:
                 known.add(name)
+
+    @property
+    def selection(self) -> Selection | None:
+        """What the run takes its initial weights from; None: it draws all of them."""
+        given = self.initial_weights
+        return Selection(path=given) if isinstance(given, str) else given
 
     @property
     def shards_checkpoints(self) -> bool:

@@ -20,6 +20,7 @@ from core.data.module import TextData
 from core.recipe.compose import Recipe, compose_run
 from core.run.data import text_data
 from core.run.environment import check_environment
+from core.run.initial_weights import InitialWeights
 from core.run.reading import count_of, reading_line, source_lines
 from core.run.run_model import RunModel
 from core.run.run_sample import SampleAtEnd
@@ -118,8 +119,8 @@ def _start_or_resume(
     """Trains in a folder whose lock this process holds."""
     check_environment(recipe)
     if not resume or folder.never_started():
-        if recipe.initial_weights:
-            newest_checkpoint(Path(recipe.initial_weights))
+        if recipe.selection is not None:
+            newest_checkpoint(Path(recipe.selection.path))
         folder.create(trust=trust)
         return _fit(recipe, folder, launch, None, say, trust=trust)
     if folder.summary.exists():  # the process that held the lock has just completed the run
@@ -202,8 +203,12 @@ def _fit(
     run_model = RunModel(recipe, strategy, data)
     size = size_of(run_model.model)
     run_model.compile()
-    if recipe.initial_weights and start is None:
-        run_model.load_initial_weights(say, trust=trust)
+    taken = None
+    if recipe.selection is not None and start is None:
+        taken = run_model.load_initial_weights(say, trust=trust)
+        notices += taken.sentences
+    elif recipe.selection is not None:
+        notices += _recorded_notices(folder)
     peak = None
     if not torch.cuda.is_available():
         peak = measured_peak_flops(torch.device("cpu"))
@@ -231,7 +236,7 @@ def _fit(
         # the content is as large as the model, and Lightning reads the file again
         start = replace(start, content={})
     if not is_started and is_rank_zero():
-        _write_identity(recipe, folder, data)
+        _write_identity(recipe, folder, data, taken)
     own, sample = _train(recipe, folder, launch, module, data, callbacks, peak, start, say)
     if is_rank_zero():
         return _finish(folder, module, data, size, own, notices, sample)
@@ -248,6 +253,13 @@ def _say_data(data: TextData, say: Callable[[str], None]) -> list[str]:
     for notice in notices:
         say(f"note: {notice}")
     return notices
+
+
+def _recorded_notices(folder: RunFolder) -> list[str]:
+    """What the start of a run that is continued said about its initial weights."""
+    recorded = folder.read_provenance().get("initial_weights")
+    notices = recorded.get("notices") if isinstance(recorded, dict) else None
+    return [str(notice) for notice in notices] if isinstance(notices, list) else []
 
 
 def _record_moved_corpus(recipe: Recipe, folder: RunFolder) -> None:
@@ -267,10 +279,13 @@ def _check_start(module: TrainingModule, start: Resume) -> None:
     check_optimizers(optimizers, start.content, start.path)
 
 
-def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
+def _write_identity(
+    recipe: Recipe, folder: RunFolder, data: TextData, taken: InitialWeights | None
+) -> None:
     """Writes provenance, tokenizer and recipe; the recipe last, because its presence makes the folder a run."""
+    rest = {} if taken is None else {"initial_weights": taken.record()}
     shaped_by = provenance(
-        recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads()
+        recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads(), **rest
     )
     folder.write_json("provenance.json", shaped_by)
     if data.tokenizer is not None:

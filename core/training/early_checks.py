@@ -29,7 +29,10 @@ def check_same_folder(resume: str | None, out: Path | None) -> None:
 
 def check_initial_weights(recipe: Recipe) -> None:
     """Raises `UserError` if `initial_weights` names a path that does not exist."""
-    weights = recipe.initial_weights
-    if weights and not Path(weights).exists():
+    selection = recipe.selection
+    if selection is not None and not Path(selection.path).exists():
+        key = (
+            "initial_weights" if isinstance(recipe.initial_weights, str) else "initial_weights.path"
+        )
         why = "no checkpoint here: give a run folder or a checkpoint file"
-        raise UserError(f"{recipe.source}: initial_weights = {weights}: {why}")
+        raise UserError(f"{recipe.source}: {key} = {selection.path}: {why}")
