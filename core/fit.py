@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> None:
     """Composes and validates the recipe; only then are the modules that train imported."""
     from core.recipe.compose import compose
-    from core.training.early_checks import check_folders, check_initial_weights
+    from core.training.early_checks import check_corpus, check_folders, check_initial_weights
     from core.training.launchers import (
         Launch,
         check_folder_named,
@@ -62,6 +62,7 @@ def main(arguments: argparse.Namespace) -> None:
 
         show(recipe, as_json=arguments.json)
         return
+    check_corpus(recipe)
     check_initial_weights(recipe)
     check_folder_named(launch, out=arguments.out, resume=arguments.resume)
     redirect_output(Path(arguments.out or arguments.resume or ""), launch)

@@ -33,6 +33,9 @@ from core.interop.writing import planned
 from core.recipe.compose import Recipe
 from core.training.run_folder import RunFolder, provenance
 
+OWN_FOLDER = "."
+"""The folder of the recipe that names it."""
+
 PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16"}
 """The recipe's precision for weights of a number format; fp32 for every other format."""
 
@@ -292,7 +295,16 @@ def _write_run(
     }
     run.write_json("provenance.json", provenance(recipe.sections(), converted=converted))
     run.write_digests()
-    run.write_recipe(recipe.to_dict())
+    run.write_recipe(_to_train_further(recipe.to_dict()))
+
+
+def _to_train_further(values: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a converted run: it starts from the run's own weights, and asks for a corpus."""
+    return {
+        **values,
+        "data": {**values["data"], "corpus": None},
+        "initial_weights": OWN_FOLDER,
+    }
 
 
 def markers(source: Path, config: Mapping[str, Any]) -> dict[str, int | None]:

@@ -34,7 +34,12 @@ class TokenizerSection:
 class DataSection:
     """The data that is read."""
 
-    corpus: Child = child("corpus", {"name": "package_text"}, doc="where text comes from")
+    corpus: Child = child(
+        "corpus",
+        {"name": "package_text"},
+        optional=True,
+        doc="where text comes from; null, as in a converted run: to be given before the model is trained",
+    )
     validation: Child = child(
         "corpus", None, doc="a corpus of its own to validate on; null: a part of `corpus`"
     )

@@ -5,6 +5,7 @@ from core.data.held_out import HeldOut
 from core.data.module import TextData
 from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
+from core.training.early_checks import check_corpus
 from core.training.ranks import rank_and_world
 from core.training.run_folder import RunFolder
 
@@ -16,7 +17,11 @@ def text_data(recipe: Recipe, plan: TrainingPlan, run: RunFolder | None = None) 
         recipe: its data section decides.
         plan: the recipe's steps.
         run: the folder of a run that was started on this data; None: a new run.
+
+    Raises:
+        UserError: the recipe has no corpus.
     """
+    check_corpus(recipe)
     return TextData(
         make(recipe.data.corpus),
         vocab=recipe.data.tokenizer.vocab,

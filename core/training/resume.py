@@ -15,6 +15,7 @@ from core.contracts.errors import UserError
 from core.extension.plugin_file import digest_of_code, is_plugin_file
 from core.recipe.compose import Recipe, compose_run
 from core.storage.lock import LOCK, is_locked
+from core.training.early_checks import check_trained
 from core.training.run_folder import RunFolder
 
 
@@ -107,13 +108,6 @@ def _check_code_unchanged(recipe: Recipe, started: Recipe, folder: RunFolder) ->
 
 def _plugin_files(recipe: Recipe) -> list[Path]:
     return [Path(name) for name in recipe.plugins if is_plugin_file(name)]
-
-
-def check_trained(folder: RunFolder, instead: str) -> None:
-    """Raises `UserError` for a converted run, which has no corpus and no steps; `instead` says what to do."""
-    if folder.converted_weights.exists():
-        why = "was converted from another program's files, which say nothing of its training"
-        raise UserError(f"{folder.path}: {why}; {instead}")
 
 
 def newest(folder: RunFolder) -> Resume | None:

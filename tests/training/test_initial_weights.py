@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab import Lab
+from rank_runs import assert_same_end, fit_on_ranks
 from torch import Tensor
 
 import core
@@ -15,7 +17,6 @@ from core.contracts.errors import UserError
 from core.model.language_model import LanguageModel
 from core.recipe.selection import Selection
 from core.run.initial_weights import initial_weights
-from tests.lab import Lab
 
 FP64 = "precision.name=fp64"
 ONLY_MAIN = "model.heads.mtp=null"
@@ -266,6 +267,38 @@ def test_what_nobody_asked_for_is_refused_by_name(lab: Lab, dense: Path, case: s
     base = DENSE[:1] if any("mtp" in o for o in overrides) else DENSE[:2]
     blocks = () if any(o.startswith("model.blocks=") for o in overrides) else DENSE[2:]
     model = build(lab.recipe(*base, *blocks, *overrides), device="meta")
+    selection = Selection(path=str(dense), **keys)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=sentence):
-        selection = Selection(path=str(dense), **keys)  # type: ignore[arg-type]
         initial_weights(model, checkpoints_in(dense)[-1], selection, trust=False)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "strategy={name: ddp, ranks: 2}",
+        "strategy={name: fsdp, ranks: 2}",
+        "strategy={name: expert_parallel, expert_ranks: 2}",
+    ],
+    ids=["ddp", "fsdp", "expert_parallel"],
+)
+@pytest.mark.parametrize("base", ["dense", "moe"])
+def test_ranks_make_the_same_experts_rows_and_noise(
+    lab: Lab, dense: Path, moe: Path, tmp_path: Path, strategy: str, base: str
+) -> None:
+    keys = ["experts: split", "vocabulary: draw", f"path: {dense}"]
+    made: tuple[str, ...] = (experts(8, 12, 4),)
+    if base == "moe":
+        keys = ["experts: copy", "noise: 0.5", "vocabulary: draw", f"path: {moe}"]
+        made = (*routing(4), "model.blocks.moe.ffn.experts=16")
+    start = (
+        FP64,
+        ONLY_MAIN,
+        *made,
+        f"initial_weights={{{', '.join(keys)}}}",
+        "data.tokenizer.vocab=310",
+        "budget.steps=1",
+    )
+    lab.fit(tmp_path / "one", *start)
+    fit_on_ranks(lab, tmp_path / "two", *start, strategy)
+    assert_same_end(tmp_path / "one", tmp_path / "two")
