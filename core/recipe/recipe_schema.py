@@ -6,6 +6,7 @@ from typing import Any
 
 from core.contracts.bounds import at_least
 from core.contracts.errors import ConfigError
+from core.contracts.name_patterns import check_patterns
 from core.contracts.schedule import Schedule, Scheduled, check_scheduled
 from core.contracts.schema import Child, Section, child, children, sections_in, setting
 from core.recipe.model_schema import ModelSection
@@ -180,6 +181,9 @@ class RecipeSchema:
     initial_weights: str | Selection | None = setting(
         None, doc="a run or checkpoint to take the weights from, or a section that takes a part"
     )
+    freeze: list[str] = setting(
+        [], doc="patterns of weights that are not trained, and of balancers that are not updated"
+    )
     trainer: dict[str, Any] = setting({}, doc="passed to lightning.Trainer")
     smoke: dict[str, Any] = setting({}, doc="overrides for tests and smoke runs")
 
@@ -188,6 +192,7 @@ class RecipeSchema:
         at_least(self, 0, "seed")
         at_least(self, 1, "max_skipped_steps")
         check_trainer_values(self.trainer)
+        check_patterns(self.freeze, "freeze")
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
             raise ConfigError("gradient_clip", "must be more than 0, or null for no clipping")
         if self.data.sequence_length > self.model.rope.max_length:

@@ -48,7 +48,9 @@ def load(
         NotFiniteError: a weight that is not finite.
     """
     checkpoint = newest_checkpoint(Path(run_or_checkpoint))
-    model = build(compose_run(run_of(checkpoint).recipe, trust=trust))
+    recipe = compose_run(run_of(checkpoint).recipe, trust=trust)
+    recipe.freeze = []  # it was for that run's training
+    model = build(recipe)
     load_weights(model, checkpoint, average=weights)
     return model.eval()
 

@@ -33,6 +33,7 @@ REPRODUCED = (
     "budget",
     "gradient_clip",
     "initial_weights",
+    "freeze",
 )
 """Sections that a resumed run must share with the one it continues; otherwise it would be another run."""
 
