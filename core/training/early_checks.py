@@ -29,6 +29,20 @@ def check_same_folder(resume: str | None, out: Path | None) -> None:
         raise UserError(f"--out {out}: a resumed run stays in its own folder, {resume}")
 
 
+def check_parent(parent: Path | None, resume: str | None) -> None:
+    """Raises `UserError` if `--from` names nothing, or beside a run that continues by itself."""
+    if parent is None:
+        return
+    if resume not in (None, "auto"):
+        raise UserError(
+            f"--from {parent}: begins a new run, and --resume {resume} continues one in its own folder"
+        )
+    if not parent.exists():
+        raise UserError(
+            f"--from {parent}: no checkpoint here: give a run folder or a checkpoint file"
+        )
+
+
 def check_trained(folder: RunFolder, instead: str) -> None:
     """Raises `UserError` for a converted run, which has no corpus and no steps; `instead` says what to do."""
     if folder.converted_weights.exists():

@@ -121,14 +121,22 @@ def newest(folder: RunFolder) -> Resume | None:
         NotFiniteError: weights or moments with which every further step would fail.
     """
     files = checkpoints_in(folder.path)
-    if not files:
-        return None
-    content = read_metadata(files[-1])
-    check_content(content, files[-1])
+    return read_start(files[-1]) if files else None
+
+
+def read_start(checkpoint: Path) -> Resume:
+    """A checkpoint as a start of training.
+
+    Raises:
+        UserError: it is damaged.
+        NotFiniteError: weights or moments with which every further step would fail.
+    """
+    content = read_metadata(checkpoint)
+    check_content(content, checkpoint)
     found = not_finite(content)
     if found:
-        raise diverged(files[-1], found)
-    return Resume(files[-1], content["moeloom"]["windows_done"], content)
+        raise diverged(checkpoint, found)
+    return Resume(checkpoint, content["moeloom"]["windows_done"], content)
 
 
 def _first_difference_in(
