@@ -24,8 +24,9 @@ def locate_own_paths(layers: Layers, ending: str) -> None:
             section = section.get(key) if isinstance(section, dict) else None
         value = section.get(keys[-1]) if isinstance(section, dict) else None
         origin = layers.origin(".".join(keys))
-        is_own = isinstance(value, str) and value.startswith(".")
-        if is_own and not origin.startswith(COMMAND_LINE):
+        if not isinstance(value, str) or not value.startswith("."):
+            continue
+        if not origin.startswith(COMMAND_LINE):
             folder = Path(origin.removesuffix(ending)).parent
             layers.values = _replaced(layers.values, keys, os.path.abspath(folder / value))
 

@@ -257,6 +257,8 @@ class _Growth:
             how = f"{how} of {self.parts} parts each"
         if self.first:
             how = f"{how}, the first {self.first} inner units are shared"
+        if self.is_dense:
+            how = f"{how}; router rows are drawn"
         return f"{made} ({how}; down-projections times {factor:.6g})"
 
 
