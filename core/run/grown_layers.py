@@ -39,7 +39,7 @@ class GrownLayer:
     """A layer whose experts are made.
 
     Args:
-        tensors: by name in the model.
+        tensors: those that are made, by name in the model.
         drawn: names of its tensors that are drawn.
         sentence: what is made of what.
         is_exact: whether it computes what its source did, before any step.

@@ -1,5 +1,6 @@
 """What a run writes about itself before its first step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from core.data.module import TextData
 from core.recipe.compose import Recipe
 from core.run.initial_weights import InitialWeights
 from core.run.parent import Parent
+from core.run.source_files import keep_source_files, run_at
 from core.training.run_folder import RunFolder, provenance
 
 
@@ -17,6 +19,7 @@ def write_identity(
     data: TextData,
     taken: InitialWeights | None,
     parent: Parent | None,
+    say: Callable[[str], None],
 ) -> None:
     """Writes provenance, tokenizer and recipe; the recipe last, because its presence makes the folder a run.
 
@@ -26,12 +29,15 @@ def write_identity(
         data: its data, prepared.
         taken: what it takes from another run's weights; None: nothing.
         parent: the checkpoint that it continues; None: it begins by itself.
+        say: prints notes.
     """
     rest: dict[str, Any] = {}
     if taken is not None:
         rest["initial_weights"] = taken.record()
+        rest |= keep_source_files(run_at(taken.source), folder, data.tokenizer, say)
     if parent is not None:
         rest["parent"] = parent.record()
+        rest |= keep_source_files(parent.folder, folder, data.tokenizer, say)
     shaped_by = provenance(
         recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads(), **rest
     )

@@ -73,7 +73,7 @@ class InitialWeights:
         """Replaces the drawn weights of a model.
 
         Args:
-            model: with drawn weights.
+            model: the model, whose weights are drawn.
             parts: the weights of a model that is divided over ranks, which all call this; None: it is whole.
 
         Raises:

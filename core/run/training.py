@@ -262,7 +262,7 @@ def _fit(
         # the content is as large as the model, and Lightning reads the file again
         start = replace(start, content={})
     if not is_started and is_rank_zero():
-        write_identity(recipe, folder, data, taken, origin)
+        write_identity(recipe, folder, data, taken, origin, say)
     own, sample = _train(recipe, folder, launch, module, data, callbacks, peak, start, say)
     if is_rank_zero():
         return _finish(folder, module, data, size, own, notices, sample)
