@@ -303,7 +303,7 @@ def _to_train_further(values: dict[str, Any]) -> dict[str, Any]:
     return {
         **values,
         "data": {**values["data"], "corpus": None},
-        "initial_weights": OWN_FOLDER,
+        "initial_weights": {"path": OWN_FOLDER},
     }
 
 

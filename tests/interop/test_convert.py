@@ -414,7 +414,8 @@ def test_the_recipe_of_a_converted_run_starts_from_its_weights_and_asks_for_a_co
     moved = tmp_path / "moved"
     run.rename(moved)
     recipe = core.compose(moved / "recipe.yaml")
-    assert (recipe.initial_weights, recipe.data.corpus) == (str(moved), None)
+    assert recipe.selection is not None
+    assert (recipe.selection.path, recipe.data.corpus) == (str(moved), None)
     corpus = f"data.corpus={{name: files, paths: ['{lab.texts}/*.txt']}}"
     settings = (corpus, "budget.steps=1", "optimizer.lr=0", "data.sequence_length=16")
     done = lab.command("fit", moved / "recipe.yaml", *settings, "--out", out)
