@@ -14,8 +14,8 @@ import torch
 from drawn_recipes import RecipeDraw, write_fixed
 from lab import Lab
 
-import core.run.run_sample
 import core.run.identity
+import core.run.run_sample
 import core.run.training
 import plugins.fp8_native.precision
 from core.contracts.errors import UserError

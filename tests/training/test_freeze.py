@@ -10,6 +10,7 @@ from lab import Lab, last_checkpoint
 from observed_run import differences
 from rank_runs import assert_same_end, cut_after, fit_on_ranks
 
+from core.analysis.describe import document_of
 from core.assemble import build
 from core.contracts.balancer import Balancer
 from core.contracts.errors import UserError
@@ -165,3 +166,14 @@ def test_frozen_parts_under_compile_recompute_and_fp8(
     every = changed(lab, tmp_path / "run", *keys)
     assert not [name for name in every if ".router." in name or ".routed." in name]
     assert "output.weight" in every
+
+
+def test_describe_counts_no_gradient_and_no_state_of_frozen_weights(lab: Lab) -> None:
+    whole = document_of(lab.recipe())["memory_bytes"]
+    part = document_of(lab.recipe("freeze=[embedding, routed]"))["memory_bytes"]
+    weights = dict(started(lab).named_parameters())
+    frozen = [w for name, w in weights.items() if name == "embedding.weight" or ".routed." in name]
+    fewer = sum(4 * weight.numel() for weight in frozen)
+    assert whole["gradients"] - part["gradients"] == fewer
+    assert whole["optimizer"] - part["optimizer"] == 2 * fewer
+    assert whole["weights"] == part["weights"]
