@@ -30,6 +30,7 @@ FULL = {
     "interop/test_parity_sparse.py": "needs transformers",
     "interop/test_parity_trained.py": "needs transformers",
     "interop/test_parity_v4.py": "needs transformers",
+    "interop/test_parity_tokenizer.py": "needs transformers",
     "interop/test_resume.py": "kills conversions",
     "interop/test_trained.py": "trains and converts runs there and back",
     "precision/test_benchmark.py": "times whole steps of every precision",

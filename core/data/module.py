@@ -37,7 +37,7 @@ class TextData(LightningDataModule):
 
     Args:
         corpus: the source of the documents.
-        vocab: entries of the tokenizer.
+        vocab: entries of the vocabulary.
         length: tokens in a sequence; must be the plan's.
         plan: the run's steps and the micro-batches that each reads.
         seed: the seed of the training order.
@@ -46,6 +46,7 @@ class TextData(LightningDataModule):
         validation_sequences: sequences in a validation batch, all data ranks together.
         recorded: the data of the run that reads the corpus again; None: a new run.
         held_out: how the validation text is chosen; None: by the documents' names.
+        tokenizer: returns the tokenizer that the recipe names, when the data are prepared; None: one is trained.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class TextData(LightningDataModule):
         validation_sequences: int,
         recorded: RecordedData | None = None,
         held_out: HeldOut | None = None,
+        tokenizer: Callable[[], Tokenizer] | None = None,
     ) -> None:
         super().__init__()
         assert length == plan.length, f"sequences of {length} tokens in a plan for {plan.length}"
@@ -71,6 +73,7 @@ class TextData(LightningDataModule):
         self._validation_sequences = validation_sequences
         self._recorded = recorded
         self._held_out = held_out or HeldOut()
+        self._given = tokenizer
 
     def prepare(self) -> None:
         """Reads the corpus and prepares its tokens; a second call does nothing.
@@ -131,11 +134,12 @@ class TextData(LightningDataModule):
 
     @cached_property
     def _prepared(self) -> Prepared:
-        return prepare(self._corpus, self._vocab, self._recorded, self._held_out)
+        given = None if self._given is None else self._given()
+        return prepare(self._corpus, self._vocab, self._recorded, self._held_out, given)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, trained on the training documents; None where only token ids are known."""
+        """The tokenizer of the tokens; None where only token ids are known."""
         return self._prepared.tokenizer
 
     @property

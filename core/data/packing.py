@@ -37,9 +37,16 @@ class PackedStream:
     Args:
         vocab: entries of the vocabulary.
         folder: the folder of the temporary file, if it can be written.
+        opening: the marker before each document.
+        ending: another marker after each; None: there is none.
     """
 
-    def __init__(self, vocab: int, folder: Path) -> None:
+    def __init__(
+        self, vocab: int, folder: Path, opening: int = END, ending: int | None = None
+    ) -> None:
+        self._opening = opening
+        self._ending = ending
+        self._is_open = False
         where = str(folder) if os.access(folder, os.W_OK) else None
         self._file = tempfile.SpooledTemporaryFile(max_size=SPOOLED, dir=where)  # noqa: SIM115
         self._dtype = np.dtype(width_of(vocab))
@@ -48,10 +55,18 @@ class PackedStream:
         self._sources = array("q")
 
     def begin(self, source: int) -> None:
-        """Begins the next document, of a source."""
+        """Begins the next document, of a source, after the end of the one before it."""
+        self.finish()
+        self._is_open = True
         self._starts.append(self._length)
         self._sources.append(source)
-        self.add([END])
+        self.add([self._opening])
+
+    def finish(self) -> None:
+        """Ends the last document; `begin` does so for the ones before it."""
+        if self._is_open and self._ending is not None:
+            self.add([self._ending])
+        self._is_open = False
 
     def add(self, ids: list[int]) -> None:
         """Adds tokens to the document."""
@@ -88,6 +103,7 @@ def pack_into(
                 packed.begin(source)
             packed.add(ids)
             progress.add(len(text))
+    packed.finish()
 
 
 def _pieces(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[str, bool]]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from core.contracts.corpus import Corpus, MixtureCorpus
+from core.contracts.errors import UserError
 from core.data import cache
 from core.data.documents import fingerprint, text_of
 from core.data.held_out import HeldOut
@@ -28,14 +29,16 @@ def prepare(
     vocab: int,
     recorded: RecordedData | None = None,
     held_out: HeldOut | None = None,
+    given: Tokenizer | None = None,
 ) -> Prepared:
     """Reads a corpus and returns it as tokens.
 
     Args:
         corpus: the source of the documents, or of tokens.
-        vocab: entries of the tokenizer.
+        vocab: entries of the vocabulary.
         recorded: the data of the run that reads the corpus again; its tokenizer then makes the tokens.
         held_out: how the validation text is chosen; None: by the documents' names.
+        given: the tokenizer that the recipe names; None: one is trained.
 
     Raises:
         UserError: the corpus cannot be read or is not the recorded one, the vocabulary does not fit it, or the cache
@@ -43,24 +46,45 @@ def prepare(
     """
     held_out = held_out or HeldOut()
     if isinstance(corpus, MixtureCorpus) and holds_tokens(corpus):
-        return _checked(_prepare_mixed(corpus, vocab, held_out), recorded)
+        return _checked(_with_given(_prepare_mixed(corpus, vocab, held_out), given), recorded)
     tokens = corpus.as_tokens()
     if tokens is not None:
-        return _checked(prepare_tokens(TokenSplit(tokens, held_out), vocab), recorded)
+        prepared = prepare_tokens(TokenSplit(tokens, held_out), vocab)
+        return _checked(_with_given(prepared, given), recorded)
     text = read_text(corpus, vocab, held_out)
     if recorded is not None:
-        recorded.check_documents(text.identity(recorded.version), text.listed())
-    folder = _entry(text, vocab, recorded)
+        found = _identity(text.identity(recorded.version), given)
+        recorded.check_documents(found, text.listed())
+    folder = _entry(text, vocab, recorded, given)
     return Prepared(
-        tokenizer=Tokenizer.load(folder / "tokenizer.json"),
+        tokenizer=given or Tokenizer.load(folder / "tokenizer.json"),
         train=_with_shift(_open(folder, "train", text.train), text.first_part),
         validation=_open(folder, "validation", text.validation),
-        fingerprint=text.identity(),
+        fingerprint=_identity(text.identity(), given),
         dropped=sum(source.split.dropped for source in text.sources),
         documents=text.list_text(),
         sources=text.names(),
         shift_at=text.shift_at,
     )
+
+
+def _identity(key: str, given: Tokenizer | None) -> str:
+    """A fingerprint of documents, with that of the tokenizer that the recipe names."""
+    return key if given is None else fingerprint([], key, "tokenizer", *given.identity())
+
+
+def _with_given(prepared: Prepared, given: Tokenizer | None) -> Prepared:
+    """The data of a corpus of tokens, with the tokenizer that the recipe names for them.
+
+    Raises:
+        UserError: the corpus brings its own.
+    """
+    if given is None:
+        return prepared
+    if prepared.tokenizer is not None:
+        why = "must be null, because the corpus holds token ids and brings their tokenizer"
+        raise UserError(f"data.tokenizer.file: {why}")
+    return replace(prepared, tokenizer=given, fingerprint=_identity(prepared.fingerprint, given))
 
 
 def _with_shift(store: TokenStore, first_part: int | None) -> TokenStore:
@@ -91,7 +115,9 @@ def _checked(prepared: Prepared, recorded: RecordedData | None) -> Prepared:
     return prepared
 
 
-def _entry(text: RunText, vocab: int, recorded: RecordedData | None) -> Path:
+def _entry(
+    text: RunText, vocab: int, recorded: RecordedData | None, given: Tokenizer | None
+) -> Path:
     """The cache entry of the documents' tokens, which is made if it does not exist.
 
     The tokens of a recorded run share the entry if its tokenizer is the one that is trained here, as it nearly always
@@ -99,6 +125,10 @@ def _entry(text: RunText, vocab: int, recorded: RecordedData | None) -> Path:
     another entry.
     """
     key = text.tokens_identity()
+    if given is not None:
+        folder = cache.cache_folder() / _identity(key, given)
+        cache.ensure(folder, lambda: _files(text, given, vocab))
+        return folder
     if text.has_long_piece:
         key = fingerprint([], key, "pieces", LONGEST_PIECE)
     folder = cache.cache_folder() / key
@@ -116,21 +146,21 @@ def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     return Tokenizer.load(folder / "tokenizer.json").to_json() == tokenizer.to_json()
 
 
-def _files(text: RunText, recorded: Tokenizer | None, vocab: int) -> dict[str, cache.Writer]:
+def _files(text: RunText, known: Tokenizer | None, vocab: int) -> dict[str, cache.Writer]:
     """The writers of an entry's files: the tokenizer, and for each side its tokens and where documents start.
 
     Args:
         text: the documents.
-        recorded: the tokenizer that a run has recorded, with which they are encoded; None: one is trained on them.
-        vocab: entries of the tokenizer.
+        known: the tokenizer of a file or of a run, with which they are encoded; None: one is trained on them.
+        vocab: entries of the vocabulary.
     """
-    tokenizer = recorded or train(_training_texts(text), vocab, bounded=text.has_long_piece)
+    tokenizer = known or train(_training_texts(text), vocab, bounded=text.has_long_piece)
     files: dict[str, cache.Writer] = {
         "tokenizer.json": lambda stream: stream.write(tokenizer.to_json().encode())
     }
     progress = EncodingProgress(text.train.size + text.validation.size)
     for name, side in (("train", text.train), ("validation", text.validation)):
-        packed = PackedStream(vocab, cache.cache_folder())
+        packed = PackedStream(vocab, cache.cache_folder(), tokenizer.begin, tokenizer.ending)
         for number, documents in side.documents:
             pack_into(packed, tokenizer, documents, number, progress)
         files[f"{name}.tokens.npy"] = packed.write

@@ -32,6 +32,7 @@ class RecordedData:
         version: the version of `tokenizers` that the run began with; part of the fingerprint.
         tokenizer: the tokenizer that the run's tokens are made with; None where its file is missing.
         documents: the hash of each document by its name; None where the folder has no list.
+        is_from_file: whether the tokenizer came from a file, so that it is part of the fingerprint.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class RecordedData:
     version: str
     tokenizer: Tokenizer | None = None
     documents: Mapping[str, str] | None = None
+    is_from_file: bool = False
 
     def check_documents(self, found: str, documents: Iterable[Document]) -> None:
         """Compares a corpus with the run's.

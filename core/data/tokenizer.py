@@ -10,11 +10,14 @@ The alphabet is the 256 bytes, so every UTF-8 text can be encoded, nothing is no
 text that spells it out, so id 0 in a stream is always a document boundary.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -67,13 +70,49 @@ class Tokenizer:
 
     Args:
         engine: the tokenizer of the `tokenizers` library.
+        text: the `tokenizer.json` that it was read from; None: it is written anew.
+        begin: the token before every document.
+        end: the token that ends a document; where it is another than `begin`, it is written after every document.
     """
 
-    end = END
-
-    def __init__(self, engine: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self,
+        engine: tokenizers.Tokenizer,
+        *,
+        text: str | None = None,
+        begin: int = END,
+        end: int = END,
+    ) -> None:
+        self._text = text
+        self.begin = begin
+        self.end = end
+        # other programs' files declare only some of their markers as special; space is the one kind of added entry
+        # that stands for itself
+        added = engine.get_added_tokens_decoder().values()
+        engine.add_special_tokens([one.content for one in added if not one.content.isspace()])
         engine.encode_special_tokens = True  # a marker spelt out in a text is encoded as text
         self._engine = engine
+
+    def with_markers(self, begin: int, end: int) -> "Tokenizer":
+        """The same tokenizer with other tokens before and after a document."""
+        same = copy(self)
+        same.begin = begin
+        same.end = end
+        return same
+
+    @property
+    def ending(self) -> int | None:
+        """The token after every document; None: the one before the next document ends it."""
+        return None if self.begin == self.end else self.end
+
+    def record(self) -> dict[str, Any]:
+        """What a run's provenance says of a tokenizer from a file: the markers' ids and the file's checksum."""
+        digest = hashlib.sha256(self.to_json().encode()).hexdigest()
+        return {"begin": self.begin, "end": self.end, "sha256": digest}
+
+    def identity(self) -> list[object]:
+        """What makes the ids of a text: the `tokenizer.json`, and the markers around documents."""
+        return [self.to_json(), self.begin, self.end]
 
     @property
     def size(self) -> int:
@@ -86,8 +125,35 @@ class Tokenizer:
         return max(self._engine.get_vocab(with_added_tokens=True).values(), default=0)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without any marker."""
+        """The ids of a text, without any marker: what looks like one is text."""
         return self.encode_batch([text])[0]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of a text in which markers are spelt out, such as a prompt that a chat template has written."""
+        self._engine.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._engine.encode_special_tokens = True
+
+    def spans_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode_marked`, and where in the text each token begins and ends, in characters."""
+        self._engine.encode_special_tokens = False
+        try:
+            encoding = self._engine.encode(text, add_special_tokens=False)
+        finally:
+            self._engine.encode_special_tokens = True
+        return encoding.ids, encoding.offsets
+
+    def id_of(self, entry: str) -> int | None:
+        """The id of an entry by its text, markers included; None: there is none."""
+        found: int | None = self._engine.token_to_id(entry)
+        return found
+
+    def text_of(self, token: int) -> str | None:
+        """The entry of an id as the file writes it; None: there is none."""
+        found: str | None = self._engine.id_to_token(token)
+        return found
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of several texts, encoded on all cores."""
@@ -126,7 +192,9 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The contents of a `tokenizer.json`, which Hugging Face's libraries read too."""
-        return str(self._engine.to_str(pretty=True))
+        if self._text is None:
+            self._text = str(self._engine.to_str(pretty=True))
+        return self._text
 
     def marked_json(self) -> str:
         """The same for other programs, which then begin a text with the end marker by default, as in training.
@@ -163,7 +231,8 @@ class Tokenizer:
             UserError: there is none, or it cannot be read as one.
         """
         try:
-            return cls(tokenizers.Tokenizer.from_str(read_text(path)))
+            text = read_text(path)
+            return cls(tokenizers.Tokenizer.from_str(text), text=text)
         except DocumentError as cause:
             raise UserError(f"{path} cannot be read as a tokenizer: {cause.why}") from cause
         except Exception as cause:  # the library raises a bare `Exception` for any broken file

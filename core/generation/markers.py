@@ -23,7 +23,7 @@ class Markers:
 
 
 def markers_of(folder: RunFolder) -> Markers:
-    """Returns the markers of a run: those of its source if that is another program's, otherwise one marker for both.
+    """Returns the markers of a run: of its source, of its tokenizer's file, or one for both.
 
     Raises:
         UserError: the source of a converted run has neither.
@@ -34,7 +34,7 @@ def markers_of(folder: RunFolder) -> Markers:
     section = "converted" if "converted" in found else "markers"
     source = found.get(section)
     if source is None:
-        return Markers()
+        return Markers(*(folder.file_markers() or ()))
     if not isinstance(source, dict):
         raise UserError(f"{folder.provenance}: {section}: must be a section of keys")
     begin = _id_in(source, section, "begin", folder)

@@ -120,7 +120,8 @@ def to_hf(
     _check_options(options, checkpoint_format, weights, run)
     theirs = _export_specs(mappings, ours, options, source)
     plan = _file_plan(theirs, source)
-    config = _with_formats(config, theirs, checkpoint_format, options, source)
+    markers = folder.file_markers() or (END, END)
+    config = _with_formats(config, theirs, checkpoint_format, options, source, markers)
     identity = _identity(checkpoint, config, theirs)
     if options.allow_non_finite:
         identity.append("allow-non-finite")
@@ -304,6 +305,7 @@ def _with_formats(
     checkpoint_format: CheckpointFormat,
     options: ExportOptions,
     source: SourceLayout | None,
+    markers: tuple[int, int],
 ) -> dict[str, Any]:
     """Returns the configuration with its keys of number formats and, unless files are restored, of markers."""
     has_fp8 = any(spec.dtype == CODES for spec in theirs.values())
@@ -316,8 +318,8 @@ def _with_formats(
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
         result |= dict.fromkeys(keys, NAMES[_main_format(theirs, fp8 is not None)])
     if not restored:
-        for key in ("bos_token_id", "eos_token_id"):
-            result[key] = END if source is None else source.config.get(key)
+        for key, marker in zip(("bos_token_id", "eos_token_id"), markers, strict=True):
+            result[key] = marker if source is None else source.config.get(key)
         result["pad_token_id"] = None if source is None else source.config.get("pad_token_id")
     return result
 
@@ -358,13 +360,26 @@ def _write_companions(
             if file.name not in (run.source_layout.name, "config.json"):
                 shutil.copyfile(file, target.path / file.name)
     else:
-        ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
+        markers = run.file_markers()
+        begin, end = markers or (END, END)
+        ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
         target.write_json("generation_config.json", {"_from_model_config": True, **ids})
-        if run.tokenizer.exists():
+        if markers:
+            _write_given_tokenizer(target, run)
+        elif run.tokenizer.exists():
             settings = tokenizer_config(config["max_position_embeddings"])
             target.write_text("tokenizer.json", run.load_tokenizer().marked_json())
             target.write_json("tokenizer_config.json", settings)
     target.write_text("config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _write_given_tokenizer(target: RunFolder, run: RunFolder) -> None:
+    """Copies the files of a tokenizer that came from a file: it goes back as it came, with its chat template."""
+    run.load_tokenizer()  # compares it with its checksum
+    for file in (run.tokenizer, run.tokenizer_config, run.chat_template):
+        if file.exists():
+            run.check_digests(file.name)
+            shutil.copyfile(file, target.path / file.name)
 
 
 def tokenizer_config(length: int) -> dict[str, Any]:

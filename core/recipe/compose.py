@@ -25,6 +25,7 @@ from core.recipe.own_paths import locate_own_paths
 from core.recipe.recipe_layers import COMMAND_LINE, Layers, leaves, with_string_keys
 from core.recipe.recipe_schema import RecipeSchema
 from core.recipe.resolve import Resolver
+from core.recipe.tokenizer_file import with_tokenizer_file
 from core.recipe.trainer_keys import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS
 from core.recipe.trust import check_modules, check_run_links, is_named, is_of_a_run
 from core.recipe.values import environment_hidden, omegaconf_message
@@ -304,7 +305,7 @@ def _shipped(path: str, prefix: str) -> Path:
 
 def _resolve(file: Path, layers: Layers, check_source: bool) -> Recipe:
     """The validated recipe of merged layers."""
-    values = _interpolated(layers)
+    values = with_tokenizer_file(_interpolated(layers), layers)
     _check_trainer(values.get("trainer"), layers)
     # the core's own keys, then the names, then components: an error in a key of the core needs no import of torch
     resolver = Resolver(

@@ -7,7 +7,7 @@ from typing import Any
 
 from core.recipe.recipe_layers import COMMAND_LINE, Layers
 
-OWN_PATHS = (("initial_weights",), ("initial_weights", "path"), ("data", "tokenizer", "file"))
+OWN_PATHS = (("initial_weights",), ("initial_weights", "path"))
 """Keys of paths that are relative to the file which names them, if they begin with a dot."""
 
 

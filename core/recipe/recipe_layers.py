@@ -35,6 +35,7 @@ class Layers:
         self.values: dict[str, Any] = {}
         self.inherited: dict[str, set[str]] = {}
         self._origins: dict[str, str] = {}
+        self._layer_of: dict[str, int] = {}
         self._file = file
 
     def add(self, layer: dict[str, Any], origin: str) -> None:
@@ -70,8 +71,14 @@ class Layers:
                 return self._origins[enclosing]
         return self._file
 
+    def is_before(self, path: str, other: str) -> bool:
+        """Whether the layer that set a key was merged before the one that set another."""
+        first = self._layer_of.get(self.origin(path), 0)
+        return first < self._layer_of.get(self.origin(other), 0)
+
     def _replace(self, merged: Any, origins: dict[str, str]) -> None:
         """Takes the merged values and the origins of the keys that the new layer set."""
+        self._layer_of |= dict.fromkeys(origins.values(), len(self._layer_of))
         explicit: dict[str, set[str]] = {}
         for path in origins:
             section, _, key = path.rpartition(".")

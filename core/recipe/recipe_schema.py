@@ -22,13 +22,40 @@ MOST_MICRO_BATCHES = 1_000_000
 
 @dataclass(kw_only=True)
 class TokenizerSection:
-    """The byte-level BPE tokenizer, trained on the corpus's training split."""
+    """The tokenizer: a byte-level BPE that is trained on the corpus's training split, or one from a file."""
 
-    vocab: int = setting(doc="entries, the end-of-text marker included")
+    vocab: int = setting(
+        doc="entries, the end-of-text marker included; with `file` it may be left out: as many as it has"
+    )
+    file: str | None = setting(
+        None,
+        doc="a tokenizer.json, a Hugging Face folder, a run or a tiktoken file, relative to the recipe; "
+        "null: one is trained",
+    )
+    pattern: str | None = setting(
+        None, doc="the regular expression that cuts text, for a tiktoken file"
+    )
+    begin: str | None = setting(
+        None, doc="the entry before every document; null: the file's, or `end` where it has none"
+    )
+    end: str | None = setting(None, doc="the entry that ends a document; null: the file's")
+    pad_to_multiple_of: int = setting(
+        1, doc="`vocab` is rounded up to a multiple of this; the model has rows that no text uses"
+    )
 
     def check(self, parent: Any) -> None:
         """Raises `ConfigError` for no entry; a vocabulary that is trained needs 257, which training checks."""
-        at_least(self, 1, "vocab")
+        at_least(self, 1, "vocab", "pad_to_multiple_of")
+        if self.file is None:
+            for key, default in (("pattern", None), ("begin", None), ("end", None)):
+                if getattr(self, key) != default:
+                    raise ConfigError(key, "must be null without data.tokenizer.file")
+            if self.pad_to_multiple_of != 1:
+                why = "must be 1 without data.tokenizer.file: vocab itself says how many entries"
+                raise ConfigError("pad_to_multiple_of", why)
+        elif self.vocab % self.pad_to_multiple_of:
+            why = f"must divide data.tokenizer.vocab = {self.vocab}; leave vocab out to round it up"
+            raise ConfigError("pad_to_multiple_of", why)
 
 
 @dataclass(kw_only=True)

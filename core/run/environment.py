@@ -16,6 +16,7 @@ from core.model.language_model import LanguageModel
 from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
 from core.recipe.values import show_value
+from core.run.data import tokenizer_of
 from core.training.early_checks import check_corpus
 
 
@@ -36,7 +37,13 @@ def check_environment(recipe: Recipe) -> None:
 
 
 def _check_vocabulary(recipe: Recipe) -> None:
-    """Raises `UserError` for a vocabulary that no tokenizer of this program can have, where one is to be trained."""
+    """Raises `UserError` for a vocabulary that no tokenizer of this program can have, where one is to be trained.
+
+    A tokenizer from a file is read, so that one that is missing or too large is reported before the work starts.
+    """
+    if recipe.data.tokenizer.file is not None:
+        tokenizer_of(recipe)
+        return
     vocab = recipe.data.tokenizer.vocab
     if vocab < SMALLEST and not holds_tokens(make(recipe.data.corpus)):
         allowed = f"must be at least {SMALLEST}, as the corpus is text: 256 bytes and the marker"

@@ -31,19 +31,20 @@ def write_identity(
         parent: the checkpoint that it continues; None: it begins by itself.
         say: prints notes.
     """
-    rest: dict[str, Any] = {}
+    rest: dict[str, Any] = {"data": data.fingerprint, "threads": torch.get_num_threads()}
     if taken is not None:
         rest["initial_weights"] = taken.record()
         rest |= keep_source_files(run_at(taken.source), folder, data.tokenizer, say)
     if parent is not None:
         rest["parent"] = parent.record()
         rest |= keep_source_files(parent.folder, folder, data.tokenizer, say)
-    shaped_by = provenance(
-        recipe.sections(), data=data.fingerprint, threads=torch.get_num_threads(), **rest
-    )
-    folder.write_json("provenance.json", shaped_by)
-    if data.tokenizer is not None:
-        data.tokenizer.save(folder.tokenizer)
+    tokenizer = data.tokenizer
+    file = recipe.data.tokenizer.file
+    if file is not None and tokenizer is not None:
+        rest["tokenizer"] = {"file": file, **tokenizer.record()}
+    folder.write_json("provenance.json", provenance(recipe.sections(), **rest))
+    if tokenizer is not None:
+        folder.write_tokenizer(tokenizer, file)
     folder.write_plugin_files(recipe.plugins)
     if data.documents is not None:
         folder.write_text(folder.documents.name, data.documents)

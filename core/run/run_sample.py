@@ -51,9 +51,10 @@ class SampleAtEnd(L.Callback):
         def agreed(token: int) -> int:
             return broadcast_int(token, pl_module.device) if together else token
 
-        opening = END
+        opening = END if self.tokenizer is None else self.tokenizer.begin
+        ending = END if self.tokenizer is None else self.tokenizer.end
         length = min(TOKENS, pl_module.model.max_length)
-        options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "stop": opening}
+        options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "stop": ending}
         text = sample(
             pl_module.model,
             [opening],

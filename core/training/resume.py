@@ -11,7 +11,8 @@ import torch
 from core.checkpoints.content import check_content, diverged, not_finite
 from core.checkpoints.listing import checkpoints_in, is_checkpoint
 from core.checkpoints.reading import open_shards, read_metadata
-from core.contracts.errors import UserError
+from core.contracts.errors import ConfigError, UserError
+from core.data.tokenizer_file import load_tokenizer_file
 from core.extension.plugin_file import digest_of_code, is_plugin_file
 from core.recipe.compose import Recipe, compose_run
 from core.storage.lock import LOCK, is_locked
@@ -72,11 +73,16 @@ def check_recipe_unchanged(
     check_trained(folder, "start a run from its weights with initial_weights")
     started = compose_run(folder.recipe, trust=trust, named=recipe.plugins)
     _check_code_unchanged(recipe, started, folder)
+    _check_tokenizer_unchanged(recipe, started, folder)
     before = started.to_dict()
     now = recipe.to_dict()
     corpora = [
         [values["data"].pop("corpus"), values["data"].pop("validation")] for values in (before, now)
     ]
+    for values in (before, now):
+        # the run holds a copy of its own, and the content decides
+        for key in ("file", "pattern"):
+            values["data"]["tokenizer"].pop(key)
     difference = _first_difference_in(REPRODUCED, before, now)
     if difference:
         path, old, new = difference
@@ -105,6 +111,26 @@ def _check_code_unchanged(recipe: Recipe, started: Recipe, folder: RunFolder) ->
             raise UserError(
                 f"--resume {folder.path}: {file} is not the code that the run was started with, which is {held}"
             )
+
+
+def _check_tokenizer_unchanged(recipe: Recipe, started: Recipe, folder: RunFolder) -> None:
+    """Raises `UserError` if the tokenizer's file of the recipe is not the one that the run was started with."""
+    section = recipe.data.tokenizer
+    if section.file is None or started.data.tokenizer.file is None:
+        return  # a tokenizer that is trained has no markers in the recipe, which is compared
+    if Path(section.file) == folder.tokenizer:
+        return
+    try:
+        found = load_tokenizer_file(
+            Path(section.file), pattern=section.pattern, begin=section.begin, end=section.end
+        )
+    except ConfigError as error:
+        raise UserError(f"{recipe.source}: data.tokenizer.{error.key}: {error.why}") from error
+    if found.identity() != folder.load_tokenizer().identity():
+        raise UserError(
+            f"--resume {folder.path}: {section.file} is not the tokenizer that the run was started "
+            f"with, which is {folder.tokenizer}"
+        )
 
 
 def _plugin_files(recipe: Recipe) -> list[Path]:

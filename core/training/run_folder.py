@@ -19,6 +19,7 @@ from core.data.recorded import RecordedData, read_documents
 from core.data.tokenizer import VERSION, Tokenizer
 from core.extension.plugin_file import is_plugin_file
 from core.recipe import trust
+from core.recipe.tokenizer_file import files_beside, text_of_marker
 from core.storage.digests import DIGESTS, check_digests, set_digest, write_digests
 from core.storage.documents import (
     DocumentError,
@@ -38,6 +39,8 @@ FILES = (
     "recipe.yaml",
     "provenance.json",
     "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
     "documents.txt",
     DIGESTS,
     "metrics.csv",
@@ -72,6 +75,16 @@ class RunFolder:
     def tokenizer(self) -> Path:
         """The tokenizer that the run's tokens were made with."""
         return self.path / "tokenizer.json"
+
+    @property
+    def tokenizer_config(self) -> Path:
+        """The settings of a tokenizer from a file, as Hugging Face's libraries read them."""
+        return self.path / "tokenizer_config.json"
+
+    @property
+    def chat_template(self) -> Path:
+        """The chat template of a tokenizer from a file."""
+        return self.path / "chat_template.jinja"
 
     @property
     def provenance(self) -> Path:
@@ -196,7 +209,8 @@ class RunFolder:
 
     def write_digests(self) -> None:
         """Writes the checksums of tokenizer and plugin files, and of a converted run's weights and source files."""
-        names = [self.tokenizer.name] if self.tokenizer.exists() else []
+        files = (self.tokenizer, self.tokenizer_config, self.chat_template)
+        names = [file.name for file in files if file.exists()]
         for folder in (self.converted_weights.parent, self.source_files, self.plugin_files):
             if folder.is_dir():
                 names += [f"{folder.name}/{file.name}" for file in sorted(folder.iterdir())]
@@ -218,7 +232,49 @@ class RunFolder:
         """
         if self.tokenizer.exists():
             check_digests(self.path, self.tokenizer.name)
-        return Tokenizer.load(self.tokenizer)
+        tokenizer = Tokenizer.load(self.tokenizer)
+        markers = self.file_markers()
+        return tokenizer.with_markers(*markers) if markers else tokenizer
+
+    def file_markers(self) -> tuple[int, int] | None:
+        """Reads the tokens before and after a document, for a tokenizer from a file; None: it was trained.
+
+        Raises:
+            UserError: the provenance is damaged.
+        """
+        if not self.provenance.exists():
+            return None
+        section = read_object(self.provenance).get("tokenizer")
+        if section is None:
+            return None
+        begin, end = [
+            section.get(key) if isinstance(section, dict) else None for key in ("begin", "end")
+        ]
+        if type(begin) is not int or type(end) is not int or min(begin, end) < 0:
+            why = "tokenizer: must hold the numbers of two tokens, begin and end"
+            raise UserError(f"{self.provenance}: {why}")
+        return begin, end
+
+    def write_tokenizer(self, tokenizer: Tokenizer, source: str | None = None) -> None:
+        """Writes a tokenizer, for one from a file with what Hugging Face's libraries read beside it.
+
+        Args:
+            tokenizer: the tokenizer.
+            source: the file or folder that it comes from; None: it was trained.
+        """
+        tokenizer.save(self.tokenizer)
+        if source is None:
+            return
+        config, template = files_beside(Path(source))
+        begin, end = [tokenizer.text_of(token) for token in (tokenizer.begin, tokenizer.end)]
+        if not config:
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": end}
+        for key, text in (("bos_token", begin), ("eos_token", end)):
+            if text_of_marker(config.get(key)) != text:
+                config[key] = text
+        self.write_json(self.tokenizer_config.name, config)
+        if template is not None:
+            self.write_text(self.chat_template.name, template)
 
     def recorded_data(self) -> RecordedData:
         """Reads what the run recorded of its data.
@@ -242,6 +298,7 @@ class RunFolder:
             version=version if isinstance(version, str) and is_text(version) else VERSION,
             tokenizer=self.load_tokenizer() if self.tokenizer.exists() else None,
             documents=documents,
+            is_from_file=self.file_markers() is not None,
         )
 
     def read_provenance(self) -> dict[str, Any]:
@@ -293,7 +350,7 @@ class RunFolder:
     def write_recipe(self, values: dict[str, Any]) -> None:
         """Writes the resolved recipe and its checksum, and records that it was written here.
 
-        Its plugin files are those that the run holds, relative to the run folder.
+        Its plugin files and its tokenizer's file are those that the run holds, relative to the run folder.
         """
         plugins = []
         for name in values.get("plugins", []):
@@ -302,6 +359,11 @@ class RunFolder:
             plugins.append(f"./{held.relative_to(self.path)}" if is_held else name)
         if plugins:
             values = {**values, "plugins": plugins}
+        section = values["data"]["tokenizer"]
+        if section.get("file") is not None and self.tokenizer.exists():
+            # the run's own copy, so that a run is whole wherever it is moved
+            section = {**section, "file": f"./{self.tokenizer.name}", "pattern": None}
+            values = {**values, "data": {**values["data"], "tokenizer": section}}
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         set_digest(self.path, self.recipe.name, text.encode())
         self.write_text(self.recipe.name, text)

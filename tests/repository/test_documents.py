@@ -59,7 +59,7 @@ def test_every_key_of_a_recipe_is_documented(section_of: type) -> None:
 
 
 def test_no_section_of_the_schema_is_left_out() -> None:
-    named = {schema.TokenizerSection}  # its one key is in the row of `tokenizer`
+    named = {schema.TokenizerSection}  # its keys are in the row of `tokenizer`
     own = {
         value
         for module in (schema, model_schema)
