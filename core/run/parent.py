@@ -12,7 +12,13 @@ from core.recipe.compose import Recipe, compose_run
 from core.run.loading import run_of
 from core.storage.digests import digest_of
 from core.training.early_checks import check_trained
-from core.training.resume import Resume, first_difference, newest_checkpoint, read_start
+from core.training.resume import (
+    Resume,
+    check_tokenizer_unchanged,
+    first_difference,
+    newest_checkpoint,
+    read_start,
+)
 from core.training.run_folder import RunFolder
 
 RULE = (
@@ -101,10 +107,13 @@ def _digest(checkpoint: Path) -> str:
 def _check_recipe(recipe: Recipe, before: Recipe, parent: Parent) -> None:
     """Raises `UserError` for a key that may not change, and for a budget that ends where the parent has been."""
     where = f"--from {parent.folder.path}"
+    check_tokenizer_unchanged(recipe, before, parent.folder, "--from")
     old = before.to_dict()
     new = recipe.to_dict()
     for values in (old, new):  # the documents decide, and the order of the data is compared below
         del values["data"]["corpus"], values["data"]["validation"]
+        for key in ("file", "pattern"):
+            values["data"]["tokenizer"].pop(key)
         values["optimizer"] = {"name": values["optimizer"]["name"]}
     sections = (*FIXED, "optimizer")
     difference = first_difference({k: old[k] for k in sections}, {k: new[k] for k in sections})

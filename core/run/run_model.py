@@ -96,7 +96,14 @@ class RunModel:
 def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
     """Warns if the initial weights were trained with another tokenizer, whose ids mean other text."""
     run = RunFolder(source.parent.parent)
-    if data.tokenizer is None or not run.tokenizer.is_file():
+    if data.tokenizer is None:
+        return
+    if not run.tokenizer.is_file():
+        if run.converted_weights.is_file():
+            own = (
+                "this run has trained one of its own, so the weights have to learn the tokens anew"
+            )
+            say(f"note: {run.path} has no tokenizer: {own}")
         return
     if run.load_tokenizer().entries() != data.tokenizer.entries():
         say(

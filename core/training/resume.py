@@ -73,7 +73,7 @@ def check_recipe_unchanged(
     check_trained(folder, "start a run from its weights with initial_weights")
     started = compose_run(folder.recipe, trust=trust, named=recipe.plugins)
     _check_code_unchanged(recipe, started, folder)
-    _check_tokenizer_unchanged(recipe, started, folder)
+    check_tokenizer_unchanged(recipe, started, folder, "--resume")
     before = started.to_dict()
     now = recipe.to_dict()
     corpora = [
@@ -113,8 +113,17 @@ def _check_code_unchanged(recipe: Recipe, started: Recipe, folder: RunFolder) ->
             )
 
 
-def _check_tokenizer_unchanged(recipe: Recipe, started: Recipe, folder: RunFolder) -> None:
-    """Raises `UserError` if the tokenizer's file of the recipe is not the one that the run was started with."""
+def check_tokenizer_unchanged(
+    recipe: Recipe, started: Recipe, folder: RunFolder, option: str
+) -> None:
+    """Raises `UserError` if the tokenizer's file of the recipe is not the one that the run was started with.
+
+    Args:
+        recipe: the recipe.
+        started: that of the run.
+        folder: the run.
+        option: the option that named the run.
+    """
     section = recipe.data.tokenizer
     if section.file is None or started.data.tokenizer.file is None:
         return  # a tokenizer that is trained has no markers in the recipe, which is compared
@@ -128,7 +137,7 @@ def _check_tokenizer_unchanged(recipe: Recipe, started: Recipe, folder: RunFolde
         raise UserError(f"{recipe.source}: data.tokenizer.{error.key}: {error.why}") from error
     if found.identity() != folder.load_tokenizer().identity():
         raise UserError(
-            f"--resume {folder.path}: {section.file} is not the tokenizer that the run was started "
+            f"{option} {folder.path}: {section.file} is not the tokenizer that the run was started "
             f"with, which is {folder.tokenizer}"
         )
 

@@ -1,5 +1,7 @@
 """From a Hugging Face checkpoint and a text to a continued model that transformers loads and that answers."""
 
+import gzip
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=engine.get_vocab_size(),
         hidden_size=32,
         intermediate_size=48,
-        moe_intermediate_size=12,
+        moe_intermediate_size=16,
         num_hidden_layers=2,
         first_k_dense_replace=1,
         num_attention_heads=2,
@@ -154,3 +156,62 @@ def test_training_on_ids_keeps_tokenizer_template_and_metadata(
         assert_same_files(out, source)
         assert disagreements(out) == []
         assert_answers(out, folder)
+
+
+def test_a_folder_of_text_and_a_checkpoint_become_a_model_that_answers(
+    lab: Lab, source: Path, run: Path, tmp_path: Path
+) -> None:
+    """The whole way: .jsonl.gz, convert, fit, to-hf; with the checkpoint's own tokenizer all along."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for part in range(2):
+        lines = [json.dumps({"text": words(25, 20 * part + line)}) for line in range(20)]
+        with gzip.open(texts / f"part-{part}.jsonl.gz", "wt") as file:
+            file.write("\n".join(lines) + "\n")
+    corpus = f"data.corpus={{name: files, paths: ['{texts}/*.jsonl.gz']}}"
+    settings = (corpus, "data.sequence_length=16", "budget.steps=4", "optimizer.lr=0.02")
+    trained = tmp_path / "trained"
+    done = lab.command("fit", run / "recipe.yaml", *settings, "--out", trained)
+    assert done.code == 0, done.err
+    assert "another tokenizer" not in done.err
+    assert core.load_tokenizer(trained).markers == core.load_tokenizer(run).markers
+    done = lab.command("generate", trained, "--prompt", "ab", "--tokens", "4")
+    assert done.code == 0, done.err
+    out = tmp_path / "out"
+    done = lab.command("convert", "to-hf", trained, out)
+    assert done.code == 0, done.err
+    assert "note:" not in done.err
+    assert_same_files(out, source)
+    assert disagreements(out) == []
+    assert_answers(out, trained)
+    longer = tmp_path / "longer"
+    given = (run / "recipe.yaml", *settings[:2], "budget.steps=6", "--from", trained)
+    done = lab.command("fit", *given, "--out", longer)
+    assert done.code == 0, done.err
+    done = lab.command("convert", "to-hf", longer, tmp_path / "again")
+    assert done.code == 0, done.err
+    assert_same_files(tmp_path / "again", source)
+
+
+def test_new_tokens_and_more_experts_still_agree_with_their_metadata(
+    lab: Lab, source: Path, run: Path, tmp_path: Path
+) -> None:
+    """The model has changed, so that its files are written anew; the tokenizer is still the source's."""
+    corpus = f"data.corpus={{name: files, paths: ['{lab.texts}/*.txt']}}"
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"] + 20
+    changes = (
+        f"initial_weights={{path: {run}, vocabulary: mean, experts: split}}",
+        f"data.tokenizer.vocab={vocabulary}",
+        "model.blocks.moe.ffn={experts: 8, expert_hidden: 8, shared_experts: 2}",
+        "model.blocks.moe.ffn.router.top_k=4",
+    )
+    settings = (corpus, "data.sequence_length=16", "budget.steps=1", "optimizer.lr=0")
+    trained = tmp_path / "trained"
+    done = lab.command("fit", run / "recipe.yaml", *settings, *changes, "--out", trained)
+    assert done.code == 0, done.err
+    assert "20 new rows after" in done.err
+    out = tmp_path / "out"
+    done = lab.command("convert", "to-hf", trained, out, "--dtype", "fp32")
+    assert done.code == 0, done.err
+    assert disagreements(out) == []
+    assert_answers(out, trained)
