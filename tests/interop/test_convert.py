@@ -423,3 +423,5 @@ def test_the_recipe_of_a_converted_run_starts_from_its_weights_and_asks_for_a_co
     before, after = core.load(moved).state_dict(), core.load(out).state_dict()
     for name, tensor in before.items():
         assert name.endswith(".bias") or torch.equal(after[name], tensor), name
+    done = lab.command("fit", moved / "recipe.yaml", corpus, "--from", moved)
+    assert "start a run from its weights with initial_weights" in done.sentence
