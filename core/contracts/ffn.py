@@ -55,6 +55,7 @@ class Networks:
         by_expert: further tensors with one row or number for each expert: a router's rows, a balancer's biases.
         top_k: experts that a token chooses; 0 for a dense layer.
         gate_sum: the sum of a token's gates if it is the same for every token; None otherwise.
+        limit: the clamp of every network's SwiGLU; None: none.
         chooses_by_row: whether experts whose rows in `by_expert` are equal are always chosen together, while their
             number divides `top_k`.
     """
@@ -67,6 +68,7 @@ class Networks:
     by_expert: tuple[str, ...] = ()
     top_k: int = 0
     gate_sum: float | None = None
+    limit: float | None = None
     chooses_by_row: bool = False
 
 

@@ -51,6 +51,13 @@ def folded(names: Iterable[str]) -> list[str]:
     return [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]
 
 
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """The first kinds of some names as one text, with the number of the others."""
+    short = folded(names)
+    rest = f", and {len(short) - most} more kinds" if len(short) > most else ""
+    return f"{', '.join(short[:most])}{rest}"
+
+
 def _expression(pattern: str) -> re.Pattern[str]:
     begin = "^" if pattern.startswith(".") else ""
     text = re.escape(pattern.removeprefix(".")).replace(r"\*", ".*").replace(r"\?", ".")

@@ -245,6 +245,7 @@ class _Growth:
             chooses
             and together
             and same_shared
+            and ours.limit == self.other.limit
             and self.selection.scale is None
             and not self.selection.noise
         )

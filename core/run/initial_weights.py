@@ -1,6 +1,6 @@
 """The weights that a run takes from another one: which are taken, made, drawn and left out, and their loading."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.assemble import build
 from core.contracts.errors import ConfigError, NotFiniteError, UserError
-from core.contracts.name_patterns import check_chosen, chosen_by, folded
+from core.contracts.name_patterns import check_chosen, chosen_by, listed
 from core.interop.finite import FiniteTensors
 from core.interop.run_weights import shapes_of, weights_of
 from core.model.growth import longer
@@ -24,9 +24,6 @@ from core.run.loading import NOT_FINITE, WholeTensors, added_to, load_weights, r
 from core.training.weight_shards import WeightShard
 
 KEY = "initial_weights"
-
-SHOWN = 8
-"""Names of tensors that a sentence lists at most; the provenance has all of them."""
 
 VOCABULARY = ("embedding.weight", "output.weight")
 """The model's tensors with a row for each token."""
@@ -201,7 +198,7 @@ def _grown(
             exact = "" if layer.is_exact else ", and the layer's output is not the source's"
             by_sentence.setdefault(f"{layer.sentence}{exact}", []).append(path)
         for sentence, paths in by_sentence.items():
-            sentences.append(f"{KEY}: {_listed(paths)}: {sentence}")
+            sentences.append(f"{KEY}: {listed(paths)}: {sentence}")
     if selection.vocabulary is not None:
         grown |= _vocabulary(source, selection, ours, theirs, sentences)
     return grown, drawn
@@ -248,13 +245,5 @@ def _sentences(found: InitialWeights) -> list[str]:
         (found.left_out, f"tensors of {found.source} are left out"),
     ):
         if names:
-            lines.append(f"{KEY}: {len(names)} {what}: {_listed(names)}")
+            lines.append(f"{KEY}: {len(names)} {what}: {listed(names)}")
     return lines
-
-
-def _listed(names: Collection[str]) -> str:
-    """The first of some names, in which numbers are replaced by `*`."""
-    short: Iterable[str] = folded(names)
-    short = list(short)
-    rest = f", and {len(short) - SHOWN} more kinds" if len(short) > SHOWN else ""
-    return f"{', '.join(short[:SHOWN])}{rest}"

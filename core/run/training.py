@@ -15,8 +15,10 @@ from core.assemble import make
 from core.checkpoints.averages import check_averages
 from core.checkpoints.content import check_model, check_optimizers
 from core.contracts.errors import Interrupted, RunFailed, UserError
+from core.contracts.name_patterns import listed
 from core.contracts.strategy import StrategyFactory
 from core.data.module import TextData
+from core.model.freezing import frozen_in
 from core.recipe.compose import Recipe, compose_run
 from core.run.data import text_data
 from core.run.environment import check_environment
@@ -223,6 +225,10 @@ def _fit(
     strategy: StrategyFactory = make(recipe.strategy)
     run_model = RunModel(recipe, strategy, data)
     size = size_of(run_model.model)
+    frozen = frozen_in(run_model.model)
+    if recipe.freeze:
+        notices.append(f"freeze: {len(frozen)} tensors are frozen: {listed(frozen)}")
+        say(f"note: {notices[-1]}")
     run_model.compile()
     taken = None
     if origin is not None:

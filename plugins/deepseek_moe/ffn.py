@@ -233,6 +233,7 @@ class MixtureOfExperts(FeedForward):
             by_expert=tuple(by_expert),
             top_k=self.router.top_k,
             gate_sum=self.router.gate_sum,
+            limit=config.swiglu_limit,
             chooses_by_row=chooses and "drops" not in self.router_capabilities,
         )
 

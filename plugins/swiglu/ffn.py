@@ -48,7 +48,8 @@ class SwiGLU(FeedForward):
 
     def networks(self) -> Networks:
         """The one network, which every token passes."""
-        return Networks(always=("gate_up.weight", "down.weight"), hidden=self.hidden)
+        matrices = ("gate_up.weight", "down.weight")
+        return Networks(always=matrices, hidden=self.hidden, limit=self.limit)
 
     def costs(self) -> Costs:
         """The costs of one token: all weights are active."""

@@ -57,11 +57,12 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_state(
     patterns, parts = CASES[case]
     settings = f"optimizer={{name: {optimizer}, lr: 0.01, weight_decay: 1.0}}"
     freeze = f"freeze=[{', '.join(patterns)}]"
-    lab.fit(tmp_path / "run", *SHORT, freeze, settings)
+    summary = lab.fit(tmp_path / "run", *SHORT, freeze, settings)
     model = started(lab, freeze)
     every = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     frozen = {name for name in every if is_named(name, parts)}
     assert frozen
+    assert f"freeze: {len(frozen)} tensors are frozen" in summary["notices"][-1]
     assert changed(lab, tmp_path / "run") == every - frozen
     weights = {name for name, _ in model.named_parameters()}
     assert states(last_checkpoint(tmp_path / "run")) == len(weights - frozen)
