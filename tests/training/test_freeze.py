@@ -9,6 +9,7 @@ import torch
 from lab import Lab, last_checkpoint
 from observed_run import differences
 from rank_runs import assert_same_end, cut_after, fit_on_ranks
+from tiers import first_by_default
 
 from core.analysis.describe import document_of
 from core.assemble import build
@@ -48,8 +49,8 @@ CASES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("optimizer", first_by_default(["adamw", "muon"]))
+@pytest.mark.parametrize("case", first_by_default(CASES))
 def test_what_is_frozen_keeps_its_bits_and_has_no_state(
     lab: Lab, tmp_path: Path, case: str, optimizer: str
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_frozen_router_is_still_balanced_and_a_frozen_bias_is_not(lab: Lab) ->
     assert frozen("blocks.1.ffn.balance") == [True, False, False, False]
 
 
+@pytest.mark.full
 def test_a_run_that_is_resumed_with_frozen_parts_reaches_the_same_bits(
     lab: Lab, tmp_path: Path
 ) -> None:

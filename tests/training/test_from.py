@@ -86,6 +86,7 @@ def test_a_longer_run_is_the_one_that_was_longer_from_the_start(
     assert {file: digest_of(file) for file in parent.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.full
 def test_with_nothing_changed_it_is_the_resumed_run(lab: Lab, longer: Path, tmp_path: Path) -> None:
     cut = cut_after(longer, 3, tmp_path / "cut")
     continued(lab, cut, tmp_path / "run", EMA, "budget.steps=9")
@@ -117,6 +118,7 @@ def test_the_optimizers_settings_are_the_new_ones_and_moments_are_kept(
         torch.testing.assert_close(now["exp_avg_sq"], expected, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_before_its_first_checkpoint_begins_at_its_parent_again(
     lab: Lab, parent: Path, longer: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_at_its_parent_a
     assert values_of(run, 0) == values_of(longer, 6)
 
 
+@pytest.mark.full
 def test_a_changed_parent_is_found_before_the_run_begins_again(
     lab: Lab, parent: Path, tmp_path: Path
 ) -> None:
@@ -182,6 +185,7 @@ def test_other_data_are_named(lab: Lab, parent: Path, tmp_path: Path) -> None:
         continued(other, parent, tmp_path / "run", EMA, "budget.steps=9")
 
 
+@pytest.mark.full
 def test_the_command_takes_a_run_or_a_checkpoint(
     lab: Lab, parent: Path, longer: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lab import Lab
 from rank_runs import assert_same_end, fit_on_ranks
+from tiers import first_by_default
 from torch import Tensor
 
 import core
@@ -88,7 +89,16 @@ def assert_same_output(model: LanguageModel, source: Path) -> None:
 
 @pytest.mark.parametrize(
     ("how", "count", "hidden", "top_k", "shared"),
-    [("copy", 4, 48, 2, 0), ("split", 8, 12, 4, 0), ("split", 6, 16, 4, 1), ("split", 4, 24, 2, 1)],
+    first_by_default(
+        [
+            ("copy", 4, 48, 2, 0),
+            ("split", 8, 12, 4, 0),
+            ("split", 6, 16, 4, 1),
+            ("split", 4, 24, 2, 1),
+        ],
+        keep=2,
+        several=True,
+    ),
 )
 def test_an_upcycled_model_begins_with_the_dense_models_output(
     lab: Lab, dense: Path, how: str, count: int, hidden: int, top_k: int, shared: int
@@ -99,6 +109,7 @@ def test_an_upcycled_model_begins_with_the_dense_models_output(
     assert_same_output(model, dense)
 
 
+@pytest.mark.full
 def test_parts_and_copies_are_where_the_documents_say(lab: Lab, dense: Path) -> None:
     """Builds the experts of `split` one by one: part j of copy c is expert c g + j."""
     selection = Selection(path=str(dense), experts="split")
@@ -120,9 +131,10 @@ def test_parts_and_copies_are_where_the_documents_say(lab: Lab, dense: Path) -> 
     assert not torch.equal(row[0], row[4])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("how", "count", "hidden", "top_k"),
-    [("copy", 16, 16, 4), ("split", 16, 8, 4), ("split", 32, 8, 8)],
+    first_by_default([("copy", 16, 16, 4), ("split", 16, 8, 4), ("split", 32, 8, 8)], several=True),
 )
 def test_more_experts_begin_with_the_output_of_fewer(
     lab: Lab, moe: Path, how: str, count: int, hidden: int, top_k: int
@@ -140,6 +152,7 @@ def test_more_experts_begin_with_the_output_of_fewer(
     assert torch.equal(state["blocks.1.ffn.balance.0.bias"], bias.repeat_interleave(count // 8))
 
 
+@pytest.mark.full
 def test_noise_tells_copies_apart_and_keeps_the_first(lab: Lab, moe: Path) -> None:
     selection = Selection(path=str(moe), experts="copy", noise=0.5)
     state = started(
@@ -155,7 +168,7 @@ def test_noise_tells_copies_apart_and_keeps_the_first(lab: Lab, moe: Path) -> No
     torch.testing.assert_close(rows[1::2], old + 0.5 * drawn[1::2])
 
 
-@pytest.mark.parametrize("how", ["draw", "mean"])
+@pytest.mark.parametrize("how", first_by_default(["draw", "mean"]))
 def test_a_longer_vocabulary_keeps_its_rows(lab: Lab, dense: Path, how: str) -> None:
     longer = "data.tokenizer.vocab=310"
     selection = Selection(path=str(dense), vocabulary=how)  # type: ignore[arg-type]
@@ -190,6 +203,7 @@ def test_a_new_module_is_drawn_and_a_row_of_the_summary_says_so(
     assert again["notices"] == summary["notices"]
 
 
+@pytest.mark.full
 def test_what_only_the_source_has_is_left_out_where_asked(
     lab: Lab, moe: Path, tmp_path: Path
 ) -> None:
@@ -261,7 +275,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("case", first_by_default(WRONG, keep=4))
 def test_what_nobody_asked_for_is_refused_by_name(lab: Lab, dense: Path, case: str) -> None:
     keys, overrides, sentence = WRONG[case]
     base = DENSE[:1] if any("mtp" in o for o in overrides) else DENSE[:2]
