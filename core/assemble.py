@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts.build import BuildContext, Init, Rope
-from core.contracts.errors import SectionError, UserError
+from core.contracts.errors import ConfigError, SectionError, UserError
 from core.contracts.loss_head import LossHead
 from core.contracts.precision import Precision, declared_roles
 from core.contracts.schema import Section
 from core.model.block import Block
+from core.model.freezing import freeze
 from core.model.initialise import initialise
 from core.model.language_model import Embedding, LanguageModel
 from core.model.norm import RMSNorm
@@ -47,7 +48,8 @@ def build(
         dispatcher: replaces the dispatcher of every layer; None: those of the recipe.
 
     Raises:
-        UserError: a component cannot be built with its settings in this model; the message names the key.
+        UserError: a component cannot be built with its settings in this model, or `freeze` chooses nothing, or all;
+            the message names the key.
     """
     context = _context(recipe, precision or make(recipe.precision))
     context = replace(context, token_counts=token_counts, dispatcher=dispatcher)
@@ -62,6 +64,10 @@ def build(
                 raise
             why = "its sizes are too large: a tensor of it cannot be addressed, or not be held here"
             raise UserError(f"model: {why} ({' '.join(str(cause).split())[:120]})") from cause
+    try:
+        freeze(model, recipe.freeze)
+    except ConfigError as error:
+        raise UserError(f"{error.key}: {error.why}") from error
     if parallelize is not None:
         shard(model, recipe.seed, parallelize, device=device)
     elif device != "meta":

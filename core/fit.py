@@ -24,6 +24,13 @@ def parser() -> argparse.ArgumentParser:
         help="go on with the run in this folder; `auto`: the newest unfinished one, if any",
     )
     p.add_argument(
+        "--from",
+        type=Path,
+        dest="parent",
+        metavar="RUN",
+        help="begin a new run at the end of this run or checkpoint, with its moments: longer, or at other rates",
+    )
+    p.add_argument(
         "--dry-run", action="store_true", help="compose, validate, build on meta, print the summary"
     )
     p.add_argument("--json", action="store_true", help="print the run's summary as JSON")
@@ -34,7 +41,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> None:
     """Composes and validates the recipe; only then are the modules that train imported."""
     from core.recipe.compose import compose
-    from core.training.early_checks import check_folders, check_initial_weights
+    from core.training.early_checks import (
+        check_corpus,
+        check_folders,
+        check_initial_weights,
+        check_parent,
+    )
     from core.training.launchers import (
         Launch,
         check_folder_named,
@@ -48,6 +60,7 @@ def main(arguments: argparse.Namespace) -> None:
     start = not arguments.dry_run
     if start:
         check_folders(arguments.out, arguments.resume)
+        check_parent(arguments.parent, arguments.resume)
     recipe = compose(
         arguments.recipe, arguments.overrides, trust=arguments.trust, check_source=start
     )
@@ -62,6 +75,7 @@ def main(arguments: argparse.Namespace) -> None:
 
         show(recipe, as_json=arguments.json)
         return
+    check_corpus(recipe)
     check_initial_weights(recipe)
     check_folder_named(launch, out=arguments.out, resume=arguments.resume)
     redirect_output(Path(arguments.out or arguments.resume or ""), launch)
@@ -88,7 +102,13 @@ def main(arguments: argparse.Namespace) -> None:
         folder = RunFolder(existing)
     with redirect_stdout(sys.stderr):  # what a library or a callback prints is not the result
         summary = fit(
-            recipe, folder, resume=resume, trust=arguments.trust, launch=launch, say=print
+            recipe,
+            folder,
+            resume=resume,
+            parent=arguments.parent,
+            trust=arguments.trust,
+            launch=launch,
+            say=print,
         )
     if launch.rank != 0:
         return

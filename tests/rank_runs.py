@@ -22,6 +22,7 @@ def fit_on_ranks(
     run: Path,
     *overrides: str,
     resume: bool = False,
+    parent: Path | None = None,
     ranks: int = 2,
     before: Callable[[int], None] = lambda rank: None,
 ) -> list[Any]:
@@ -32,6 +33,7 @@ def fit_on_ranks(
         run: the run folder.
         overrides: of the recipe.
         resume: whether the run continues.
+        parent: the run that it begins from.
         ranks: how many processes there are.
         before: is called with the rank before the run.
 
@@ -45,7 +47,8 @@ def fit_on_ranks(
         os.environ.update(LOCAL_WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
         before(rank)
-        return fit(recipe, RunFolder(run), resume=resume, say=lambda _: None)
+        folder = RunFolder(run)
+        return fit(recipe, folder, resume=resume, parent=parent, say=lambda _: None)
 
     with tempfile.TemporaryDirectory() as folder:
         return on_ranks(work, Path(folder), world=ranks)

@@ -21,6 +21,7 @@ FULL = {
     "eval/test_post_training.py": "needs TRL",
     "fuzz": "damages hundreds of folders",
     "gpu": "starts the GPU benchmark as a process",
+    "interop/test_continued.py": "needs transformers",
     "interop/test_memory.py": "starts processes",
     "interop/test_parity.py": "needs transformers",
     "interop/test_parity_exports.py": "needs transformers",

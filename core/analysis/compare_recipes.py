@@ -183,7 +183,7 @@ def _comparable(recipe: Recipe, document: dict[str, Any]) -> dict[str, Any]:
         if block.count and section not in attention:
             attention.append(section)
     optimizer = {**to_dict(recipe.optimizer), "gradient_clip": recipe.gradient_clip}
-    initial = {"settings": to_dict(recipe.model.init), "from": recipe.initial_weights}
+    initial = {"settings": to_dict(recipe.model.init), "from": to_dict(recipe.initial_weights)}
     return {
         "width": recipe.model.dim,
         "depth": depth,

@@ -180,6 +180,8 @@ def memory(recipe: Recipe, model: LanguageModel, size: Size, itemsize: int) -> d
     moments = 0
     averages = 0
     for named in named_parameters(model):
+        if not named.parameter.requires_grad:
+            continue
         gradients += named.parameter.numel() * named.parameter.element_size()
         moments += optimizer.state_bytes_of(named)
         averages += average_bytes(recipe, named.parameter)

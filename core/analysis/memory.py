@@ -171,7 +171,8 @@ class _Counter:
         optimizer = recipe.optimizer.component(recipe.optimizer.config)
         self.state_bytes: dict[Tensor, int] = {}
         for named in named_parameters(model):
-            self.state_bytes[named.parameter] = optimizer.state_bytes_of(named)
+            trained = named.parameter.requires_grad
+            self.state_bytes[named.parameter] = optimizer.state_bytes_of(named) if trained else 0
         self.model = model
         self.products = products
         self.precision = precision
@@ -237,7 +238,8 @@ class _Counter:
         master = held * own_bytes if working_bytes != own_bytes else 0
         moments = self.state_bytes[parameter] * held // parameter.numel()
         optimizer = -(-(master + moments) // (ranks * self.copies))  # rounded up
-        return StateBytes(held, held * working_bytes, held * own_bytes, optimizer)
+        gradients = held * own_bytes if parameter.requires_grad else 0
+        return StateBytes(held, held * working_bytes, gradients, optimizer)
 
 
 def _row(

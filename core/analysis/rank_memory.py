@@ -103,14 +103,19 @@ def _owned(recipe: Recipe, model: LanguageModel, owners: int) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer states and averages, divided evenly and rounded up."""
     optimizer = recipe.optimizer.component(recipe.optimizer.config)
     weights = 0
+    gradients = 0
     states = 0
     averages = 0
     for named in named_parameters(model):
         parameter = named.parameter
-        weights += -(-parameter.numel() // owners) * parameter.element_size()
+        held = -(-parameter.numel() // owners) * parameter.element_size()
+        weights += held
+        if not parameter.requires_grad:
+            continue
+        gradients += held
         states += -(-optimizer.state_bytes_of(named) // owners)
         averages += -(-average_bytes(recipe, parameter) // owners)
-    return {"weights": weights, "gradients": weights, "optimizer": states, "averages": averages}
+    return {"weights": weights, "gradients": gradients, "optimizer": states, "averages": averages}
 
 
 def average_bytes(recipe: Recipe, parameter: Tensor) -> int:

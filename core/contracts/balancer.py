@@ -34,10 +34,12 @@ class Balancer(nn.Module, Component, ABC):
             micro-batches, they are all read once more beforehand. `micro_batch`: all data ranks of one
             micro-batch, so accumulation does change it.
         needs: capabilities that the layer's router must have.
+        is_frozen: whether the recipe's `freeze` has chosen its state; `on_step_end` is then not called.
     """
 
     scope: Scope = "none"
     needs: ClassVar[frozenset[str]] = frozenset()
+    is_frozen: bool = False
 
     def __init__(self, config: Any, build: BuildContext, *, experts: int, top_k: int) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class Balancer(nn.Module, Component, ABC):
         return 0.0
 
     def on_step_end(self, totals: StepTotals, progress: Progress) -> None:
-        """Updates the state from the int64 load and tallies of the whole step; called for every balancer."""
+        """Updates the state from the int64 load and tallies of the whole step; not called if it `is_frozen`."""
 
     def selection_bias(self) -> Tensor | None:
         """The bias b_E that `adjust_scores` adds, for the run's log; None if there is none."""

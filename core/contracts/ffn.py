@@ -40,6 +40,38 @@ class RoutingProperties:
     batch_dependent: bool = False
 
 
+@dataclass(frozen=True)
+class Networks:
+    """The SwiGLU networks of a layer, from which the networks of a layer with other experts can be made.
+
+    Tensors are named as in the layer's state dict. A first matrix holds the rows of all gates, then those of all ups.
+
+    Args:
+        always: the two matrices [2H, D] and [D, H] that every token passes; None: there are none.
+        hidden: H, their inner width; 0 without them.
+        routed: the two stacks [E, 2I, D] and [E, D, I] of the routed experts; None: the layer is dense.
+        expert_hidden: I, the inner width of a routed expert; 0 without them.
+        experts: E, the number of routed experts; 0 for a dense layer.
+        by_expert: further tensors with one row or number for each expert: a router's rows, a balancer's biases.
+        top_k: experts that a token chooses; 0 for a dense layer.
+        gate_sum: the sum of a token's gates if it is the same for every token; None otherwise.
+        limit: the clamp of every network's SwiGLU; None: none.
+        chooses_by_row: whether experts whose rows in `by_expert` are equal are always chosen together, while their
+            number divides `top_k`.
+    """
+
+    always: tuple[str, str] | None = None
+    hidden: int = 0
+    routed: tuple[str, str] | None = None
+    expert_hidden: int = 0
+    experts: int = 0
+    by_expert: tuple[str, ...] = ()
+    top_k: int = 0
+    gate_sum: float | None = None
+    limit: float | None = None
+    chooses_by_row: bool = False
+
+
 class FeedForward(LayerExtras, nn.Module, Component, ABC):
     """Works on the positions of a micro-batch: `(x_BLD, context) -> (y_BLD, record)`.
 
@@ -68,6 +100,10 @@ class FeedForward(LayerExtras, nn.Module, Component, ABC):
     @property
     def routing_properties(self) -> RoutingProperties | None:
         """What a comparison must know about its routing; None for a dense layer."""
+        return None
+
+    def networks(self) -> Networks | None:
+        """The layer's networks, if `initial_weights` may make more or other experts of them; None: it may not."""
         return None
 
     @abstractmethod

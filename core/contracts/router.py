@@ -143,6 +143,11 @@ class Router(nn.Module, Component, ABC):
         """The most that an expert takes in training, over its even share of the assignments; None: no limit."""
         return None
 
+    @property
+    def gate_sum(self) -> float | None:
+        """The sum of a token's gates, if it is the same for every token whose experts are all kept; None otherwise."""
+        return None
+
     @abstractmethod
     def forward(
         self, x_TD: Tensor, adjust_scores: AdjustScores, context: SequenceContext

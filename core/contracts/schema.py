@@ -34,13 +34,21 @@ def setting(default: Any = REQUIRED, *, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
 
-def child(slot: str, default: Any = REQUIRED, *, doc: str, outer: bool = False) -> Any:
+def child(
+    slot: str,
+    default: Any = REQUIRED,
+    *,
+    doc: str,
+    outer: bool = False,
+    optional: bool = False,
+) -> Any:
     """Declares a key that holds one component of `slot`; the default is a section such as `{"name": "local"}`.
 
     If `outer` is set, the component's `check(parent)` gets the section around this one as its parent: an attention
-    that a block overrides is still checked as the model's.
+    that a block overrides is still checked as the model's. If `optional` is set, the key may be null although its
+    default is a section.
     """
-    metadata = {"doc": doc, "slot": slot, "many": "one", "outer": outer}
+    metadata = {"doc": doc, "slot": slot, "many": "one", "outer": outer, "optional": optional}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -23,20 +23,22 @@ class Markers:
 
 
 def markers_of(folder: RunFolder) -> Markers:
-    """Returns the markers of a run: of its source for a converted run, of its tokenizer's file, or one for both.
+    """Returns the markers of a run: of its source, of its tokenizer's file, or one for both.
 
     Raises:
         UserError: the source of a converted run has neither.
     """
     if not folder.provenance.exists():
         return Markers()
-    converted = read_object(folder.provenance).get("converted")
-    if converted is None:
+    found = read_object(folder.provenance)
+    section = "converted" if "converted" in found else "markers"
+    source = found.get(section)
+    if source is None:
         return Markers(*(folder.file_markers() or ()))
-    if not isinstance(converted, dict):
-        raise UserError(f"{folder.provenance}: converted: must be a section of keys")
-    begin = _id_in(converted, "begin", folder)
-    end = _id_in(converted, "end", folder)
+    if not isinstance(source, dict):
+        raise UserError(f"{folder.provenance}: {section}: must be a section of keys")
+    begin = _id_in(source, section, "begin", folder)
+    end = _id_in(source, section, "end", folder)
     known = [marker for marker in (begin, end) if marker is not None]
     if not known:
         raise UserError(
@@ -45,14 +47,14 @@ def markers_of(folder: RunFolder) -> Markers:
     return Markers(known[0], known[-1])
 
 
-def _id_in(converted: dict[str, Any], key: str, folder: RunFolder) -> int | None:
-    """The id under a key of the section `converted` in a run's provenance.
+def _id_in(values: dict[str, Any], section: str, key: str, folder: RunFolder) -> int | None:
+    """The id under a key of a section in a run's provenance.
 
     Raises:
         UserError: it is not the number of a token.
     """
-    value = converted.get(key)
+    value = values.get(key)
     if value is not None and (type(value) is not int or value < 0):
         allowed = "must be a token's number, or null"
-        raise UserError(f"{folder.provenance}: converted.{key} = {value!r}: {allowed}")
+        raise UserError(f"{folder.provenance}: {section}.{key} = {value!r}: {allowed}")
     return value

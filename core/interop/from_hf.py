@@ -16,7 +16,7 @@ import torch
 
 from core.assemble import build
 from core.contracts.checkpoint_format import CheckpointFormat, TensorMapping
-from core.contracts.errors import UserError
+from core.contracts.errors import ConfigError, UserError
 from core.contracts.schema import Provenance
 from core.data.tokenizer import Tokenizer
 from core.interop.accounting import check_ours, check_theirs, owners, wanted
@@ -31,7 +31,11 @@ from core.interop.transfer import Conversion, check_target
 from core.interop.translation import check_not_nested, composed, translated
 from core.interop.writing import planned
 from core.recipe.compose import Recipe
+from core.recipe.tokenizer_file import TokenizerFile
 from core.training.run_folder import RunFolder, provenance
+
+OWN_FOLDER = "."
+"""The folder of the recipe that names it."""
 
 PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16"}
 """The recipe's precision for weights of a number format; fp32 for every other format."""
@@ -292,7 +296,29 @@ def _write_run(
     }
     run.write_json("provenance.json", provenance(recipe.sections(), converted=converted))
     run.write_digests()
-    run.write_recipe(recipe.to_dict())
+    run.write_recipe(_to_train_further(recipe.to_dict(), run))
+
+
+def _to_train_further(values: dict[str, Any], run: RunFolder) -> dict[str, Any]:
+    """The recipe of a converted run: it has the run's own weights and tokenizer, and asks for a corpus."""
+    tokenizer = {**values["data"]["tokenizer"], **_own_tokenizer(run)}
+    return {
+        **values,
+        "data": {**values["data"], "corpus": None, "tokenizer": tokenizer},
+        "initial_weights": {"path": OWN_FOLDER},
+    }
+
+
+def _own_tokenizer(run: RunFolder) -> dict[str, Any]:
+    """The keys of `data.tokenizer` that name the run's tokenizer; none where it cannot be used."""
+    if not run.tokenizer.exists():
+        return {}
+    try:
+        begin, end = TokenizerFile.read(run.tokenizer).markers(None, None)
+        Tokenizer.load(run.tokenizer)
+    except (ConfigError, UserError):
+        return {}  # a note has said so, or no entry is known to end a text
+    return {"file": OWN_FOLDER, "begin": begin, "end": end}
 
 
 def markers(source: Path, config: Mapping[str, Any]) -> dict[str, int | None]:

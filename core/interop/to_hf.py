@@ -22,6 +22,7 @@ from core.interop.blocks import INVERSE, grid_spec
 from core.interop.finite import FiniteTensors
 from core.interop.format_lookup import config_for, format_named, read_json
 from core.interop.layout_file import read_layout
+from core.interop.metadata import warn_of_disagreements
 from core.interop.run_weights import model_specs, weights_of
 from core.interop.source_folder import small_files
 from core.interop.tensor_ops import Copy, Quantise, TensorOp, inverse
@@ -133,6 +134,7 @@ def to_hf(
     with conversion.partial_folder(plan.bytes) as place:
         conversion.run(export_ops(mappings, ours, theirs), checked, plan, place)
         _write_companions(RunFolder(place), folder, config, source, say)
+        warn_of_disagreements(place, say)
     if source is None and options.dtype is None:
         say(
             "note: weights are written in bf16, as other programs expect; --dtype fp32 keeps every bit"

@@ -207,7 +207,9 @@ class GroupedLinear(ProductLayer):
         assert self.weight.is_meta
         self.first_group = first
         self.groups = groups
-        self.weight = nn.Parameter(self.weight.detach()[first : first + groups])
+        trained = self.weight.requires_grad
+        own = self.weight.detach()[first : first + groups]
+        self.weight = nn.Parameter(own, requires_grad=trained)
 
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
         """The products [A, outputs] of rows sorted by group; `ends_E` says where each group ends."""

@@ -21,6 +21,7 @@ from core.contracts.schema import REQUIRED
 from core.extension.loader import installed_registry, registry_for
 from core.extension.plugin_file import is_plugin_file
 from core.recipe.key_paths import to_dict
+from core.recipe.own_paths import locate_own_paths
 from core.recipe.recipe_layers import COMMAND_LINE, Layers, leaves, with_string_keys
 from core.recipe.recipe_schema import RecipeSchema
 from core.recipe.resolve import Resolver
@@ -247,6 +248,7 @@ def _compose(
         layers.add(section, _smoke_of(file))
     layers.override(overrides)
     sources.locate_plugin_files(layers)
+    locate_own_paths(layers, _SMOKE)
     sources.check_plugins(layers)
     return _resolve(file, layers, check_source=check_source)
 

@@ -6,9 +6,11 @@ from typing import Any
 
 from core.contracts.bounds import at_least
 from core.contracts.errors import ConfigError
+from core.contracts.name_patterns import check_patterns
 from core.contracts.schedule import Schedule, Scheduled, check_scheduled
 from core.contracts.schema import Child, Section, child, children, sections_in, setting
 from core.recipe.model_schema import ModelSection
+from core.recipe.selection import Selection
 from core.recipe.trainer_keys import check_trainer_values
 
 LONGEST = 2**53
@@ -60,7 +62,12 @@ class TokenizerSection:
 class DataSection:
     """The data that is read."""
 
-    corpus: Child = child("corpus", {"name": "package_text"}, doc="where text comes from")
+    corpus: Child = child(
+        "corpus",
+        {"name": "package_text"},
+        optional=True,
+        doc="where text comes from; null, as in a converted run: to be given before the model is trained",
+    )
     validation: Child = child(
         "corpus", None, doc="a corpus of its own to validate on; null: a part of `corpus`"
     )
@@ -198,7 +205,12 @@ class RecipeSchema:
     loggers: Child = children(
         "logger", "list", [{"name": "csv"}, {"name": "tensorboard"}], doc="where metrics go"
     )
-    initial_weights: str | None = setting(None, doc="a run or checkpoint to take the weights from")
+    initial_weights: str | Selection | None = setting(
+        None, doc="a run or checkpoint to take the weights from, or a section that takes a part"
+    )
+    freeze: list[str] = setting(
+        [], doc="patterns of weights that are not trained, and of balancers that are not updated"
+    )
     trainer: dict[str, Any] = setting({}, doc="passed to lightning.Trainer")
     smoke: dict[str, Any] = setting({}, doc="overrides for tests and smoke runs")
 
@@ -207,6 +219,7 @@ class RecipeSchema:
         at_least(self, 0, "seed")
         at_least(self, 1, "max_skipped_steps")
         check_trainer_values(self.trainer)
+        check_patterns(self.freeze, "freeze")
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
             raise ConfigError("gradient_clip", "must be more than 0, or null for no clipping")
         if self.data.sequence_length > self.model.rope.max_length:
@@ -254,6 +267,12 @@ class RecipeSchema:
                 raise ConfigError("callbacks", f"two of them keep the average {name}: remove one")
             if name is not None:
                 known.add(name)
+
+    @property
+    def selection(self) -> Selection | None:
+        """What the run takes its initial weights from; None: it draws all of them."""
+        given = self.initial_weights
+        return Selection(path=given) if isinstance(given, str) else given
 
     @property
     def shards_checkpoints(self) -> bool:

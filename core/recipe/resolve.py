@@ -204,7 +204,7 @@ class Resolver:
         many = f.metadata["many"]
         if many == "one":
             default = default_of(f)
-            if value is None and default is None:
+            if value is None and (default is None or f.metadata.get("optional")):
                 return
             if isinstance(value, Mapping) and "name" not in value and isinstance(default, Mapping):
                 value = {**default, **value}

@@ -123,6 +123,9 @@ def tidy(value: Any, hint: Any) -> Any:
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool) and float_only:
         return float(value)  # OmegaConf does so by itself, but not in a union
+    text_or_section = str in kinds and any(is_dataclass(kind) for kind in kinds)
+    if type(value) in (int, float) and text_or_section and not takes_floats(hint):
+        return str(value)  # a folder may be called 17
     return value
 
 

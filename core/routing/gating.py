@@ -68,6 +68,11 @@ class ChosenGateRouter(LearnedRouter):
         """The chosen experts T x K, int64; the scores come without a gradient."""
 
     @property
+    def gate_sum(self) -> float | None:
+        """The scale, if gates are normalised."""
+        return float(self.config.scale) if self.config.normalise else None
+
+    @property
     def selection_limit(self) -> GroupLimit | None:
         """The limit on the groups that a token reaches; None: it reaches all."""
         return None

@@ -14,6 +14,7 @@ from core.data.tokenizer_file import load_tokenizer_file
 from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
 from core.recipe.values import show_value
+from core.training.early_checks import check_corpus
 from core.training.ranks import rank_and_world
 from core.training.run_folder import RunFolder
 
@@ -25,7 +26,11 @@ def text_data(recipe: Recipe, plan: TrainingPlan, run: RunFolder | None = None) 
         recipe: its data section decides.
         plan: the recipe's steps.
         run: the folder of a run that was started on this data; None: a new run.
+
+    Raises:
+        UserError: the recipe has no corpus.
     """
+    check_corpus(recipe)
     recorded = None if run is None else run.recorded_data()
     given: Callable[[], Tokenizer] | None = None
     if recorded is not None and recorded.is_from_file:

@@ -18,10 +18,12 @@ from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
 from core.recipe.values import show_value
 from core.run.data import tokenizer_of
+from core.training.early_checks import check_corpus
 
 
 def check_environment(recipe: Recipe) -> None:
     """Raises `UserError` for shapes that a part of the model cannot take, and for components that cannot run here."""
+    check_corpus(recipe)
     try:
         model = build(recipe, device="meta")
     except UserError as error:

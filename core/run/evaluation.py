@@ -17,8 +17,8 @@ from core.recipe.compose import compose_run
 from core.run.data import text_data
 from core.run.loading import load, run_of
 from core.run.summary import finite
+from core.training.early_checks import check_trained
 from core.training.module import TrainingModule
-from core.training.resume import check_trained
 
 
 @torch.no_grad()

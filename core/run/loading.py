@@ -17,7 +17,7 @@ from core.generation.run_tokenizer import RunTokenizer
 from core.interop.finite import FiniteTensors
 from core.interop.run_weights import model_specs, reads_rows, shapes_of, state_of, weights_of
 from core.interop.shard_rows import PREFIX
-from core.interop.tensors import TensorReader, chunks
+from core.interop.tensors import TensorReader, TensorSpec, chunks
 from core.model.language_model import LanguageModel
 from core.numerics.finite import not_finite_in
 from core.numerics.part_exchange import local_tensor
@@ -48,7 +48,9 @@ def load(
         NotFiniteError: a weight that is not finite.
     """
     checkpoint = newest_checkpoint(Path(run_or_checkpoint))
-    model = build(compose_run(run_of(checkpoint).recipe, trust=trust))
+    recipe = compose_run(run_of(checkpoint).recipe, trust=trust)
+    recipe.freeze = []  # it was for that run's training
+    model = build(recipe)
     load_weights(model, checkpoint, average=weights)
     return model.eval()
 
@@ -167,7 +169,7 @@ def _load_parts(
         return
     whole: Mapping[str, Any]
     if reads_rows(checkpoint):
-        whole = _WholeTensors(FiniteTensors(weights_of(checkpoint), str(checkpoint), NOT_FINITE))
+        whole = WholeTensors(FiniteTensors(weights_of(checkpoint), str(checkpoint), NOT_FINITE))
     else:
         whole = state_of(checkpoint)
         found = not_finite_in(whole)
@@ -199,15 +201,21 @@ def _load_sharded(
         raise NotFiniteError(f"{checkpoint}: {found}; {NOT_FINITE}")
 
 
-class _WholeTensors(Mapping[str, torch.Tensor]):
-    """The tensors of a reader, each read as a whole when it is asked for."""
+def _is_plain(spec: TensorSpec) -> bool:
+    """Whether numbers are kept as they are, and not as codes of 8 bits with scales."""
+    return spec.dtype.itemsize > 1
+
+
+class WholeTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a reader, each read as a whole, in fp32 or wider, when it is asked for."""
 
     def __init__(self, reader: TensorReader) -> None:
         self.reader = reader
 
     def __getitem__(self, name: str) -> torch.Tensor:
         spec = self.reader.specs[name]
-        rows = self.reader.values(name, 0, spec.rows, torch.float32)
+        dtype = torch.promote_types(spec.dtype, torch.float32) if _is_plain(spec) else torch.float32
+        rows = self.reader.values(name, 0, spec.rows, dtype)
         return rows.view(spec.shape)
 
     def __iter__(self) -> Iterator[str]:

@@ -10,7 +10,7 @@ from core.data.module import TextData
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
 from core.recipe.trust import check_run_links
-from core.run.loading import added_to, check_weights, load_weights
+from core.run.initial_weights import InitialWeights, initial_weights
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
 from core.training.weight_shards import weight_shards
@@ -35,8 +35,7 @@ class RunModel:
         self.recipe = recipe
         self.strategy = strategy
         self.data = data
-        self.source: Path | None = None
-        self.added: set[str] = set()
+        self.taken: InitialWeights | None = None
         device = "cpu"
         dispatcher = None
         if strategy.shards:
@@ -46,33 +45,34 @@ class RunModel:
             recipe, device=device, token_counts=data.token_counts, dispatcher=dispatcher
         )
 
-    def load_initial_weights(self, say: Callable[[str], None], *, trust: bool) -> None:
-        """Loads the weights that the recipe starts from, or checks them if they are loaded when the model is divided.
+    def load_initial_weights(self, say: Callable[[str], None], *, trust: bool) -> InitialWeights:
+        """Loads the weights that the recipe starts from; those of a divided model when it is divided.
 
         Args:
-            say: prints a note if they were trained with another tokenizer.
+            say: prints what is made, drawn and left out, and whether the weights have another tokenizer.
             trust: whether links may lead out of the folder of their run.
+
+        Returns:
+            What was taken.
 
         Raises:
             UserError: the checkpoint does not fit, or a link leads out of its folder.
         """
-        source = newest_checkpoint(Path(str(self.recipe.initial_weights)))
+        selection = self.recipe.selection
+        assert selection is not None
+        source = newest_checkpoint(Path(selection.path))
         source_recipe = RunFolder(source.parent.parent).recipe
         if source_recipe.exists() and not trust:
             check_run_links(source_recipe)
-        self.added = added_to(self.model, source)
+        taken = initial_weights(self.model, source, selection, trust=trust)
         if self.strategy.shards:
-            check_weights(self.model, source, self.added)
-            self.source = source
+            self.taken = taken
         else:
-            load_weights(self.model, source, added=self.added)
-        own = self.model.state_dict()
-        new = [name for name in own if name in self.added]
-        if new:
-            say(
-                f"note: {source} lacks {len(new)} tensors that this model adds, which are drawn: {new[0]}, ..."
-            )
+            taken.load(self.model)
+        for sentence in taken.sentences:
+            say(f"note: {sentence}")
         _warn_other_tokenizer(source, self.data, say)
+        return taken
 
     def compile(self) -> None:
         """Compiles blocks and heads if the recipe says so; of a divided model this is done when it is divided."""
@@ -86,9 +86,9 @@ class RunModel:
 
     def _shard(self, mesh: "DeviceMesh") -> None:
         shard(self.model, self.recipe.seed, lambda model: self.strategy.parallelize(model, mesh))
-        if self.source is not None:
+        if self.taken is not None:
             parts = dict(weight_shards(self.model, self.strategy.expert_group(mesh)))
-            load_weights(self.model, self.source, parts, added=self.added)
+            self.taken.load(self.model, parts)
         if self.recipe.compile:
             compile_parts(self.model, sharded=True)
 
@@ -96,7 +96,14 @@ class RunModel:
 def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], None]) -> None:
     """Warns if the initial weights were trained with another tokenizer, whose ids mean other text."""
     run = RunFolder(source.parent.parent)
-    if data.tokenizer is None or not run.tokenizer.is_file():
+    if data.tokenizer is None:
+        return
+    if not run.tokenizer.is_file():
+        if run.converted_weights.is_file():
+            own = (
+                "this run has trained one of its own, so the weights have to learn the tokens anew"
+            )
+            say(f"note: {run.path} has no tokenizer: {own}")
         return
     if run.load_tokenizer().entries() != data.tokenizer.entries():
         say(

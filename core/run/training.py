@@ -15,11 +15,15 @@ from core.assemble import make
 from core.checkpoints.averages import check_averages
 from core.checkpoints.content import check_model, check_optimizers
 from core.contracts.errors import Interrupted, RunFailed, UserError
+from core.contracts.name_patterns import listed
 from core.contracts.strategy import StrategyFactory
 from core.data.module import TextData
+from core.model.freezing import frozen_in
 from core.recipe.compose import Recipe, compose_run
 from core.run.data import text_data
 from core.run.environment import check_environment
+from core.run.identity import recorded_notices, write_identity
+from core.run.parent import Parent, parent_at, recorded_parent
 from core.run.reading import count_of, reading_line, source_lines
 from core.run.run_model import RunModel
 from core.run.run_sample import SampleAtEnd
@@ -27,6 +31,7 @@ from core.run.shift import after_shift
 from core.run.summary import divergence, summarise
 from core.storage.files import is_disk_full
 from core.training.averages import Averages, averages_of
+from core.training.continued import Continued
 from core.training.launchers import Launch, launch_of
 from core.training.machine import code_version
 from core.training.module import TrainingModule
@@ -39,7 +44,7 @@ from core.training.resume import (
     newest,
     newest_checkpoint,
 )
-from core.training.run_folder import RunFolder, provenance
+from core.training.run_folder import RunFolder
 from core.training.same_start import SameStart, Start, hash_of
 from core.training.setup import RunCallbacks, make_run_callbacks, make_trainer
 from core.training.throughput import measured_peak_flops
@@ -62,6 +67,7 @@ def fit(
     folder: RunFolder,
     *,
     resume: bool = False,
+    parent: Path | None = None,
     trust: bool = False,
     launch: Launch | None = None,
     say: Callable[[str], None] = print,
@@ -76,6 +82,7 @@ def fit(
         folder: a new folder, or one with a run to continue.
         resume: continue from the folder's newest checkpoint, to the same bits as if it had never stopped
             (on CPUs with the same number of threads).
+        parent: a run or checkpoint at whose end a new run begins, with its moments; None: the run begins by itself.
         trust: whether a run to continue that was made elsewhere may name modules that `recipe` does not name.
         launch: this process among the ranks; None: read from the environment.
         say: prints caveats and the path of the run folder.
@@ -89,12 +96,12 @@ def fit(
     set_rank(launch)
     try:
         if not is_rank_zero():
-            return _join(recipe, folder, launch, resume=resume)
+            return _join(recipe, folder, launch, parent, resume=resume)
         if resume and not folder.never_started() and folder.summary.exists():
             return _completed(recipe, folder, say, trust=trust)
         option = "--resume" if resume else "--out"
         with folder.locked(option):
-            return _start_or_resume(recipe, folder, launch, say, resume=resume, trust=trust)
+            return _start_or_resume(recipe, folder, launch, parent, say, resume=resume, trust=trust)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -110,6 +117,7 @@ def _start_or_resume(
     recipe: Recipe,
     folder: RunFolder,
     launch: Launch,
+    parent: Path | None,
     say: Callable[[str], None],
     *,
     resume: bool,
@@ -118,10 +126,11 @@ def _start_or_resume(
     """Trains in a folder whose lock this process holds."""
     check_environment(recipe)
     if not resume or folder.never_started():
-        if recipe.initial_weights:
-            newest_checkpoint(Path(recipe.initial_weights))
+        if recipe.selection is not None:
+            newest_checkpoint(Path(recipe.selection.path))
+        origin = None if parent is None else parent_at(parent, recipe, trust=trust)
         folder.create(trust=trust)
-        return _fit(recipe, folder, launch, None, say, trust=trust)
+        return _fit(recipe, folder, launch, None, say, origin=origin, trust=trust)
     if folder.summary.exists():  # the process that held the lock has just completed the run
         return _completed(recipe, folder, say, trust=trust)
     moved = check_recipe_unchanged(recipe, folder, say, trust=trust)
@@ -129,7 +138,10 @@ def _start_or_resume(
     folder.check_files()
     start = newest(folder)
     lost: list[str] = []
-    if start:
+    origin = None
+    if start is None:
+        origin = recorded_parent(folder)
+    else:
         every = int(recipe.trainer.get("log_every_n_steps", 1))
         for section in recipe.loggers:
             lost += make(section).check_resume(folder.path, step=start.step, every=every)
@@ -137,7 +149,9 @@ def _start_or_resume(
             lost.append(NO_MORE_CHECKPOINTS.format(start.path.name))
     for note in lost:
         say(f"note: {note}")
-    return _fit(recipe, folder, launch, start, say, moved=moved, trust=trust, lost=lost)
+    return _fit(
+        recipe, folder, launch, start, say, origin=origin, moved=moved, trust=trust, lost=lost
+    )
 
 
 def _completed(
@@ -152,13 +166,20 @@ def _completed(
     return summary
 
 
-def _join(recipe: Recipe, folder: RunFolder, launch: Launch, *, resume: bool) -> dict[str, Any]:
+def _join(
+    recipe: Recipe, folder: RunFolder, launch: Launch, parent: Path | None, *, resume: bool
+) -> dict[str, Any]:
     """Trains on a rank other than the first, which alone writes results; what this one prints goes to its log."""
     redirect_output(folder.path, launch)
     start = newest(folder) if resume else None
+    origin = None
+    if resume and start is None and folder.recipe.exists():
+        origin = recorded_parent(folder)
+    elif parent is not None and start is None:
+        origin = parent_at(parent, recipe, trust=True)
     try:
         # the first rank checks what the run may name, and prints
-        return _fit(recipe, folder, launch, start, say=lambda _: None, trust=True)
+        return _fit(recipe, folder, launch, start, say=lambda _: None, origin=origin, trust=True)
     except RankLost:
         raise
     except (Interrupted, RunFailed):
@@ -172,6 +193,7 @@ def _fit(
     start: Resume | None,
     say: Callable[[str], None],
     *,
+    origin: Parent | None = None,
     moved: bool = False,
     trust: bool,
     lost: Sequence[str] = (),
@@ -184,6 +206,7 @@ def _fit(
         launch: this process among the ranks.
         start: the checkpoint to continue from; None: the run begins.
         say: prints caveats.
+        origin: what the run begins from if it has no checkpoint of its own; None: from its initial weights.
         moved: whether the recipe names the corpus in another way than the run's recipe.
         trust: whether links may lead out of the folder of a run that gives the initial weights.
         lost: what is missing from the log of a run that is continued.
@@ -193,7 +216,8 @@ def _fit(
         say(f"note: {notice}")
     plan = plan_of(recipe)
     is_started = folder.recipe.exists()
-    data = text_data(recipe, plan, folder if is_started else None)
+    recorded = None if origin is None else origin.folder
+    data = text_data(recipe, plan, folder if is_started else recorded)
     data.prepare()
     if moved:
         _record_moved_corpus(recipe, folder)
@@ -201,9 +225,19 @@ def _fit(
     strategy: StrategyFactory = make(recipe.strategy)
     run_model = RunModel(recipe, strategy, data)
     size = size_of(run_model.model)
+    frozen = frozen_in(run_model.model)
+    if recipe.freeze:
+        notices.append(f"freeze: {len(frozen)} tensors are frozen: {listed(frozen)}")
+        say(f"note: {notices[-1]}")
     run_model.compile()
-    if recipe.initial_weights and start is None:
-        run_model.load_initial_weights(say, trust=trust)
+    taken = None
+    if origin is not None:
+        start = origin.start()
+    if recipe.selection is not None and start is None:
+        taken = run_model.load_initial_weights(say, trust=trust)
+        notices += taken.sentences
+    elif recipe.selection is not None:
+        notices += recorded_notices(folder if origin is None else origin.folder)
     peak = None
     if not torch.cuda.is_available():
         peak = measured_peak_flops(torch.device("cpu"))
@@ -222,6 +256,9 @@ def _fit(
     )
     module.started = started
     callbacks = [make(section).make(folder.path) for section in recipe.callbacks]
+    if origin is not None:
+        callbacks = [Continued(), *callbacks]
+        say(f"continues {origin.folder.path} after step {origin.step}, with its moments")
     if start:
         _check_start(module, start)
         names = [f"model.{one.name}" for one in module.local_parameters.named]
@@ -231,7 +268,7 @@ def _fit(
         # the content is as large as the model, and Lightning reads the file again
         start = replace(start, content={})
     if not is_started and is_rank_zero():
-        _write_identity(recipe, folder, data)
+        write_identity(recipe, folder, data, taken, origin, say)
     own, sample = _train(recipe, folder, launch, module, data, callbacks, peak, start, say)
     if is_rank_zero():
         return _finish(folder, module, data, size, own, notices, sample)
@@ -265,23 +302,6 @@ def _check_start(module: TrainingModule, start: Resume) -> None:
     if not isinstance(optimizers, list):
         optimizers = [optimizers]
     check_optimizers(optimizers, start.content, start.path)
-
-
-def _write_identity(recipe: Recipe, folder: RunFolder, data: TextData) -> None:
-    """Writes provenance, tokenizer and recipe; the recipe last, because its presence makes the folder a run."""
-    tokenizer = data.tokenizer
-    file = recipe.data.tokenizer.file
-    rest: dict[str, Any] = {"data": data.fingerprint, "threads": torch.get_num_threads()}
-    if file is not None and tokenizer is not None:
-        rest["tokenizer"] = {"file": file, **tokenizer.record()}
-    folder.write_json("provenance.json", provenance(recipe.sections(), **rest))
-    if tokenizer is not None:
-        folder.write_tokenizer(tokenizer, file)
-    folder.write_plugin_files(recipe.plugins)
-    if data.documents is not None:
-        folder.write_text(folder.documents.name, data.documents)
-    folder.write_digests()
-    folder.write_recipe(recipe.to_dict())
 
 
 def _train(

@@ -155,7 +155,8 @@ def _check_shift(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
     where = f"sweep {sweep.name}: metric = {sweep.schema.metric!r}"
     without = []
     for variant in sweep.variants:
-        shift_at = make(variant.recipe.data.corpus).shift_at()
+        corpus = variant.recipe.data.corpus
+        shift_at = None if corpus is None else make(corpus).shift_at()
         if shift_at is None:
             without.append(variant.name)
             continue

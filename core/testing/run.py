@@ -11,6 +11,7 @@ from core.testing import (  # noqa: F401 - importing them registers their checks
     common,
     dispatchers,
     factories,
+    growing,
     layers,
     products,
     records,

@@ -18,6 +18,8 @@ CLIP_EPS = 1e-6
 class LocalParameters:
     """The weights that this rank updates: those of the model, or the parts that it owns where they are divided.
 
+    Frozen weights are not among them.
+
     Optimizers work on these parts as on plain tensors, so that their states and their order are the same under every
     strategy.
 
@@ -30,6 +32,8 @@ class LocalParameters:
         self._sharded: list[tuple[nn.Parameter, Tensor]] = []
         for named in named_parameters(model):
             weight = named.parameter
+            if not weight.requires_grad:  # frozen
+                continue
             if isinstance(weight, DTensor):
                 part = local_tensor(weight)
                 self._sharded.append((weight, part))  # type: ignore[arg-type]

@@ -109,6 +109,7 @@ class TrainingModule(L.LightningModule):
         self.dropped = 0
         self.validated: dict[str, float] = {}
         self.averages_validated: dict[str, float] = {}
+        self.same_threads = True
         self.validation_pending = False
         self.pending_step: int | None = None
         self._interval: int | float | None = None
@@ -380,7 +381,7 @@ class TrainingModule(L.LightningModule):
         """
         own = checkpoint["moeloom"]
         threads = torch.get_num_threads()
-        if self.device.type == "cpu" and own["threads"] != threads:
+        if self.same_threads and self.device.type == "cpu" and own["threads"] != threads:
             raise UserError(
                 f"--resume: the run used {own['threads']} threads and this process has {threads}, "
                 f"which would change its bits; set OMP_NUM_THREADS={own['threads']}"

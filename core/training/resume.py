@@ -16,6 +16,7 @@ from core.data.tokenizer_file import load_tokenizer_file
 from core.extension.plugin_file import digest_of_code, is_plugin_file
 from core.recipe.compose import Recipe, compose_run
 from core.storage.lock import LOCK, is_locked
+from core.training.early_checks import check_trained
 from core.training.run_folder import RunFolder
 
 
@@ -33,6 +34,7 @@ REPRODUCED = (
     "budget",
     "gradient_clip",
     "initial_weights",
+    "freeze",
 )
 """Sections that a resumed run must share with the one it continues; otherwise it would be another run."""
 
@@ -71,7 +73,7 @@ def check_recipe_unchanged(
     check_trained(folder, "start a run from its weights with initial_weights")
     started = compose_run(folder.recipe, trust=trust, named=recipe.plugins)
     _check_code_unchanged(recipe, started, folder)
-    _check_tokenizer_unchanged(recipe, started, folder)
+    check_tokenizer_unchanged(recipe, started, folder, "--resume")
     before = started.to_dict()
     now = recipe.to_dict()
     corpora = [
@@ -111,8 +113,17 @@ def _check_code_unchanged(recipe: Recipe, started: Recipe, folder: RunFolder) ->
             )
 
 
-def _check_tokenizer_unchanged(recipe: Recipe, started: Recipe, folder: RunFolder) -> None:
-    """Raises `UserError` if the tokenizer's file of the recipe is not the one that the run was started with."""
+def check_tokenizer_unchanged(
+    recipe: Recipe, started: Recipe, folder: RunFolder, option: str
+) -> None:
+    """Raises `UserError` if the tokenizer's file of the recipe is not the one that the run was started with.
+
+    Args:
+        recipe: the recipe.
+        started: that of the run.
+        folder: the run.
+        option: the option that named the run.
+    """
     section = recipe.data.tokenizer
     if section.file is None or started.data.tokenizer.file is None:
         return  # a tokenizer that is trained has no markers in the recipe, which is compared
@@ -126,20 +137,13 @@ def _check_tokenizer_unchanged(recipe: Recipe, started: Recipe, folder: RunFolde
         raise UserError(f"{recipe.source}: data.tokenizer.{error.key}: {error.why}") from error
     if found.identity() != folder.load_tokenizer().identity():
         raise UserError(
-            f"--resume {folder.path}: {section.file} is not the tokenizer that the run was started "
+            f"{option} {folder.path}: {section.file} is not the tokenizer that the run was started "
             f"with, which is {folder.tokenizer}"
         )
 
 
 def _plugin_files(recipe: Recipe) -> list[Path]:
     return [Path(name) for name in recipe.plugins if is_plugin_file(name)]
-
-
-def check_trained(folder: RunFolder, instead: str) -> None:
-    """Raises `UserError` for a converted run, which has no corpus and no steps; `instead` says what to do."""
-    if folder.converted_weights.exists():
-        why = "was converted from another program's files, which say nothing of its training"
-        raise UserError(f"{folder.path}: {why}; {instead}")
 
 
 def newest(folder: RunFolder) -> Resume | None:
@@ -152,14 +156,22 @@ def newest(folder: RunFolder) -> Resume | None:
         NotFiniteError: weights or moments with which every further step would fail.
     """
     files = checkpoints_in(folder.path)
-    if not files:
-        return None
-    content = read_metadata(files[-1])
-    check_content(content, files[-1])
+    return read_start(files[-1]) if files else None
+
+
+def read_start(checkpoint: Path) -> Resume:
+    """A checkpoint as a start of training.
+
+    Raises:
+        UserError: it is damaged.
+        NotFiniteError: weights or moments with which every further step would fail.
+    """
+    content = read_metadata(checkpoint)
+    check_content(content, checkpoint)
     found = not_finite(content)
     if found:
-        raise diverged(files[-1], found)
-    return Resume(files[-1], content["moeloom"]["windows_done"], content)
+        raise diverged(checkpoint, found)
+    return Resume(checkpoint, content["moeloom"]["windows_done"], content)
 
 
 def _first_difference_in(

@@ -197,7 +197,8 @@ def call_on_step_end(
     """
     for path, layer in model.expert_layers().items():
         for index, balancer in enumerate(layer.balancers if balance else ()):
-            balancer.on_step_end(totals.of_balancer(path, index), progress)
+            if not balancer.is_frozen:
+                balancer.on_step_end(totals.of_balancer(path, index), progress)
     for path, name, component in model.block_layers():
         component.on_step_end(totals.of_owner((path, name)), progress)
     for name, head in model.loss_heads():

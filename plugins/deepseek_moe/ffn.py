@@ -17,7 +17,7 @@ from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.dispatcher import Dispatcher
 from core.contracts.errors import ConfigError
-from core.contracts.ffn import FeedForward, RoutingProperties
+from core.contracts.ffn import FeedForward, Networks, RoutingProperties
 from core.contracts.record import Record
 from core.contracts.router import CAPABILITIES, Router, Routing
 from core.contracts.schema import Child, child, children, setting
@@ -210,6 +210,31 @@ class MixtureOfExperts(FeedForward):
             drops=dropping is not None or "drops" in capabilities,
             causal=dropping is None and "causal" in capabilities,
             batch_dependent=dropping is not None or "batch_dependent" in capabilities,
+        )
+
+    def networks(self) -> Networks:
+        """The shared and the routed experts; experts with equal rows and biases are chosen together."""
+        config = self.config
+        always = None
+        if config.shared_experts:
+            always = ("shared.gate_up.weight", "shared.down.weight")
+        by_expert: list[str] = []
+        for part in ("router", "balance"):
+            for name, tensor in getattr(self, part).state_dict(prefix=f"{part}.").items():
+                if tensor.is_floating_point() and tensor.shape[:1] == (config.experts,):
+                    by_expert.append(name)
+        chooses = {"learned", "token_choice"} <= self.router_capabilities
+        return Networks(
+            always=always,
+            hidden=config.shared_experts * config.expert_hidden,
+            routed=("routed.gate_up.weight", "routed.down.weight"),
+            expert_hidden=config.expert_hidden,
+            experts=config.experts,
+            by_expert=tuple(by_expert),
+            top_k=self.router.top_k,
+            gate_sum=self.router.gate_sum,
+            limit=config.swiglu_limit,
+            chooses_by_row=chooses and "drops" not in self.router_capabilities,
         )
 
     def adjust_scores(self, scores_TE: Tensor) -> Tensor:

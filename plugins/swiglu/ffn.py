@@ -9,7 +9,7 @@ from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
-from core.contracts.ffn import FeedForward
+from core.contracts.ffn import FeedForward, Networks
 from core.contracts.schema import setting
 from core.model.activation import check_limit, swiglu_product
 
@@ -37,6 +37,7 @@ class SwiGLU(FeedForward):
 
     def __init__(self, config: Config, build: BuildContext) -> None:
         super().__init__(config, build)
+        self.hidden = config.hidden
         self.limit = config.swiglu_limit
         self.gate_up = build.linear(build.dim, 2 * config.hidden, "ffn.gate_up")
         self.down = build.linear(config.hidden, build.dim, "ffn.down", residual=True)
@@ -44,6 +45,11 @@ class SwiGLU(FeedForward):
     def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, None]:
         """The layer's output for each position by itself, and no record."""
         return swiglu_product(self.gate_up(x_BLD), self.down, self.limit), None
+
+    def networks(self) -> Networks:
+        """The one network, which every token passes."""
+        matrices = ("gate_up.weight", "down.weight")
+        return Networks(always=matrices, hidden=self.hidden, limit=self.limit)
 
     def costs(self) -> Costs:
         """The costs of one token: all weights are active."""

@@ -397,3 +397,31 @@ def test_a_converted_run_that_is_written_anew_keeps_its_markers_formats_and_file
     convert(lab, "from-hf", tmp_path / "main", tmp_path / "again")
     one, two = core.load(tmp_path / "run").state_dict(), core.load(tmp_path / "again").state_dict()
     assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+
+
+def test_the_recipe_of_a_converted_run_starts_from_its_weights_and_asks_for_a_corpus(
+    lab: Lab, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source", V3, tensors_of(V3))
+    run = tmp_path / "run"
+    convert(lab, "from-hf", source, run)
+    out = tmp_path / "new"
+    done = lab.command("fit", run / "recipe.yaml", "--out", out)
+    how = "give the text to train on, such as data.corpus='{name: files, paths: [texts]}'"
+    assert done.code == 2
+    assert done.sentence == f"{run}/recipe.yaml: data.corpus = null: {how}"
+    assert not out.exists()
+    moved = tmp_path / "moved"
+    run.rename(moved)
+    recipe = core.compose(moved / "recipe.yaml")
+    assert recipe.selection is not None
+    assert (recipe.selection.path, recipe.data.corpus) == (str(moved), None)
+    corpus = f"data.corpus={{name: files, paths: ['{lab.texts}/*.txt']}}"
+    settings = (corpus, "budget.steps=1", "optimizer.lr=0", "data.sequence_length=16")
+    done = lab.command("fit", moved / "recipe.yaml", *settings, "--out", out)
+    assert done.code == 0, done.err
+    before, after = core.load(moved).state_dict(), core.load(out).state_dict()
+    for name, tensor in before.items():
+        assert name.endswith(".bias") or torch.equal(after[name], tensor), name
+    done = lab.command("fit", moved / "recipe.yaml", corpus, "--from", moved)
+    assert "start a run from its weights with initial_weights" in done.sentence

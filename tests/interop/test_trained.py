@@ -138,11 +138,13 @@ def test_a_converted_run_writes_text_and_starts_another(
     for name, tensor in before.items():
         assert name.endswith(".bias") or torch.equal(after[name], tensor), name
     fewer = f"data.corpus={{name: files, paths: ['{lab.texts}/doc-[12]*.txt']}}"
+    anew = (fewer, "data.tokenizer.file=null")
     result = lab.command(
-        "fit", tmp_path / "again/recipe.yaml", start, *overrides, fewer, "--out", tmp_path / "other"
+        "fit", tmp_path / "again/recipe.yaml", start, *overrides, *anew, "--out", tmp_path / "other"
     )
     assert result.code == 0, result.err
     assert "is another tokenizer than this run's" in result.err
+    assert "its tokenizer files and chat template are not kept" in result.err
 
 
 def test_the_main_model_goes_alone_where_it_is_asked_for(

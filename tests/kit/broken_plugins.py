@@ -20,6 +20,7 @@ from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.dispatcher import Dispatcher, Handle, Placement
+from core.contracts.ffn import Networks
 from core.contracts.loss_head import HeadOutput
 from core.contracts.precision import StepState
 from core.contracts.record import StepTotals
@@ -33,7 +34,7 @@ from core.model.attend import TensorCache
 from core.numerics.linear import Linear
 from core.routing.rows import Done, gated_sums, sort_by_expert
 from core.routing.share_loss import ShareLoss
-from core.testing.bench import KitAttention, KitDense, KitHead, KitPrecision, KitRouter
+from core.testing.bench import WIDTH, KitAttention, KitDense, KitHead, KitPrecision, KitRouter
 
 CONTRACTS = "2.0"
 
@@ -66,6 +67,8 @@ BROKEN = {
     ("dispatcher", "one_way"): "bound_dispatch_equals_a_loop",
     ("router", "hearsay"): "limits_are_those_of_the_selection",
     ("callback", "hasty"): "averages_follow_the_weights",
+    ("router", "round_sum"): "gates_add_up_as_stated",
+    ("ffn", "padded_width"): "networks_are_as_stated",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 BROKEN |= {("optimizer", cls.example["name"]): check for cls, check in OPTIMIZERS.items()}
@@ -533,11 +536,31 @@ class Hasty(CallbackFactory):
         return HastyCallback()
 
 
+class RoundSum(KitRouter):
+    """States a sum of gates that are not normalised."""
+
+    example = {"name": "round_sum"}
+
+    @property
+    def gate_sum(self) -> float:
+        return 1.0
+
+
+class PaddedWidth(KitDense):
+    """Names matrices of another width than it states."""
+
+    example = {"name": "padded_width"}
+
+    def networks(self) -> Networks:
+        return Networks(always=("product.weight", "product.weight"), hidden=WIDTH)
+
+
 CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask, Hoarder, IdleWeight),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
     *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay, Hearsay, Hasty),
+    *(RoundSum, PaddedWidth),
     *FORMATS,
     *OPTIMIZERS,
 )

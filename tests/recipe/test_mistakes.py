@@ -51,8 +51,10 @@ CORE = {
     "compile=maybe": "{o}: compile = 'maybe': must be true or false",
     "compile=1": "{o}: compile = 1: must be true or false",
     "compile=null": "{o}: compile = null: must be true or false",
-    "initial_weights=[a]": "{o}: initial_weights = ['a']: must be a string or null",
-    "initial_weights=true": "{o}: initial_weights = true: must be a string or null",
+    "initial_weights=[a]": "{o}: initial_weights = ['a']: "
+    "must be a string or a selection (keys: path, include, exclude, experts, scale, noise, vocabulary) or null",
+    "initial_weights=true": "{o}: initial_weights = true: "
+    "must be a string or a selection (keys: path, include, exclude, experts, scale, noise, vocabulary) or null",
     "recompute.blocks=moe": "{o}: recompute.blocks = 'moe': must be a list, each item a string",
     "recompute.blocks=null": "{o}: recompute.blocks = null: must be a list, each item a string",
     "recompute.blocks=[true]": "{o}: recompute.blocks = [True]: must be a list, each item a string",

@@ -14,6 +14,7 @@ import torch
 from drawn_recipes import RecipeDraw, write_fixed
 from lab import Lab
 
+import core.run.identity
 import core.run.run_sample
 import core.run.training
 import plugins.fp8_native.precision
@@ -37,7 +38,7 @@ def fixed(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     tried_once = cache(plugins.fp8_native.precision.missing)
     monkeypatch.setattr(plugins.fp8_native.precision, "missing", tried_once)
     # Looking up the commit and the packages takes 0.1 s a run.
-    monkeypatch.setattr(core.run.training, "provenance", lambda sections, **rest: rest)
+    monkeypatch.setattr(core.run.identity, "provenance", lambda sections, **rest: rest)
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
