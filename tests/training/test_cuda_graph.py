@@ -1,0 +1,70 @@
+"""CUDA graphs on a GPU: a run that replays its steps computes the bits of one that does not."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lab import Lab, assert_same, last_checkpoint, loads, rows
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+RECIPE = (
+    "compile=true",
+    "precision.name=bf16",
+    "budget.steps=12",
+    "batch={sequences: 2, accumulate: 2}",
+    "model.heads.mtp={name: mtp, depth: 1, weight: {start: 0.5, segments: [{to: 0.1, until: 1.0}]}}",
+    "model.blocks.moe.ffn.balance=[{name: bias, rate: 0.01}, {name: sequence, alpha: 0.1}]",
+)
+TIMES = ("tokens_per_second", "mfu")
+
+
+def test_replayed_steps_are_those_of_a_run_without_a_graph(lab: Lab, tmp_path: Path) -> None:
+    for name in ("false", "true"):
+        lab.fit(tmp_path / name, *RECIPE, f"cuda_graph={name}")
+    plain, replayed = tmp_path / "false", tmp_path / "true"
+    own, other = (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in rows(run)]
+        for run in (replayed, plain)
+    )
+    assert own == other
+    assert_same(loads(replayed), loads(plain))
+    for key in ("state_dict", "optimizer_states"):
+        assert_same(last_checkpoint(replayed)[key], last_checkpoint(plain)[key])
+
+
+def test_a_run_goes_on_with_a_graph(lab: Lab, tmp_path: Path) -> None:
+    """A run of 12 steps that is continued after 6 has the bits of one that was not stopped."""
+    whole = tmp_path / "whole"
+    lab.fit(whole, *RECIPE, "cuda_graph=true", "checkpoint.every_steps=6", "checkpoint.keep=2")
+    parts = tmp_path / "parts"
+    shutil.copytree(whole, parts)
+    (parts / "summary.json").unlink()
+    for file in (parts / "checkpoints").glob("step-00000012*"):
+        file.unlink()
+    lab.fit(
+        parts,
+        *RECIPE,
+        "cuda_graph=true",
+        "checkpoint.every_steps=6",
+        "checkpoint.keep=2",
+        resume=True,
+    )
+    for key in ("state_dict", "optimizer_states"):
+        assert_same(last_checkpoint(parts)[key], last_checkpoint(whole)[key])
+
+
+def test_products_that_wait_for_the_device_are_refused_in_a_sentence(
+    lab: Lab, tmp_path: Path
+) -> None:
+    result = lab.command(
+        "fit",
+        lab.file,
+        *RECIPE,
+        "cuda_graph=true",
+        "precision.name=fp32",
+        "--out",
+        tmp_path / "run",
+    )
+    assert result.code == 2, result.err
+    assert "cuda_graph = true: this model's step cannot be captured" in result.err
