@@ -160,7 +160,7 @@ class CapturedSteps:
 
     def _capture(self, batches: Sequence[Batch], coefficients: Coefficients) -> _Captured:
         """Captures a step of these shapes; weights and buffers stay as they are."""
-        own = [Batch(*(None if x is None else x.clone() for x in batch)) for batch in batches]
+        own = [Batch._make(None if x is None else x.clone() for x in one) for one in batches]
         graph = self._make_graph()
 
         def work() -> StepResults:
