@@ -20,10 +20,10 @@ VERSIONS = {
     "bf16 compiled": ["precision.name=bf16", "compile=true"],
     "bf16 as a CUDA graph": ["precision.name=bf16", "compile=true", "cuda_graph=true"],
 }
-TOGETHER = (2, 4, 8)
+TOGETHER = (4,)
 """Runs that share the GPU."""
-ROUNDS = 2
-STEPS = 400
+ROUNDS = 1
+STEPS = 300
 SECONDS = 150.0
 """Time limit of a run."""
 
