@@ -19,6 +19,8 @@ from core.data.batch import Batch
 from core.model.block import Block
 from core.model.language_model import LanguageModel
 from core.model.ledger import Term
+from core.numerics.grouped import waits_on_gpu
+from core.numerics.linear import GroupedLinear
 from core.training.totals import WindowTotals
 
 WARM_UPS = 3
@@ -173,8 +175,8 @@ class CapturedSteps:
         except (RuntimeError, torch.AcceleratorError) as cause:
             why = str(cause).strip().partition("\n")[0]
             raise UserError(
-                f"cuda_graph = true: this model's step cannot be captured: {why}; products must not wait for the "
-                "device, as those of precision bf16 do not; cuda_graph=false trains it without a graph"
+                f"cuda_graph = true: this model's step cannot be captured ({why}); "
+                "cuda_graph=false trains it without a graph"
             ) from cause
         gradients = [parameter.grad for parameter in self._parameters]
         return _Captured(graph, own, gradients)
@@ -201,5 +203,10 @@ def why_not_captured(model: LanguageModel) -> str | None:
             return (
                 f"{path} has parts that torch.compile cannot trace as one graph, because they wait for the device "
                 "or draw numbers by the step"
+            )
+        if isinstance(module, GroupedLinear) and waits_on_gpu(module.compute_dtype):
+            kind = str(module.compute_dtype).removeprefix("torch.")
+            return (
+                f"{path} multiplies in {kind}, which waits for the device; precision bf16 does not"
             )
     return None

@@ -133,7 +133,7 @@ class TrainingModule(L.LightningModule):
 
     @property
     def reports_to_callbacks(self) -> bool:
-        """Whether Lightning is handed every step's values, which takes a millisecond for each.
+        """Whether Lightning is handed every step's values, for which it takes as long as the GPU for a small step.
 
         The run's own callbacks read `step_values`; others may read Lightning's metrics.
         """

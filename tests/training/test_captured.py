@@ -15,9 +15,10 @@ from lab import Lab, assert_same
 from test_window import padded
 from torch.utils._pytree import tree_leaves
 
+from core.assemble import build
 from core.contracts.errors import UserError
 from core.data.batch import Batch
-from core.training.captured import CapturedSteps, Graph, StepResults
+from core.training.captured import CapturedSteps, Graph, StepResults, why_not_captured
 from core.training.module import TrainingModule
 
 CUDA = torch.cuda.is_available()
@@ -138,3 +139,33 @@ def test_a_run_on_a_cpu_says_that_graphs_need_a_gpu(lab: Lab, tmp_path: Path) ->
 def test_what_cannot_be_captured_is_refused(lab: Lab, overrides: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         lab.recipe(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["precision.name=bf16"], None),
+        (["precision.name=fp32"], "multiplies in float32, which waits for the device"),
+        (
+            [
+                "precision.name=bf16",
+                "model.blocks.moe.ffn.token_dropping={devices: 4, capacity_factor: 1.0}",
+            ],
+            "cannot trace as one graph",
+        ),
+        (
+            ["precision.name=bf16", "model.blocks.moe.ffn.router={name: gshard}"],
+            "cannot trace as one graph",
+        ),
+    ],
+)
+def test_models_that_cannot_be_captured_are_known_before_a_run(
+    lab: Lab, overrides: list[str], sentence: str | None
+) -> None:
+    model = build(lab.recipe("model.blocks.moe.ffn.balance=[]", *overrides), device="meta")
+    why = why_not_captured(model)
+    if sentence is None:
+        assert why is None
+    else:
+        assert why is not None
+        assert sentence in why

@@ -1,14 +1,14 @@
 """CUDA graphs on a GPU: a run that replays its steps computes the bits of one that does not."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from lab import Lab, assert_same, last_checkpoint, loads, rows
+
+from core.contracts.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +70,15 @@ def test_a_run_goes_on_with_a_graph(lab: Lab, tmp_path: Path) -> None:
 def test_products_that_wait_for_the_device_are_refused_in_a_sentence(
     lab: Lab, tmp_path: Path
 ) -> None:
-    """A process of its own, because a fork cannot use a GPU that its parent has used."""
-    changes = [*RECIPE, "cuda_graph=true", "precision.name=fp32", "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "core.fit", str(lab.file), *changes]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
-    assert "cuda_graph = true: this model's step cannot be captured" in result.stderr
+    with pytest.raises(UserError, match="multiplies in float32, which waits for the device"):
+        lab.fit(tmp_path / "run", *RECIPE, "cuda_graph=true", "precision.name=fp32")
+
+
+def test_a_step_that_cannot_be_captured_ends_the_run_in_a_sentence(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """Experts of a width that the kernel does not take are multiplied one after the other, after a wait."""
+    with pytest.raises(UserError, match="this model's step cannot be captured"):
+        lab.fit(
+            tmp_path / "run", *RECIPE, "cuda_graph=true", "model.blocks.moe.ffn.expert_hidden=3"
+        )
