@@ -2,7 +2,8 @@
 
 Parts: tests (those that need a GPU), correctness (results of the CPU and of the GPU), fp8 (its products and its loss
 curves), speed (a model of a billion parameters, compared with transformers), decode (generation with it, compared too),
-layer (a mixture-of-experts layer of DeepSeek-V3's shape), profile (the time of a step by kind of kernel).
+layer (a mixture-of-experts layer of DeepSeek-V3's shape), profile (the time of a step by kind of kernel), small
+(whole runs of a small model).
 On two GPUs, and only if they are named: large (16 billion parameters in training), scaling (throughput of two over that
 of one). Each part writes its numbers into OUT/gpu.json as soon as it has them, and keeps those of other parts; a short
 table is printed last. `--quick` takes toy sizes: a dry run of every step, on any machine.
@@ -25,7 +26,7 @@ if __name__ == "__main__":
 from core.command import run_command
 from core.contracts.errors import UserError
 
-PARTS = ("tests", "correctness", "fp8", "speed", "decode", "layer", "profile")
+PARTS = ("tests", "correctness", "fp8", "speed", "decode", "layer", "profile", "small")
 ON_TWO = ("large", "scaling")
 """Parts that need two GPUs and a folder of tokens (benchmarks/token_file.py)."""
 

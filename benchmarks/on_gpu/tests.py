@@ -16,6 +16,7 @@ TESTS = (
     "precision/test_native.py",
     "precision/test_native_kernels.py",
     "precision/test_te_gpu.py",
+    "training/test_cuda_graph.py",
 )
 SECONDS = 420.0
 

@@ -80,8 +80,13 @@ def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
 def _kernel_pays(x: Tensor) -> bool:
     """Whether `F.grouped_mm` is faster than the loop: one kernel on CUDA in bf16, less of Python on CPUs in fp32."""
     if x.is_cuda:
-        return x.dtype == torch.bfloat16
+        return not waits_on_gpu(x.dtype)
     return x.is_cpu and x.dtype == torch.float32
+
+
+def waits_on_gpu(dtype: torch.dtype) -> bool:
+    """Whether products of this format wait on a GPU until the host knows where each expert's rows end."""
+    return dtype != torch.bfloat16
 
 
 def _kernel_takes(rows_AX: Tensor, other: Tensor) -> bool:

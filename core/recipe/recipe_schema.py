@@ -198,6 +198,9 @@ class RecipeSchema:
     validation: ValidationSection = setting({}, doc="when to validate")
     recompute: RecomputeSection = setting({}, doc="activation recomputation")
     compile: bool = setting(False, doc="compile every block and loss head with torch.compile")
+    cuda_graph: bool = setting(
+        False, doc="replay forward and backward of each step as one CUDA graph; needs compile"
+    )
     strategy: Child = child(
         "strategy", {"name": "single"}, doc="the devices, and how they share the work"
     )
@@ -229,6 +232,8 @@ class RecipeSchema:
             if name not in self.model.blocks:
                 why = f"must name blocks of the model: {', '.join(self.model.blocks)}"
                 raise ConfigError("recompute.blocks", why)
+        if self.cuda_graph and not self.compile:
+            raise ConfigError("cuda_graph", "must be false unless compile is true")
         ramp = self.batch.accumulate
         if isinstance(ramp, Schedule) and ramp.unit == "fraction" and self.budget.steps is not None:
             why = "must be tokens or steps if the run's length is given in steps (budget.steps)"
@@ -251,6 +256,10 @@ class RecipeSchema:
         if self.strategy.component.shards and needs_whole:
             why = f"{self.strategy.name} divides the weights, and optimizer {self.optimizer.name} needs whole matrices"
             raise ConfigError("strategy.name", why)
+        ranks = self.strategy.component.ranks_of(self.strategy.config)
+        if self.cuda_graph and (ranks > 1 or self.strategy.component.shards):
+            why = f"must be false under strategy {self.strategy.name}: exchanges between ranks are not captured"
+            raise ConfigError("cuda_graph", why)
         if "gpu_only" in able and getattr(self.strategy.config, "accelerator", None) == "cpu":
             why = f"must not be cpu under precision {self.precision.name}"
             raise ConfigError("strategy.accelerator", why)

@@ -19,6 +19,7 @@ from core.recipe.compose import Recipe
 from core.recipe.values import show_value
 from core.run.data import tokenizer_of
 from core.training.early_checks import check_corpus
+from core.training.captured import why_not_captured
 
 
 def check_environment(recipe: Recipe) -> None:
@@ -32,6 +33,7 @@ def check_environment(recipe: Recipe) -> None:
     _check_strategy(recipe, model)
     _check_optimizer(recipe, model)
     _check_memory(recipe, model)
+    _check_capture(recipe, model)
     found = unmet_requirements(recipe)
     if found:
         raise UserError(f"{recipe.source}: cannot run here: {'; '.join(found)}")
@@ -74,6 +76,17 @@ def _check_optimizer(recipe: Recipe, model: LanguageModel) -> None:
         optimizer.check_parameters(named_parameters(model))
     except ConfigError as error:
         raise UserError(f"{recipe.source}: optimizer.{error.key}: {error.why}") from error
+
+
+def _check_capture(recipe: Recipe, model: LanguageModel) -> None:
+    """Raises `UserError` where `cuda_graph` asks for what this machine or this model cannot do."""
+    if not recipe.cuda_graph:
+        return
+    why = why_not_captured(model)
+    if not torch.cuda.is_available() or getattr(recipe.strategy.config, "accelerator", "") == "cpu":
+        why = "the run is on a CPU, and CUDA graphs need a GPU"
+    if why:
+        raise UserError(f"{recipe.source}: cuda_graph = true: {why}")
 
 
 def _check_memory(recipe: Recipe, model: nn.Module) -> None:

@@ -6,7 +6,7 @@ logged MaxVio read the same integers.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.contracts.context import SequenceContext
-from core.contracts.errors import RunFailed, UserError
+from core.contracts.errors import RunFailed
 from core.contracts.schedule import Progress
 from core.contracts.strategy import StrategyFactory
 from core.contracts.training import OptimizerFactory
@@ -25,8 +25,10 @@ from core.model.ledger import Ledger, Term
 from core.model.parameters import check_groups
 from core.numerics.finite import not_finite_in
 from core.recipe.plan import TrainingPlan
+from core.training.captured import CapturedSteps, StepResults
 from core.training.load import measures
 from core.training.local_parameters import LocalParameters, local_state
+from core.training.module_state import load_module_state, module_state
 from core.training.non_finite_advice import non_finite_advice
 from core.training.ranks import (
     all_reduce_max_,
@@ -65,6 +67,7 @@ class TrainingModule(L.LightningModule):
         mask_documents: keep attention and predictions inside documents.
         gradient_clip: largest global gradient norm, or None.
         max_skipped: consecutive steps with a non-finite gradient before the run fails.
+        cuda_graph: replay the forwards and backwards of a step as one CUDA graph.
         validation_bytes: bytes of the validation documents; 0 without a validation split.
         source_bytes: the same for each part of a mixture, by its name; losses are then logged by source.
     """
@@ -81,6 +84,7 @@ class TrainingModule(L.LightningModule):
         mask_documents: bool = False,
         gradient_clip: float | None = 1.0,
         max_skipped: int = 5,
+        cuda_graph: bool = False,
         validation_bytes: int = 0,
         source_bytes: Mapping[str, int] | None = None,
     ) -> None:
@@ -96,6 +100,8 @@ class TrainingModule(L.LightningModule):
         self.mask_documents = mask_documents
         self.gradient_clip = gradient_clip
         self.max_skipped = max_skipped
+        self.cuda_graph = cuda_graph
+        self.captured: CapturedSteps | None = None
         self.windows_done = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -125,6 +131,15 @@ class TrainingModule(L.LightningModule):
     def wall_seconds(self) -> float:
         """Seconds since the start of the run; of a resumed run, its earlier parts up to their last checkpoint too."""
         return self.wall_before + time.perf_counter() - self.started
+
+    @property
+    def reports_to_callbacks(self) -> bool:
+        """Whether Lightning is handed every step's values, for which it takes as long as the GPU for a small step.
+
+        The run's own callbacks read `step_values`; others may read Lightning's metrics.
+        """
+        kinds = {type(callback).__module__ for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return any(not kind.startswith("core.") for kind in kinds)
 
     @property
     def flops_per_batch(self) -> int:
@@ -179,9 +194,7 @@ class TrainingModule(L.LightningModule):
         optimizers = self._optimizers()
         progress = self.plan.progress(self.windows_done)
         call_on_step_start(self.model, progress)
-        contexts = [self.context(batch, index) for index, batch in enumerate(batches)]
-        window = Window.of(self.model, self.ledger, contexts)
-        totals = self._backward(contexts, window, progress).over_ranks()
+        totals, counts = self._gradients(batches, progress)
         learning = learning_alone(self.model, progress)
         self.local_parameters.take_gradients()
         self.local_parameters.freeze_others(learning)
@@ -199,20 +212,50 @@ class TrainingModule(L.LightningModule):
             self.skipped_in_a_row = 0
         else:
             self._end_step(done=False)
-            self._skip(
-                norm, loss_metrics(self.ledger, totals, window.counts, progress)["loss/total"]
-            )
+            self._skip(norm, loss_metrics(self.ledger, totals, counts, progress)["loss/total"])
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.local_parameters.clear_gradients()
         self.windows_done += 1
         self.step_load = totals.loads
-        self._log(totals, window.counts, progress, norm, rate)
+        self._log(totals, counts, progress, norm, rate)
         # Only the time of steps counts: no validation, no saving.
         self.seconds += time.perf_counter() - self._began
         if self.windows_done == self.plan.steps:
             # The run ends here in any case; with this flag set Lightning validates after the last step too.
             self.trainer.should_stop = True
+
+    def _gradients(
+        self, batches: Sequence[Batch], progress: Progress
+    ) -> tuple[WindowTotals, dict[Term, Tensor]]:
+        """Computes the step's gradients; returns the totals over all ranks, and each term's denominator."""
+        if self.captured is not None:
+            coefficients = {term: term.coefficient(progress) for term in self.ledger}
+            results = self.captured(batches, coefficients)
+            return results.totals, results.counts
+        results = self._run_window(batches, progress)
+        return results.totals, results.counts
+
+    def _run_window(
+        self,
+        batches: Sequence[Batch],
+        progress: Progress,
+        coefficients: Mapping[Term, Tensor] | None = None,
+    ) -> StepResults:
+        """Runs every micro-batch of a step forwards and backwards."""
+        contexts = [self.context(batch, index) for index, batch in enumerate(batches)]
+        window = Window.of(self.model, self.ledger, contexts, coefficients)
+        totals = self._backward(contexts, window, progress).over_ranks()
+        return StepResults(totals, window.counts)
+
+    def _captured_steps(self) -> CapturedSteps:
+        """What replays the forwards and backwards of steps; it takes all that differs between them as arguments."""
+        first = self.plan.progress(0)
+
+        def run(batches: Sequence[Batch], coefficients: Mapping[Term, Tensor]) -> StepResults:
+            return self._run_window(batches, first, coefficients)
+
+        return CapturedSteps(run, list(self.model.parameters()))
 
     def _backward(
         self, contexts: list[SequenceContext], window: Window, progress: Progress
@@ -305,9 +348,9 @@ class TrainingModule(L.LightningModule):
         values.update(exchange_metrics(totals))
         values.update({"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped_steps)})
         self.step_values = values
-        # `StepLog` writes the row; this is for callbacks of a recipe that read Lightning's metrics.
-        logged = {name: as_scalar(value) for name, value in values.items()}
-        self.log_dict(logged, logger=False, batch_size=1)
+        if self.reports_to_callbacks:
+            logged = {name: as_scalar(value) for name, value in values.items()}
+            self.log_dict(logged, logger=False, batch_size=1)
 
     def _note_finiteness(self, loss: Tensor) -> None:
         """Remembers the step since which the loss has not been finite; None while it is finite."""
@@ -318,6 +361,8 @@ class TrainingModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Lets Lightning validate first where the run was stopped in a validation, be it due by the interval or not."""
+        if self.cuda_graph:
+            self.captured = self._captured_steps()
         if self.validation_pending:
             self._interval = self.trainer.val_check_batch
             self.trainer.val_check_batch = self.windows_done
@@ -355,23 +400,7 @@ class TrainingModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the module's own state, in plain containers and tensors, to Lightning's."""
-        paths = {role: list(ways) for role, ways in self.model.kernels_used().ran.items()}
-        states = {path: layer.step_state() for path, layer in self.model.step_states().items()}
-        checkpoint["moeloom"] = {
-            "windows_done": self.windows_done,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "not_finite_since": self.not_finite_since,
-            "seconds": self.seconds,
-            "wall_seconds": self.wall_seconds,
-            "assigned": self.assigned,
-            "dropped": self.dropped,
-            "validated": dict(self.validated),
-            "validation_pending": self.validation_pending,
-            "threads": torch.get_num_threads(),
-            "paths": paths,
-            "step_states": states,
-        }
+        checkpoint["moeloom"] = module_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continues from the module's own state in a checkpoint.
@@ -379,27 +408,4 @@ class TrainingModule(L.LightningModule):
         Raises:
             UserError: on a CPU, another number of threads, with which the bits would differ.
         """
-        own = checkpoint["moeloom"]
-        threads = torch.get_num_threads()
-        if self.same_threads and self.device.type == "cpu" and own["threads"] != threads:
-            raise UserError(
-                f"--resume: the run used {own['threads']} threads and this process has {threads}, "
-                f"which would change its bits; set OMP_NUM_THREADS={own['threads']}"
-            )
-        self.windows_done = own["windows_done"]
-        self.skipped_steps = own["skipped_steps"]
-        self.skipped_in_a_row = own["skipped_in_a_row"]
-        self.not_finite_since = own.get("not_finite_since")
-        self.seconds = own["seconds"]
-        self.wall_before = own["wall_seconds"]
-        self.assigned = own["assigned"]
-        self.dropped = own["dropped"]
-        self.validated = dict(own["validated"])
-        self.validation_pending = own.get("validation_pending", False)
-        if self.validation_pending:
-            self.pending_step = self.windows_done
-        for role, ways in own.get("paths", {}).items():
-            for way in ways:
-                self.model.kernels_used().note(role, way)
-        for path, layer in self.model.step_states().items():
-            layer.load_step_state(own["step_states"][path])
+        load_module_state(self, checkpoint["moeloom"])

@@ -38,7 +38,7 @@ REPRODUCED = (
 )
 """Sections that a resumed run must share with the one it continues; otherwise it would be another run."""
 
-MAY_CHANGE = ("strategy", "compile", "trainer")
+MAY_CHANGE = ("strategy", "compile", "cuda_graph", "trainer")
 """Sections that may change; the resumed run then reaches other bits."""
 
 

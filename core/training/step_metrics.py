@@ -42,7 +42,7 @@ def loss_metrics(
     for layer_term in (*ledger.balance, *ledger.layers):
         if layer_term in totals.sums:
             total = totals.sums[layer_term].double()
-            scaled = contribution(layer_term, total, counts[layer_term], progress)
+            scaled = contribution(layer_term.coefficient(progress), total, counts[layer_term])
             by_label.setdefault(f"loss/{layer_term.label}", []).append(scaled)
             parts.append(scaled)
     values.update(_means(by_label))

@@ -124,7 +124,8 @@ class Throughput(ThroughputMonitor):
         if "device/samples_per_sec" in metrics:
             rate = metrics["device/samples_per_sec"] * trainer.world_size
             module.step_values["tokens_per_second"] = rate
-            module.log("tokens_per_second", rate, logger=False, batch_size=1)
+            if module.reports_to_callbacks:
+                module.log("tokens_per_second", rate, logger=False, batch_size=1)
         if "device/mfu" in metrics:
             module.step_values["mfu"] = metrics["device/mfu"]
 

@@ -4,8 +4,8 @@ The denominators are known from the data before any backward, so the same gradie
 window is split into micro-batches and ranks.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,21 +31,34 @@ class Window:
         counts: each term's denominator, over micro-batches and data ranks.
         whole: sums of balancers of scope `batch` over the whole window; none if it is one micro-batch.
         micro_batches: how many the window has.
+        coefficients: the terms' factors as scalars of fp64, for graphs that read them; empty: those of the progress.
     """
 
     counts: dict[Term, Tensor]
     whole: dict[Term, dict[str, Tensor]]
     micro_batches: int
+    coefficients: Mapping[Term, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, model: LanguageModel, ledger: Ledger, contexts: Sequence[SequenceContext]
+        cls,
+        model: LanguageModel,
+        ledger: Ledger,
+        contexts: Sequence[SequenceContext],
+        coefficients: Mapping[Term, Tensor] | None = None,
     ) -> "Window":
         """Counts a window; if a loss is formed over the whole batch, its micro-batches run once beforehand."""
         whole: dict[Term, dict[str, Tensor]] = {}
         if len(contexts) > 1:
             whole = _batch_sums(model, ledger, contexts)
-        return cls(window_counts(model, ledger, contexts), whole, len(contexts))
+        counts = window_counts(model, ledger, contexts)
+        return cls(counts, whole, len(contexts), coefficients or {})
+
+    def coefficient(self, term: Term, progress: Progress, dtype: torch.dtype) -> float | Tensor:
+        """A term's factor; as a tensor it is in the format of the loss, as if it had been a number."""
+        if term in self.coefficients:
+            return self.coefficients[term].to(dtype)
+        return term.coefficient(progress)
 
 
 def window_counts(
@@ -125,14 +138,15 @@ def objective(
     parts: list[Tensor] = []
     for term, value in _term_sums(ledger, losses, window):
         totals.add_sum(term, value / replication(term.scope, window))
-        parts.append(contribution(term, value, window.counts[term], progress))
+        coefficient = window.coefficient(term, progress, value.dtype)
+        parts.append(contribution(coefficient, value, window.counts[term]))
     totals.add_records(losses)
     return torch.stack([part.to(parts[0].dtype) for part in parts]).sum()
 
 
-def contribution(term: Term, value: Tensor, count: Tensor, progress: Progress) -> Tensor:
+def contribution(coefficient: float | Tensor, value: Tensor, count: Tensor) -> Tensor:
     """A term's share of the objective: coefficient x sum / denominator; 0 if there is nothing to average."""
-    return term.coefficient(progress) * value / count.clamp(min=1)
+    return coefficient * value / count.clamp(min=1)
 
 
 def _term_sums(ledger: Ledger, losses: Losses, window: Window) -> Iterator[tuple[Term, Tensor]]:
