@@ -65,6 +65,8 @@ class BatchSection:
     def check(self, parent: Any) -> None:
         """Raises `ConfigError` for an empty or fractional batch."""
         at_least(self, 1, "sequences")
+        if isinstance(self.accumulate, Schedule) and self.accumulate.wsd is not None:
+            raise ConfigError("accumulate.wsd", "a batch ramp has start and segments instead")
         check_scheduled(self.accumulate, "accumulate", low=1, high=MOST_MICRO_BATCHES)
         if not isinstance(self.accumulate, Schedule) and self.accumulate != int(self.accumulate):
             raise ConfigError("accumulate", "must be a whole number")
@@ -105,6 +107,9 @@ class CheckpointSection:
         100, doc="optimizer steps between checkpoints; null: none is saved, also at the end"
     )
     keep: int = setting(2, doc="how many of the latest to keep, beside the best")
+    keep_every_steps: int | None = setting(
+        None, doc="keep for good the checkpoint of every so many steps too; null: none"
+    )
     sharded: bool | None = setting(
         None, doc="each rank writes its own parts of the weights; null: if the strategy shards them"
     )
@@ -113,8 +118,16 @@ class CheckpointSection:
     )
 
     def check(self, parent: Any) -> None:
-        """Raises `ConfigError` below 1."""
-        at_least(self, 1, "every_steps", "keep")
+        """Raises `ConfigError` below 1, and for steps that are kept and never saved."""
+        at_least(self, 1, "every_steps", "keep", "keep_every_steps")
+        if self.keep_every_steps is None:
+            return
+        if self.every_steps is None:
+            why = "must be null where checkpoint.every_steps is, because nothing is saved"
+            raise ConfigError("keep_every_steps", why)
+        if self.keep_every_steps % self.every_steps:
+            why = f"must be a multiple of checkpoint.every_steps = {self.every_steps}"
+            raise ConfigError("keep_every_steps", why)
 
 
 @dataclass(kw_only=True)
