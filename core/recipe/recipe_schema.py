@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from core.contracts.bounds import at_least
 from core.contracts.errors import ConfigError
@@ -16,6 +16,9 @@ LONGEST = 2**53
 
 MOST_MICRO_BATCHES = 1_000_000
 """Most micro-batches of a step."""
+
+LONGEST_SPIKE_WINDOW = 100_000
+"""Most gradient norms that are kept: every checkpoint holds them."""
 
 
 @dataclass(kw_only=True)
@@ -131,6 +134,29 @@ class CheckpointSection:
 
 
 @dataclass(kw_only=True)
+class SpikeSection:
+    """The gradient norms at which a step is skipped, beside those that are not finite."""
+
+    factor: float = setting(
+        doc="skip a step whose norm is more than this many times that of the steps before"
+    )
+    window: int = setting(
+        128, doc="applied steps before it that count; the first so many are never skipped"
+    )
+    statistic: Literal["median", "mean"] = setting(
+        "median", doc="what of their norms is taken: the median or the mean"
+    )
+
+    def check(self, parent: Any) -> None:
+        """Raises `ConfigError` for a factor that would skip usual steps, and for a window that is empty or huge."""
+        if not 1 < self.factor < math.inf:
+            raise ConfigError("factor", "must be more than 1 and finite")
+        at_least(self, 1, "window")
+        if self.window > LONGEST_SPIKE_WINDOW:
+            raise ConfigError("window", f"must be at most {LONGEST_SPIKE_WINDOW}")
+
+
+@dataclass(kw_only=True)
 class ValidationSection:
     """The intervals at which the run validates; the whole validation split is always read at the end."""
 
@@ -170,8 +196,9 @@ class RecipeSchema:
     batch: BatchSection = setting(doc="what one step reads")
     budget: BudgetSection = setting(doc="how long the run is")
     gradient_clip: float | None = setting(1.0, doc="largest global gradient norm; null: none")
-    max_skipped_steps: int = setting(
-        5, doc="consecutive steps with a non-finite gradient before the run stops"
+    max_skipped_steps: int = setting(5, doc="consecutive skipped steps before the run stops")
+    skip_spikes: SpikeSection | None = setting(
+        None, doc="skip steps whose gradient norm is far above those before; null: none"
     )
     checkpoint: CheckpointSection = setting({}, doc="when to save")
     validation: ValidationSection = setting({}, doc="when to validate")

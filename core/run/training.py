@@ -217,6 +217,7 @@ def _fit(
         mask_documents=recipe.data.mask_documents,
         gradient_clip=recipe.gradient_clip,
         max_skipped=recipe.max_skipped_steps,
+        skip_spikes=recipe.skip_spikes,
         validation_bytes=data.validation_bytes,
         source_bytes=data.source_bytes,
     )

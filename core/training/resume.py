@@ -31,6 +31,7 @@ REPRODUCED = (
     "batch",
     "budget",
     "gradient_clip",
+    "skip_spikes",
     "initial_weights",
 )
 """Sections that a resumed run must share with the one it continues; otherwise it would be another run."""

@@ -77,7 +77,7 @@ def test_a_mistake_inside_a_schedule_is_reported_with_its_path() -> None:
         "file.yaml: outer.scheduled.segment: unknown key; did you mean segments? known: segments, start, unit, wsd"
     )
     assert message_of(maybe={"start": 0, "segments": [{"until": 1, "shape": "lin"}]}) == (
-        "file.yaml: outer.maybe.segments.0.shape = 'lin': must be one of constant, linear, cosine"
+        "file.yaml: outer.maybe.segments.0.shape = 'lin': must be one of constant, linear, cosine, 1-sqrt"
     )
     assert message_of(scheduled=[1]) == (
         "file.yaml: outer.scheduled = [1]: must be a number or a schedule (keys: start, unit, segments, wsd)"
