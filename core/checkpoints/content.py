@@ -226,15 +226,15 @@ def _fault_in_values(optimizer: Optimizer, values: Mapping[Any, Any]) -> str | N
     parameters: list[Tensor] = []
     for group in optimizer.param_groups:
         parameters += group["params"]
-    kinds: dict[str, type] | None = None
+    kinds: dict[int, dict[str, type]] = {}
     for index, kept in values.items():
         if type(index) is not int or not 0 <= index < len(parameters):
             return f"state.{index}: is of no parameter of this run"
         if not isinstance(kept, dict):
             return f"state.{index}: is {type(kept).__name__}"
         own = {key: type(value) for key, value in kept.items()}
-        kinds = kinds or own
-        if own != kinds:
+        # Adafactor, for example, keeps other values for matrices than for vectors
+        if own != kinds.setdefault(parameters[index].ndim, own):
             return f"state.{index}: holds other values than that of the first parameter"
         for key in LIKE_PARAMETER:
             value = kept.get(key)

@@ -82,8 +82,8 @@ def adamw(
         settings: a `Config`, or a section of one.
         lr_scale: the factor of the schedule's learning rate in both groups.
     """
-    decayed = []
-    others = []
+    decayed: list[Tensor] = []
+    others: list[Tensor] = []
     for named in parameters:
         is_other = named.kind == "vector" or has_role(named, settings.no_decay)
         (others if is_other else decayed).append(named.parameter)

@@ -246,8 +246,7 @@ class RecipeSchema:
                 f"must be empty under precision {name}: as it is set, a recomputed product differs"
             )
             raise ConfigError("recompute.blocks", why)
-        optimizer = self.optimizer.component
-        needs_whole = optimizer.needs_whole_matrices and not optimizer.gathers_matrices
+        needs_whole = self.optimizer.component.needs_whole_of(self.optimizer.config)
         if self.strategy.component.shards and needs_whole:
             why = f"{self.strategy.name} divides the weights, and optimizer {self.optimizer.name} needs whole matrices"
             raise ConfigError("strategy.name", why)
