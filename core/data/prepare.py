@@ -11,6 +11,7 @@ from pathlib import Path
 from core.contracts.corpus import Corpus, MixtureCorpus
 from core.data import cache
 from core.data.documents import fingerprint, text_of
+from core.data.fim import FillInTheMiddle
 from core.data.held_out import HeldOut
 from core.data.mixed_tokens import MixedTokens, holds_tokens
 from core.data.packing import EncodingProgress, PackedStream, pack_into
@@ -28,6 +29,7 @@ def prepare(
     vocab: int,
     recorded: RecordedData | None = None,
     held_out: HeldOut | None = None,
+    fim: FillInTheMiddle | None = None,
 ) -> Prepared:
     """Reads a corpus and returns it as tokens.
 
@@ -36,21 +38,26 @@ def prepare(
         vocab: entries of the tokenizer.
         recorded: the data of the run that reads the corpus again; its tokenizer then makes the tokens.
         held_out: how the validation text is chosen; None: by the documents' names.
+        fim: gives the tokenizer its markers; documents of text are then rearranged where they are read.
 
     Raises:
         UserError: the corpus cannot be read or is not the recorded one, the vocabulary does not fit it, or the cache
             cannot be written.
     """
     held_out = held_out or HeldOut()
+    if fim is not None and holds_tokens(corpus):
+        fim.ids(None)
     if isinstance(corpus, MixtureCorpus) and holds_tokens(corpus):
         return _checked(_prepare_mixed(corpus, vocab, held_out), recorded)
     tokens = corpus.as_tokens()
     if tokens is not None:
         return _checked(prepare_tokens(TokenSplit(tokens, held_out), vocab), recorded)
     text = read_text(corpus, vocab, held_out)
+    if fim is not None:
+        text = replace(text, markers=fim.tokens)
     if recorded is not None:
         recorded.check_documents(text.identity(recorded.version), text.listed())
-    folder = _entry(text, vocab, recorded)
+    folder = _entry(text, vocab, recorded, fim)
     return Prepared(
         tokenizer=Tokenizer.load(folder / "tokenizer.json"),
         train=_with_shift(_open(folder, "train", text.train), text.first_part),
@@ -91,7 +98,9 @@ def _checked(prepared: Prepared, recorded: RecordedData | None) -> Prepared:
     return prepared
 
 
-def _entry(text: RunText, vocab: int, recorded: RecordedData | None) -> Path:
+def _entry(
+    text: RunText, vocab: int, recorded: RecordedData | None, fim: FillInTheMiddle | None
+) -> Path:
     """The cache entry of the documents' tokens, which is made if it does not exist.
 
     The tokens of a recorded run share the entry if its tokenizer is the one that is trained here, as it nearly always
@@ -105,7 +114,7 @@ def _entry(text: RunText, vocab: int, recorded: RecordedData | None) -> Path:
     tokenizer = None if recorded is None else recorded.tokenizer
     if tokenizer is not None and not _has_tokenizer(folder, tokenizer):
         folder = cache.cache_folder() / fingerprint([], key, tokenizer.to_json())
-    cache.ensure(folder, lambda: _files(text, tokenizer, vocab))
+    cache.ensure(folder, lambda: _files(text, tokenizer, vocab, fim))
     return folder
 
 
@@ -116,15 +125,18 @@ def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     return Tokenizer.load(folder / "tokenizer.json").to_json() == tokenizer.to_json()
 
 
-def _files(text: RunText, recorded: Tokenizer | None, vocab: int) -> dict[str, cache.Writer]:
+def _files(
+    text: RunText, recorded: Tokenizer | None, vocab: int, fim: FillInTheMiddle | None
+) -> dict[str, cache.Writer]:
     """The writers of an entry's files: the tokenizer, and for each side its tokens and where documents start.
 
     Args:
         text: the documents.
         recorded: the tokenizer that a run has recorded, with which they are encoded; None: one is trained on them.
         vocab: entries of the tokenizer.
+        fim: the markers of the tokenizer; None: none.
     """
-    tokenizer = recorded or train(_training_texts(text), vocab, bounded=text.has_long_piece)
+    tokenizer = recorded or _trained(text, vocab, fim)
     files: dict[str, cache.Writer] = {
         "tokenizer.json": lambda stream: stream.write(tokenizer.to_json().encode())
     }
@@ -138,6 +150,13 @@ def _files(text: RunText, recorded: Tokenizer | None, vocab: int) -> dict[str, c
         if side.has_sources:
             files[f"{name}.sources.npy"] = cache.array_writer(packed.sources())
     return files
+
+
+def _trained(text: RunText, vocab: int, fim: FillInTheMiddle | None) -> Tokenizer:
+    """A tokenizer that is trained on the documents, with the markers as its last entries."""
+    entries = vocab if fim is None else fim.trained_vocabulary(vocab)
+    tokenizer = train(_training_texts(text), entries, bounded=text.has_long_piece)
+    return tokenizer if fim is None else fim.with_markers(tokenizer)
 
 
 def _training_texts(text: RunText) -> Iterator[str]:

@@ -33,6 +33,24 @@ class TokenizerSection:
 
 
 @dataclass(kw_only=True)
+class FimSection:
+    """Fill-in-the-middle: training documents that read prefix, suffix, middle (DeepSeek-V3 report, section 4.1)."""
+
+    rate: float = setting(0.1, doc="the share of training documents that is rearranged")
+    tokens: list[str] = setting(
+        ["<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"],
+        doc="the markers before prefix, suffix and middle; a trained tokenizer gets them as its last entries",
+    )
+
+    def check(self, parent: Any) -> None:
+        """Raises `ConfigError` for a rate that is no share, and for markers that are not three different texts."""
+        if not 0 < self.rate <= 1:
+            raise ConfigError("rate", "must be more than 0 and at most 1")
+        if len(self.tokens) != 3 or len(set(self.tokens)) != 3 or not all(self.tokens):
+            raise ConfigError("tokens", "must be three different texts, none of them empty")
+
+
+@dataclass(kw_only=True)
 class DataSection:
     """The data that is read."""
 
@@ -47,6 +65,13 @@ class DataSection:
     )
     tokenizer: TokenizerSection = setting(doc="how text is split into tokens")
     sequence_length: int = setting(doc="tokens in a training sequence")
+    fim: FimSection | None = setting(
+        None, doc="rearrange some training documents to fill in their middle; null: none"
+    )
+    packing: Literal["stream", "best_fit"] = setting(
+        "stream",
+        doc="stream: sequences are cut out of all documents in a row; best_fit: of whole documents",
+    )
     mask_documents: bool = setting(
         False, doc="keep attention and predictions inside documents (DeepSeek: false)"
     )

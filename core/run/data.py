@@ -1,6 +1,7 @@
 """The data that a recipe's run reads."""
 
 from core.assemble import make
+from core.data.fim import FillInTheMiddle
 from core.data.held_out import HeldOut
 from core.data.module import TextData
 from core.recipe.compose import Recipe
@@ -27,7 +28,15 @@ def text_data(recipe: Recipe, plan: TrainingPlan, run: RunFolder | None = None) 
         validation_sequences=recipe.validation.sequences,
         recorded=None if run is None else run.recorded_data(),
         held_out=held_out(recipe),
+        packing=recipe.data.packing,
+        fim=fill_in_the_middle(recipe),
     )
+
+
+def fill_in_the_middle(recipe: Recipe) -> FillInTheMiddle | None:
+    """How a recipe's training documents are rearranged; None: not at all."""
+    section = recipe.data.fim
+    return None if section is None else FillInTheMiddle(section.rate, tuple(section.tokens))
 
 
 def held_out(recipe: Recipe) -> HeldOut:
