@@ -5,8 +5,9 @@ A document is cut at two places into a prefix, a middle and a suffix and reads
     <|fim_begin|> prefix <|fim_hole|> suffix <|fim_end|> middle
 
 (PSM: prefix, suffix, middle), as in DeepSeek-V3 (arXiv 2412.19437, section 4.1; DeepSeek-Coder, arXiv 2401.14196),
-where it happens to a tenth of the documents before they are packed. Both cuts are drawn evenly (arXiv 2207.14255). The stream
-has an end marker before each document, which ends the middle of the one before, as `<|eos_token|>` does in the report.
+where it happens to a tenth of the documents before they are packed. Both cuts are drawn evenly (arXiv 2207.14255). The
+stream has an end marker before each document, which ends the middle of the one before, as the report's
+`<|eos_token|>` does.
 
 Here the cuts lie between tokens, because documents are rearranged when they are read: the tokens on disk stay as they
 are. The papers cut between characters and encode the three parts by themselves. Which documents are rearranged, and

@@ -98,8 +98,8 @@ def test_only_documents_longer_than_a_sequence_are_cut_and_as_seldom_as_can_be(s
         assert rows[document] == max(1, -(-(size - 1) // LENGTH)), (document, size)
 
 
-def test_numbers_of_documents_rise_and_each_token_has_its_own(seed: int = 5) -> None:
-    store = store_of(sizes_of(seed))
+def test_numbers_of_documents_rise_and_each_token_has_its_own() -> None:
+    store = store_of(sizes_of(5))
     sequences = sequences_of(store, LENGTH, "best_fit")
     numbers = np.arange(int(sequences.counts[0]))
     batch = sequences.cut(np.zeros_like(numbers), numbers)
