@@ -1,7 +1,7 @@
 """Best-fit packing (arXiv 2404.10830): sequences of whole documents, so that few are cut.
 
-A document longer than a sequence is cut into pieces of a sequence's length; everything else stays whole. Pieces are
-taken from the longest on, and each goes into the sequence with the least room that suffices, or into a new one
+A document longer than a sequence is cut into pieces of a sequence's length; everything else stays whole. The
+longest pieces are placed first, and each goes into the sequence with the least space that suffices, or into a new one
 (best-fit decreasing). What stays free at a sequence's end is padding.
 """
 
@@ -20,38 +20,38 @@ from core.data.tokenizer import END
 def best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     """The bin of each piece, by best-fit decreasing.
 
-    Pieces of one length are taken in their order, and of bins with the same room the first. The rooms that some bin
-    has are the bits of one number, so that the least that suffices is its lowest bit from the piece's length on.
+    The pieces of one length are taken in their order, and of bins with the same space the first. The spaces that some
+    bin has are the bits of one number, so that the least that suffices is its lowest bit from the piece's length on.
 
     Args:
         lengths: (P,) of the pieces, each between 1 and `capacity`.
-        capacity: of a bin.
+        capacity: how many tokens a bin holds.
     """
     bins = np.empty(len(lengths), np.int64)
-    with_room: dict[int, list[int]] = {}
-    rooms = 0
+    with_space: dict[int, list[int]] = {}
+    spaces = 0
     count = 0
     for piece in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[piece])
-        fitting = rooms >> length
+        fitting = spaces >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            chosen = heapq.heappop(with_room[room])
-            if not with_room[room]:
-                rooms ^= 1 << room
+            space = length + (fitting & -fitting).bit_length() - 1
+            chosen = heapq.heappop(with_space[space])
+            if not with_space[space]:
+                spaces ^= 1 << space
         else:
-            room = capacity
+            space = capacity
             chosen = count
             count += 1
         bins[piece] = chosen
-        rest = room - length
+        rest = space - length
         if rest:
-            heapq.heappush(with_room.setdefault(rest, []), chosen)
-            rooms |= 1 << rest
+            heapq.heappush(with_space.setdefault(rest, []), chosen)
+            spaces |= 1 << rest
     return bins
 
 
-def pieces_of(starts: NDArray[np.int64], end: int, length: int) -> NDArray[np.int64]:
+def split_documents(starts: NDArray[np.int64], end: int, length: int) -> NDArray[np.int64]:
     """The pieces of documents: (P, 2), the first token of each and how many it has, in the stream's order.
 
     A sequence holds L inputs and the target of the last, L + 1 tokens. Neighbouring pieces of a cut document share a
@@ -96,7 +96,7 @@ class PackedRange:
 def pack_range(store: TokenStore, begin: int, end: int, length: int) -> PackedRange:
     """Packs the documents between two tokens of a stream, which begin with one and end with another."""
     chosen = store.starts[(store.starts >= begin) & (store.starts < end)]
-    pieces = pieces_of(chosen, end, length)
+    pieces = split_documents(chosen, end, length)
     bins = best_fit(pieces[:, 1], length + 1)
     # within a sequence in the order of the stream: numbers of documents must not fall
     order = np.lexsort((pieces[:, 0], bins))

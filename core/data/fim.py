@@ -50,7 +50,7 @@ class FillInTheMiddle:
         """The entries of the tokenizer that is trained: the markers are the last ids of the vocabulary.
 
         Raises:
-            UserError: the vocabulary has no room for them.
+            UserError: the vocabulary has no place for them.
         """
         left = vocab - MARKERS
         if left < SMALLEST:

@@ -91,7 +91,7 @@ def make(algorithm: str, parameters: Any, arguments: Mapping[str, Any]) -> Optim
     Args:
         algorithm: the class.
         parameters: weights or groups, as every torch optimizer takes them.
-        arguments: of its constructor, as a recipe gives them.
+        arguments: its constructor's, as a recipe gives them.
     """
     constructor: Callable[..., Optimizer] = algorithms()[algorithm]
     return constructor(parameters, lr=0.0, **in_torchs_form(arguments))

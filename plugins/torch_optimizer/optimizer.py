@@ -100,7 +100,7 @@ class TorchOptimizer(OptimizerFactory):
         return any(algorithm_of(config, number) not in ELEMENTWISE for number in numbers)
 
     def check_parameters(self, parameters: Sequence[NamedParameter]) -> None:
-        """Raises `ConfigError` for patterns without weights, weights of two groups, and those that a class refuses."""
+        """Raises `ConfigError` for patterns without weights, and weights of two groups or of a wrong class."""
         for number, group in enumerate(self.config.groups):
             _check_patterns(f"groups.{number}", group, parameters)
         for named in parameters:

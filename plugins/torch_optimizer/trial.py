@@ -18,9 +18,8 @@ class KeptTensor:
     """A tensor that an optimizer keeps for a weight.
 
     Args:
-        axes: for each of its axes the axis of the weight that has its length, -1 for one of length 1, and None for
-            any other.
-        bytes: of one number; 0: as many as the weight's.
+        axes: the axis of the weight that has the length of each axis; -1: its length is 1; None: no axis has it.
+        bytes: the bytes of one number; 0: as many as the weight's.
     """
 
     axes: tuple[int | None, ...]
@@ -42,7 +41,7 @@ def kept_states(
 
     Args:
         algorithm: the class.
-        arguments: of its constructor.
+        arguments: its constructor's.
         axes: how many axes the weight has.
 
     Returns:

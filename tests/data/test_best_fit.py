@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MakeCorpus
 
-from core.data.best_fit import best_fit, pieces_of
+from core.data.best_fit import best_fit, split_documents
 from core.data.loaders import WindowLoader
 from core.data.module import TextData
 from core.data.sequences import sequences_of
@@ -21,15 +21,17 @@ LENGTH = 16
 
 def by_scanning(lengths: list[int], capacity: int) -> list[int]:
     """Best-fit decreasing as the paper describes it: every bin is looked at for every piece."""
-    rooms: list[int] = []
+    spaces: list[int] = []
     bins = [0] * len(lengths)
     for piece in sorted(range(len(lengths)), key=lambda piece: (-lengths[piece], piece)):
-        fitting = [(room, number) for number, room in enumerate(rooms) if room >= lengths[piece]]
+        fitting = [
+            (space, number) for number, space in enumerate(spaces) if space >= lengths[piece]
+        ]
         if not fitting:
-            fitting = [(capacity, len(rooms))]
-            rooms.append(capacity)
-        room, number = min(fitting)
-        rooms[number] = room - lengths[piece]
+            fitting = [(capacity, len(spaces))]
+            spaces.append(capacity)
+        space, number = min(fitting)
+        spaces[number] = space - lengths[piece]
         bins[piece] = number
     return bins
 
@@ -169,10 +171,10 @@ def test_an_epoch_is_every_sequence_once_for_any_number_of_ranks() -> None:
     assert torch.equal(next(iter(jumping))[0].tokens_BL, torch.tensor(rows[-4:]))
 
 
-def test_pieces_of_a_long_document_share_a_token() -> None:
-    pieces = pieces_of(np.array([0, 17, 34]), 34 + 50, LENGTH)
+def test_split_documents_a_long_document_share_a_token() -> None:
+    pieces = split_documents(np.array([0, 17, 34]), 34 + 50, LENGTH)
     assert pieces.tolist() == [[0, 17], [17, 17], [34, 17], [50, 17], [66, 17], [82, 2]]
-    assert pieces_of(np.array([0]), 1, LENGTH).tolist() == [[0, 1]]
+    assert split_documents(np.array([0]), 1, LENGTH).tolist() == [[0, 1]]
 
 
 def test_the_share_of_padding_is_printed(corpus_of: MakeCorpus, texts: dict[str, bytes]) -> None:
