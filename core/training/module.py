@@ -30,7 +30,6 @@ from core.training.load import measures
 from core.training.local_parameters import LocalParameters, local_state
 from core.training.non_finite_advice import non_finite_advice
 from core.training.ranks import (
-    all_reduce_max,
     all_reduce_max_,
     all_reduce_sum,
     differentiable_all_reduce_sum,
@@ -261,18 +260,8 @@ class TrainingModule(L.LightningModule):
         return int(bad) == 0
 
     def _is_spike(self, norm: Tensor, learning: Collection[str] | None) -> bool:
-        """Whether a finite norm is too large beside those of the steps before; if not, it is one of them.
-
-        Ranks may round their norms differently, so all of them take the largest.
-        """
-        if self.spikes is None:
-            return False
-        self.spikes.begin_step(learning)
-        largest = float(all_reduce_max(norm))
-        if self.spikes.is_spike(largest):
-            return True
-        self.spikes.applied(largest)
-        return False
+        """Whether a finite norm is too large beside those of the steps before."""
+        return self.spikes is not None and self.spikes.skips(norm, learning)
 
     def _end_step(self, *, done: bool) -> None:
         """Advances the product layers that keep state between steps; their maxima are taken over the ranks first."""

@@ -12,7 +12,10 @@ from collections.abc import Collection, Mapping
 from statistics import fmean, median
 from typing import Any
 
+from torch import Tensor
+
 from core.recipe.recipe_schema import SpikeSection
+from core.training.ranks import all_reduce_max
 
 
 class SpikeGuard:
@@ -26,6 +29,22 @@ class SpikeGuard:
         self.settings = settings
         self.norms: deque[float] = deque(maxlen=settings.window)
         self._learning = ""
+
+    def skips(self, norm: Tensor, learning: Collection[str] | None) -> bool:
+        """Whether a step with this norm is skipped; if not, the norm is one of the history. Every rank calls this.
+
+        Ranks may round their norms differently, so all of them take the largest.
+
+        Args:
+            norm: the global gradient norm, finite.
+            learning: names of the weights that the step updates; None: all.
+        """
+        self.begin_step(learning)
+        largest = float(all_reduce_max(norm))
+        if self.is_spike(largest):
+            return True
+        self.applied(largest)
+        return False
 
     def begin_step(self, learning: Collection[str] | None) -> None:
         """Forgets the history where other weights are updated than in the step before: their norms do not compare.
