@@ -60,6 +60,7 @@ SIZES: Mapping[str, tuple[Any, ...]] = {
     "model.blocks.*.ffn.expert_hidden": (1, 4, 8),
     "model.heads.depth": (1, 1, 2, 6),
     "optimizer.lr": (0.0, 0.001, 0.1),
+    "optimizer.algorithm": ("AdamW", "SGD", "NAdam", "Adafactor"),
     "optimizer.betas": ([0.9, 0.95], [0.0, 0.0]),
     "optimizer.eps": (1e-8, 1e-3),
     "optimizer.momentum": (0.0, 0.95),

@@ -16,6 +16,7 @@ from core.model.language_model import LanguageModel
 from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
 from core.recipe.values import show_value
+from core.run.data import fill_in_the_middle
 
 
 def check_environment(recipe: Recipe) -> None:
@@ -34,11 +35,26 @@ def check_environment(recipe: Recipe) -> None:
 
 
 def _check_vocabulary(recipe: Recipe) -> None:
-    """Raises `UserError` for a vocabulary that no tokenizer of this program can have, where one is to be trained."""
+    """Raises `UserError` for a vocabulary that no tokenizer of this program can have, where one is to be trained.
+
+    Also for token ids that `data.fim` would have to rearrange.
+    """
     vocab = recipe.data.tokenizer.vocab
-    if vocab < SMALLEST and not holds_tokens(make(recipe.data.corpus)):
+    fim = fill_in_the_middle(recipe)
+    if vocab >= SMALLEST and fim is None:
+        return
+    is_text = not holds_tokens(make(recipe.data.corpus))
+    if vocab < SMALLEST and is_text:
         allowed = f"must be at least {SMALLEST}, as the corpus is text: 256 bytes and the marker"
         raise UserError(f"{recipe.source}: data.tokenizer.vocab = {vocab}: {allowed}")
+    if fim is None:
+        return
+    try:
+        if not is_text:
+            fim.ids(None)
+        fim.trained_vocabulary(vocab)
+    except UserError as error:
+        raise UserError(f"{recipe.source}: {error}") from error
 
 
 def _check_strategy(recipe: Recipe, model: LanguageModel) -> None:

@@ -102,3 +102,24 @@ def test_a_mistake_is_one_sentence(lab: Lab, override: str, sentence: str) -> No
     with pytest.raises(UserError) as wrong:
         lab.recipe(override)
     assert sentence in str(wrong.value)
+
+
+MIXED = (
+    "data.corpus={{name: mixture, corpora: {{one: {{name: files, paths: ['{t}/doc-0*.txt']}}, "
+    "two: {{name: files, paths: ['{t}/doc-[12]*.txt']}}}}, weights: {{one: 1.0, two: 3.0}}}}"
+)
+SHIFTED = (
+    "data.corpus={{name: shift, first: {{name: files, paths: ['{t}/doc-0*.txt']}}, "
+    "then: {{name: files, paths: ['{t}/doc-[12]*.txt']}}, at: 0.5}}"
+)
+
+
+@pytest.mark.parametrize("corpus", [MIXED, SHIFTED], ids=["mixture", "shift"])
+def test_mixtures_and_shifts_are_packed_and_rearranged(
+    lab: Lab, tmp_path: Path, corpus: str
+) -> None:
+    """Each sequence holds documents of one part, and the run ends."""
+    overrides = (corpus.format(t=lab.texts), FIM, BEST_FIT, "budget.steps=4")
+    summary = lab.fit(tmp_path / "run", *overrides, "data.validation_fraction=0.1")
+    assert summary["steps"] == 4
+    assert summary["val_loss"] is not None
