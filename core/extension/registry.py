@@ -150,8 +150,9 @@ class Registry:
             return offers[0]
         if offers:
             raise UserError(f"{slot} {name!r} is offered by {_choice(offers, short)}")
-        reason = MISSED.get((slot, short), nearest(short, self.names(slot)))
-        why = f"no {slot} is named {name!r}; {reason}"
+        why = f"no {slot} is named {name!r}; {nearest(short, self.names(slot))}"
+        if (slot, short) in MISSED:
+            why = f"no {slot} is named {name!r}: {MISSED[slot, short]}"
         for broken in self.broken:
             why += f"; {broken}"
         raise UserError(f"{why}{_skipped(self.disabled)}")

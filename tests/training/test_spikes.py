@@ -11,6 +11,8 @@ import torch
 from lab import Lab, assert_same, last_checkpoint, rows
 from rank_runs import cut_after, fit_on_ranks
 
+from core.checkpoints.content import check_content
+from core.checkpoints.listing import checkpoints_in
 from core.contracts.errors import RunFailed, UserError
 from core.data.batch import Batch
 from core.recipe.recipe_schema import SpikeSection
@@ -158,6 +160,26 @@ def test_another_bound_is_another_run(lab: Lab, tmp_path: Path) -> None:
         lab.fit(
             tmp_path / "run", "skip_spikes={factor: 4, window: 3}", "budget.steps=5", resume=True
         )
+
+
+DAMAGES: dict[str, Any] = {
+    "no section": [],
+    "no norms": {"learning": ""},
+    "a text among the norms": {"norms": [1.0, "a"], "learning": ""},
+    "an infinite norm": {"norms": [float("inf")], "learning": ""},
+    "a number in place of the learning weights": {"norms": [1.0], "learning": 3},
+}
+
+
+def test_a_damaged_history_is_refused(lab: Lab, tmp_path: Path) -> None:
+    lab.fit(tmp_path / "run", GUARD, "budget.steps=2")
+    file = checkpoints_in(tmp_path / "run")[-1]
+    content = last_checkpoint(tmp_path / "run")
+    check_content(content, file)
+    for damage in DAMAGES.values():
+        content["moeloom"]["spikes"] = damage
+        with pytest.raises(UserError, match=r"moeloom\.spikes: must hold the norms of steps"):
+            check_content(content, file)
 
 
 BAD = {
