@@ -14,6 +14,7 @@ from core.contracts.context import SequenceContext
 from core.contracts.errors import UserError
 from core.data.batch import Batch
 from core.run.data import text_data
+from core.run.environment import check_environment
 
 FIM = "data.fim={rate: 0.5}"
 BEST_FIT = "data.packing=best_fit"
@@ -102,6 +103,16 @@ def test_a_mistake_is_one_sentence(lab: Lab, override: str, sentence: str) -> No
     with pytest.raises(UserError) as wrong:
         lab.recipe(override)
     assert sentence in str(wrong.value)
+
+
+def test_token_ids_are_not_rearranged_which_is_known_before_a_run(lab: Lab, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(200, dtype=np.uint16))
+    corpus = f"data.corpus={{name: tokens, paths: ['{tmp_path}/a.npy']}}"
+    with pytest.raises(UserError, match=r"small\.yaml: data\.fim: the corpus holds token ids"):
+        check_environment(lab.recipe(corpus, FIM))
+    check_environment(lab.recipe(corpus, BEST_FIT))
+    with pytest.raises(UserError, match="vocab = 258 is too small: it must be at least 260"):
+        check_environment(lab.recipe(FIM, "data.tokenizer.vocab=258"))
 
 
 MIXED = (

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -295,6 +296,23 @@ def test_a_mistake_is_one_sentence_before_work_starts(
         check_environment(lab.recipe(override))
     assert sentence in str(wrong.value)
     assert "\n" not in str(wrong.value)
+
+
+class Diary(torch.optim.SGD):
+    """Keeps a list for each weight, which no checkpoint of tensors can hold."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.state[weight].setdefault("seen", []).append(1)
+        return super().step(closure)
+
+
+def test_a_state_that_cannot_be_saved_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(algorithms(), "Diary", Diary)
+    sentence = "optimizer.algorithm: Diary cannot be saved in a checkpoint: it keeps seen, which is neither a tensor"
+    with pytest.raises(UserError, match=sentence):
+        check_environment(lab.recipe("optimizer={name: torch, lr: 0.01, algorithm: Diary}"))
 
 
 def test_every_class_of_torch_with_a_closure_of_its_own_is_refused() -> None:
