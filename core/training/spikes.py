@@ -1,9 +1,9 @@
 """Skipping steps whose gradient norm is far above those of the steps before.
 
 Single windows can have gradients many times larger than usual (spikes). Training can skip such steps; OLMo-core's
-`SkipStepOptimizer`, for example, skips steps whose loss or gradient norm is several standard deviations above a rolling
-mean. Here the norm is compared with a multiple of the median (or mean) of the last applied steps, and the history
-holds applied steps alone, so a spike does not raise the bound for the next one.
+`SkipStepOptimizer`, for example, skips steps whose loss or gradient norm is six standard deviations from a rolling
+mean. Here the norm is compared with a multiple of the median (or mean) of the last applied steps, and the history holds
+applied steps alone, so a spike does not raise the bound for the next one.
 """
 
 import hashlib
