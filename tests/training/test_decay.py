@@ -76,6 +76,7 @@ def test_without_a_gradient_only_weights_that_decay_shrink(lab: Lab, name: str) 
         torch.testing.assert_close(one.parameter.detach(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_run_without_decay_of_some_roles_resumes_to_the_bit(
     lab: Lab, tmp_path: Path, name: str

@@ -28,6 +28,7 @@ def test_every_fourth_step_is_kept_beside_the_latest(lab: Lab, tmp_path: Path) -
     assert steps_of(tmp_path / "run") == [4, 8, 11]
 
 
+@pytest.mark.full
 def test_without_the_key_only_the_latest_are_kept(lab: Lab, tmp_path: Path) -> None:
     lab.fit(tmp_path / "run", *KEEP[:2], "budget.steps=11")
     assert steps_of(tmp_path / "run") == [11]

@@ -34,6 +34,7 @@ def test_a_run_resumes_to_the_bit_and_can_be_evaluated(lab: Lab, tmp_path: Path)
     assert result.code == 0, result.err
 
 
+@pytest.mark.full
 def test_the_start_of_a_run_says_what_was_done_with_documents(lab: Lab, tmp_path: Path) -> None:
     result = lab.command(
         "fit", lab.file, FIM, BEST_FIT, "budget.steps=1", "--out", tmp_path / "run"
@@ -125,6 +126,7 @@ SHIFTED = (
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("corpus", [MIXED, SHIFTED], ids=["mixture", "shift"])
 def test_mixtures_and_shifts_are_packed_and_rearranged(
     lab: Lab, tmp_path: Path, corpus: str

@@ -153,6 +153,7 @@ def test_a_spike_on_one_rank_is_skipped_by_all(lab: Lab, tmp_path: Path) -> None
     assert logged == ["0.0"] * 4 + ["1.0"] * 2
 
 
+@pytest.mark.full
 def test_another_bound_is_another_run(lab: Lab, tmp_path: Path) -> None:
     lab.fit(tmp_path / "run", GUARD, "budget.steps=5")
     (tmp_path / "run" / "summary.json").unlink()

@@ -14,6 +14,7 @@ WSD = (
 )
 
 
+@pytest.mark.full
 def test_logged_rates_are_the_closed_form_and_a_resumed_run_has_the_same_bits(
     lab: Lab, tmp_path: Path
 ) -> None:
