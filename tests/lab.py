@@ -160,6 +160,7 @@ class Lab:
             mask_documents=recipe.data.mask_documents,
             gradient_clip=recipe.gradient_clip,
             max_skipped=recipe.max_skipped_steps,
+            skip_spikes=recipe.skip_spikes,
             validation_bytes=1,
         )
         model(module.model)

@@ -58,10 +58,22 @@ def check_content(content: Mapping[str, Any], file: Path) -> None:
     for name, value in own.get("validated", {}).items():
         if type(value) not in (int, float):
             raise _damaged(file, f"moeloom.validated.{name} = {value!r}: must be a number")
+    if "spikes" in own and not _are_norms(own["spikes"]):
+        raise _damaged(file, "moeloom.spikes: must hold the norms of steps")
     for path, value in _leaves(content["loops"], "loops"):
         if not isinstance(value, int | float | None):
             raise _damaged(file, f"{path} = {str(value)[:40]!r}: must be a number")
     _check_progress(content, file)
+
+
+def _are_norms(kept: Any) -> bool:
+    """Whether the history of gradient norms is whole."""
+    if not isinstance(kept, dict) or not isinstance(kept.get("learning"), str):
+        return False
+    norms = kept.get("norms")
+    if not isinstance(norms, list):
+        return False
+    return all(type(norm) is float and 0 <= norm < math.inf for norm in norms)
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -214,15 +226,15 @@ def _fault_in_values(optimizer: Optimizer, values: Mapping[Any, Any]) -> str | N
     parameters: list[Tensor] = []
     for group in optimizer.param_groups:
         parameters += group["params"]
-    kinds: dict[str, type] | None = None
+    kinds: dict[int, dict[str, type]] = {}
     for index, kept in values.items():
         if type(index) is not int or not 0 <= index < len(parameters):
             return f"state.{index}: is of no parameter of this run"
         if not isinstance(kept, dict):
             return f"state.{index}: is {type(kept).__name__}"
         own = {key: type(value) for key, value in kept.items()}
-        kinds = kinds or own
-        if own != kinds:
+        # Adafactor, for example, keeps other values for matrices than for vectors
+        if own != kinds.setdefault(parameters[index].ndim, own):
             return f"state.{index}: holds other values than that of the first parameter"
         for key in LIKE_PARAMETER:
             value = kept.get(key)

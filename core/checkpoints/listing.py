@@ -29,6 +29,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which a step checkpoint was saved, by its name."""
+    name = STEP.fullmatch(checkpoint.name)
+    assert name is not None, f"{checkpoint} is not the checkpoint of a step"
+    return int(name[1])
+
+
 def other_checkpoints(path: Path) -> str:
     """The end of an error message that lists the folder's other checkpoints, from which the run can continue."""
     others: list[str] = []

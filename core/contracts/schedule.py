@@ -13,6 +13,11 @@ its shape. DeepSeek-V3's learning rate (report, section 4.2) reads:
         - {shape: constant, until: 14.633e12}
         - {shape: constant, to: 7.3e-6, until: 14.8e12}
 
+A warm-up, a stable rate and a decay (WSD: MiniCPM, arXiv 2404.06395; the decay by 1 - sqrt: arXiv 2405.18392) can also
+be written by its lengths, whatever the length of the run:
+
+    lr: {unit: steps, wsd: {peak: 3.0e-3, warmup: 2000, decay: 10000, shape: 1-sqrt}}
+
 The value that a step uses is the schedule's value at the *end* of that step: with a warm-up from 0 the
 first step already moves, and the last step reaches the last value. A knot belongs to the segment that
 ends there.
@@ -52,6 +57,10 @@ class Progress:
             return self.tokens / self.total_tokens
         return 0.0
 
+    def end(self, unit: str) -> float:
+        """The end of the run in one of a schedule's units."""
+        return {"tokens": float(self.total_tokens), "steps": float(self.total_steps)}.get(unit, 1.0)
+
 
 @dataclass(kw_only=True)
 class Segment:
@@ -59,13 +68,51 @@ class Segment:
 
     Args:
         until: where it ends, in the schedule's unit.
-        shape: `constant` holds `to` (or the value reached before), `linear` and `cosine` move to `to`.
-        to: the value at the end; needed by `linear` and `cosine`.
+        shape: `constant` holds `to` (or the value reached before); `linear`, `cosine` and `1-sqrt` move to `to`.
+        to: the value at the end; needed by every shape that moves.
     """
 
     until: float
-    shape: Literal["constant", "linear", "cosine"] = "constant"
+    shape: Literal["constant", "linear", "cosine", "1-sqrt"] = "constant"
     to: float | None = None
+
+
+@dataclass(kw_only=True)
+class WarmupStableDecay:
+    """A linear warm-up from 0, a constant value, and a decay that ends where the run ends.
+
+    Args:
+        peak: the constant value.
+        warmup: the length of the warm-up, in the schedule's unit.
+        decay: the length of the decay, likewise.
+        shape: the shape of the decay.
+        final: the value at the end of the run.
+    """
+
+    peak: float
+    warmup: float = 0.0
+    decay: float
+    shape: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt"
+    final: float = 0.0
+
+    def segments(self, end: float) -> list[Segment]:
+        """The segments of a run that ends at `end`; in one too short for both, the decay begins after the warm-up."""
+        found: list[Segment] = []
+        if self.warmup > 0:
+            found.append(Segment(until=self.warmup, shape="linear", to=self.peak))
+        if end - self.decay > self.warmup:
+            found.append(Segment(until=end - self.decay, to=self.peak))
+        if end > self.warmup:
+            found.append(Segment(until=end, shape=self.shape, to=self.final))
+        return found
+
+    def check(self, parent: Any = None) -> None:
+        """Raises `ConfigError` for lengths that are negative or not finite, and for a decay of no length."""
+        for key in ("warmup", "decay"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(key, "must be at least 0 and finite")
+        if not self.decay:
+            raise ConfigError("decay", "must be more than 0")
 
 
 @dataclass(kw_only=True)
@@ -73,21 +120,27 @@ class Schedule:
     """A value over a run; after the last segment it stays where it is.
 
     Args:
-        unit: what `until` counts: a `fraction` of the run's tokens, `tokens`, or `steps`.
-        start: the value before the first segment.
+        unit: what `until` and the lengths of `wsd` count: a `fraction` of the run's tokens, `tokens`, or `steps`.
+        start: the value before the first segment; required without `wsd`.
         segments: the pieces, in order.
+        wsd: warm-up, stable value and decay, instead of `start` and `segments`.
     """
 
-    start: float
+    start: float | None = None
     unit: Literal["fraction", "tokens", "steps"] = "fraction"
     segments: list[Segment] = field(default_factory=list)
+    wsd: WarmupStableDecay | None = None
 
     def at(self, progress: Progress) -> float:
         """The value at a position of the run."""
         position = progress.position(self.unit)
-        value = self.start
+        segments, value = self.segments, self.start
+        if self.wsd is not None:
+            segments = self.wsd.segments(progress.end(self.unit))
+            value = 0.0 if self.wsd.warmup > 0 else self.wsd.peak
+        assert value is not None
         begin = 0.0
-        for segment in self.segments:
+        for segment in segments:
             target = value if segment.to is None else segment.to
             if position <= segment.until:
                 fraction = (position - begin) / (segment.until - begin)
@@ -98,6 +151,9 @@ class Schedule:
 
     def values(self) -> dict[str, float]:
         """Every value that this schedule names, by its key path inside the schedule, for range checks."""
+        if self.wsd is not None:
+            return {"wsd.peak": self.wsd.peak, "wsd.final": self.wsd.final}
+        assert self.start is not None
         named = {"start": self.start}
         for index, segment in enumerate(self.segments):
             if segment.to is not None:
@@ -106,6 +162,11 @@ class Schedule:
 
     def check(self, parent: Any = None) -> None:
         """Raises `ConfigError` if the knots do not rise, leave the run, or a moving segment has no target."""
+        if self.wsd is not None:
+            self._check_wsd(self.wsd)
+            return
+        if self.start is None:
+            raise ConfigError("start", "must be given, unless wsd is")
         begin = 0.0
         for index, segment in enumerate(self.segments):
             where = f"segments.{index}"
@@ -122,12 +183,28 @@ class Schedule:
                 raise ConfigError(f"{where}.to", why)
             begin = segment.until
 
+    def _check_wsd(self, wsd: WarmupStableDecay) -> None:
+        """Raises `ConfigError` for further keys beside `wsd`, and for lengths that do not fit into a run."""
+        for key, value in (("start", self.start), ("segments", self.segments or None)):
+            if value is not None:
+                raise ConfigError(key, "must not be given beside wsd, which says it all")
+        try:
+            wsd.check()
+        except ConfigError as error:
+            raise ConfigError(f"wsd.{error.key}", error.why) from error
+        if self.unit == "fraction" and wsd.warmup + wsd.decay > 1:
+            left = f"must be at most {1 - wsd.warmup:g}, what the warm-up leaves of the run"
+            key = "warmup" if wsd.warmup >= 1 else "decay"
+            raise ConfigError(f"wsd.{key}", left if key == "decay" else "must be less than 1")
+
 
 def _between(shape: str, start: float, end: float, fraction: float) -> float:
     if shape == "linear":
         return start * (1.0 - fraction) + end * fraction  # exact at both ends
     if shape == "cosine":
         return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * fraction))
+    if shape == "1-sqrt":
+        return end + (start - end) * (1.0 - math.sqrt(fraction))
     return end
 
 

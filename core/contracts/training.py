@@ -76,6 +76,14 @@ class OptimizerFactory(Component, ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @classmethod
+    def needs_whole_of(cls, config: Any) -> bool:
+        """Whether an update under these settings reads whole matrices that it does not gather.
+
+        By default this follows from the class attributes.
+        """
+        return cls.needs_whole_matrices and not cls.gathers_matrices
+
     @abstractmethod
     def make(self, parameters: "Sequence[NamedParameter]") -> "Optimizer | list[Optimizer]":
         """Makes the optimizer of the weights, or several that step one after the other."""

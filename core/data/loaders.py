@@ -9,6 +9,7 @@ import numpy as np
 from core.data.batch import Batch
 from core.data.mixture_order import MixtureOrder
 from core.data.parts import parts_of
+from core.data.sequences import Sequences, sequences_of
 from core.data.store import TokenStore
 from core.data.windows import cut, rows_of, sequences_at, source_ranges
 from core.recipe.plan import TrainingPlan
@@ -30,6 +31,7 @@ class WindowLoader:
         world: how many data ranks there are; must divide S.
         order: the order of a mixture; None: all sequences of the stream, shuffled in each epoch.
         shift_step: the number of steps that read the stream before its `shift`; None: it has one part.
+        sequences: the sequences of the stream, with a stretch for each part; None: they are cut out of it.
 
     Raises:
         UserError: the stream, or a part of it, is shorter than one sequence, or `world` does not divide S.
@@ -45,26 +47,30 @@ class WindowLoader:
         world: int = 1,
         order: MixtureOrder | None = None,
         shift_step: int | None = None,
+        sequences: Sequences | None = None,
     ) -> None:
         self.plan = plan
         self.step = 0
-        self._store = store
+        if sequences is None:
+            sequences = sequences_of(
+                store, plan.length, by_source=order is not None, shifts=shift_step is not None
+            )
+        self._sequences = sequences
         self._seed = seed
         self._order = order
-        self._parts = parts_of(store, plan, shift_step)
+        self._parts = parts_of(sequences, plan, shift_step)
         self._rows = np.array(rows_of(rank, world, plan.sequences))
 
     def micro_batch(self, index: int) -> Batch:
         """This rank's rows of micro-batch `index` of the run: B = S / world sequences of L tokens."""
         if self._order is not None:
             positions_B = index * self.plan.sequences + self._rows
-            return cut(self._store, self._order.begins(positions_B), self.plan.length)
+            return self._sequences.cut(*self._order.places(positions_B))
         number = bisect_right(self._parts, index, key=lambda part: part.first) - 1
         part = self._parts[number]
         positions_B = (index - part.first) * self.plan.sequences + self._rows
         sequences_B = sequences_at(positions_B, self._seed, part.count, number)
-        begins_B = part.begin + sequences_B * self.plan.length
-        return cut(self._store, begins_B, self.plan.length)
+        return self._sequences.cut(np.full_like(sequences_B, number), sequences_B)
 
     def window(self, step: int) -> list[Batch]:
         """The micro-batches that optimizer step `step`, counted from 0, reads."""

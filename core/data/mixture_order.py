@@ -25,7 +25,7 @@ class MixtureOrder:
     Args:
         names: the names of the parts, for error messages.
         weights: the share of each, together 1.
-        ranges: the tokens of each part: the first, and the one past the last.
+        counts: how many sequences each part has.
         length: tokens in a sequence.
         seed: the seed of the order.
 
@@ -37,14 +37,12 @@ class MixtureOrder:
         self,
         names: Sequence[str],
         weights: Sequence[float],
-        ranges: Sequence[tuple[int, int]],
+        counts: NDArray[np.int64],
         length: int,
         seed: int,
     ) -> None:
-        self._length = length
         self._seed = seed
-        self._begins = np.array([begin for begin, _ in ranges], np.int64)
-        self.counts = np.array([(end - begin - 1) // length for begin, end in ranges], np.int64)
+        self.counts = counts
         for name, count in zip(names, self.counts, strict=True):
             if count < 1:
                 raise UserError(
@@ -55,8 +53,8 @@ class MixtureOrder:
         self._parts, self._ranks = _cycle(self._quotas)
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
 
-    def begins(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The first token of the sequence at each position."""
+    def places(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The part of each position, and the number of the sequence in its part."""
         cycles, places = np.divmod(positions, CYCLE)
         parts = self._parts[places]
         ordinals = cycles * self._quotas[parts] + self._ranks[places]
@@ -66,7 +64,7 @@ class MixtureOrder:
         ):
             epoch, place = divmod(ordinal, int(self.counts[part]))
             chosen[index] = self._order(part, epoch)[place]
-        return self._begins[parts] + chosen * self._length
+        return parts, chosen
 
     def epochs(self, positions: int) -> list[float]:
         """How often each part is read in the first positions."""

@@ -1,6 +1,7 @@
 """Lightning's data module for a run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -9,6 +10,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from core.contracts.corpus import Corpus
+from core.data.fim import FillInTheMiddle, RearrangedTokens, rearrange
 from core.data.held_out import HeldOut
 from core.data.loaders import ValidationLoader, WindowLoader
 from core.data.mixed_tokens import holds_tokens
@@ -18,8 +20,8 @@ from core.data.prepare import prepare
 from core.data.prepared import Prepared
 from core.data.recorded import RecordedData
 from core.data.run_text import read_text
+from core.data.sequences import Packing, Sequences, sequences_of
 from core.data.tokenizer import Tokenizer
-from core.data.windows import source_ranges
 from core.recipe.plan import TrainingPlan
 
 _PIECE = 1 << 24
@@ -47,6 +49,8 @@ class TextData(LightningDataModule):
         recorded: the data of the run that reads the corpus again; None: a new run.
         held_out: how the validation text is chosen; None: by the documents' names.
         tokenizer: returns the tokenizer that the recipe names, when the data are prepared; None: one is trained.
+        packing: how documents become sequences.
+        fim: how training documents are rearranged; None: not at all.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class TextData(LightningDataModule):
         recorded: RecordedData | None = None,
         held_out: HeldOut | None = None,
         tokenizer: Callable[[], Tokenizer] | None = None,
+        packing: Packing = "stream",
+        fim: FillInTheMiddle | None = None,
     ) -> None:
         super().__init__()
         assert length == plan.length, f"sequences of {length} tokens in a plan for {plan.length}"
@@ -74,6 +80,8 @@ class TextData(LightningDataModule):
         self._recorded = recorded
         self._held_out = held_out or HeldOut()
         self._given = tokenizer
+        self._packing = packing
+        self._fim = fim
 
     def prepare(self) -> None:
         """Reads the corpus and prepares its tokens; a second call does nothing.
@@ -93,8 +101,30 @@ class TextData(LightningDataModule):
         sources = self._prepared.sources
         if sources is None:
             return None
-        ranges = source_ranges(self._prepared.train)
-        return MixtureOrder(sources.names, sources.weights, ranges, self.plan.length, self._seed)
+        counts = self._sequences.counts
+        return MixtureOrder(sources.names, sources.weights, counts, self.plan.length, self._seed)
+
+    @cached_property
+    def _sequences(self) -> Sequences:
+        """The sequences of the training stream: a stretch for each part of a mixture, or side of a shift."""
+        return sequences_of(
+            self._prepared.train,
+            self.plan.length,
+            self._packing,
+            by_source=self._prepared.sources is not None,
+            shifts=self.shift_step is not None,
+        )
+
+    def sequence_lines(self) -> list[str]:
+        """Lines about rearranged documents, and about sequences that are not simply cut out of the stream."""
+        lines = []
+        if self._fim is not None:
+            tokens = self._prepared.train.tokens
+            assert isinstance(tokens, RearrangedTokens)
+            count = tokens.rearranged
+            lines.append(f"  fim: {count:,} of {self.train_documents:,} documents are rearranged")
+        note = self._sequences.note()
+        return lines if note is None else [*lines, note]
 
     @property
     def source_bytes(self) -> dict[str, int]:
@@ -121,7 +151,7 @@ class TextData(LightningDataModule):
     @cached_property
     def _parts(self) -> list[Part]:
         """The stretches of the training stream: two where the data shift."""
-        return parts_of(self._prepared.train, self.plan, self.shift_step)
+        return parts_of(self._sequences, self.plan, self.shift_step)
 
     def epochs_around_shift(self) -> tuple[float, float] | None:
         """How often the run reads the text before the shift of its data and the text after it; None: no shift."""
@@ -135,7 +165,13 @@ class TextData(LightningDataModule):
     @cached_property
     def _prepared(self) -> Prepared:
         given = None if self._given is None else self._given()
-        return prepare(self._corpus, self._vocab, self._recorded, self._held_out, given)
+        prepared = prepare(
+            self._corpus, self._vocab, self._recorded, self._held_out, given, self._fim
+        )
+        if self._fim is None:
+            return prepared
+        ids = self._fim.ids(prepared.tokenizer)
+        return replace(prepared, train=rearrange(prepared.train, self._fim, ids, self._seed))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -231,6 +267,7 @@ class TextData(LightningDataModule):
             world=world,
             order=self._order,
             shift_step=self.shift_step,
+            sequences=self._sequences,
         )
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:

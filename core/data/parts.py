@@ -8,8 +8,7 @@ ranks reads the same batches, as without a shift. No sequence reaches over the b
 from dataclasses import dataclass
 
 from core.contracts.errors import UserError
-from core.data.store import TokenStore
-from core.data.windows import count_sequences
+from core.data.sequences import Sequences
 from core.recipe.plan import TrainingPlan
 
 
@@ -18,12 +17,10 @@ class Part:
     """A stretch of the training stream, and when it is read.
 
     Args:
-        begin: the position of its first token.
         count: the number of its sequences.
         first: the micro-batch of the run with which it begins.
     """
 
-    begin: int
     count: int
     first: int
 
@@ -45,20 +42,16 @@ def step_of_shift(shift_at: float | None, steps: int) -> int | None:
     return step
 
 
-def parts_of(store: TokenStore, plan: TrainingPlan, shift_step: int | None) -> list[Part]:
+def parts_of(sequences: Sequences, plan: TrainingPlan, shift_step: int | None) -> list[Part]:
     """The parts of a training stream in the order in which they are read: one, or two.
 
     Args:
-        store: the stream.
-        plan: the micro-batches of each step, and the length of a sequence.
+        sequences: those of the stream, of two stretches where it has a shift.
+        plan: the micro-batches of each step.
         shift_step: the number of steps that read part 0; None: the stream has one part.
-
-    Raises:
-        UserError: a part is shorter than one sequence.
     """
-    if shift_step is None or store.shift is None:
-        return [Part(0, count_sequences(len(store), plan.length), 0)]
-    before = count_sequences(store.shift, plan.length, " before the shift")
-    after = count_sequences(len(store) - store.shift, plan.length, " after the shift")
+    counts = sequences.counts.tolist()
+    if shift_step is None or len(counts) == 1:
+        return [Part(sum(counts), 0)]
     first = plan.window(shift_step).first
-    return [Part(0, before, 0), Part(store.shift, after, first)]
+    return [Part(counts[0], 0), Part(counts[1], first)]

@@ -53,6 +53,7 @@ class RunText:
         validation: the validation side.
         part_names: the names of a mixture's parts; an empty one where there is one corpus.
         weights: the share of each part in the training sequences.
+        markers: further special tokens of the tokenizer that is trained.
     """
 
     sources: list[TextSource]
@@ -61,9 +62,15 @@ class RunText:
     validation: Side
     part_names: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    markers: tuple[str, ...] = ()
 
     def tokens_identity(self, version: str = VERSION) -> str:
         """The hash of what makes the tokens, under a version of `tokenizers`."""
+        key = self._text_identity(version)
+        return fingerprint([], key, "markers", *self.markers) if self.markers else key
+
+    def _text_identity(self, version: str) -> str:
+        """The hash of the documents, the vocabulary and the split."""
         if len(self.sources) == 1 and not self.weights:
             return self.sources[0].identity(version)
         settings: list[str] = []

@@ -31,6 +31,15 @@ SLOTS = {
 }
 """The extension points, each with the class that states its contract."""
 
+NO_FP16 = (
+    "its smallest number is 6e-8 and its largest 65504, so gradients need loss scaling, which does not exist here; "
+    "use bf16, which has the range of fp32, or fp32"
+)
+MISSED = {
+    ("precision", name): NO_FP16 for name in ("fp16", "float16", "half", "16-mixed", "16-true")
+}
+"""Names that people expect, each with the reason why there is no such component, unless a plugin offers one."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -142,6 +151,8 @@ class Registry:
         if offers:
             raise UserError(f"{slot} {name!r} is offered by {_choice(offers, short)}")
         why = f"no {slot} is named {name!r}; {nearest(short, self.names(slot))}"
+        if (slot, short) in MISSED:
+            why = f"no {slot} is named {name!r}: {MISSED[slot, short]}"
         for broken in self.broken:
             why += f"; {broken}"
         raise UserError(f"{why}{_skipped(self.disabled)}")

@@ -1,7 +1,8 @@
 """AdamW (arXiv 1711.05101) over named weights: the settings and groups that optimizers with AdamW in them share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from core.contracts.bounds import not_negative, positive
 from core.contracts.errors import ConfigError
+from core.contracts.precision import roles_matching
 from core.contracts.schema import setting
 from core.contracts.training import NamedParameter
 from core.numerics.moments import LARGEST_BETA, AdamWBF16
@@ -24,12 +26,15 @@ class AdamWSettings:
     betas: list[float] = setting([0.9, 0.95], doc="decay of the two moments")
     eps: float = setting(1e-8, doc="added to the root of the second moment")
     weight_decay: float = setting(0.1, doc="decoupled weight decay of matrices")
+    no_decay: list[str] = setting(
+        [], doc="roles whose matrices are not decayed, as vectors (norms, biases) never are"
+    )
     moments: MomentFormat = setting(
         "weights", doc="format of both moments: the weights' own, or bf16"
     )
 
     def check(self, parent: Any) -> None:
-        """Raises `ConfigError` for values outside their ranges."""
+        """Raises `ConfigError` for values outside their ranges; roles are checked where the model is known."""
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("betas", "must be two numbers in [0, 1)")
         positive(self, "eps")
@@ -48,6 +53,20 @@ def check_bf16_decay(key: str, decay: float) -> None:
         )
 
 
+def check_roles(key: str, patterns: Iterable[str], known: Mapping[str, str]) -> None:
+    """Raises `ConfigError` for a pattern of a setting that names no role."""
+    for pattern in patterns:
+        try:
+            roles_matching([pattern], known)
+        except ConfigError as error:
+            raise ConfigError(key, f"{pattern!r} {error.why}") from error
+
+
+def has_role(named: NamedParameter, patterns: Iterable[str]) -> bool:
+    """Whether some pattern names the role of a weight."""
+    return any(fnmatchcase(named.role, pattern) for pattern in patterns)
+
+
 def moment_bytes(parameter: Tensor, moments: MomentFormat) -> int:
     """The bytes of one moment of a parameter."""
     return parameter.numel() * (2 if moments == "bf16" else parameter.element_size())
@@ -56,18 +75,21 @@ def moment_bytes(parameter: Tensor, moments: MomentFormat) -> int:
 def adamw(
     parameters: Sequence[NamedParameter], settings: AdamWSettings, *, lr_scale: float = 1.0
 ) -> torch.optim.Optimizer:
-    """An optimizer with a group of the weights that decay and one of vectors (norms), which do not.
+    """An optimizer with a group of the weights that decay, and one of vectors (norms) and of the roles in `no_decay`.
 
     Args:
         parameters: the weights; at least one.
         settings: a `Config`, or a section of one.
         lr_scale: the factor of the schedule's learning rate in both groups.
     """
-    matrices = [named.parameter for named in parameters if named.kind != "vector"]
-    vectors = [named.parameter for named in parameters if named.kind == "vector"]
+    decayed: list[Tensor] = []
+    others: list[Tensor] = []
+    for named in parameters:
+        is_other = named.kind == "vector" or has_role(named, settings.no_decay)
+        (others if is_other else decayed).append(named.parameter)
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     kept = [group for group in groups if group["params"]]
     if lr_scale != 1:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from core.contracts.bounds import at_least
 from core.contracts.errors import ConfigError
@@ -18,6 +18,9 @@ LONGEST = 2**53
 
 MOST_MICRO_BATCHES = 1_000_000
 """Most micro-batches of a step."""
+
+LONGEST_SPIKE_WINDOW = 100_000
+"""Most gradient norms that are kept: every checkpoint holds them."""
 
 
 @dataclass(kw_only=True)
@@ -59,6 +62,24 @@ class TokenizerSection:
 
 
 @dataclass(kw_only=True)
+class FimSection:
+    """Fill-in-the-middle: training documents that read prefix, suffix, middle (DeepSeek-V3 report, section 4.1)."""
+
+    rate: float = setting(0.1, doc="the share of training documents that is rearranged")
+    tokens: list[str] = setting(
+        ["<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"],
+        doc="the markers before prefix, suffix and middle; a trained tokenizer gets them as its last entries",
+    )
+
+    def check(self, parent: Any) -> None:
+        """Raises `ConfigError` for a rate that is no share, and for markers that are not three different texts."""
+        if not 0 < self.rate <= 1:
+            raise ConfigError("rate", "must be more than 0 and at most 1")
+        if len(self.tokens) != 3 or len(set(self.tokens)) != 3 or not all(self.tokens):
+            raise ConfigError("tokens", "must be three different texts, none of them empty")
+
+
+@dataclass(kw_only=True)
 class DataSection:
     """The data that is read."""
 
@@ -78,6 +99,13 @@ class DataSection:
     )
     tokenizer: TokenizerSection = setting(doc="how text is split into tokens")
     sequence_length: int = setting(doc="tokens in a training sequence")
+    fim: FimSection | None = setting(
+        None, doc="rearrange some training documents to fill in their middle; null: none"
+    )
+    packing: Literal["stream", "best_fit"] = setting(
+        "stream",
+        doc="stream: sequences are cut out of all documents in a row; best_fit: of whole documents",
+    )
     mask_documents: bool = setting(
         False, doc="keep attention and predictions inside documents (DeepSeek: false)"
     )
@@ -99,6 +127,8 @@ class BatchSection:
     def check(self, parent: Any) -> None:
         """Raises `ConfigError` for an empty or fractional batch."""
         at_least(self, 1, "sequences")
+        if isinstance(self.accumulate, Schedule) and self.accumulate.wsd is not None:
+            raise ConfigError("accumulate.wsd", "a batch ramp has start and segments instead")
         check_scheduled(self.accumulate, "accumulate", low=1, high=MOST_MICRO_BATCHES)
         if not isinstance(self.accumulate, Schedule) and self.accumulate != int(self.accumulate):
             raise ConfigError("accumulate", "must be a whole number")
@@ -139,6 +169,9 @@ class CheckpointSection:
         100, doc="optimizer steps between checkpoints; null: none is saved, also at the end"
     )
     keep: int = setting(2, doc="how many of the latest to keep, beside the best")
+    keep_every_steps: int | None = setting(
+        None, doc="keep for good the checkpoint of every so many steps too; null: none"
+    )
     sharded: bool | None = setting(
         None, doc="each rank writes its own parts of the weights; null: if the strategy shards them"
     )
@@ -147,8 +180,39 @@ class CheckpointSection:
     )
 
     def check(self, parent: Any) -> None:
-        """Raises `ConfigError` below 1."""
-        at_least(self, 1, "every_steps", "keep")
+        """Raises `ConfigError` below 1, and for steps that are kept and never saved."""
+        at_least(self, 1, "every_steps", "keep", "keep_every_steps")
+        if self.keep_every_steps is None:
+            return
+        if self.every_steps is None:
+            why = "must be null where checkpoint.every_steps is, because nothing is saved"
+            raise ConfigError("keep_every_steps", why)
+        if self.keep_every_steps % self.every_steps:
+            why = f"must be a multiple of checkpoint.every_steps = {self.every_steps}"
+            raise ConfigError("keep_every_steps", why)
+
+
+@dataclass(kw_only=True)
+class SpikeSection:
+    """The gradient norms at which a step is skipped, beside those that are not finite."""
+
+    factor: float = setting(
+        doc="skip a step whose norm is more than this many times that of the steps before"
+    )
+    window: int = setting(
+        128, doc="applied steps before it that count; the first so many are never skipped"
+    )
+    statistic: Literal["median", "mean"] = setting(
+        "median", doc="what of their norms is taken: the median or the mean"
+    )
+
+    def check(self, parent: Any) -> None:
+        """Raises `ConfigError` for a factor that would skip usual steps, and for a window that is empty or huge."""
+        if not 1 < self.factor < math.inf:
+            raise ConfigError("factor", "must be more than 1 and finite")
+        at_least(self, 1, "window")
+        if self.window > LONGEST_SPIKE_WINDOW:
+            raise ConfigError("window", f"must be at most {LONGEST_SPIKE_WINDOW}")
 
 
 @dataclass(kw_only=True)
@@ -191,8 +255,9 @@ class RecipeSchema:
     batch: BatchSection = setting(doc="what one step reads")
     budget: BudgetSection = setting(doc="how long the run is")
     gradient_clip: float | None = setting(1.0, doc="largest global gradient norm; null: none")
-    max_skipped_steps: int = setting(
-        5, doc="consecutive steps with a non-finite gradient before the run stops"
+    max_skipped_steps: int = setting(5, doc="consecutive skipped steps before the run stops")
+    skip_spikes: SpikeSection | None = setting(
+        None, doc="skip steps whose gradient norm is far above those before; null: none"
     )
     checkpoint: CheckpointSection = setting({}, doc="when to save")
     validation: ValidationSection = setting({}, doc="when to validate")
@@ -251,8 +316,7 @@ class RecipeSchema:
                 f"must be empty under precision {name}: as it is set, a recomputed product differs"
             )
             raise ConfigError("recompute.blocks", why)
-        optimizer = self.optimizer.component
-        needs_whole = optimizer.needs_whole_matrices and not optimizer.gathers_matrices
+        needs_whole = self.optimizer.component.needs_whole_of(self.optimizer.config)
         if self.strategy.component.shards and needs_whole:
             why = f"{self.strategy.name} divides the weights, and optimizer {self.optimizer.name} needs whole matrices"
             raise ConfigError("strategy.name", why)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from core.assemble import make
 from core.contracts.errors import ConfigError, UserError
+from core.data.fim import FillInTheMiddle
 from core.data.held_out import HeldOut
 from core.data.module import TextData
 from core.data.recorded import RecordedData
@@ -48,6 +49,8 @@ def text_data(recipe: Recipe, plan: TrainingPlan, run: RunFolder | None = None) 
         recorded=recorded,
         held_out=held_out(recipe),
         tokenizer=given,
+        packing=recipe.data.packing,
+        fim=fill_in_the_middle(recipe),
     )
 
 
@@ -78,6 +81,12 @@ def tokenizer_of(recipe: Recipe) -> Tokenizer:
         key = f"data.tokenizer.{error.key}"
         raise UserError(f"{recipe.source}: {key} = {value}: {error.why}") from error
     return tokenizer
+
+
+def fill_in_the_middle(recipe: Recipe) -> FillInTheMiddle | None:
+    """How a recipe's training documents are rearranged; None: not at all."""
+    section = recipe.data.fim
+    return None if section is None else FillInTheMiddle(section.rate, tuple(section.tokens))
 
 
 def held_out(recipe: Recipe) -> HeldOut:

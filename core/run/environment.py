@@ -11,15 +11,15 @@ from core.contracts.errors import ConfigError, UserError
 from core.contracts.strategy import StrategyFactory
 from core.contracts.training import OptimizerFactory
 from core.data.mixed_tokens import holds_tokens
-from core.data.tokenizer import SMALLEST
+from core.data.tokenizer import SMALLEST, Tokenizer
 from core.data.with_tokenizer import with_tokenizer
 from core.model.language_model import LanguageModel
 from core.model.parameters import named_parameters
 from core.recipe.compose import Recipe
 from core.recipe.values import show_value
-from core.run.data import tokenizer_of
-from core.training.early_checks import check_corpus
+from core.run.data import fill_in_the_middle, tokenizer_of
 from core.training.captured import why_not_captured
+from core.training.early_checks import check_corpus
 
 
 def check_environment(recipe: Recipe) -> None:
@@ -42,7 +42,8 @@ def check_environment(recipe: Recipe) -> None:
 def _check_vocabulary(recipe: Recipe) -> None:
     """Raises `UserError` for a vocabulary that no tokenizer of this program can have, where one is to be trained.
 
-    A tokenizer from a file is read, so that one that is missing or too large is reported before the work starts.
+    A tokenizer from a file is read, so that one that is missing or too large is reported before the work starts; also
+    token ids that `data.fim` would have to rearrange.
     """
     corpora = [make(section) for section in (recipe.data.corpus, recipe.data.validation) if section]
     tokenizer = None if recipe.data.tokenizer.file is None else tokenizer_of(recipe)
@@ -51,12 +52,32 @@ def _check_vocabulary(recipe: Recipe) -> None:
             with_tokenizer(corpus, tokenizer)
         except UserError as error:
             raise UserError(f"{recipe.source}: {error}") from error
+    _check_fill_in_the_middle(recipe, tokenizer)
     if tokenizer is not None:
         return
     vocab = recipe.data.tokenizer.vocab
     if vocab < SMALLEST and not holds_tokens(corpora[0]):
         allowed = f"must be at least {SMALLEST}, as the corpus is text: 256 bytes and the marker"
         raise UserError(f"{recipe.source}: data.tokenizer.vocab = {vocab}: {allowed}")
+
+
+def _check_fill_in_the_middle(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
+    """Raises `UserError` where `data.fim` has no text to rearrange, or the tokenizer none of its markers."""
+    fim = fill_in_the_middle(recipe)
+    if fim is None:
+        return
+    try:
+        if holds_tokens(make(recipe.data.corpus)):
+            fim.ids(None)
+        if tokenizer is None:
+            fim.trained_vocabulary(recipe.data.tokenizer.vocab)
+        else:
+            fim.ids(tokenizer)
+            if tokenizer.ending is not None:
+                why = "the tokenizer has a marker after every document beside the one before it"
+                raise UserError(f"data.fim: must be null: {why}")
+    except UserError as error:
+        raise UserError(f"{recipe.source}: {error}") from error
 
 
 def _check_strategy(recipe: Recipe, model: LanguageModel) -> None:

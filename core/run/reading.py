@@ -12,7 +12,7 @@ def reading_line(data: TextData) -> str:
 
 
 def source_lines(data: TextData) -> list[str]:
-    """A line for each part of a mixture, or each side of a shift: its share, and how often it is read."""
+    """Lines about parts of a mixture or sides of a shift (share, how often it is read), FIM and packing."""
     epochs = data.source_epochs(data.plan.tokens)
     lines = []
     for name, weight in data.source_weights().items():
@@ -21,7 +21,7 @@ def source_lines(data: TextData) -> list[str]:
     if around is not None:
         lines.append(f"  until the shift after step {data.shift_step}: {times(around[0])}")
         lines.append(f"  after the shift: {times(around[1])}")
-    return lines
+    return [*lines, *data.sequence_lines()]
 
 
 def times(epochs: float) -> str:

@@ -252,6 +252,7 @@ def _fit(
         gradient_clip=recipe.gradient_clip,
         max_skipped=recipe.max_skipped_steps,
         cuda_graph=recipe.cuda_graph,
+        skip_spikes=recipe.skip_spikes,
         validation_bytes=data.validation_bytes,
         source_bytes=data.source_bytes,
     )

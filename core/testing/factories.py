@@ -160,6 +160,42 @@ def divided_matrices_are_updated_as_whole(subject: Subject) -> None:
         require(far < 1e-10, f"{weight.name}: halves differ from the whole by {far:.1e}")
 
 
+@check(
+    "optimizer",
+    clause="an optimizer that needs no whole matrices updates parts of a weight as it updates the whole",
+    where=f"{TRAINING}, OptimizerFactory: `needs_whole_of`",
+)
+def parts_are_updated_as_the_whole(subject: Subject) -> None:
+    """Takes two steps of whole weights, and of their halves along each axis."""
+    factory = subject.factory()
+    gathers = factory.needs_whole_matrices and factory.gathers_matrices
+    skip_unless(not gathers, "it gathers matrices")
+    skip_unless(not factory.needs_whole_of(factory.config), "it needs whole matrices")
+    whole = _weights_with_gradients(torch.float64)
+    halves: dict[tuple[str, int], list[NamedParameter]] = {}
+    for weight in whole:
+        assert weight.parameter.grad is not None
+        for axis in range(weight.parameter.ndim):
+            pairs = zip(
+                weight.parameter.detach().chunk(2, dim=axis),
+                weight.parameter.grad.chunk(2, dim=axis),
+                strict=True,
+            )
+            for values, gradient in pairs:
+                own = torch.nn.Parameter(values.clone())
+                own.grad = gradient.clone()
+                part = NamedParameter(weight.name, own, weight.role, weight.kind)
+                halves.setdefault((weight.name, axis), []).append(part)
+    _stepped(factory, whole, steps=2)
+    _stepped(subject.factory(), [part for parts in halves.values() for part in parts], steps=2)
+    for weight in whole:
+        for axis in range(weight.parameter.ndim):
+            parts = [part.parameter.detach() for part in halves[weight.name, axis]]
+            found = torch.cat(parts, dim=axis)
+            far = float((found - weight.parameter.detach()).abs().max())
+            require(far < 1e-10, f"{weight.name}: parts differ from the whole by {far:.1e}")
+
+
 def _weights_with_gradients(dtype: torch.dtype) -> list[NamedParameter]:
     """A weight of each kind, with a gradient."""
     draw = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save
 from torch import Tensor
 
-from core.checkpoints.listing import checkpoints_in, is_checkpoint, remove_checkpoint
+from core.checkpoints.listing import checkpoints_in, is_checkpoint, remove_checkpoint, step_of
 from core.checkpoints.saving import AtomicCheckpointIO
 from core.command import STOPPING, show_cursor, terminated
 from core.contracts.errors import Interrupted
@@ -283,12 +283,16 @@ class KeepLatest(_StepEnd):
         folder: the run folder.
         every: steps between checkpoints.
         keep: how many step checkpoints to keep.
+        keep_every: the checkpoint of every so many steps is kept too; None: of no others.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep: int) -> None:
+    def __init__(
+        self, folder: Path, *, every: int, keep: int, keep_every: int | None = None
+    ) -> None:
         self.folder = folder
         self.every = every
         self.keep = keep
+        self.keep_every = keep_every
 
     def step_ended(self, trainer: L.Trainer, module: TrainingModule) -> None:
         """Saves after every `every` steps and after the last one, and replaces a checkpoint without its validation."""
@@ -309,10 +313,11 @@ class KeepLatest(_StepEnd):
         self._remove_old(trainer)
 
     def _remove_old(self, trainer: L.Trainer) -> None:
-        """Removes all but the latest checkpoints; one that is being written does not count yet."""
+        """Removes all but the latest checkpoints and those kept for good; one that is being written does not count."""
         if trainer.is_global_zero:
             for old in checkpoints_in(self.folder)[: -self.keep]:
-                remove_checkpoint(old)
+                if self.keep_every is None or step_of(old) % self.keep_every:
+                    remove_checkpoint(old)
 
 
 def save_step(trainer: L.Trainer, module: TrainingModule, folder: Path) -> None:

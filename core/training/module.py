@@ -6,7 +6,7 @@ logged MaxVio read the same integers.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,6 +26,7 @@ from core.model.parameters import check_groups
 from core.numerics.finite import not_finite_in
 from core.recipe.plan import TrainingPlan
 from core.training.captured import CapturedSteps, StepResults
+from core.recipe.recipe_schema import SpikeSection
 from core.training.load import measures
 from core.training.local_parameters import LocalParameters, local_state
 from core.training.module_state import load_module_state, module_state
@@ -37,6 +38,7 @@ from core.training.ranks import (
     first_text_over_ranks,
     rank_and_world,
 )
+from core.training.spikes import SpikeGuard
 from core.training.step_metrics import (
     as_scalar,
     balancer_metrics,
@@ -66,8 +68,9 @@ class TrainingModule(L.LightningModule):
         flops_per_token: training FLOPs, for MFU.
         mask_documents: keep attention and predictions inside documents.
         gradient_clip: largest global gradient norm, or None.
-        max_skipped: consecutive steps with a non-finite gradient before the run fails.
+        max_skipped: consecutive skipped steps before the run fails.
         cuda_graph: replay the forwards and backwards of a step as one CUDA graph.
+        skip_spikes: which gradient norms are too large beside those of the steps before; None: none.
         validation_bytes: bytes of the validation documents; 0 without a validation split.
         source_bytes: the same for each part of a mixture, by its name; losses are then logged by source.
     """
@@ -85,6 +88,7 @@ class TrainingModule(L.LightningModule):
         gradient_clip: float | None = 1.0,
         max_skipped: int = 5,
         cuda_graph: bool = False,
+        skip_spikes: SpikeSection | None = None,
         validation_bytes: int = 0,
         source_bytes: Mapping[str, int] | None = None,
     ) -> None:
@@ -102,6 +106,7 @@ class TrainingModule(L.LightningModule):
         self.max_skipped = max_skipped
         self.cuda_graph = cuda_graph
         self.captured: CapturedSteps | None = None
+        self.spikes = None if skip_spikes is None else SpikeGuard(skip_spikes)
         self.windows_done = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -200,7 +205,8 @@ class TrainingModule(L.LightningModule):
         self.local_parameters.freeze_others(learning)
         norm = self.strategy.gradient_norm(self.local_parameters.gradients())
         rate = self.optimizer_factory.learning_rate(progress)
-        if self._agreed_finite(norm):
+        finite = self._agreed_finite(norm)
+        if finite and not self._is_spike(norm, learning):
             self.local_parameters.clip_gradients(self.gradient_clip, norm)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -212,7 +218,8 @@ class TrainingModule(L.LightningModule):
             self.skipped_in_a_row = 0
         else:
             self._end_step(done=False)
-            self._skip(norm, loss_metrics(self.ledger, totals, counts, progress)["loss/total"])
+            loss = loss_metrics(self.ledger, totals, counts, progress)["loss/total"]
+            self._skip(norm, loss, finite=finite)
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.local_parameters.clear_gradients()
@@ -298,6 +305,10 @@ class TrainingModule(L.LightningModule):
         bad = all_reduce_sum((~torch.isfinite(norm)).to(torch.int64))
         return int(bad) == 0
 
+    def _is_spike(self, norm: Tensor, learning: Collection[str] | None) -> bool:
+        """Whether a finite norm is too large beside those of the steps before."""
+        return self.spikes is not None and self.spikes.skips(norm, learning)
+
     def _end_step(self, *, done: bool) -> None:
         """Advances the product layers that keep state between steps; their maxima are taken over the ranks first."""
         with torch.no_grad():
@@ -306,17 +317,20 @@ class TrainingModule(L.LightningModule):
             for layer in layers:
                 layer.end_step(done=done)
 
-    def _skip(self, norm: Tensor, loss: Tensor) -> None:
-        """Counts a skipped step: a non-finite gradient changes no weight, no moment and no bias."""
+    def _skip(self, norm: Tensor, loss: Tensor, *, finite: bool) -> None:
+        """Counts a skipped step: a norm that is not finite, or a spike, changes no weight, no moment and no bias."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.max_skipped:
-            steps_done = self.windows_done + 1 - self.skipped_in_a_row
-            advice = non_finite_advice(self.weight_not_finite(), loss, steps_done=steps_done)
-            raise RunFailed(
-                f"the gradient norm was {norm.item()} for {self.skipped_in_a_row} steps in a row, the last one step "
-                f"{self.windows_done + 1}; the run stops with its last checkpoint as it is: {advice}"
-            )
+        if self.skipped_in_a_row < self.max_skipped:
+            return
+        row, step = self.skipped_in_a_row, self.windows_done + 1
+        if finite and self.spikes is not None:
+            raise RunFailed(self.spikes.failure(float(norm), in_a_row=row, step=step))
+        advice = non_finite_advice(self.weight_not_finite(), loss, steps_done=step - row)
+        raise RunFailed(
+            f"the gradient norm was {norm.item()} for {row} steps in a row, the last one step "
+            f"{step}; the run stops with its last checkpoint as it is: {advice}"
+        )
 
     def weight_not_finite(self) -> str | None:
         """A sentence about a weight that is not finite, on whichever rank it is; every rank calls this."""

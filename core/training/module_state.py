@@ -14,7 +14,7 @@ def module_state(module: "TrainingModule") -> dict[str, Any]:
     """The module's own state, in plain containers and tensors."""
     paths = {role: list(ways) for role, ways in module.model.kernels_used().ran.items()}
     states = {path: layer.step_state() for path, layer in module.model.step_states().items()}
-    return {
+    own = {
         "windows_done": module.windows_done,
         "skipped_steps": module.skipped_steps,
         "skipped_in_a_row": module.skipped_in_a_row,
@@ -29,6 +29,9 @@ def module_state(module: "TrainingModule") -> dict[str, Any]:
         "paths": paths,
         "step_states": states,
     }
+    if module.spikes is not None:
+        own["spikes"] = module.spikes.state()
+    return own
 
 
 def load_module_state(module: "TrainingModule", own: dict[str, Any]) -> None:
@@ -52,6 +55,8 @@ def load_module_state(module: "TrainingModule", own: dict[str, Any]) -> None:
     module.assigned = own["assigned"]
     module.dropped = own["dropped"]
     module.validated = dict(own["validated"])
+    if module.spikes is not None:
+        module.spikes.load_state(own["spikes"])
     module.validation_pending = own.get("validation_pending", False)
     if module.validation_pending:
         module.pending_step = module.windows_done

@@ -33,6 +33,7 @@ REPRODUCED = (
     "batch",
     "budget",
     "gradient_clip",
+    "skip_spikes",
     "initial_weights",
     "freeze",
 )

@@ -135,7 +135,12 @@ def _checkpoints(recipe: RecipeSchema, folder: Path) -> list[L.Callback]:
     every = recipe.checkpoint.every_steps
     if every is None:
         return []
-    latest = KeepLatest(folder, every=every, keep=recipe.checkpoint.keep)
+    latest = KeepLatest(
+        folder,
+        every=every,
+        keep=recipe.checkpoint.keep,
+        keep_every=recipe.checkpoint.keep_every_steps,
+    )
     heads = [section.component for section in recipe.model.heads.values()]
     if not any("next_token" in head.capabilities for head in heads):
         return [latest]

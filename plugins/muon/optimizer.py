@@ -1,6 +1,6 @@
 """The component `muon`: which weights Muon updates and which AdamW, and the settings of both."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -9,13 +9,24 @@ import torch
 
 from core.contracts.bounds import fraction, not_negative, positive
 from core.contracts.errors import ConfigError
-from core.contracts.precision import roles_matching, weight_roles
+from core.contracts.precision import weight_roles
 from core.contracts.schedule import LearningRateSettings
 from core.contracts.schema import setting
 from core.contracts.training import NamedParameter, OptimizerFactory
-from core.model.adamw import AdamWSettings, MomentFormat, adamw, check_bf16_decay, moment_bytes
+from core.model.adamw import (
+    AdamWSettings,
+    MomentFormat,
+    adamw,
+    check_bf16_decay,
+    check_roles,
+    has_role,
+    moment_bytes,
+)
 from plugins.muon.newton_schulz import SCHEDULES
 from plugins.muon.update import MatrixWeight, Muon, MuonRule
+
+SPLIT = {"*.gate_up": 2}
+"""The weights of this repository in which matrices lie below each other: gate above up."""
 
 
 @dataclass(kw_only=True)
@@ -49,6 +60,7 @@ class MuonWithAdamW(OptimizerFactory):
         momentum: float = setting(0.95, doc="decay of the momentum")
         nesterov: bool = setting(True, doc="look one step of the momentum ahead")
         weight_decay: float = setting(0.1, doc="decoupled weight decay of Muon's matrices")
+        no_decay: list[str] = setting([], doc="roles of Muon's matrices that are not decayed")
         newton_schulz: Literal["v4", "quintic5"] = setting(
             "v4", doc="v4: DeepSeek-V4's 8 + 2 steps; quintic5: the 5 steps of the original Muon"
         )
@@ -64,7 +76,7 @@ class MuonWithAdamW(OptimizerFactory):
             "weights", doc="format of the momentum: the weights' own, or bf16"
         )
         split: dict[str, int] = setting(
-            {"*.gate_up": 2},
+            SPLIT,
             doc="matrices below each other in one weight, by role: each is orthogonalised by itself",
         )
         adamw: AdamWSection = setting({}, doc="AdamW of all other weights")
@@ -78,9 +90,10 @@ class MuonWithAdamW(OptimizerFactory):
             if self.moments == "bf16":
                 check_bf16_decay("momentum", self.momentum)
             known = weight_roles(parent)
-            for key, patterns in (("adamw.roles", self.adamw.roles), ("split", self.split)):
-                for pattern in patterns:
-                    _check_role(key, pattern, known)
+            check_roles("adamw.roles", self.adamw.roles, known)
+            check_roles("split", self.split, known)
+            check_roles("no_decay", self.no_decay, known)
+            check_roles("adamw.no_decay", self.adamw.no_decay, known)
             for pattern, blocks in self.split.items():
                 if blocks < 1:
                     raise ConfigError("split", f"{pattern}: {blocks} must be at least 1")
@@ -89,7 +102,7 @@ class MuonWithAdamW(OptimizerFactory):
         """Whether Muon updates a weight."""
         if named.kind not in ("matrix", "stack"):
             return False
-        return not any(fnmatchcase(named.role, pattern) for pattern in self.config.adamw.roles)
+        return not has_role(named, self.config.adamw.roles)
 
     def blocks_of(self, named: NamedParameter) -> int:
         """How many matrices lie below each other in each matrix of a weight, by the first pattern that fits."""
@@ -99,13 +112,32 @@ class MuonWithAdamW(OptimizerFactory):
         return 1
 
     def check_parameters(self, parameters: Sequence[NamedParameter]) -> None:
-        """Raises `ConfigError` if the rows of a weight cannot be split as `split` says."""
+        """Raises `ConfigError` if `split` or `no_decay` cannot be honoured for a weight."""
+        self._check_owners(parameters)
         for named in parameters:
             blocks = self.blocks_of(named)
             if self.is_muons(named) and named.parameter.shape[-2] % blocks:
                 rows = named.parameter.shape[-2]
                 why = f"{named.role}: {blocks} must divide the {rows} rows of {named.name}"
                 raise ConfigError("split", why)
+
+    def _check_owners(self, parameters: Sequence[NamedParameter]) -> None:
+        """Raises `ConfigError` for a pattern of one optimizer that fits weights of the other alone."""
+        config = self.config
+        patterns: list[tuple[str, str, bool]] = []
+        if config.split != SPLIT:
+            patterns += [("split", p, True) for p in config.split]
+        patterns += [("no_decay", p, True) for p in config.no_decay]
+        patterns += [("adamw.no_decay", p, False) for p in config.adamw.no_decay]
+        for key, pattern, of_muon in patterns:
+            fitting = [named for named in parameters if has_role(named, [pattern])]
+            if not fitting or any(self.is_muons(named) == of_muon for named in fitting):
+                continue
+            why = f"{pattern!r} names weights that Muon updates, which no_decay is for"
+            if of_muon:
+                instead = "which are not split" if key == "split" else "which adamw.no_decay is for"
+                why = f"{pattern!r} names weights that AdamW updates, {instead}"
+            raise ConfigError(key, why)
 
     def make(self, parameters: Sequence[NamedParameter]) -> list[torch.optim.Optimizer]:
         """Muon and AdamW; one of them alone if the other has no weight."""
@@ -115,7 +147,8 @@ class MuonWithAdamW(OptimizerFactory):
         for named in parameters:
             if self.is_muons(named):
                 blocks = self.blocks_of(named)
-                matrices.append(MatrixWeight(named.parameter, blocks, named.shard))
+                decays = not has_role(named, config.no_decay)
+                matrices.append(MatrixWeight(named.parameter, blocks, named.shard, decays))
             else:
                 others.append(named)
         made: list[torch.optim.Optimizer] = []
@@ -150,11 +183,3 @@ class MuonWithAdamW(OptimizerFactory):
         if self.is_muons(named):
             return moment_bytes(named.parameter, self.config.moments)
         return 2 * moment_bytes(named.parameter, self.config.adamw.moments)
-
-
-def _check_role(key: str, pattern: str, known: Mapping[str, str]) -> None:
-    """Raises `ConfigError` for a pattern that names no role."""
-    try:
-        roles_matching([pattern], known)
-    except ConfigError as error:
-        raise ConfigError(key, f"{pattern!r} {error.why}") from error

@@ -29,11 +29,13 @@ class MatrixWeight:
         parameter: matrices as its last two axes; this rank's part if the weight is divided.
         blocks: how many matrices of equal height lie below each other in each of them.
         shard: gathers and divides the matrices; None: they are whole.
+        decays: whether it is decayed.
     """
 
     parameter: Tensor
     blocks: int = 1
     shard: MatrixShard | None = None
+    decays: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ class Muon(torch.optim.Optimizer):
     State of each parameter, as torch's Muon names it: `momentum_buffer`.
 
     Args:
-        weights: what is updated, in one group.
+        weights: what is updated, in a group of those that decay and one of those that do not.
         rule: the update.
-        weight_decay: decoupled decay.
+        weight_decay: decoupled decay of the first group.
     """
 
     def __init__(
@@ -91,9 +93,13 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         self.rule = rule
         self._weights: Mapping[Tensor, MatrixWeight] = {w.parameter: w for w in weights}
-        super().__init__(
-            [weight.parameter for weight in weights], {"lr": 0.0, "weight_decay": weight_decay}
-        )
+        groups = []
+        for decays in (True, False):
+            chosen = [weight.parameter for weight in weights if weight.decays == decays]
+            if chosen:
+                decay = weight_decay if decays else 0.0
+                groups.append({"params": chosen, "weight_decay": decay})
+        super().__init__(groups, {"lr": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -29,6 +29,22 @@ def test_an_unknown_name_is_reported_with_the_nearest_and_all_of_its_slot() -> N
     )
 
 
+@pytest.mark.parametrize("name", ["fp16", "float16", "16-mixed"])
+def test_a_name_that_people_miss_is_reported_with_the_reason(name: str) -> None:
+    registry = offering("precision", "bf16", "fp32")
+    with pytest.raises(UserError) as caught:
+        registry.find("precision", name)
+    assert str(caught.value) == (
+        f"no precision is named {name!r}: its smallest number is 6e-8 and its largest 65504, so gradients need loss "
+        "scaling, which does not exist here; use bf16, which has the range of fp32, or fp32"
+    )
+
+
+def test_a_plugin_may_offer_what_is_missed() -> None:
+    registry = offering("precision", "fp16")
+    assert registry.find("precision", "fp16").target == "somebody.parts:Part"
+
+
 def test_an_unknown_slot_is_reported_with_the_nearest() -> None:
     with pytest.raises(
         UserError,

@@ -52,8 +52,22 @@ class HalvesOnly(OptimizerFactory):
         return _NormedSGD([named.parameter for named in parameters])
 
 
+class NormOfParts(OptimizerFactory):
+    """Takes the norm of the part that a rank owns, and does not say that it needs the whole."""
+
+    example = {"name": "norm_of_parts", "lr": 0.1}
+
+    @dataclass(kw_only=True)
+    class Config(LearningRateSettings):
+        """The learning rate."""
+
+    def make(self, parameters: Sequence[NamedParameter]) -> torch.optim.Optimizer:
+        return _NormedSGD([named.parameter for named in parameters])
+
+
 OPTIMIZERS = {
     SmallLedger: "optimizer_states_are_counted",
     HalvesOnly: "divided_matrices_are_updated_as_whole",
+    NormOfParts: "parts_are_updated_as_the_whole",
 }
 """The one check that each must fail."""

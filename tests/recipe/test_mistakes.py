@@ -140,7 +140,7 @@ ROUTER = "model.blocks.moe.ffn.router"
 # What only a component's own `Config` can report.
 COMPONENTS = {
     "optimizer.learning_rate=1": "{o}: optimizer.learning_rate: unknown key; "
-    "known: betas, eps, lr, moments, name, weight_decay",
+    "known: betas, eps, lr, moments, name, no_decay, weight_decay",
     "precision.naem=fp32": "{o}: precision.naem: unknown key; did you mean name? known: name",
     f"{ROUTER}.topk=2": f"{{o}}: {ROUTER}.topk: unknown key; did you mean top_k? "
     "known: affinity, group_limit, group_score, groups, name, normalise, scale, top_k",
@@ -163,9 +163,10 @@ COMPONENTS = {
     "optimizer.betas=[a, b]": "{o}: optimizer.betas = ['a', 'b']: must be a list, each item a number",
     "optimizer.betas=[true, 0.9]": "{o}: optimizer.betas = [True, 0.9]: must be a list, each item a number",
     "optimizer.betas=[0.9]": "{o}: optimizer.betas = [0.9]: must be two numbers in [0, 1)",
-    "optimizer.lr=fast": "{o}: optimizer.lr = 'fast': must be a number or a schedule (keys: start, unit, segments)",
-    "optimizer.lr=[1]": "{o}: optimizer.lr = [1]: must be a number or a schedule (keys: start, unit, segments)",
-    "optimizer.lr=null": "{o}: optimizer.lr = null: must be a number or a schedule (keys: start, unit, segments)",
+    "optimizer.lr=fast": "{o}: optimizer.lr = 'fast': must be a number or a schedule "
+    "(keys: start, unit, segments, wsd)",
+    "optimizer.lr=[1]": "{o}: optimizer.lr = [1]: must be a number or a schedule (keys: start, unit, segments, wsd)",
+    "optimizer.lr=null": "{o}: optimizer.lr = null: must be a number or a schedule (keys: start, unit, segments, wsd)",
     "optimizer.lr=-1": "{o}: optimizer.lr = -1: must be at least 0",
     "optimizer.lr=.inf": "{o}: optimizer.lr = inf: must be finite",
     "optimizer.eps=nan": "{o}: optimizer.eps = nan: must be finite",

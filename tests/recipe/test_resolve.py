@@ -70,18 +70,20 @@ def test_a_scheduled_field_takes_a_number_or_a_mapping() -> None:
 
 
 def test_a_mistake_inside_a_schedule_is_reported_with_its_path() -> None:
-    assert message_of(scheduled={}) == "file.yaml: outer.scheduled.start: required key is missing"
+    assert message_of(scheduled={}) == (
+        "file.yaml: outer.scheduled.start = null: must be given, unless wsd is"
+    )
     assert message_of(scheduled={"start": 0, "segment": []}) == (
-        "file.yaml: outer.scheduled.segment: unknown key; did you mean segments? known: segments, start, unit"
+        "file.yaml: outer.scheduled.segment: unknown key; did you mean segments? known: segments, start, unit, wsd"
     )
     assert message_of(maybe={"start": 0, "segments": [{"until": 1, "shape": "lin"}]}) == (
-        "file.yaml: outer.maybe.segments.0.shape = 'lin': must be one of constant, linear, cosine"
+        "file.yaml: outer.maybe.segments.0.shape = 'lin': must be one of constant, linear, cosine, 1-sqrt"
     )
     assert message_of(scheduled=[1]) == (
-        "file.yaml: outer.scheduled = [1]: must be a number or a schedule (keys: start, unit, segments)"
+        "file.yaml: outer.scheduled = [1]: must be a number or a schedule (keys: start, unit, segments, wsd)"
     )
     assert message_of(maybe="x").endswith(
-        "must be a number or a schedule (keys: start, unit, segments) or null"
+        "must be a number or a schedule (keys: start, unit, segments, wsd) or null"
     )
 
 
@@ -219,4 +221,4 @@ def test_plain_containers_come_back_as_they_were_read() -> None:
     plain = to_dict(read(**raw))
     assert read(**plain) == read(**raw)
     assert to_dict(read(**plain)) == plain
-    assert plain["scheduled"] == RAMP
+    assert plain["scheduled"] == {**RAMP, "wsd": None}

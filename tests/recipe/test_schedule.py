@@ -11,7 +11,14 @@ import yaml
 
 from core.contracts import schedule as schedule_module
 from core.contracts.errors import ConfigError
-from core.contracts.schedule import Progress, Schedule, Segment, check_scheduled, value_at
+from core.contracts.schedule import (
+    Progress,
+    Schedule,
+    Segment,
+    WarmupStableDecay,
+    check_scheduled,
+    value_at,
+)
 from core.recipe.compose import compose
 
 MessageOf = Callable[..., str]
@@ -159,7 +166,7 @@ def test_without_segments_the_value_is_the_start_and_a_number_is_itself() -> Non
     assert value_at(LEARNING_RATE, at(WARM)) == 2.2e-4
 
 
-@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
 def test_a_moving_segment_stays_between_its_ends_and_never_turns(shape: Any) -> None:
     falling = Schedule(start=1.0, segments=[Segment(until=1, shape=shape, to=0.1)])
     values = [falling.at(at(tokens, 997)) for tokens in range(998)]
@@ -236,3 +243,93 @@ def test_tokens_and_steps_may_lie_past_the_run(base: Path) -> None:
         ["optimizer.lr={start: 1, unit: steps, segments: [{until: 1e9, shape: linear, to: 0}]}"],
     )
     assert recipe.optimizer.config.lr.segments[0].until == 1e9
+
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "1-sqrt": lambda x: 1 - math.sqrt(x),
+}
+"""What is left of the way from the peak to the final value after a fraction x of the decay."""
+
+
+def closed_form(step: float, total: float, warmup: float, decay: float, shape: str) -> float:
+    """Warm-up, stable, decay as arXiv 2405.18392 writes it, of peak 2 and final value 0.5."""
+    if step <= warmup:
+        return 2.0 * step / warmup
+    if step <= total - decay:
+        return 2.0
+    return 0.5 + 1.5 * SHAPES[shape]((step - (total - decay)) / decay)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("unit", ["steps", "tokens", "fraction"])
+def test_wsd_is_its_closed_form_at_every_step(unit: str, shape: str) -> None:
+    steps, tokens = 50, 64
+    scale = {"steps": 1.0, "tokens": float(tokens), "fraction": 1 / steps}[unit]
+    written: Any = WarmupStableDecay(
+        peak=2.0, warmup=8 * scale, decay=20 * scale, shape=shape, final=0.5
+    )
+    schedule = Schedule(unit=unit, wsd=written)  # type: ignore[arg-type]
+    schedule.check()
+    for step in range(steps + 1):
+        progress = Progress(step, step * tokens, steps, steps * tokens)
+        expected = closed_form(step, steps, 8, 20, shape)
+        assert schedule.at(progress) == pytest.approx(expected, rel=1e-12, abs=1e-12), step
+    assert schedule.at(Progress(steps, steps * tokens, steps, steps * tokens)) == 0.5
+
+
+def test_wsd_is_the_same_as_its_segments() -> None:
+    short = Schedule(wsd=WarmupStableDecay(peak=3.0, warmup=0.1, decay=0.25, final=0.2))
+    long = Schedule(
+        start=0.0,
+        segments=[
+            Segment(until=0.1, shape="linear", to=3.0),
+            Segment(until=0.75),
+            Segment(until=1, shape="1-sqrt", to=0.2),
+        ],
+    )
+    assert [short.at(at(t, 997)) for t in range(998)] == [long.at(at(t, 997)) for t in range(998)]
+
+
+def test_without_a_warm_up_wsd_begins_at_its_peak_and_a_short_run_decays_after_the_warm_up() -> (
+    None
+):
+    stable = Schedule(unit="steps", wsd=WarmupStableDecay(peak=1.0, decay=4, shape="linear"))
+    assert [stable.at(Progress(step, 0, 8, 0)) for step in range(9)] == [1.0] * 5 + [
+        0.75,
+        0.5,
+        0.25,
+        0.0,
+    ]
+    short = Schedule(
+        unit="steps", wsd=WarmupStableDecay(peak=1.0, warmup=2, decay=9, shape="linear")
+    )
+    assert [short.at(Progress(step, 0, 4, 0)) for step in range(5)] == [0.0, 0.5, 1.0, 0.5, 0.0]
+
+
+BAD_WSD = {
+    "{wsd: {peak: 1, decay: 0}}": "wsd.decay = 0: must be more than 0",
+    "{wsd: {peak: 1, decay: -1}}": "wsd.decay = -1: must be at least 0 and finite",
+    "{wsd: {peak: 1, warmup: -1, decay: 1}}": "wsd.warmup = -1: must be at least 0 and finite",
+    "{wsd: {peak: 1, warmup: 0.5, decay: 0.6}}": "wsd.decay = 0.6: must be at most 0.5, what the warm-up leaves of "
+    "the run",
+    "{wsd: {peak: 1, warmup: 2, decay: 1}}": "wsd.warmup = 2: must be less than 1",
+    "{wsd: {peak: -1, decay: 1}}": "wsd.peak = -1: must be at least 0",
+    "{wsd: {peak: .nan, decay: 1}}": "wsd.peak = nan: must be finite",
+    "{wsd: {peak: 1, decay: 1}, start: 0}": "start = 0: must not be given beside wsd, which says it all",
+    "{wsd: {peak: 1, decay: 1, shape: sqrt}}": "wsd.shape = 'sqrt': must be one of linear, cosine, 1-sqrt",
+    "{wsd: {decay: 1}}": "wsd.peak: required key is missing",
+}
+
+
+@pytest.mark.parametrize(("text", "sentence"), BAD_WSD.items())
+def test_a_bad_wsd_is_refused_with_its_path(
+    text: str, sentence: str, base: Path, message_of: MessageOf
+) -> None:
+    assert message_of(base, f"optimizer.lr={text}").endswith(f": optimizer.lr.{sentence}")
+
+
+def test_a_batch_ramp_is_no_wsd(base: Path, message_of: MessageOf) -> None:
+    message = message_of(base, "batch.accumulate={wsd: {peak: 4, decay: 0.5}}")
+    assert message.endswith("batch.accumulate.wsd: a batch ramp has start and segments instead")

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import core
-from core.contracts.schedule import Schedule, Segment
+from core.contracts.schedule import Schedule, Segment, WarmupStableDecay
 from core.extension.loader import find_plugins, load_plugins
 from core.extension.registry import SLOTS, Entry
 from core.fit import parser
@@ -52,6 +52,11 @@ def offers(package: Path) -> list[Entry]:
     return [entry for entry in entries if entry.target.startswith(f"plugins.{package.name}.")]
 
 
+PARTS_OF_SCHEDULES = {f"segments.N.{field.name}" for field in fields(Segment)} | {
+    f"wsd.{field.name}" for field in fields(WarmupStableDecay)
+}
+
+
 @pytest.mark.parametrize("section_of", SECTIONS, ids=lambda cls: cls.__name__)
 def test_every_key_of_a_recipe_is_documented(section_of: type) -> None:
     documented = first_cells(section(RECIPES, SECTIONS[section_of]))
@@ -59,7 +64,8 @@ def test_every_key_of_a_recipe_is_documented(section_of: type) -> None:
 
 
 def test_no_section_of_the_schema_is_left_out() -> None:
-    named = {schema.TokenizerSection}  # its keys are in the row of `tokenizer`
+    # their keys are in the rows of `tokenizer`, `fim` and `skip_spikes`
+    named = {schema.TokenizerSection, schema.FimSection, schema.SpikeSection}
     own = {
         value
         for module in (schema, model_schema)
@@ -67,19 +73,27 @@ def test_no_section_of_the_schema_is_left_out() -> None:
         if is_dataclass(value) and value.__module__ == module.__name__
     }
     assert own - named <= set(SECTIONS)
-    assert all(
-        f"`{field.name}`" in section(RECIPES, "## data")
-        for field in fields(schema.TokenizerSection)
-    )
-    assert {f"segments.N.{field.name}" for field in fields(Segment)} <= first_cells(
-        section(RECIPES, "## Schedules")
-    )
+    for row, headed in named_rows(named):
+        assert {field.name for field in fields(row)} <= set(re.findall(r"`(\w+)`", headed))  # type: ignore[arg-type]
+    assert first_cells(section(RECIPES, "## Schedules")) >= PARTS_OF_SCHEDULES
+
+
+def named_rows(sections: set[type]) -> list[tuple[type, str]]:
+    """The row of docs/recipes.md that has the keys of each of some sections."""
+    keys = {"TokenizerSection": "tokenizer", "FimSection": "fim", "SpikeSection": "skip_spikes"}
+    lines = RECIPES.read_text(encoding="utf-8").splitlines()
+    found = []
+    for one in sections:
+        key = keys[one.__name__]
+        found += [(one, line) for line in lines if line.startswith(f"| `{key}` |")]
+    assert len(found) == len(sections)
+    return found
 
 
 def test_no_key_is_documented_that_there_is_not() -> None:
     for heading in set(SECTIONS.values()):
         known = {f.name for cls, where in SECTIONS.items() if where == heading for f in fields(cls)}  # type: ignore[arg-type]
-        known |= {"extends"} | {f"segments.N.{field.name}" for field in fields(Segment)}
+        known |= {"extends"} | PARTS_OF_SCHEDULES
         assert first_cells(section(RECIPES, heading)) <= known
 
 
