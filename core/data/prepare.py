@@ -4,23 +4,30 @@ Every start reads and hashes the whole corpus, in about 0.2 s for 12 MB: so a ca
 have changed. Training the tokenizer and encoding take seconds and happen once. Nothing here imports torch.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
+
+import numpy as np
 
 from core.contracts.corpus import Corpus, MixtureCorpus
 from core.data import cache
-from core.data.documents import fingerprint, text_of
+from core.data.documents import IN_MEMORY, fingerprint, text_of
+from core.data.encoding import Encoding, processes_for
+from core.data.encoding_progress import EncodingProgress
 from core.data.held_out import HeldOut
 from core.data.mixed_tokens import MixedTokens, holds_tokens
-from core.data.packing import EncodingProgress, PackedStream, pack_into
+from core.data.packing import GroupPacker, PackedStream
 from core.data.prepared import Prepared, SourceNames
 from core.data.recorded import RecordedData
 from core.data.run_text import RunText, Side, read_text, shares_of
-from core.data.store import TokenStore, open_store
+from core.data.store import TokenStore, open_store, width_of
 from core.data.token_blocks import prepare_tokens, prepare_tokens_by_source
 from core.data.token_split import TokenSplit
-from core.data.tokenizer import LONGEST_PIECE, Tokenizer, train
+from core.data.tokenizer import LONGEST_PIECE, Tokenizer, sample_every, train
+from core.data.unfinished import SUFFIX, keep_bytes, kept_bytes, remove_unfinished
 
 
 def prepare(
@@ -101,11 +108,15 @@ def _entry(text: RunText, vocab: int, recorded: RecordedData | None) -> Path:
     key = text.tokens_identity()
     if text.has_long_piece:
         key = fingerprint([], key, "pieces", LONGEST_PIECE)
+    every = sample_every(text.train.size)
+    if every > 1:
+        key = fingerprint([], key, "every", every)
     folder = cache.cache_folder() / key
     tokenizer = None if recorded is None else recorded.tokenizer
     if tokenizer is not None and not _has_tokenizer(folder, tokenizer):
         folder = cache.cache_folder() / fingerprint([], key, tokenizer.to_json())
-    cache.ensure(folder, lambda: _files(text, tokenizer, vocab))
+    cache.ensure(folder, lambda: _files(text, tokenizer, vocab, folder))
+    remove_unfinished(folder)
     return folder
 
 
@@ -116,33 +127,63 @@ def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     return Tokenizer.load(folder / "tokenizer.json").to_json() == tokenizer.to_json()
 
 
-def _files(text: RunText, recorded: Tokenizer | None, vocab: int) -> dict[str, cache.Writer]:
+def _files(
+    text: RunText, recorded: Tokenizer | None, vocab: int, folder: Path
+) -> dict[str, cache.Writer]:
     """The writers of an entry's files: the tokenizer, and for each side its tokens and where documents start.
 
     Args:
         text: the documents.
         recorded: the tokenizer that a run has recorded, with which they are encoded; None: one is trained on them.
         vocab: entries of the tokenizer.
+        folder: the entry's, which keeps what is encoded of a large text until everything is.
     """
-    tokenizer = recorded or train(_training_texts(text), vocab, bounded=text.has_long_piece)
-    files: dict[str, cache.Writer] = {
-        "tokenizer.json": lambda stream: stream.write(tokenizer.to_json().encode())
-    }
-    progress = EncodingProgress(text.train.size + text.validation.size)
-    for name, side in (("train", text.train), ("validation", text.validation)):
-        packed = PackedStream(vocab, cache.cache_folder())
-        for number, documents in side.documents:
-            pack_into(packed, tokenizer, documents, number, progress)
-        files[f"{name}.tokens.npy"] = packed.write
-        files[f"{name}.starts.npy"] = cache.array_writer(packed.starts())
-        if side.has_sources:
-            files[f"{name}.sources.npy"] = cache.array_writer(packed.sources())
+    size = text.train.size + text.validation.size
+    kept = folder if size > IN_MEMORY else None
+    tokenizer = recorded or _trained(text, vocab, kept)
+    content = tokenizer.to_json().encode()
+    files: dict[str, cache.Writer] = {"tokenizer.json": lambda stream: stream.write(content)}
+    dtype = np.dtype(width_of(vocab))
+    with (
+        Encoding(tokenizer, dtype, processes_for(size)) as encoding,
+        EncodingProgress(size) as progress,
+    ):
+        digest = hashlib.sha256(content).hexdigest()
+        packer = GroupPacker(encoding, dtype, progress, folder=kept, tokenizer=digest)
+        for name, side in (("train", text.train), ("validation", text.validation)):
+            packed = PackedStream(dtype)
+            for number, documents in side.documents:
+                for group in packer.pack(documents):
+                    packed.add(group, number)
+            files[f"{name}.tokens.npy"] = packed.write
+            files[f"{name}.starts.npy"] = cache.array_writer(packed.starts())
+            if side.has_sources:
+                files[f"{name}.sources.npy"] = cache.array_writer(packed.sources())
     return files
 
 
-def _training_texts(text: RunText) -> Iterator[str]:
-    for _, documents in text.train.documents:
-        yield from map(text_of, documents)
+def _trained(text: RunText, vocab: int, folder: Path | None) -> Tokenizer:
+    """A tokenizer that is trained on the training documents, or on every n-th one of a large text.
+
+    Args:
+        text: the documents.
+        vocab: entries of the tokenizer.
+        folder: keeps the tokenizer until the tokens are made; None: nothing is kept.
+    """
+    file = None if folder is None else folder / f"tokenizer{SUFFIX}"
+    content = None if file is None else kept_bytes(file)
+    if content is not None:
+        return Tokenizer.parse(content.decode())
+    every = sample_every(text.train.size)
+    tokenizer = train(_training_texts(text, every), vocab, bounded=text.has_long_piece)
+    if file is not None:
+        keep_bytes(file, tokenizer.to_json().encode())
+    return tokenizer
+
+
+def _training_texts(text: RunText, every: int) -> Iterator[str]:
+    documents = chain.from_iterable(documents for _, documents in text.train.documents)
+    yield from map(text_of, islice(documents, 0, None, every))
 
 
 def _open(folder: Path, name: str, side: Side) -> TokenStore:
