@@ -1,8 +1,8 @@
 """python benchmarks/tokenizing.py [MB]: how fast a large text becomes tokens, and how much memory that takes.
 
-The text is made of the sentences of the default corpus in random order, with words of its own in one sentence each, as
-`.jsonl`. A process of its own prepares it, with a tokenizer that is trained on it; then it is prepared once more from the
-cache, as every later start does. Memory is the sum over all processes, read four times a second.
+The text is made of the sentences of the default corpus in random order, each with a word of its own, as `.jsonl`. A
+process prepares it, with a tokenizer that is trained on it; another one finds it prepared, as every later start does.
+Memory is the sum over all processes, read four times a second.
 """
 
 import argparse
