@@ -56,8 +56,13 @@ def main(arguments: argparse.Namespace) -> None:
     count = "1 entry" if len(entries) == 1 else f"{len(entries)} entries"
     print(f"{title}: {count}, {total / 1e6:,.1f} MB in {folder}")
     for entry in entries:
+        tokens = (
+            "     not finished"
+            if entry.train_tokens is None
+            else f"{entry.train_tokens:10,} tokens"
+        )
         print(
-            f"  {entry.name[:12]}  {entry.bytes / 1e6:9,.1f} MB  {entry.train_tokens or 0:13,} tokens  "
+            f"  {entry.name[:12]}  {entry.bytes / 1e6:9,.1f} MB  {tokens}  "
             f"opened {entry.days:.1f} days ago"
         )
 

@@ -1,157 +1,190 @@
-"""Encodes documents into streams of tokens on disk; memory stays bounded, however long the text is."""
+"""Packs documents into streams of tokens on disk; memory stays bounded, and a killed program goes on where it was.
 
-import os
-import shutil
-import sys
-import tempfile
-import time
+Documents are encoded in groups of some megabytes. Of a large text each group's tokens are kept in the folder of the
+cache entry that is being made, so a second start encodes the remaining groups alone. Groups depend on the documents,
+never on the number of processes, and the stream is all of them in order.
+"""
+
+import hashlib
+import io
+import json
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.contracts.corpus import Document
-from core.data.documents import text_of
-from core.data.store import width_of, write_header
-from core.data.tokenizer import END, Tokenizer
+from core.data.encoding import Encoding
+from core.data.encoding_progress import EncodingProgress
+from core.data.store import write_header
+from core.data.tokenizer import Tokenizer
+from core.data.unfinished import SUFFIX, keep_bytes, kept_bytes
 
-AT_ONCE = 64
-"""Documents that are encoded together at most."""
-
-CHARACTERS_AT_ONCE = 2_000_000
-"""Characters that are encoded together, so that their encodings fit in memory."""
-
-SPOOLED = 64 << 20
-"""Bytes of tokens up to which a stream is kept in memory until it is written."""
-
-FIRST_NOTE = 5.0
-"""Seconds after which it is first said how far the encoding is; then every 10 seconds."""
+GROUP = 32 << 20
+"""Bytes of text from which a group of documents is full."""
 
 
-class PackedStream:
-    """One side's documents as tokens, a marker before each; a temporary file holds them until they are written.
+@dataclass
+class Group:
+    """The tokens of some documents.
 
     Args:
-        vocab: entries of the vocabulary.
-        folder: the folder of the temporary file, if it can be written.
-        opening: the marker before each document.
-        ending: another marker after each; None: there is none.
+        lengths: tokens of each document, its marker included.
+        ids: the bytes of their ids.
+        file: where they are kept instead; None: in memory.
     """
 
-    def __init__(
-        self, vocab: int, folder: Path, opening: int = END, ending: int | None = None
-    ) -> None:
-        self._opening = opening
-        self._ending = ending
-        self._is_open = False
-        where = str(folder) if os.access(folder, os.W_OK) else None
-        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOLED, dir=where)  # noqa: SIM115
-        self._dtype = np.dtype(width_of(vocab))
-        self._length = 0
-        self._starts = array("q")
-        self._sources = array("q")
+    lengths: "array[int]"
+    ids: bytes
+    file: Path | None = None
 
-    def begin(self, source: int) -> None:
-        """Begins the next document, of a source, after the end of the one before it."""
-        self.finish()
-        self._is_open = True
-        self._starts.append(self._length)
-        self._sources.append(source)
-        self.add([self._opening])
+    def write(self, stream: IO[bytes]) -> None:
+        """Writes the ids."""
+        stream.write(self.ids if self.file is None else _read(self.file).ids)
 
-    def finish(self) -> None:
-        """Ends the last document; `begin` does so for the ones before it."""
-        if self._is_open and self._ending is not None:
-            self.add([self._ending])
-        self._is_open = False
 
-    def add(self, ids: list[int]) -> None:
-        """Adds tokens to the document."""
-        self._file.write(np.array(ids, self._dtype).tobytes())
-        self._length += len(ids)
+@dataclass
+class PackedStream:
+    """One side's documents as tokens, with their markers.
+
+    Args:
+        dtype: the format of the ids.
+        groups: the tokens in order.
+        sources: the number of each document's source.
+    """
+
+    dtype: "np.dtype[Any]"
+    groups: list[Group] = field(default_factory=list)
+    sources_of: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def add(self, group: Group, source: int) -> None:
+        """Adds the tokens of documents of one source."""
+        self.groups.append(group)
+        self.sources_of.extend([source] * len(group.lengths))
 
     def write(self, stream: IO[bytes]) -> None:
         """Writes the tokens as a `.npy` file."""
-        write_header(stream, self._dtype, self._length)
-        self._file.seek(0)
-        shutil.copyfileobj(self._file, stream, 1 << 20)
+        write_header(stream, self.dtype, int(self._ends()[-1]))
+        for group in self.groups:
+            group.write(stream)
 
     def starts(self) -> NDArray[np.int64]:
         """The position of each document's marker."""
-        return np.array(self._starts, np.int64)
+        return self._ends()[:-1]
 
     def sources(self) -> NDArray[np.int64]:
         """The number of each document's source."""
-        return np.array(self._sources, np.int64)
+        return np.array(self.sources_of, np.int64)
+
+    def _ends(self) -> NDArray[np.int64]:
+        lengths = [np.array(group.lengths, np.int64) for group in self.groups]
+        return np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
 
 
-def pack_into(
-    packed: PackedStream,
-    tokenizer: Tokenizer,
-    documents: Iterable[Document],
-    source: int,
-    progress: "EncodingProgress",
-) -> None:
-    """Encodes documents, a few at a time on all cores, and adds them to a stream."""
-    for pieces in _batches(_pieces(tokenizer, documents)):
-        encoded = tokenizer.encode_batch([text for text, _ in pieces])
-        for (text, begins), ids in zip(pieces, encoded, strict=True):
-            if begins:
-                packed.begin(source)
-            packed.add(ids)
-            progress.add(len(text))
-    packed.finish()
-
-
-def _pieces(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[str, bool]]:
-    """Yields the texts of documents, long ones in pieces, each with whether a document begins with it."""
-    for document in documents:
-        for index, piece in enumerate(tokenizer.cut(text_of(document), CHARACTERS_AT_ONCE)):
-            yield piece, index == 0
-
-
-def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Yields a few pieces at a time."""
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    for piece in pieces:
-        if batch and (len(batch) == AT_ONCE or size + len(piece[0]) > CHARACTERS_AT_ONCE):
-            yield batch
-            batch = []
-            size = 0
-        batch.append(piece)
-        size += len(piece[0])
-    if batch:
-        yield batch
-
-
-class EncodingProgress:
-    """Says on stderr, now and then, how much of the text is encoded.
+class GroupPacker:
+    """Encodes groups of documents, but for those whose tokens a folder already has.
 
     Args:
-        total: characters of the text, or about as many.
+        encoding: encodes documents.
+        dtype: the format of the ids.
+        progress: is told how much is done.
+        folder: keeps each group's tokens; None: they stay in memory.
+        tokenizer: makes the ids; its markers stand before documents, and after them where there are two.
     """
 
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._began = time.monotonic()
-        self._next = self._began + FIRST_NOTE
+    def __init__(
+        self,
+        encoding: Encoding,
+        dtype: "np.dtype[Any]",
+        progress: EncodingProgress,
+        *,
+        tokenizer: Tokenizer,
+        folder: Path | None = None,
+    ) -> None:
+        self._encoding = encoding
+        self._dtype = dtype
+        self._begin = np.array([tokenizer.begin], dtype).tobytes()
+        ending = tokenizer.ending
+        self._ending = b"" if ending is None else np.array([ending], dtype).tobytes()
+        self._progress = progress
+        self._folder = folder
+        identity = json.dumps(tokenizer.identity()).encode()
+        self._identity = hashlib.sha256(identity).hexdigest()
 
-    def add(self, size: int) -> None:
-        """Counts characters that are encoded."""
-        self._done += size
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + 2 * FIRST_NOTE
-        rate = self._done / (now - self._began)
-        left = (self._total - self._done) / rate
-        print(
-            f"encoding the text: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB  "
-            f"{rate / 1e6:.1f} MB/s  {left:,.0f} s left",
-            file=sys.stderr,
-        )
+    def pack(self, documents: Iterable[Document]) -> Iterator[Group]:
+        """Yields the tokens of documents, a group at a time."""
+        for group in _groups(documents):
+            yield self._stored(group) if self._folder else self._encode(group)
+
+    def _stored(self, documents: list[Document]) -> Group:
+        """A group's tokens in a file, which may be there already."""
+        assert self._folder is not None
+        digest = hashlib.sha256(f"{self._identity} {self._dtype.name}".encode())
+        for document in documents:
+            digest.update(len(document.data).to_bytes(8, "little"))
+            digest.update(document.data)
+        file = self._folder / f"{digest.hexdigest()}{SUFFIX}"
+        found = _kept(file)
+        if found is None:
+            made = self._encode(documents)
+            _write(file, made)
+            return Group(made.lengths, b"", file)
+        self._progress.skip(sum(len(document.data) for document in documents))
+        return Group(found.lengths, b"", file)
+
+    def _encode(self, documents: list[Document]) -> Group:
+        lengths = array("q")
+        parts: list[bytes] = []
+        around = len(self._begin + self._ending) // self._dtype.itemsize
+        for piece, ids in self._encoding.encode(documents):
+            if piece.begins:
+                if lengths:
+                    parts.append(self._ending)
+                lengths.append(around)
+                parts.append(self._begin)
+            lengths[-1] += len(ids) // self._dtype.itemsize
+            parts.append(ids)
+            self._progress.add(len(piece.text))
+        return Group(lengths, b"".join([*parts, self._ending]))
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yields documents until they are large enough together."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document.data)
+        if size >= GROUP:
+            yield group
+            group = []
+            size = 0
+    if group:
+        yield group
+
+
+def _kept(file: Path) -> Group | None:
+    """A group that this user has recorded; None where there is none, or it was changed since."""
+    content = kept_bytes(file)
+    return None if content is None else _parse(content)
+
+
+def _write(file: Path, group: Group) -> None:
+    lengths = np.array(group.lengths, np.int64).tobytes()
+    keep_bytes(file, len(group.lengths).to_bytes(8, "little") + lengths + group.ids)
+
+
+def _read(file: Path) -> Group:
+    return _parse(file.read_bytes())
+
+
+def _parse(content: bytes) -> Group:
+    stream = io.BytesIO(content)
+    count = int.from_bytes(stream.read(8), "little")
+    lengths = array("q")
+    lengths.frombytes(stream.read(count * lengths.itemsize))
+    return Group(lengths, stream.read())

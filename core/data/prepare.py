@@ -6,22 +6,29 @@ have changed. Training the tokenizer and encoding take seconds and happen once. 
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
+
+import numpy as np
 
 from core.contracts.corpus import Corpus, MixtureCorpus
 from core.contracts.errors import UserError
 from core.data import cache
-from core.data.documents import fingerprint, text_of
+from core.data.documents import IN_MEMORY, fingerprint, text_of
+from core.data.encoding import Encoding, processes_for
+from core.data.encoding_progress import EncodingProgress
+from core.data.fim import FillInTheMiddle
 from core.data.held_out import HeldOut
 from core.data.mixed_tokens import MixedTokens, holds_tokens
-from core.data.packing import EncodingProgress, PackedStream, pack_into
+from core.data.packing import GroupPacker, PackedStream
 from core.data.prepared import Prepared, SourceNames
 from core.data.recorded import RecordedData
 from core.data.run_text import RunText, Side, read_text, shares_of
-from core.data.store import TokenStore, open_store
+from core.data.store import TokenStore, open_store, width_of
 from core.data.token_blocks import prepare_tokens, prepare_tokens_by_source
 from core.data.token_split import TokenSplit
-from core.data.tokenizer import LONGEST_PIECE, Tokenizer, train
+from core.data.tokenizer import LONGEST_PIECE, Tokenizer, sample_every, train
+from core.data.unfinished import SUFFIX, keep_bytes, kept_bytes, remove_unfinished
 from core.data.with_tokenizer import held_out_with, with_tokenizer
 
 
@@ -31,6 +38,7 @@ def prepare(
     recorded: RecordedData | None = None,
     held_out: HeldOut | None = None,
     given: Tokenizer | None = None,
+    fim: FillInTheMiddle | None = None,
 ) -> Prepared:
     """Reads a corpus and returns it as tokens.
 
@@ -40,6 +48,7 @@ def prepare(
         recorded: the data of the run that reads the corpus again; its tokenizer then makes the tokens.
         held_out: how the validation text is chosen; None: by the documents' names.
         given: the tokenizer that the recipe names; None: one is trained.
+        fim: gives a trained tokenizer its markers; documents of text are then rearranged where they are read.
 
     Raises:
         UserError: the corpus cannot be read or is not the recorded one, the vocabulary does not fit it, or the cache
@@ -47,6 +56,8 @@ def prepare(
     """
     held_out = held_out_with(held_out or HeldOut(), given)
     corpus = with_tokenizer(corpus, given)
+    if fim is not None and holds_tokens(corpus):
+        fim.ids(None)
     if isinstance(corpus, MixtureCorpus) and holds_tokens(corpus):
         return _checked(_with_given(_prepare_mixed(corpus, vocab, held_out), given), recorded)
     tokens = corpus.as_tokens()
@@ -54,10 +65,12 @@ def prepare(
         prepared = prepare_tokens(TokenSplit(tokens, held_out), vocab)
         return _checked(_with_given(prepared, given), recorded)
     text = read_text(corpus, vocab, held_out)
+    if fim is not None and given is None:
+        text = replace(text, markers=fim.tokens)
     if recorded is not None:
         found = _identity(text.identity(recorded.version), given)
         recorded.check_documents(found, text.listed())
-    folder = _entry(text, vocab, recorded, given)
+    folder = _entry(text, vocab, recorded, given, fim)
     return Prepared(
         tokenizer=given or Tokenizer.load(folder / "tokenizer.json"),
         train=_with_shift(_open(folder, "train", text.train), text.first_part),
@@ -118,7 +131,11 @@ def _checked(prepared: Prepared, recorded: RecordedData | None) -> Prepared:
 
 
 def _entry(
-    text: RunText, vocab: int, recorded: RecordedData | None, given: Tokenizer | None
+    text: RunText,
+    vocab: int,
+    recorded: RecordedData | None,
+    given: Tokenizer | None,
+    fim: FillInTheMiddle | None,
 ) -> Path:
     """The cache entry of the documents' tokens, which is made if it does not exist.
 
@@ -127,18 +144,26 @@ def _entry(
     another entry.
     """
     key = text.tokens_identity()
+    tokenizer = given
     if given is not None:
         folder = cache.cache_folder() / _identity(key, given)
-        cache.ensure(folder, lambda: _files(text, given, vocab))
-        return folder
+    else:
+        key = _trained_identity(key, text)
+        folder = cache.cache_folder() / key
+        tokenizer = None if recorded is None else recorded.tokenizer
+        if tokenizer is not None and not _has_tokenizer(folder, tokenizer):
+            folder = cache.cache_folder() / fingerprint([], key, tokenizer.to_json())
+    cache.ensure(folder, lambda: _files(text, tokenizer, vocab, fim, folder))
+    remove_unfinished(folder)
+    return folder
+
+
+def _trained_identity(key: str, text: RunText) -> str:
+    """The hash of documents and of how a tokenizer is trained on them."""
     if text.has_long_piece:
         key = fingerprint([], key, "pieces", LONGEST_PIECE)
-    folder = cache.cache_folder() / key
-    tokenizer = None if recorded is None else recorded.tokenizer
-    if tokenizer is not None and not _has_tokenizer(folder, tokenizer):
-        folder = cache.cache_folder() / fingerprint([], key, tokenizer.to_json())
-    cache.ensure(folder, lambda: _files(text, tokenizer, vocab))
-    return folder
+    every = sample_every(text.train.size)
+    return fingerprint([], key, "every", every) if every > 1 else key
 
 
 def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
@@ -148,33 +173,73 @@ def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     return Tokenizer.load(folder / "tokenizer.json").to_json() == tokenizer.to_json()
 
 
-def _files(text: RunText, known: Tokenizer | None, vocab: int) -> dict[str, cache.Writer]:
+def _files(
+    text: RunText,
+    known: Tokenizer | None,
+    vocab: int,
+    fim: FillInTheMiddle | None,
+    folder: Path,
+) -> dict[str, cache.Writer]:
     """The writers of an entry's files: the tokenizer, and for each side its tokens and where documents start.
 
     Args:
         text: the documents.
         known: the tokenizer of a file or of a run, with which they are encoded; None: one is trained on them.
         vocab: entries of the vocabulary.
+        fim: the markers of the tokenizer that is trained; None: none.
+        folder: the entry's, which keeps what is encoded of a large text until everything is.
     """
-    tokenizer = known or train(_training_texts(text), vocab, bounded=text.has_long_piece)
-    files: dict[str, cache.Writer] = {
-        "tokenizer.json": lambda stream: stream.write(tokenizer.to_json().encode())
-    }
-    progress = EncodingProgress(text.train.size + text.validation.size)
-    for name, side in (("train", text.train), ("validation", text.validation)):
-        packed = PackedStream(vocab, cache.cache_folder(), tokenizer.begin, tokenizer.ending)
-        for number, documents in side.documents:
-            pack_into(packed, tokenizer, documents, number, progress)
-        files[f"{name}.tokens.npy"] = packed.write
-        files[f"{name}.starts.npy"] = cache.array_writer(packed.starts())
-        if side.has_sources:
-            files[f"{name}.sources.npy"] = cache.array_writer(packed.sources())
+    size = text.train.size + text.validation.size
+    kept = folder if size > IN_MEMORY else None
+    tokenizer = known or _trained(text, vocab, fim, kept)
+    content = tokenizer.to_json().encode()
+    files: dict[str, cache.Writer] = {"tokenizer.json": lambda stream: stream.write(content)}
+    dtype = np.dtype(width_of(vocab))
+    with (
+        Encoding(tokenizer, dtype, processes_for(size)) as encoding,
+        EncodingProgress(size) as progress,
+    ):
+        packer = GroupPacker(encoding, dtype, progress, tokenizer=tokenizer, folder=kept)
+        for name, side in (("train", text.train), ("validation", text.validation)):
+            packed = PackedStream(dtype)
+            for number, documents in side.documents:
+                for group in packer.pack(documents):
+                    packed.add(group, number)
+            files[f"{name}.tokens.npy"] = packed.write
+            files[f"{name}.starts.npy"] = cache.array_writer(packed.starts())
+            if side.has_sources:
+                files[f"{name}.sources.npy"] = cache.array_writer(packed.sources())
     return files
 
 
-def _training_texts(text: RunText) -> Iterator[str]:
-    for _, documents in text.train.documents:
-        yield from map(text_of, documents)
+def _trained(
+    text: RunText, vocab: int, fim: FillInTheMiddle | None, folder: Path | None
+) -> Tokenizer:
+    """A tokenizer that is trained on the training documents, or on every n-th one of a large text.
+
+    Args:
+        text: the documents.
+        vocab: entries of the tokenizer.
+        fim: has the markers that are its last entries; None: there are none.
+        folder: keeps the tokenizer until the tokens are made; None: nothing is kept.
+    """
+    file = None if folder is None else folder / f"tokenizer{SUFFIX}"
+    content = None if file is None else kept_bytes(file)
+    if content is not None:
+        return Tokenizer.parse(content.decode())
+    entries = vocab if fim is None else fim.trained_vocabulary(vocab)
+    every = sample_every(text.train.size)
+    tokenizer = train(_training_texts(text, every), entries, bounded=text.has_long_piece)
+    if fim is not None:
+        tokenizer = fim.with_markers(tokenizer)
+    if file is not None:
+        keep_bytes(file, tokenizer.to_json().encode())
+    return tokenizer
+
+
+def _training_texts(text: RunText, every: int) -> Iterator[str]:
+    documents = chain.from_iterable(documents for _, documents in text.train.documents)
+    yield from map(text_of, islice(documents, 0, None, every))
 
 
 def _open(folder: Path, name: str, side: Side) -> TokenStore:

@@ -172,7 +172,7 @@ class Tokenizer:
         boundary whatever else is around it. A text without such places stays whole, and so does every text of another
         program's tokenizer.
         """
-        if len(text) <= length or not self._cuts_as_ours:
+        if len(text) <= length or not self.cuts_at_spaces:
             yield text
             return
         begin = 0
@@ -183,13 +183,20 @@ class Tokenizer:
             begin = end
 
     @cached_property
-    def _cuts_as_ours(self) -> bool:
-        """Whether text is cut into pieces as `pre_tokenizer` does, and nothing is normalised."""
+    def cuts_at_spaces(self) -> bool:
+        """Whether pieces never reach across a space that follows something else than space.
+
+        It is known of the cut of `pre_tokenizer`, where nothing is normalised: in its pattern space is at the beginning
+        of a piece or all of it, but for line ends, and no alternative looks at what is before a piece.
+        """
         content = json.loads(self.to_json())
         ours = tokenizers.Tokenizer(models.BPE())
         ours.pre_tokenizer = pre_tokenizer()
         expected = json.loads(ours.to_str())["pre_tokenizer"]
-        return content["pre_tokenizer"] == expected and content["normalizer"] is None
+        # an entry of spaces alone is found in a text before it is cut
+        spaces = [token for token in content["added_tokens"] if token["content"].isspace()]
+        as_ours = content["pre_tokenizer"] == expected and content["normalizer"] is None
+        return as_ours and not spaces
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; markers are spelt out, bytes that are not UTF-8 become U+FFFD."""
@@ -229,6 +236,11 @@ class Tokenizer:
         path.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
+    def parse(cls, content: str) -> "Tokenizer":
+        """The tokenizer of the contents of a `tokenizer.json` that this program wrote."""
+        return cls(tokenizers.Tokenizer.from_str(content), text=content)
+
+    @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Reads a `tokenizer.json`.
 
@@ -242,6 +254,15 @@ class Tokenizer:
             raise UserError(f"{path} cannot be read as a tokenizer: {cause.why}") from cause
         except Exception as cause:  # the library raises a bare `Exception` for any broken file
             raise UserError(f"{path} cannot be read as a tokenizer: {cause}") from cause
+
+
+SAMPLE = 128 << 20
+"""Bytes of text on which a tokenizer is trained at most, as long as documents are no larger."""
+
+
+def sample_every(size: int) -> int:
+    """n, where a tokenizer is trained on every n-th of the training documents, which have so many bytes; 1: on all."""
+    return -(-size // SAMPLE) or 1
 
 
 def has_long_piece(text: str) -> bool:

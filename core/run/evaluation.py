@@ -59,8 +59,8 @@ def evaluate(
     data.prepare()
     is_text = not data.tokens_only
     if not data.validation_documents:
-        why = " (fewer than 11 documents)" if is_text else ""
-        raise UserError(f"{checkpoint}: the corpus has no validation split{why}")
+        how = "--text FILE scores another text, and data.validation or data.validation_fraction hold some out"
+        raise UserError(f"{checkpoint}: the run has held out nothing to validate on; {how}")
     if xz and not is_text:
         raise UserError(
             f"--xz: corpus {recipe.data.corpus.name} has tokens and no text, and xz needs text"

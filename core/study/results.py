@@ -37,7 +37,9 @@ CLOCK = ("wall_seconds", "train_seconds", "tokens_per_second", "mfu")
 MEASURED = ("mfu", "peak_flops", "peak_memory_bytes")
 """Metrics that not every machine can measure."""
 
-NOTHING_HELD_OUT = "the corpus has no validation split (fewer than 11 documents)"
+NOTHING_HELD_OUT = (
+    "nothing is held out to validate on: data.validation_fraction or data.validation hold out text"
+)
 
 HELD_OUT = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance")
 """Metrics that are measured on validation text."""

@@ -449,4 +449,4 @@ def test_evaluate_refuses_a_corpus_without_held_out_documents(lab: Lab, tmp_path
     lab.fit(tmp_path / "run", few, "data.tokenizer.vocab=270", "budget.steps=1")
     result = lab.command("evaluate", tmp_path / "run")
     assert result.code == 2
-    assert "the corpus has no validation split (fewer than 11 documents)" in result.sentence
+    assert "the run has held out nothing to validate on; --text FILE scores" in result.sentence

@@ -12,7 +12,8 @@ from conftest import MakeCorpus
 from core.contracts.corpus import Corpus, Document, Split, TokenBlock, TokenCorpus
 from core.contracts.errors import UserError
 from core.data import documents as documents_module
-from core.data import packing
+from core.data import encoding, packing
+from core.data import prepare as prepare_module
 from core.data.documents import read_all
 from core.data.held_out import HeldOut, cut_text, read_split
 from core.data.prepare import prepare
@@ -140,8 +141,9 @@ def test_tokens_are_validated_on_tokens(corpus_of: MakeCorpus, texts: dict[str, 
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents_module, "IN_MEMORY", 10)
     monkeypatch.setattr(documents_module.read_all, "__defaults__", (None, 10))
-    monkeypatch.setattr(packing, "SPOOLED", 10)
-    monkeypatch.setattr(packing, "CHARACTERS_AT_ONCE", 500)
+    monkeypatch.setattr(prepare_module, "IN_MEMORY", 10)
+    monkeypatch.setattr(packing, "GROUP", 500)
+    monkeypatch.setattr(encoding, "CHARACTERS_AT_ONCE", 500)
 
 
 def test_a_corpus_that_is_not_kept_in_memory_gives_the_same_data(

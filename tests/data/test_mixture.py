@@ -1,6 +1,7 @@
 """Mixtures: every sequence is of one part, parts have their shares, and losses of parts add up to the whole."""
 
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,18 @@ def begins(mixed: MixtureOrder, lengths: tuple[int, ...], positions: Any) -> lis
 
 
 def begins_by_loop(lengths: tuple[int, ...], count: int) -> list[int]:
-    """The parts by the largest deficit of all, and each part's epochs one after the other."""
-    mixed = order(*lengths)
+    """Each part's places spread evenly over a cycle, and its epochs one after the other."""
     ranges = source_ranges(store(*lengths))
     found = []
     lines: list[list[int]] = [[] for _ in lengths]
     epochs = [0] * len(lengths)
+    places = []
+    for part, weight in enumerate(WEIGHTS):
+        quota = round(weight * CYCLE)
+        places += [(Fraction(2 * rank + 1, 2 * quota), part) for rank in range(quota)]
+    cycle = [part for _, part in sorted(places)]
     for position in range(count):
-        part = int(mixed._parts[position % CYCLE])
+        part = cycle[position % CYCLE]
         if not lines[part]:
             sequences = (lengths[part] - 1) // LENGTH
             seeds = np.random.SeedSequence(0, spawn_key=(epochs[part], part))

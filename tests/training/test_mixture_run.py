@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lab import Lab, assert_same_run, rows
+from rank_runs import assert_same_end, cut_after, fit_on_ranks
 
 from core.checkpoints.listing import checkpoints_in
 from core.contracts.errors import UserError
@@ -57,10 +58,11 @@ def test_a_step_without_a_source_has_no_value_of_it(lab: Lab, mixed: str, tmp_pa
     run = tmp_path / "run"
     rare = mixed.replace("rows: 1}", "rows: 0.01}")
     lab.fit(run, rare, "budget.steps=2")
-    for row in rows(run):
-        if row.get("loss/next_token"):
-            assert row.get("next_token/source/rows", "") in ("", "nan", "NaN")
-            assert float(row["next_token/source/web"]) > 0
+    steps = [row for row in rows(run) if row.get("loss/next_token")]
+    assert len(steps) == 2
+    for row in steps:
+        assert row["next_token/source/rows"] in ("", "nan", "NaN")
+        assert float(row["next_token/source/web"]) == pytest.approx(float(row["loss/next_token"]))
 
 
 def test_a_mixture_is_resumed_to_the_same_bits(lab: Lab, mixed: str, tmp_path: Path) -> None:
@@ -93,3 +95,27 @@ def test_a_report_shows_the_parts(lab: Lab, mixed: str, tmp_path: Path) -> None:
     figure = validation(over, "val_bits_per_byte", "bits per byte")
     names = {str(trace.get("name", "")).rpartition(", ")[2] for trace in figure.traces}
     assert {"web", "rows"} <= names
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "strategy", ["{name: ddp, ranks: 2}", "{name: expert_parallel, expert_ranks: 2}"]
+)
+def test_ranks_see_the_losses_of_one_process(
+    lab: Lab, mixed: str, tmp_path: Path, strategy: str
+) -> None:
+    own = (mixed, "precision.name=fp64", "budget.steps=4", "checkpoint.every_steps=2")
+    lab.fit(tmp_path / "one", *own, "batch.accumulate=2")
+    own = (*own, f"strategy={strategy}")
+    fit_on_ranks(lab, tmp_path / "two", *own)
+    one, two = (list(rows(tmp_path / name)) for name in ("one", "two"))
+    assert len(one) == len(two)
+    names = [name for name in one[0] | one[-1] if "/source/" in name or "bits_per_byte" in name]
+    assert len(names) >= 5
+    for a, b in zip(one, two, strict=True):
+        for name in names:
+            if a.get(name):
+                assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-9, abs=1e-9), name
+    stopped = cut_after(tmp_path / "two", 2, tmp_path / "stopped")
+    fit_on_ranks(lab, stopped, *own, resume=True)
+    assert_same_end(stopped, tmp_path / "two")
