@@ -25,8 +25,8 @@ from core.model.ledger import Ledger, Term
 from core.model.parameters import check_groups
 from core.numerics.finite import not_finite_in
 from core.recipe.plan import TrainingPlan
-from core.training.captured import CapturedSteps, StepResults
 from core.recipe.recipe_schema import SpikeSection
+from core.training.captured import CapturedSteps, StepResults
 from core.training.load import measures
 from core.training.local_parameters import LocalParameters, local_state
 from core.training.module_state import load_module_state, module_state
