@@ -1,6 +1,6 @@
 """Encodes texts into the bytes of their ids, faster than the library by itself.
 
-Most of the library's time goes into cutting a text into pieces by a regular expression. Pieces never reach across a
+Most of the library's time goes into cutting a text by a regular expression. Its pieces never reach across a
 space that follows something else than space, so a text is cut there first. What lies between two such places, a word
 with its signs, is encoded by the library once and looked up afterwards.
 """

@@ -41,7 +41,7 @@ _NUMBER = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPart:
     """A document's text, or a part of it.
 
     Args:
@@ -73,7 +73,7 @@ class Encoding(AbstractContextManager["Encoding"]):
             process.end()
         self._threads.shutdown()
 
-    def encode(self, documents: Iterable[Document]) -> Iterator[tuple[Piece, bytes]]:
+    def encode(self, documents: Iterable[Document]) -> Iterator[tuple[TextPart, bytes]]:
         """Yields every piece of some documents with its ids, as the bytes of an array."""
         batches = _batches(_pieces(self._tokenizer, documents))
         if not self._processes:
@@ -81,7 +81,7 @@ class Encoding(AbstractContextManager["Encoding"]):
                 yield from zip(batch, self._encoder.encode(_texts(batch)), strict=True)
             return
         idle = deque(self._processes)
-        waiting: deque[tuple[list[Piece], Future[list[bytes]]]] = deque()
+        waiting: deque[tuple[list[TextPart], Future[list[bytes]]]] = deque()
 
         def work(texts: list[str]) -> list[bytes]:
             process = idle.popleft()  # there are as many threads as processes
@@ -98,11 +98,11 @@ class Encoding(AbstractContextManager["Encoding"]):
             yield from _done(*waiting.popleft())
 
 
-def _done(batch: list[Piece], future: Future[list[bytes]]) -> Iterator[tuple[Piece, bytes]]:
+def _done(batch: list[TextPart], future: Future[list[bytes]]) -> Iterator[tuple[TextPart, bytes]]:
     return zip(batch, future.result(), strict=True)
 
 
-def _texts(batch: list[Piece]) -> list[str]:
+def _texts(batch: list[TextPart]) -> list[str]:
     return [piece.text for piece in batch]
 
 
@@ -112,16 +112,16 @@ def processes_for(size: int) -> int:
     return cores if cores and cores > 1 and size >= WORTH_PROCESSES else 0
 
 
-def _pieces(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Piece]:
+def _pieces(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[TextPart]:
     """Yields the texts of documents, long ones in pieces."""
     for document in documents:
         for index, text in enumerate(tokenizer.cut(text_of(document), CHARACTERS_AT_ONCE)):
-            yield Piece(text, index == 0)
+            yield TextPart(text, index == 0)
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _batches(pieces: Iterable[TextPart]) -> Iterator[list[TextPart]]:
     """Yields a few pieces at a time."""
-    batch: list[Piece] = []
+    batch: list[TextPart] = []
     size = 0
     for piece in pieces:
         if batch and (len(batch) == AT_ONCE or size + len(piece.text) > CHARACTERS_AT_ONCE):

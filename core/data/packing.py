@@ -91,7 +91,7 @@ class GroupPacker:
     Args:
         encoding: encodes documents.
         dtype: the format of the ids.
-        progress: is told how much is done.
+        progress: counts what is done.
         folder: keeps each group's tokens; None: they stay in memory.
         tokenizer: makes the ids; its markers stand before documents, and after them where there are two.
     """
