@@ -485,7 +485,7 @@ def test_a_metric_of_text_that_nobody_holds_out_is_refused_before_a_run(
     few = f"overrides: {{{{data.corpus.paths: ['{lab.texts}/doc-0*.txt'], data.tokenizer.vocab: 270}}}}\n"
     with pytest.raises(
         UserError,
-        match=r"metric = 'val_bits_per_byte': bias cannot have it: the corpus has no validation",
+        match=r"metric = 'val_bits_per_byte': bias cannot have it: nothing is held out to validate on",
     ):
         run_sweep(read_sweep(write(TWO + few)), tmp_path / "out")
     assert pool.commands == []
