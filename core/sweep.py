@@ -130,6 +130,8 @@ def _dry_run(sweep: Any) -> None:
     for seed in seeds:
         for name in variants:
             print(f"run: {name}/seed-{seed}")
+    for one in sweep.left_out:
+        print(f"left out: {one.name}: {one.reason}")
     for line in beforehand(sweep_document(sweep, matched, command="", started="")):
         print(line)
     for line in matched.held_equal:
@@ -214,6 +216,7 @@ def _result_lines(found: dict[str, Any]) -> list[str]:
         lines += ["", title, *_table_lines(differences)]
         lines += _shown_lines(found["rows"])
     lines += _chosen_lines(found.get("search"))
+    lines += [f"left out: {one['name']}: {one['reason']}" for one in found["left_out"]]
     return lines + [f"note: {warning}" for warning in found["warnings"]]
 
 

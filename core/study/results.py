@@ -14,6 +14,7 @@ from core.study.matching import AFTER_SHIFT, Matched
 from core.study.search_budget import budget_sentences
 from core.study.sweep_file import Sweep, Variant
 from core.study.sweep_folder import Job, SweepFolder
+from core.study.sweep_schema import average_of
 from core.study.training_losses import against
 
 FACTS = (
@@ -41,6 +42,11 @@ NOTHING_HELD_OUT = "the corpus has no validation split (fewer than 11 documents)
 
 HELD_OUT = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance")
 """Metrics that are measured on validation text."""
+
+
+def is_held_out(metric: str) -> bool:
+    """Whether a metric is measured on validation text."""
+    return metric in HELD_OUT or bool(average_of(metric))
 
 
 def sweep_document(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
@@ -73,8 +79,18 @@ def sweep_document(sweep: Sweep, matched: Matched, command: str, started: str) -
         "search": _search_document(sweep, matched),
         "held_equal": matched.held_equal,
         "not_equal": matched.not_equal,
+        "left_out": left_out_document(sweep),
         "variants": variants,
     }
+
+
+def left_out_document(sweep: Sweep) -> list[dict[str, Any]]:
+    """The points of the grid that are not run: name, values, reason, and whether a rule or a check left them out."""
+    rows = []
+    for one in sweep.left_out:
+        row = {"name": one.name, "values": to_dict(dict(one.values))}
+        rows.append({**row, "reason": one.reason, "by": one.by})
+    return rows
 
 
 def _search_document(sweep: Sweep, matched: Matched) -> dict[str, Any] | None:
@@ -148,7 +164,7 @@ def never_measured(job: Job, metric: str) -> str | None:
         return None
     if metric in MEASURED:
         return "this machine does not measure it"
-    if metric in HELD_OUT and not summary.get("validation_bytes"):
+    if is_held_out(metric) and not summary.get("validation_bytes"):
         return NOTHING_HELD_OUT
     if metric in AFTER_SHIFT:
         return f"metrics.csv lacks a step, or fewer than {WINDOW} steps come after the shift"
@@ -209,6 +225,7 @@ def sweep_results(
     censored = withhold_verdicts(rows, baseline)
     warnings = [*censored, *_clock_warnings(sweep, folder), *_warnings(runs, matched)]
     found: dict[str, Any] = {"metric": metric, "baseline": baseline, "rows": rows}
+    found["left_out"] = left_out_document(sweep)
     found["warnings"] = warnings
     if search is not None:
         found["search"] = dict(search)

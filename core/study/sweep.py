@@ -17,8 +17,8 @@ from core.study.matching import Matched, match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
 from core.study.results import (
-    HELD_OUT,
     NOTHING_HELD_OUT,
+    is_held_out,
     sweep_document,
     sweep_results,
     value_of,
@@ -227,8 +227,8 @@ def _prepare(sweep: Sweep) -> None:
         prepared.append(key)
         data = text_data(variant.recipe, plan_of(variant.recipe))
         data.prepare()
-        if (metric in HELD_OUT or sweep.candidates) and not data.validation_bytes:
-            if metric not in HELD_OUT:
+        if (is_held_out(metric) or sweep.candidates) and not data.validation_bytes:
+            if not is_held_out(metric):
                 metric = METRIC
             why = f"{variant.name} cannot have it: {NOTHING_HELD_OUT}"
             raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {why}")

@@ -10,7 +10,7 @@ from repository.documents import blocks, first_cells, section
 from core.recipe.compose import shipped_sweeps
 from core.study.matching import match
 from core.study.sweep_file import read_sweep
-from core.study.sweep_schema import MatchSection, SweepSchema, VariantSection
+from core.study.sweep_schema import MatchSection, SkipSection, SweepSchema, VariantSection
 
 PAGE = ROOT / "docs" / "sweeps.md"
 
@@ -22,6 +22,7 @@ def keys(schema: type) -> set[str]:
 
 def test_every_key_is_documented_and_no_other() -> None:
     assert first_cells(section(PAGE, "## The file")) == keys(SweepSchema) | keys(VariantSection)
+    assert first_cells(section(PAGE, "## Points that are left out")) == keys(SkipSection)
     assert first_cells(section(PAGE, "## What is held equal")) == keys(MatchSection)
 
 
