@@ -13,6 +13,8 @@ from core.command import command_line, command_prefix, print_json, run_command, 
 from core.contracts.errors import StoppedBySignal
 
 MEAN_COLUMNS = ["variant", "n", "mean", "95% interval"]
+TEST_COLUMNS = ["factor", "F", "p", "p (Holm)", ""]
+EFFECT_COLUMNS = ["value", "effect", "95% interval", ""]
 DIFFERENCE_COLUMNS = [*MEAN_COLUMNS, "d_z", "p (Holm)", ""]
 
 
@@ -215,6 +217,7 @@ def _result_lines(found: dict[str, Any]) -> list[str]:
         title = f"minus {found['baseline']}, paired by seed"
         lines += ["", title, *_table_lines(differences)]
         lines += _shown_lines(found["rows"])
+    lines += _factor_lines(found["factors"])
     lines += _chosen_lines(found.get("search"))
     lines += [f"left out: {one['name']}: {one['reason']}" for one in found["left_out"]]
     return lines + [f"note: {warning}" for warning in found["warnings"]]
@@ -230,6 +233,30 @@ def _shown_lines(rows: list[dict[str, Any]]) -> list[str]:
     if not shown:
         return []
     return ["", f"could show, with the observed spread: {', '.join(shown)}"]
+
+
+def _factor_lines(factors: dict[str, Any] | None) -> list[str]:
+    """The factor view of a grid: a table of tests, and one of effects with their intervals."""
+    if factors is None:
+        return []
+    if factors["missing"]:
+        return ["", f"no factor view: {factors['missing']}"]
+    tests = [TEST_COLUMNS]
+    effects = [EFFECT_COLUMNS]
+    for term in factors["terms"]:
+        name = " x ".join(term["factors"])
+        f = "" if term["f"] is None else f"{term['f']:.2f} ({term['df']}, {factors['df']})"
+        tests.append([name, f, _number(term["p"], ".3g"), _number(term["p_holm"], ".3g"), ""])
+        for effect in term["effects"]:
+            values = ", ".join(effect["values"])
+            numbers = [_number(effect["effect"], "+.4g"), _interval(effect, "+.4g"), ""]
+            effects.append([f"{name} = {values}", *numbers])
+    lines = ["", f"factors ({factors['model']})", *_table_lines(tests), "", *_table_lines(effects)]
+    if factors["residual_sd"] is not None:
+        lines.append(
+            f"residual sd {factors['residual_sd']:.3g} with {factors['df']} degrees of freedom"
+        )
+    return lines + [f"note: {note}" for note in factors["notes"]]
 
 
 def _chosen_lines(search: dict[str, Any] | None) -> list[str]:

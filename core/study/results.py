@@ -10,6 +10,7 @@ from core.statistics.comparison import CENSORED, compare, interval
 from core.statistics.recovery import WINDOW
 from core.storage.documents import DocumentError, finite_number, read_object
 from core.study.expected import observed_difference, smallest_difference
+from core.study.factor_view import factor_view
 from core.study.matching import AFTER_SHIFT, Matched
 from core.study.search_budget import budget_sentences
 from core.study.sweep_file import Sweep, Variant
@@ -226,6 +227,7 @@ def sweep_results(
     warnings = [*censored, *_clock_warnings(sweep, folder), *_warnings(runs, matched)]
     found: dict[str, Any] = {"metric": metric, "baseline": baseline, "rows": rows}
     found["left_out"] = left_out_document(sweep)
+    found["factors"] = factor_view(sweep, values, censored=bool(censored))
     found["warnings"] = warnings
     if search is not None:
         found["search"] = dict(search)

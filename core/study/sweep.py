@@ -13,6 +13,7 @@ from core.recipe.key_paths import to_dict
 from core.run.data import text_data
 from core.storage.documents import DocumentError, read_object
 from core.storage.files import is_disk_full
+from core.study.csv_tables import write_tables
 from core.study.matching import Matched, match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
@@ -81,14 +82,22 @@ def run_sweep(
                 folder.write_json("sweep.json", sweep_document(sweep, matched, **began))
                 stage = replace(stage, sweep=sweep, matched=matched)
             stage.compare(search)
-            found = sweep_results(sweep, folder, matched, search)
-            folder.write_json("results.json", found)
-            return found
+            return write_results_of(sweep, folder, matched, search)
     except OSError as error:
         if is_disk_full(error):
             how = "free some space and go on with --resume"
             raise UserError(f"{path}: no space is left on the disk; {how}") from error
         raise
+
+
+def write_results_of(
+    sweep: Sweep, folder: SweepFolder, matched: Matched, search: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Writes `results.json`, which it returns, and the tables `runs.csv` and `variants.csv`."""
+    found = sweep_results(sweep, folder, matched, search)
+    folder.write_json("results.json", found)
+    write_tables(sweep, folder, matched, found)
+    return found
 
 
 def beforehand(document: dict[str, Any]) -> list[str]:
@@ -138,7 +147,7 @@ class Stage:
 
         def write_results() -> None:
             so_far = search_results(sweep, folder)
-            folder.write_json("results.json", sweep_results(sweep, folder, self.matched, so_far))
+            write_results_of(sweep, folder, self.matched, so_far)
 
         jobs = folder.search_jobs(sweep)
         later = len(folder.jobs(sweep))
@@ -158,8 +167,7 @@ class Stage:
         folder = self.folder
 
         def write_results() -> None:
-            found = sweep_results(sweep, folder, self.matched, search)
-            folder.write_json("results.json", found)
+            write_results_of(sweep, folder, self.matched, search)
 
         before = len(folder.search_jobs(sweep))
         self._work_on(
