@@ -31,9 +31,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workers",
         type=int,
-        default=1,
         metavar="N",
         help="runs at a time; they share the cores (default 1)",
+    )
+    p.add_argument(
+        "--per-gpu",
+        type=int,
+        metavar="N",
+        help="N runs at a time on each visible GPU; their seconds are not comparable",
     )
     p.add_argument(
         "--ray",
@@ -58,8 +63,14 @@ def main(arguments: argparse.Namespace) -> None:
     from core.contracts.errors import UserError
     from core.study.sweep_file import read_sweep
 
-    if arguments.workers < 1:
-        raise UserError(f"--workers = {arguments.workers}: must be at least 1")
+    for option, value in (("--workers", arguments.workers), ("--per-gpu", arguments.per_gpu)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} = {value}: must be at least 1")
+    if arguments.per_gpu and (arguments.workers or arguments.ray):
+        other = "--workers" if arguments.workers else "--ray"
+        raise UserError(
+            f"--per-gpu = {arguments.per_gpu}: {other} also says where runs go: give one"
+        )
     sweep = read_sweep(
         arguments.sweep,
         smoke=arguments.smoke,
@@ -67,12 +78,12 @@ def main(arguments: argparse.Namespace) -> None:
         trust=arguments.trust,
     )
     if arguments.dry_run:
-        _dry_run(sweep)
+        _dry_run(sweep, arguments.per_gpu)
         return
     from core.study.cores import cores
     from core.study.sweep import run_sweep
 
-    workers = arguments.workers
+    workers = arguments.workers or 1
     available = cores()
     if arguments.ray is None and workers > available:
         why = f"{available} runs at a time, as this machine has {available} cores"
@@ -87,6 +98,7 @@ def main(arguments: argparse.Namespace) -> None:
             progress=display.update,
             workers=workers,
             ray=arguments.ray,
+            per_gpu=arguments.per_gpu,
             resume=arguments.resume,
             command=command_line(),
             say=lambda line: print(line, file=sys.stderr),
@@ -113,12 +125,19 @@ def _resumption_named(path: Path) -> Iterator[None]:
         raise
 
 
-def _dry_run(sweep: Any) -> None:
+def _dry_run(sweep: Any, per_gpu: int | None) -> None:
     """Prints the runs that the sweep would start, and what is equal in all variants."""
     from core.study.matching import match
     from core.study.results import sweep_document
     from core.study.sweep import beforehand
 
+    if per_gpu:
+        from core.study.gpus import gpu_slots
+
+        at_a_time = len(gpu_slots(sweep, per_gpu))
+        print(
+            f"{at_a_time} runs at a time, {per_gpu} on each GPU: their seconds are not comparable"
+        )
     matched = match(sweep)
     variants = [variant.name for variant in sweep.variants]
     seeds = sweep.schema.seeds

@@ -50,7 +50,9 @@ def is_held_out(metric: str) -> bool:
     return metric in HELD_OUT or bool(average_of(metric))
 
 
-def sweep_document(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
+def sweep_document(
+    sweep: Sweep, matched: Matched, command: str, started: str, per_gpu: int | None = None
+) -> dict[str, Any]:
     """The document `sweep.json`: the question, what it could show, what was held equal, and what each variant is."""
     schema = sweep.schema
     base = next(variant for variant in sweep.variants if variant.name == schema.baseline)
@@ -76,6 +78,7 @@ def sweep_document(sweep: Sweep, matched: Matched, command: str, started: str) -
         "seeds": schema.seeds,
         "command": command,
         "started": started,
+        "per_gpu": per_gpu,
         "smallest_difference": smallest_difference(schema, len(sweep.variants), sweep.expected),
         "search": _search_document(sweep, matched),
         "held_equal": matched.held_equal,
@@ -224,7 +227,12 @@ def sweep_results(
         }
         rows.append(row)
     censored = withhold_verdicts(rows, baseline)
-    warnings = [*censored, *_clock_warnings(sweep, folder), *_warnings(runs, matched)]
+    warnings = [
+        *censored,
+        *_shared_gpus(folder),
+        *_clock_warnings(sweep, folder),
+        *_warnings(runs, matched),
+    ]
     found: dict[str, Any] = {"metric": metric, "baseline": baseline, "rows": rows}
     found["left_out"] = left_out_document(sweep)
     found["factors"] = factor_view(sweep, values, censored=bool(censored))
@@ -320,6 +328,24 @@ def _clock_warnings(sweep: Sweep, folder: SweepFolder) -> list[str]:
     spread = ", ".join(f"{name} {min(each):.0f} to {max(each):.0f}" for name, each in rates.items())
     why = f"{metric} is measured by the clock, and throughput varied with the machine's other work"
     return [f"{why}: {spread} tokens/s"]
+
+
+def runs_per_gpu(folder: SweepFolder) -> int:
+    """The most runs of the sweep that shared a GPU, as `sweep.json` has it; 0 if none did."""
+    try:
+        recorded = finite_number(read_object(folder.path / "sweep.json").get("per_gpu"))
+    except DocumentError:
+        return 0
+    return int(recorded or 0)
+
+
+def _shared_gpus(folder: SweepFolder) -> list[str]:
+    """A warning that times say nothing, where several runs shared a GPU."""
+    most = runs_per_gpu(folder)
+    if most < 2:
+        return []
+    unlike = "their seconds, tokens per second and MFU are not comparable, with each other or with other runs"
+    return [f"up to {most} runs shared each GPU: {unlike}"]
 
 
 def _warnings(runs: dict[str, list[dict[str, Any]]], matched: Matched) -> list[str]:

@@ -14,12 +14,14 @@ from core.run.data import text_data
 from core.storage.documents import DocumentError, read_object
 from core.storage.files import is_disk_full
 from core.study.csv_tables import write_tables
+from core.study.gpus import gpu_slots
 from core.study.matching import Matched, match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
 from core.study.results import (
     NOTHING_HELD_OUT,
     is_held_out,
+    runs_per_gpu,
     sweep_document,
     sweep_results,
     value_of,
@@ -39,6 +41,7 @@ def run_sweep(
     *,
     workers: int = 1,
     ray: str | None = None,
+    per_gpu: int | None = None,
     resume: bool = False,
     command: str = "",
     progress: ProgressCallback = lambda *_: None,
@@ -51,6 +54,7 @@ def run_sweep(
         path: the sweep's folder.
         workers: runs at a time on this machine.
         ray: a Ray cluster's address; None: the runs are processes on this machine.
+        per_gpu: runs that share each GPU of this machine; then `workers` has no effect. None: runs share the cores.
         resume: go on with what is in the folder.
         command: the command line that began the sweep, kept in `sweep.json`.
         progress: called at the beginning (None, None, done, all, None) and after each run (run, its status, done, all,
@@ -60,17 +64,20 @@ def run_sweep(
     Raises:
         UserError: variants cannot be compared, the folder holds something else, or the disk is full.
     """
+    gpus = gpu_slots(sweep, per_gpu) if per_gpu else []
     matched = match(sweep)
     folder = SweepFolder(path.resolve())
     try:
         with folder.locked():
             folder.open(sweep, resume=resume)
-            began = _beginning(folder, command or command_line())
+            began = _beginning(folder, command or command_line(), per_gpu)
             document = sweep_document(sweep, matched, **began)
             folder.write_json("sweep.json", document)
             for line in beforehand(document):
                 say(line)
-            stage = Stage(sweep, folder, matched, progress, lambda: _pool(folder, workers, ray))
+            stage = Stage(
+                sweep, folder, matched, progress, lambda: _pool(folder, workers, ray, gpus)
+            )
             if ray is None:
                 stage.prepare = lambda: _prepare(sweep)
             search = None
@@ -242,17 +249,19 @@ def _prepare(sweep: Sweep) -> None:
             raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {why}")
 
 
-def _beginning(folder: SweepFolder, command: str) -> dict[str, str]:
-    """The time and the command that first began the sweep, which a resumption keeps."""
+def _beginning(folder: SweepFolder, command: str, per_gpu: int | None) -> dict[str, Any]:
+    """The time and the command that first began the sweep, which a resumption keeps, and the most runs of a GPU."""
+    most = max(per_gpu or 0, runs_per_gpu(folder)) or None
     try:
         before = read_object(folder.path / "sweep.json")
-        return {key: str(before[key]) for key in ("command", "started")}
+        began = {key: str(before[key]) for key in ("command", "started")}
     except (DocumentError, KeyError):
-        return {"command": command, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        began = {"command": command, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {**began, "per_gpu": most}
 
 
-def _pool(folder: SweepFolder, workers: int, ray: str | None) -> Pool:
-    """A Ray cluster if an address is given, else processes on this machine."""
+def _pool(folder: SweepFolder, workers: int, ray: str | None, gpus: list[str]) -> Pool:
+    """A Ray cluster if an address is given, else processes on this machine, one for each entry of `gpus` if any."""
     if ray is not None:
         return RayPool(ray)
 
@@ -260,4 +269,4 @@ def _pool(folder: SweepFolder, workers: int, ray: str | None) -> Pool:
         before = folder.status(job)
         folder.write_status(job, Status("running", None, before.seconds, process))
 
-    return LocalPool(workers, started)
+    return LocalPool(len(gpus) or workers, started, gpus)
