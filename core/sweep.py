@@ -236,9 +236,9 @@ def _result_lines(found: dict[str, Any]) -> list[str]:
         title = f"minus {found['baseline']}, paired by seed"
         lines += ["", title, *_table_lines(differences)]
         lines += _shown_lines(found["rows"])
-    lines += _factor_lines(found["factors"])
+    lines += _factor_lines(found.get("factors"))
     lines += _chosen_lines(found.get("search"))
-    lines += [f"left out: {one['name']}: {one['reason']}" for one in found["left_out"]]
+    lines += [f"left out: {one['name']}: {one['reason']}" for one in found.get("left_out", [])]
     return lines + [f"note: {warning}" for warning in found["warnings"]]
 
 

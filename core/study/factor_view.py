@@ -38,7 +38,7 @@ def factor_view(
         without interactions; and `notes`.
     """
     names = [key for key, tried in sweep.schema.grid.items() if len(tried) > 1]
-    levels = [[as_text(value) for value in sweep.schema.grid[key]] for key in names]
+    levels = [[_label(value) for value in sweep.schema.grid[key]] for key in names]
     if not sweep.schema.grid or len(names) + (len(sweep.schema.variants) > 1) < 2:
         return None
     if len(sweep.schema.variants) > 1:
@@ -52,12 +52,17 @@ def factor_view(
         }
     runs: dict[Cell, Mapping[int, float]] = {}
     for variant in sweep.variants:
-        cell = [variant.section if n == VARIANT else as_text(variant.point[n]) for n in names]
+        cell = [variant.section if n == VARIANT else _label(variant.point[n]) for n in names]
         runs[tuple(cell)] = values.get(variant.name, {})
     found = factorial(runs, levels)
     if isinstance(found, str):
         return {**document, "missing": found}
     return document | _document(found, names)
+
+
+def _label(value: Any) -> str:
+    """The name of a value of the grid; no two of a key are alike, since they name folders."""
+    return value if isinstance(value, str) else as_text(value)
 
 
 def _document(found: Factorial, names: list[str]) -> dict[str, Any]:
