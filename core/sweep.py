@@ -13,6 +13,8 @@ from core.command import command_line, command_prefix, print_json, run_command, 
 from core.contracts.errors import StoppedBySignal
 
 MEAN_COLUMNS = ["variant", "n", "mean", "95% interval"]
+TEST_COLUMNS = ["factor", "F", "p", "p (Holm)", ""]
+EFFECT_COLUMNS = ["value", "effect", "95% interval", ""]
 DIFFERENCE_COLUMNS = [*MEAN_COLUMNS, "d_z", "p (Holm)", ""]
 
 
@@ -29,9 +31,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workers",
         type=int,
-        default=1,
         metavar="N",
         help="runs at a time; they share the cores (default 1)",
+    )
+    p.add_argument(
+        "--per-gpu",
+        type=int,
+        metavar="N",
+        help="N runs at a time on each visible GPU; their seconds are not comparable",
     )
     p.add_argument(
         "--ray",
@@ -56,8 +63,14 @@ def main(arguments: argparse.Namespace) -> None:
     from core.contracts.errors import UserError
     from core.study.sweep_file import read_sweep
 
-    if arguments.workers < 1:
-        raise UserError(f"--workers = {arguments.workers}: must be at least 1")
+    for option, value in (("--workers", arguments.workers), ("--per-gpu", arguments.per_gpu)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} = {value}: must be at least 1")
+    if arguments.per_gpu and (arguments.workers or arguments.ray):
+        other = "--workers" if arguments.workers else "--ray"
+        raise UserError(
+            f"--per-gpu = {arguments.per_gpu}: {other} also says where runs go: give one"
+        )
     sweep = read_sweep(
         arguments.sweep,
         smoke=arguments.smoke,
@@ -65,12 +78,12 @@ def main(arguments: argparse.Namespace) -> None:
         trust=arguments.trust,
     )
     if arguments.dry_run:
-        _dry_run(sweep)
+        _dry_run(sweep, arguments.per_gpu)
         return
     from core.study.cores import cores
     from core.study.sweep import run_sweep
 
-    workers = arguments.workers
+    workers = arguments.workers or 1
     available = cores()
     if arguments.ray is None and workers > available:
         why = f"{available} runs at a time, as this machine has {available} cores"
@@ -85,6 +98,7 @@ def main(arguments: argparse.Namespace) -> None:
             progress=display.update,
             workers=workers,
             ray=arguments.ray,
+            per_gpu=arguments.per_gpu,
             resume=arguments.resume,
             command=command_line(),
             say=lambda line: print(line, file=sys.stderr),
@@ -111,12 +125,19 @@ def _resumption_named(path: Path) -> Iterator[None]:
         raise
 
 
-def _dry_run(sweep: Any) -> None:
+def _dry_run(sweep: Any, per_gpu: int | None) -> None:
     """Prints the runs that the sweep would start, and what is equal in all variants."""
     from core.study.matching import match
     from core.study.results import sweep_document
     from core.study.sweep import beforehand
 
+    if per_gpu:
+        from core.study.gpus import gpu_slots
+
+        at_a_time = len(gpu_slots(sweep, per_gpu))
+        print(
+            f"{at_a_time} runs at a time, {per_gpu} on each GPU: their seconds are not comparable"
+        )
     matched = match(sweep)
     variants = [variant.name for variant in sweep.variants]
     seeds = sweep.schema.seeds
@@ -130,6 +151,8 @@ def _dry_run(sweep: Any) -> None:
     for seed in seeds:
         for name in variants:
             print(f"run: {name}/seed-{seed}")
+    for one in sweep.left_out:
+        print(f"left out: {one.name}: {one.reason}")
     for line in beforehand(sweep_document(sweep, matched, command="", started="")):
         print(line)
     for line in matched.held_equal:
@@ -213,7 +236,9 @@ def _result_lines(found: dict[str, Any]) -> list[str]:
         title = f"minus {found['baseline']}, paired by seed"
         lines += ["", title, *_table_lines(differences)]
         lines += _shown_lines(found["rows"])
+    lines += _factor_lines(found.get("factors"))
     lines += _chosen_lines(found.get("search"))
+    lines += [f"left out: {one['name']}: {one['reason']}" for one in found.get("left_out", [])]
     return lines + [f"note: {warning}" for warning in found["warnings"]]
 
 
@@ -227,6 +252,30 @@ def _shown_lines(rows: list[dict[str, Any]]) -> list[str]:
     if not shown:
         return []
     return ["", f"could show, with the observed spread: {', '.join(shown)}"]
+
+
+def _factor_lines(factors: dict[str, Any] | None) -> list[str]:
+    """The factor view of a grid: a table of tests, and one of effects with their intervals."""
+    if factors is None:
+        return []
+    if factors["missing"]:
+        return ["", f"no factor view: {factors['missing']}"]
+    tests = [TEST_COLUMNS]
+    effects = [EFFECT_COLUMNS]
+    for term in factors["terms"]:
+        name = " x ".join(term["factors"])
+        f = "" if term["f"] is None else f"{term['f']:.2f} ({term['df']}, {factors['df']})"
+        tests.append([name, f, _number(term["p"], ".3g"), _number(term["p_holm"], ".3g"), ""])
+        for effect in term["effects"]:
+            values = ", ".join(effect["values"])
+            numbers = [_number(effect["effect"], "+.4g"), _interval(effect, "+.4g"), ""]
+            effects.append([f"{name} = {values}", *numbers])
+    lines = ["", f"factors ({factors['model']})", *_table_lines(tests), "", *_table_lines(effects)]
+    if factors["residual_sd"] is not None:
+        lines.append(
+            f"residual sd {factors['residual_sd']:.3g} with {factors['df']} degrees of freedom"
+        )
+    return lines + [f"note: {note}" for note in factors["notes"]]
 
 
 def _chosen_lines(search: dict[str, Any] | None) -> list[str]:

@@ -22,6 +22,7 @@ class Figure:
         height: pixels of the plotting area; of one panel if there are several.
         panels: how many plots share the axes, side by side as far as the page is wide; the traces of the second name
             `x2` and `y2`, and so on.
+        smooth: whether the page's slider smooths its lines.
         missing: why there is nothing to draw.
     """
 
@@ -32,6 +33,7 @@ class Figure:
     layout: dict[str, Any] = field(default_factory=dict)
     height: int = 330
     panels: int = 1
+    smooth: bool = False
     missing: str | None = None
 
     def document(self) -> dict[str, Any]:

@@ -269,7 +269,8 @@ def training_loss(over: OverTraining) -> Figure:
     Several variants have no bands here: what a batch happens to hold is wider than what sets them apart, and
     `against_baseline` shows that.
     """
-    figure = Figure("loss", "Training loss", missing="No run has logged a training loss yet.")
+    missing = "No run has logged a training loss yet."
+    figure = Figure("loss", "Training loss", smooth=True, missing=missing)
     lines = over.lines(LOSS)
     if over.study.sweep is None:
         lines = over.losses()
@@ -325,6 +326,7 @@ def violation(over: OverTraining) -> Figure:
         "maxvio",
         "MaxVio: how uneven the experts' load is",
         "(Largest load − mean) / mean of each step, averaged over the layers: 0 is uniform.",  # noqa: RUF001
+        smooth=True,
         missing="No run has logged an expert's load: there are no expert layers, or no step has been done.",
     )
     figure = over.figure(blank, over.lines("load/max_vio_batch"), y="MaxVio of the step")
@@ -382,7 +384,9 @@ def _depth(column: str) -> str:
 
 def speed(over: OverTraining) -> Figure:
     """The tokens per second of one run over training."""
-    blank = Figure("throughput", "Throughput", missing="No throughput has been logged yet.")
+    blank = Figure(
+        "throughput", "Throughput", smooth=True, missing="No throughput has been logged yet."
+    )
     figure = over.figure(blank, over.lines("tokens_per_second"), y="tokens per second")
     if not figure.missing:
         figure.layout["yaxis"] |= {"rangemode": "tozero"}

@@ -6,7 +6,35 @@
   const PAPER = 960;
   const ABOVE = 32; // the height of the buttons
   const BELOW = 62; // under a plot: its numbers, the title of its axis, and a little more
-  const INK = "#1a1a1a";
+
+  // ---- light and dark: as the system asks, until the button is pressed; paper is light ----
+
+  let printing = false;
+  const system = window.matchMedia("(prefers-color-scheme: dark)");
+  let chosen = null;
+  const isDark = () => !(paper.matches || printing) && (chosen === null ? system.matches : chosen === "dark");
+  const LIGHT = { ink: "#1a1a1a", paper: "#ffffff", grid: "#dddddd", ends: [[0, 34, 78], [176, 120, 0]] };
+  const DARK = { ink: "#e9e9e6", paper: "#16181c", grid: "#3a3e44", ends: [[120, 185, 245], [235, 190, 70]] };
+  const look = () => (isDark() ? DARK : LIGHT);
+
+  const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)).join(",");
+  const onDark = new Map();
+  for (const [from, to] of Object.entries(data.onDark)) {
+    onDark.set(from, to);
+    onDark.set(channels(from), channels(to));
+  }
+
+  // A copy of a trace whose colours are those of a dark page.
+  const recoloured = (value, key) => {
+    if (Array.isArray(value)) return typeof value[0] === "object" ? value.map((item) => recoloured(item)) : value;
+    if (value && typeof value === "object") {
+      return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, recoloured(item, name)]));
+    }
+    if (typeof value !== "string" || !/color/.test(key || "")) return value;
+    const faint = value.match(/^rgba\((\d+,\d+,\d+),(.*)\)$/);
+    if (faint && onDark.has(faint[1])) return `rgba(${onDark.get(faint[1])},${faint[2]})`;
+    return onDark.get(value) || value;
+  };
 
   // ---- tables: sorted by a heading, filtered by a word ----
 
@@ -66,7 +94,7 @@
   const config = { displaylogo: false, responsive: false, modeBarButtons: BUTTONS };
 
   const axis = (own) => ({
-    gridcolor: "#dddddd", linecolor: INK, showline: true, ticks: "outside", zeroline: false,
+    gridcolor: look().grid, linecolor: look().ink, tickcolor: look().ink, showline: true, ticks: "outside", zeroline: false,
     ...own, title: { standoff: 10, font: { size: 13 }, ...(own || {}).title },
   });
 
@@ -90,7 +118,7 @@
       const number = i ? String(i + 1) : "";
       const [lowest, leftmost] = [i + columns >= figure.panels, i % columns === 0];
       const bare = (own, named) => axis({
-        ...own, showticklabels: named, nticks: 5, zerolinecolor: INK, zerolinewidth: 1.5,
+        ...own, showticklabels: named, nticks: 5, zerolinecolor: look().ink, zerolinewidth: 1.5,
         title: named ? own.title : { text: "" },
       });
       axes[`xaxis${number}`] = { ...bare(xaxis, lowest), ...(i ? { matches: "x" } : {}) };
@@ -109,11 +137,12 @@
       ? panelsOf(figure, width)
       : { height: figure.height, layout: { xaxis: axis({ ...few, ...xaxis }), yaxis: axis(yaxis) } };
     const layout = {
-      width, height: plots.height + above + below, font: { family: "inherit", size: 13, color: INK },
-      paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", dragmode: width >= 760 ? "zoom" : false,
-      hoverlabel: { bgcolor: "#fff", bordercolor: INK, font: { color: INK }, align: "left" },
+      width, height: plots.height + above + below, font: { family: "inherit", size: 13, color: look().ink },
+      paper_bgcolor: look().paper, plot_bgcolor: look().paper, hovermode: "closest", dragmode: width >= 760 ? "zoom" : false,
+      hoverlabel: { bgcolor: look().paper, bordercolor: look().ink, font: { color: look().ink }, align: "left" },
       margin: { l: 76, r: side, t: above, b: below }, ...legend.layout, ...plots.layout, ...rest,
     };
+    for (const shape of layout.shapes || []) shape.line = { ...shape.line, color: look().ink };
     if (legend.rows) {
       layout.legend = { orientation: "h", x: 0, xanchor: "left", y: -BELOW / figure.height, yanchor: "top" };
     }
@@ -130,15 +159,43 @@
   };
 
   const widthOf = (id) => (paper.matches || printing ? PAPER : Math.floor(byId(id).parentElement.clientWidth));
-  let printing = false;
   const drawn = new Map();
+
+  // ---- smoothing: s_i = sum_k w^k y_(i-k) / sum_k w^k, over the points of a curve ----
+
+  const slider = byId("smoothing");
+  const weight = () => (slider ? Number(slider.value) : 0);
+  const FEWEST = 20; // points of a curve that is worth smoothing
+
+  const average = (values, w) => {
+    let sum = 0;
+    let total = 0;
+    return values.map((value) => {
+      if (value === null || value === undefined) return value;
+      sum = w * sum + value;
+      total = w * total + 1;
+      return sum / total;
+    });
+  };
+
+  const withAverage = (trace) => {
+    const w = weight();
+    if (!w || trace.fill || trace.type !== "scatter" || trace.x.length < FEWEST) return [trace];
+    const raw = {
+      ...trace, mode: "lines", opacity: 0.28, showlegend: false, hoverinfo: "skip", hovertemplate: null,
+      line: { ...trace.line, width: 1, dash: "solid" },
+    };
+    return [raw, { ...trace, y: average(trace.y, w) }];
+  };
 
   const draw = (figure, again = () => draw(figure)) => {
     drawn.set(figure.key, again);
     const id = `plot-${figure.key}`;
     const width = widthOf(id);
     const withButtons = { ...config, displayModeBar: width >= 760 ? "hover" : false };
-    return Plotly.react(id, figure.traces, layoutOf(figure, width), withButtons).then(fitLegend);
+    const smoothed = figure.smooth ? figure.traces.flatMap(withAverage) : figure.traces;
+    const traces = isDark() ? smoothed.map((trace) => recoloured(trace)) : smoothed;
+    return Plotly.react(id, traces, layoutOf(figure, width), withButtons).then(fitLegend);
   };
 
   const refit = () => {
@@ -222,6 +279,17 @@
       ends.sort((a, b) => b[0] - a[0]);
       const rank = new Map(ends.map(([, e], i) => [e, i]));
       const named = new Set([ends[0][1], ends[ends.length - 1][1]]);
+      let [lowest, highest] = [Infinity, -Infinity];
+      for (const value of values) [lowest, highest] = [Math.min(lowest, value), Math.max(highest, value)];
+      if (lowest === highest) [lowest, highest] = [lowest - 1, highest + 1];
+      // A name stands outside of the part of its line that it is next to.
+      const nameOf = (e, isHighest) => {
+        const line = run.steps.map((_, s) => values[s * layer.experts + e]).slice(Math.floor(0.6 * run.steps.length));
+        return {
+          x: run.steps[run.steps.length - 1], y: isHighest ? Math.max(...line) : Math.min(...line), xanchor: "right",
+          yanchor: isHighest ? "bottom" : "top", showarrow: false, text: `expert ${e}`, bgcolor: look().paper, opacity: 0.9,
+        };
+      };
       const dashes = ["solid", "dash", "dot", "dashdot"];
       return draw({
         key: "bias", height: 330,
@@ -232,11 +300,9 @@
           hovertemplate: "expert " + e + "<br>step %{x:,}: %{y:.4f}<extra></extra>",
         })),
         layout: {
-          xaxis: { title: { text: "step" } }, yaxis: { title: { text: "bias added for selection" } },
-          annotations: [...named].map((e) => ({
-            x: run.steps[run.steps.length - 1], y: values[(run.steps.length - 1) * layer.experts + e], xanchor: "right",
-            yanchor: rank.get(e) === 0 ? "bottom" : "top", showarrow: false, text: `expert ${e}`,
-          })),
+          xaxis: { title: { text: "step" } },
+          yaxis: { title: { text: "bias added for selection" }, range: [lowest - 0.12 * (highest - lowest), highest + 0.12 * (highest - lowest)] },
+          annotations: [...named].map((e) => nameOf(e, rank.get(e) === 0)),
         },
       });
     };
@@ -249,11 +315,44 @@
   };
 
   const shade = (at) => {
-    const [from, to] = [[0, 34, 78], [176, 120, 0]];
+    const [from, to] = look().ends;
     return `rgb(${from.map((v, i) => Math.round(v + at * (to[i] - v))).join(",")})`;
   };
 
   // ---- drawing, screen sizes, paper ----
+
+  const showWeight = () => {
+    if (slider) byId("smoothing-shown").textContent = weight() ? `w = ${weight().toFixed(2)}, about ${Math.round(1 / (1 - weight()))} points` : "off";
+  };
+
+  let redraw = 0;
+  if (slider) {
+    slider.addEventListener("input", () => {
+      showWeight();
+      cancelAnimationFrame(redraw);
+      redraw = requestAnimationFrame(() => {
+        for (const figure of data.figures) if (figure.smooth) draw(figure);
+      });
+    });
+  }
+
+  const button = byId("theme");
+  const showTheme = () => {
+    button.setAttribute("aria-pressed", String(isDark()));
+    button.textContent = isDark() ? "Light" : "Dark";
+    button.setAttribute("aria-label", isDark() ? "Show the page light" : "Show the page dark");
+  };
+  button.addEventListener("click", () => {
+    chosen = isDark() ? "light" : "dark";
+    document.documentElement.dataset.theme = chosen;
+    showTheme();
+    refit();
+  });
+  system.addEventListener("change", () => {
+    showTheme();
+    if (chosen === null) refit();
+  });
+  showTheme();
 
   const start = async () => {
     for (const figure of data.figures) {
@@ -261,6 +360,7 @@
       await new Promise((go) => setTimeout(go));
     }
     if (data.experts.length) await experts(data.experts);
+    showWeight();
     document.documentElement.dataset.drawn = String(Math.round(performance.now()));
   };
 

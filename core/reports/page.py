@@ -10,7 +10,9 @@ from typing import Any
 from core.contracts.errors import UserError
 from core.reports import cost, points, provenance, table, words
 from core.reports.experts import experts
+from core.reports.factors import factor_figures, factor_report
 from core.reports.figure import Figure
+from core.reports.glance import Answer, glance, sample_of
 from core.reports.over_training import (
     OverTraining,
     acceptance,
@@ -21,7 +23,11 @@ from core.reports.over_training import (
 )
 from core.reports.paired import against_baseline
 from core.reports.study_files import Study, read
+from core.reports.style import ON_DARK
 from core.storage.files import write_text
+
+SMOOTHING = 0.8
+"""The weight of the moving average at which the page of one run opens; a sweep's opens without."""
 
 
 def write(folder: Path, file: Path) -> dict[str, Any]:
@@ -86,12 +92,19 @@ def context(study: Study) -> dict[str, Any]:
     results = None
     runs = None
     numbers: list[tuple[str, str]] = []
+    answers: list[Answer] = []
     if study.sweep is None:
         numbers = table.key_numbers(study.runs[0])
+        answers = glance(study.runs[0])
     else:
         results = table.results_table(study)
         runs = table.every_run(study, metric)
-    drawn = [figure.document() for figure in figures if not figure.missing]
+    factors = None
+    factor_plots: list[Figure] = []
+    if study.sweep is not None:
+        factors = factor_report(study)
+        factor_plots = factor_figures(study, metric)
+    drawn = [figure.document() for figure in [*factor_plots, *figures] if not figure.missing]
     return {
         "study": study,
         "sweep": study.sweep,
@@ -105,9 +118,14 @@ def context(study: Study) -> dict[str, Any]:
         "runs": runs,
         "recipes": table.recipes(study),
         "numbers": numbers,
+        "answers": answers,
+        "sample": sample_of(study.runs[0]) if study.sweep is None else "",
+        "smoothing": SMOOTHING if study.sweep is None else 0,
         "figures": figures,
+        "factors": factors,
+        "factor_figures": factor_plots,
         "experts": loads,
-        "data": _finite_numbers({"figures": drawn, "experts": loads.runs}),
+        "data": _finite_numbers({"figures": drawn, "experts": loads.runs, "onDark": ON_DARK}),
         "facts": provenance.facts(study),
         "command": provenance.command(study),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -46,8 +46,8 @@ def differences(study: Study, words: str) -> Figure:
     if (study.sweep or {}).get("better", "lower") == "lower":
         better = "left"
     title = {"text": f"{better} of 0 is better"}
-    figure.layout = {"shapes": [ZERO], "xaxis": {"title": title}, **_row_axis(names)}
-    figure.height = _height(names)
+    figure.layout = {"shapes": [ZERO], "xaxis": {"title": title}, **row_axis(names)}
+    figure.height = row_height(names)
     figure.note = (
         "Mean of the seeds' differences and its 95% interval. Filled marks: a difference is shown, also after Holm's "
         "correction for comparing several variants. Hollow marks: no difference shown."
@@ -104,7 +104,7 @@ def _interval(difference: dict[str, Any], name: str, look: Style) -> Trace:
     }
 
 
-def _row_axis(names: list[str]) -> dict[str, Any]:
+def row_axis(names: list[str]) -> dict[str, Any]:
     """The part of a layout that gives each name a row, the first on top, as in the table."""
     rows = [with_line_breaks(name) for name in names]
     axis = {
@@ -118,7 +118,7 @@ def _row_axis(names: list[str]) -> dict[str, Any]:
     return {"yaxis": axis, "hovermode": "closest"}
 
 
-def _height(names: list[str]) -> int:
+def row_height(names: list[str]) -> int:
     """Pixels of a figure in which each row is as high as the longest name needs."""
     lines = max(with_line_breaks(name).count("<br>") + 1 for name in names)
     return max(ROW, LINE * lines + 8) * len(names) + 20
@@ -205,8 +205,8 @@ def _draw_rows(
     if names:
         axis = {"title": {"text": title}}
         figure.missing = None
-        figure.height = _height(names)
-        figure.layout = {"xaxis": axis, **_row_axis(names), "showlegend": False}
+        figure.height = row_height(names)
+        figure.layout = {"xaxis": axis, **row_axis(names), "showlegend": False}
         figure.note = f"{figure.note} Small marks are runs, large hollow ones means.".strip()
 
 
@@ -228,7 +228,7 @@ def against_flops(study: Study, metric: str, words: str) -> Figure:
     """The metric over the training FLOPs of each finished run."""
     note = "Training FLOPs of the whole run: per token, forward and backward, times tokens."
     figure = Figure("flops", f"Against FLOPs: {words}", note)
-    axis = {"title": {"text": "training FLOPs"}, "exponentformat": "power"}
+    axis = {"title": {"text": "training FLOPs"}, "tickformat": "~s"}
     return _scatter(figure, study, metric, words, _flops, axis)
 
 

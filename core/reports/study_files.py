@@ -6,7 +6,7 @@ absent and is named in the report.
 
 import csv
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +15,18 @@ from typing import Any
 import yaml
 
 from core.contracts.errors import UserError
+from core.reports.tolerant import (
+    is_kept,
+    known_state,
+    left_out_of,
+    list_of,
+    placed,
+    rows_of,
+    section,
+    seeds_in,
+    text_of,
+    variant_of,
+)
 from core.run.divergence import divergence_in
 from core.storage.documents import (
     TOO_DEEP,
@@ -27,9 +39,6 @@ from core.storage.documents import (
 )
 from core.storage.files import is_plain_name, leads_out_of
 from core.storage.lock import LOCK, is_locked
-
-KEPT = ("step", "tokens", "tokens_per_second", "load/max_vio_batch", "skipped_steps")
-"""Columns of `metrics.csv` that the report reads, beside those of losses and of validation."""
 
 IDENTITY = (
     "name",
@@ -44,6 +53,7 @@ IDENTITY = (
     "not_equal",
     "smallest_difference",
     "search",
+    "left_out",
 )
 """Keys of `sweep.json`; until it is written, those that the sweep file has too are taken from there."""
 
@@ -63,6 +73,7 @@ class Run:
         summary: `summary.json`.
         provenance: `provenance.json`.
         metrics: a pandas frame of `metrics.csv`; None if there is none.
+        sample: `sample.txt`, of a run on its own; "" if there is none.
     """
 
     variant: str
@@ -75,6 +86,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: Any = None
+    sample: str = ""
 
     def number(self, key: str) -> float | None:
         """The number that the summary has under a key; None if it has no finite one."""
@@ -157,6 +169,7 @@ class _Reader:
         """The study of one run."""
         name = self.path.resolve().name
         run = self.run(self.path, name, None)
+        run.sample = self.text(self.path / "sample.txt")
         text = self.text(self.path / "recipe.yaml")
         return Study(self.path, name, None, {}, text, [run], self.unread)
 
@@ -167,24 +180,25 @@ class _Reader:
         declared = self.parsed(self.path / "sweep.yaml", text)
         about = {key: declared.get(key) for key in IDENTITY} | identity
         variants = []
-        for variant in _list_of(identity, "variants"):
+        for variant in list_of(identity, "variants"):
             if isinstance(variant, dict) and "name" in variant:
-                variants.append(_variant_of(variant))
+                variants.append(variant_of(variant))
         for key in ("seeds", "held_equal", "not_equal"):
-            about[key] = _list_of(about, key)
+            about[key] = list_of(about, key)
         about["variants"] = variants
-        about["smallest_difference"] = _text_of(
-            _section(about, "smallest_difference").get("sentence")
+        about["left_out"] = left_out_of(about)
+        about["smallest_difference"] = text_of(
+            section(about, "smallest_difference").get("sentence")
         )
-        about["search"] = _list_of(_section(about, "search"), "sentences")
+        about["search"] = list_of(section(about, "search"), "sentences")
         names = [str(variant["name"]) for variant in variants]
         if not names:
             recipes = declared.get("recipes")
             names = list(recipes) if isinstance(recipes, dict) else self._folders()
         results = self.mapping(self.path / "results.json")
-        results["rows"] = _rows_of(results)
+        results["rows"] = rows_of(results)
         runs = []
-        seeds = [seed for seed in _list_of(about, "seeds") if type(seed) is int]
+        seeds = [seed for seed in list_of(about, "seeds") if type(seed) is int]
         for folder, variant, seed in self._places(names, seeds):
             runs.append(self.run(folder, variant, seed))
         self._mark_interrupted(runs)
@@ -210,7 +224,7 @@ class _Reader:
                 self.unread.append(f"{name!r} cannot be the name of a variant, so it is left out.")
                 continue
             folder = self.path / "runs" / name
-            for seed in seeds or _seeds_in(folder):
+            for seed in seeds or seeds_in(folder):
                 yield folder / f"seed-{seed}", name, seed
 
     def run(self, folder: Path, variant: str, seed: int | None) -> Run:
@@ -234,8 +248,8 @@ class _Reader:
             variant=variant,
             seed=seed,
             path=folder,
-            state=_known_state(status.get("state")) or state,
-            reason=_text_of(status.get("reason")) if status else diverged,
+            state=known_state(status.get("state")) or state,
+            reason=text_of(status.get("reason")) if status else diverged,
             seconds=finite_number(status.get("seconds"))
             or finite_number(summary.get("wall_seconds")),
             recipe=recipe,
@@ -297,7 +311,7 @@ class _Reader:
             if not whole:
                 return None
             frame = pd.read_csv(
-                BytesIO(whole), usecols=_is_kept, on_bad_lines="skip", quoting=csv.QUOTE_NONE
+                BytesIO(whole), usecols=is_kept, on_bad_lines="skip", quoting=csv.QUOTE_NONE
             )
         except DocumentError as cause:
             self._could_not(file, cause.why)
@@ -306,7 +320,7 @@ class _Reader:
             self._could_not(file, cause)
             return None
         frame = frame.apply(pd.to_numeric, errors="coerce")
-        return _placed(frame.replace([math.inf, -math.inf], math.nan))
+        return placed(frame.replace([math.inf, -math.inf], math.nan))
 
     def _leads_away(self, file: Path) -> bool:
         """Whether a file is outside of the folder, through a link; that is noted.
@@ -325,90 +339,3 @@ class _Reader:
         if sentence not in self.unread:
             self.unread.append(sentence)
         return {}
-
-
-STATES = ("waiting", "running", "interrupted", "done", "failed")
-"""The states of a run."""
-
-
-def _list_of(document: Mapping[str, Any], key: str) -> list[Any]:
-    """The list under a key; an empty one where something else is there."""
-    value = document.get(key)
-    return value if isinstance(value, list) else []
-
-
-def _section(document: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The section under a key; an empty one where something else is there."""
-    value = document.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _variant_of(variant: Mapping[str, Any]) -> dict[str, Any]:
-    """A variant's entry in `sweep.json` without what is not of its kind."""
-    pairs = {}
-    differences = variant.get("differences")
-    for key, pair in differences.items() if isinstance(differences, dict) else ():
-        if isinstance(pair, list) and len(pair) == 2:
-            pairs[key] = pair
-    lists = {key: _list_of(variant, key) for key in ("overrides", "notices")}
-    return {**variant, **lists, "differences": pairs}
-
-
-def _rows_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `results.json` that name a variant, each with a section `difference`.
-
-    An interval whose ends are damaged is left out.
-    """
-    rows = []
-    for row in _list_of(results, "rows"):
-        if isinstance(row, dict) and "variant" in row:
-            difference = row.get("difference")
-            section = difference if isinstance(difference, dict) else {}
-            rows.append({**_with_whole_interval(row), "difference": _with_whole_interval(section)})
-    return rows
-
-
-def _with_whole_interval(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row, with None for `low` and `high` unless they and the mean are numbers."""
-    if all(finite_number(row.get(key)) is not None for key in ("mean", "low", "high")):
-        return dict(row)
-    return {**row, "low": None, "high": None}
-
-
-def _known_state(value: Any) -> str | None:
-    """A state as it was recorded; None where it is none."""
-    return value if isinstance(value, str) and value in STATES else None
-
-
-def _text_of(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _seeds_in(folder: Path) -> list[int]:
-    """The seeds of the run folders `seed-N` in a variant's folder, sorted."""
-    found = []
-    for run in folder.glob("seed-*"):
-        seed = run.name.removeprefix("seed-")
-        if seed.isdecimal():
-            found.append(int(seed))
-    return sorted(found)
-
-
-def _is_kept(column: str) -> bool:
-    of_source = "/source/" in column
-    of_average = column.endswith(("/val_loss", "/val_bits_per_byte"))
-    if column in KEPT or of_source or of_average:
-        return True
-    return column.startswith(("loss/", "val_", "val/"))
-
-
-def _placed(frame: Any) -> Any:
-    """Gives validation rows, which have no tokens, the step and the tokens of the training row before them."""
-    for column in ("tokens", "step"):
-        if column not in frame:
-            frame[column] = math.nan
-    rows_of_training = frame["tokens"].notna()
-    if rows_of_training.any():
-        frame["step"] = frame["step"].where(rows_of_training).ffill()
-    frame["tokens"] = frame["tokens"].ffill()
-    return frame

@@ -19,6 +19,19 @@ COLOURS = (
 )
 """Colours of all variants but the baseline. After Okabe and Ito, ordered dark, dark, light, light: where the seven
 dashes begin again, a dark line meets a light one, so that two of one dash differ on grey paper too."""
+ON_DARK = {
+    "#000000": "#F4F4F2",
+    "#005B96": "#5FB0F0",
+    "#8B1A4F": "#F08CBB",
+    "#E8641B": "#F5894A",
+    "#1FA187": "#45CDB0",
+    "#6B4300": "#C79A5B",
+    "#00553A": "#5DB98E",
+    "#3A97DB": "#A5D2F7",
+    "#B58900": "#E3C04A",
+    "#8A8A8A": "#B4B4B4",
+}
+"""What the page's script draws on a dark page in the place of each colour; each has a contrast of 4.5 or more."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "2px,2px,8px,2px")
 MARKERS = (
     "circle",

@@ -155,7 +155,7 @@ def _statistics(
         mean_cell,
         Cell(signed(value, decimals), _from_to(difference, decimals, signed), value),
         Cell(signed(effect, 2), value=effect),
-        Cell(_p(p), value=p),
+        Cell(p_value(p), value=p),
     ]
 
 
@@ -192,7 +192,8 @@ def _from_to(
     return f"{write(low, decimals)} to {write(high, decimals)}"
 
 
-def _p(p: float | None) -> str:
+def p_value(p: float | None) -> str:
+    """A p value with two digits; a dash for None."""
     if p is None:
         return NONE
     elif p < 1e-4:

@@ -29,3 +29,13 @@ def _for_a_file_name(value: Any) -> str:
     """A value as text without characters that a file's name should not have."""
     text = value if isinstance(value, str) else as_text(value)
     return re.sub(r"[^\w.-]", "_", text)
+
+
+def first_repeated(names: list[str]) -> str | None:
+    """The first name that occurs twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None

@@ -11,6 +11,7 @@ from core.data.parts import step_of_shift
 from core.statistics.recovery import WINDOW
 from core.study.search_budget import SEARCHED, SearchBudget, search_budgets
 from core.study.sweep_file import Sweep
+from core.study.sweep_schema import average_of
 
 AFTER_SHIFT = ("steps_until_balanced", "max_vio_before_shift", "max_vio_peak_after_shift")
 """Metrics of runs whose data shift."""
@@ -141,6 +142,8 @@ def _check_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
     metric = sweep.schema.metric
     if metric in AFTER_SHIFT:
         _check_shift(sweep, documents)
+    if average := average_of(metric):
+        _check_average(sweep, average)
     if metric not in NEEDS:
         return
     count, thing = NEEDS[metric]
@@ -148,6 +151,18 @@ def _check_metric(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:
     if without:
         why = f"{', '.join(without)} cannot have it without {thing}"
         raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {why}")
+
+
+def _check_average(sweep: Sweep, average: str) -> None:
+    """Raises `UserError` for a variant without a callback that keeps the averaged weights of the metric."""
+    without = []
+    for variant in sweep.variants:
+        callbacks = variant.recipe.callbacks
+        if average not in [section.component.average for section in callbacks]:
+            without.append(variant.name)
+    if without:
+        why = f"{', '.join(without)} cannot have it without a callback that averages weights as {average!r}"
+        raise UserError(f"sweep {sweep.name}: metric = {sweep.schema.metric!r}: {why}")
 
 
 def _check_shift(sweep: Sweep, documents: dict[str, dict[str, Any]]) -> None:

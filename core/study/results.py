@@ -10,10 +10,12 @@ from core.statistics.comparison import CENSORED, compare, interval
 from core.statistics.recovery import WINDOW
 from core.storage.documents import DocumentError, finite_number, read_object
 from core.study.expected import observed_difference, smallest_difference
+from core.study.factor_view import factor_view
 from core.study.matching import AFTER_SHIFT, Matched
 from core.study.search_budget import budget_sentences
 from core.study.sweep_file import Sweep, Variant
 from core.study.sweep_folder import Job, SweepFolder
+from core.study.sweep_schema import average_of
 from core.study.training_losses import against
 
 FACTS = (
@@ -45,7 +47,14 @@ HELD_OUT = ("val_bits_per_byte", "val_loss", "max_vio_global", "mtp_acceptance")
 """Metrics that are measured on validation text."""
 
 
-def sweep_document(sweep: Sweep, matched: Matched, command: str, started: str) -> dict[str, Any]:
+def is_held_out(metric: str) -> bool:
+    """Whether a metric is measured on validation text."""
+    return metric in HELD_OUT or bool(average_of(metric))
+
+
+def sweep_document(
+    sweep: Sweep, matched: Matched, command: str, started: str, per_gpu: int | None = None
+) -> dict[str, Any]:
     """The document `sweep.json`: the question, what it could show, what was held equal, and what each variant is."""
     schema = sweep.schema
     base = next(variant for variant in sweep.variants if variant.name == schema.baseline)
@@ -71,12 +80,23 @@ def sweep_document(sweep: Sweep, matched: Matched, command: str, started: str) -
         "seeds": schema.seeds,
         "command": command,
         "started": started,
+        "per_gpu": per_gpu,
         "smallest_difference": smallest_difference(schema, len(sweep.variants), sweep.expected),
         "search": _search_document(sweep, matched),
         "held_equal": matched.held_equal,
         "not_equal": matched.not_equal,
+        "left_out": left_out_document(sweep),
         "variants": variants,
     }
+
+
+def left_out_document(sweep: Sweep) -> list[dict[str, Any]]:
+    """The points of the grid that are not run: name, values, reason, and whether a rule or a check left them out."""
+    rows = []
+    for one in sweep.left_out:
+        row = {"name": one.name, "values": to_dict(dict(one.values))}
+        rows.append({**row, "reason": one.reason, "by": one.by})
+    return rows
 
 
 def _search_document(sweep: Sweep, matched: Matched) -> dict[str, Any] | None:
@@ -150,7 +170,7 @@ def never_measured(job: Job, metric: str) -> str | None:
         return None
     if metric in MEASURED:
         return "this machine does not measure it"
-    if metric in HELD_OUT and not summary.get("validation_bytes"):
+    if is_held_out(metric) and not summary.get("validation_bytes"):
         return NOTHING_HELD_OUT
     if metric in AFTER_SHIFT:
         return f"metrics.csv lacks a step, or fewer than {WINDOW} steps come after the shift"
@@ -209,8 +229,15 @@ def sweep_results(
         }
         rows.append(row)
     censored = withhold_verdicts(rows, baseline)
-    warnings = [*censored, *_clock_warnings(sweep, folder), *_warnings(runs, matched)]
+    warnings = [
+        *censored,
+        *_shared_gpus(folder),
+        *_clock_warnings(sweep, folder),
+        *_warnings(runs, matched),
+    ]
     found: dict[str, Any] = {"metric": metric, "baseline": baseline, "rows": rows}
+    found["left_out"] = left_out_document(sweep)
+    found["factors"] = factor_view(sweep, values, censored=bool(censored))
     found["warnings"] = warnings
     if search is not None:
         found["search"] = dict(search)
@@ -303,6 +330,24 @@ def _clock_warnings(sweep: Sweep, folder: SweepFolder) -> list[str]:
     spread = ", ".join(f"{name} {min(each):.0f} to {max(each):.0f}" for name, each in rates.items())
     why = f"{metric} is measured by the clock, and throughput varied with the machine's other work"
     return [f"{why}: {spread} tokens/s"]
+
+
+def runs_per_gpu(folder: SweepFolder) -> int:
+    """The most runs of the sweep that shared a GPU, as `sweep.json` has it; 0 if none did."""
+    try:
+        recorded = finite_number(read_object(folder.path / "sweep.json").get("per_gpu"))
+    except DocumentError:
+        return 0
+    return int(recorded or 0)
+
+
+def _shared_gpus(folder: SweepFolder) -> list[str]:
+    """A warning that times say nothing, where several runs shared a GPU."""
+    most = runs_per_gpu(folder)
+    if most < 2:
+        return []
+    unlike = "their seconds, tokens per second and MFU are not comparable, with each other or with other runs"
+    return [f"up to {most} runs shared each GPU: {unlike}"]
 
 
 def _warnings(runs: dict[str, list[dict[str, Any]]], matched: Matched) -> list[str]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
@@ -55,11 +55,15 @@ class LocalPool:
     Args:
         slots: runs at a time.
         started: called with each run and its process id.
+        gpus: the GPU of each slot; empty: a run sees what this process sees.
     """
 
-    def __init__(self, slots: int, started: Callable[[Job, int], None]) -> None:
+    def __init__(
+        self, slots: int, started: Callable[[Job, int], None], gpus: Sequence[str] = ()
+    ) -> None:
         self.slots = slots
         self.started = started
+        self._free_gpus = list(gpus)
         self.threads = max(1, cores() // slots)
         limit = os.environ.get("OMP_NUM_THREADS", "")
         if limit.isdecimal() and int(limit):
@@ -81,12 +85,15 @@ class LocalPool:
             with self._lock:
                 if self._stopping:
                     return -signal.SIGTERM, 0.0
-                process = start(command, log, threads)
+                gpu = self._free_gpus.pop(0) if self._free_gpus else None
+                process = start(command, log, threads, gpu)
                 self._under_way.add(process)
             self.started(job, process.pid)
             code = process.wait()
         with self._lock:
             self._under_way.discard(process)
+            if gpu is not None:
+                self._free_gpus.append(gpu)
         return code, time.monotonic() - began
 
     def stop(self) -> None:
@@ -105,7 +112,9 @@ class LocalPool:
         self._workers.shutdown(wait=True, cancel_futures=True)
 
 
-def start(command: list[str], log: IO[bytes], threads: int) -> "subprocess.Popen[bytes]":
+def start(
+    command: list[str], log: IO[bytes], threads: int, gpu: str | None = None
+) -> "subprocess.Popen[bytes]":
     """Starts a run's process in a session of its own: Ctrl-C reaches the runner alone, which sends each run a SIGTERM.
 
     On Linux the runs end with a runner that is killed: each receives `ORPHANED` and saves itself.
@@ -114,6 +123,7 @@ def start(command: list[str], log: IO[bytes], threads: int) -> "subprocess.Popen
         command: the run's.
         log: the file of its output.
         threads: the number of threads of each of its ranks.
+        gpu: the only GPU that it sees; None: those that this process sees.
     """
     parent = os.getpid()
 
@@ -127,6 +137,8 @@ def start(command: list[str], log: IO[bytes], threads: int) -> "subprocess.Popen
     environment["OMP_NUM_THREADS"] = str(threads)
     environment["RAYON_NUM_THREADS"] = str(threads)
     environment["PYTHONUNBUFFERED"] = "1"
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     return subprocess.Popen(
         command,
         env=environment,

@@ -13,12 +13,15 @@ from core.recipe.key_paths import to_dict
 from core.run.data import text_data
 from core.storage.documents import DocumentError, read_object
 from core.storage.files import is_disk_full
+from core.study.csv_tables import write_tables
+from core.study.gpus import gpu_slots
 from core.study.matching import Matched, match
 from core.study.pace import Pace
 from core.study.ray_pool import RayPool
 from core.study.results import (
-    HELD_OUT,
     NOTHING_HELD_OUT,
+    is_held_out,
+    runs_per_gpu,
     sweep_document,
     sweep_results,
     value_of,
@@ -38,6 +41,7 @@ def run_sweep(
     *,
     workers: int = 1,
     ray: str | None = None,
+    per_gpu: int | None = None,
     resume: bool = False,
     command: str = "",
     progress: ProgressCallback = lambda *_: None,
@@ -50,6 +54,7 @@ def run_sweep(
         path: the sweep's folder.
         workers: runs at a time on this machine.
         ray: a Ray cluster's address; None: the runs are processes on this machine.
+        per_gpu: runs that share each GPU of this machine; then `workers` has no effect. None: runs share the cores.
         resume: go on with what is in the folder.
         command: the command line that began the sweep, kept in `sweep.json`.
         progress: called at the beginning (None, None, done, all, None) and after each run (run, its status, done, all,
@@ -59,17 +64,20 @@ def run_sweep(
     Raises:
         UserError: variants cannot be compared, the folder holds something else, or the disk is full.
     """
+    gpus = gpu_slots(sweep, per_gpu) if per_gpu else []
     matched = match(sweep)
     folder = SweepFolder(path.resolve())
     try:
         with folder.locked():
             folder.open(sweep, resume=resume)
-            began = _beginning(folder, command or command_line())
+            began = _beginning(folder, command or command_line(), per_gpu)
             document = sweep_document(sweep, matched, **began)
             folder.write_json("sweep.json", document)
             for line in beforehand(document):
                 say(line)
-            stage = Stage(sweep, folder, matched, progress, lambda: _pool(folder, workers, ray))
+            stage = Stage(
+                sweep, folder, matched, progress, lambda: _pool(folder, workers, ray, gpus)
+            )
             if ray is None:
                 stage.prepare = lambda: _prepare(sweep)
             search = None
@@ -81,14 +89,22 @@ def run_sweep(
                 folder.write_json("sweep.json", sweep_document(sweep, matched, **began))
                 stage = replace(stage, sweep=sweep, matched=matched)
             stage.compare(search)
-            found = sweep_results(sweep, folder, matched, search)
-            folder.write_json("results.json", found)
-            return found
+            return write_results_of(sweep, folder, matched, search)
     except OSError as error:
         if is_disk_full(error):
             how = "free some space and go on with --resume"
             raise UserError(f"{path}: no space is left on the disk; {how}") from error
         raise
+
+
+def write_results_of(
+    sweep: Sweep, folder: SweepFolder, matched: Matched, search: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Writes `results.json`, which it returns, and the tables `runs.csv` and `variants.csv`."""
+    found = sweep_results(sweep, folder, matched, search)
+    folder.write_json("results.json", found)
+    write_tables(sweep, folder, matched, found)
+    return found
 
 
 def beforehand(document: dict[str, Any]) -> list[str]:
@@ -138,7 +154,7 @@ class Stage:
 
         def write_results() -> None:
             so_far = search_results(sweep, folder)
-            folder.write_json("results.json", sweep_results(sweep, folder, self.matched, so_far))
+            write_results_of(sweep, folder, self.matched, so_far)
 
         jobs = folder.search_jobs(sweep)
         later = len(folder.jobs(sweep))
@@ -158,8 +174,7 @@ class Stage:
         folder = self.folder
 
         def write_results() -> None:
-            found = sweep_results(sweep, folder, self.matched, search)
-            folder.write_json("results.json", found)
+            write_results_of(sweep, folder, self.matched, search)
 
         before = len(folder.search_jobs(sweep))
         self._work_on(
@@ -227,24 +242,26 @@ def _prepare(sweep: Sweep) -> None:
         prepared.append(key)
         data = text_data(variant.recipe, plan_of(variant.recipe))
         data.prepare()
-        if (metric in HELD_OUT or sweep.candidates) and not data.validation_bytes:
-            if metric not in HELD_OUT:
+        if (is_held_out(metric) or sweep.candidates) and not data.validation_bytes:
+            if not is_held_out(metric):
                 metric = METRIC
             why = f"{variant.name} cannot have it: {NOTHING_HELD_OUT}"
             raise UserError(f"sweep {sweep.name}: metric = {metric!r}: {why}")
 
 
-def _beginning(folder: SweepFolder, command: str) -> dict[str, str]:
-    """The time and the command that first began the sweep, which a resumption keeps."""
+def _beginning(folder: SweepFolder, command: str, per_gpu: int | None) -> dict[str, Any]:
+    """The time and the command that first began the sweep, which a resumption keeps, and the most runs of a GPU."""
+    most = max(per_gpu or 0, runs_per_gpu(folder)) or None
     try:
         before = read_object(folder.path / "sweep.json")
-        return {key: str(before[key]) for key in ("command", "started")}
+        began = {key: str(before[key]) for key in ("command", "started")}
     except (DocumentError, KeyError):
-        return {"command": command, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        began = {"command": command, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {**began, "per_gpu": most}
 
 
-def _pool(folder: SweepFolder, workers: int, ray: str | None) -> Pool:
-    """A Ray cluster if an address is given, else processes on this machine."""
+def _pool(folder: SweepFolder, workers: int, ray: str | None, gpus: list[str]) -> Pool:
+    """A Ray cluster if an address is given, else processes on this machine, one for each entry of `gpus` if any."""
     if ray is not None:
         return RayPool(ray)
 
@@ -252,4 +269,4 @@ def _pool(folder: SweepFolder, workers: int, ray: str | None) -> Pool:
         before = folder.status(job)
         folder.write_status(job, Status("running", None, before.seconds, process))
 
-    return LocalPool(workers, started)
+    return LocalPool(len(gpus) or workers, started, gpus)

@@ -1,24 +1,22 @@
 """Reads a sweep file and validates all of it, with every variant, before the first run."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from core.analysis.describe import unmet_requirements
 from core.assemble import build
 from core.contracts.errors import UserError, nearest
 from core.extension.registry import Registry
-from core.recipe.compose import Recipe, compose_variant, find_recipe, shipped_sweeps
+from core.recipe.compose import Recipe, compose_variant, find_recipe
 from core.recipe.key_paths import to_dict
 from core.recipe.resolve import Resolver
-from core.storage.documents import TOO_DEEP, read_yaml
-from core.study.combinations import as_text, combinations, suffix
+from core.study.combinations import as_text, combinations, first_repeated, suffix
 from core.study.expected import Expected, expected_deviation
+from core.study.left_out import LeftOut, rule_errors, rule_for
 from core.study.sweep_schema import LONGEST, SweepSchema, VariantSection
+from core.study.sweep_yaml import find_sweep, read_values
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,8 @@ class Variant:
         overrides: `KEY=VALUE` each, without the seed.
         candidate_of: the variant that searches, if this is one of the combinations that it tries; "" if not.
         searched: the values of a candidate by key path.
+        section: its name under `variants`, without what the grid adds.
+        point: its values of the grid by key path.
     """
 
     name: str
@@ -40,6 +40,8 @@ class Variant:
     overrides: tuple[str, ...]
     candidate_of: str = ""
     searched: Mapping[str, Any] = field(default_factory=dict)
+    section: str = ""
+    point: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Sweep:
         trust: whether files of runs that were made elsewhere may name modules, which then run.
         candidates: what the variants search, variant by variant; empty without a search.
         expected: the standard deviation of the paired differences that is expected; None: unknown.
+        left_out: points of the grid that are not run, each with the reason.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Sweep:
     trust: bool = False
     candidates: list[Variant] = field(default_factory=list)
     expected: Expected | None = None
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
 def read_sweep(
@@ -81,7 +85,7 @@ def read_sweep(
         UserError: the file or a variant is invalid; the message lists all errors.
     """
     file = find_sweep(path)
-    values = _read(file)
+    values = read_values(file)
     small = _smoke_values(values)
     full_size = _Reader(file, values, smoke=False, here=here, trust=trust)
     small_size = _Reader(file, {**values, **small}, smoke=True, here=here, trust=trust)
@@ -101,6 +105,7 @@ def read_sweep(
         trust,
         candidates=chosen.candidates,
         expected=chosen.expected,
+        left_out=chosen.left_out,
     )
 
 
@@ -139,7 +144,8 @@ class _Reader:
         schema: the valid keys, with `FILLER` in the place of the others.
         variants: the valid ones.
         rejected: names of the variants that cannot run.
-        count: the number of all variants, grid included.
+        count: the number of all variants, grid included, without those that a rule leaves out.
+        left_out: points of the grid that are not run.
     """
 
     FILLER: ClassVar[dict[str, Any]] = {"base": "", "seeds": [0], "variants": {}, "baseline": ""}
@@ -168,13 +174,14 @@ class _Reader:
         self.candidates: list[Variant] = []
         self.expected: Expected | None = None
         self.rejected: list[str] = []
-        points: list[tuple[str, VariantSection, dict[str, Any]]] = []
-        if "grid" not in self.invalid:
-            points = list(_points(self.schema))
+        self.rejected_sections: set[str] = set()
+        self.left_out: list[LeftOut] = []
+        points = self._points_to_run()
         self.count = len(points)
         for point in points:
-            self._read_variant(*point)
-        self._check_names([name for name, _, _ in points])
+            self._read_variant(point)
+        self._check_refused()
+        self._check_names([point.name for point in points])
         self._check_candidates()
         self._read_expected()
 
@@ -220,17 +227,51 @@ class _Reader:
             return False
         return True
 
-    def _read_variant(self, name: str, section: VariantSection, point: dict[str, Any]) -> None:
+    def _points_to_run(self) -> list["Point"]:
+        """Every variant with every combination of the grid, without those that a rule of `skip` leaves out."""
+        if "grid" in self.invalid:
+            return []
+        points = list(_points(self.schema))
+        if "skip" in self.invalid:
+            return points
+        if not self.smoke and not self.invalid & {"variants"}:
+            for key, why in rule_errors(self.schema):
+                self._add_error(f"{key}: {why}")
+        kept = []
+        for point in points:
+            rule = rule_for(self.schema.skip, point.section, point.values)
+            if rule is None:
+                kept.append(point)
+            else:
+                self.left_out.append(
+                    LeftOut(point.name, point.section, point.values, rule.reason, "rule")
+                )
+        if points and not kept:
+            self._add_error("skip: the rules leave out every point of the grid")
+        return kept
+
+    def _read_variant(self, point: "Point") -> None:
         """Composes a variant, builds it without memory, and checks that its components can run here."""
+        section = self.schema.variants[point.section]
+        name = point.name
         if not section.recipe and "base" in self.invalid:
             return
         try:
             _check_length(name)
             candidates = []
             for searched in combinations(section.search):
-                candidate = self._compose(name, section, {**point, **searched}, searched)
-                _check_length(candidate.name, "a name with the searched values")
-                build(candidate.recipe, device="meta")
+                try:
+                    candidate = self._compose(point, section, searched)
+                    _check_length(candidate.name, "a name with the searched values")
+                    build(candidate.recipe, device="meta")
+                except UserError as error:
+                    if not self.schema.skip_refused or not point.values:
+                        raise
+                    reason = f"its recipe is refused: {error}"
+                    self.left_out.append(
+                        LeftOut(name, point.section, point.values, reason, "refused")
+                    )
+                    return
                 if self.here and (reasons := unmet_requirements(candidate.recipe)):
                     raise UserError(f"cannot run here: {'; '.join(reasons)}")
                 candidates.append(candidate)
@@ -241,29 +282,37 @@ class _Reader:
                 self.candidates += candidates
         except UserError as error:
             self.rejected.append(name)
+            self.rejected_sections.add(point.section)
             shown = name if len(name) <= LONGEST else f"{name[:40]}..."
             self.errors.append(f"{shown}: {error}")
 
+    def _check_refused(self) -> None:
+        """Adds an error for a section of `variants` whose every point is refused: it holds a mistake."""
+        known = {variant.section for variant in self.variants} | self.rejected_sections
+        for one in self.left_out:
+            if one.by == "refused" and one.section not in known:
+                known.add(one.section)
+                why = f"every point of its grid is left out; {one.name}: {one.reason}"
+                self._add_error(f"{one.section}: {why}")
+
     def _compose(
         self,
-        name: str,
+        point: "Point",
         section: VariantSection,
-        point: dict[str, Any],
         searched: dict[str, Any],
     ) -> Variant:
         """The variant with one combination of what it searches, and its recipe for the first seed.
 
         Args:
-            name: the variant's.
+            point: the variant's name, and its overrides from the grid.
             section: its keys in the file.
-            point: its overrides from the grid and from the search.
-            searched: those from the search.
+            searched: its overrides from the search.
         """
         schema = self.schema
         source = section.recipe or schema.base
         beside = self.file.parent / source
         found = beside if beside.is_file() else find_recipe(source)
-        layers = {**schema.overrides, **section.overrides, **point}
+        layers = {**schema.overrides, **section.overrides, **point.values, **searched}
         overrides = [f"{key}={as_text(value)}" for key, value in layers.items()]
         overrides += [f"budget.{key}={as_text(value)}" for key, value in schema.budget.items()]
         seed = 0 if "seeds" in self.invalid else schema.seeds[0]
@@ -271,28 +320,39 @@ class _Reader:
         recipe = compose_variant(
             found, overrides_and_seed, self.file, smoke=self.smoke, trust=self.trust
         )
-        candidate = name + suffix(searched)
-        variant = Variant(candidate, recipe, str(found), tuple(overrides))
-        return replace(variant, candidate_of=name, searched=searched)
+        return Variant(
+            point.name + suffix(searched),
+            recipe,
+            str(found),
+            tuple(overrides),
+            candidate_of=point.name,
+            searched=searched,
+            section=point.section,
+            point=point.values,
+        )
 
     def _check_names(self, names: list[str]) -> None:
         """Adds an error for a variant's name that occurs twice, and for keys that name no variant."""
-        twice = _first_repeated(names)
+        twice = first_repeated(names)
         if twice is not None:
             how = "give one of them another name"
             self._add_error(f"two variants of the grid are named {twice!r}; {how}")
         if "match" not in self.invalid:
+            left_out_names = {one.name for one in self.left_out}
             for name in self.schema.match.exempt:
-                if self._is_unknown(name, names):
+                if name not in left_out_names and self._is_unknown(name, names):
                     known = nearest(name, names)
                     self._add_error(f"match.exempt: no variant is named {name!r}; {known}")
         name = self.schema.baseline
-        if "baseline" not in self.invalid and self._is_unknown(name, names):
+        left_out = {one.name: one.reason for one in self.left_out}
+        if "baseline" not in self.invalid and name in left_out:
+            self._add_error(f"baseline = {name!r}: is left out: {left_out[name]}")
+        elif "baseline" not in self.invalid and self._is_unknown(name, names):
             self._add_error(f"baseline = {name!r}: no such variant; {nearest(name, names)}")
 
     def _check_candidates(self) -> None:
         """Adds an error for two values that would be searched in one folder."""
-        twice = _first_repeated([candidate.name for candidate in self.candidates])
+        twice = first_repeated([candidate.name for candidate in self.candidates])
         if twice is not None:
             how = "search values whose names differ in letters, digits, _ - or ."
             self._add_error(f"two values that are searched are named {twice!r}; {how}")
@@ -311,79 +371,26 @@ def _check_length(name: str, what: str = "a name") -> None:
         raise UserError(f"{what} of {length} bytes cannot name a folder: at most {LONGEST}")
 
 
-def _first_repeated(names: list[str]) -> str | None:
-    """The first name that occurs twice."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+@dataclass(frozen=True)
+class Point:
+    """A variant with one combination of the grid.
 
-
-def find_sweep(path: str | Path) -> Path:
-    """The file of a sweep given by path or shipped name."""
-    file = Path(path)
-    shipped = shipped_sweeps()
-    if file.is_file():
-        return file
-    name = str(path).removesuffix(".yaml").removeprefix("recipes/").removeprefix("sweeps/")
-    if name not in shipped:
-        raise UserError(f"{str(path) or repr('')}: no such sweep; {nearest(name, shipped)}")
-    return shipped[name]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The values of a sweep file by key."""
-    try:
-        values = yaml.load(read_yaml(file, SweepSchema.__dataclass_fields__), Loader=_UniqueKeys)
-    except RecursionError as cause:
-        raise UserError(f"{file}: {TOO_DEEP}") from cause
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as cause:
-        raise UserError(f"{file}: cannot be read: {' '.join(str(cause).split())}") from cause
-    if not isinstance(values, dict):
-        known = ", ".join(SweepSchema.__dataclass_fields__)
-        raise UserError(f"{file}: must be a section of keys: {known}")
-    return {str(key): value for key, value in values.items()}
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Rejects a key that occurs twice in a section: YAML would silently drop the first variant of that name.
-
-    A key is kept as it is written (`no`, `1e-3`); the value 1e-3 is a number, as in a recipe.
+    Args:
+        name: the variant's name with the grid's values.
+        section: the name under `variants`.
+        values: those of the grid by key path.
     """
 
-
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    """Builds a section whose keys are text, each of them once."""
-    loader.flatten_mapping(node)
-    keys = [str(key.value) if isinstance(key, yaml.ScalarNode) else "" for key, _ in node.value]
-    error = None
-    if "" in keys:
-        error = "a key must be a name"
-    elif (twice := _first_repeated(keys)) is not None:
-        error = f"the key {twice!r} occurs twice"
-    if error is not None:
-        raise yaml.constructor.ConstructorError(None, None, error, node.start_mark)
-    section = {}
-    for key, (_, value) in zip(keys, node.value, strict=True):
-        section[key] = loader.construct_object(value, deep=True)  # type: ignore[no-untyped-call]
-    return section
+    name: str
+    section: str
+    values: dict[str, Any]
 
 
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_UniqueKeys.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _points(schema: SweepSchema) -> Iterator[tuple[str, VariantSection, dict[str, Any]]]:
+def _points(schema: SweepSchema) -> Iterator[Point]:
     """Every variant with every combination of the grid; the name says what varies."""
-    for name, section in schema.variants.items():
-        for point in combinations(schema.grid):
-            yield name + suffix(point), section, point
+    for name in schema.variants:
+        for values in combinations(schema.grid):
+            yield Point(name + suffix(values), name, values)
 
 
 def chosen_of(candidate: Variant, name: str) -> Variant:

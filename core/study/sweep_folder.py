@@ -236,7 +236,10 @@ def describe_file(sweep: Sweep) -> dict[str, Any]:
     keys: dict[str, Any] = to_dict(sweep.schema)
     keys.pop("smoke")
     keys.pop("expected_sd")  # it changes no run
-    if not sweep.candidates:  # as in folders that an earlier version began
+    for key in ("skip", "skip_refused"):  # as in folders that an earlier version began
+        if not keys[key]:
+            keys.pop(key)
+    if not sweep.candidates:
         keys.pop("search")
         for section in keys["variants"].values():
             section.pop("search")

@@ -44,6 +44,16 @@ METRICS = (
 """The numbers in summary.json."""
 
 
+AVERAGED = ("val_loss", "val_bits_per_byte")
+"""The numbers in summary.json that averaged weights have too, as `<average>/val_loss`."""
+
+
+def average_of(metric: str) -> str:
+    """The name of the averaged weights that a metric is about (`ema` in `ema/val_loss`); "" for the weights."""
+    name, _, value = metric.rpartition("/")
+    return name if value in AVERAGED else ""
+
+
 @dataclass(kw_only=True)
 class VariantSection:
     """One variant: a recipe, or the base, with something changed."""
@@ -62,6 +72,17 @@ class SearchSection:
     seeds: list[int] = setting(
         [], doc="one run of every value for each; none of them may be among the sweep's seeds"
     )
+
+
+@dataclass(kw_only=True)
+class SkipSection:
+    """A rule that leaves out points of the grid."""
+
+    when: dict[str, Any] = setting(
+        doc="KEY.PATH: VALUE, or a list of values; a point that has all of them is left out"
+    )
+    variants: list[str] = setting([], doc="the variants that the rule is about; empty: all")
+    reason: str = setting(doc="why such a point cannot be run, or need not be; it is printed")
 
 
 @dataclass(kw_only=True)
@@ -99,6 +120,10 @@ class SweepSchema:
     variants: dict[str, VariantSection] = setting(doc="what is compared, by name")
     grid: dict[str, list[Any]] = setting(
         {}, doc="KEY.PATH: [values]; every variant with every combination"
+    )
+    skip: list[SkipSection] = setting([], doc="rules that leave out points of the grid")
+    skip_refused: bool = setting(
+        False, doc="whether points of the grid are left out whose recipe its own checks refuse"
     )
     baseline: str = setting(doc="the variant that all others are compared with")
     metric: str = setting("val_bits_per_byte", doc="a key of summary.json")
@@ -146,7 +171,7 @@ class SweepSchema:
 
     def _name_errors(self) -> Iterator[ConfigError]:
         """Errors of the metric's name, and of the keys under `smoke`."""
-        if self.metric not in METRICS:
+        if self.metric not in METRICS and not average_of(self.metric):
             yield ConfigError("metric", f"no run logs it; {nearest(self.metric, METRICS)}")
         known = set(self.__dataclass_fields__) - {"smoke"}
         for key in self.smoke:
@@ -184,7 +209,9 @@ class SweepSchema:
             why = f"seeds: {both[0]} is also among the sweep's `seeds`, which must be new to the search"
             yield ConfigError("search", why)
         for name in searching:
-            if reason := _wrong_search(self.variants[name], [*self.overrides, *self.grid]):
+            everywhere = dict.fromkeys(self.overrides, "`overrides`")
+            everywhere |= dict.fromkeys(self.grid, "`grid`")
+            if reason := _wrong_search(self.variants[name], everywhere):
                 yield ConfigError("variants", f"{name}: {reason}")
         counts = {name: count_points(section) for name, section in self.variants.items()}
         is_empty = any(counts[name] == 0 for name in searching)  # an error of its own
@@ -201,19 +228,24 @@ def count_points(section: VariantSection) -> int:
     return prod(len(values) for values in section.search.values())
 
 
-def _wrong_search(section: VariantSection, elsewhere: Iterable[str]) -> str | None:
+def _wrong_search(section: VariantSection, elsewhere: Mapping[str, str]) -> str | None:
     """The reason why a variant cannot search its values; None if there is none.
 
     Args:
         section: the variant's.
-        elsewhere: keys that the sweep sets for every variant.
+        elsewhere: keys that the sweep sets for every variant, with the section of the file that sets them.
     """
-    taken = {*section.overrides, *elsewhere}
+    taken = {**elsewhere, **dict.fromkeys(section.overrides, "its `overrides`")}
+    searched = list(section.search)
     for key, values in section.search.items():
         if not values:
             return f"search.{key} must have at least one value"
         if key in taken:
             return f"search.{key} is also set by `overrides` or `grid`"
+        for inner, where in {**taken, **dict.fromkeys(searched, "its `search`")}.items():
+            if inner.startswith(f"{key}."):
+                why = f"{inner}, a key inside it, is set by {where}"
+                return f"search.{key} gives the whole section, and {why}: give one of them"
         if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
             if any(value in values[:index] for index, value in enumerate(values)):
                 return f"search.{key} has a value twice"

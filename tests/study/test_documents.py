@@ -8,9 +8,10 @@ from lab import ROOT
 from repository.documents import blocks, first_cells, section
 
 from core.recipe.compose import shipped_sweeps
+from core.study.csv_tables import RUN_COLUMNS, VARIANT_COLUMNS
 from core.study.matching import match
 from core.study.sweep_file import read_sweep
-from core.study.sweep_schema import MatchSection, SweepSchema, VariantSection
+from core.study.sweep_schema import MatchSection, SkipSection, SweepSchema, VariantSection
 
 PAGE = ROOT / "docs" / "sweeps.md"
 
@@ -22,7 +23,16 @@ def keys(schema: type) -> set[str]:
 
 def test_every_key_is_documented_and_no_other() -> None:
     assert first_cells(section(PAGE, "## The file")) == keys(SweepSchema) | keys(VariantSection)
+    assert first_cells(section(PAGE, "## Points that are left out")) == keys(SkipSection)
     assert first_cells(section(PAGE, "## What is held equal")) == keys(MatchSection)
+
+
+def test_every_column_of_the_tables_is_documented_with_its_unit() -> None:
+    documented: list[str] = []
+    for line in section(PAGE, "## Tables").splitlines():
+        if line.startswith("| `"):
+            documented += line.split("|")[1].replace("`", "").replace(",", " ").split()
+    assert documented == [*RUN_COLUMNS, *VARIANT_COLUMNS]
 
 
 def test_what_can_be_allowed_is_listed() -> None:

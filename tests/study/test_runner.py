@@ -97,7 +97,8 @@ def test_a_run_that_diverged_is_failed_and_again_after_a_resume(
 
 def test_results_are_what_the_runs_measured(crashed: Path) -> None:
     results = read(crashed / "results.json")
-    assert set(results) == {"metric", "baseline", "rows", "warnings"}
+    documents = {"metric", "baseline", "rows", "left_out", "factors", "warnings"}
+    assert set(results) == documents
     assert (results["metric"], results["baseline"]) == ("val_bits_per_byte", "bias")
     rows = {row["variant"]: row for row in results["rows"]}
     assert list(rows) == ["bias", "none", "crash"]
