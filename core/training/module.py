@@ -111,6 +111,7 @@ class TrainingModule(L.LightningModule):
         self.averages_validated: dict[str, float] = {}
         self.validation_pending = False
         self.pending_step: int | None = None
+        self.ended_early: str | None = None
         self._interval: int | float | None = None
         self.ledger = Ledger.of(model)
         self.source_names = tuple(source_bytes or ())
