@@ -108,7 +108,7 @@ def test_mistakes_are_found_in_the_recipe(lab: Lab, overrides: list[str], words:
     [
         ("Timr", "{}", ["no class 'Timr'", "Timer"]),
         ("Timer", "{duraton: 1}", ["no argument 'duraton'", "duration"]),
-        ("LearningRateMonitor", "{logging_interval: never}", ["arguments", "never"]),
+        ("LearningRateMonitor", "{logging_interval: never}", ["arguments", "logging_interval"]),
         ("GradientAccumulationScheduler", "{scheduling: {0: 2}}", ["batch.accumulate"]),
         ("StochasticWeightAveraging", "{swa_lrs: 0.1}", ["ema"]),
         ("ModelCheckpoint", "{}", ["checkpoint"]),
