@@ -77,7 +77,7 @@ class StopWithoutImprovement(L.Callback):
             self.waited = 0
         else:
             self.waited += 1
-        return self.waited >= self.patience
+        return bool(self.waited >= self.patience)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value, the validations since, and why the run ended."""
