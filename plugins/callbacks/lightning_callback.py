@@ -148,7 +148,7 @@ def make_callback(callback: str, arguments: Mapping[str, Any]) -> "Callback":
     """Makes a callback.
 
     Raises:
-        ConfigError: what `checked_class` finds, or the class refuses a value.
+        ConfigError: what `checked_class` finds, or the class does not take a value.
     """
     cls = checked_class(callback, arguments)
     try:
