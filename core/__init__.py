@@ -1,7 +1,8 @@
 """moeloom: a laboratory for DeepSeek-V3-style language models.
 
 `core.compose(path, overrides)` returns a validated recipe, `core.build(recipe)` its model, and
-`core.load(run_or_checkpoint)` a trained one, `core.load_tokenizer(run_or_checkpoint)` its tokenizer, and
+`core.load(run_or_checkpoint)` a trained one, `core.load_tokenizer(run_or_checkpoint)` its tokenizer,
+`core.load_run(run_or_checkpoint)` both, and
 `core.complete(model, prompts)` continues texts. Nothing heavy is imported until one of them is used.
 
 `import moeloom` gives the same functions, and also `moeloom.fit`, which trains a recipe, and `moeloom.describe`.
@@ -10,13 +11,14 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["build", "complete", "compose", "load", "load_tokenizer"]
+__all__ = ["build", "complete", "compose", "load", "load_run", "load_tokenizer"]
 
 _MODULES = {
     "build": "core.assemble",
     "complete": "core.generation.completion",
     "compose": "core.recipe.compose",
     "load": "core.run.loading",
+    "load_run": "core.run.loaded",
     "load_tokenizer": "core.run.loading",
 }
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from core.assemble import build
     from core.generation.completion import complete
     from core.recipe.compose import compose
+    from core.run.loaded import load_run
     from core.run.loading import load, load_tokenizer
     from core.run.training import fit
     from core.training.run_folder import RunFolder
@@ -31,6 +32,7 @@ __all__ = [
     "describe",
     "fit",
     "load",
+    "load_run",
     "load_tokenizer",
 ]
 
@@ -43,6 +45,7 @@ _DEFINITIONS = {
     "describe": "core.analysis.describe:document_of",
     "fit": "core.run.training:fit",
     "load": "core.run.loading:load",
+    "load_run": "core.run.loaded:load_run",
     "load_tokenizer": "core.run.loading:load_tokenizer",
 }
 """The module and the name under which each public name is defined."""

@@ -22,6 +22,14 @@ SUMMARIES = {
     "ffn": "two matrices with a ReLU between them.",
     "loss_head": "next-token prediction with smoothed labels.",
     "precision": "everything in fp32.",
+    "residual": "a stream to which outputs are added with a factor.",
+    "dispatcher": "rows that move within one device.",
+    "optimizer": "stochastic gradient descent with momentum.",
+    "corpus": "made-up words.",
+    "strategy": "one process on one device.",
+    "callback": "a file of the largest weights.",
+    "logger": "a file with a line of JSON for each row.",
+    "checkpoint_format": "dense transformers with plain names.",
 }
 RECIPES = {
     "router": "model: {blocks: {moe: {ffn: {router: {name: $name, top_k: 4}}}}}",
@@ -34,7 +42,19 @@ model:
     "ffn": "model: {blocks: {dense: {ffn: {name: $name, hidden: 768}}}}",
     "loss_head": "model: {heads: {next_token: {name: $name, smoothing: 0.1}}}",
     "precision": "precision: {name: $name}",
+    "residual": "model: {residual: {name: $name, scale: 0.5}}",
+    "dispatcher": "model: {blocks: {moe: {ffn: {dispatcher: {name: $name}}}}}",
+    "optimizer": "optimizer: {name: $name, lr: 0.03}",
+    "corpus": "data: {corpus: {name: $name}}",
+    "strategy": "strategy: {name: $name}",
+    "callback": "callbacks: [{name: $name, every_steps: 100}]",
+    "logger": "loggers: [{name: csv}, {name: $name}]",
+    "checkpoint_format": """\
+# A recipe names no format: with `plugins` above, `convert` knows it for runs of this recipe. It can write a run whose
+# model `config_of` accepts: one block group of mha and swiglu, and next_token as the only head.""",
 }
+OWN_TESTS = frozenset({"checkpoint_format"})
+"""Slots whose component no recipe names, so that their package has another test than the others."""
 FILES = {
     "pyproject.toml": "pyproject.toml.txt",
     "README.md": "README.md.txt",
@@ -180,6 +200,8 @@ def _texts(slot: str, name: str) -> list[tuple[str, str]]:
     words = _words(slot, name)
     texts = []
     for path, template in FILES.items():
+        if template == "test.py.txt" and slot in OWN_TESTS:
+            template = f"{slot}_test.py.txt"
         text = _read(Template(template).substitute(words))
         texts.append((Template(path).substitute(words), Template(text).substitute(words)))
     return texts

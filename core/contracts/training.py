@@ -137,6 +137,9 @@ class WeightAverage:
 class CallbackFactory(Component, ABC):
     """Makes a Lightning callback for a run folder.
 
+    A callback may end the run by setting `trainer.should_stop`, on every rank alike: the run then saves a checkpoint
+    and writes its summary. Its attribute `end_reason`, a sentence or None, says why in the summary's notices.
+
     Class attributes:
         average: the name of the averaged weights that its callback keeps as its attribute `average`, a
             `WeightAverage`; None: it keeps none.

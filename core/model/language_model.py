@@ -214,7 +214,16 @@ class LanguageModel(nn.Module):
             )
 
     def forward(self, context: SequenceContext) -> Losses:
-        """The losses of one micro-batch, before coefficients and denominators of the window."""
+        """The losses of one micro-batch, before coefficients and denominators of the window.
+
+        Raises:
+            TypeError: the argument is a tensor of token ids, for which there is `logits`.
+        """
+        if isinstance(context, Tensor):
+            raise TypeError(
+                "a model is called with a SequenceContext and returns losses: for token ids call model.logits(ids), "
+                "with ids of the shape batch x length, or core.complete(model, prompts)"
+            )
         wanted = {index for _, head in self.loss_heads() for index in head.reads_blocks}
         states = self.states(context, blocks=wanted)
         records = states.records

@@ -32,6 +32,8 @@ from core.run.summary import divergence, summarise
 from core.storage.files import is_disk_full
 from core.training.averages import Averages, averages_of
 from core.training.continued import Continued
+from core.training.early_end import why_ended
+from core.training.hyper_parameters import HyperParameters
 from core.training.launchers import Launch, launch_of
 from core.training.machine import code_version
 from core.training.module import TrainingModule
@@ -335,6 +337,7 @@ def _train(
         steps=module.plan.steps,
         loggers=loggers,
         callbacks=[
+            HyperParameters(recipe.to_dict()),
             own.throughput,
             own.loads,
             *callbacks,
@@ -357,6 +360,7 @@ def _train(
             raise UserError(
                 f"{start.path}: the run cannot continue from it: {why[:300]}"
             ) from cause
+    module.ended_early = why_ended(module.windows_done, module.plan.steps, callbacks)
     return own, sample
 
 
@@ -383,6 +387,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Writes the results of the run; the summary last, because its presence makes the run complete."""
     callbacks.loads.write()
+    if module.ended_early:
+        notices = [*notices, module.ended_early]
     diverged = divergence(module, sample.error, sample.weight_not_finite)
     if diverged:
         notices = [*notices, diverged]

@@ -123,6 +123,7 @@ class TrainingModule(L.LightningModule):
         self.same_threads = True
         self.validation_pending = False
         self.pending_step: int | None = None
+        self.ended_early: str | None = None
         self._interval: int | float | None = None
         self.ledger = Ledger.of(model)
         self.source_names = tuple(source_bytes or ())

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
@@ -90,8 +91,26 @@ class ResumableCSV(CSVLogger):
         """Logs nothing: the run folder holds the whole recipe."""
 
 
+HPARAM_METRICS = ("val_loss", "val_bits_per_byte")
+"""The scalars that TensorBoard's tab of hyper-parameters shows beside them."""
+
+
 class ResumableTensorBoard(TensorBoardLogger):
     """Lightning's TensorBoard logger, which keeps events in memory for up to two minutes; `save()` writes them out."""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
+        """Writes the hyper-parameters, with the names of the scalars that are their results.
+
+        Lightning would also write a value of each metric at step 0, where nothing has been validated.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {}
+        for name, value in dict(params).items():
+            values[name] = value if isinstance(value, bool | int | float | str) else str(value)
+        for summary in hparams(values, dict.fromkeys(HPARAM_METRICS, 0.0)):
+            self.experiment._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 
     def save(self) -> None:
         """Writes everything to disk."""

@@ -18,10 +18,13 @@ from lab import ROOT, Lab, forked, run_command_here
 from tiers import first_by_default
 
 from core import contracts
-from core.authoring.skeleton import FILES, RECIPES
+from core.authoring.skeleton import FILES, OWN_TESTS, RECIPES, SUMMARIES
 from core.contracts.router import CAPABILITIES
 from core.extension.loader import installed_registry
 from core.extension.registry import SLOTS
+from core.recipe.compose import compose
+from core.run.training import fit
+from core.training.run_folder import RunFolder
 
 OFFER = f"""
     from core.extension.hookspec import hookimpl
@@ -301,26 +304,56 @@ def test_a_new_package_passes_its_own_tests_and_the_kit(
     assert result.code == 0, result.out + result.err
     passed = re.search(r"(\d+) passed", result.out)
     assert passed
-    assert int(passed[1]) > 2 + 5  # its own tests, and the kit's
+    assert int(passed[1]) > 2  # its own tests, and the kit's
 
 
 @pytest.mark.full
-def test_a_new_package_trains(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new(lab, "router", "my_router", tmp_path / "mine")
+@pytest.mark.parametrize("slot", RECIPES)
+def test_a_new_package_and_a_new_file_train_the_same_two_steps(
+    slot: str, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"my_{slot}"
+    new(lab, slot, name, tmp_path / "mine")
+    file = tmp_path / "mine" / f"{name}.py"
+    assert lab.command("catalog", "new", slot, name, file).code == 0
     monkeypatch.syspath_prepend(tmp_path / "mine")
-    override = "model.blocks.moe.ffn.router={name: my_router, top_k: 2}"
-    result = lab.command(
-        "fit",
-        lab.file,
-        "plugins=[my_router]",
-        override,
-        "budget.steps=2",
-        "--out",
-        tmp_path / "run",
+    recipe = tmp_path / "mine" / f"{name}.yaml"
+    text = recipe.read_text()
+    (tmp_path / "mine" / "one.yaml").write_text(text.replace(f"[{name}]", f"[./{name}.py]"))
+    corpus = f"data.corpus={{name: files, paths: [{ROOT}/docs/*.md]}}"
+    overrides = [] if slot == "corpus" else [corpus]
+    losses = []
+    for each in (recipe, tmp_path / "mine" / "one.yaml"):
+        composed = compose(each, overrides, smoke=True)
+        folder = RunFolder(tmp_path / "runs" / each.stem)
+        summary = fit(composed, folder, say=lambda _: None)
+        assert summary["steps"] == 2
+        losses.append(summary["val_loss"])
+        used = json.loads((folder.path / "provenance.json").read_text())
+        if slot not in OWN_TESTS:
+            assert name in json.dumps(used)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("slot", RECIPES)
+def test_a_new_file_passes_the_kit(slot: str, lab: Lab, tmp_path: Path) -> None:
+    file = tmp_path / "part.py"
+    assert lab.command("catalog", "new", slot, "mine", file).code == 0
+    installed = any(
+        point.value == "core.testing.plugin" for point in entry_points(group="pytest11")
     )
-    assert result.code == 0, result.err
-    used = json.loads((tmp_path / "run" / "provenance.json").read_text())
-    assert "my_router" in json.dumps(used)
+    kit = [] if installed else ["-p", "core.testing.plugin"]
+
+    def work() -> None:
+        os.chdir(tmp_path)
+        raise SystemExit(
+            pytest.main(["-q", "-p", "no:cacheprovider", *kit, "--moeloom-plugin", "part.py"])
+        )
+
+    result = forked(work)
+    assert result.code == 0, result.out + result.err
+    assert re.search(r"\d+ passed", result.out)
 
 
 def test_a_name_that_the_module_needs_for_something_else_gets_its_slots_behind_it(
@@ -335,10 +368,6 @@ def test_a_name_that_the_module_needs_for_something_else_gets_its_slots_behind_i
 
 IMPOSSIBLE = {
     ("ruoter", "mine"): "there is no slot 'ruoter'; did you mean router? known: ",
-    (
-        "corpus",
-        "mine",
-    ): "there is no skeleton for corpus, only for router, balancer, attention, ffn, loss_head, precision; ",
     (
         "router",
         "my-router",
@@ -405,8 +434,9 @@ def test_an_empty_folder_is_good_enough(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_there_are_skeletons_for_real_slots_only() -> None:
-    assert set(RECIPES) <= set(SLOTS)
+    assert set(RECIPES) == set(SUMMARIES) == set(SLOTS)
     texts = {file.name for file in (ROOT / "core/authoring/skeletons").iterdir()}
     common = {text for text in FILES.values() if "$" not in text}
     of_one_file = {"registration.txt"}
-    assert texts == common | of_one_file | {f"{slot}.py.txt" for slot in RECIPES}
+    of_slots = {f"{slot}.py.txt" for slot in RECIPES}
+    assert texts == common | of_one_file | of_slots | {f"{slot}_test.py.txt" for slot in OWN_TESTS}
