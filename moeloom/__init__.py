@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from core.analysis.describe import document_of as describe
     from core.assemble import build
     from core.generation.completion import complete
+    from core.model.trace import trace
     from core.recipe.compose import compose
     from core.run.loading import load, load_tokenizer
     from core.run.training import fit
@@ -32,6 +33,7 @@ __all__ = [
     "fit",
     "load",
     "load_tokenizer",
+    "trace",
 ]
 
 _DEFINITIONS = {
@@ -44,6 +46,7 @@ _DEFINITIONS = {
     "fit": "core.run.training:fit",
     "load": "core.run.loading:load",
     "load_tokenizer": "core.run.loading:load_tokenizer",
+    "trace": "core.model.trace:trace",
 }
 """The module and the name under which each public name is defined."""
 
