@@ -2,7 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
-  const shown = { document: data, layer: 0, expert: null };
+  const shown = { document: data, layer: 0, expert: null, only: false };
 
   const make = (tag, text = "", name = "") => {
     const element = document.createElement(tag);
@@ -12,8 +12,7 @@
   };
   const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)}%`;
   const whole = (value) => value.toLocaleString("en");
-  const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const hue = (expert) => `hsl(${(expert * 137.508) % 360} 70% var(--text-light))`;
+  const hue = (expert) => `oklch(var(--text-light) 0.1 ${((expert * 137.508) % 360).toFixed(1)})`;
   const visible = (token) => token.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
   const label = (path) => {
     const block = path.match(/^blocks\.(\d+)$/);
@@ -99,8 +98,8 @@
   };
 
   const mark = () => {
-    byId("text").classList.toggle("one", shown.expert !== null);
-    byId("all").hidden = shown.expert === null;
+    byId("text").classList.toggle("one", shown.only);
+    byId("all").hidden = !shown.only;
     for (const span of byId("text").children) span.classList.toggle("own", Number(span.dataset.expert) === shown.expert);
     for (const cell of byId("map").querySelectorAll(".cell")) {
       cell.setAttribute("aria-pressed", String(Number(cell.dataset.layer) === shown.layer && Number(cell.dataset.expert) === shown.expert));
@@ -111,8 +110,8 @@
     const expert = event.target.dataset.expert;
     if (expert !== undefined) choose(shown.layer, Number(expert));
   });
-  byId("all").addEventListener("click", () => { shown.expert = null; mark(); });
-  byId("layer").addEventListener("change", (event) => choose(Number(event.target.value), shown.expert));
+  byId("all").addEventListener("click", () => { shown.only = false; mark(); });
+  byId("layer").addEventListener("change", (event) => choose(Number(event.target.value), shown.expert, shown.only));
 
   // ---- one expert ----
 
@@ -162,10 +161,10 @@
       box.append(make("h3", "Where it is first"));
       const places = make("div", "", "places");
       for (const place of expert.contexts) {
-        const line = make("p", visible(place.before));
+        const line = make("p", place.before.replaceAll("\n", "⏎"));
         const token = make("mark", visible(place.token));
         token.style.background = hue(shown.expert);
-        line.append(token, visible(place.after));
+        line.append(token, place.after.replaceAll("\n", "⏎"));
         places.append(line);
       }
       box.append(places);
@@ -178,7 +177,7 @@
         [make("td", name), number(percent(expert.by_source[s] / Math.max(1, expert.load))), number(percent(layer.by_source[s] / Math.max(1, layer.assignments)))])));
     }
   };
-  const hueStrong = (expert) => `hsl(${(expert * 137.508) % 360} 60% ${dark.matches ? 60 : 45}%)`;
+  const hueStrong = (expert) => `oklch(0.62 0.15 ${((expert * 137.508) % 360).toFixed(1)})`;
 
   const drawTogether = (box, layer, expert) => {
     if (!expert.together.length) return;
@@ -192,8 +191,9 @@
     })));
   };
 
-  const choose = (layer, expert) => {
+  const choose = (layer, expert, only = true) => {
     const other = layer !== shown.layer;
+    shown.only = only;
     shown.layer = layer;
     shown.expert = expert;
     byId("layer").value = String(layer);
