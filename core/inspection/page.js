@@ -4,6 +4,17 @@
   const byId = (id) => document.getElementById(id);
   const shown = { document: data, layer: 0, expert: null, only: false };
 
+  const unpacked = (layer, [load, by_source, [entropy_bits, divergence_bits, chance_bits], tokens, together, contexts]) => ({
+    load, by_source, entropy_bits, divergence_bits, chance_bits,
+    share: load / Math.max(1, layer.assignments),
+    tokens: tokens.map(([text, z, count, share_of_token]) => ({ text, z, count, share_of_token })),
+    together: together.map(([expert, count, expected]) => ({ expert, count, expected })),
+    contexts: contexts.map(([before, token, after]) => ({ before, token, after })),
+  });
+  for (const one of data.beside ? [data, data.beside] : [data]) {
+    for (const layer of one.layers) layer.experts = layer.experts.map((expert) => unpacked(layer, expert));
+  }
+
   const make = (tag, text = "", name = "") => {
     const element = document.createElement(tag);
     element.textContent = text;
@@ -208,11 +219,7 @@
     byId("moved-section").hidden = false;
     if (!data.moved.length) { byId("moved").textContent = "The two have no layer with equally many experts in common."; return; }
     const rows = data.moved.map((layer) => {
-      const far = layer.experts.map((expert, e) => [expert.first - expert.stayed, e]).sort((a, b) => b[0] - a[0]).slice(0, 3);
-      const words = far.filter(([n]) => n).map(([n, e]) => {
-        const to = layer.experts[e].went_to[0];
-        return `${e}: ${whole(n)} left, most to ${to[0]}`;
-      });
+      const words = layer.left.map(([expert, count, to]) => `${expert}: ${whole(count)} left, most to ${to}`);
       return [make("td", label(layer.path)), number(percent(layer.stayed / Math.max(1, layer.first))), bar(layer.stayed / Math.max(1, layer.first)), make("td", words.join("; ") || "none")];
     });
     byId("moved").append(table(["layer", "#stayed", "", "experts that tokens left most"], rows));

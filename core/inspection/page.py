@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from core.contracts.errors import UserError
+from core.inspection.document import Sizes
 from core.storage.files import write_text
 
 LARGEST = 3_000_000
 """Bytes of a page; of models with very many experts it shows fewer tokens and contexts of each."""
+
+SIZES = (
+    Sizes(),
+    Sizes(tokens=8, contexts=1, partners=2, text=1500),
+    Sizes(tokens=3, contexts=0, partners=1, text=500),
+    Sizes(tokens=1, contexts=0, partners=0, text=200),
+)
+"""What a page shows at most; the first that fits is taken."""
 
 
 def write(document: dict[str, Any], file: Path) -> int:
@@ -30,10 +39,11 @@ def render(document: dict[str, Any]) -> str:
     """The page of a document as text, of at most `LARGEST` bytes."""
     page = _own("page.html")
     page = page.replace("/*STYLE*/", _own("page.css")).replace("/*SCRIPT*/", _own("page.js"))
-    for tokens, contexts, partners, reading in ((16, 4, 8, 3000), (8, 1, 4, 1500), (3, 0, 2, 500)):
-        small = _cut(document, tokens, contexts, partners, reading)
+    for size in SIZES:
+        small = _cut(document, size)
         if "beside" in document:
-            small["beside"] = _cut(document["beside"], tokens, contexts, partners, reading)
+            small["beside"] = _cut(document["beside"], size)
+            small["moved"] = list(map(_most_moved, document["moved"]))
         text = page.replace("/*DATA*/", _embedded(small))
         text = text.encode("utf-8", "replace").decode("utf-8")
         if len(text.encode("utf-8")) <= LARGEST:
@@ -41,35 +51,44 @@ def render(document: dict[str, Any]) -> str:
     return text
 
 
-def _cut(
-    document: dict[str, Any], tokens: int, contexts: int, partners: int, reading: int
-) -> dict[str, Any]:
-    """A document with shorter lists."""
+def _cut(document: dict[str, Any], size: Sizes) -> dict[str, Any]:
+    """A document in the form that the page's script reads: shorter lists, and no names in them."""
     layers = []
     for layer in document["layers"]:
-        experts = []
-        for expert in layer["experts"]:
-            short = dict(expert)
-            short["tokens"] = [_short(token) for token in expert["tokens"][:tokens]]
-            short["contexts"] = expert["contexts"][:contexts]
-            together = expert["together"]
-            half = partners // 2
-            if len(together) > partners:
-                together = together[:half] + together[len(together) - half :]
-            short["together"] = [_short(pair) for pair in together]
-            experts.append(_short(short))
-        layers.append({**layer, "experts": experts})
-    first = {path: ids[:reading] for path, ids in document["reading"]["first"].items()}
-    read = {"tokens": document["reading"]["tokens"][:reading], "first": first}
+        layers.append({**layer, "experts": [_expert(one, size) for one in layer["experts"]]})
+    reading = document["reading"]
+    first = {path: experts[: size.text] for path, experts in reading["first"].items()}
+    read = {"tokens": reading["tokens"][: size.text], "first": first}
     return {**document, "layers": layers, "reading": read}
 
 
-def _short(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with four decimals, without what the page does not show."""
-    found = {}
-    for key, value in values.items():
-        found[key] = round(value, 4) if isinstance(value, float) else value
-    return found
+def _expert(expert: dict[str, Any], size: Sizes) -> list[Any]:
+    """An expert as `unpacked` of the page's script reads it."""
+    tokens = []
+    for token in expert["tokens"][: size.tokens]:
+        share = round(token["share_of_token"], 3)
+        tokens.append([token["text"], round(token["z"], 1), token["count"], share])
+    together = expert["together"]
+    if len(together) > 2 * size.partners:
+        together = together[: size.partners] + together[len(together) - size.partners :]
+    return [
+        expert["load"],
+        expert["by_source"],
+        [round(expert[f"{name}_bits"], 2) for name in ("entropy", "divergence", "chance")],
+        tokens,
+        [[one["expert"], one["count"], round(one["expected"], 1)] for one in together],
+        [[one["before"], one["token"], one["after"]] for one in expert["contexts"][: size.contexts]],
+    ]
+
+
+def _most_moved(layer: dict[str, Any], most: int = 3) -> dict[str, Any]:
+    """A layer's share of tokens that stayed, and the experts that most tokens left."""
+    left = []
+    for index, expert in enumerate(layer["experts"]):
+        if expert["went_to"]:
+            left.append([index, expert["first"] - expert["stayed"], expert["went_to"][0][0]])
+    left.sort(key=lambda one: -one[1])
+    return {"path": layer["path"], "stayed": layer["stayed"], "first": layer["first"], "left": left[:most]}
 
 
 def _embedded(document: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """`core.trace`: what it returns equals slow code in fp64, for every attention and router, and it changes nothing."""
 
+import json
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import core
 from core.contracts.errors import UserError
+from core.extension.loader import installed_registry
 from core.model.language_model import LanguageModel
 from core.model.rope import rotate
 from core.model.trace import Trace
@@ -16,26 +18,19 @@ from core.model.trace import Trace
 from . import tiny
 
 ROWS = [[5, 9, 200, 41, 7, 7, 12], [3, 250, 18], [77]]
-ROUTERS = {
-    "deepseek_v3": (),
-    "softmax_top_k": ("{name: softmax_top_k, top_k: 2}",),
-    "switch": ("{name: switch}",),
-    "gshard": ("{name: gshard}",),
-    "expert_choice": ("{name: expert_choice, top_k: 2}",),
-    "hash": ("{name: hash}",),
-    "hash_gated": ("{name: hash_gated, top_k: 2}",),
-}
-"""Sections of routers in place of the tiny recipe's; balancers are left out where there is one."""
+ROUTERS = installed_registry().names("router")
 
 
 def router_overrides(name: str) -> tuple[str, ...]:
     """The overrides that put a router into the tiny recipe."""
-    sections = ROUTERS[name]
-    if not sections:
+    if name == "deepseek_v3":
         return ()
-    return (f"model.blocks.moe.ffn.router={sections[0]}", "model.blocks.moe.ffn.balance=[]")
+    component, _ = installed_registry().find("router", name).load()
+    section = json.dumps(component.example).replace('"', "")
+    return (f"model.blocks.moe.ffn.router={section}", "model.blocks.moe.ffn.balance=[]")
 
 
+@torch.no_grad()
 def logits_by_hand(model: LanguageModel, path: str, x_BLD: Tensor, positions: Tensor) -> Any:
     """Queries and keys of every head of a block's attention, from its weights alone, as lists of vectors."""
     layer: Any = model.get_submodule(path).attention
@@ -53,7 +48,8 @@ def logits_by_hand(model: LanguageModel, path: str, x_BLD: Tensor, positions: Te
         up = layer.kv_up(kv).unflatten(-1, (c.heads, -1))[..., : c.nope_dim]
         turned = rotate(down[..., None, c.kv_rank :], layer.rope, positions)
         k = torch.cat([up, turned.expand(-1, -1, c.heads, -1)], dim=-1)
-        q = torch.cat([q[..., : c.nope_dim], rotate(q[..., c.nope_dim :], layer.rope, positions)], -1)
+        turned = rotate(q[..., c.nope_dim :], layer.rope, positions)
+        q = torch.cat([q[..., : c.nope_dim], turned], dim=-1)
         return q, k, {"key_value": kv} | ({} if latent is None else {"query": latent})
     q = rotate(layer.q(x_BLD).unflatten(-1, (layer.heads, -1)), layer.rope, positions)
     k = rotate(layer.k(x_BLD).unflatten(-1, (layer.kv_heads, -1)), layer.rope, positions)
