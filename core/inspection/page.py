@@ -77,7 +77,10 @@ def _expert(expert: dict[str, Any], size: Sizes) -> list[Any]:
         [round(expert[f"{name}_bits"], 2) for name in ("entropy", "divergence", "chance")],
         tokens,
         [[one["expert"], one["count"], round(one["expected"], 1)] for one in together],
-        [[one["before"], one["token"], one["after"]] for one in expert["contexts"][: size.contexts]],
+        [
+            [one["before"], one["token"], one["after"]]
+            for one in expert["contexts"][: size.contexts]
+        ],
     ]
 
 
@@ -88,7 +91,12 @@ def _most_moved(layer: dict[str, Any], most: int = 3) -> dict[str, Any]:
         if expert["went_to"]:
             left.append([index, expert["first"] - expert["stayed"], expert["went_to"][0][0]])
     left.sort(key=lambda one: -one[1])
-    return {"path": layer["path"], "stayed": layer["stayed"], "first": layer["first"], "left": left[:most]}
+    return {
+        "path": layer["path"],
+        "stayed": layer["stayed"],
+        "first": layer["first"],
+        "left": left[:most],
+    }
 
 
 def _embedded(document: dict[str, Any]) -> str:

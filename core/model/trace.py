@@ -74,9 +74,7 @@ class Trace:
         return found
 
 
-def trace(
-    model: LanguageModel, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]
-) -> Trace:
+def trace(model: LanguageModel, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Trace:
     """Traces a model on tokens; nothing of the model changes.
 
     Args:
