@@ -42,10 +42,10 @@ class LayerCounts:
         self.together_EE = np.zeros((self.experts, self.experts), dtype=np.int64)
 
     @property
-    def load_E(self) -> Integers:
+    def load(self) -> Integers:
         """The assignments to each expert, as the run's metrics count them."""
-        load: Integers = self.assigned_EV.sum(axis=1)
-        return load
+        load_E: Integers = self.assigned_EV.sum(axis=1)
+        return load_E
 
     def add(self, block: BlockTrace, valid_BL: Tensor) -> None:
         """Adds what a layer did in one micro-batch, whose valid tokens are `valid_BL`."""
@@ -140,7 +140,7 @@ class Counts:
             total, count = self.latents.get((path, name), (0.0, 0))
             new = float(values.square().sum())
             self.latents[path, name] = (total + new, count + values.numel())
-        maxima = block.max_logit_H
+        maxima = block.max_logit
         if maxima is not None:
             before = self.max_logits.get(path, [float("-inf")] * len(maxima))
             pairs = zip(before, maxima.double().tolist(), strict=True)

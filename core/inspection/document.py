@@ -107,7 +107,7 @@ def _layer(
     path: str, layer: LayerCounts, ids: Integers, strings: Strings, sizes: Sizes
 ) -> dict[str, Any]:
     """One layer with experts."""
-    load_E = layer.load_E
+    load_E = layer.load
     total = int(load_E.sum())
     all_V = layer.assigned_EV.sum(axis=0)
     expected_EE = expected_together(layer.together_EE)
@@ -230,7 +230,7 @@ def moved(before: Counts, after: Counts) -> list[dict[str, Any]]:
         for index in range(old.experts):
             experts.append(
                 {
-                    "load": [int(old.load_E[index]), int(new.load_E[index])],
+                    "load": [int(old.load[index]), int(new.load[index])],
                     "first": int(flows[index].sum()),
                     "stayed": int(flows[index, index]),
                     "went_to": _went_to(flows[index], index),

@@ -47,7 +47,7 @@ def held_out(recipe: Recipe, folder: RunFolder, limit: int) -> Text:
     Args:
         recipe: the run's recipe.
         folder: the run's folder.
-        limit: after how many tokens the reading stops, at the end of a micro-batch.
+        limit: the number of tokens at which the reading stops, at the end of a micro-batch.
 
     Raises:
         UserError: the data cannot be read, or there is no validation split.

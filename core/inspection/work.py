@@ -26,7 +26,7 @@ class Options:
     Args:
         text: the file to read; None: the run's held-out documents.
         beside: a run or checkpoint to compare with.
-        tokens: after how many tokens the reading stops.
+        tokens: the number of tokens at which the reading stops.
         device: where the model runs.
         weights: the name of averaged weights; None: those that were trained.
         trust: whether the recipe of a run that was made elsewhere may name modules, which then run.

@@ -38,12 +38,12 @@ class BlockTrace:
     experts: int = 0
 
     @property
-    def load_E(self) -> Tensor | None:
+    def load(self) -> Tensor | None:
         """The assignments of valid tokens to each expert, int64, as the run's own metrics count them."""
         return None if self.routing is None else self.routing.load(self.context.valid().flatten())
 
     @property
-    def max_logit_H(self) -> Tensor | None:
+    def max_logit(self) -> Tensor | None:
         """The largest logit of each head over all valid tokens; None where the attention returns none."""
         found_BLH = self.attention.max_logit_BLH
         if found_BLH is None:

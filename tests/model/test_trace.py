@@ -94,8 +94,8 @@ def test_latents_and_largest_logits_are_those_of_a_loop(attention: str) -> None:
                 assert block.attention.max_logit_BLH is not None
                 assert float(block.attention.max_logit_BLH[b, t, h]) == pytest.approx(max(logits))
                 most[h] = max(most[h], *logits)
-        assert block.max_logit_H is not None
-        assert block.max_logit_H.tolist() == pytest.approx(most, rel=1e-12)
+        assert block.max_logit is not None
+        assert block.max_logit.tolist() == pytest.approx(most, rel=1e-12)
 
 
 def test_sparse_attention_shows_the_largest_logit_of_the_selected_positions() -> None:
@@ -124,7 +124,7 @@ def test_routings_are_the_routers_own_and_count_the_records_loads(router: str) -
         records = model.eval()(found.context).expert_records()
     assert set(found.routings) == set(model.expert_layers()) == set(records)
     for path, record in records.items():
-        load_E = found.blocks[path].load_E
+        load_E = found.blocks[path].load
         assert load_E is not None
         assert record.load_E is not None
         assert load_E.tolist() == record.load_E.tolist()
@@ -176,7 +176,7 @@ def test_tracing_changes_nothing_of_the_model() -> None:
 def test_a_dense_model_has_latents_and_no_routing() -> None:
     found = core.trace(tiny.build(*tiny.DENSE), ROWS)
     assert not found.routings
-    assert all(block.experts == 0 and block.load_E is None for block in found.blocks.values())
+    assert all(block.experts == 0 and block.load is None for block in found.blocks.values())
     assert "query" in found.blocks["blocks.0"].attention.latents
 
 

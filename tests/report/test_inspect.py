@@ -235,3 +235,18 @@ def test_a_dense_run_says_that_there_are_no_experts(lab: Lab, tmp_path: Path) ->
     assert found["layers"] == []
     assert found["attention"][0]["path"] == "blocks.0"
     assert "This model has no experts" in render(found)
+
+
+def test_a_converted_run_is_inspected_with_a_text(lab: Lab, finished: Path, tmp_path: Path) -> None:
+    """It has no held-out documents, and its experts read what those of the run read."""
+    lab.fit(tmp_path / "run", "model.blocks.moe.ffn.router.group_score=2", "budget.steps=2")
+    assert lab.command("convert", "to-hf", tmp_path / "run", tmp_path / "hf").code == 0
+    assert lab.command("convert", "from-hf", tmp_path / "hf", tmp_path / "again").code == 0
+    file = tmp_path / "mine.txt"
+    file.write_text("abc deaf head cabbage " * 30, encoding="utf-8")
+    refused = lab.command("inspect", tmp_path / "again")
+    assert refused.code == 2
+    assert "give a text by --text" in refused.err
+    found = inspect(tmp_path / "again", Options(text=file)).document
+    assert [layer["path"] for layer in found["layers"]] == list(MOE)
+    assert found["layers"][0]["assignments"] == 2 * found["text"]["tokens"]
