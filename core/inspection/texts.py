@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,9 @@ from core.harness.own_text import read_own_text
 from core.recipe.compose import Recipe
 from core.run.data import text_data
 from core.training.run_folder import RunFolder
+
+TENSORS = ("tokens_BL", "positions_BL", "targets_BL", "valid_BL", "documents_BM", "source_B")
+"""The fields of a context that are set here."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Text:
     def on(self, device: str) -> Iterator[SequenceContext]:
         """The micro-batches on a device."""
         for context in self.contexts:
-            moved = {}
-            for key in ("tokens_BL", "positions_BL", "targets_BL", "valid_BL", "documents_BM"):
+            moved: dict[str, Any] = {}
+            for key in TENSORS:
                 value = getattr(context, key)
                 moved[key] = None if value is None else value.to(device)
             yield replace(context, **moved)
