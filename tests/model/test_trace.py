@@ -82,7 +82,8 @@ def test_latents_and_largest_logits_are_those_of_a_loop(attention: str) -> None:
     for path, block in found.blocks.items():
         positions = block.context.positions_BL
         q, k, latents = logits_by_hand(model, path, inputs[path], positions)
-        scale = model.get_submodule(path).attention.scale  # type: ignore[union-attr]
+        module: Any = model.get_submodule(path)
+        scale = float(module.attention.scale)
         share = q.shape[2] // k.shape[2]
         assert set(block.attention.latents) == set(latents)
         for name, latent in latents.items():
