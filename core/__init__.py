@@ -2,8 +2,8 @@
 
 `core.compose(path, overrides)` returns a validated recipe, `core.build(recipe)` its model, and
 `core.load(run_or_checkpoint)` a trained one, `core.load_tokenizer(run_or_checkpoint)` its tokenizer,
-`core.load_run(run_or_checkpoint)` both, and
-`core.complete(model, prompts)` continues texts. Nothing heavy is imported until one of them is used.
+`core.load_run(run_or_checkpoint)` both, `core.complete(model, prompts)` continues texts, and
+`core.trace(model, tokens)` returns which experts every token chose. Nothing heavy is imported until one of them is used.
 
 `import moeloom` gives the same functions, and also `moeloom.fit`, which trains a recipe, and `moeloom.describe`.
 """
@@ -11,7 +11,7 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["build", "complete", "compose", "load", "load_run", "load_tokenizer"]
+__all__ = ["build", "complete", "compose", "load", "load_run", "load_tokenizer", "trace"]
 
 _MODULES = {
     "build": "core.assemble",
@@ -20,6 +20,7 @@ _MODULES = {
     "load": "core.run.loading",
     "load_run": "core.run.loaded",
     "load_tokenizer": "core.run.loading",
+    "trace": "core.model.trace",
 }
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from core.analysis.describe import document_of as describe
     from core.assemble import build
     from core.generation.completion import complete
+    from core.model.trace import trace
     from core.recipe.compose import compose
     from core.run.loaded import load_run
     from core.run.loading import load, load_tokenizer
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "load_run",
     "load_tokenizer",
+    "trace",
 ]
 
 _DEFINITIONS = {
@@ -47,6 +49,7 @@ _DEFINITIONS = {
     "load": "core.run.loading:load",
     "load_run": "core.run.loaded:load_run",
     "load_tokenizer": "core.run.loading:load_tokenizer",
+    "trace": "core.model.trace:trace",
 }
 """The module and the name under which each public name is defined."""
 

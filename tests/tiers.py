@@ -38,6 +38,7 @@ FULL = {
     "precision/test_benchmark.py": "times whole steps of every precision",
     "precision/test_native_kernels.py": "needs Triton",
     "report/test_browser.py": "needs Chromium",
+    "report/test_inspect_browser.py": "needs Chromium",
     "report/test_page.py": "writes a page of 30 runs of 5,000 steps",
     "repository/test_tutorial.py": "starts processes",
     "study/test_processes.py": "starts and kills processes",

@@ -1,6 +1,7 @@
 """The attention slot and the cache that decoding uses."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -80,6 +81,20 @@ class Cache(ABC):
         raise NotImplementedError(f"{type(self).__name__} cannot be truncated")
 
 
+@dataclass(frozen=True)
+class AttentionTrace:
+    """What an attention layer shows of one forward.
+
+    Args:
+        latents: compressed states, B x L x C, by name: `key_value`, which the cache keeps, and `query`.
+        max_logit_BLH: the largest scaled logit of each query head, over the positions that the query attends to;
+            None: the layer has no such logits, or does not show them.
+    """
+
+    latents: dict[str, Tensor] = field(default_factory=dict)
+    max_logit_BLH: Tensor | None = None
+
+
 class Attention(LayerExtras, nn.Module, Component, ABC):
     """Mixes information between positions: `(x_BLD, context, cache) -> x_BLD` or `(x_BLD, record)`.
 
@@ -125,6 +140,13 @@ class Attention(LayerExtras, nn.Module, Component, ABC):
     @abstractmethod
     def costs(self) -> Costs:
         """The costs of one token in a sequence of the build context's length."""
+
+    def inspect(self, x_BLD: Tensor, context: SequenceContext) -> AttentionTrace:
+        """Returns latents and largest logits for an input of `forward` without a cache; `core.trace` calls it.
+
+        It is pure, like `forward`, and runs in evaluation mode. By default nothing is shown.
+        """
+        return AttentionTrace()
 
     def computed_mixing(self) -> float | None:
         """The FLOPs per token that a forward in training spends on what `costs().attention_flops` counts.

@@ -185,6 +185,28 @@ def visible_positions(
     return mask[:, 0] if mask.ndim == 4 else mask[None]
 
 
+def max_logits(
+    q_BLHR: Tensor, k_BSHR: Tensor, scale: float, visible_BLS: Tensor, queries: int = 256
+) -> Tensor:
+    """The largest scaled logit of every query and head over the positions that it sees: B x L x H.
+
+    Args:
+        q_BLHR: queries.
+        k_BSHR: keys, which may have fewer heads than the queries.
+        scale: factor of the logits.
+        visible_BLS: bool, the positions that each query sees; B may be 1.
+        queries: how many queries are computed at once, which bounds the memory.
+    """
+    k_BSHR = k_BSHR.repeat_interleave(q_BLHR.shape[2] // k_BSHR.shape[2], dim=2)
+    found = []
+    for start in range(0, q_BLHR.shape[1], queries):
+        part = slice(start, start + queries)
+        logits_BHLS = torch.einsum("blhr,bshr->bhls", q_BLHR[:, part], k_BSHR) * scale
+        hidden_BHLS = ~visible_BLS[:, None, part]
+        found.append(logits_BHLS.masked_fill(hidden_BHLS, -torch.inf).amax(dim=-1).transpose(1, 2))
+    return torch.cat(found, dim=1)
+
+
 def _row_mask(slots_BL: Tensor, seen: int) -> Tensor:
     """The mask B x 1 x L x S under which each query sees the slots up to its own."""
     return (slots_BL[:, :, None] >= torch.arange(seen, device=slots_BL.device))[:, None]

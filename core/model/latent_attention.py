@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.contracts.attention import Attention, Cache
+from core.contracts.attention import Attention, AttentionTrace, Cache
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
@@ -22,7 +22,13 @@ from core.contracts.errors import ConfigError
 from core.contracts.record import Record
 from core.contracts.schema import setting
 from core.model.absorbed import absorption_pays, attend_to_latents
-from core.model.attend import TensorCache, attend, attention_mask
+from core.model.attend import (
+    TensorCache,
+    attend,
+    attention_mask,
+    max_logits,
+    visible_positions,
+)
 from core.model.norm import RMSNorm
 from core.model.rope import rotate, softmax_scale, turn
 from core.numerics.linear import ProductLayer
@@ -117,6 +123,21 @@ class LatentAttentionBase(Attention):
         o_BLHV = attend(q_BLHX, k_BSHX, v_BSHV, self.scale, context)
         result: Tensor = self.output(o_BLHV.flatten(-2))
         return result
+
+    def inspect(self, x_BLD: Tensor, context: SequenceContext) -> AttentionTrace:
+        """The latents `key_value` and, where there is one, `query`, as they are expanded; and the largest logits."""
+        projected = self.project(x_BLD)
+        q_BLHX, k_BSHX, _ = self.expanded(projected, context)
+        latents = {"key_value": projected.latent_BLC}
+        if projected.q_latent is not None:
+            latents["query"] = projected.q_latent
+        attended_BLS = self.attended(x_BLD, projected, context)
+        return AttentionTrace(latents, max_logits(q_BLHX, k_BSHX, self.scale, attended_BLS))
+
+    def attended(self, x_BLD: Tensor, projected: Projected, context: SequenceContext) -> Tensor:
+        """The positions that each query of whole sequences attends to, bool B x L x S, where B may be 1."""
+        length = x_BLD.shape[1]
+        return visible_positions(None, length, length, context)
 
     def project(self, x_BLD: Tensor) -> Projected:
         """The projections of an input, before any rotation."""

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.contracts.attention import Attention, Cache
+from core.contracts.attention import Attention, AttentionTrace, Cache
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
 from core.contracts.errors import ConfigError
 from core.contracts.schema import setting
-from core.model.attend import TensorCache, attend
+from core.model.attend import TensorCache, attend, max_logits, visible_positions
 from core.model.rope import rotate, softmax_scale, turn
 
 
@@ -59,6 +59,16 @@ class _HeadAttention(Attention):
         o_BLHV = attend(q_BLHR, k_BSHR, v_BSHV, self.scale, context, slots_BL)
         result: Tensor = self.output(o_BLHV.flatten(-2))
         return result
+
+    def inspect(self, x_BLD: Tensor, context: SequenceContext) -> AttentionTrace:
+        """The largest logit of each query head; there are no latents."""
+        heads = (-1, self.head_dim)
+        q_BLHR = rotate(self.q(x_BLD).unflatten(-1, heads), self.rope, context.positions_BL)
+        k_BSHR = rotate(self.k(x_BLD).unflatten(-1, heads), self.rope, context.positions_BL)
+        length = x_BLD.shape[1]
+        visible_BLS = visible_positions(None, length, length, context)
+        maxima = max_logits(q_BLHR, k_BSHR, self.scale, visible_BLS)
+        return AttentionTrace(max_logit_BLH=maxima)
 
     def new_cache(self, rows: int, capacity: int, device: torch.device | None = None) -> Cache:
         """A cache of the keys and values of every key-value head."""

@@ -132,6 +132,14 @@ class SparseAttention(LatentAttentionBase):
         kl_BL = divergence(p_BLS, scores_BLS, mask_BLS)
         return result, self._record(p_BLS, kl_BL, selected_BLS, visible_BLS, context)
 
+    def attended(self, x_BLD: Tensor, projected: Projected, context: SequenceContext) -> Tensor:
+        """The positions that the indexer selects, in the warm-up all visible ones."""
+        visible_BLS = super().attended(x_BLD, projected, context)
+        keys_BSX = self.indexer.keys(x_BLD, context, decoding=False)
+        scores_BLS = self._scores(x_BLD, projected, keys_BSX, context, decoding=False)
+        chosen_BLS = self._stage(self._select(scores_BLS, visible_BLS), visible_BLS)
+        return visible_BLS if chosen_BLS is None else chosen_BLS
+
     def _scores(
         self,
         x_BLD: Tensor,

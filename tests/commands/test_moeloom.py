@@ -89,6 +89,7 @@ def test_it_lists_the_commands(
         "catalog",
         "generate",
         "evaluate",
+        "inspect",
         "sweep",
         "report",
         "convert",

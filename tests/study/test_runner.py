@@ -136,6 +136,7 @@ def test_the_sweep_says_what_it_is(crashed: Path) -> None:
     assert set(document) == {
         *("name", "title", "metric", "better", "baseline", "seeds", "command", "started"),
         *("held_equal", "not_equal", "variants", "smallest_difference", "search"),
+        *("left_out", "per_gpu"),
     }
     assert (document["name"], document["seeds"]) == ("question", [3, 4])
     assert document["command"] == "python -m core.sweep question.yaml"
