@@ -3,7 +3,7 @@
 `core.compose(path, overrides)` returns a validated recipe, `core.build(recipe)` its model, and
 `core.load(run_or_checkpoint)` a trained one, `core.load_tokenizer(run_or_checkpoint)` its tokenizer,
 `core.load_run(run_or_checkpoint)` both, `core.complete(model, prompts)` continues texts, and
-`core.trace(model, tokens)` returns which experts every token chose. Nothing heavy is imported until one of them is used.
+`core.trace(model, tokens)` returns which experts every token chose. Nothing heavy is imported until one is used.
 
 `import moeloom` gives the same functions, and also `moeloom.fit`, which trains a recipe, and `moeloom.describe`.
 """
