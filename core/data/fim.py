@@ -77,13 +77,21 @@ class FillInTheMiddle:
             UserError: there is no tokenizer, or it lacks one of them.
         """
         if tokenizer is None:
-            why = "the corpus holds token ids, whose markers only those know who made them"
+            why = "must be null for a corpus of token ids or of conversations"
             raise UserError(f"data.fim: {why}; documents of text can be rearranged")
         added = {text: number for number, text in tokenizer.entries()[2].items()}
         for text in self.tokens:
             if text not in added:
-                raise UserError(f"data.fim.tokens: the tokenizer has no special token {text!r}")
+                where = "the tokenizer" if tokenizer.source is None else str(tokenizer.source)
+                known = ", ".join(sorted(added)[:MOST_SHOWN]) or "none"
+                raise UserError(
+                    f"data.fim.tokens: {text!r} is no special token of {where}, which has {known}"
+                )
         return tuple(added[text] for text in self.tokens)
+
+
+MOST_SHOWN = 40
+"""Special tokens that an error names at most."""
 
 
 @dataclass(frozen=True)

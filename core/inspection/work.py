@@ -15,7 +15,8 @@ from core.model.trace import trace_context
 from core.recipe.compose import Recipe, compose_run
 from core.run.device import check_device
 from core.run.loading import load, run_of
-from core.training.resume import check_trained, newest_checkpoint
+from core.training.early_checks import check_trained
+from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
 
 

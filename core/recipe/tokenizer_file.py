@@ -347,9 +347,13 @@ def _read_from(section: Mapping[str, Any]) -> dict[str, Any]:
     if None not in (begin, end, vocab):
         return {}
     multiple = section.get("pad_to_multiple_of", 1)
-    texts = [section.get(key) for key in ("begin", "end", "pattern")]
-    is_typed = all(isinstance(text, str | None) for text in texts)
-    if not is_typed or type(multiple) is not int or multiple < 1:
+    for key in ("begin", "end", "pattern"):
+        if not isinstance(section.get(key), str | None):
+            what = (
+                "a regular expression" if key == "pattern" else "the text of an entry of the file"
+            )
+            raise ConfigError(key, f"must be {what}")
+    if type(multiple) is not int or multiple < 1:
         return {"vocab": vocab or 1}  # the schema reports what is wrong
     found = TokenizerFile.read(Path(section["file"]), section.get("pattern"))
     first, last = found.markers(begin, end)

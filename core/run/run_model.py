@@ -9,6 +9,7 @@ from core.contracts.strategy import StrategyFactory
 from core.data.module import TextData
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
+from core.recipe.selection import Selection
 from core.recipe.trust import check_run_links
 from core.run.initial_weights import InitialWeights, initial_weights
 from core.training.resume import newest_checkpoint
@@ -60,10 +61,7 @@ class RunModel:
         """
         selection = self.recipe.selection
         assert selection is not None
-        source = newest_checkpoint(Path(selection.path))
-        source_recipe = RunFolder(source.parent.parent).recipe
-        if source_recipe.exists() and not trust:
-            check_run_links(source_recipe)
+        source = _source_of(selection, trust=trust)
         taken = initial_weights(self.model, source, selection, trust=trust)
         if self.strategy.shards:
             self.taken = taken
@@ -109,3 +107,18 @@ def _warn_other_tokenizer(source: Path, data: TextData, say: Callable[[str], Non
         say(
             f"note: {run.tokenizer} is another tokenizer than this run's, so its weights have to learn the tokens anew"
         )
+
+
+def check_selection(recipe: Recipe, selection: Selection, *, trust: bool) -> None:
+    """Raises `UserError` if a recipe's model cannot begin with the weights that it names; no number is read."""
+    source = _source_of(selection, trust=trust)
+    initial_weights(build(recipe, device="meta"), source, selection, trust=trust)
+
+
+def _source_of(selection: Selection, *, trust: bool) -> Path:
+    """The checkpoint that a recipe begins with; raises `UserError` for a link that leads out of its run's folder."""
+    source = newest_checkpoint(Path(selection.path))
+    recipe = RunFolder(source.parent.parent).recipe
+    if recipe.exists() and not trust:
+        check_run_links(recipe)
+    return source

@@ -25,7 +25,7 @@ from core.run.environment import check_environment
 from core.run.identity import recorded_notices, write_identity
 from core.run.parent import Parent, parent_at, recorded_parent
 from core.run.reading import count_of, reading_line, source_lines
-from core.run.run_model import RunModel
+from core.run.run_model import RunModel, check_selection
 from core.run.run_sample import SampleAtEnd
 from core.run.shift import after_shift
 from core.run.summary import divergence, summarise
@@ -44,7 +44,6 @@ from core.training.resume import (
     Resume,
     check_recipe_unchanged,
     newest,
-    newest_checkpoint,
 )
 from core.training.run_folder import RunFolder
 from core.training.same_start import SameStart, Start, hash_of
@@ -129,7 +128,7 @@ def _start_or_resume(
     check_environment(recipe)
     if not resume or folder.never_started():
         if recipe.selection is not None:
-            newest_checkpoint(Path(recipe.selection.path))
+            check_selection(recipe, recipe.selection, trust=trust)
         origin = None if parent is None else parent_at(parent, recipe, trust=trust)
         folder.create(trust=trust)
         return _fit(recipe, folder, launch, None, say, origin=origin, trust=trust)

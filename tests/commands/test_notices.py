@@ -59,9 +59,11 @@ def test_no_notice_where_there_is_nothing_to_say(lab: Lab, finished: Path) -> No
 def test_the_catalog_marks_what_needs_a_notice(lab: Lab) -> None:
     listed = json.loads(lab.command("catalog", "--json").out)
     assert {row["name"] for row in listed if row["notice"]} == {
+        "early_stopping",
         "expert_choice",
         "forced_balance",
         "gshard",
+        "lightning",
         "switch",
     }
     assert "not causal" in lab.command("catalog").out

@@ -206,5 +206,5 @@ def test_what_cannot_be_rearranged_is_refused(
         prepare(corpus_of(texts), VOCAB, fim=taken)
     with pytest.raises(UserError, match="no special token"):
         HALF.ids(prepare(corpus_of(texts), VOCAB).tokenizer)
-    with pytest.raises(UserError, match=r"data\.fim: the corpus holds token ids"):
+    with pytest.raises(UserError, match=r"data\.fim: must be null for a corpus of token ids"):
         HALF.ids(None)

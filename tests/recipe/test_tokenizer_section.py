@@ -95,3 +95,10 @@ def test_mistakes_name_file_key_and_value(place: Path, section: str, sentence: s
 def test_markers_may_be_named(place: Path) -> None:
     section = compose(extended(place, f"{{file: hf, end: '{USER}'}}")).data.tokenizer
     assert (section.begin, section.end) == (BEGIN, USER)
+
+
+@pytest.mark.parametrize("key", ["begin", "end", "pattern"])
+def test_a_number_where_a_text_belongs_is_named(place: Path, key: str) -> None:
+    """The vocabulary is read from the file, so a mistake beside it must not end as one of the vocabulary."""
+    with pytest.raises(UserError, match=rf"data\.tokenizer\.{key} = 5: must be "):
+        compose(extended(place, f"{{file: hf, {key}: 5}}"))

@@ -316,3 +316,14 @@ def test_ranks_make_the_same_experts_rows_and_noise(
     lab.fit(tmp_path / "one", *start)
     fit_on_ranks(lab, tmp_path / "two", *start, strategy)
     assert_same_end(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_pattern_without_a_tensor_is_found_before_the_text_is_read(
+    lab: Lab, tmp_path: Path, moe: Path
+) -> None:
+    gone = "data.corpus={name: files, paths: [gone/*.txt]}"
+    chosen = f"initial_weights={{path: {moe}, include: [xx]}}"
+    result = lab.command("fit", lab.file, gone, chosen, "--out", tmp_path / "run")
+    assert result.code == 2
+    assert "initial_weights.include: 'xx' chooses no tensor" in result.err
+    assert not (tmp_path / "run").exists()
