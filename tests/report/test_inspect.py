@@ -141,6 +141,7 @@ def test_every_count_is_that_of_a_loop_over_the_assignments(finished: Path) -> N
         assert np.concatenate(layer.first).tolist() == first
 
 
+@pytest.mark.full
 def test_a_checkpoint_beside_itself_has_not_moved_and_beside_another_one_has(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -180,6 +181,7 @@ def test_no_token_can_end_the_pages_script(inspected: dict[str, Any]) -> None:
     assert render(inspected).count("</script>") == 2
 
 
+@pytest.mark.full
 def test_a_model_with_very_many_experts_has_a_page_under_the_limit(
     inspected: dict[str, Any],
 ) -> None:
@@ -237,6 +239,7 @@ def test_a_dense_run_says_that_there_are_no_experts(lab: Lab, tmp_path: Path) ->
     assert "This model has no experts" in render(found)
 
 
+@pytest.mark.full
 def test_a_converted_run_is_inspected_with_a_text(lab: Lab, finished: Path, tmp_path: Path) -> None:
     """It has no held-out documents, and its experts read what those of the run read."""
     lab.fit(tmp_path / "run", "model.blocks.moe.ffn.router.group_score=2", "budget.steps=2")

@@ -55,6 +55,7 @@ def test_a_resumed_run_that_had_ended_early_trains_no_further_step(lab: Lab, sto
     assert again["val_loss"] == before["val_loss"]
 
 
+@pytest.mark.full
 def test_an_improving_run_keeps_its_budget(lab: Lab, tmp_path: Path) -> None:
     lab.fit(tmp_path / "run", stopping(patience=5), OFTEN)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -133,6 +134,7 @@ def test_every_refused_class_is_one_of_lightning() -> None:
     assert [name for name in REFUSED if not hasattr(callbacks, name)] == []
 
 
+@pytest.mark.full
 def test_a_lightning_callback_runs_and_its_state_is_in_the_checkpoints(
     lab: Lab, tmp_path: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_an_end_that_gives_no_reason_is_still_said() -> None:
     assert "a callback stopped" in str(why_ended(5, 12, [object()]))
 
 
+@pytest.mark.full
 def test_tensorboard_has_the_recipe_as_hyper_parameters_and_no_made_up_result(
     lab: Lab, tmp_path: Path
 ) -> None:

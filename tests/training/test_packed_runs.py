@@ -20,6 +20,7 @@ FIM = "data.fim={rate: 0.5}"
 BEST_FIT = "data.packing=best_fit"
 
 
+@pytest.mark.full
 def test_a_run_resumes_to_the_bit_and_can_be_evaluated(lab: Lab, tmp_path: Path) -> None:
     overrides = (FIM, BEST_FIT, "budget.steps=8", "checkpoint={every_steps: 4, keep: 9}")
     lab.fit(tmp_path / "run", *overrides)
@@ -109,7 +110,9 @@ def test_a_mistake_is_one_sentence(lab: Lab, override: str, sentence: str) -> No
 def test_token_ids_are_not_rearranged_which_is_known_before_a_run(lab: Lab, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(200, dtype=np.uint16))
     corpus = f"data.corpus={{name: tokens, paths: ['{tmp_path}/a.npy']}}"
-    with pytest.raises(UserError, match=r"small\.yaml: data\.fim: the corpus holds token ids"):
+    with pytest.raises(
+        UserError, match=r"small\.yaml: data\.fim: must be null for a corpus of token ids"
+    ):
         check_environment(lab.recipe(corpus, FIM))
     check_environment(lab.recipe(corpus, BEST_FIT))
     with pytest.raises(UserError, match="vocab = 258 is too small: it must be at least 260"):
