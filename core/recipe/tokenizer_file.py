@@ -141,7 +141,9 @@ class TokenizerFile:
         model = self.content.get("model", {})
         vocab = model.get("vocab", {})
         if isinstance(vocab, dict):
-            found = {**vocab, **found}
+            # a damaged file may hold anything as an id, and the library says so when it reads it
+            numbered = {text: number for text, number in vocab.items() if type(number) is int}
+            found = {**numbered, **found}
         elif isinstance(vocab, list):  # a unigram model: an entry's place is its id
             pieces = [one[0] for one in vocab if isinstance(one, list) and one]
             found = {**{str(piece): number for number, piece in enumerate(pieces)}, **found}

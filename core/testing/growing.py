@@ -21,7 +21,7 @@ def networks_are_as_stated(subject: Subject) -> None:
     networks = module.networks()
     skip_unless(networks is not None, "no other experts are made of its networks")
     state = module.state_dict()
-    for name, shape in _stated(networks, bench.WIDTH).items():
+    for name, shape in _stated(networks, bench.WIDTH):
         found = tuple(state[name].shape) if name in state else None
         require(found == shape, f"{name} is {found}, and must be {shape}")
     for name in networks.by_expert:
@@ -31,17 +31,17 @@ def networks_are_as_stated(subject: Subject) -> None:
     require(networks.experts == module.experts, "networks and the layer disagree about experts")
 
 
-def _stated(networks: Networks, width: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the matrices that `networks` names."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _stated(networks: Networks, width: int) -> list[tuple[str, tuple[int, ...]]]:
+    """The shapes of the matrices that `networks` names, one after the other: a name may be stated twice."""
+    shapes: list[tuple[str, tuple[int, ...]]] = []
     if networks.always is not None:
         first, second = networks.always
-        shapes[first] = (2 * networks.hidden, width)
-        shapes[second] = (width, networks.hidden)
+        shapes.append((first, (2 * networks.hidden, width)))
+        shapes.append((second, (width, networks.hidden)))
     if networks.routed is not None:
         first, second = networks.routed
-        shapes[first] = (networks.experts, 2 * networks.expert_hidden, width)
-        shapes[second] = (networks.experts, width, networks.expert_hidden)
+        shapes.append((first, (networks.experts, 2 * networks.expert_hidden, width)))
+        shapes.append((second, (networks.experts, width, networks.expert_hidden)))
     return shapes
 
 

@@ -1,5 +1,6 @@
 """The section `data.tokenizer` of a recipe that names a file."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from tokenizer_files import BEGIN, END, USER, write_deepseek_like
 
 from core.contracts.errors import UserError
 from core.recipe.compose import compose
+from core.run.data import tokenizer_of
 
 
 @pytest.fixture
@@ -102,3 +104,16 @@ def test_a_number_where_a_text_belongs_is_named(place: Path, key: str) -> None:
     """The vocabulary is read from the file, so a mistake beside it must not end as one of the vocabulary."""
     with pytest.raises(UserError, match=rf"data\.tokenizer\.{key} = 5: must be "):
         compose(extended(place, f"{{file: hf, {key}: 5}}"))
+
+
+def test_ids_that_are_no_numbers_end_in_a_sentence(place: Path) -> None:
+    """As in a file of which a part was moved into another."""
+    file = place / "hf" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] = {"x": content["model"]["vocab"]}
+    file.write_text(json.dumps(content))
+    (place / "hf" / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 1}')
+    (place / "hf" / "tokenizer_config.json").unlink()
+    recipe = compose(extended(place, "{file: hf}"))
+    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        tokenizer_of(recipe)
