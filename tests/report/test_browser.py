@@ -381,3 +381,56 @@ def test_paper_has_the_whole_table_all_figures_and_no_controls(
     printed = base64.b64decode(page.command("Page.printToPDF", preferCSSPageSize=True)["data"])
     assert printed.startswith(b"%PDF")
     (page.shots / "under_way.pdf").write_bytes(printed)
+
+
+BACKGROUND = "return getComputedStyle(document.body).backgroundColor"
+SMOOTHED = """
+const figure = [...document.querySelectorAll("[id^=plot-]")]
+  .find((one) => one.data && one.data.some((trace) => trace.opacity === 0.28));
+if (!figure) return null;
+const at = figure.data.findIndex((trace) => trace.opacity === 0.28);
+return [figure.data[at].y, figure.data[at + 1].y];
+"""
+
+
+def test_the_page_is_dark_where_the_system_asks_and_where_the_button_says(
+    page: Page, reports: dict[str, Path]
+) -> None:
+    page.open(reports["single"])
+    light = page.run(BACKGROUND)
+    page.command(
+        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}]
+    )
+    dark = page.run(BACKGROUND)
+    assert dark != light
+    page.run("document.getElementById('theme').click()")
+    assert page.run(BACKGROUND) == light
+    page.command("Emulation.setEmulatedMedia", features=[])
+    page.run("document.getElementById('theme').click()")
+    assert page.run(BACKGROUND) == dark
+
+
+def test_smoothing_is_the_average_that_the_page_states(
+    page: Page, reports: dict[str, Path]
+) -> None:
+    page.open(reports["single"])
+    set_to = "const s = document.getElementById('smoothing'); s.value = '{}'; s.dispatchEvent(new Event('input'));"
+    page.run(set_to.format("0.5"))
+    raw, smooth = page.wait(SMOOTHED)
+    expected = []
+    for index in range(len(raw)):
+        weights = [0.5**k for k in range(index + 1)]
+        terms = [weight * raw[index - k] for k, weight in enumerate(weights)]
+        expected.append(sum(terms) / sum(weights))
+    assert smooth == pytest.approx(expected)
+    page.run(set_to.format("0"))
+    page.wait(f"return !(() => {{ {SMOOTHED} }})()")
+
+
+def test_a_run_opens_with_its_loss_bits_balance_and_speed(
+    page: Page, reports: dict[str, Path]
+) -> None:
+    page.open(reports["single"])
+    text = page.run("return document.body.innerText")
+    places = [text.lower().index(words) for words in ("validation loss", "bits per byte", "tokens")]
+    assert places == sorted(places)
