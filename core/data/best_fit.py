@@ -118,11 +118,19 @@ class BestFitSequences:
         store: the training stream.
         ranges: stretches of the stream; no sequence has documents of two.
         length: L, tokens in a sequence.
+        marker: the token before every document.
     """
 
-    def __init__(self, store: TokenStore, ranges: list[tuple[int, int]], length: int) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        ranges: list[tuple[int, int]],
+        length: int,
+        marker: int = END,
+    ) -> None:
         self._store = store
         self._length = length
+        self._marker = marker
         self._ends = store.learned is None
         self._packed = [pack_range(store, begin, end, length) for begin, end in ranges]
         self.counts = np.array([packed.count for packed in self._packed], np.int64)
@@ -132,7 +140,7 @@ class BestFitSequences:
         """Reads the sequences of some numbers, each of a stretch."""
         store = self._store
         shape = (len(range_B), self._length + 1)
-        ids_BM = np.full(shape, END, np.int64)
+        ids_BM = np.full(shape, self._marker, np.int64)
         documents_BM = np.full(shape, store.documents, np.int64)
         learned_BM = np.zeros(shape, bool) if self._masks else None
         valid_BL = np.zeros((shape[0], self._length), bool)

@@ -1,8 +1,8 @@
 """Encodes texts into the bytes of their ids, faster than the library by itself.
 
-Most of the library's time goes into cutting a text by a regular expression. Its pieces never reach across a
-space that follows something else than space, so a text is cut there first. What lies between two such places, a word
-with its signs, is encoded by the library once and looked up afterwards.
+Most of the library's time goes into cutting a text by a regular expression. No piece of that cut goes on across a space
+which follows a character that is no white space, so a text is cut before such spaces first. A part between two of them,
+a word with its signs, is encoded by the library once and looked up afterwards.
 """
 
 import re
@@ -58,7 +58,7 @@ class Encoder:
 
 
 def chunks_of(text: str) -> list[str]:
-    """Cuts a text before every space that follows something else than space; joined, the chunks are the text."""
+    """Cuts a text before every space that follows no white space; joined, the chunks are the text."""
     words = text.split(" ")
     first = words[0]
     if not _SPACE_AFTER_SPACE.search(text):

@@ -30,6 +30,9 @@ from core.data.tokenizer import END_TEXT, SMALLEST, Tokenizer
 MARKERS = 3
 """Tokens that a rearranged document has more."""
 
+MOST_SHOWN = 40
+"""Special tokens that an error message names at most."""
+
 STREAM = (0xF1, 0x11, 0x11)
 """The spawn key of the random words: another length than those of the order of sequences, so another stream."""
 
@@ -88,10 +91,6 @@ class FillInTheMiddle:
                     f"data.fim.tokens: {text!r} is no special token of {where}, which has {known}"
                 )
         return tuple(added[text] for text in self.tokens)
-
-
-MOST_SHOWN = 40
-"""Special tokens that an error names at most."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from core.data.prepared import Prepared
 from core.data.recorded import RecordedData
 from core.data.run_text import read_text
 from core.data.sequences import Packing, Sequences, sequences_of
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import END, Tokenizer
 from core.recipe.plan import TrainingPlan
 
 _PIECE = 1 << 24
@@ -107,12 +107,14 @@ class TextData(LightningDataModule):
     @cached_property
     def _sequences(self) -> Sequences:
         """The sequences of the training stream: a stretch for each part of a mixture, or side of a shift."""
+        tokenizer = self.tokenizer
         return sequences_of(
             self._prepared.train,
             self.plan.length,
             self._packing,
             by_source=self._prepared.sources is not None,
             shifts=self.shift_step is not None,
+            marker=END if tokenizer is None else tokenizer.begin,
         )
 
     def sequence_lines(self) -> list[str]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from core.data.batch import Batch
 from core.data.best_fit import BestFitSequences
 from core.data.store import TokenStore
+from core.data.tokenizer import END
 from core.data.windows import count_sequences, cut, source_ranges
 
 Packing = Literal["stream", "best_fit"]
@@ -62,6 +63,7 @@ def sequences_of(
     *,
     by_source: bool = False,
     shifts: bool = False,
+    marker: int = END,
 ) -> Sequences:
     """The sequences of a training stream.
 
@@ -71,6 +73,7 @@ def sequences_of(
         packing: how they are made.
         by_source: a stretch for each source, of a mixture.
         shifts: a stretch before and one after the `shift` of the stream.
+        marker: the token before every document of text.
 
     Raises:
         UserError: sequences are cut out of a stream, or of a side of its shift, that is shorter than one; sources are
@@ -82,7 +85,7 @@ def sequences_of(
     elif shifts and store.shift is not None:
         ranges = [(0, store.shift), (store.shift, len(store))]
     if packing == "best_fit":
-        return BestFitSequences(store, ranges, length)
+        return BestFitSequences(store, ranges, length, marker)
     if not by_source:
         where = [""] if len(ranges) == 1 else [" before the shift", " after the shift"]
         for (begin, end), which in zip(ranges, where, strict=True):

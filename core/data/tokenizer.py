@@ -184,10 +184,10 @@ class Tokenizer:
 
     @cached_property
     def cuts_at_spaces(self) -> bool:
-        """Whether pieces never reach across a space that follows something else than space.
+        """Whether a new piece begins at every space that follows a character which is no white space.
 
-        It is known of the cut of `pre_tokenizer`, where nothing is normalised: in its pattern space is at the beginning
-        of a piece or all of it, but for line ends, and no alternative looks at what is before a piece.
+        It is known of the cut of `pre_tokenizer`, where nothing is normalised: each alternative of its pattern has
+        white space at its beginning, or is nothing else, except line ends; and none looks at what is before a piece.
         """
         content = json.loads(self.to_json())
         ours = tokenizers.Tokenizer(models.BPE())

@@ -50,9 +50,8 @@ def with_tokenizer(corpus: Corpus, tokenizer: Tokenizer | None) -> Corpus:
             replace(part, corpus=with_tokenizer(part.corpus, tokenizer)) for part in corpus.parts()
         ]
         return _WithTokenizer(corpus, parts)
-    from core.data.conversations import (
-        ChatTokenizer,
-    )  # imports Jinja, which other corpora do not need
+    # It imports Jinja, which other corpora do not need.
+    from core.data.conversations import ChatTokenizer
 
     return corpus.with_tokenizer(ChatTokenizer.of(tokenizer))
 

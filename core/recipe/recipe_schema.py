@@ -50,8 +50,8 @@ class TokenizerSection:
         """Raises `ConfigError` for no entry; a vocabulary that is trained needs 257, which training checks."""
         at_least(self, 1, "vocab", "pad_to_multiple_of")
         if self.file is None:
-            for key, default in (("pattern", None), ("begin", None), ("end", None)):
-                if getattr(self, key) != default:
+            for key in ("pattern", "begin", "end"):
+                if getattr(self, key) is not None:
                     raise ConfigError(key, "must be null without data.tokenizer.file")
             if self.pad_to_multiple_of != 1:
                 why = "must be 1 without data.tokenizer.file: vocab itself says how many entries"

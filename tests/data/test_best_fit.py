@@ -2,18 +2,21 @@
 
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import MakeCorpus
+from tokenizer_files import END, write_deepseek_like
 
 from core.data.best_fit import best_fit, split_documents
 from core.data.loaders import WindowLoader
 from core.data.module import TextData
 from core.data.sequences import sequences_of
 from core.data.store import TokenStore
+from core.data.tokenizer_file import load_tokenizer_file
 from core.recipe.plan import TrainingPlan
 
 LENGTH = 16
@@ -194,3 +197,29 @@ def test_the_share_of_padding_is_printed(corpus_of: MakeCorpus, texts: dict[str,
     share = 1 - float(batch.valid_BL.double().mean())
     assert line.startswith(f"  packing best_fit: {len(numbers):,} sequences, {share:.2%} of their")
     assert data.epochs() == 12 / len(numbers)
+
+
+def test_the_end_of_a_document_is_learned_with_the_marker_of_its_tokenizer(
+    corpus_of: MakeCorpus, texts: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A tokenizer from a file has markers with other ids than one that is trained."""
+    tokenizer = load_tokenizer_file(write_deepseek_like(tmp_path / "hf"), begin=END, end=END)
+    assert tokenizer.begin != 0
+    data = TextData(
+        corpus_of(texts),
+        vocab=tokenizer.last + 1,
+        length=1000,
+        plan=TrainingPlan(sequences=4, length=1000, micro_batches=1, steps=1),
+        seed=0,
+        validation_sequences=2,
+        tokenizer=lambda: tokenizer,
+        packing="best_fit",
+    )
+    data.prepare()
+    numbers = np.arange(int(data._sequences.counts[0]))
+    batch = data._sequences.cut(np.zeros_like(numbers), numbers)
+    across = batch.documents_BM[:, 1:] != batch.documents_BM[:, :-1]
+    assert batch.learned_BM is not None, "some documents are longer than a sequence"
+    found = batch.targets_BL[batch.valid_BL & across & batch.learned_BM[:, 1:]]
+    assert len(found) > 1
+    assert set(found.tolist()) == {tokenizer.begin}
