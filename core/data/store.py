@@ -4,7 +4,6 @@ Each document is written as [0, its tokens ...]. The end marker is put *before* 
 one token to start from, and it ends a document by predicting the marker of the next one.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -13,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.contracts.errors import UserError
-from core.data.tokenizer import END
 from core.storage.documents import check_regular
 
 
@@ -45,23 +43,6 @@ class TokenStore:
     def documents(self) -> int:
         """The number of documents in the stream."""
         return len(self.starts)
-
-
-def pack(
-    documents: Iterable[Sequence[int]], vocab: int
-) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
-    """Joins encoded documents into one array of tokens, a marker before each; also returns their starts."""
-    return join((np.array([END, *ids]) for ids in documents), vocab)
-
-
-def join(
-    pieces: Iterable[NDArray[Any]], vocab: int
-) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
-    """Joins arrays of ids into one, in the smallest format that holds the vocabulary; also returns their starts."""
-    width = width_of(vocab)
-    narrow = [piece.astype(width) for piece in pieces]
-    ends = np.cumsum([0, *(len(piece) for piece in narrow)], dtype=np.int64)
-    return np.concatenate([np.empty(0, dtype=width), *narrow]), ends[:-1]
 
 
 def width_of(vocab: int) -> type[np.unsignedinteger[Any]]:

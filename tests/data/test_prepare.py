@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,8 +20,9 @@ from conftest import MakeCorpus
 import core.data.prepare
 from core.contracts.errors import UserError
 from core.data import cache as cache_files
+from core.data.packing import Group, PackedStream
 from core.data.prepare import Prepared, prepare
-from core.data.store import open_store, pack
+from core.data.store import open_store, width_of
 from core.storage import records
 
 VOCAB = 300
@@ -59,10 +62,17 @@ def test_each_document_is_a_marker_and_its_tokens(
     ("vocab", "dtype"), [(300, np.uint16), (65536, np.uint16), (65537, np.uint32)]
 )
 def test_ids_are_as_narrow_as_the_vocabulary_allows(vocab: int, dtype: type) -> None:
-    tokens, starts = pack([[vocab - 1, 5], [7]], vocab)
+    assert width_of(vocab) == dtype
+    packed = PackedStream(np.dtype(dtype))
+    for ids in ([0, vocab - 1, 5], [0, 7]):
+        packed.add(Group(array("q", [len(ids)]), np.array(ids, dtype).tobytes()), source=0)
+    file = io.BytesIO()
+    packed.write(file)
+    file.seek(0)
+    tokens = np.load(file, allow_pickle=False)
     assert tokens.dtype == dtype
     assert tokens.tolist() == [0, vocab - 1, 5, 0, 7]
-    assert starts.tolist() == [0, 3]
+    assert packed.starts().tolist() == [0, 3]
 
 
 def test_few_documents_leave_nothing_to_validate(

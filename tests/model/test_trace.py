@@ -158,8 +158,9 @@ def test_a_padded_sequence_is_traced_as_by_itself() -> None:
             assert chosen.tolist() == own.routing.expert_A[: len(row) * choices].tolist()
 
 
-def test_tracing_changes_nothing_of_the_model() -> None:
-    model = tiny.build(*tiny.MTP)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_tracing_changes_nothing_of_the_model(router: str) -> None:
+    model = tiny.build(*router_overrides(router), *tiny.MTP)
     model.train()
     model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
