@@ -36,15 +36,24 @@ ALPHABET = [
 """Letters, digits, signs and all kinds of space, and what the pattern of the cut names."""
 
 
+MOSTLY_SPACE = ["a", "1", "!", " ", " ", " ", "\n", "\n", "\r", "\t", "\xa0"]
+"""Where rules about white space follow each other."""
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
+    """It joins white space too, so a cut inside of it would show."""
     draw = random.Random(1)
-    return train(["".join(draw.choices(ALPHABET, k=4000))], 320)
+    return train(["".join(draw.choices(one, k=9000)) for one in (ALPHABET, MOSTLY_SPACE)], 600)
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
-    return ["".join(draw.choices(ALPHABET, k=draw.randint(0, 30))) for _ in range(count)]
+    texts = []
+    for index in range(count):
+        letters = MOSTLY_SPACE if index % 2 else ALPHABET
+        texts.append("".join(draw.choices(letters, k=draw.randint(0, 30))))
+    return texts
 
 
 def by_library(tokenizer: Tokenizer, texts: list[str]) -> list[bytes]:
@@ -208,6 +217,18 @@ def test_a_killed_preparation_goes_on_where_it_was(
     encoded.clear()
     prepare(corpus_of(texts), VOCAB)
     assert encoded == []
+
+
+@pytest.mark.usefixtures("large")
+def test_groups_of_equally_long_documents_differ_by_their_text(
+    corpus_of: MakeCorpus, texts: dict[str, bytes], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shortest = min(map(len, texts.values()))
+    equal = {name: data[:shortest] for name, data in texts.items()}
+    kept = prepare(corpus_of(equal), VOCAB).train.tokens.tolist()
+    monkeypatch.setattr(prepare_module, "IN_MEMORY", 1 << 30)
+    monkeypatch.setenv("MOELOOM_CACHE", str(cache / "other"))
+    assert prepare(corpus_of(equal), VOCAB).train.tokens.tolist() == kept
 
 
 @pytest.mark.usefixtures("large")

@@ -23,7 +23,7 @@ from core.training.module import TrainingModule
 
 CUDA = torch.cuda.is_available()
 RECIPE = (
-    "model.heads.mtp={name: mtp, depth: 1, weight: {start: 0.5, segments: [{to: 0.1, until: 1.0}]}}",
+    "model.heads.mtp={name: mtp, depth: 1, weight: {start: 0.5, segments: [{shape: linear, to: 0.1, until: 1.0}]}}",
     "model.blocks.moe.ffn.balance=[{name: bias, rate: 0.01}, {name: sequence, alpha: 0.1}]",
 )
 
@@ -45,6 +45,7 @@ class StandIn(Graph):
             if own is not None:
                 assert parameter.grad is not None
                 own.copy_(parameter.grad)
+            parameter.grad = None  # a graph writes into memory, and sets nothing in Python
         for own, value in zip(_tensors(self.results), _tensors(new), strict=True):
             own.copy_(value)
 

@@ -26,7 +26,7 @@ RECIPE = (
     "trainer.deterministic=true",  # sums of gradients of one token's vector have no order otherwise
     "budget.steps=12",
     "batch={sequences: 2, accumulate: 2}",
-    "model.heads.mtp={name: mtp, depth: 1, weight: {start: 0.5, segments: [{to: 0.1, until: 1.0}]}}",
+    "model.heads.mtp={name: mtp, depth: 1, weight: {start: 0.5, segments: [{shape: linear, to: 0.1, until: 1.0}]}}",
     "model.blocks.moe.ffn.balance=[{name: bias, rate: 0.01}, {name: sequence, alpha: 0.1}]",
 )
 TIMES = ("tokens_per_second", "mfu")
