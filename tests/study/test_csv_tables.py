@@ -30,6 +30,7 @@ def test_text_with_commas_quotes_and_line_breaks_reads_back(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.full
 def test_the_tables_hold_what_the_documents_hold(
     write: Write, pool: ForkPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +64,7 @@ def test_the_tables_hold_what_the_documents_hold(
     assert float(variants[1]["difference_low"]) == found["rows"][1]["difference"]["low"]
 
 
+@pytest.mark.full
 def test_points_and_what_is_left_out_are_in_the_table_of_variants(
     write: Write, pool: ForkPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

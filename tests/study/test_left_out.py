@@ -99,6 +99,7 @@ def test_a_sweep_without_rules_goes_on_in_a_folder_of_an_earlier_version(write: 
     assert "skip" in describe_file(read_sweep(write(GRID + RULE)))
 
 
+@pytest.mark.full
 def test_what_is_left_out_is_listed_in_the_dry_run_the_results_and_their_documents(
     write: Write, pool: ForkPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_each_process_sees_the_gpu_of_its_slot_and_hands_it_on(
     assert sorted(seen[:2]) == sorted(seen[2:]) == ["3", "GPU-7"]
 
 
+@pytest.mark.full
 def test_the_results_and_the_report_say_that_times_are_not_comparable(
     write: Write,
     tmp_path: Path,
