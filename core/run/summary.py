@@ -1,8 +1,6 @@
 """The summary of a finished run: its results under the names that `summary.json` promises."""
 
 import math
-import resource
-import sys
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from core.analysis.size import Size
 from core.data.module import TextData
 from core.model.by_source import SOURCE
 from core.run.divergence import DIVERGED
+from core.training.host_memory import resident
 from core.training.module import TrainingModule
 from core.training.setup import RunCallbacks
 
@@ -135,5 +134,4 @@ def peak_memory_bytes() -> int:
     """The peak memory of this process in bytes: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident()[1]

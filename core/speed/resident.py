@@ -1,11 +1,11 @@
 """The memory that a process, or a GPU, holds at most."""
 
-import sys
 from pathlib import Path
 
 import torch
 
-STATUS = Path("/proc/self/status")
+from core.training.host_memory import resident
+
 CLEAR = Path("/proc/self/clear_refs")
 PEAK_AGAIN = "5"
 """What resets a process's peak (proc(5), clear_refs)."""
@@ -37,22 +37,6 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
         return resident()[1] - self.before
-
-
-def resident() -> tuple[int, int]:
-    """The bytes of this process in memory, now and at most; where only the peak is known, it twice."""
-    if STATUS.exists():
-        found = {}
-        for line in STATUS.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in ("VmRSS", "VmHWM"):
-                found[name] = int(value.split()[0]) * 1024
-        return found["VmRSS"], found["VmHWM"]
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return peak, peak
 
 
 def _reset_peak() -> None:

@@ -243,9 +243,9 @@ def saved_bytes(
 def test_the_largest_recipe_needs_little_memory_itself() -> None:
     """A process of its own, with a layout: under 2 GB (the time, under 20 s, is in docs/describe.md)."""
     code = (
-        "import json, resource, sys; from core import describe; "
+        "import json, sys; from core import describe; from core.training.host_memory import resident; "
         "describe.main(describe.parser().parse_intermixed_args()); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
+        "print(resident()[1], file=sys.stderr)"
     )
     arguments = ["dsv3_671b", "--json", "--layout", "data=128,expert=64,pipeline=16"]
     done = subprocess.run(

@@ -17,16 +17,16 @@ from .checkpoints import V3, block_shapes
 ROOT = Path(__file__).resolve().parents[2]
 MEGABYTE = 2**20
 MEASURED = """
-import json, resource, sys
+import json, sys
 from core import convert
 from core.command import run_command
 from core.interop import from_hf, to_hf
 import core.run.loading
-held = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = held()
+from core.training.host_memory import resident
+before = resident()[1]
 sys.argv = ["core/convert.py", *sys.argv[1:]]
 run_command(convert.main, convert.parser())
-print(json.dumps({"before": before, "after": held()}))
+print(json.dumps({"before": before, "after": resident()[1]}))
 """
 
 

@@ -31,6 +31,16 @@ def second_time(what: str) -> tuple[bool, int]:
     return kept == "1", int(faults)
 
 
+def test_the_peak_of_a_program_is_not_that_of_its_parent() -> None:
+    """Linux passes the peak of `getrusage` on to the program that a process becomes."""
+    held = bytearray(b"x") * (300 << 20)
+    script = "from core.training.host_memory import resident; print(*resident())"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    now, peak = map(int, done.stdout.split())
+    assert 0 < now <= peak < len(held)
+
+
 def test_freed_memory_is_used_again() -> None:
     kept, faults = second_time("keep")
     if not kept:
