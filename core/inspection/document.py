@@ -48,6 +48,7 @@ class Strings:
     def __init__(self, tokenizer: RunTokenizer) -> None:
         self.tokenizer = tokenizer
         self.known: dict[int, str] = {}
+        self.boundaries = [tokenizer.markers.begin, tokenizer.markers.end]
 
     def one(self, token: int) -> str:
         """The text of a token; its number in brackets where it has none, as a marker or a part of a character."""
@@ -55,6 +56,16 @@ class Strings:
             text = self.tokenizer.decode([token])
             self.known[token] = text if text and "\ufffd" not in text else f"[{token}]"
         return self.known[token]
+
+    def before(self, ids: Integers) -> str:
+        """The text of the last of some neighbouring tokens: those that belong to one document."""
+        ends = np.flatnonzero(np.isin(ids, self.boundaries))
+        return self.span(ids[ends[-1] + 1 :] if len(ends) else ids)
+
+    def after(self, ids: Integers) -> str:
+        """The text of the first of some neighbouring tokens: those that belong to one document."""
+        ends = np.flatnonzero(np.isin(ids, self.boundaries))
+        return self.span(ids[: ends[0]] if len(ends) else ids)
 
     def span(self, ids: Integers) -> str:
         """The text of neighbouring tokens."""
@@ -203,10 +214,10 @@ def _contexts(
     order = np.argsort(-log_odds(own_V, all_V)[tokens], kind="stable")
     found = []
     for place in places[where[order[: sizes.contexts]]]:
-        before = ids[max(0, place - reach) : place]
-        after = ids[place + 1 : place + 1 + reach]
+        before = strings.before(ids[max(0, place - reach) : place])
+        after = strings.after(ids[place + 1 : place + 1 + reach])
         token = strings.one(int(ids[place]))
-        found.append({"before": strings.span(before), "token": token, "after": strings.span(after)})
+        found.append({"before": before, "token": token, "after": after})
     return found
 
 

@@ -13,6 +13,10 @@ def check_device(device: str, recipe: Recipe) -> None:
     Raises:
         UserError: this machine has no such device, or the device cannot run a part of the recipe.
     """
+    try:
+        torch.device(device)
+    except RuntimeError as cause:
+        raise UserError(f"--device {device}: is no device; give cpu, cuda or cuda:N") from cause
     if device.startswith("cuda") and torch.cuda.is_available():
         unmet = unmet_requirements(recipe)
         if unmet:
@@ -20,6 +24,6 @@ def check_device(device: str, recipe: Recipe) -> None:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as cause:
-        # The name is unknown, torch is built without CUDA, there is no GPU, or it is a device without values.
+        # Torch is built without CUDA, there is no GPU, or it is a device without values.
         why = str(cause).splitlines()[0]
         raise UserError(f"--device {device}: the model cannot go there: {why}") from cause

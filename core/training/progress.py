@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 import lightning as L
@@ -28,9 +29,21 @@ REDRAWS = 5
 MIN_BAR_WIDTH = 10
 """Columns of the shortest bar."""
 
+SHOWN = (
+    ("loss/total", "loss {:.3f}"),
+    ("val_bits_per_byte", "val {:.3f} bits/byte"),
+    ("load/max_vio_batch", "MaxVio {:.2f}"),
+    ("lr", "lr {:.3g}"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
+)
+"""The values of a line, in its order, and how each is written."""
+
+LEFT_OUT_FIRST = ("lr", "load/max_vio_batch", "val_bits_per_byte")
+"""What a line does without where it would be longer than the terminal is wide, in this order."""
+
 
 class ProgressLine(L.Callback):
-    """Shows step, loss, learning rate, tokens per second and time left on stderr, on the first rank.
+    """Shows step, loss, bits per byte, balance, learning rate, speed and time left on stderr, on the first rank.
 
     Args:
         stream: where to write; None: stderr.
@@ -89,7 +102,7 @@ class ProgressLine(L.Callback):
 
     def _read_values(self, step_values: dict[str, Any]) -> None:
         """Copies what is shown of a step's values; not at every step, because a GPU has to be waited for."""
-        for name in ("loss/total", "lr", "tokens_per_second", "load/max_vio_batch"):
+        for name, _ in SHOWN:
             if name in step_values:
                 self._values[name] = float(step_values[name])
 
@@ -138,34 +151,24 @@ class ProgressLine(L.Callback):
 
     def line(self, width: int) -> str:
         """The line for a terminal of some columns: what does not fit is left out, and a bar fills the rest."""
-        parts = [f"step {self.step}/{self.steps}", *self._shown()]
-        parts.append(self.status or self._time_left())
-        optional = []
-        if "load/max_vio_batch" in self._values:
-            optional.append(f"MaxVio {self._values['load/max_vio_batch']:.2f}")
-        if "val_bits_per_byte" in self._values:
-            optional.append(f"val {self._values['val_bits_per_byte']:.3f} bits/byte")
-        line = "  ".join(part for part in parts if part)
-        for part in optional:
-            if len(line) + len(part) + 2 <= width:
-                line = f"{line}  {part}"
+        end = self.status or self._time_left()
+        line = self._joined((), end)
+        for count in range(1, len(LEFT_OUT_FIRST) + 1):
+            if len(line) > width:
+                line = self._joined(LEFT_OUT_FIRST[:count], end)
         free = width - len(line) - 3
         if free < MIN_BAR_WIDTH:
             return line[:width]
         filled = free * self.step // max(self.steps, 1)
         return f"{'━' * filled}{'┄' * (free - filled)}  {line}"
 
-    def _shown(self) -> list[str]:
-        """Loss, learning rate and speed, where they are known."""
-        values = self._values
-        shown = []
-        if "loss/total" in values:
-            shown.append(f"loss {values['loss/total']:.3f}")
-        if "lr" in values:
-            shown.append(f"lr {values['lr']:.3g}")
-        if "tokens_per_second" in values:
-            shown.append(f"{values['tokens_per_second']:,.0f} tokens/s")
-        return shown
+    def _joined(self, left_out: Sequence[str], *end: str) -> str:
+        """The step, the values that are known and not left out, and what ends the line."""
+        parts = [f"step {self.step}/{self.steps}"]
+        for name, form in SHOWN:
+            if name in self._values and name not in left_out:
+                parts.append(form.format(self._values[name]))
+        return "  ".join(part for part in (*parts, *end) if part)
 
     def _time_left(self) -> str:
         """The time that the other steps take at the pace so far; empty while it is not known."""
@@ -198,8 +201,8 @@ class ProgressLine(L.Callback):
         left = self._time_left()
         if left:
             left = f"about {left}"
-        parts = [f"step {self.step}/{self.steps}", *self._shown(), left, self.status]
-        print("  ".join(part for part in parts if part), file=self.stream or sys.stderr, flush=True)
+        line = self._joined((), left, self.status)
+        print(line, file=self.stream or sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

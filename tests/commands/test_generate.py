@@ -102,7 +102,7 @@ def test_a_stop_token_ends_the_text_and_is_not_written(finished: Path) -> None:
         (["--speculative", "99"], "--speculative = 99: must be 0 to 64"),
         (["--stream", "--json"], "--stream cannot be combined with --json"),
         (["--prompts", "a.txt"], "give one of --prompt TEXT, --prompt-ids IDS and --prompts FILE"),
-        (["--device", "nonsense"], "--device nonsense: the model cannot go there: "),
+        (["--device", "nonsense"], "--device nonsense: is no device; give cpu, cuda or cuda:N"),
         (["--device", "meta"], "--device meta: the model cannot go there: "),
         pytest.param(
             ["--device", "cuda"],

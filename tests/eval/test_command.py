@@ -239,7 +239,7 @@ def test_a_device_that_is_not_here_is_refused(lab: Lab, finished: Path, folder: 
         "evaluate", finished, "--tasks", "chosen", "--task-path", folder, "--device", "nonsense"
     )
     assert result.code == 2
-    assert result.sentence.startswith("--device nonsense: the model cannot go there: ")
+    assert result.sentence.startswith("--device nonsense: is no device; give cpu, cuda or cuda:N")
 
 
 def test_a_gpu_that_a_part_cannot_run_on_is_refused(

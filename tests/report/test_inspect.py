@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from lab import Lab
 
 from core.contracts.context import SequenceContext
+from core.generation.markers import Markers
 from core.inspection.counts import Counts
+from core.inspection.document import Strings
 from core.inspection.page import LARGEST, render
 from core.inspection.statistic import (
     PRIOR,
@@ -53,6 +56,17 @@ def test_log_odds_are_those_of_the_paper() -> None:
         second = math.log((y_j + prior) / (n_j + PRIOR - y_j - prior))
         deviation = math.sqrt(1 / (y_i + prior) + 1 / (y_j + prior))
         assert found[w] == pytest.approx((first - second) / deviation, rel=1e-9)
+
+
+def test_the_neighbours_of_a_token_are_those_of_its_document() -> None:
+    tokenizer: Any = SimpleNamespace(
+        markers=Markers(begin=8, end=9), decode=lambda ids: " ".join(map(str, ids))
+    )
+    strings = Strings(tokenizer)
+    assert strings.before(np.array([1, 9, 8, 2, 3])) == "2 3"
+    assert strings.after(np.array([4, 5, 9, 8, 6])) == "4 5"
+    assert strings.before(np.array([1, 2])) == "1 2"
+    assert strings.after(np.array([], dtype=np.int64)) == ""
 
 
 def test_entropy_divergence_and_chance_are_bits() -> None:

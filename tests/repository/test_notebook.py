@@ -28,7 +28,9 @@ def test_the_blocks_of_the_page_run_in_order(
     printed = capsys.readouterr().out
     assert "bits per byte" in printed
     assert "torch.Size([2, 8, 512])" in printed
+    assert "blocks.0 largest logits [" in printed
     assert "blocks.1 [" in printed
+    assert "blocks.1 experts of the first token: [" in printed
     assert "switch" in printed
     weights = load_file("runs/notebook/weights.safetensors")
     assert "embedding.weight" in weights

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from lab import Lab, last_checkpoint, rows
+from rank_runs import assert_same_end, fit_on_ranks
 
 from core.contracts.errors import UserError
 from core.training.early_end import why_ended
@@ -16,6 +17,7 @@ from core.training.hyper_parameters import flatten
 from plugins.callbacks.early_stopping import StopWithoutImprovement
 from plugins.callbacks.lightning_callback import REFUSED
 
+FP64 = "precision={name: fp64}"
 OFTEN = "validation.every_steps=2"
 
 
@@ -61,6 +63,31 @@ def test_an_improving_run_keeps_its_budget(lab: Lab, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["steps"] == 12
     assert not [notice for notice in summary["notices"] if "ended after" in notice]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "{name: ddp, ranks: 2, accelerator: cpu}",
+        "{name: expert_parallel, expert_ranks: 2, accelerator: cpu}",
+    ],
+)
+def test_all_ranks_end_early_after_the_step_of_one_process(
+    lab: Lab, stopped: Path, tmp_path: Path, strategy: str
+) -> None:
+    """Two ranks share the batch of one process, and end with its checkpoint and its reason."""
+    run = tmp_path / "run"
+    settings = (stopping(patience=2, min_delta=5), OFTEN, FP64, f"strategy={strategy}")
+    fit_on_ranks(lab, run, *settings)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert [notice for notice in summary["notices"] if "ended after 6 of 12 steps" in notice]
+    lab.fit(tmp_path / "one", *settings[:3])
+    assert_same_end(run, tmp_path / "one")
+    (run / "summary.json").unlink()
+    fit_on_ranks(lab, run, *settings, resume=True)
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 
 @pytest.mark.parametrize(

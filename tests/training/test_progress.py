@@ -23,7 +23,8 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 UP = re.compile(r"\x1b\[[0-9]*A")
 BAR = "trainer.enable_progress_bar=true"
 DOCUMENTED = re.compile(
-    r"step \d+/12  loss \d+\.\d+  lr 0\.003(  [\d,]+ tokens/s)?(  about \d+ (s|min) left)?"
+    r"step \d+/12  loss \d+\.\d+(  val \d\.\d{3} bits/byte)?(  MaxVio \d+\.\d\d)?  lr 0\.003(  [\d,]+ tokens/s)?"
+    r"(  about \d+ (s|min) left)?(  validating \d+/\d+)?"
 )
 
 
@@ -69,7 +70,8 @@ def test_on_a_terminal_the_run_is_one_line(lab: Lab, tmp_path: Path, columns: in
     last = drawn[-1]
     assert "step 12/12" in last
     assert "loss " in last
-    assert "lr 0.003" in last
+    assert re.search(r"val \d\.\d{3} bits/byte", last)
+    assert "lr 0.003" in last or columns < 100
     assert " tokens/s" in last
     assert "Epoch" not in printed
     assert "..." not in last
@@ -81,10 +83,27 @@ def test_the_longest_line_fits_80_columns() -> None:
     line = ProgressLine(io.StringIO())
     line.step, line.steps, line._began = 123_456, 1_000_000, -4e4
     line._values = {"loss/total": 10.123, "lr": 0.000221, "tokens_per_second": 1_234_567.0}
+    line._values |= {"load/max_vio_batch": 12.345, "val_bits_per_byte": 1.0}
     shown = line.line(80)
     assert len(shown) <= 80
     assert "1,234,567 tokens/s" in shown
     assert shown.endswith("left")
+
+
+def test_a_narrow_line_leaves_out_the_learning_rate_then_the_balance_then_the_bits() -> None:
+    line = ProgressLine(io.StringIO())
+    line.step, line.steps = 9, 9
+    line._values = {"loss/total": 3.21, "load/max_vio_batch": 0.4, "val_bits_per_byte": 2.5}
+    line._values |= {"lr": 0.003, "tokens_per_second": 1234.0}
+    parts = ["step 9/9", "loss 3.210", "val 2.500 bits/byte", "MaxVio 0.40", "lr 0.003"]
+    parts.append("1,234 tokens/s")
+    for left_out in (None, 4, 3, 2):
+        if left_out is not None:
+            del parts[left_out]
+        whole = "  ".join(parts)
+        assert line.line(len(whole)) == whole
+    assert line.line(len(whole) - 1) == whole[:-1]
+    assert line.line(200).endswith("lr 0.003  1,234 tokens/s")
 
 
 @pytest.mark.full
