@@ -11,8 +11,12 @@ from rank_runs import assert_same_end, cut_after, fit_on_ranks
 
 from core.checkpoints.listing import checkpoints_in
 from core.contracts.errors import UserError
+from core.inspection.texts import held_out
+from core.inspection.work import Options, inspect
+from core.recipe.compose import compose_run
 from core.reports.over_training import OverTraining, validation
 from core.reports.study_files import read
+from core.training.run_folder import RunFolder
 
 MIXED = (
     "data.corpus={{name: mixture, corpora: {{web: {{name: files, paths: ['{texts}/*.txt']}}, "
@@ -119,3 +123,27 @@ def test_ranks_see_the_losses_of_one_process(
     stopped = cut_after(tmp_path / "two", 2, tmp_path / "stopped")
     fit_on_ranks(lab, stopped, *own, resume=True)
     assert_same_end(stopped, tmp_path / "two")
+
+
+@pytest.mark.full
+def test_the_inspection_of_a_run_of_two_ranks_counts_the_tokens_of_each_source(
+    lab: Lab, mixed: str, tmp_path: Path
+) -> None:
+    """Every valid token of a source sends two assignments to each layer, with hyper-connections too."""
+    run = tmp_path / "run"
+    streams = "model.residual={name: hyper_connections, scale: 0.01}"
+    mtp = "model.heads.mtp={name: mtp, depth: 1, weight: 0.3, reads: streams}"
+    ranks = "strategy={name: expert_parallel, expert_ranks: 2, accelerator: cpu}"
+    fit_on_ranks(lab, run, mixed, streams, mtp, ranks, "budget.steps=2")
+    found = inspect(run, Options()).document
+    folder = RunFolder(run)
+    text = held_out(compose_run(folder.recipe), folder, limit=10**6)
+    assert found["text"]["sources"] == list(text.sources) == ["web", "rows"]
+    sent = [0, 0]
+    for context in text.contexts:
+        assert context.source_B is not None
+        for index in range(2):
+            sent[index] += 2 * int(context.valid()[context.source_B == index].sum())
+    assert min(sent) > 0
+    (layer,) = [layer for layer in found["layers"] if layer["path"] == "blocks.1"]
+    assert layer["by_source"] == sent
