@@ -51,11 +51,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="part of a balanced prefill step that routed experts take, 0 to 1 (the run's share of FLOPs)",
     )
-    text = p.add_argument_group("loads of your own text, instead of those of the run's training")
+    text = p.add_argument_group(
+        "loads of a text that the model reads, instead of those of the run's training"
+    )
     text.add_argument(
         "--text",
         metavar="FILE",
         help="a text file, or token ids in a .npy file, that the model reads",
+    )
+    text.add_argument(
+        "--held-out",
+        action="store_true",
+        help="the model reads the run's held-out documents, in the batches in which core.evaluate reads them",
     )
     text.add_argument(
         "--tokens", type=int, default=200_000, metavar="N", help="stop after N tokens (200000)"
@@ -87,6 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
         replicas=arguments.replicas,
         groups=arguments.groups,
         text=None if arguments.text is None else Path(arguments.text),
+        held_out=arguments.held_out,
         tokens=arguments.tokens,
         stretches=arguments.stretches,
         experts_share=arguments.experts_share,

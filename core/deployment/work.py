@@ -23,13 +23,14 @@ from core.deployment.effect import (
 from core.deployment.loads import RecordedLoads, read_loads
 from core.deployment.plan import PlacementPlan, plan_placement
 from core.generation.run_tokenizer import RunTokenizer
-from core.inspection.texts import of_file
+from core.inspection.texts import Text, held_out, of_file
 from core.interop.run_weights import check_average
 from core.model.language_model import LanguageModel
 from core.model.trace import trace_context
 from core.recipe.compose import Recipe, compose_run
 from core.run.device import check_device
 from core.run.loading import load, run_of
+from core.training.early_checks import check_trained
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
 
@@ -47,6 +48,7 @@ class PlacementOptions:
         replicas: physical experts of a layer; None: one more on each GPU than are needed.
         groups: groups of experts of which a token reaches some only; None: as the run's router says, else 1.
         text: the file that the model reads for its loads; None: loads that are recorded already.
+        held_out: whether the model reads the run's held-out documents instead, as `core.evaluate` does.
         tokens: the number of tokens at which the reading stops.
         stretches: into how many stretches the loads are divided, for how long a plan stays good.
         experts_share: part of a balanced step that is the time of routed experts; None: as FLOPs say, for a run.
@@ -60,6 +62,7 @@ class PlacementOptions:
     replicas: int | None = None
     groups: int | None = None
     text: Path | None = None
+    held_out: bool = False
     tokens: int = 200_000
     stretches: int = 8
     experts_share: float | None = None
@@ -67,8 +70,15 @@ class PlacementOptions:
     weights: str | None = None
     trust: bool = False
 
+    @property
+    def reads(self) -> bool:
+        """Whether the model reads something for its loads."""
+        return self.text is not None or self.held_out
+
     def check(self) -> None:
-        """Raises `UserError` for the first number that is out of range."""
+        """Raises `UserError` for the first number that is out of range, or for two texts."""
+        if self.text is not None and self.held_out:
+            raise UserError("--held-out cannot be combined with --text: both say what is read")
         for name in ("gpus", "nodes", "replicas", "groups", "tokens", "stretches"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -105,14 +115,15 @@ def report(
     """
     options.check()
     if source.suffix in (".safetensors", ".json", ".npy"):
-        if options.text is not None:
-            raise UserError(f"--text needs a run or a checkpoint, and {source} holds loads")
+        if options.reads:
+            flag = "--text" if options.text is not None else "--held-out"
+            raise UserError(f"{flag} needs a run or a checkpoint, and {source} holds loads")
         loads = read_loads(source)
         folder = source.parent
         share = options.experts_share
     else:
         run = _run_of(source, options)
-        recipe = compose_run(run.folder.recipe, trust=options.trust)
+        recipe = compose_run(run.folder.recipe, trust=options.trust, check_source=options.held_out)
         for notice in recipe.notices():
             say(f"note: {notice}")
         meta = build(recipe, device="meta")
@@ -136,12 +147,14 @@ class _Run:
 
 def _run_of(source: Path, options: PlacementOptions) -> _Run:
     """Finds a run, and checks what of it is needed."""
-    if options.text is None:
+    if not options.reads:
         folder = RunFolder(source) if (source / "recipe.yaml").exists() else None
         if folder is None:
             folder = run_of(newest_checkpoint(source))
         if options.weights is not None:
-            raise UserError("--weights needs --text: recorded loads are those of the training")
+            raise UserError(
+                "--weights needs --text or --held-out: recorded loads are those of the training"
+            )
         if not (folder.path / "loads.safetensors").exists():
             raise UserError(
                 f"{folder.path}: has no loads.safetensors, as every run that trains experts writes; "
@@ -151,6 +164,8 @@ def _run_of(source: Path, options: PlacementOptions) -> _Run:
     checkpoint = newest_checkpoint(source)
     if options.weights is not None:
         check_average(checkpoint, options.weights)
+    if options.held_out:
+        check_trained(run_of(checkpoint), "give a text by --text")
     return _Run(run_of(checkpoint), checkpoint)
 
 
@@ -193,18 +208,24 @@ def _loads_of_run(run: _Run, recipe: Recipe, options: PlacementOptions) -> Recor
     """The recorded loads of a run, or those of a text that its model reads."""
     if run.checkpoint is None:
         return read_loads(run.folder.path / "loads.safetensors")
-    assert options.text is not None
     check_device(options.device, recipe)
-    length = min(recipe.data.sequence_length, recipe.model.rope.max_length, 4096)
-    vocabulary = recipe.data.tokenizer.vocab
-    tokenizer = RunTokenizer.of(run.folder)
-    text = of_file(options.text, tokenizer, length, vocabulary, options.tokens)
+    text = _text(run, recipe, options)
     model = load(run.checkpoint, trust=options.trust, weights=options.weights).to(options.device)
     traces = (trace_context(model, context) for context in text.on(options.device))
     try:
-        return RecordedLoads.of_traces(traces, f"text {text.name}")
+        return RecordedLoads.of_traces(traces, text.name)
     except NotFiniteError as cause:
         raise NotFiniteError(f"{run.checkpoint}: {cause}") from cause
+
+
+def _text(run: _Run, recipe: Recipe, options: PlacementOptions) -> Text:
+    """The tokens that the model reads."""
+    if options.text is None:
+        return held_out(recipe, run.folder, options.tokens)
+    length = min(recipe.data.sequence_length, recipe.model.rope.max_length, 4096)
+    vocabulary = recipe.data.tokenizer.vocab
+    tokenizer = RunTokenizer.of(run.folder)
+    return of_file(options.text, tokenizer, length, vocabulary, options.tokens)
 
 
 def experts_share(model: LanguageModel) -> float | None:
