@@ -179,9 +179,10 @@ def _validate(arguments: argparse.Namespace) -> None:
 
     from core.deployment.placing import Placing
     from core.run.evaluation import evaluate
+    from core.training.ranks import is_rank_zero
     from core.training.resume import newest_checkpoint
 
-    with Placing(arguments.placement) as placing:
+    with Placing(arguments.placement, divides=True) as placing:
         values = evaluate(
             newest_checkpoint(Path(arguments.run)),
             xz=arguments.xz,
@@ -189,8 +190,11 @@ def _validate(arguments: argparse.Namespace) -> None:
             weights=arguments.weights,
             say=_say,
             prepare=placing.place,
+            dispatcher=placing.dispatcher,
         )
-    _print_values({**values, **placing.values()}, arguments)
+        values.update(placing.values())
+    if is_rank_zero():
+        _print_values(values, arguments)
 
 
 def _print_values(values: dict[str, Any], arguments: argparse.Namespace) -> None:

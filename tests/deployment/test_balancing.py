@@ -81,7 +81,7 @@ def test_the_published_example_is_reproduced_to_the_number() -> None:
 
 def test_packing_never_exceeds_the_bound_of_a_greedy_choice() -> None:
     draw = random.Random(1)
-    for _ in range(1000):
+    for _ in range(400):
         packs = draw.randint(1, 7)
         size = draw.randint(1, 6)
         weights = drawn_weights(draw, packs * size)
@@ -98,7 +98,7 @@ def test_packing_never_exceeds_the_bound_of_a_greedy_choice() -> None:
 def test_packing_stays_close_to_the_best_of_all_packings() -> None:
     draw = random.Random(2)
     ratios = []
-    for _ in range(150):
+    for _ in range(80):
         packs, size = draw.choice([(2, 2), (2, 3), (3, 2), (2, 4), (3, 3), (4, 2)])
         weights = drawn_weights(draw, packs * size)
         loads = [sum(weights[item] for item in p) for p in balanced_packing(weights, packs)]
@@ -116,7 +116,7 @@ def test_packing_stays_close_to_the_best_of_all_packings() -> None:
 
 def test_no_other_choice_of_replicas_has_a_smaller_largest_copy() -> None:
     draw = random.Random(3)
-    for _ in range(150):
+    for _ in range(80):
         experts = draw.randint(1, 5)
         replicas = experts + draw.randint(0, 5)
         weights = drawn_weights(draw, experts)
@@ -150,7 +150,7 @@ def drawn_deployment(draw: random.Random) -> tuple[Deployment, int]:
 
 def test_every_expert_has_a_place_and_every_gpu_equally_many() -> None:
     draw = random.Random(4)
-    for _ in range(500):
+    for _ in range(250):
         deployment, experts = drawn_deployment(draw)
         weights = drawn_weights(draw, experts)
         placed = place_layer(weights, deployment)
@@ -171,7 +171,7 @@ def test_every_expert_has_a_place_and_every_gpu_equally_many() -> None:
 def test_a_hierarchical_plan_leaves_groups_whole_on_a_node() -> None:
     draw = random.Random(5)
     hierarchical = 0
-    for _ in range(400):
+    for _ in range(150):
         deployment, experts = drawn_deployment(draw)
         if not deployment.is_hierarchical:
             continue
@@ -187,13 +187,13 @@ def test_a_hierarchical_plan_leaves_groups_whole_on_a_node() -> None:
             sum(node in reached for reached in nodes.values()) for node in range(deployment.nodes)
         ]
         assert set(held) == {deployment.groups // deployment.nodes}
-    assert hierarchical > 20
+    assert hierarchical > 10
 
 
 def test_a_plan_is_close_to_the_best_of_all_plans() -> None:
     draw = random.Random(6)
     ratios = []
-    for _ in range(16):
+    for _ in range(10):
         experts, gpus, slots = draw.choice([(2, 2, 2), (3, 2, 2), (3, 3, 2)])
         weights = [draw.uniform(1, 10) for _ in range(experts)]
         best = float("inf")

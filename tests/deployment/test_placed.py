@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from model import tiny
+from tiers import first_by_default
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from two_ranks import on_two_ranks
@@ -120,7 +121,7 @@ ROUTERS = (
 )
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", first_by_default(ROUTERS, keep=2))
 def test_every_router_gives_the_same_with_replicas(router: str) -> None:
     model = built(f"model.blocks.moe.ffn.router={router}", f"{tiny.BALANCE}=[]")
     context = text()
@@ -341,7 +342,7 @@ def test_plans_of_other_models_are_one_sentence_and_change_nothing() -> None:
         place(dense, plan)
 
 
-@pytest.mark.parametrize("dispatcher", ["local", "all_to_all"])
+@pytest.mark.parametrize("dispatcher", first_by_default(["local", "all_to_all"]))
 def test_ranks_that_do_not_fit_the_plan_are_one_sentence(tmp_path: Path, dispatcher: str) -> None:
     model = built(f"model.blocks.moe.ffn.dispatcher.name={dispatcher}")
     gpus = 2 if dispatcher == "local" else 3
