@@ -98,7 +98,7 @@ def _check(layers: Mapping[str, FeedForward], plan: PlacementPlan, name: str) ->
         if any(isinstance(part, StepState) for part in layer.modules()):
             raise UserError(
                 f"{name}: the precision of {path} keeps maxima of each expert from step to step, so copies are not "
-                "possible; evaluate with another precision"
+                "possible"
             )
 
 

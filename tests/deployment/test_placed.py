@@ -359,3 +359,37 @@ def test_ranks_that_do_not_fit_the_plan_are_one_sentence(tmp_path: Path, dispatc
         else "gpus = 3, and there are 2 ranks"
     )
     assert all(sentence in found for found in on_two_ranks(work, tmp_path))
+
+
+@pytest.mark.full
+def test_a_compiled_model_chooses_the_same_copies() -> None:
+    model = tiny.build("precision.name=fp32").eval()
+    context = text()
+    plan = planned(model, context)
+    plain = place(deepcopy(model), plan)
+    compiled = place(deepcopy(model), plan)
+    for block in compiled.blocks:
+        block.compile()
+    with torch.no_grad():
+        expected = plain(context)
+        found = compiled(context)
+    for path in plan.layers:
+        before = expected.records[path]["ffn"].tallies["physical_load"]
+        assert torch.equal(found.records[path]["ffn"].tallies["physical_load"], before)
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "delayed"])
+def test_fp8_takes_copies_unless_it_keeps_maxima_of_experts(scaling: str) -> None:
+    precision = "precision={name: fp8_emulated}"
+    if scaling == "delayed":
+        precision = "precision={name: fp8_emulated, scaling: delayed}"
+    model = tiny.build(precision).eval()
+    context = text()
+    plan = planned(model, context)
+    if scaling == "delayed":
+        with pytest.raises(UserError, match="keeps maxima of each expert from step to step"):
+            place(model, plan)
+        return
+    expected = outputs(model, context)
+    found = outputs(place(model, plan), context)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
