@@ -273,6 +273,16 @@ def weights_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def placement_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --placement, which takes a plan of redundant experts."""
+    parser.add_argument(
+        "--placement",
+        metavar="FILE",
+        type=Path,
+        help="run on redundant experts, as a plan of core.placement --json says",
+    )
+
+
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments RECIPE and KEY=VALUE."""
     parser.add_argument(

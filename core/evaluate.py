@@ -4,7 +4,13 @@ import argparse
 import sys
 from typing import Any
 
-from core.command import print_json, run_command, trust_argument, weights_argument
+from core.command import (
+    placement_argument,
+    print_json,
+    run_command,
+    trust_argument,
+    weights_argument,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
         help="print also what xz -9e needs (two seconds for each MB of text)",
     )
     weights_argument(p)
+    placement_argument(p)
     p.add_argument("--json", action="store_true", help="print one JSON document")
     trust_argument(p, "the run's recipe or a task file names")
     text = p.add_argument_group(
@@ -118,6 +125,7 @@ def _score_text(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from core.contracts.errors import NotFiniteError, UserError
+    from core.deployment.placing import Placing
     from core.generation.markers import markers_of
     from core.harness.own_text import read_own_text, score_text
     from core.interop.run_weights import check_average
@@ -130,6 +138,7 @@ def _score_text(arguments: argparse.Namespace) -> None:
     folder = run_of(checkpoint)
     if arguments.weights is not None:
         check_average(checkpoint, arguments.weights)
+    placing = Placing(arguments.placement)
     text = read_own_text(Path(arguments.text))
     recipe = compose_run(folder.recipe, trust=arguments.trust)
     longest = recipe.model.rope.max_length
@@ -150,9 +159,11 @@ def _score_text(arguments: argparse.Namespace) -> None:
     for notice in notices:
         _say(f"note: {notice}")
     model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
+    placing.place(model)
     batch = arguments.batch_size or 16
     try:
-        found = score_text(model, markers, text, tokenizer, context=context, batch_size=batch)
+        with placing:
+            found = score_text(model, markers, text, tokenizer, context=context, batch_size=batch)
     except UserError as cause:
         raise UserError(f"--text {arguments.text}: {cause}") from cause
     except NotFiniteError as cause:
@@ -160,33 +171,46 @@ def _score_text(arguments: argparse.Namespace) -> None:
     values: dict[str, Any] = {"checkpoint": checkpoint.name, **found.to_dict()}
     if arguments.weights is not None:
         values["weights"] = arguments.weights
-    _print_values({**values, "notices": notices}, arguments)
+    _print_values({**values, **placing.values(), "notices": notices}, arguments)
 
 
 def _validate(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from core.deployment.placing import Placing
     from core.run.evaluation import evaluate
+    from core.training.ranks import is_rank_zero
     from core.training.resume import newest_checkpoint
 
-    values = evaluate(
-        newest_checkpoint(Path(arguments.run)),
-        xz=arguments.xz,
-        trust=arguments.trust,
-        weights=arguments.weights,
-        say=_say,
-    )
-    _print_values(values, arguments)
+    with Placing(arguments.placement, divides=True) as placing:
+        values = evaluate(
+            newest_checkpoint(Path(arguments.run)),
+            xz=arguments.xz,
+            trust=arguments.trust,
+            weights=arguments.weights,
+            say=_say,
+            prepare=placing.place,
+            dispatcher=placing.dispatcher,
+        )
+        values.update(placing.values())
+    if is_rank_zero():
+        _print_values(values, arguments)
 
 
 def _print_values(values: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Prints values by name, or as one JSON document."""
+    from core.deployment.placing import lines
+
     if arguments.json:
         print_json(values)
         return
     for name, value in values.items():
         if name == "notices":
             continue  # they are already on stderr
+        if name == "placement":
+            for line in lines(value):
+                print(line)
+            continue
         shown = f"{value:.6g}" if isinstance(value, float) else value
         print(f"{name:24} {shown}")
 
@@ -195,6 +219,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from core.contracts.errors import NotFiniteError
+    from core.deployment.placing import Placing, lines
     from core.generation.run_tokenizer import RunTokenizer
     from core.harness.tasks import TaskOptions, load_tasks, run_tasks, table_lines
     from core.training.resume import newest_checkpoint
@@ -225,6 +250,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     recipe = compose_run(folder.recipe, trust=arguments.trust)
     device = arguments.device or "cpu"
     check_device(device, recipe)
+    placing = Placing(arguments.placement)
     if options.chat:
         RunTokenizer.of(folder).chat()  # a run without a template is reported before the tasks load
     loaded = load_tasks(options, say=_say)
@@ -232,18 +258,23 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     for notice in notices:
         _say(f"note: {notice}")
     model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
+    placing.place(model)
     try:
-        results = run_tasks(loaded, folder, model, options, say=_say)
+        with placing:
+            results = run_tasks(loaded, folder, model, options, say=_say)
     except NotFiniteError as cause:
         raise NotFiniteError(f"{checkpoint}: {cause}") from cause
     if arguments.json:
         document = {"checkpoint": checkpoint.name, **results}
         if arguments.weights is not None:
             document["weights"] = arguments.weights
-        print_json({**document, "notices": notices})
+        print_json({**document, **placing.values(), "notices": notices})
         return
     for line in table_lines(results):
         print(line)
+    for value in placing.values().values():
+        for line in lines(value):
+            print(line)
 
 
 def _say(sentence: str) -> None:

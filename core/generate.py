@@ -6,7 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.command import print_json, run_command, trust_argument, weights_argument
+from core.command import (
+    placement_argument,
+    print_json,
+    run_command,
+    trust_argument,
+    weights_argument,
+)
 
 if TYPE_CHECKING:
     from core.generation.completion import Completion, Completions
@@ -26,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint")
     weights_argument(p)
+    placement_argument(p)
     p.add_argument("--prompt", metavar="TEXT", help="what to continue")
     p.add_argument(
         "--prompt-ids",
@@ -97,6 +104,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     options = _options(arguments)
     prompts = _prompts(arguments)
+    from core.deployment.placing import Placing
     from core.generation.completion import Completer
     from core.generation.pass_times import measure_passes
     from core.generation.writer import Prompt
@@ -110,6 +118,7 @@ def main(arguments: argparse.Namespace) -> None:
     run = run_of(checkpoint)
     if arguments.weights is not None:
         check_average(checkpoint, arguments.weights)
+    placing = Placing(arguments.placement)
     recipe = compose_run(run.recipe, trust=arguments.trust)
     notices = recipe.notices()
     for notice in notices:
@@ -137,6 +146,7 @@ def main(arguments: argparse.Namespace) -> None:
         limit = options.limit(len(ids), recipe.model.rope.max_length, where, _flag)
         rows.append(Prompt(ids, limit, number))
     model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
+    placing.place(model)
     _warn_of_batches(model, min(options.batch, len(rows)))
     printer = _Printer(arguments, prompts, tokenizer)
     on_text = None if tokenizer is None else printer.on_text

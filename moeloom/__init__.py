@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from core import __version__
     from core.analysis.describe import document_of as describe
     from core.assemble import build
+    from core.deployment.placed import place
+    from core.deployment.plan import plan_placement
     from core.generation.completion import complete
     from core.model.trace import trace
     from core.recipe.compose import compose
@@ -35,6 +37,8 @@ __all__ = [
     "load",
     "load_run",
     "load_tokenizer",
+    "place",
+    "plan_placement",
     "trace",
 ]
 
@@ -49,6 +53,8 @@ _DEFINITIONS = {
     "load": "core.run.loading:load",
     "load_run": "core.run.loaded:load_run",
     "load_tokenizer": "core.run.loading:load_tokenizer",
+    "place": "core.deployment.placed:place",
+    "plan_placement": "core.deployment.plan:plan_placement",
     "trace": "core.model.trace:trace",
 }
 """The module and the name under which each public name is defined."""

@@ -40,6 +40,7 @@ FULL = {
     "report/test_browser.py": "needs Chromium",
     "report/test_inspect_browser.py": "needs Chromium",
     "report/test_page.py": "writes a page of 30 runs of 5,000 steps",
+    "report/test_placement_browser.py": "needs Chromium",
     "repository/test_tutorial.py": "starts processes",
     "study/test_processes.py": "starts and kills processes",
     "study/test_ray.py": "needs Ray",

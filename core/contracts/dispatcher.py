@@ -59,6 +59,16 @@ class Dispatcher(Component, ABC):
         """Whether all experts are on this device, so that a layer may give them their tokens without a transfer."""
         return False
 
+    def resize(self, experts: int) -> None:
+        """Moves tokens to so many experts from now on: to physical ones, of which a logical one may have several.
+
+        It is called before `bind`. `Routing` then numbers physical experts.
+
+        Args:
+            experts: physical experts of the layer, over all ranks.
+        """
+        self.experts = experts
+
     def bind(self, mesh: "DeviceMesh", placement: Placement) -> None:
         """Spreads the experts over ranks; without it all experts are on this device.
 

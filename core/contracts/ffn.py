@@ -102,9 +102,31 @@ class FeedForward(LayerExtras, nn.Module, Component, ABC):
         """What a comparison must know about its routing; None for a dense layer."""
         return None
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether it runs on physical experts, since `replicate` was called."""
+        return False
+
     def networks(self) -> Networks | None:
         """The layer's networks, if `initial_weights` may make more or other experts of them; None: it may not."""
         return None
+
+    def replicate(self, expert_P: Sequence[int], held: range) -> None:
+        """Makes the layer run on physical experts, which are copies of its experts; for inference only.
+
+        A choice of an expert goes to one of its copies, by `core.routing.replicas.Replicas`. Outputs stay the same up
+        to rounding, and so do all counts by expert. Its record then has the tally `physical_load`, int64 P, and a
+        forward in training mode raises `UserError`.
+
+        Args:
+            expert_P: the expert that each physical one is a copy of; every expert has one or more.
+            held: the physical experts that this rank holds; all of them on one device. The caller binds the
+                dispatchers.
+
+        Raises:
+            NotImplementedError: the layer cannot, and nothing of it has changed.
+        """
+        raise NotImplementedError(f"{self.label or type(self).__name__} cannot have replicas")
 
     @abstractmethod
     def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, Record | None]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pluggy
 
 from core.contracts.errors import StoppedBySignal, UserError, nearest
-from core.contracts.schema import Provenance
+from core.contracts.schema import Provenance, Section
 from core.extension.checks import PluginError, check_plugin, format_error
 from core.extension.hookspec import GROUP, Hooks
 from core.extension.plugin_file import DISTRIBUTION, import_file, is_plugin_file, owner_of
@@ -166,6 +166,16 @@ def installed_registry() -> Registry:
     """Reads the registry of this environment once per process, without what `MOELOOM_DISABLE_PLUGINS` names."""
     owners = find_plugins()
     return load_plugins(owners, disabled=_disabled(owners))
+
+
+def default_section(slot: str, name: str) -> Section:
+    """A component of this environment with the default settings, as a section of a recipe without further keys.
+
+    Raises:
+        UserError: no plugin offers it.
+    """
+    component, provenance = installed_registry().find(slot, name).load()
+    return Section(slot, name, component, component.Config(), provenance)
 
 
 def surveyed_registry() -> Registry:

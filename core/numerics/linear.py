@@ -4,6 +4,7 @@ A precision with another product derives its layers from these and writes `forwa
 weights then stay the same in every precision.
 """
 
+from collections.abc import Sequence
 from typing import NotRequired, TypedDict, Unpack
 
 import torch
@@ -210,6 +211,24 @@ class GroupedLinear(ProductLayer):
         trained = self.weight.requires_grad
         own = self.weight.detach()[first : first + groups]
         self.weight = nn.Parameter(own, requires_grad=trained)
+
+    @torch.no_grad()
+    def take_groups(self, numbers: Sequence[int], *, first: int, all_groups: int) -> None:
+        """Makes these groups the layer's, in this order; a group that is named twice gets two matrices.
+
+        For inference only: matrices that were copied would be trained apart.
+
+        Args:
+            numbers: groups that the layer has now.
+            first: the number of the first of them among all.
+            all_groups: how many there are over all ranks.
+        """
+        index = torch.tensor(list(numbers), dtype=torch.int64, device=self.weight.device)
+        self.weight = nn.Parameter(self.weight.index_select(0, index), requires_grad=False)
+        self.groups = len(index)
+        self.first_group = first
+        self.all_groups = all_groups
+        self._operand = None
 
     def forward(self, x_AI: Tensor, ends_E: Tensor) -> Tensor:
         """The products [A, outputs] of rows sorted by group; `ends_E` says where each group ends."""

@@ -30,10 +30,21 @@ def uniform(seed: int, words: str, *places: Tensor) -> Tensor:
     Returns:
         fp64, of the broadcast shape.
     """
-    state = torch.full((), address(seed, words), dtype=torch.int64, device=places[0].device)
+    state = hashed(address(seed, words), *places)
+    return _shifted(state, 11).to(torch.float64) * 2.0**-53
+
+
+def hashed(first: int, *places: Tensor) -> Tensor:
+    """A number of 64 bits for each place, int64 of the broadcast shape.
+
+    Args:
+        first: tells numbers for one purpose from those for another.
+        places: int64 coordinates that broadcast together.
+    """
+    state = torch.full((), first, dtype=torch.int64, device=places[0].device)
     for place in places:
         state = _mixed(state + (place + 1) * _GOLDEN)
-    return _shifted(state, 11).to(torch.float64) * 2.0**-53
+    return state
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from core.contracts.errors import NotFiniteError, UserError
 from core.data.baseline import xz_bits_per_byte
 from core.data.loaders import ValidationLoader
 from core.interop.run_weights import check_average
+from core.model.language_model import LanguageModel
 from core.recipe.compose import compose_run
 from core.run.data import text_data
 from core.run.loading import load, run_of
@@ -29,6 +30,8 @@ def evaluate(
     trust: bool = False,
     weights: str | None = None,
     say: Callable[[str], None] = print,
+    prepare: Callable[[LanguageModel], object] = lambda _: None,
+    dispatcher: str | None = None,
 ) -> dict[str, Any]:
     """Validates a checkpoint over its recipe's whole validation split.
 
@@ -38,6 +41,9 @@ def evaluate(
         trust: whether the recipe of a run that was made elsewhere may name modules, which then run.
         weights: the name of averaged weights; None: those that were trained.
         say: prints the caveats that belong to the values.
+        prepare: is called with the model before it reads anything; it may place the experts, for example. Where ranks
+            form a process group, each reads its share of every batch, and values are those of all ranks.
+        dispatcher: the name of a dispatcher in the place of those of the recipe.
 
     Returns:
         The values of `ValidationTotals.compute`, with `checkpoint`, `notices` and, if requested, `weights` and
@@ -65,8 +71,10 @@ def evaluate(
         raise UserError(
             f"--xz: corpus {recipe.data.corpus.name} has tokens and no text, and xz needs text"
         )
+    model = load(checkpoint, trust=trust, weights=weights, dispatcher=dispatcher)
+    prepare(model)
     module = TrainingModule(
-        load(checkpoint, trust=trust, weights=weights),
+        model,
         plan=data.plan,
         optimizer=make(recipe.optimizer),
         strategy=make(recipe.strategy),

@@ -13,6 +13,7 @@ from core.checkpoints.reading import open_shards
 from core.checkpoints.shards import MODEL
 from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import NotFiniteError, UserError
+from core.extension.loader import default_section
 from core.generation.run_tokenizer import RunTokenizer
 from core.interop.finite import FiniteTensors
 from core.interop.run_weights import model_specs, reads_rows, shapes_of, state_of, weights_of
@@ -33,7 +34,11 @@ NOT_FINITE = "such weights predict nothing: name another checkpoint"
 
 
 def load(
-    run_or_checkpoint: str | Path, *, trust: bool = False, weights: str | None = None
+    run_or_checkpoint: str | Path,
+    *,
+    trust: bool = False,
+    weights: str | None = None,
+    dispatcher: str | None = None,
 ) -> LanguageModel:
     """Loads a trained model in evaluation mode, from a run folder (its newest checkpoint) or one checkpoint.
 
@@ -41,16 +46,19 @@ def load(
         run_or_checkpoint: the run folder, or the checkpoint.
         trust: whether the recipe of a run that was made elsewhere may name modules, which then run.
         weights: the name of averaged weights, such as "ema"; None: those that were trained.
+        dispatcher: the name of a dispatcher in the place of those of the recipe, which `core.place` needs to divide
+            experts over ranks; None: those of the recipe.
 
     Raises:
-        UserError: no run there, a damaged checkpoint, no such average, or a recipe that names a module which may not
-            run.
+        UserError: no run there, a damaged checkpoint, no such average or dispatcher, or a recipe that names a module
+            which may not run.
         NotFiniteError: a weight that is not finite.
     """
     checkpoint = newest_checkpoint(Path(run_or_checkpoint))
     recipe = compose_run(run_of(checkpoint).recipe, trust=trust)
     recipe.freeze = []  # it was for that run's training
-    model = build(recipe)
+    section = None if dispatcher is None else default_section("dispatcher", dispatcher)
+    model = build(recipe, dispatcher=section)
     load_weights(model, checkpoint, average=weights)
     return model.eval()
 

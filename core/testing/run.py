@@ -15,6 +15,7 @@ from core.testing import (  # noqa: F401 - importing them registers their checks
     layers,
     products,
     records,
+    replicating,
     residuals,
     routing,
 )

@@ -15,6 +15,7 @@ from core.contracts.balancer import Balancer
 from core.contracts.build import BuildContext
 from core.contracts.component import Costs
 from core.contracts.context import SequenceContext
+from core.contracts.counting import count
 from core.contracts.dispatcher import Dispatcher
 from core.contracts.errors import ConfigError
 from core.contracts.ffn import FeedForward, Networks, RoutingProperties
@@ -22,8 +23,9 @@ from core.contracts.record import Record
 from core.contracts.router import CAPABILITIES, Router, Routing
 from core.contracts.schema import Child, child, children, setting
 from core.model.activation import check_limit, swiglu, swiglu_product
-from core.numerics.linear import is_hooked, plain_matrix
+from core.numerics.linear import GroupedLinear, is_hooked, plain_matrix
 from core.routing.chance import Chance
+from core.routing.replicas import Replicas, refuse_training
 from core.routing.rows import sorted_rows
 from plugins.deepseek_moe import chosen, training_on_cpu
 from plugins.deepseek_moe.dropping import TokenDropping, drop_over_budget
@@ -171,6 +173,7 @@ class MixtureOfExperts(FeedForward):
             self.balance.append(balancer)
         self.router_capabilities = config.router.component.capabilities_of(config.router.config)
         self.sequence_chance = Chance(build.seed, None)
+        self.replicas: Replicas | None = None
 
     @property
     def balancers(self) -> Sequence[Balancer]:
@@ -237,6 +240,24 @@ class MixtureOfExperts(FeedForward):
             chooses_by_row=chooses and "drops" not in self.router_capabilities,
         )
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether choices go to copies of experts."""
+        return self.replicas is not None
+
+    def replicate(self, expert_P: Sequence[int], held: range) -> None:
+        """Copies the routed experts' matrices, and has the dispatcher move tokens to the copies."""
+        stacks = []
+        for stack in (self.routed.gate_up, self.routed.down):
+            if not isinstance(stack, GroupedLinear) or stack.groups != self.experts:
+                raise NotImplementedError("its weights are not one matrix for each expert")
+            stacks.append(stack)
+        own = [expert_P[physical] for physical in held]
+        for stack in stacks:
+            stack.take_groups(own, first=held.start, all_groups=len(expert_P))
+        self.dispatcher.resize(len(expert_P))
+        self.replicas = Replicas(expert_P, self.experts).to(stacks[0].weight.device)
+
     def adjust_scores(self, scores_TE: Tensor) -> Tensor:
         """The scores for selection, adjusted by one balancer after the other."""
         for balancer in self.balancers:
@@ -245,6 +266,8 @@ class MixtureOfExperts(FeedForward):
 
     def forward(self, x_BLD: Tensor, context: SequenceContext) -> tuple[Tensor, Record | None]:
         """The layer's output and its record; shared experts work while tokens travel."""
+        if self.training and self.replicas is not None:
+            refuse_training(self.label or "the layer")
         x_TD = x_BLD.flatten(0, 1)
         if not context.recorded and not self.training:
             y_TD = self._few(x_TD, context)
@@ -254,10 +277,17 @@ class MixtureOfExperts(FeedForward):
         if self.training and self.config.token_dropping is not None:
             drawn_B = self.sequence_chance.of_sequences(context, "never dropped")
             routing = drop_over_budget(routing, self.config.token_dropping, context, drawn_B)
-        y_TD, tallies = self._output_and_tallies(x_TD, routing)
+        carried = routing
+        if self.replicas is not None:
+            carried = self.replicas.of_routing(routing, context)
+        y_TD, tallies = self._output_and_tallies(x_TD, carried)
         if not context.recorded:
             return y_TD.view_as(x_BLD), None
         valid_T = context.valid().flatten()
+        if self.replicas is not None:
+            counted_A = valid_T.index_select(0, carried.token_A)
+            load_P = count(carried.expert_A, self.replicas.physical, counted_A)
+            tallies = {**tallies, "physical_load": load_P}
         record = Record(
             load_E=routing.load(valid_T),
             dropped=routing.dropped(valid_T),
@@ -297,7 +327,10 @@ class MixtureOfExperts(FeedForward):
         choices = self.router.choices(x_TD, self.adjust_scores, context)
         if choices is None:
             return None
-        y_TD = self.routed.of_chosen(x_TD, *choices)
+        expert_TK, gate_TK = choices
+        if self.replicas is not None:
+            expert_TK = self.replicas.of_choices(expert_TK, context)
+        y_TD = self.routed.of_chosen(x_TD, expert_TK, gate_TK)
         return None if y_TD is None else self._with_shared(y_TD, x_TD)
 
     def costs(self) -> Costs:

@@ -61,6 +61,7 @@ COMMANDS = [
     Command("done", ("evaluate", "FOLDER", "--json"), (), 2),
     Command("done", ("generate", "FOLDER", "--prompt", "abc", "--tokens", "2"), (), 2),
     Command("done", ("report", "FOLDER", "--out", "NEW"), (), 2),
+    Command("done", ("placement", "FOLDER", "--json"), (), 1),
     Command("done", ("convert", "to-hf", "FOLDER", "NEW"), (), 2),
     Command("done", ("describe", "FOLDER/recipe.yaml"), (), 1),
     Command("sharded", ("fit", "RECIPE", "--resume", "FOLDER"), (*RUN, "tensorboard"), 4),

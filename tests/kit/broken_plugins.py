@@ -1,5 +1,6 @@
 """Plugins with one error each, of kinds that occurred in real code."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from core.numerics.linear import Linear
 from core.routing.rows import Done, gated_sums, sort_by_expert
 from core.routing.share_loss import ShareLoss
 from core.testing.bench import WIDTH, KitAttention, KitDense, KitHead, KitPrecision, KitRouter
+from plugins.deepseek_moe.ffn import MixtureOfExperts
 
 CONTRACTS = "2.0"
 
@@ -69,6 +71,7 @@ BROKEN = {
     ("callback", "hasty"): "averages_follow_the_weights",
     ("router", "round_sum"): "gates_add_up_as_stated",
     ("ffn", "padded_width"): "networks_are_as_stated",
+    ("ffn", "misdelivered"): "copies_compute_the_same",
 }
 BROKEN |= {("checkpoint_format", cls.example["name"]): check for cls, check in FORMATS.items()}
 BROKEN |= {("optimizer", cls.example["name"]): check for cls, check in OPTIMIZERS.items()}
@@ -555,12 +558,23 @@ class PaddedWidth(KitDense):
         return Networks(always=("product.weight", "product.weight"), hidden=WIDTH)
 
 
+class Misdelivered(MixtureOfExperts):
+    """Gives each physical expert a matrix of its neighbour."""
+
+    example = {**MixtureOfExperts.example, "name": "misdelivered"}
+
+    def replicate(self, expert_P: Sequence[int], held: range) -> None:
+        super().replicate(expert_P, held)
+        weight = self.routed.down.weight
+        weight.copy_(weight.roll(1, dims=0))
+
+
 CLASSES = (
     *(SmallTalk, SpareKey, Narrow, BiasedGates, ZeroMask, Hoarder, IdleWeight),
     *(CountsPadding, Melting, Diary, WrongDivisor, Optimist, Saturating, Boaster, Grudge),
     *(OneCache, OwnPositions, Forgetful, Prophet, AllOrNothing),
     *(IdleRole, IdleRope, SecretRope, Wrapper, Redrawer, OneWay, Hearsay, Hasty),
-    *(RoundSum, PaddedWidth),
+    *(RoundSum, PaddedWidth, Misdelivered),
     *FORMATS,
     *OPTIMIZERS,
 )
