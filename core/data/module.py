@@ -274,14 +274,22 @@ class TextData(LightningDataModule):
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
         """This rank's share of the validation stream; an empty list where nothing is held out."""
-        store = self._prepared.validation
-        if not store.documents:
+        if not self._prepared.validation.documents:
             return []
+        return self.held_out_sequences(self.plan.length, self._validation_sequences)
+
+    def held_out_sequences(self, length: int, sequences: int) -> ValidationLoader:
+        """This rank's share of the validation stream, in sequences of any length.
+
+        Args:
+            length: L, tokens in a sequence.
+            sequences: S, sequences in a batch, all data ranks together.
+        """
         rank, world = self._rank_and_world()
         return ValidationLoader(
-            store,
-            length=self.plan.length,
-            sequences=self._validation_sequences,
+            self._prepared.validation,
+            length=length,
+            sequences=sequences,
             rank=rank,
             world=world,
             by_source=self._prepared.sources is not None,

@@ -176,12 +176,18 @@ def compose(
 
 
 def compose_run(
-    file: Path, *, trust: bool = False, named: Collection[str] = (), check_source: bool = False
+    file: Path,
+    overrides: Iterable[str] = (),
+    *,
+    trust: bool = False,
+    named: Collection[str] = (),
+    check_source: bool = False,
 ) -> Recipe:
     """Composes the recipe in a run folder, whatever else the folder holds.
 
     Args:
         file: the run's `recipe.yaml`.
+        overrides: `KEY.PATH=VALUE` each, from the command line.
         trust: whether the recipe may name modules that this machine has not recorded, and links may lead elsewhere.
         named: modules that the user's own recipe names, so that this one may name them too.
         check_source: whether the corpus checks that its text is there.
@@ -194,7 +200,7 @@ def compose_run(
         check_run_links(file)
     warn_if_edited(file)
     sources = _Sources(trust=trust, of_a_run=True, named=named)
-    return _compose(find_recipe(file), (), sources, check_source=check_source)
+    return _compose(find_recipe(file), overrides, sources, check_source=check_source)
 
 
 def compose_variant(
