@@ -99,7 +99,9 @@ def _print(found: dict[str, Any]) -> None:
             span = f"{part['gain_low']:+.2f} to {part['gain_high']:+.2f}"
             exact = f"{part['exact']}/{part['tries']}"
             without = f"{part['control_exact']}/{part['tries']}"
-            print(one["length"], part["depth"], f"{part['gain']:+.2f}", span, exact, without, sep="\t")
+            print(
+                one["length"], part["depth"], f"{part['gain']:+.2f}", span, exact, without, sep="\t"
+            )
 
 
 def _say(sentence: str) -> None:
