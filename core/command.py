@@ -283,6 +283,15 @@ def placement_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def drop_free_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --drop-free."""
+    parser.add_argument(
+        "--drop-free",
+        action="store_true",
+        help="carry out every assignment to an expert, where the strategy would drop some in evaluation too",
+    )
+
+
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments RECIPE and KEY=VALUE."""
     parser.add_argument(

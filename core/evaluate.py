@@ -2,15 +2,20 @@
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.command import (
+    drop_free_argument,
     placement_argument,
     print_json,
     run_command,
     trust_argument,
     weights_argument,
 )
+
+if TYPE_CHECKING:
+    from core.deployment.placing import Placing
+    from core.model.language_model import LanguageModel
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     weights_argument(p)
     placement_argument(p)
+    drop_free_argument(p)
     p.add_argument("--json", action="store_true", help="print one JSON document")
     trust_argument(p, "the run's recipe or a task file names")
     text = p.add_argument_group(
@@ -159,7 +165,7 @@ def _score_text(arguments: argparse.Namespace) -> None:
     for notice in notices:
         _say(f"note: {notice}")
     model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
-    placing.place(model)
+    _prepare(model, arguments, placing)
     batch = arguments.batch_size or 16
     try:
         with placing:
@@ -172,6 +178,15 @@ def _score_text(arguments: argparse.Namespace) -> None:
     if arguments.weights is not None:
         values["weights"] = arguments.weights
     _print_values({**values, **placing.values(), "notices": notices}, arguments)
+
+
+def _prepare(model: "LanguageModel", arguments: argparse.Namespace, placing: "Placing") -> None:
+    """Makes the loaded model drop nothing, and places its experts, where options ask for it."""
+    from core.model.drop_free import drop_nothing
+
+    if arguments.drop_free:
+        drop_nothing(model)
+    placing.place(model)
 
 
 def _validate(arguments: argparse.Namespace) -> None:
@@ -189,7 +204,7 @@ def _validate(arguments: argparse.Namespace) -> None:
             trust=arguments.trust,
             weights=arguments.weights,
             say=_say,
-            prepare=placing.place,
+            prepare=lambda model: _prepare(model, arguments, placing),
             dispatcher=placing.dispatcher,
         )
         values.update(placing.values())
@@ -258,7 +273,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     for notice in notices:
         _say(f"note: {notice}")
     model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
-    placing.place(model)
+    _prepare(model, arguments, placing)
     try:
         with placing:
             results = run_tasks(loaded, folder, model, options, say=_say)

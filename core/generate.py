@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.command import (
+    drop_free_argument,
     placement_argument,
     print_json,
     run_command,
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint")
     weights_argument(p)
     placement_argument(p)
+    drop_free_argument(p)
     p.add_argument("--prompt", metavar="TEXT", help="what to continue")
     p.add_argument(
         "--prompt-ids",
@@ -109,6 +111,7 @@ def main(arguments: argparse.Namespace) -> None:
     from core.generation.pass_times import measure_passes
     from core.generation.writer import Prompt
     from core.interop.run_weights import check_average
+    from core.model.drop_free import drop_nothing
     from core.recipe.compose import compose_run
     from core.run.device import check_device
     from core.run.loading import load, run_of
@@ -146,6 +149,8 @@ def main(arguments: argparse.Namespace) -> None:
         limit = options.limit(len(ids), recipe.model.rope.max_length, where, _flag)
         rows.append(Prompt(ids, limit, number))
     model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
+    if arguments.drop_free:
+        drop_nothing(model)
     placing.place(model)
     _warn_of_batches(model, min(options.batch, len(rows)))
     printer = _Printer(arguments, prompts, tokenizer)

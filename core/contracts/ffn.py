@@ -107,6 +107,12 @@ class FeedForward(LayerExtras, nn.Module, Component, ABC):
         """Whether it runs on physical experts, since `replicate` was called."""
         return False
 
+    def drop_nothing(self) -> None:
+        """Makes the layer carry out every assignment in evaluation mode, from now on; a layer without drops need not.
+
+        `routing_properties` then describes evaluation.
+        """
+
     def networks(self) -> Networks | None:
         """The layer's networks, if `initial_weights` may make more or other experts of them; None: it may not."""
         return None

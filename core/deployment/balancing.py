@@ -210,7 +210,7 @@ def balanced_packing(weights: Sequence[float], packs: int) -> list[list[int]]:
     The heaviest pack exceeds the mean by at most (1 - 1 / packs) of the largest weight.
 
     Args:
-        weights: of each item, at least 0.
+        weights: the weight of each item, at least 0.
         packs: must divide the number of items.
 
     Returns:

@@ -123,7 +123,7 @@ def good_for(lags: Sequence[AtLag], least: float = 0.5) -> int | None:
     None if they gain nothing there, or if there is no later stretch.
 
     Args:
-        lags: from 0 on.
+        lags: all lags, the first of them 0.
         least: the share.
     """
     if len(lags) < 2 or lags[0].gain <= 0:

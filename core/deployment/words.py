@@ -55,7 +55,7 @@ def _lasting(lags: dict[str, Any]) -> str:
 
 
 def kept_words(lags: dict[str, Any]) -> str:
-    """For how long plans keep half of their gain, of loads of several stretches."""
+    """Says for how long plans keep half of their gain, of loads of several stretches."""
     last = lags["good_for"]
     if last is None:
         return "a plan gains nothing even on its own stretch"

@@ -59,8 +59,11 @@ class Replicas(nn.Module):
         sequence_T, position_T = token_places(context)
         return self.choose(expert_TK, sequence_T[:, None], position_T[:, None])
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def choose(self, expert: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
         """The physical expert for each logical one.
+
+        It is never compiled: compiled integer products, which overflow here on purpose, were other numbers on a CPU.
 
         Args:
             expert: int64, logical experts.

@@ -6,7 +6,7 @@ SwiGLU of their joint width, ungated, added to the routed output.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -174,6 +174,7 @@ class MixtureOfExperts(FeedForward):
         self.router_capabilities = config.router.component.capabilities_of(config.router.config)
         self.sequence_chance = Chance(build.seed, None)
         self.replicas: Replicas | None = None
+        self.is_drop_free = False
 
     @property
     def balancers(self) -> Sequence[Balancer]:
@@ -200,9 +201,13 @@ class MixtureOfExperts(FeedForward):
     @property
     def routing_properties(self) -> RoutingProperties:
         """The properties of this layer's routing as it is configured."""
-        dropping = self.config.token_dropping
+        dropping = None if self.is_drop_free else self.config.token_dropping
         capabilities = self.router_capabilities
         capacity_factor = self.router.capacity_factor
+        if self.is_drop_free:
+            # What made tokens depend on each other was who is dropped.
+            capabilities = capabilities - {"drops", "batch_dependent"} | {"causal"}
+            capacity_factor = None
         if dropping is not None:
             capacity_factor = dropping.capacity_factor
         return RoutingProperties(
@@ -258,6 +263,10 @@ class MixtureOfExperts(FeedForward):
         self.dispatcher.resize(len(expert_P))
         self.replicas = Replicas(expert_P, self.experts).to(stacks[0].weight.device)
 
+    def drop_nothing(self) -> None:
+        """Carries out every assignment in evaluation mode."""
+        self.is_drop_free = True
+
     def adjust_scores(self, scores_TE: Tensor) -> Tensor:
         """The scores for selection, adjusted by one balancer after the other."""
         for balancer in self.balancers:
@@ -277,6 +286,8 @@ class MixtureOfExperts(FeedForward):
         if self.training and self.config.token_dropping is not None:
             drawn_B = self.sequence_chance.of_sequences(context, "never dropped")
             routing = drop_over_budget(routing, self.config.token_dropping, context, drawn_B)
+        if self.is_drop_free and not self.training:
+            routing = replace(routing, kept_A=None)
         carried = routing
         if self.replicas is not None:
             carried = self.replicas.of_routing(routing, context)
