@@ -90,6 +90,8 @@ def test_it_lists_the_commands(
         "generate",
         "evaluate",
         "inspect",
+        "long_context",
+        "placement",
         "sweep",
         "report",
         "convert",
