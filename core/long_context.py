@@ -12,7 +12,7 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command-line arguments."""
     p = argparse.ArgumentParser(
         prog="python -m core.long_context",
-        description="Show the loss by the length of the context, and whether a needle in a long text is found.",
+        description="Show the loss by the length of the context, and whether a needle is found.",
     )
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint")
     p.add_argument(

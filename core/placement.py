@@ -11,7 +11,7 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command-line arguments."""
     p = argparse.ArgumentParser(
         prog="python -m core.placement",
-        description="Plan which experts get replicas and which GPU holds which expert, from recorded loads.",
+        description="Plan which experts get replicas and which GPU holds them, from recorded loads.",
     )
     p.add_argument(
         "source",

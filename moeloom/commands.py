@@ -62,7 +62,7 @@ def _summary(name: str) -> str:
     """Returns a line about a command: its name, and its description up to a colon or semicolon."""
     description = str(_module(name).parser().description)
     first_clause = re.split("[:;]", description)[0].rstrip(".")
-    return f"  {name:10}{first_clause}"
+    return f"  {name:14}{first_clause}"
 
 
 def _module(name: str) -> ModuleType:

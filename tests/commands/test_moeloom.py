@@ -98,7 +98,7 @@ def test_it_lists_the_commands(
         "bench",
         "cache",
     } == set(listed)
-    assert listed["fit"] == "  fit       Train a recipe into a run folder"
+    assert listed["fit"] == "  fit           Train a recipe into a run folder"
     assert max(map(len, listed.values())) <= 100
 
 
