@@ -109,6 +109,7 @@ def main(arguments: argparse.Namespace) -> None:
     from core.deployment.placing import Placing
     from core.generation.completion import Completer
     from core.generation.pass_times import measure_passes
+    from core.generation.printing import TextPrinter
     from core.generation.writer import Prompt
     from core.interop.run_weights import check_average
     from core.model.drop_free import drop_nothing
@@ -153,7 +154,13 @@ def main(arguments: argparse.Namespace) -> None:
         drop_nothing(model)
     placing.place(model)
     _warn_of_batches(model, min(options.batch, len(rows)))
-    printer = _Printer(arguments, prompts, tokenizer)
+    printer = TextPrinter(
+        prompts,
+        tokenizer,
+        streams=arguments.stream,
+        is_file=arguments.prompts is not None,
+        is_chat=arguments.chat,
+    )
     on_text = None if tokenizer is None else printer.on_text
     completer = Completer(model, options, tokenizer, end, on_text)
     try:
@@ -312,60 +319,6 @@ def _warn_of_batches(model: "LanguageModel", rows: int) -> None:
                 "written beside it; --batch 1 writes each by itself"
             )
             return
-
-
-class _Printer:
-    """Prints texts for a reader: as they come, or when all are done."""
-
-    def __init__(
-        self,
-        arguments: argparse.Namespace,
-        prompts: "list[GivenPrompt]",
-        tokenizer: "RunTokenizer | None",
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.streams = arguments.stream
-        self.is_file = arguments.prompts is not None
-        self.is_chat = arguments.chat
-        self.prompts = prompts
-        self.begun = 0
-
-    def on_text(self, number: int, piece: str) -> None:
-        """Prints a piece of a text."""
-        if self.streams:
-            self._begin(number)
-            print(piece, end="", flush=True)
-
-    def finish(self, completions: "Completions") -> None:
-        """Prints what was not printed yet."""
-        for number, found in enumerate(completions):
-            self._begin(number)
-            if found.text is None:
-                print("", *found.tokens, end="")
-            elif not self.streams:
-                print(found.text, end="")
-        print()
-
-    def _begin(self, number: int) -> None:
-        """Prints the prompts up to one, each after the end of the text before it."""
-        while self.begun <= number:
-            if self.begun:
-                print()
-            if self.is_file:
-                print(f"--- prompt {self.begun + 1} ---")
-            if not self.is_chat or self.is_file:
-                print(self._shown(self.prompts[self.begun]), end="", flush=self.streams)
-            if self.is_chat and self.is_file:
-                print()  # an answer begins on a line of its own
-            self.begun += 1
-
-    def _shown(self, prompt: "GivenPrompt") -> str:
-        """The text of a prompt, or its ids without a tokenizer."""
-        if isinstance(prompt.content, str):
-            return prompt.content
-        if self.tokenizer is None:
-            return " ".join(map(str, prompt.content))
-        return self.tokenizer.decode(prompt.content)
 
 
 def _speed_lines(completions: "Completions", times: "PassTimes | None", drafts: int) -> "list[str]":

@@ -4,9 +4,8 @@ The layers, each merged over the one before: the file that it `extends`, the fil
 requested, and the command line's `KEY.PATH=VALUE`.
 """
 
-import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,19 @@ from core.command import search_current_folder
 from core.contracts.errors import UserError, nearest
 from core.contracts.schema import REQUIRED
 from core.extension.loader import installed_registry, registry_for
-from core.extension.plugin_file import is_plugin_file
 from core.recipe.key_paths import to_dict
 from core.recipe.own_paths import locate_own_paths
-from core.recipe.recipe_layers import COMMAND_LINE, Layers, leaves, with_string_keys
+from core.recipe.recipe_layers import Layers, leaves, with_string_keys
 from core.recipe.recipe_schema import RecipeSchema
 from core.recipe.resolve import Resolver
+from core.recipe.shipped import find_recipe, is_shipped, shipped_file
+from core.recipe.sources import SMOKE, Sources, smoke_of
 from core.recipe.tokenizer_file import with_tokenizer_file
 from core.recipe.trainer_keys import FREE_TRAINER_KEYS, OWNED_TRAINER_KEYS
-from core.recipe.trust import check_modules, check_run_links, is_named, is_of_a_run
+from core.recipe.trust import check_run_links, is_of_a_run
 from core.recipe.values import environment_hidden, omegaconf_message
 from core.storage.digests import warn_if_edited
 from core.storage.documents import TOO_DEEP, read_yaml
-
-SWEEPS = "sweeps/"
-_SMOKE = " (smoke)"
 
 
 @dataclass(kw_only=True)
@@ -64,93 +61,6 @@ class Recipe(RecipeSchema):
         return values
 
 
-@dataclass
-class _Sources:
-    """The files that a recipe is read from, of which those of runs may name no code unless they are trusted.
-
-    Args:
-        trust: whether every file may name code.
-        of_a_run: whether the first file is a run's recipe, whatever else its folder holds.
-        named: modules that the user has named elsewhere.
-        overrides_from: the file that holds the overrides, if that is a sweep's which was made elsewhere.
-        overrides_folder: the folder in which files are that overrides name; None: the current one.
-        checked: the files to check, by their names as origins of keys.
-    """
-
-    trust: bool = False
-    of_a_run: bool = False
-    named: Collection[str] = ()
-    overrides_from: Path | None = None
-    overrides_folder: Path | None = None
-    checked: dict[str, Path] = field(default_factory=dict)
-
-    def add(self, file: Path, *, of_a_run: bool = False) -> None:
-        """Adds a file that was read."""
-        if not self.trust and (of_a_run or is_of_a_run(file)):
-            self.checked[str(file)] = file
-
-    def add_base(self, base: Path, file: Path) -> None:
-        """Adds the file that `file` extends: what a run's recipe chooses is the run's, but for shipped recipes."""
-        is_chosen_by_a_run = str(file) in self.checked and not is_shipped(base)
-        self.add(base, of_a_run=is_chosen_by_a_run)
-
-    def file_of(self, origin: str) -> Path | None:
-        """The file to check that an origin of keys belongs to; None for the user's own."""
-        if origin.startswith(COMMAND_LINE):
-            return None if self.trust else self.overrides_from
-        return self.checked.get(origin)
-
-    def add_smoke(self, file: Path, layers: Layers) -> None:
-        """Adds the `smoke` section that a file's recipe has, which may come from the file that it extends."""
-        origin = layers.origin("smoke.plugins.0")
-        if origin in self.checked:
-            self.checked[_smoke_of(file)] = self.checked[origin]
-
-    def check_plugins(self, layers: Layers) -> None:
-        """Raises `UserError` for a module that would run because a run's recipe, which is not trusted, names it."""
-        plugins = layers.values.get("plugins")
-        items = plugins if isinstance(plugins, list) else [plugins]
-        for index, module in enumerate(items):
-            if module is None:
-                continue
-            origin = layers.origin(f"plugins.{index}")
-            name = str(module)
-            if "${" in name:
-                raise UserError(
-                    f"{origin}: plugins: {name!r} must be the name of a module or a file itself"
-                )
-            file = self.file_of(origin)
-            if file is not None and not is_named(name, self.named):
-                check_modules(file, "plugins", [name])
-
-    def locate_plugin_files(self, layers: Layers) -> None:
-        """Replaces the plugin files that a recipe names, each relative to the file that names it, by whole paths.
-
-        Raises:
-            UserError: two of them have the same name.
-        """
-        plugins = layers.values.get("plugins")
-        if not isinstance(plugins, list):
-            return
-        located: list[Any] = []
-        found: dict[str, Path] = {}
-        for index, item in enumerate(plugins):
-            if not isinstance(item, str) or not is_plugin_file(item) or "${" in item:
-                located.append(item)
-                continue
-            origin = layers.origin(f"plugins.{index}")
-            folder = Path(origin.removesuffix(_SMOKE)).parent
-            if origin.startswith(COMMAND_LINE):
-                folder = self.overrides_folder or Path.cwd()
-            path = Path(os.path.abspath(folder / item))
-            other = found.setdefault(path.name, path)
-            if other != path:
-                why = f"{other} and {path} have the same name, and a run keeps both in one folder"
-                raise UserError(f"{origin}: plugins: {why}")
-            located.append(str(path))
-        layers.values = {**layers.values, "plugins": located}
-
-
 def compose(
     path: str | Path,
     overrides: Iterable[str] = (),
@@ -171,7 +81,7 @@ def compose(
     Raises:
         UserError: something in the recipe or the overrides is wrong; the message is one sentence.
     """
-    sources = _Sources(trust=trust)
+    sources = Sources(trust=trust)
     return _compose(find_recipe(path), overrides, sources, smoke=smoke, check_source=check_source)
 
 
@@ -199,7 +109,7 @@ def compose_run(
     if not trust:
         check_run_links(file)
     warn_if_edited(file)
-    sources = _Sources(trust=trust, of_a_run=True, named=named)
+    sources = Sources(trust=trust, of_a_run=True, named=named)
     return _compose(find_recipe(file), overrides, sources, check_source=check_source)
 
 
@@ -218,22 +128,17 @@ def compose_variant(
     Raises:
         UserError: something is wrong, or a module may not run.
     """
-    sources = _Sources(trust=trust, overrides_folder=sweep.parent)
+    sources = Sources(trust=trust, overrides_folder=sweep.parent)
     if is_of_a_run(sweep):
         sources.of_a_run = not is_shipped(file)
         sources.overrides_from = sweep
     return _compose(file, overrides, sources, smoke=smoke)
 
 
-def is_shipped(file: Path) -> bool:
-    """Whether a file is one of the recipes that come with the package."""
-    return file.resolve() in {shipped.resolve() for shipped in _shipped_files().values()}
-
-
 def _compose(
     file: Path,
     overrides: Iterable[str],
-    sources: _Sources,
+    sources: Sources,
     *,
     smoke: bool = False,
     check_source: bool = False,
@@ -251,62 +156,12 @@ def _compose(
         raise UserError(f"{file}: smoke.extends: only a file can extend another")
     if smoke and isinstance(section, dict):
         sources.add_smoke(file, layers)
-        layers.add(section, _smoke_of(file))
+        layers.add(section, smoke_of(file))
     layers.override(overrides)
     sources.locate_plugin_files(layers)
-    locate_own_paths(layers, _SMOKE)
+    locate_own_paths(layers, SMOKE)
     sources.check_plugins(layers)
     return _resolve(file, layers, check_source=check_source)
-
-
-def _smoke_of(file: Path) -> str:
-    """The origin of the keys of a file's `smoke` section."""
-    return f"{file}{_SMOKE}"
-
-
-def find_recipe(path: str | Path) -> Path:
-    """Returns the file of a recipe that is given by its path or by its shipped name."""
-    file = Path(path)
-    if file.is_file():
-        return file
-    given = str(path)
-    return _shipped(given, f"{given or repr('')}: ")
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Returns the recipes that come with the package, by name (`dsv3_small`, `baselines/dense`)."""
-    return {name: file for name, file in _shipped_files().items() if not name.startswith(SWEEPS)}
-
-
-def shipped_sweeps() -> dict[str, Path]:
-    """Returns the sweep files that come with the package, by name (`routing`)."""
-    sweeps: dict[str, Path] = {}
-    for name, file in _shipped_files().items():
-        if name.startswith(SWEEPS):
-            sweeps[name.removeprefix(SWEEPS)] = file
-    return sweeps
-
-
-def _shipped_files() -> dict[str, Path]:
-    """The files under `recipes/`, in a checkout or in the installed package, by path without the ending."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "recipes", package / "recipes"):
-        if folder.is_dir():
-            files = sorted(folder.rglob("*.yaml"))
-            return {str(file.relative_to(folder).with_suffix("")): file for file in files}
-    return {}
-
-
-def _shipped(path: str, prefix: str) -> Path:
-    """The file of a shipped recipe; `prefix` begins the error message if there is none."""
-    shipped = shipped_recipes()
-    name = path.removesuffix(".yaml").removeprefix("recipes/")
-    if name in shipped:
-        return shipped[name]
-    why = "no such recipe"
-    if path and Path(path).is_dir():
-        why = "a folder, not a recipe"
-    raise UserError(f"{prefix}{why}; {nearest(name, shipped)}")
 
 
 def _resolve(file: Path, layers: Layers, check_source: bool) -> Recipe:
@@ -384,7 +239,7 @@ def _base(file: Path, extends: Any) -> tuple[dict[str, Any], Path]:
         raise UserError(f"{file}: extends = {shown}: must be the name of one file")
     beside = file.parent / extends
     where = f"{file}: extends = {extends!r}: "
-    base = beside if beside.is_file() else _shipped(extends, where)
+    base = beside if beside.is_file() else shipped_file(extends, where)
     if base.suffix not in (".yaml", ".yml"):
         raise UserError(f"{where}must be a recipe file, whose name ends in .yaml or .yml")
     values = _read(base)

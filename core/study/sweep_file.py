@@ -9,9 +9,10 @@ from core.analysis.describe import unmet_requirements
 from core.assemble import build
 from core.contracts.errors import UserError, nearest
 from core.extension.registry import Registry
-from core.recipe.compose import Recipe, compose_variant, find_recipe
+from core.recipe.compose import Recipe, compose_variant
 from core.recipe.key_paths import to_dict
 from core.recipe.resolve import Resolver
+from core.recipe.shipped import find_recipe
 from core.study.combinations import as_text, combinations, first_repeated, suffix
 from core.study.expected import Expected, expected_deviation
 from core.study.left_out import LeftOut, rule_errors, rule_for

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from core.contracts.errors import UserError, nearest
-from core.recipe.compose import shipped_sweeps
+from core.recipe.shipped import shipped_sweeps
 from core.storage.documents import TOO_DEEP, read_yaml
 from core.study.combinations import first_repeated
 from core.study.sweep_schema import SweepSchema

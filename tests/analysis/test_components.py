@@ -4,7 +4,7 @@ import pytest
 
 import core
 from core.describe import document_of
-from core.recipe.compose import shipped_recipes
+from core.recipe.shipped import shipped_recipes
 
 SMALL = [
     name for name in shipped_recipes() if not name.startswith(("dsv2", "dsv3_16b", "dsv3_671b"))

@@ -9,7 +9,7 @@ from lab import MOE, Lab
 
 from core.assemble import build
 from core.extension.loader import installed_registry
-from core.recipe.compose import shipped_recipes
+from core.recipe.shipped import shipped_recipes
 
 SIZES = ["params_total", "params_experts", "params_mtp", "params_active", "kv_bytes_per_token"]
 FLOPS = ["flops_per_token", "flops_per_token_main", "flops_per_token_full", "flops_convention"]

@@ -10,7 +10,8 @@ from tiers import first_by_default
 
 from core.analysis.budget import plan_of
 from core.assemble import build
-from core.recipe.compose import Recipe, compose, find_recipe, shipped_recipes
+from core.recipe.compose import Recipe, compose
+from core.recipe.shipped import find_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if "sweeps" not in file.parts)

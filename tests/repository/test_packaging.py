@@ -22,7 +22,8 @@ import json, sys
 import core
 import moeloom
 from core.extension.loader import find_plugins
-from core.recipe.compose import compose, shipped_recipes, shipped_sweeps
+from core.recipe.compose import compose
+from core.recipe.shipped import shipped_recipes, shipped_sweeps
 owners = find_plugins()
 print(json.dumps({
     "core": core.__file__,

@@ -15,8 +15,9 @@ from core.analysis.budget import plan_of
 from core.contracts.schedule import Progress, value_at
 from core.contracts.schema import Section
 from core.describe import document_of
-from core.recipe.compose import Recipe, shipped_recipes
+from core.recipe.compose import Recipe
 from core.recipe.plan import TrainingPlan
+from core.recipe.shipped import shipped_recipes
 from core.run.training import fit
 from core.training.run_folder import RunFolder
 

@@ -7,7 +7,7 @@ import yaml
 from lab import ROOT
 from repository.documents import blocks, first_cells, section
 
-from core.recipe.compose import shipped_sweeps
+from core.recipe.shipped import shipped_sweeps
 from core.study.csv_tables import RUN_COLUMNS, VARIANT_COLUMNS
 from core.study.matching import match
 from core.study.sweep_file import read_sweep

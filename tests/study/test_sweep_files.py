@@ -9,7 +9,7 @@ import yaml
 from lab import ROOT, Lab
 
 from core.contracts.errors import UserError
-from core.recipe.compose import shipped_sweeps
+from core.recipe.shipped import shipped_sweeps
 from core.study.matching import AFTER_SHIFT, match
 from core.study.sweep_file import Sweep, read_sweep
 from core.study.sweep_schema import METRICS
