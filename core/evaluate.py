@@ -153,6 +153,7 @@ def _score_text(arguments: argparse.Namespace) -> None:
         raise UserError(f"--context = {context}: must be at most model.rope.max_length = {longest}")
     device = arguments.device or "cpu"
     check_device(device, recipe)
+    placing.check(recipe)
     markers = markers_of(folder)
     tokenizer = None
     if isinstance(text, str):
@@ -193,13 +194,18 @@ def _validate(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from core.deployment.placing import Placing
+    from core.recipe.compose import compose_run
     from core.run.evaluation import evaluate
+    from core.run.loading import run_of
     from core.training.ranks import is_rank_zero
     from core.training.resume import newest_checkpoint
 
+    checkpoint = newest_checkpoint(Path(arguments.run))
     with Placing(arguments.placement, divides=True) as placing:
+        if arguments.placement is not None:
+            placing.check(compose_run(run_of(checkpoint).recipe, trust=arguments.trust))
         values = evaluate(
-            newest_checkpoint(Path(arguments.run)),
+            checkpoint,
             xz=arguments.xz,
             trust=arguments.trust,
             weights=arguments.weights,
@@ -266,6 +272,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     device = arguments.device or "cpu"
     check_device(device, recipe)
     placing = Placing(arguments.placement)
+    placing.check(recipe)
     if options.chat:
         RunTokenizer.of(folder).chat()  # a run without a template is reported before the tasks load
     loaded = load_tasks(options, say=_say)

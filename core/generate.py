@@ -124,6 +124,7 @@ def main(arguments: argparse.Namespace) -> None:
         check_average(checkpoint, arguments.weights)
     placing = Placing(arguments.placement)
     recipe = compose_run(run.recipe, trust=arguments.trust)
+    placing.check(recipe)
     notices = recipe.notices()
     for notice in notices:
         _say(f"note: {notice}")

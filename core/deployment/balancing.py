@@ -10,6 +10,7 @@ the DeepSeek-V3 report (arXiv 2412.19437), section 3.4.1.
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -132,10 +133,13 @@ def place_layer(load_E: Sequence[float], deployment: Deployment) -> LayerPlaceme
         deployment: the machines; its sizes are checked.
 
     Raises:
-        UserError: sizes that are impossible for this layer.
+        UserError: sizes that are impossible for this layer, or a load that is no number from 0.
     """
     experts = len(load_E)
     deployment.check(experts)
+    for expert, load in enumerate(load_E):
+        if not 0 <= load < math.inf:
+            raise UserError(f"the load of expert {expert} is {load}: must be a number from 0")
     groups, nodes = deployment.groups, deployment.nodes
     if not deployment.is_hierarchical:
         groups, nodes = 1, 1

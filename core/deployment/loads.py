@@ -1,6 +1,9 @@
 """Recorded loads of experts, from a run, a file, or a model that reads a text; what cannot be a load is an error."""
 
+import io
 import json
+import tokenize
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +15,20 @@ from numpy.typing import NDArray
 from core.contracts.errors import UserError
 from core.model.trace import Trace
 from core.storage.documents import read_bytes
+
+UNREADABLE = (
+    ValueError,
+    EOFError,
+    OSError,
+    TypeError,
+    SyntaxError,
+    MemoryError,
+    RecursionError,
+    UnicodeError,
+    zipfile.BadZipFile,
+    tokenize.TokenError,
+)
+"""What numpy raises for a file that is no array: its header is parsed as Python's."""
 
 Loads = NDArray[np.float64]
 """Loads of one layer: a row for each step or sequence, a column for each expert."""
@@ -160,11 +177,10 @@ def _of_document(file: Path) -> RecordedLoads:
 
 
 def _of_array(file: Path) -> RecordedLoads:
-    import io
-
+    content = read_bytes(file)
     try:
-        array = np.load(io.BytesIO(read_bytes(file)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as cause:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except UNREADABLE as cause:
         raise UserError(f"{file}: is no array that numpy can read") from cause
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
         raise UserError(f"{file}: must hold an array of numbers")

@@ -49,8 +49,8 @@ def place(
     Raises:
         UserError: the plan is another model's, or the model cannot run on it; nothing has changed then.
     """
+    check_plan(model, plan, name=name)
     layers = model.expert_layers()
-    _check(layers, plan, name)
     if mesh is not None:
         _check_ranks(layers, plan, mesh, name)
     model.eval().requires_grad_(False)
@@ -72,8 +72,18 @@ def place(
     return model
 
 
-def _check(layers: Mapping[str, FeedForward], plan: PlacementPlan, name: str) -> None:
-    """Raises `UserError` unless the plan has a placement for each layer, and each layer can take it."""
+def check_plan(model: LanguageModel, plan: PlacementPlan, *, name: str = "plan") -> None:
+    """Checks that a plan has a placement for each layer of a model, and that each layer can take it.
+
+    Args:
+        model: the model, on any device.
+        plan: the plan.
+        name: what an error message calls it.
+
+    Raises:
+        UserError: the plan is another model's, or the model cannot run on it.
+    """
+    layers = model.expert_layers()
     if not layers:
         raise UserError(f"{name}: the model has no experts")
     for path in plan.layers:

@@ -11,11 +11,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from core.assemble import build
 from core.contracts.errors import UserError
-from core.deployment.placed import PhysicalLoads, place
+from core.deployment.placed import PhysicalLoads, check_plan, place
 from core.deployment.plan import PlacementPlan, read_plan
 from core.extension.loader import installed_registry
 from core.model.language_model import LanguageModel
+from core.recipe.compose import Recipe
 
 
 class Placing:
@@ -61,6 +63,15 @@ class Placing:
         dist.init_process_group("gloo")
         self._open.callback(dist.destroy_process_group)
         self._mesh = init_device_mesh("cpu", (ranks,))
+
+    def check(self, recipe: Recipe) -> None:
+        """Checks the plan against the model of a recipe, which is not loaded for it.
+
+        Raises:
+            UserError: the plan is another model's.
+        """
+        if self._plan is not None:
+            check_plan(build(recipe, device="meta"), self._plan, name=f"--placement {self._file}")
 
     def place(self, model: LanguageModel) -> None:
         """Places the model's experts, and counts from now on.

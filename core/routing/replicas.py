@@ -57,7 +57,8 @@ class Replicas(nn.Module):
     def of_choices(self, expert_TK: Tensor, context: SequenceContext) -> Tensor:
         """The physical experts of each token's choices: int64 T x K."""
         sequence_T, position_T = token_places(context)
-        return self.choose(expert_TK, sequence_T[:, None], position_T[:, None])
+        physical_TK: Tensor = self.choose(expert_TK, sequence_T[:, None], position_T[:, None])
+        return physical_TK
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def choose(self, expert: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
@@ -71,7 +72,8 @@ class Replicas(nn.Module):
         """
         number = hashed(_FIRST, sequence, position, expert) & (2**63 - 1)
         copies = self.copies_E[expert]
-        return self.physical_EX[expert, number % copies]
+        physical: Tensor = self.physical_EX[expert, number % copies]
+        return physical
 
 
 def refuse_training(name: str) -> None:

@@ -225,3 +225,9 @@ def test_even_loads_stay_as_they_are_if_experts_fill_the_gpus() -> None:
 def test_impossible_sizes_are_one_sentence(sizes: Deployment, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         place_layer([1.0] * 8, sizes)
+
+
+@pytest.mark.parametrize("load", [float("nan"), float("inf"), -1.0])
+def test_loads_that_are_no_numbers_from_0_are_one_sentence(load: float) -> None:
+    with pytest.raises(UserError, match=f"the load of expert 2 is {load}: must be a number from 0"):
+        plan_placement({"a": [1.0, 2.0, load, 4.0]}, gpus=2)

@@ -287,6 +287,7 @@ def test_sources_that_cannot_be_are_one_sentence(
     np.save(tmp_path / "line.npy", np.arange(3))
     np.save(tmp_path / "zeros.npy", np.zeros((2, 4)))
     (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x01\x00\x0c\x00{'descr': ((\n")
     save_file({"steps": torch.arange(3)}, tmp_path / "dense.safetensors")
     cases = {
         "bare": "has no loads.safetensors",
@@ -299,6 +300,7 @@ def test_sources_that_cannot_be_are_one_sentence(
         "line.npy": "has shape [3]",
         "zeros.npy": "every load is 0",
         "torn.npy": "is no array that numpy can read",
+        "header.npy": "is no array that numpy can read",
     }
     for name, sentence in cases.items():
         printed = command("placement", str(tmp_path / name), "--gpus", "2")
