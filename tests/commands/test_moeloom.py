@@ -96,7 +96,6 @@ def test_it_lists_the_commands(
         "report",
         "convert",
         "bench",
-        "placement",
         "cache",
     } == set(listed)
     assert listed["fit"] == "  fit           Train a recipe into a run folder"
