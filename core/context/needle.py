@@ -61,6 +61,11 @@ class NeedleScore:
     gain: Interval
 
 
+def other_tokens(length: int, before: Sequence[int], after: Sequence[int]) -> int:
+    """The tokens of the other text in a text of `length` tokens with a needle; negative where it has no place."""
+    return length - 2 * (len(before) + KEY) - len(after)
+
+
 def needles(
     stream: Sequence[int],
     before: Sequence[int],
@@ -90,7 +95,7 @@ def needles(
     Raises:
         ValueError: the text or the stream is too short.
     """
-    other = length + 1 - 1 - 2 * (len(before) + KEY) - len(after)
+    other = other_tokens(length, before, after)
     if other < 0 or other > len(stream):
         raise ValueError(f"{length} tokens have no place for a needle")
     for number in range(tries):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.analysis.budget import plan_of
 from core.assemble import build
-from core.context.needle import AFTER, BEFORE, KEY, NeedleScore, needles, score_needles
+from core.context.needle import AFTER, BEFORE, NeedleScore, needles, other_tokens, score_needles
 from core.context.positions import PositionLoss, loss_by_position
 from core.contracts.context import SequenceContext
 from core.contracts.errors import NotFiniteError, UserError
@@ -79,9 +79,10 @@ def measure(
             raise UserError(f"{override}: only keys of {ROPE} can be changed here")
     recipe = compose_run(folder.recipe, options.overrides, trust=options.trust, check_source=True)
     lengths = options.lengths or (recipe.data.sequence_length,)
-    tokenizer = RunTokenizer.of(folder)
-    smallest = 2 + 2 * KEY + sum(len(ids) for ids in _words(tokenizer)) if options.needles else 1
-    _check_lengths(lengths, smallest, recipe.model.rope.max_length)
+    words = None
+    if options.needles:
+        words = _Words.of(RunTokenizer.of(folder))
+    _check_lengths(lengths, recipe.model.rope.max_length, words)
     for notice in recipe.notices():
         say(f"note: {notice}")
     check_device(options.device, recipe)
@@ -89,6 +90,11 @@ def measure(
     data.prepare()
     if not data.validation_documents:
         raise UserError(f"{folder.path}: the run has held out nothing; there is nothing to read")
+    if words is not None and data.validation_tokens < max(lengths):
+        raise UserError(
+            f"--lengths {max(lengths)}: must be at most {data.validation_tokens} with --needles, the tokens of the "
+            "held-out documents around a needle"
+        )
     recipe.freeze = []
     model = build(recipe)
     load_weights(model, checkpoint, average=options.weights)
@@ -101,7 +107,7 @@ def measure(
         if not math.isfinite(losses["loss"]):
             why = f"the loss is {losses['loss']} with sequences of {length} tokens"
             raise NotFiniteError(f"{checkpoint}: {why}")
-        scores = _needles(model, tokenizer, loader, length, options)
+        scores = _needles(model, words, loader, length, options)
         found.append({"length": length, **losses, "needles": scores})
     return {
         "run": folder.path.resolve().name,
@@ -112,8 +118,24 @@ def measure(
     }
 
 
-def _check_lengths(lengths: tuple[int, ...], smallest: int, longest: int) -> None:
+@dataclass(frozen=True)
+class _Words:
+    """The tokens before and after the key of a needle, and the marker before a text."""
+
+    begin: int
+    before: list[int]
+    after: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: RunTokenizer) -> "_Words":
+        """Those of a run's tokenizer."""
+        encode = tokenizer.tokenizer.encode
+        return cls(tokenizer.markers.begin, list(encode(BEFORE)), list(encode(AFTER)))
+
+
+def _check_lengths(lengths: tuple[int, ...], longest: int, words: _Words | None) -> None:
     """Raises `UserError` for a length that the positions or the needles do not allow."""
+    smallest = 1 if words is None else -other_tokens(0, words.before, words.after)
     for length in lengths:
         if length > longest:
             raise UserError(
@@ -122,11 +144,6 @@ def _check_lengths(lengths: tuple[int, ...], smallest: int, longest: int) -> Non
             )
         if length < smallest:
             raise UserError(f"--lengths {length}: must be at least {smallest}")
-
-
-def _words(tokenizer: RunTokenizer) -> tuple[list[int], list[int]]:
-    """The tokens before and after the key of a needle."""
-    return list(tokenizer.tokenizer.encode(BEFORE)), list(tokenizer.tokenizer.encode(AFTER))
 
 
 def _losses(positions: list[PositionLoss], size: int) -> dict[str, Any]:
@@ -149,23 +166,22 @@ def _losses(positions: list[PositionLoss], size: int) -> dict[str, Any]:
 
 def _needles(
     model: LanguageModel,
-    tokenizer: RunTokenizer,
+    words: _Words | None,
     loader: ValidationLoader,
     length: int,
     options: Options,
 ) -> list[dict[str, Any]]:
     """The scores of the needles at each depth."""
-    if not options.needles:
+    if words is None:
         return []
     stream = [token for batch in loader for token in batch.tokens_BL[batch.valid_BL].tolist()]
-    before, after = _words(tokenizer)
     found = []
     for depth in options.depths:
         drawn = needles(
             stream,
-            before,
-            after,
-            tokenizer.markers.begin,
+            words.before,
+            words.after,
+            words.begin,
             length=length,
             depth=depth,
             tries=options.needles,

@@ -222,6 +222,11 @@ class TextData(LightningDataModule):
         return self._prepared.validation.bytes
 
     @property
+    def validation_tokens(self) -> int:
+        """Tokens of the held-out documents, with their markers."""
+        return len(self._prepared.validation)
+
+    @property
     def validation_documents(self) -> int:
         """The number of documents that are held out."""
         return self._prepared.validation.documents

@@ -121,11 +121,6 @@ def test_a_model_that_copies_finds_every_needle_and_none_that_is_not_there() -> 
 def test_the_loss_of_the_trained_length_is_that_of_the_evaluation(
     lab: Lab, finished: Path, tmp_path: Path
 ) -> None:
-    result = lab.command(
-        "long_context", finished, "--json", "--lengths", "8,16,32", "--needles", "2"
-    )
-    assert result.code == 2
-    assert "--lengths 8: must be at least" in result.sentence
     result = lab.command("long_context", finished, "--json", "--lengths", "8,16")
     found = json.loads(result.out)
     validated = evaluate(newest_checkpoint(finished))
@@ -155,6 +150,20 @@ def test_other_rotary_positions_are_used_and_needles_are_asked_for(
     assert [score["depth"] for score in two["needles"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
     shown = lab.command("long_context", finished, yarn, "--lengths", "64", "--needles", "2")
     assert shown.out.count("0/2") >= 5
+
+
+def test_the_shortest_length_has_a_needle_and_no_other_text(lab: Lab, finished: Path) -> None:
+    ask = ("--json", "--needles", "2", "--lengths")
+    refused = lab.command("long_context", finished, *ask, "8")
+    assert refused.code == 2
+    smallest = int(refused.sentence.rpartition(" ")[2])
+    assert refused.sentence.endswith(f"--lengths 8: must be at least {smallest}")
+    room = f"model.rope.max_length={smallest}"
+    assert lab.command("long_context", finished, room, *ask, str(smallest - 1)).code == 2
+    assert lab.command("long_context", finished, room, *ask, str(smallest)).code == 0
+    much = lab.command("long_context", finished, "model.rope.max_length=100000", *ask, "99999")
+    assert much.code == 2
+    assert "with --needles, the tokens of the held-out documents" in much.sentence
 
 
 @pytest.mark.parametrize(
