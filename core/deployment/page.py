@@ -32,8 +32,6 @@ def write(document: dict[str, Any], file: Path) -> int:
     Raises:
         UserError: the file cannot be written.
     """
-    if file.is_dir():
-        raise UserError(f"--out {file}: is a folder: must be the name of a file")
     text = render(document).encode("utf-8", "replace").decode("utf-8")
     try:
         write_text(file, text)

@@ -21,7 +21,12 @@ def write_text(target: Path, text: str, *, durable: bool = False) -> None:
         target: the file.
         text: its content.
         durable: whether the file is forced to the disk before it is moved, and its folder afterwards.
+
+    Raises:
+        OSError: it cannot be written, or is a folder.
     """
+    if target.is_dir() and not target.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("x", encoding="utf-8") as stream:

@@ -91,6 +91,7 @@ def test_generation_writes_the_same(finished: Path, plan_file: Path, command: Co
     assert found["token_ids"] == expected["token_ids"]
 
 
+@pytest.mark.full
 def test_two_ranks_validate_as_one_process_does(
     finished: Path, plan_file: Path, tmp_path: Path, command: Command
 ) -> None:

@@ -129,6 +129,7 @@ def test_every_router_gives_the_same_with_replicas(router: str) -> None:
     assert_equal(outputs(place(model, planned(model, context)), context), expected)
 
 
+@pytest.mark.full
 def test_the_weights_of_every_copy_are_read() -> None:
     """Sets one copy to 0: outputs change exactly where the hash sends a token there."""
     model = built()
@@ -266,6 +267,7 @@ def test_decoding_chooses_the_copies_that_the_whole_sequence_chose(
         assert decoded[index].tolist() == chosen[index].flatten().tolist()
 
 
+@pytest.mark.full
 def test_two_ranks_compute_what_one_device_computes(tmp_path: Path) -> None:
     model = built("model.blocks.moe.ffn.dispatcher.name=all_to_all")
     context = text()

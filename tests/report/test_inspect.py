@@ -188,6 +188,17 @@ def test_the_command_writes_a_page_that_loads_nothing_and_a_document(
     assert "src=" not in text.replace("script-src", "").replace("style-src", "")
 
 
+@pytest.mark.parametrize("command", ["inspect", "report", "placement"])
+def test_a_page_cannot_be_written_to_a_folder(
+    lab: Lab, finished: Path, tmp_path: Path, command: str
+) -> None:
+    for folder in (tmp_path, Path("/")):
+        result = lab.command(command, finished, "--out", folder)
+        assert result.code == 2
+        assert result.sentence == f"--out {folder}: cannot be written: Is a directory"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_token_can_end_the_pages_script(inspected: dict[str, Any]) -> None:
     evil = "</script><script>alert(1)</script>"
     spoilt = {**inspected, "run": evil}
