@@ -158,9 +158,9 @@ def test_the_shortest_length_has_a_needle_and_no_other_text(lab: Lab, finished: 
     assert refused.code == 2
     smallest = int(refused.sentence.rpartition(" ")[2])
     assert refused.sentence.endswith(f"--lengths 8: must be at least {smallest}")
-    room = f"model.rope.max_length={smallest}"
-    assert lab.command("long_context", finished, room, *ask, str(smallest - 1)).code == 2
-    assert lab.command("long_context", finished, room, *ask, str(smallest)).code == 0
+    positions = f"model.rope.max_length={smallest}"
+    assert lab.command("long_context", finished, positions, *ask, str(smallest - 1)).code == 2
+    assert lab.command("long_context", finished, positions, *ask, str(smallest)).code == 0
     much = lab.command("long_context", finished, "model.rope.max_length=100000", *ask, "99999")
     assert much.code == 2
     assert "with --needles, the tokens of the held-out documents" in much.sentence
