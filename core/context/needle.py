@@ -46,7 +46,7 @@ class NeedleScore:
         length: tokens that the model reads, L.
         depth: the part of the other text that stands before the needle.
         tries: how many texts.
-        exact: in how many the model would write the whole key, greedily.
+        exact: texts for which the model would write the whole key, greedily.
         control_exact: the same without the key in the text.
         nats: log p of the key.
         gain: log p of the key minus that without it in the text, with its 95% interval.
@@ -90,7 +90,7 @@ def needles(
         length: tokens that the model reads.
         depth: the part of the other text that stands before the needle, 0 to 1.
         tries: how many.
-        seed: of the draws.
+        seed: the seed of the draws.
 
     Raises:
         ValueError: the text or the stream is too short.

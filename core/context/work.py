@@ -42,7 +42,7 @@ class Options:
         overrides: `model.rope...=VALUE` each: rotary positions that differ from those of the training.
         needles: texts with a needle for each length and depth; 0: none.
         depths: where needles stand, from 0 (the beginning) to 1.
-        seed: of the needles.
+        seed: the seed of the needles.
         device: where the model runs.
         weights: the name of averaged weights; None: those that were trained.
         trust: whether the recipe of a run that was made elsewhere may name modules, which then run.
