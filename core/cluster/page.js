@@ -153,6 +153,7 @@ function legend() {
 }
 
 function redraw() {
+  byId("theme").textContent = isDark() ? "Light" : "Dark";
   legend();
   draw();
 }

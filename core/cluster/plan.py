@@ -127,7 +127,7 @@ class Plan:
         return most
 
     def check(self) -> None:
-        """Raises `PlanError` unless every stage computes every micro-batch once, forwards and backwards, on its rank."""
+        """Raises `PlanError` unless each stage computes each micro-batch once, forwards and backwards."""
         seen: Counter[Action] = Counter()
         for rank in range(len(self.ranks)):
             for action in self.actions(rank):

@@ -115,6 +115,7 @@ def predict(subject: Subject, cluster: Cluster) -> Prediction:
     Raises:
         UserError: the layout does not fit the model, its batch or its schedule.
     """
+    _check(subject, cluster)
     cluster = with_micro_batches(subject, cluster)
     layout, strategy = cluster.layout, cluster.layout.strategy
     plan = plan_of_layout(subject, cluster)

@@ -74,7 +74,7 @@ def _zb1p(ranks: int, micro_batches: int, chunks: int) -> Plan:
 
 
 def _depth_first(name: str, ranks: int, micro_batches: int, chunks: int) -> Plan:
-    """(Interleaved) 1F1B: rounds of about as many micro-batches as ranks, of which a rank computes chunk after chunk."""
+    """(Interleaved) 1F1B: rounds of about as many micro-batches as ranks, computed chunk after chunk."""
     rounds = max(1, micro_batches // ranks)
     if chunks > 1 and micro_batches % rounds:
         raise UserError(

@@ -1,6 +1,7 @@
 """Schedules as plans: counts, memory and bubbles of SPEC's table, over ranks and micro-batches, without processes."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 
@@ -40,7 +41,7 @@ def whole_rounds(ranks: int, count: int, chunks: int) -> bool:
 def test_every_stage_computes_every_micro_batch_once_and_the_plan_ends(
     case: tuple[str, int, int, int],
 ) -> None:
-    name, ranks, count, chunks = case
+    name, ranks, count, _ = case
     plan = make_plan(*case)
     plan.check()
     for rank in range(ranks):
@@ -58,7 +59,7 @@ def test_every_stage_computes_every_micro_batch_once_and_the_plan_ends(
                 for needed in needs(plan, action):
                     before = ends.get(needed, ends.get(needed.other(Kind.BACKWARD), 1e9))
                     assert before <= timed.start
-        assert all(a.end <= b.start for a, b in zip(slots, slots[1:], strict=False))
+        assert all(a.end <= b.start for a, b in pairwise(slots))
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -148,7 +149,7 @@ def test_no_schedule_keeps_the_weight_parts_waiting_at_the_end(ranks: int) -> No
 def test_a_plan_that_waits_for_itself_is_a_deadlock_that_is_named() -> None:
     plan = make_plan("1f1b", 2, 2)
     wrong = (plan.ranks[0][::-1], plan.ranks[1])
-    with pytest.raises(PlanError, match="deadlock: rank 0 waits with B1 .* for F1 "):
+    with pytest.raises(PlanError, match=r"deadlock: rank 0 waits with B1 .* for F1 "):
         simulate(dataclasses.replace(plan, ranks=wrong), uniform(1, 2))
 
 
