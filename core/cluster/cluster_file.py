@@ -268,7 +268,7 @@ def _value(kind: Any, value: Any, at: str, file: Path) -> Any:
         if number is None or number <= 0:
             raise refuse("a finite number above 0")
         return number
-    if value is None and kind != int:
+    if value is None and kind is not int:
         return None
     least = 0 if at.endswith("communication_multiprocessors") else 1
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -64,11 +64,15 @@ def _summary(document: dict[str, Any]) -> str:
     """The step in one sentence."""
     fullest = document["largest_bytes"]
     fits = "fits" if fullest <= document["device_memory"] else "does not fit"
+    speed = (
+        f"{document['tokens_per_second_per_gpu']:,.0f} tokens/s and {document['tflops_per_gpu']:.1f} "
+        f"TFLOP/s for each GPU (MFU {document['mfu']:.1%} of bf16)"
+    )
     return (
-        f"{document['gpus']:,} GPUs, {document['micro_batches']:,} micro-batches: {document['step_seconds']:.3f} s a step, "
-        f"{document['tokens_per_second_per_gpu']:,.0f} tokens/s and {document['tflops_per_gpu']:.1f} TFLOP/s for each GPU "
-        f"(MFU {document['mfu']:.1%} of bf16), {document['tokens_per_day'] / 1e9:,.1f} billion tokens a day; the fullest GPU "
-        f"holds {fullest / 1e9:.1f} GB, which {fits} in {document['device_memory'] / 1e9:.0f}"
+        f"{document['gpus']:,} GPUs, {document['micro_batches']:,} micro-batches: "
+        f"{document['step_seconds']:.3f} s a step, {speed}, "
+        f"{document['tokens_per_day'] / 1e9:,.1f} billion tokens a day; the fullest GPU holds "
+        f"{fullest / 1e9:.1f} GB, which {fits} in {document['device_memory'] / 1e9:.0f}"
     )
 
 
