@@ -181,8 +181,9 @@ def _cluster(arguments: argparse.Namespace) -> "Cluster | None":
 def show_cluster(recipe: "Recipe", cluster: "Cluster", arguments: argparse.Namespace) -> None:
     """Predicts a step on a cluster, or searches for layouts, and prints what was found."""
     from core.cluster import drawing, text
-    from core.cluster.predict import predict, subject_of
+    from core.cluster.predict import predict
     from core.cluster.search import search
+    from core.cluster.subject import subject_of
 
     subject = subject_of(recipe)
     if arguments.search:

@@ -296,6 +296,19 @@ def _check(cluster: Cluster, file: Path) -> None:
         raise UserError(
             f"{at}.inner.expert_ranks = {inner.expert_ranks} must divide ranks = {inner.ranks}"
         )
+    if inner.name == "single" and inner.ranks > 1:
+        raise UserError(
+            f"{at}.inner.ranks = {inner.ranks} must be 1 for single: ddp, zero1, fsdp or expert_parallel have more"
+        )
+    if inner.name in ("single", "ddp", "fsdp") and inner.expert_ranks > 1:
+        raise UserError(
+            f"{at}.inner.expert_ranks = {inner.expert_ranks} must be 1 for {inner.name}: zero1 or expert_parallel "
+            "have more"
+        )
+    if strategy.ranks == 1 and strategy.schedule != "1f1b":
+        raise UserError(
+            f"{at}.schedule = {strategy.schedule!r} must be left out with ranks = 1: there is no pipeline"
+        )
     if strategy.chunks > 1 and strategy.schedule != "interleaved_1f1b":
         raise UserError(
             f"{at}.chunks = {strategy.chunks} must be 1 under schedule {strategy.schedule}: "

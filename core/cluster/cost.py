@@ -100,6 +100,7 @@ class CostModel:
         self.tokens = layout.micro_batch * length / layout.strategy.tensor
         self.fp8 = layout.precision == "fp8"
         self.bandwidth = cluster.device.bandwidth * cluster.efficiencies.memory
+        self._seconds: dict[Product, float] = {}
 
     def stage(self, work: Work) -> StageSeconds:
         """The seconds of a stage with so much work."""
@@ -141,6 +142,11 @@ class CostModel:
 
     def product_seconds(self, product: Product) -> float:
         """Seconds of one forward of a product, or of either of its gradients."""
+        if product not in self._seconds:
+            self._seconds[product] = self._product_seconds(product)
+        return self._seconds[product]
+
+    def _product_seconds(self, product: Product) -> float:
         device, known = self.cluster.device, self.cluster.efficiencies
         flops = product.flops * self.tokens
         if product.is_router:

@@ -10,9 +10,10 @@ stages are its *chunks*, numbered in the order of (route, position).
 from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 
-class Kind(StrEnum):
+class ActionKind(StrEnum):
     """What an action computes.
 
     A backward is either whole (B) or split into the gradient of the stage's input (I) and that of its weights (W).
@@ -35,7 +36,7 @@ class Action:
         route: the route's number.
     """
 
-    kind: Kind
+    kind: ActionKind
     position: int
     micro_batch: int
     route: int = 0
@@ -43,7 +44,7 @@ class Action:
     def __str__(self) -> str:
         return f"{self.kind}{self.micro_batch} of stage {self.position} on route {self.route}"
 
-    def other(self, kind: Kind, position: int | None = None) -> "Action":
+    def other(self, kind: ActionKind, position: int | None = None) -> "Action":
         """The action of another kind, or of another stage, for the same micro-batch."""
         place = self.position if position is None else position
         return Action(kind, place, self.micro_batch, self.route)
@@ -88,41 +89,46 @@ class Plan:
         """A rank's actions in order, those of one slot one after the other."""
         return [action for slot in self.ranks[rank] for action in slot]
 
-    def count(self, rank: int, kind: Kind) -> int:
+    def count(self, rank: int, kind: ActionKind) -> int:
         """The number of a rank's actions of one kind."""
         return sum(action.kind is kind for action in self.actions(rank))
 
     def peak_in_flight(self, rank: int) -> int:
-        """The most micro-batches of any chunk whose activations a rank keeps at once.
+        """The most micro-batches of all of its chunks together whose activations a rank keeps at once.
 
         A forward adds one. A backward, or its part for the input, takes it away; what its part for the weights still
         needs is counted by `peak_weight_parts`. Of an overlapped pair both micro-batches are there.
         """
-        held = 0
-        most = 0
-        for action in _forwards_first(self.ranks[rank]):
-            held += _held_after(action)
-            most = max(most, held)
-        return most
+        return self._peaks[rank][0]
 
     def peak_by_chunk(self, rank: int) -> list[int]:
         """The most micro-batches that a rank keeps of each of its chunks."""
+        return self._peaks[rank][1]
+
+    @cached_property
+    def _peaks(self) -> list[tuple[int, list[int]]]:
+        """For each rank the peak of all chunks together, and those of each."""
+        return [self._peaks_of(rank) for rank in range(len(self.ranks))]
+
+    def _peaks_of(self, rank: int) -> tuple[int, list[int]]:
         chunks = self.chunks(rank)
         held = [0] * len(chunks)
         most = [0] * len(chunks)
+        together = 0
         for action in _forwards_first(self.ranks[rank]):
             index = chunks.index((action.route, action.position))
             held[index] += _held_after(action)
             most[index] = max(most[index], held[index])
-        return most
+            together = max(together, sum(held))
+        return together, most
 
     def peak_weight_parts(self, rank: int) -> int:
         """The most split backwards whose part for the weights is still to come."""
         waiting = 0
         most = 0
         for action in self.actions(rank):
-            waiting += action.kind is Kind.INPUT
-            waiting -= action.kind is Kind.WEIGHT
+            waiting += action.kind is ActionKind.INPUT
+            waiting -= action.kind is ActionKind.WEIGHT
             most = max(most, waiting)
         return most
 
@@ -137,10 +143,12 @@ class Plan:
         for number, route in enumerate(self.routes):
             for position in range(len(route)):
                 for micro_batch in range(self.micro_batches[number]):
-                    forward = Action(Kind.FORWARD, position, micro_batch, number)
-                    found = [seen.pop(forward.other(kind), 0) for kind in Kind]
+                    forward = Action(ActionKind.FORWARD, position, micro_batch, number)
+                    found = [seen.pop(forward.other(kind), 0) for kind in ActionKind]
                     if found not in ([1, 1, 0, 0], [1, 0, 1, 1]):
-                        counts = ", ".join(f"{k} {n}" for k, n in zip(Kind, found, strict=True))
+                        counts = ", ".join(
+                            f"{k} {n}" for k, n in zip(ActionKind, found, strict=True)
+                        )
                         place = f"stage {position} on route {number}, micro-batch {micro_batch}"
                         raise PlanError(f"{self.name}: {place} is computed as {counts}")
         if seen:
@@ -149,11 +157,13 @@ class Plan:
 
 def _forwards_first(slots: tuple[Slot, ...]) -> list[Action]:
     """The actions of slots in order; of a pair the forward first."""
-    return [a for slot in slots for a in sorted(slot, key=lambda a: a.kind is not Kind.FORWARD)]
+    return [
+        a for slot in slots for a in sorted(slot, key=lambda a: a.kind is not ActionKind.FORWARD)
+    ]
 
 
 def _held_after(action: Action) -> int:
     """How many more micro-batches an action leaves in memory."""
-    if action.kind is Kind.FORWARD:
+    if action.kind is ActionKind.FORWARD:
         return 1
-    return -1 if action.kind in (Kind.BACKWARD, Kind.INPUT) else 0
+    return -1 if action.kind in (ActionKind.BACKWARD, ActionKind.INPUT) else 0

@@ -1,74 +1,26 @@
 """Predicts a step of a recipe on a cluster: its time by parts, the memory of every rank, tokens per day."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import gcd
 from typing import Any
 
-from core.analysis.budget import plan_of
-from core.analysis.describe import RecordingPrecision
-from core.analysis.exchange import Choice, check_choice, choices
-from core.analysis.memory import Stage, StageCounter, StateBytes, units_of
-from core.analysis.parallel_layout import ParallelLayout, stage_sizes
-from core.analysis.size import size_of
-from core.assemble import build, make
+from core.analysis.exchange import check_choice
+from core.analysis.memory import StateBytes
+from core.analysis.parallel_layout import ParallelLayout
 from core.cluster.assumptions import assumptions
 from core.cluster.cluster_file import Cluster
 from core.cluster.cost import CostModel, StageSeconds
-from core.cluster.plan import Kind, Plan, Slot
-from core.cluster.schedules import make_plan
+from core.cluster.plan import ActionKind, Plan, Slot
 from core.cluster.simulate import Timeline, simulate
+from core.cluster.subject import Subject
 from core.cluster.sync import SyncSeconds, sync_seconds, weights_of
-from core.cluster.work import Work, stage_works
+from core.cluster.work import Work
 from core.contracts.errors import UserError
-from core.model.language_model import LanguageModel
-from core.model.parameters import named_parameters
-from core.recipe.compose import Recipe
-from core.recipe.plan import TrainingPlan
 
 DAY = 86_400
 
-
-@dataclass(frozen=True)
-class Subject:
-    """A recipe that is ready to be laid out.
-
-    Args:
-        recipe: what is trained.
-        model: on the meta device.
-        precision: the recipe's, which has recorded the products.
-        steps: the recipe's steps.
-        moment_bytes: bytes of the optimizer's states for one weight.
-        flops: training FLOPs per token by Megatron-LM's count.
-        choices: how the tokens of each layer choose their experts.
-        cached: what was counted for one number of stages, for the next layout with as many.
-    """
-
-    recipe: Recipe
-    model: LanguageModel
-    precision: RecordingPrecision
-    steps: TrainingPlan
-    moment_bytes: float
-    flops: float
-    choices: dict[str, Choice]
-    cached: dict[Any, Any] = field(default_factory=dict)
-
-    def works(self, stages: int) -> list[Work]:
-        """The work of every stage."""
-        if stages not in self.cached:
-            sizes = stage_sizes(len(units_of(self.model)), stages)
-            made = self.precision.made
-            self.cached[stages] = stage_works(self.model, made, self.precision, sizes)
-        found: list[Work] = self.cached[stages]
-        return found
-
-    def stages(self, axes: ParallelLayout, copies: int) -> list[Stage]:
-        """The states and activations of every stage, as `core.analysis.memory` counts them."""
-        if (axes, copies) not in self.cached:
-            made = self.precision.made
-            counter = StageCounter(self.recipe, self.model, made, self.precision, axes, copies)
-            self.cached[axes, copies] = counter.stages(units_of(self.model))
-        found: list[Stage] = self.cached[axes, copies]
-        return found
+MOST_ACTIONS = 300_000
+"""The largest number of forwards that a plan is simulated with."""
 
 
 @dataclass(frozen=True)
@@ -82,31 +34,6 @@ class Prediction:
 
     document: dict[str, Any]
     timeline: Timeline
-
-
-def subject_of(recipe: Recipe) -> Subject:
-    """Builds a recipe's model on the meta device, once for any number of predictions."""
-    precision = RecordingPrecision(make(recipe.precision))
-    try:
-        model = build(recipe, device="meta", precision=precision)
-    except UserError as error:
-        raise UserError(f"{recipe.source}: {error}") from error
-    optimizer = recipe.optimizer.component(recipe.optimizer.config)
-    states = 0
-    weights = 0
-    for named in named_parameters(model):
-        if named.parameter.requires_grad:
-            states += optimizer.state_bytes_of(named)
-            weights += named.parameter.numel()
-    return Subject(
-        recipe,
-        model,
-        precision,
-        plan_of(recipe, model),
-        states / max(1, weights),
-        size_of(model).flops_per_token_megatron,
-        dict(choices(model)),
-    )
 
 
 def predict(subject: Subject, cluster: Cluster) -> Prediction:
@@ -123,7 +50,7 @@ def predict(subject: Subject, cluster: Cluster) -> Prediction:
     assert layout.micro_batches is not None
     length = subject.recipe.data.sequence_length
     model = CostModel(cluster, subject.choices, length)
-    seconds = [model.stage(work) for work in works]
+    seconds = stage_seconds(model, works)
     timeline = simulate(plan, durations(plan, model, seconds), _transfer(cluster, model, works))
     memory, held = _memory(subject, cluster, plan)
     ranks = [
@@ -162,6 +89,31 @@ def predict(subject: Subject, cluster: Cluster) -> Prediction:
     return Prediction(document, timeline)
 
 
+def stage_seconds(model: CostModel, works: list[Work]) -> list[StageSeconds]:
+    """The seconds of every stage; those in the middle of a pipeline are mostly alike."""
+    found: list[StageSeconds] = []
+    for index, work in enumerate(works):
+        alike = next((i for i in range(index) if works[i].alike(work)), None)
+        found.append(model.stage(work) if alike is None else found[alike])
+    return found
+
+
+def least_seconds(subject: Subject, cluster: Cluster, plan: Plan) -> float:
+    """A step cannot take less than what one rank computes; found without a simulation."""
+    works = subject.works(len(plan.routes[0]))
+    model = CostModel(cluster, subject.choices, subject.recipe.data.sequence_length)
+    seconds = stage_seconds(model, works)
+    most = 0.0
+    for rank in range(len(plan.ranks)):
+        own = 0.0
+        for route, position in plan.chunks(rank):
+            both = seconds[position].forward + seconds[position].backward
+            one = both.compute if cluster.layout.overlap else both.alone
+            own += plan.micro_batches[route] * one
+        most = max(most, own)
+    return most
+
+
 def with_micro_batches(subject: Subject, cluster: Cluster) -> Cluster:
     """The cluster with the micro-batches of a step filled in from the recipe's batch.
 
@@ -192,10 +144,15 @@ def plan_of_layout(subject: Subject, cluster: Cluster) -> Plan:
     strategy = cluster.layout.strategy
     micro_batches = cluster.layout.micro_batches
     assert micro_batches is not None
+    if strategy.ranks * strategy.chunks * micro_batches > MOST_ACTIONS:
+        raise UserError(
+            f"{cluster.source}: layout.micro_batches = {micro_batches} on {strategy.ranks * strategy.chunks} stages "
+            f"must make at most {MOST_ACTIONS:,} forwards"
+        )
     if strategy.ranks == 1:
-        return make_plan("1f1b", 1, micro_batches)
+        return subject.plan("1f1b", 1, micro_batches, 1)
     try:
-        return make_plan(strategy.schedule, strategy.ranks, micro_batches, strategy.chunks)
+        return subject.plan(strategy.schedule, strategy.ranks, micro_batches, strategy.chunks)
     except UserError as error:
         raise UserError(f"{cluster.source}: layout.strategy: {error}") from error
 
@@ -214,7 +171,7 @@ def _check(subject: Subject, cluster: Cluster) -> None:
             check_choice(path, choice, ranks, gcd(ranks, cluster.links.gpus_per_node))
         except UserError as error:
             raise UserError(f"{at}.inner: {error}") from error
-    layers = len(units_of(subject.model))
+    layers = subject.layers
     stages = strategy.ranks * strategy.chunks * (2 if strategy.schedule == "dualpipev" else 1)
     if strategy.ranks > 1 and stages > layers:
         raise UserError(f"{at}: {stages} stages must be at most {layers}, the layers of the model")
@@ -228,11 +185,11 @@ def durations(plan: Plan, model: CostModel, seconds: list[StageSeconds]) -> Any:
         if len(slot) == 2:
             return model.pair(first, seconds[slot[1].position])
         kind = slot[0].kind
-        if kind is Kind.FORWARD:
+        if kind is ActionKind.FORWARD:
             return first.forward.alone
-        if kind is Kind.BACKWARD:
+        if kind is ActionKind.BACKWARD:
             return first.backward.alone
-        return first.inputs.alone if kind is Kind.INPUT else first.weights.alone
+        return first.inputs.alone if kind is ActionKind.INPUT else first.weights.alone
 
     return duration
 

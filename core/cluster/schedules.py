@@ -12,7 +12,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from core.cluster.plan import Action, Kind, Plan, Slot
+from core.cluster.plan import Action, ActionKind, Plan, Slot
 from core.contracts.errors import UserError
 
 Builder = Callable[[int, int, int], Plan]
@@ -60,15 +60,15 @@ def _zb1p(ranks: int, micro_batches: int, chunks: int) -> Plan:
     for rank in range(ranks):
         stage = _Stage(0, rank)
         warm_up = min(ranks - 1 - rank, micro_batches)
-        slots = [stage.slot(Kind.FORWARD) for _ in range(warm_up)]
+        slots = [stage.slot(ActionKind.FORWARD) for _ in range(warm_up)]
         for index in range(micro_batches):
             if index < micro_batches - warm_up:
-                slots.append(stage.slot(Kind.FORWARD))
-            slots.append(stage.slot(Kind.INPUT))
+                slots.append(stage.slot(ActionKind.FORWARD))
+            slots.append(stage.slot(ActionKind.INPUT))
             if index >= rank:
-                slots.append(stage.slot(Kind.WEIGHT))
-        while stage.done[Kind.WEIGHT] < micro_batches:
-            slots.append(stage.slot(Kind.WEIGHT))
+                slots.append(stage.slot(ActionKind.WEIGHT))
+        while stage.done[ActionKind.WEIGHT] < micro_batches:
+            slots.append(stage.slot(ActionKind.WEIGHT))
         lists.append(tuple(slots))
     return Plan("zb1p", (tuple(range(ranks)),), (micro_batches,), tuple(lists))
 
@@ -92,10 +92,10 @@ def _depth_first(name: str, ranks: int, micro_batches: int, chunks: int) -> Plan
         slots: list[Slot] = []
         for index in range(total + warm_up):
             if index < total:
-                slots.append(stages[index // in_round % chunks].slot(Kind.FORWARD))
+                slots.append(stages[index // in_round % chunks].slot(ActionKind.FORWARD))
             if index >= warm_up:
                 chunk = chunks - 1 - (index - warm_up) // in_round % chunks
-                slots.append(stages[chunk].slot(Kind.BACKWARD))
+                slots.append(stages[chunk].slot(ActionKind.BACKWARD))
         lists.append(tuple(slots))
     return Plan(name, (tuple(range(ranks)) * chunks,), (micro_batches,), tuple(lists))
 
@@ -149,16 +149,16 @@ class _Stage:
     def __init__(self, route: int, position: int) -> None:
         self.route = route
         self.position = position
-        self.done = dict.fromkeys(Kind, 0)
+        self.done = dict.fromkeys(ActionKind, 0)
 
-    def next(self, kind: Kind) -> Action:
+    def next(self, kind: ActionKind) -> Action:
         """The next action of a kind; whole backwards and those of the input share their numbers."""
-        count = Kind.INPUT if kind is Kind.BACKWARD else kind
+        count = ActionKind.INPUT if kind is ActionKind.BACKWARD else kind
         action = Action(kind, self.position, self.done[count], self.route)
         self.done[count] += 1
         return action
 
-    def slot(self, kind: Kind) -> Slot:
+    def slot(self, kind: ActionKind) -> Slot:
         """The next action of a kind alone."""
         return (self.next(kind),)
 
@@ -188,23 +188,23 @@ class _DualOrder:
         inner = self.half - self.rank - 1  # ranks between this one and the middle
         outer = self.rank + 1
         for _ in range(2 * inner):
-            yield self.near.slot(Kind.FORWARD)
+            yield self.near.slot(ActionKind.FORWARD)
         for _ in range(outer):
-            yield self.near.slot(Kind.FORWARD)
-            yield self.far.slot(Kind.FORWARD)
+            yield self.near.slot(ActionKind.FORWARD)
+            yield self.far.slot(ActionKind.FORWARD)
         for _ in range(inner):
             yield self._input(self.far)
             yield self._weight()
-            yield self.far.slot(Kind.FORWARD)
+            yield self.far.slot(ActionKind.FORWARD)
         for index in range(self.micro_batches - 2 * self.half + outer):
             if index == 0 and inner == 0:  # the middle overlaps its first pair last
-                yield self.near.slot(Kind.FORWARD)
-                yield self.far.slot(Kind.BACKWARD)
+                yield self.near.slot(ActionKind.FORWARD)
+                yield self.far.slot(ActionKind.BACKWARD)
             else:
                 yield self._pair(self.near, self.far)
             yield self._pair(self.far, self.near)
         for _ in range(inner):
-            yield self.far.slot(Kind.BACKWARD)
+            yield self.far.slot(ActionKind.BACKWARD)
             yield self._pair(self.far, self.near)
         yield from self._last_pairs(outer)
         for _ in range(inner):
@@ -219,20 +219,20 @@ class _DualOrder:
         for index in range(outer):
             middle = index == outer // 2
             split |= middle and self.rank % 2 == 1
-            yield self._input(self.far) if split else self.far.slot(Kind.BACKWARD)
+            yield self._input(self.far) if split else self.far.slot(ActionKind.BACKWARD)
             split |= middle and self.rank % 2 == 0
-            yield self._input(self.near) if split else self.near.slot(Kind.BACKWARD)
+            yield self._input(self.near) if split else self.near.slot(ActionKind.BACKWARD)
 
     def _pair(self, forward: _Stage, backward: _Stage) -> Slot:
-        return (forward.next(Kind.FORWARD), backward.next(Kind.BACKWARD))
+        return (forward.next(ActionKind.FORWARD), backward.next(ActionKind.BACKWARD))
 
     def _input(self, stage: _Stage) -> Slot:
-        action = stage.next(Kind.INPUT)
+        action = stage.next(ActionKind.INPUT)
         self.waiting.append(action)
         return (action,)
 
     def _weight(self) -> Slot:
-        return (self.waiting.pop(0).other(Kind.WEIGHT),)
+        return (self.waiting.pop(0).other(ActionKind.WEIGHT),)
 
 
 SCHEDULES: dict[str, Builder] = {

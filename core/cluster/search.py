@@ -4,10 +4,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from core.analysis.memory import units_of
 from core.cluster.assumptions import assumptions
 from core.cluster.cluster_file import RECOMPUTE, Cluster, Inner, Layout, Strategy
-from core.cluster.predict import Subject, fullest_bytes, plan_of_layout, predict, with_micro_batches
+from core.cluster.predict import (
+    fullest_bytes,
+    least_seconds,
+    plan_of_layout,
+    predict,
+    with_micro_batches,
+)
+from core.cluster.subject import Subject
 from core.contracts.errors import UserError
 
 BEST = 10
@@ -31,7 +37,7 @@ def search(subject: Subject, cluster: Cluster, limit: float | None = None) -> di
     cluster = with_micro_batches(subject, cluster)
     most = cluster.device.memory if limit is None else limit
     tried = 0
-    fitting = []
+    fitting: list[tuple[float, Cluster]] = []
     for candidate in _candidates(subject, cluster):
         try:
             plan = plan_of_layout(subject, candidate)
@@ -39,15 +45,21 @@ def search(subject: Subject, cluster: Cluster, limit: float | None = None) -> di
             continue  # the schedule does not take so many micro-batches, or the experts so many ranks
         tried += 1
         if fullest_bytes(subject, candidate, plan) <= most:
-            fitting.append(candidate)
+            fitting.append((least_seconds(subject, candidate, plan), candidate))
     if not fitting:
         raise UserError(
             f"{cluster.source}: none of {tried:,} layouts on {cluster.gpus:,} GPUs needs at most {most / 1e9:g} GB; "
             "give more GPUs, or a larger --memory-limit"
         )
-    found = [(_row(one, predict(subject, one).document), one) for one in fitting]
-    found.sort(key=lambda pair: (pair[0]["step_seconds"], pair[0]["largest_bytes"]))
-    rows = [row for row, _ in found[:BEST]]
+    fitting.sort(key=lambda pair: pair[0])
+    found: list[tuple[dict[str, Any], Cluster]] = []
+    for least, one in fitting:
+        if len(found) == BEST and least > found[-1][0]["step_seconds"]:
+            break  # neither this one nor those after it can be among the best
+        found.append((_row(one, predict(subject, one).document), one))
+        found.sort(key=lambda pair: (pair[0]["step_seconds"], pair[0]["largest_bytes"]))
+        del found[BEST:]
+    rows = [row for row, _ in found]
     _, fastest = found[0]
     about = (
         f"{tried:,} layouts on {cluster.gpus:,} GPUs, of which {len(fitting):,} need at most {most / 1e9:g} GB; "
@@ -71,7 +83,7 @@ def _candidates(subject: Subject, cluster: Cluster) -> Iterator[Cluster]:
     assert own.micro_batches is not None
     sequences = own.micro_batches * own.micro_batch * own.strategy.inner.ranks
     gpus = cluster.gpus // own.strategy.tensor
-    layers = len(units_of(subject.model))
+    layers = subject.layers
     experts = min((c.experts for c in subject.choices.values()), default=1)
     for ranks in _divisors(gpus):
         if ranks > layers:

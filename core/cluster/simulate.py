@@ -12,7 +12,7 @@ A tensor from another rank arrives `transfer` seconds after it was made.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from core.cluster.plan import Action, Kind, Plan, PlanError, Slot
+from core.cluster.plan import Action, ActionKind, Plan, PlanError, Slot
 
 Durations = Callable[[int, Slot], float]
 """Seconds that a rank takes for a slot."""
@@ -30,10 +30,10 @@ def uniform(
     """
     together = forward + backward if pair is None else pair
     alone = {
-        Kind.FORWARD: forward,
-        Kind.BACKWARD: backward,
-        Kind.INPUT: backward - weight,
-        Kind.WEIGHT: weight,
+        ActionKind.FORWARD: forward,
+        ActionKind.BACKWARD: backward,
+        ActionKind.INPUT: backward - weight,
+        ActionKind.WEIGHT: weight,
     }
 
     def duration(rank: int, slot: Slot) -> float:
@@ -128,14 +128,14 @@ def needs(plan: Plan, action: Action) -> list[Action]:
     """The actions that have to end before one begins."""
     last = len(plan.routes[action.route]) - 1
     place = action.position
-    if action.kind is Kind.FORWARD:
-        return [action.other(Kind.FORWARD, place - 1)] if place > 0 else []
-    if action.kind is Kind.WEIGHT:
-        return [action.other(Kind.INPUT)]
-    found = [action.other(Kind.FORWARD)]
+    if action.kind is ActionKind.FORWARD:
+        return [action.other(ActionKind.FORWARD, place - 1)] if place > 0 else []
+    if action.kind is ActionKind.WEIGHT:
+        return [action.other(ActionKind.INPUT)]
+    found = [action.other(ActionKind.FORWARD)]
     if place < last:
         # whether the later stage splits its backward is that stage's choice
-        found.append(action.other(Kind.INPUT, place + 1))
+        found.append(action.other(ActionKind.INPUT, place + 1))
     return found
 
 
@@ -157,8 +157,8 @@ def _ready(
 
 def _end(needed: Action, ends: dict[Action, float]) -> float | None:
     """The end of an action; a whole backward gives the input's gradient too."""
-    if needed.kind is Kind.INPUT and needed not in ends:
-        needed = needed.other(Kind.BACKWARD)
+    if needed.kind is ActionKind.INPUT and needed not in ends:
+        needed = needed.other(ActionKind.BACKWARD)
     return ends.get(needed)
 
 

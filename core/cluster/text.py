@@ -43,16 +43,17 @@ def print_search(document: dict[str, Any]) -> None:
                 f"{row['largest_bytes'] / 1e9:.1f}",
             ]
         )
+    # one micro-batch is so many sequences; v are the chunks of a rank
     head = [
-        "pipeline",
+        "ranks",
         "schedule",
-        "chunks",
+        "v",
         "data",
         "expert",
-        "micro",
+        "seq.",
         "recompute",
         "step, s",
-        "tokens/s/GPU",
+        "tokens/s",
         "bubble",
         "GB",
     ]

@@ -84,6 +84,18 @@ class Work:
     expert_layers: list[str] = field(default_factory=list)
     dim: int = 0
 
+    def alike(self, other: "Work") -> bool:
+        """Whether another stage takes as long: the same layers, of other numbers."""
+        return (
+            len(self.expert_layers) == len(other.expert_layers)
+            and self.products == other.products
+            and self.attention == other.attention
+            and self.other == other.other
+            and self.bytes_none == other.bytes_none
+            and self.bytes_selective == other.bytes_selective
+            and self.logits == other.logits
+        )
+
 
 def stage_works(
     model: LanguageModel, products: Products, precision: Precision, sizes: list[int]

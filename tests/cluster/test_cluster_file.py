@@ -66,6 +66,18 @@ def test_shipped_clusters_are_read_by_name_and_have_the_measured_efficiencies(fi
             "layout.strategy.chunks = 2 must be 1 under schedule 1f1b",
         ),
         (
+            GOOD + LAYOUT.replace("zero1", "single"),
+            "layout.strategy.inner.ranks = 4 must be 1 for single",
+        ),
+        (
+            GOOD + LAYOUT.replace("zero1, ranks: 4", "fsdp, ranks: 4, expert_ranks: 2"),
+            "layout.strategy.inner.expert_ranks = 2 must be 1 for fsdp",
+        ),
+        (
+            GOOD + LAYOUT.replace("ranks: 4, inner", "ranks: 1, schedule: zb1p, inner"),
+            "layout.strategy.schedule = 'zb1p' must be left out with ranks = 1",
+        ),
+        (
             GOOD + "layout: {communication_multiprocessors: 132}\n",
             "layout.communication_multiprocessors = 132 must be less than device.multiprocessors",
         ),

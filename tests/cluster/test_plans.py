@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from core.cluster.plan import Action, Kind, Plan, PlanError
+from core.cluster.plan import Action, ActionKind, Plan, PlanError
 from core.cluster.schedules import SCHEDULES, make_plan
 from core.cluster.simulate import needs, simulate, uniform
 from core.contracts.errors import UserError
@@ -47,17 +47,17 @@ def test_every_stage_computes_every_micro_batch_once_and_the_plan_ends(
     for rank in range(ranks):
         stages = len(plan.chunks(rank))
         each = count // 2 if name == "dualpipe" else count
-        assert plan.count(rank, Kind.FORWARD) == stages * each
-        split = plan.count(rank, Kind.INPUT)
-        assert split + plan.count(rank, Kind.BACKWARD) == stages * each
-        assert split == plan.count(rank, Kind.WEIGHT)
+        assert plan.count(rank, ActionKind.FORWARD) == stages * each
+        split = plan.count(rank, ActionKind.INPUT)
+        assert split + plan.count(rank, ActionKind.BACKWARD) == stages * each
+        assert split == plan.count(rank, ActionKind.WEIGHT)
     timeline = simulate(plan, uniform(1.0, 2.0, 1.0), transfer=0.1)
     ends = {a: t.end for slots in timeline.ranks for t in slots for a in t.slot}
     for slots in timeline.ranks:
         for timed in slots:
             for action in timed.slot:
                 for needed in needs(plan, action):
-                    before = ends.get(needed, ends.get(needed.other(Kind.BACKWARD), 1e9))
+                    before = ends.get(needed, ends.get(needed.other(ActionKind.BACKWARD), 1e9))
                     assert before <= timed.start
         assert all(a.end <= b.start for a, b in pairwise(slots))
 
@@ -140,10 +140,10 @@ def test_no_schedule_keeps_the_weight_parts_waiting_at_the_end(ranks: int) -> No
             continue
         plan = make_plan(name, ranks, 2 * ranks)
         for rank in range(ranks):
-            split = plan.count(rank, Kind.INPUT)
-            assert plan.count(rank, Kind.WEIGHT) == split
+            split = plan.count(rank, ActionKind.INPUT)
+            assert plan.count(rank, ActionKind.WEIGHT) == split
             if split:
-                assert plan.ranks[rank][-1][0].kind is Kind.WEIGHT
+                assert plan.ranks[rank][-1][0].kind is ActionKind.WEIGHT
 
 
 def test_a_plan_that_waits_for_itself_is_a_deadlock_that_is_named() -> None:
@@ -160,7 +160,7 @@ def test_a_plan_with_a_gap_a_double_or_a_foreign_stage_is_refused() -> None:
         (first[:-1], "is computed as F 1, B 0, I 1, W 0"),
         ((*first, first[0]), "is computed as F 2"),
         ((*first, plan.ranks[1][0]), "rank 0 does not hold"),
-        ((*first, (Action(Kind.FORWARD, 0, 9),)), "is of no micro-batch"),
+        ((*first, (Action(ActionKind.FORWARD, 0, 9),)), "is of no micro-batch"),
     ):
         with pytest.raises(PlanError, match=message):
             Plan(plan.name, plan.routes, plan.micro_batches, (broken, plan.ranks[1])).check()

@@ -12,8 +12,9 @@ from core.analysis.parallel_layout import ParallelLayout
 from core.analysis.size import size_of
 from core.cluster.cluster_file import Cluster, Inner, Strategy, read_cluster
 from core.cluster.drawing import render
-from core.cluster.predict import Subject, predict, subject_of
+from core.cluster.predict import predict
 from core.cluster.search import search
+from core.cluster.subject import Subject, subject_of
 from core.contracts.errors import UserError
 from core.recipe.compose import compose
 
@@ -119,6 +120,11 @@ def test_a_slower_link_makes_the_exchange_longer_and_nothing_else(subject: Subje
     for kind in ("forward", "backward_inputs"):
         assert slow[kind].pop("exchange") == pytest.approx(4 * fast[kind].pop("exchange"))
         assert slow[kind] == fast[kind]
+
+
+def test_a_plan_of_very_many_actions_is_refused(subject: Subject) -> None:
+    with pytest.raises(UserError, match="micro_batches = 1000000 on 2 stages must make at most"):
+        predict(subject, cluster(strategy=strategy(2), micro_batches=1_000_000))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from core.analysis.describe import RecordingPrecision
 from core.analysis.memory import units_of
 from core.assemble import build, make
 from core.cluster.cluster_file import Cluster, Efficiencies, Inner, Strategy, read_cluster
-from core.cluster.predict import predict, subject_of
+from core.cluster.predict import predict
+from core.cluster.subject import subject_of
 from core.cluster.work import Work, stage_works
 from core.recipe.compose import compose
 

@@ -8,7 +8,8 @@ import pytest
 
 from core.cluster.cluster_file import Inner, Strategy, read_cluster
 from core.cluster.drawing import write
-from core.cluster.predict import predict, subject_of
+from core.cluster.predict import predict
+from core.cluster.subject import subject_of
 from core.recipe.compose import compose
 
 from .test_browser import DESKTOP, PHONE, Page, driver  # noqa: F401 - the fixture
