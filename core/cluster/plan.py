@@ -107,7 +107,7 @@ class Plan:
 
     @cached_property
     def _peaks(self) -> list[tuple[int, list[int]]]:
-        """For each rank the peak of all chunks together, and those of each."""
+        """The peak of all chunks together, and those of each, by rank."""
         return [self._peaks_of(rank) for rank in range(len(self.ranks))]
 
     def _peaks_of(self, rank: int) -> tuple[int, list[int]]:
