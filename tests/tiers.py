@@ -13,6 +13,7 @@ import pytest
 TESTS = Path(__file__).parent
 FULL = {
     "commands/test_readme_command.py": "starts the README's command as a process",
+    "cluster/test_published.py": "builds five models of up to 671 billion parameters on the meta device",
     "eval/test_command.py": "needs lm-eval",
     "eval/test_fine_tuning.py": "needs TRL",
     "eval/test_chat_tasks.py": "needs lm-eval and transformers",
@@ -39,6 +40,7 @@ FULL = {
     "precision/test_native_kernels.py": "needs Triton",
     "report/test_browser.py": "needs Chromium",
     "report/test_inspect_browser.py": "needs Chromium",
+    "report/test_plan_browser.py": "needs Chromium",
     "report/test_page.py": "writes a page of 30 runs of 5,000 steps",
     "report/test_placement_browser.py": "needs Chromium",
     "repository/test_tutorial.py": "starts processes",

@@ -204,8 +204,8 @@ def exchange(
         )
     copy = CopyBytes.of(model.embedding.weight.shape[1])
     layers: dict[str, LayerExchange] = {}
-    for path, choice in _choices(model):
-        _check(path, choice, expert_ranks, ranks_per_node)
+    for path, choice in choices(model):
+        check_choice(path, choice, expert_ranks, ranks_per_node)
         layers[path] = LayerExchange.of(choice, expert_ranks, ranks_per_node)
     per_token = {"between_nodes": 0.0, "inside_nodes": 0.0}
     for layer in layers.values():
@@ -227,7 +227,7 @@ def exchange(
     }
 
 
-def _choices(model: LanguageModel) -> Iterator[tuple[str, Choice]]:
+def choices(model: LanguageModel) -> Iterator[tuple[str, Choice]]:
     """Each layer in which every token chooses experts, with how it does."""
     for path, layer in model.expert_layers().items():
         routing = layer.routing_properties
@@ -239,7 +239,7 @@ def _choices(model: LanguageModel) -> Iterator[tuple[str, Choice]]:
         yield path, Choice(layer.experts, routing.top_k, groups, limit)
 
 
-def _check(path: str, choice: Choice, expert_ranks: int, ranks_per_node: int) -> None:
+def check_choice(path: str, choice: Choice, expert_ranks: int, ranks_per_node: int) -> None:
     """Raises `UserError` unless a layer's experts and groups can be divided over ranks and nodes."""
     if choice.experts % expert_ranks:
         raise UserError(

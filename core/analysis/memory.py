@@ -113,12 +113,12 @@ def per_gpu(
     Raises:
         UserError: the layout is impossible for this model.
     """
-    units = _units(model)
+    units = units_of(model)
     experts = [layer.experts for layer in model.expert_layers().values()]
     check(layout, experts=experts, layers=len(units), sequences=recipe.batch.sequences)
     passing = traffic(recipe, plan, layout, sequences, schedule)
     copies = 2 if _is_dualpipe(layout, passing) else 1
-    stages = _Counter(recipe, model, products, precision, layout, copies).stages(units)
+    stages = StageCounter(recipe, model, products, precision, layout, copies).stages(units)
     tokens = passing.sequences * recipe.data.sequence_length
     rows = [_row(index, stages, layout, passing, tokens) for index in range(layout.pipeline)]
     largest = {}
@@ -145,12 +145,12 @@ def _is_dualpipe(layout: ParallelLayout, passing: Traffic) -> bool:
     return passing.schedule == "dualpipe" and layout.pipeline > 1
 
 
-def _units(model: LanguageModel) -> list[tuple[str, Block]]:
+def units_of(model: LanguageModel) -> list[tuple[str, Block]]:
     """Every block by name, those of the heads last."""
     return [(name, part) for name, part in model.named_modules() if isinstance(part, Block)]
 
 
-class _Counter:
+class StageCounter:
     """Counts the bytes of one model's stages under one layout.
 
     Args:

@@ -71,7 +71,10 @@ def test_a_wheel_holds_the_code_the_recipes_and_the_licence(wheel: Path) -> None
             name for name in names if name.startswith(f"{package}/") and name.endswith(".py")
         } == code
     recipes = {f"core/recipes/{name}" for name in relative(ROOT / "recipes", "*.yaml")}
-    assert {name for name in names if name.endswith(".yaml")} == recipes
+    clusters = {f"core/{name}" for name in relative(ROOT / "core", "*.yaml")}
+    assert clusters
+    assert {name for name in names if name.endswith(".yaml")} == recipes | clusters
+    assert {"core/cluster/page.html", "core/cluster/page.css", "core/cluster/page.js"} <= names
     assert {
         "core/py.typed",
         "plugins/mla/README.md",
