@@ -107,6 +107,8 @@ def whole_gradients(trainer: L.Trainer, module: TrainingModule) -> dict[str, Ten
     learning = learning_alone(module.model, module.plan.progress(module.windows_done))
     for named in module.local_parameters.named:
         gradient = named.parameter.grad
+        if named.name in module.model.absent:
+            continue
         if learning is not None and named.name not in learning:
             assert gradient is None
             continue
@@ -172,18 +174,20 @@ def observe(
         plugins=[RunEnvironment(launch)],
         callbacks=[Observer(seen), *callbacks],
     )
-    own_windows = [[own_rows(batch) for batch in window] for window in windows]
+    rank, world = rank_and_world()
+    data = recipe.strategy.component.data_ranks_of(recipe.strategy.config)
+    place = (rank % data, min(data, world))
+    own_windows = [[own_rows(batch, *place) for batch in window] for window in windows]
     trainer.fit(
         module,
         train_dataloaders=Windows(own_windows),
-        val_dataloaders=Windows([own_rows(batch) for batch in validation]),  # type: ignore[arg-type]
+        val_dataloaders=Windows([own_rows(batch, *place) for batch in validation]),  # type: ignore[arg-type]
     )
     return seen
 
 
-def own_rows(batch: Batch) -> Batch:
-    """This rank's rows of a global micro-batch."""
-    rank, world = rank_and_world()
+def own_rows(batch: Batch, rank: int, world: int) -> Batch:
+    """A data rank's rows of a global micro-batch."""
     rows = list(rows_of(rank, world, len(batch.tokens_BL)))
     return Batch(*(None if part is None else part[rows] for part in batch))
 

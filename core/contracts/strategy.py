@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from core.contracts.training import NamedParameter
+
 
 class StrategyFactory(Component, ABC):
     """Says on which devices a run works and how they share the work.
@@ -24,15 +26,24 @@ class StrategyFactory(Component, ABC):
     of a window's last micro-batch leaves the gradient of what a rank owns, summed over all ranks. The Trainer's
     strategy is then `core.training.sharded.ShardedStrategy`, or derived from it.
 
+    A strategy may also leave whole layers to other ranks: `parallelize` then names the weights of those in the model's
+    `absent`, and they stay on the meta device. Such a strategy runs the micro-batches itself (`run_window`,
+    `run_forward`), and adds up what the ranks counted (`all_totals`, `all_losses`).
+
     Class attributes:
         shards: whether weights are divided over the ranks; so it is where `parallelize` is overridden.
+        saves_shards: whether each rank writes its own parts of checkpoints unless the recipe says otherwise; by default
+            where weights are divided. False also refuses a recipe that asks for it.
     """
 
     shards: ClassVar[bool] = False
+    saves_shards: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.shards = cls.parallelize is not StrategyFactory.parallelize
+        if "saves_shards" not in vars(cls):
+            cls.saves_shards = cls.shards
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -117,3 +128,51 @@ class StrategyFactory(Component, ABC):
 
         norm: Tensor = get_total_norm(gradients)
         return norm
+
+    @classmethod
+    def data_ranks_of(cls, config: Any) -> int:
+        """The number of data ranks, which read different sequences; by default all ranks."""
+        return cls.ranks_of(config)
+
+    def run_window(self, work: Any) -> None:
+        """Runs the micro-batches of a step forwards and backwards; by default one after the other, each as a whole.
+
+        A strategy that leaves layers to other ranks runs those that this rank holds.
+
+        Args:
+            work: the `core.training.window.MicroBatches`.
+        """
+        for index in range(len(work.contexts)):
+            work.run(index)
+
+    def run_forward(self, model: "nn.Module", context: Any) -> Any:
+        """Runs one micro-batch forwards; every rank calls this.
+
+        Args:
+            model: the language model.
+            context: the micro-batch.
+
+        Returns:
+            Its `Losses`: those of the layers and heads that this rank holds.
+        """
+        return model(context)
+
+    def all_losses(self, losses: Any) -> Any:
+        """Adds to what `run_forward` returned what the ranks with other layers got for the same micro-batch."""
+        return losses
+
+    def all_totals(self, totals: Any, ledger: Any) -> Any:
+        """Adds to a step's totals of this rank's layers, over all data ranks, those of layers on other ranks.
+
+        Args:
+            totals: the `core.training.totals.WindowTotals`.
+            ledger: the loss terms of the whole model, the same on every rank.
+        """
+        return totals
+
+    def exchange_gradients(self, weights: "Sequence[NamedParameter]") -> None:
+        """Completes the gradients of a step, before their norm; by default the backward has done so.
+
+        Args:
+            weights: what the optimizer updates; those that other ranks hold have no gradient.
+        """

@@ -52,6 +52,25 @@ def initialise(model: nn.Module, seed: int) -> None:
         exchange.close()
 
 
+def leave_meta(model: nn.Module, device: str) -> None:
+    """Gives the tensors of a model memory without values, but for the weights that the model says are absent.
+
+    Args:
+        model: a language model on the meta device.
+        device: where the memory is.
+    """
+    absent: frozenset[str] = model.absent  # type: ignore[assignment]
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(path, recurse=False):
+            if name not in absent:
+                empty = torch.empty_like(weight, device=device)
+                kept = nn.Parameter(empty, requires_grad=weight.requires_grad)
+                module._parameters[name.rpartition(".")[2]] = kept
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+
+
 @contextmanager
 def _seeded(seed: int, tensors: list[Tensor]) -> Iterator[None]:
     """A context in which torch's generator has a seed; outside of it nothing changes."""

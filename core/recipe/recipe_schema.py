@@ -351,13 +351,15 @@ class RecipeSchema:
     def shards_checkpoints(self) -> bool:
         """Whether each rank writes its own parts of a checkpoint."""
         shards: bool | None = self.checkpoint.sharded
-        return self.strategy.component.shards if shards is None else shards
+        return self.strategy.component.saves_shards if shards is None else shards
 
     def _check_checkpoints(self) -> None:
         """Raises `ConfigError` for what a strategy that leaves weights whole cannot save."""
         name = self.strategy.name
-        if self.checkpoint.sharded and not self.strategy.component.shards:
+        if self.checkpoint.sharded and not self.strategy.component.saves_shards:
             why = f"must be false or null under strategy {name}, which leaves weights whole"
+            if self.strategy.component.shards:
+                why = f"must be false or null under strategy {name}, which writes a checkpoint as one file"
             raise ConfigError("checkpoint.sharded", why)
         if self.checkpoint.asynchronous and not self.shards_checkpoints:
             why = "must be false unless checkpoints are sharded (checkpoint.sharded)"
