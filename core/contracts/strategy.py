@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from core.contracts.schema import Section
     from core.contracts.training import NamedParameter
 
 
@@ -77,16 +78,25 @@ class StrategyFactory(Component, ABC):
         """The ranks over which experts are divided, and how many of them are one node; by default None."""
         return None
 
+    def mesh_dims(self) -> dict[str, int]:
+        """The dimensions of the mesh of all ranks, by name, with their sizes; by default one, `data`."""
+        return {"data": self.ranks_of(self.config)}
+
     def make_mesh(self, device: str) -> "DeviceMesh":
-        """Arranges all ranks as a mesh; by default in one dimension.
+        """Arranges all ranks as a mesh, with the dimensions of `mesh_dims`.
 
         Args:
             device: the kind of device, `cpu` or `cuda`.
         """
-        from torch.distributed import get_world_size
         from torch.distributed.device_mesh import init_device_mesh
 
-        return init_device_mesh(device, (get_world_size(),))
+        dims = self.mesh_dims()
+        return init_device_mesh(device, tuple(dims.values()), mesh_dim_names=tuple(dims))
+
+    def replaced_dispatcher(self) -> "Section | None":
+        """What replaces the dispatcher of every layer of a divided model: the key `dispatcher`; None without it."""
+        found: Section | None = getattr(self.config, "dispatcher", None)
+        return found
 
     def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
         """Shards the weights of a model that is on the meta device, where each still has its whole shape.
@@ -97,7 +107,8 @@ class StrategyFactory(Component, ABC):
 
         Args:
             model: a language model.
-            mesh: what `make_mesh` returned.
+            mesh: what `make_mesh` returned; under a strategy that this one is the `inner` of, the ranks that share the
+                same layers, with the dimensions of `mesh_dims`.
         """
 
     def expert_group(self, mesh: "DeviceMesh") -> "ProcessGroup | None":

@@ -60,15 +60,12 @@ def leave_meta(model: nn.Module, device: str) -> None:
         device: where the memory is.
     """
     absent: frozenset[str] = model.absent  # type: ignore[assignment]
-    for path, module in model.named_modules():
-        for name, weight in module.named_parameters(path, recurse=False):
-            if name not in absent:
-                empty = torch.empty_like(weight, device=device)
-                kept = nn.Parameter(empty, requires_grad=weight.requires_grad)
-                module._parameters[name.rpartition(".")[2]] = kept
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = torch.empty_like(buffer, device=device)
+    kept = {id(weight) for name, weight in model.named_parameters() if name in absent}
+
+    def made(tensor: Tensor) -> Tensor:
+        return tensor if id(tensor) in kept else torch.empty_like(tensor, device=device)
+
+    model._apply(made)
 
 
 @contextmanager

@@ -25,8 +25,10 @@ from plugins.strategies.devices import (
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from core.contracts.schema import Section
     from core.contracts.training import NamedParameter
     from plugins.strategies.pipelining.run import PipelineRun
 
@@ -105,9 +107,13 @@ class Pipeline(StrategyFactory):
 
         def _check_inner(self) -> None:
             component = self.inner.component
-            if component.shards:
-                why = "divides weights, which pipeline does not combine with; must be single or ddp"
-                raise ConfigError("inner", f"{self.inner.name} {why}")
+            if issubclass(component, Pipeline):
+                raise ConfigError("inner", "must be another strategy than pipeline")
+            if component.shards and self.chunks > 1:
+                why = f"must be 1f1b with inner {self.inner.name}: its exchange of gradients knows one last micro-batch"
+                raise ConfigError("schedule", why)
+            if getattr(self.inner.config, "offload", False):
+                raise ConfigError("inner", "must not set offload: stages keep their weights on their devices")
             if component.nodes_of(self.inner.config) != 1:
                 raise ConfigError("inner", "must have 1 node: strategy.nodes says how many")
 
@@ -193,19 +199,40 @@ class Pipeline(StrategyFactory):
         from plugins.strategies.pipelining.stages import check_heads, segments_of
 
         check_heads(model, segments_of(model, self.config))
+        self.inner.check_model(model)
 
-    def make_mesh(self, device: str) -> "DeviceMesh":
-        """The mesh of stages x ranks of each; the ranks of one stage follow each other."""
-        from torch.distributed.device_mesh import init_device_mesh
+    def mesh_dims(self) -> dict[str, int]:
+        """The dimensions stages x those of the inner strategy; the ranks of one stage follow each other."""
+        return {"stages": self.config.stages, **self.inner.mesh_dims()}
 
-        shape = (self.config.stages, self.config.inner_ranks())
-        return init_device_mesh(device, shape, mesh_dim_names=("stages", "data"))
+    def data_group(self, mesh: "DeviceMesh") -> "ProcessGroup":
+        """The ranks of this stage, which read different data."""
+        dims = tuple(self.inner.mesh_dims())
+        if len(dims) == 1:
+            group: ProcessGroup = mesh[dims[0]].get_group()
+        else:
+            group = mesh[dims]._flatten("all").get_group()
+        return group
+
+    def expert_group(self, mesh: "DeviceMesh") -> "ProcessGroup | None":
+        """The ranks over which the inner strategy divides experts."""
+        return self.inner.expert_group(mesh)
+
+    @classmethod
+    def expert_layout_of(cls, config: Any) -> tuple[int, int] | None:
+        """The layout of the inner strategy."""
+        found: tuple[int, int] | None = config.inner.component.expert_layout_of(config.inner.config)
+        return found
+
+    def replaced_dispatcher(self) -> "Section | None":
+        """The dispatcher of the inner strategy."""
+        return self.inner.replaced_dispatcher()
 
     def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
-        """Leaves this rank the layers of its stage."""
+        """Leaves this rank the layers of its stage, which the inner strategy may divide over the stage's ranks."""
         from plugins.strategies.pipelining.run import PipelineRun
 
-        self._run = PipelineRun(model, mesh, self.config)
+        self._run = PipelineRun(model, mesh, self)
 
     def gradient_scale(self, ranks: int) -> float:
         """1, because gradients are added up."""

@@ -26,7 +26,7 @@ class PipelineStrategy(ShardedStrategy):
     def setup_environment(self) -> None:
         """Starts the process group, arranges the ranks, and says which ones read different data."""
         super().setup_environment()
-        set_data_group(self.device_mesh.get_group("data"))
+        set_data_group(self.factory.data_group(self.device_mesh))  # type: ignore[attr-defined]
 
     def setup(self, trainer: L.Trainer) -> None:
         """Sets the module and the optimizers up; weights of other stages stay on the meta device."""

@@ -4,14 +4,15 @@ Only the residual stream and its gradient travel between stages while a window r
 stage until the window ends.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.utils import _pytree
 
@@ -24,7 +25,16 @@ from core.model.ledger import Ledger
 from core.numerics.promotion import at_least_fp32
 from core.training.totals import WindowTotals
 from core.training.window import MicroBatches
-from plugins.strategies.pipelining.stages import Segment, held_modules, is_inside, segments_of
+from plugins.strategies.pipelining.stages import (
+    Segment,
+    held_modules,
+    is_inside,
+    segments_of,
+    without_others,
+)
+
+if TYPE_CHECKING:
+    from plugins.strategies.pipeline import Pipeline
 
 
 class _WithLoss(torch.autograd.Function):
@@ -73,7 +83,7 @@ class StageModule(nn.Module):
         context = work.contexts[self.next]
         self.next += 1
         stream = None if self.segment.is_first else given
-        after, losses = run.through(self.segment, stream, context)
+        after, losses = run.run_segment(self.segment, stream, context)
         loss = work.loss_of(losses)
         if self.segment.is_last:
             return loss
@@ -82,22 +92,38 @@ class StageModule(nn.Module):
         return after
 
 
+class _Stage(PipelineStage):
+    """torch's stage, which lets the inner strategy exchange gradients in the last backward of a window."""
+
+    def __init__(self, run: "PipelineRun", *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._run = run
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        """Runs a micro-batch backwards through the segment."""
+        assert self.chunks is not None
+        self._run.begin_backward(last=bwd_chunk_id == self.chunks - 1)
+        return super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+
+
 class PipelineRun:
     """The stages of this process.
 
     Args:
         model: the language model, on the meta device and whole; the weights of other stages become its `absent`.
         mesh: stages x ranks of each.
-        config: the settings of the strategy.
+        strategy: the strategy, with its settings and its inner strategy.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, config: Any) -> None:
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, strategy: "Pipeline") -> None:
         assert isinstance(model, LanguageModel)
+        config = strategy.config
         self.model = model
         self.config = config
+        self.inner = strategy.inner
         self.stage = int(mesh.get_local_rank("stages"))
         self.pipe: dist.ProcessGroup = mesh.get_group("stages")
-        self.data: dist.ProcessGroup = mesh.get_group("data")
+        self.data = strategy.data_group(mesh)
         self.segments = segments_of(model, config)
         self.own = [segment for segment in self.segments if segment.stage == self.stage]
         held = [held_modules(model, self.segments, stage) for stage in range(config.stages)]
@@ -110,7 +136,7 @@ class PipelineRun:
         )
         self.ends: dist.ProcessGroup | None = None
         if self.shared:
-            for ranks in mesh.mesh.T.tolist():
+            for ranks in mesh.mesh.reshape(config.stages, -1).T.tolist():
                 group = dist.new_group([ranks[first], ranks[last]])
                 if dist.get_rank() in ranks:
                     self.ends = group
@@ -120,6 +146,13 @@ class PipelineRun:
         self._stream = _stream_like(model)
         self._schedules: dict[Any, tuple[Any, list[StageModule]]] = {}
         self._counted_elsewhere: set[int] = set()
+        self.run_segment: Callable[..., Any] = self._run_segment
+        if self.inner.shards:
+            with without_others(model, self.held):
+                self.inner.parallelize(model, mesh[tuple(self.inner.mesh_dims())])
+            model.run_segment = self._run_segment  # type: ignore[assignment]
+            register_fsdp_forward_method(model, "run_segment")
+            self.run_segment = model.run_segment  # type: ignore[assignment]
         model.read = self.read  # type: ignore[method-assign]
 
     @property
@@ -130,20 +163,25 @@ class PipelineRun:
                 return weight.device
         raise AssertionError("a stage has weights")
 
-    def through(
+    def _run_segment(
         self,
         segment: Segment,
         stream: Tensor | None,
         context: SequenceContext,
         caches: list[Cache] | None = None,
-    ) -> tuple[Tensor, Losses]:
+        logits_at_B: Tensor | None = None,
+    ) -> tuple[Tensor, Losses | Decoded]:
         """Runs a segment: the stream after its blocks, and what its layers saw, with the losses of the last segment.
+
+        Where an inner strategy divides weights this is called as a method of the model, by `run_segment`, so that the
+        weights are gathered.
 
         Args:
             segment: the segment.
             stream: the stream before it; None for the first one.
             context: the micro-batch.
-            caches: of all blocks, in decoding only, where no loss is computed.
+            caches: of all blocks, in decoding only; the last segment then returns logits in place of losses.
+            logits_at_B: the one token of each row whose logits are wanted; None: of all.
         """
         model = self.model
         if stream is None:
@@ -155,10 +193,12 @@ class PipelineRun:
             stream, records[block_path(index)] = model.run_block(index, stream, context, caches)
             if index in read:
                 kept[index] = model.residual.collapse(stream)
-        losses = Losses({}, records)
-        if segment.is_last and caches is None:
-            losses = model.losses_of(model.last_states(stream, records, kept), context)
-        return stream, losses
+        if not segment.is_last:
+            return stream, Losses({}, records)
+        states = model.last_states(stream, records, kept)
+        if caches is not None:
+            return stream, model.decoded(states, logits_at_B)
+        return stream, model.losses_of(states, context)
 
     def run_window(self, work: MicroBatches) -> None:
         """Runs the micro-batches of a step forwards and backwards by the schedule."""
@@ -173,6 +213,12 @@ class PipelineRun:
             schedule.step(*given, target=target, return_outputs=False)
         finally:
             self.work = None
+
+    def begin_backward(self, *, last: bool) -> None:
+        """Says whether the backward that begins is the window's last one, where the inner strategy divides weights."""
+        if self.inner.shards:
+            self.inner.set_requires_gradient_sync(self.model, required=last)
+            self.model.set_is_last_backward(last)  # type: ignore[operator]
 
     @property
     def _has_last(self) -> bool:
@@ -189,7 +235,8 @@ class PipelineRun:
         for module in modules:
             segment = module.segment
             stream = self.empty_stream(tokens_BL).requires_grad_()
-            made = PipelineStage(
+            made = _Stage(
+                self,
                 module,
                 segment.number,
                 len(self.segments),
@@ -212,31 +259,34 @@ class PipelineRun:
         shape = (*tokens_BL.shape, *self._stream.shape[2:])
         return torch.empty(shape, dtype=self._stream.dtype, device=self.device)
 
-    def run_forward(
-        self, context: SequenceContext, caches: list[Cache] | None = None
-    ) -> Losses:
+    def run_forward(self, context: SequenceContext) -> Losses:
         """Runs one micro-batch forwards through all segments; returns what those of this stage computed."""
-        losses, _ = self._forward(context, caches)
-        return losses
-
-    def _forward(
-        self, context: SequenceContext, caches: list[Cache] | None
-    ) -> tuple[Losses, Tensor | None]:
-        """Runs one micro-batch forwards; the stream is that after the stage's last segment."""
         heads: dict[str, Any] = {}
         records: dict[str, dict[str, Record]] = {}
-        stream = None
+        for losses in self._forward(context):
+            assert isinstance(losses, Losses)
+            heads.update(losses.heads)
+            records.update(losses.records)
+        return Losses(heads, records)
+
+    def _forward(
+        self,
+        context: SequenceContext,
+        caches: list[Cache] | None = None,
+        logits_at_B: Tensor | None = None,
+    ) -> list[Losses | Decoded]:
+        """Runs one micro-batch forwards through all segments; returns what each segment of this stage did."""
+        found: list[Losses | Decoded] = []
         for segment in self.own:
             stream = None
             if not segment.is_first:
                 stream = self.empty_stream(context.tokens_BL)
                 dist.recv(stream, self._rank_of(segment.number - 1), group=self.pipe)
-            stream, losses = self.through(segment, stream, context, caches)
-            heads.update(losses.heads)
-            records.update(losses.records)
+            stream, result = self.run_segment(segment, stream, context, caches, logits_at_B)
+            found.append(result)
             if not segment.is_last:
                 dist.send(stream.contiguous(), self._rank_of(segment.number + 1), group=self.pipe)
-        return Losses(heads, records), stream
+        return found
 
     def _rank_of(self, number: int) -> int:
         """The rank that holds a segment, by its number in the run."""
@@ -252,12 +302,8 @@ class PipelineRun:
     ) -> Decoded:
         """Replaces `LanguageModel.read`: every stage runs its blocks, and the last one's result goes to all."""
         context = self.model.new_tokens(tokens_BL, caches[self.own[0].blocks.start], valid_BL)
-        _, stream = self._forward(context, caches)
-        found: list[Any] = [None]
-        if self._has_last:
-            assert stream is not None
-            states = self.model.last_states(stream, {}, {})
-            found = [_to(self.model.decoded(states, logits_at_B), torch.device("cpu"))]
+        result = self._forward(context, caches, logits_at_B)[-1]
+        found = [_to(result, torch.device("cpu")) if self._has_last else None]
         source = self._rank_of(len(self.segments) - 1)
         dist.broadcast_object_list(found, source, group=self.pipe)
         decoded: Decoded = _to(found[0], self.device)
@@ -324,7 +370,7 @@ class PipelineRun:
         for named in shared:
             if named.parameter.grad is None:
                 named.parameter.grad = torch.zeros_like(named.parameter)
-        if dist.get_world_size(self.data) > 1:
+        if dist.get_world_size(self.data) > 1 and not self.inner.shards:
             _add_up({named.name: named.parameter for named in own}, self.data)
         self._counted_elsewhere = set()
         if self.ends is not None and self.is_end:
@@ -341,7 +387,7 @@ class PipelineRun:
             square = torch.nn.utils.get_total_norm(wide).square()
         found = torch.zeros((), device=self.device, dtype=torch.float64)
         found += square
-        dist.all_reduce(found, group=self.pipe)
+        dist.all_reduce(found, group=None if self.inner.shards else self.pipe)
         return found.sqrt().to(square.dtype)
 
 

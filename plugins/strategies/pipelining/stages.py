@@ -1,6 +1,7 @@
 """Divides a model into segments of following blocks, and says which rank of a pipeline holds what."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,3 +100,31 @@ def held_modules(model: LanguageModel, segments: Sequence[Segment], stage: int) 
 def is_inside(name: str, modules: Sequence[str]) -> bool:
     """Whether a tensor belongs to one of some modules, by its name in the model."""
     return any(name.startswith(f"{path}.") for path in modules)
+
+
+@contextmanager
+def without_others(model: LanguageModel, modules: Sequence[str]) -> Iterator[None]:
+    """A context in which a model has only some of its parts, so that an inner strategy divides no others.
+
+    Args:
+        model: the model.
+        modules: the paths of the parts that it has: blocks by their number, others by their name.
+    """
+    before = {name: getattr(model, name) for name in ("embedding", "norm", "output", "heads")}
+    blocks = model.blocks
+    model.blocks = nn.ModuleList(
+        block for index, block in enumerate(blocks) if block_path(index) in modules
+    )
+    for name in before:
+        if name not in modules:
+            setattr(model, name, nn.ModuleDict() if name == "heads" else nn.Identity())
+    residual = model.residual
+    if "residual" not in modules:
+        model.residual = nn.Identity()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.blocks = blocks
+        model.residual = residual
+        for name, module in before.items():
+            setattr(model, name, module)
