@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lab import Lab, Windows
 from torch import Tensor
 
@@ -118,6 +119,17 @@ def whole_gradients(trainer: L.Trainer, module: TrainingModule) -> dict[str, Ten
             found[named.name] = part.gather(gradient).cpu().clone()
         else:
             found[named.name] = local_tensor(gradient).cpu().clone()
+    return over_stages(found) if module.model.absent else found
+
+
+def over_stages(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of all stages of a pipeline; those of a weight that two stages have are the same to the bit."""
+    values: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(values, own)
+    found: dict[str, Tensor] = {}
+    for value in values:
+        for name, gradient in value.items():
+            assert torch.equal(found.setdefault(name, gradient), gradient), name
     return found
 
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from core.contracts.component import Component
@@ -13,6 +14,23 @@ if TYPE_CHECKING:
 
     from core.contracts.schema import Section
     from core.contracts.training import NamedParameter
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """What the ranks of one pipeline stage hold.
+
+    Args:
+        modules: the paths of the modules of the model whose weights they hold.
+        in_flight: micro-batches whose activations they hold at once, at most; a part of one if a stage is several parts.
+    """
+
+    modules: Sequence[str]
+    in_flight: float
+
+    def holds(self, name: str) -> bool:
+        """Whether a weight or a module belongs to the stage, by its name in the model."""
+        return any(name == path or name.startswith(f"{path}.") for path in self.modules)
 
 
 class StrategyFactory(Component, ABC):
@@ -74,8 +92,29 @@ class StrategyFactory(Component, ABC):
         """
 
     @classmethod
+    def check_recipe(cls, config: Any, recipe: Any) -> None:
+        """Checks that the strategy can train a recipe whose sections are all valid; by default it can.
+
+        Raises:
+            ConfigError: it cannot; the error names the key of the strategy's section that does not fit.
+        """
+
+    @classmethod
     def expert_layout_of(cls, config: Any) -> tuple[int, int] | None:
         """The ranks over which experts are divided, and how many of them are one node; by default None."""
+        return None
+
+    @classmethod
+    def stages_of(
+        cls, config: Any, model: "nn.Module", micro_batches: int
+    ) -> list[StageLayout] | None:
+        """What each stage of a pipeline holds, first to last; by default None: every rank has all layers.
+
+        Args:
+            config: the settings of the strategy.
+            model: the language model of the recipe, on the meta device.
+            micro_batches: those of a step.
+        """
         return None
 
     def mesh_dims(self) -> dict[str, int]:
@@ -139,6 +178,11 @@ class StrategyFactory(Component, ABC):
 
         norm: Tensor = get_total_norm(gradients)
         return norm
+
+    @classmethod
+    def divides_weights_of(cls, config: Any) -> bool:
+        """Whether several ranks hold parts of one matrix; by default where `parallelize` is overridden."""
+        return cls.shards
 
     @classmethod
     def data_ranks_of(cls, config: Any) -> int:

@@ -317,7 +317,7 @@ class RecipeSchema:
             )
             raise ConfigError("recompute.blocks", why)
         needs_whole = self.optimizer.component.needs_whole_of(self.optimizer.config)
-        if self.strategy.component.shards and needs_whole:
+        if self.strategy.component.divides_weights_of(self.strategy.config) and needs_whole:
             why = f"{self.strategy.name} divides the weights, and optimizer {self.optimizer.name} needs whole matrices"
             raise ConfigError("strategy.name", why)
         ranks = self.strategy.component.ranks_of(self.strategy.config)
@@ -327,7 +327,10 @@ class RecipeSchema:
         if "gpu_only" in able and getattr(self.strategy.config, "accelerator", None) == "cpu":
             why = f"must not be cpu under precision {self.precision.name}"
             raise ConfigError("strategy.accelerator", why)
-
+        try:
+            self.strategy.component.check_recipe(self.strategy.config, self)
+        except ConfigError as error:
+            raise ConfigError(f"strategy.{error.key}", error.why) from error
         self._check_checkpoints()
         self._check_averages()
 

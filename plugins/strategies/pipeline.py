@@ -12,7 +12,7 @@ from core.contracts.component import Environment
 from core.contracts.errors import ConfigError
 from core.contracts.schedule import Schedule
 from core.contracts.schema import Child, child, setting
-from core.contracts.strategy import StrategyFactory
+from core.contracts.strategy import StageLayout, StrategyFactory
 from plugins.strategies.devices import (
     TIMEOUT,
     TIMEOUT_DOC,
@@ -36,8 +36,8 @@ SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dual_pipe_v")
 """Schedules of torch that compute the gradients of weights apart from those of inputs."""
 
 WHY_NOT_SPLIT = (
-    "must be 1f1b or interleaved_1f1b: this schedule splits the backward, and torch's split backward fails with custom "
-    "autograd functions and counts weights that are used at two chained places twice (pytorch #166577, #180952)"
+    "must be 1f1b or interleaved_1f1b: this schedule splits the backward, for which torch 2.11 counts weights that are "
+    "used at two chained places twice (pytorch #180952), and whose runs have not been compared with one process"
 )
 """Why such a schedule is refused."""
 
@@ -93,7 +93,6 @@ class Pipeline(StrategyFactory):
             check_timeout(self.timeout_minutes)
             self._check_blocks(parent)
             self._check_micro_batches(parent)
-            self._check_recipe(parent)
 
         def _check_schedule(self) -> None:
             if self.schedule in SPLIT_BACKWARD:
@@ -146,18 +145,6 @@ class Pipeline(StrategyFactory):
                 why = f"must divide batch.accumulate = {count} with the schedule interleaved_1f1b"
                 raise ConfigError("stages", why)
 
-        def _check_recipe(self, parent: Any) -> None:
-            for section in getattr(parent, "callbacks", []):
-                if section.component.average is not None:
-                    why = f"cannot be pipeline with the callback {section.name}: averages need all weights on each rank"
-                    raise ConfigError("name", why)
-            precision = getattr(parent, "precision", None)
-            if precision is None:
-                return
-            if "remembers_products" in precision.component.capabilities_of(precision.config):
-                why = f"cannot be pipeline with precision {precision.name} as it is set: it keeps maxima between steps"
-                raise ConfigError("name", why)
-
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.inner: StrategyFactory = config.inner.component(config.inner.config)
@@ -175,9 +162,26 @@ class Pipeline(StrategyFactory):
         return int(config.stages * config.inner_ranks())
 
     @classmethod
+    def divides_weights_of(cls, config: Any) -> bool:
+        """Whether the inner strategy divides weights."""
+        return bool(config.inner.component.divides_weights_of(config.inner.config))
+
+    @classmethod
     def data_ranks_of(cls, config: Any) -> int:
         """The ranks of one stage."""
         return int(config.inner_ranks())
+
+    @classmethod
+    def check_recipe(cls, config: Any, recipe: Any) -> None:
+        """Raises `ConfigError` for averages of weights, and for a precision that keeps maxima between steps."""
+        for section in recipe.callbacks:
+            if section.component.average is not None:
+                why = f"cannot be pipeline with the callback {section.name}: averages need all weights on each rank"
+                raise ConfigError("name", why)
+        precision = recipe.precision
+        if "remembers_products" in precision.component.capabilities_of(precision.config):
+            why = f"cannot be pipeline with precision {precision.name} as it is set: it keeps maxima between steps"
+            raise ConfigError("name", why)
 
     @classmethod
     def requires(cls, config: Any, environment: Environment) -> str | None:
@@ -200,6 +204,20 @@ class Pipeline(StrategyFactory):
 
         check_heads(model, segments_of(model, self.config))
         self.inner.check_model(model)
+
+    @classmethod
+    def stages_of(
+        cls, config: Any, model: "nn.Module", micro_batches: int
+    ) -> list[StageLayout] | None:
+        """The modules of each stage, and the micro-batches that are in flight there by the schedule."""
+        from plugins.strategies.pipelining.stages import held_modules, in_flight, segments_of
+
+        segments = segments_of(model, config)
+        found: list[StageLayout] = []
+        for stage in range(config.stages):
+            held = held_modules(model, segments, stage)  # type: ignore[arg-type]
+            found.append(StageLayout(held, in_flight(config, stage, micro_batches)))
+        return found
 
     def mesh_dims(self) -> dict[str, int]:
         """The dimensions stages x those of the inner strategy; the ranks of one stage follow each other."""
@@ -243,12 +261,14 @@ class Pipeline(StrategyFactory):
         self.run.run_window(work)
 
     def run_forward(self, model: "nn.Module", context: Any) -> Any:
-        """Runs one micro-batch forwards through all stages."""
-        return self.run.run_forward(context)
+        """Runs one micro-batch forwards through all stages; in a process that has the whole model, through that."""
+        if self._run is None:
+            return model(context)
+        return self._run.run_forward(context)
 
     def all_losses(self, losses: Any) -> Any:
         """Gathers the losses and records of a micro-batch over the stages."""
-        return self.run.all_losses(losses)
+        return losses if self._run is None else self._run.all_losses(losses)
 
     def all_totals(self, totals: Any, ledger: Any) -> Any:
         """Gathers the totals of a step over the stages."""

@@ -336,6 +336,7 @@ class PipelineRun:
             "balancer_tallies": totals.balancer_tallies,
             "tallies": totals.tallies,
             "metrics": totals.metrics,
+            "paths": {role: list(ways) for role, ways in self.model.kernels_used().ran.items()},
         }
         merged = WindowTotals()
         for other in self._gathered(own):
@@ -345,6 +346,9 @@ class PipelineRun:
             merged.balancer_tallies.update(other["balancer_tallies"])
             merged.tallies.update(other["tallies"])
             merged.metrics.update(other["metrics"])
+            for role, ways in other["paths"].items():
+                for way in ways:
+                    self.model.kernels_used().note(role, way)
             if other["dropped"] is not None:
                 before = merged.dropped
                 merged.dropped = other["dropped"] if before is None else before + other["dropped"]

@@ -59,6 +59,19 @@ def even(blocks: int, parts: int) -> list[int]:
     return [share + (part < more) for part in range(parts)]
 
 
+def in_flight(config: Any, stage: int, micro_batches: int) -> float:
+    """The most micro-batches whose activations a stage holds at once.
+
+    With 1F1B they are those between the stage and the last one. With several chunks a stage holds passes of single
+    chunks, each a part of a micro-batch: those of the warm-up (Megatron-LM, arXiv 2104.04473, section 2.2) and one more.
+    """
+    after = config.stages - 1 - stage
+    if config.chunks == 1:
+        return min(micro_batches, after + 1)
+    passes = (config.chunks - 1) * config.stages + 2 * after + 1
+    return float(min(micro_batches * config.chunks, passes)) / config.chunks
+
+
 def check_heads(model: nn.Module, segments: Sequence[Segment]) -> None:
     """Checks that loss heads read no state that is on another stage than they are.
 
