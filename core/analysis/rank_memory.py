@@ -79,7 +79,9 @@ def per_rank(
     if ranks == 1:
         return None
     micro_batches = plan.window(plan.steps - 1).count
-    sharing = getattr(config, "inner", recipe.strategy)  # how ranks with the same layers share the work
+    sharing = getattr(
+        config, "inner", recipe.strategy
+    )  # how ranks with the same layers share the work
     data_ranks = component.data_ranks_of(config)
     sequences = recipe.batch.sequences // data_ranks
     counter = _RankCounter(

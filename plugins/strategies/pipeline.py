@@ -112,7 +112,9 @@ class Pipeline(StrategyFactory):
                 why = f"must be 1f1b with inner {self.inner.name}: its exchange of gradients knows one last micro-batch"
                 raise ConfigError("schedule", why)
             if getattr(self.inner.config, "offload", False):
-                raise ConfigError("inner", "must not set offload: stages keep their weights on their devices")
+                raise ConfigError(
+                    "inner", "must not set offload: stages keep their weights on their devices"
+                )
             if component.nodes_of(self.inner.config) != 1:
                 raise ConfigError("inner", "must have 1 node: strategy.nodes says how many")
 
