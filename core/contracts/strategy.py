@@ -22,7 +22,8 @@ class StageLayout:
 
     Args:
         modules: the paths of the modules of the model whose weights they hold.
-        in_flight: micro-batches whose activations they hold at once, at most; a part of one if a stage is several parts.
+        in_flight: micro-batches whose activations they hold at once, at most; with several chunks not a whole
+            number.
     """
 
     modules: Sequence[str]

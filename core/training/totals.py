@@ -189,8 +189,8 @@ def call_on_step_end(
 ) -> None:
     """Calls `on_step_end` of every balancer, layer and head with its own totals of the step.
 
-    Layers whose weights are on other ranks are left out. Their balancers are not: these keep counts and biases only, and
-    are the same on every rank.
+    Layers whose weights are on other ranks are left out. Their balancers are not: these keep counts and biases only,
+    and are the same on every rank.
 
     Args:
         model: the model.

@@ -77,8 +77,8 @@ class MicroBatches:
 
     Args:
         contexts: the micro-batches of this data rank, in their order.
-        loss_of: returns the loss of what a forward returned, be it of the whole model or of some of its layers, and adds
-            what was counted to the totals of the window. The gradients of these losses add up.
+        loss_of: returns the loss of what a forward returned, be it of the whole model or of some of its layers, and
+            adds what was counted to the totals of the window. The gradients of these losses add up.
         run: runs one micro-batch forwards and backwards through the whole model, by its number.
     """
 

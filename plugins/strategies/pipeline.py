@@ -175,14 +175,14 @@ class Pipeline(StrategyFactory):
 
     @classmethod
     def check_recipe(cls, config: Any, recipe: Any) -> None:
-        """Raises `ConfigError` for averages of weights, and for a precision that keeps maxima between steps."""
+        """Raises `ConfigError` for averages of weights, and for a precision whose products depend on what ran before."""
         for section in recipe.callbacks:
             if section.component.average is not None:
                 why = f"cannot be pipeline with the callback {section.name}: averages need all weights on each rank"
                 raise ConfigError("name", why)
         precision = recipe.precision
         if "remembers_products" in precision.component.capabilities_of(precision.config):
-            why = f"cannot be pipeline with precision {precision.name} as it is set: it keeps maxima between steps"
+            why = f"cannot be pipeline with precision {precision.name} as it is set: a repeated product differs"
             raise ConfigError("name", why)
 
     @classmethod

@@ -249,7 +249,7 @@ def test_a_bad_layout_is_refused_in_a_sentence(lab: Lab, strategy: str, sentence
     ("key", "sentence"),
     [
         ("callbacks=[{name: ema}]", "cannot be pipeline with the callback ema"),
-        ("precision={name: fp8_emulated, scaling: delayed}", "cannot be pipeline with precision"),
+        ("precision={name: te_fp8, scaling: delayed}", "cannot be pipeline with precision"),
         ("checkpoint.sharded=true", "which writes a checkpoint as one file"),
         ("cuda_graph=true", "cuda_graph = true: must be false"),
         (

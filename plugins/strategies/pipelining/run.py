@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 class _WithLoss(torch.autograd.Function):
     """Returns a stream unchanged, and adds the gradients of a loss of this stage when the stream's gradient arrives.
 
-    So a loss of a layer (a balance loss, for example) needs not travel to the last stage. Its gradient is 1, because the
-    losses of all stages add up to the objective.
+    So a loss of a layer (a balance loss, for example) needs not travel to the last stage. Its gradient is 1, because
+    the losses of all stages add up to the objective.
     """
 
     @staticmethod

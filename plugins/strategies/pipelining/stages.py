@@ -54,7 +54,7 @@ def segments_of(model: nn.Module, config: Any) -> list[Segment]:
 
 
 def even(blocks: int, parts: int) -> list[int]:
-    """The blocks of each part; the first ones have one more if the parts cannot be equal, since the last has the heads."""
+    """The blocks of each part; if they cannot be equal the first ones have one more, since the last has the heads."""
     share, more = divmod(blocks, parts)
     return [share + (part < more) for part in range(parts)]
 
@@ -63,7 +63,7 @@ def in_flight(config: Any, stage: int, micro_batches: int) -> float:
     """The most micro-batches whose activations a stage holds at once.
 
     With 1F1B they are those between the stage and the last one. With several chunks a stage holds passes of single
-    chunks, each a part of a micro-batch: those of the warm-up (Megatron-LM, arXiv 2104.04473, section 2.2) and one more.
+    chunks, each a part of a micro-batch: those of the warm-up (Megatron-LM, arXiv 2104.04473, section 2.2) and one.
     """
     after = config.stages - 1 - stage
     if config.chunks == 1:
