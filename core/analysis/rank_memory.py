@@ -79,7 +79,7 @@ def per_rank(
     if ranks == 1:
         return None
     micro_batches = plan.window(plan.steps - 1).count
-    sharing = getattr(
+    sharing: Any = getattr(
         config, "inner", recipe.strategy
     )  # how ranks with the same layers share the work
     data_ranks = component.data_ranks_of(config)

@@ -175,7 +175,7 @@ class Pipeline(StrategyFactory):
 
     @classmethod
     def check_recipe(cls, config: Any, recipe: Any) -> None:
-        """Raises `ConfigError` for averages of weights, and for a precision whose products depend on what ran before."""
+        """Raises `ConfigError` for averages of weights, or a precision whose products depend on what ran before."""
         for section in recipe.callbacks:
             if section.component.average is not None:
                 why = f"cannot be pipeline with the callback {section.name}: averages need all weights on each rank"

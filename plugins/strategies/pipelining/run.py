@@ -83,6 +83,7 @@ class StageModule(nn.Module):
         context = work.contexts[self.next]
         self.next += 1
         stream = None if self.segment.is_first else given
+        after: Tensor
         after, losses = run.run_segment(self.segment, stream, context)
         loss = work.loss_of(losses)
         if self.segment.is_last:

@@ -65,11 +65,12 @@ def in_flight(config: Any, stage: int, micro_batches: int) -> float:
     With 1F1B they are those between the stage and the last one. With several chunks a stage holds passes of single
     chunks, each a part of a micro-batch: those of the warm-up (Megatron-LM, arXiv 2104.04473, section 2.2) and one.
     """
-    after = config.stages - 1 - stage
+    after = int(config.stages) - 1 - stage
     if config.chunks == 1:
         return min(micro_batches, after + 1)
-    passes = (config.chunks - 1) * config.stages + 2 * after + 1
-    return float(min(micro_batches * config.chunks, passes)) / config.chunks
+    chunks = int(config.chunks)
+    passes = (chunks - 1) * int(config.stages) + 2 * after + 1
+    return min(micro_batches * chunks, passes) / chunks
 
 
 def check_heads(model: nn.Module, segments: Sequence[Segment]) -> None:
