@@ -16,7 +16,7 @@ from core.contracts.precision import Precision, declared_roles
 from core.contracts.schema import Section
 from core.model.block import Block
 from core.model.freezing import freeze
-from core.model.initialise import initialise
+from core.model.initialise import initialise, leave_meta
 from core.model.language_model import Embedding, LanguageModel
 from core.model.norm import RMSNorm
 from core.numerics.draw import without_draws
@@ -91,7 +91,10 @@ def shard(
         device: where the weights are drawn.
     """
     parallelize(model)
-    model.to_empty(device=device)
+    if model.absent:
+        leave_meta(model, device)
+    else:
+        model.to_empty(device=device)
     initialise(model, seed)
 
 

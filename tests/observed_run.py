@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lab import Lab, Windows
 from torch import Tensor
 
@@ -107,6 +108,8 @@ def whole_gradients(trainer: L.Trainer, module: TrainingModule) -> dict[str, Ten
     learning = learning_alone(module.model, module.plan.progress(module.windows_done))
     for named in module.local_parameters.named:
         gradient = named.parameter.grad
+        if named.name in module.model.absent:
+            continue
         if learning is not None and named.name not in learning:
             assert gradient is None
             continue
@@ -116,6 +119,17 @@ def whole_gradients(trainer: L.Trainer, module: TrainingModule) -> dict[str, Ten
             found[named.name] = part.gather(gradient).cpu().clone()
         else:
             found[named.name] = local_tensor(gradient).cpu().clone()
+    return over_stages(found) if module.model.absent else found
+
+
+def over_stages(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of all stages of a pipeline; those of a weight that two stages have are the same to the bit."""
+    values: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(values, own)
+    found: dict[str, Tensor] = {}
+    for value in values:
+        for name, gradient in value.items():
+            assert torch.equal(found.setdefault(name, gradient), gradient), name
     return found
 
 
@@ -172,18 +186,20 @@ def observe(
         plugins=[RunEnvironment(launch)],
         callbacks=[Observer(seen), *callbacks],
     )
-    own_windows = [[own_rows(batch) for batch in window] for window in windows]
+    rank, world = rank_and_world()
+    data = recipe.strategy.component.data_ranks_of(recipe.strategy.config)
+    place = (rank % data, min(data, world))
+    own_windows = [[own_rows(batch, *place) for batch in window] for window in windows]
     trainer.fit(
         module,
         train_dataloaders=Windows(own_windows),
-        val_dataloaders=Windows([own_rows(batch) for batch in validation]),  # type: ignore[arg-type]
+        val_dataloaders=Windows([own_rows(batch, *place) for batch in validation]),  # type: ignore[arg-type]
     )
     return seen
 
 
-def own_rows(batch: Batch) -> Batch:
-    """This rank's rows of a global micro-batch."""
-    rank, world = rank_and_world()
+def own_rows(batch: Batch, rank: int, world: int) -> Batch:
+    """A data rank's rows of a global micro-batch."""
     rows = list(rows_of(rank, world, len(batch.tokens_BL)))
     return Batch(*(None if part is None else part[rows] for part in batch))
 

@@ -106,6 +106,9 @@ def _rank_memory(memory: dict[str, Any]) -> str:
         ranks = f"{ranks} ({memory['expert_ranks']:,} expert ranks)"
     batch = f"{memory['micro_batches']:,} micro-batches of {memory['sequences']:,} sequences a rank"
     total = f"one rank holds {memory['total'] / 1e9:.2f} GB ({', '.join(sizes)})"
+    if "stage" in memory:
+        every = ", ".join(f"{size / 1e9:.2f}" for size in memory["stage_totals"])
+        total = f"stage {memory['stage']} is the fullest of {every} GB: {total}"
     return f"{ranks}, {batch} a step: {total}; {memory['convention']}"
 
 

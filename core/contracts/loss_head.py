@@ -77,6 +77,8 @@ class LossHead(nn.Module, Component, ABC):
 
     Class attributes:
         drafts: whether `draft` can be called in decoding.
+        reads_embedding: whether `forward` may call `SharedModules.embed`. A head that never does says so: a strategy
+            that puts layers on different ranks then keeps no copy of the embedding beside the head.
 
     Attributes:
         reads_streams: whether the head reads the residual stream before it is collapsed (`SharedModules.stream`). A
@@ -85,6 +87,7 @@ class LossHead(nn.Module, Component, ABC):
 
     reads_streams: bool = False
     drafts: ClassVar[bool] = False
+    reads_embedding: ClassVar[bool] = True
 
     def __init__(self, config: Any, build: BuildContext) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from core.contracts.component import Component
@@ -10,6 +11,27 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+    from core.contracts.schema import Section
+    from core.contracts.training import NamedParameter
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """What the ranks of one pipeline stage hold.
+
+    Args:
+        modules: the paths of the modules of the model whose weights they hold.
+        in_flight: micro-batches whose activations they hold at once, at most; with several chunks not a whole
+            number.
+    """
+
+    modules: Sequence[str]
+    in_flight: float
+
+    def holds(self, name: str) -> bool:
+        """Whether a weight or a module belongs to the stage, by its name in the model."""
+        return any(name == path or name.startswith(f"{path}.") for path in self.modules)
 
 
 class StrategyFactory(Component, ABC):
@@ -24,15 +46,24 @@ class StrategyFactory(Component, ABC):
     of a window's last micro-batch leaves the gradient of what a rank owns, summed over all ranks. The Trainer's
     strategy is then `core.training.sharded.ShardedStrategy`, or derived from it.
 
+    A strategy may also leave whole layers to other ranks: `parallelize` then names the weights of those in the model's
+    `absent`, and they stay on the meta device. Such a strategy runs the micro-batches itself (`run_window`,
+    `run_forward`), and adds up what the ranks counted (`all_totals`, `all_losses`).
+
     Class attributes:
         shards: whether weights are divided over the ranks; so it is where `parallelize` is overridden.
+        saves_shards: whether each rank writes its own parts of checkpoints unless the recipe says otherwise; by default
+            where weights are divided. False also refuses a recipe that asks for it.
     """
 
     shards: ClassVar[bool] = False
+    saves_shards: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.shards = cls.parallelize is not StrategyFactory.parallelize
+        if "saves_shards" not in vars(cls):
+            cls.saves_shards = cls.shards
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -62,20 +93,50 @@ class StrategyFactory(Component, ABC):
         """
 
     @classmethod
+    def check_recipe(cls, config: Any, recipe: Any) -> None:
+        """Checks that the strategy can train a recipe whose sections are all valid; by default it can.
+
+        Raises:
+            ConfigError: it cannot; the error names the key of the strategy's section that does not fit.
+        """
+
+    @classmethod
     def expert_layout_of(cls, config: Any) -> tuple[int, int] | None:
         """The ranks over which experts are divided, and how many of them are one node; by default None."""
         return None
 
+    @classmethod
+    def stages_of(
+        cls, config: Any, model: "nn.Module", micro_batches: int
+    ) -> list[StageLayout] | None:
+        """What each stage of a pipeline holds, first to last; by default None: every rank has all layers.
+
+        Args:
+            config: the settings of the strategy.
+            model: the language model of the recipe, on the meta device.
+            micro_batches: those of a step.
+        """
+        return None
+
+    def mesh_dims(self) -> dict[str, int]:
+        """The dimensions of the mesh of all ranks, by name, with their sizes; by default one, `data`."""
+        return {"data": self.ranks_of(self.config)}
+
     def make_mesh(self, device: str) -> "DeviceMesh":
-        """Arranges all ranks as a mesh; by default in one dimension.
+        """Arranges all ranks as a mesh, with the dimensions of `mesh_dims`.
 
         Args:
             device: the kind of device, `cpu` or `cuda`.
         """
-        from torch.distributed import get_world_size
         from torch.distributed.device_mesh import init_device_mesh
 
-        return init_device_mesh(device, (get_world_size(),))
+        dims = self.mesh_dims()
+        return init_device_mesh(device, tuple(dims.values()), mesh_dim_names=tuple(dims))
+
+    def replaced_dispatcher(self) -> "Section | None":
+        """What replaces the dispatcher of every layer of a divided model: the key `dispatcher`; None without it."""
+        found: Section | None = getattr(self.config, "dispatcher", None)
+        return found
 
     def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
         """Shards the weights of a model that is on the meta device, where each still has its whole shape.
@@ -86,7 +147,8 @@ class StrategyFactory(Component, ABC):
 
         Args:
             model: a language model.
-            mesh: what `make_mesh` returned.
+            mesh: what `make_mesh` returned; under a strategy that this one is the `inner` of, the ranks that share the
+                same layers, with the dimensions of `mesh_dims`.
         """
 
     def expert_group(self, mesh: "DeviceMesh") -> "ProcessGroup | None":
@@ -117,3 +179,56 @@ class StrategyFactory(Component, ABC):
 
         norm: Tensor = get_total_norm(gradients)
         return norm
+
+    @classmethod
+    def divides_weights_of(cls, config: Any) -> bool:
+        """Whether several ranks hold parts of one matrix; by default where `parallelize` is overridden."""
+        return cls.shards
+
+    @classmethod
+    def data_ranks_of(cls, config: Any) -> int:
+        """The number of data ranks, which read different sequences; by default all ranks."""
+        return cls.ranks_of(config)
+
+    def run_window(self, work: Any) -> None:
+        """Runs the micro-batches of a step forwards and backwards; by default one after the other, each as a whole.
+
+        A strategy that leaves layers to other ranks runs those that this rank holds.
+
+        Args:
+            work: the `core.training.window.MicroBatches`.
+        """
+        for index in range(len(work.contexts)):
+            work.run(index)
+
+    def run_forward(self, model: "nn.Module", context: Any) -> Any:
+        """Runs one micro-batch forwards; every rank calls this.
+
+        Args:
+            model: the language model.
+            context: the micro-batch.
+
+        Returns:
+            Its `Losses`: those of the layers and heads that this rank holds.
+        """
+        return model(context)
+
+    def all_losses(self, losses: Any) -> Any:
+        """Adds to what `run_forward` returned what the ranks with other layers got for the same micro-batch."""
+        return losses
+
+    def all_totals(self, totals: Any, ledger: Any) -> Any:
+        """Adds to a step's totals of this rank's layers, over all data ranks, those of layers on other ranks.
+
+        Args:
+            totals: the `core.training.totals.WindowTotals`.
+            ledger: the loss terms of the whole model, the same on every rank.
+        """
+        return totals
+
+    def exchange_gradients(self, weights: "Sequence[NamedParameter]") -> None:
+        """Completes the gradients of a step, before their norm; by default the backward has done so.
+
+        Args:
+            weights: what the optimizer updates; those that other ranks hold have no gradient.
+        """

@@ -52,6 +52,22 @@ def initialise(model: nn.Module, seed: int) -> None:
         exchange.close()
 
 
+def leave_meta(model: nn.Module, device: str) -> None:
+    """Gives the tensors of a model memory without values, but for the weights that the model says are absent.
+
+    Args:
+        model: a language model on the meta device.
+        device: where the memory is.
+    """
+    absent: frozenset[str] = model.absent  # type: ignore[assignment]
+    kept = {id(weight) for name, weight in model.named_parameters() if name in absent}
+
+    def made(tensor: Tensor) -> Tensor:
+        return tensor if id(tensor) in kept else torch.empty_like(tensor, device=device)
+
+    model._apply(made)
+
+
 @contextmanager
 def _seeded(seed: int, tensors: list[Tensor]) -> Iterator[None]:
     """A context in which torch's generator has a seed; outside of it nothing changes."""

@@ -134,6 +134,9 @@ class LanguageModel(nn.Module):
         output: D -> V, no bias.
         heads: loss heads by name.
         max_length: positions that the rotary table holds.
+
+    Attributes:
+        absent: names of weights that other ranks hold as a whole; here they stay on the meta device.
     """
 
     def __init__(
@@ -155,6 +158,7 @@ class LanguageModel(nn.Module):
         self.output = output
         self.heads = nn.ModuleDict(heads)
         self.max_length = max_length
+        self.absent: frozenset[str] = frozenset()
         self._check_reads()
 
     def _check_reads(self) -> None:
@@ -196,15 +200,40 @@ class LanguageModel(nn.Module):
         """
         if caches is None:
             self._check_length(context.tokens_BL.shape[1])
-        stream = self.residual.expand(self.embedding(context.tokens_BL))
-        records = {}
-        kept = {}
-        for index, block in enumerate(self.blocks):
-            cache = caches[index] if caches is not None else None
-            stream, records[block_path(index)] = block(stream, context, cache)
+        records: dict[str, dict[str, Record]] = {}
+        kept: dict[int, Tensor] = {}
+        stream = self.first_stream(context)
+        for index in range(len(self.blocks)):
+            stream, records[block_path(index)] = self.run_block(index, stream, context, caches)
             if index in blocks:
                 kept[index] = self.residual.collapse(stream)
-        return States(self.norm(self.residual.collapse(stream)), records, kept, stream)
+        return self.last_states(stream, records, kept)
+
+    def first_stream(self, context: SequenceContext) -> Tensor:
+        """The residual stream before the first block."""
+        stream: Tensor = self.residual.expand(self.embedding(context.tokens_BL))
+        return stream
+
+    def run_block(
+        self,
+        index: int,
+        stream: Tensor,
+        context: SequenceContext,
+        caches: list[Cache] | None = None,
+    ) -> tuple[Tensor, dict[str, Record]]:
+        """The stream after a block, and what its layers saw; `caches` are those of all blocks, in decoding only."""
+        cache = caches[index] if caches is not None else None
+        result: tuple[Tensor, dict[str, Record]] = self.blocks[index](stream, context, cache)
+        return result
+
+    def last_states(
+        self,
+        stream: Tensor,
+        records: dict[str, dict[str, Record]],
+        after_blocks: dict[int, Tensor],
+    ) -> States:
+        """The states after the final norm, from the stream after the last block."""
+        return States(self.norm(self.residual.collapse(stream)), records, after_blocks, stream)
 
     def _check_length(self, length: int) -> None:
         """Raises `UserError` for more positions than the rotary table holds."""
@@ -224,8 +253,14 @@ class LanguageModel(nn.Module):
                 "a model is called with a SequenceContext and returns losses: for token ids call model.logits(ids), "
                 "with ids of the shape batch x length, or core.complete(model, prompts)"
             )
-        wanted = {index for _, head in self.loss_heads() for index in head.reads_blocks}
-        states = self.states(context, blocks=wanted)
+        return self.losses_of(self.states(context, blocks=self.read_by_heads()), context)
+
+    def read_by_heads(self) -> set[int]:
+        """The indices of the blocks whose states loss heads read."""
+        return {index for _, head in self.loss_heads() for index in head.reads_blocks}
+
+    def losses_of(self, states: States, context: SequenceContext) -> Losses:
+        """The losses that the heads compute from the states of a micro-batch, whose records are added to theirs."""
         records = states.records
         heads = {}
         for name, head in self.loss_heads():
@@ -272,21 +307,35 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: more positions than the rotary table holds.
         """
+        context = self.new_tokens(tokens_BL, caches[0], valid_BL)
+        return self.decoded(self.states(context, caches), logits_at_B)
+
+    def new_tokens(
+        self, tokens_BL: Tensor, cache: Cache, valid_BL: Tensor | None = None
+    ) -> SequenceContext:
+        """The context of new tokens after those that the cache of a block holds; see `read`.
+
+        Raises:
+            UserError: more positions than the rotary table holds.
+        """
         if valid_BL is None:
-            self._check_length(tokens_BL.shape[1] + caches[0].longest)
+            self._check_length(tokens_BL.shape[1] + cache.longest)
         context = SequenceContext.of(
-            tokens_BL, start=caches[0].longest, valid_BL=valid_BL, recorded=False
+            tokens_BL, start=cache.longest, valid_BL=valid_BL, recorded=False
         )
-        if caches[0].slots(0) is not None:  # rows of different lengths
+        if cache.slots(0) is not None:  # rows of different lengths
             new_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
-            positions_BL = caches[0].lengths[:, None] + new_L
+            positions_BL = cache.lengths[:, None] + new_L
             if valid_BL is not None:
                 positions_BL = positions_BL.clamp(max=self.max_length - 1)  # those of padding
             context = replace(context, positions_BL=positions_BL)
-        states = self.states(context, caches)
+        return context
+
+    def decoded(self, states: States, logits_at_B: Tensor | None = None) -> Decoded:
+        """The logits of new tokens from their states; see `read`."""
         chosen_BLD = states.hidden_BLD
         if logits_at_B is not None:
-            row_B = torch.arange(len(tokens_BL), device=tokens_BL.device)
+            row_B = torch.arange(len(chosen_BLD), device=states.hidden_BLD.device)
             chosen_BLD = chosen_BLD[row_B, logits_at_B][:, None]
         stream = None
         if any(head.drafts and head.reads_streams for _, head in self.loss_heads()):
@@ -345,6 +394,10 @@ class LanguageModel(nn.Module):
             if isinstance(module, StepState):
                 found[path] = module
         return found
+
+    def holds(self, path: str) -> bool:
+        """Whether this rank has all weights of a module, by its path; see `absent`."""
+        return not any(name.startswith(f"{path}.") for name in self.absent)
 
     def kernels_used(self) -> KernelLog:
         """The log of which code has computed the products of each role so far."""

@@ -54,6 +54,10 @@ class Term(ABC):
             inner: what the heads' own blocks see of it, by the block's path.
         """
 
+    def is_in(self, losses: Losses) -> bool:
+        """Whether a forward ran the layer that the term belongs to; another rank may hold it."""
+        return self.layer in losses.records
+
     def coefficient(self, progress: Progress) -> float:
         """The factor of the mean loss at this position of the run."""
         return self.owner.coefficient(progress)
@@ -77,6 +81,10 @@ class HeadTerm(Term):
     ) -> Tensor | None:
         """The head's denominator for one micro-batch."""
         return self.head.counts(context)[self.name]
+
+    def is_in(self, losses: Losses) -> bool:
+        """Whether a forward ran the head."""
+        return self.head_name in losses.heads
 
     def sum_in(self, losses: Losses) -> Tensor:
         """The term's sum over a micro-batch."""

@@ -317,7 +317,7 @@ class RecipeSchema:
             )
             raise ConfigError("recompute.blocks", why)
         needs_whole = self.optimizer.component.needs_whole_of(self.optimizer.config)
-        if self.strategy.component.shards and needs_whole:
+        if self.strategy.component.divides_weights_of(self.strategy.config) and needs_whole:
             why = f"{self.strategy.name} divides the weights, and optimizer {self.optimizer.name} needs whole matrices"
             raise ConfigError("strategy.name", why)
         ranks = self.strategy.component.ranks_of(self.strategy.config)
@@ -327,7 +327,10 @@ class RecipeSchema:
         if "gpu_only" in able and getattr(self.strategy.config, "accelerator", None) == "cpu":
             why = f"must not be cpu under precision {self.precision.name}"
             raise ConfigError("strategy.accelerator", why)
-
+        try:
+            self.strategy.component.check_recipe(self.strategy.config, self)
+        except ConfigError as error:
+            raise ConfigError(f"strategy.{error.key}", error.why) from error
         self._check_checkpoints()
         self._check_averages()
 
@@ -351,13 +354,15 @@ class RecipeSchema:
     def shards_checkpoints(self) -> bool:
         """Whether each rank writes its own parts of a checkpoint."""
         shards: bool | None = self.checkpoint.sharded
-        return self.strategy.component.shards if shards is None else shards
+        return self.strategy.component.saves_shards if shards is None else shards
 
     def _check_checkpoints(self) -> None:
         """Raises `ConfigError` for what a strategy that leaves weights whole cannot save."""
         name = self.strategy.name
-        if self.checkpoint.sharded and not self.strategy.component.shards:
+        if self.checkpoint.sharded and not self.strategy.component.saves_shards:
             why = f"must be false or null under strategy {name}, which leaves weights whole"
+            if self.strategy.component.shards:
+                why = f"must be false or null under strategy {name}, which writes a checkpoint as one file"
             raise ConfigError("checkpoint.sharded", why)
         if self.checkpoint.asynchronous and not self.shards_checkpoints:
             why = "must be false unless checkpoints are sharded (checkpoint.sharded)"

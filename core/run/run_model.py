@@ -41,7 +41,7 @@ class RunModel:
         dispatcher = None
         if strategy.shards:
             device = "meta"
-            dispatcher = getattr(strategy.config, "dispatcher", None)
+            dispatcher = strategy.replaced_dispatcher()
         self.model: LanguageModel = build(
             recipe, device=device, token_counts=data.token_counts, dispatcher=dispatcher
         )

@@ -20,7 +20,7 @@ from core.contracts.schedule import Progress
 from core.contracts.strategy import StrategyFactory
 from core.contracts.training import OptimizerFactory
 from core.data.batch import Batch
-from core.model.language_model import LanguageModel
+from core.model.language_model import LanguageModel, Losses
 from core.model.ledger import Ledger, Term
 from core.model.parameters import check_groups
 from core.numerics.finite import not_finite_in
@@ -32,8 +32,10 @@ from core.training.local_parameters import LocalParameters, local_state
 from core.training.module_state import load_module_state, module_state
 from core.training.non_finite_advice import non_finite_advice
 from core.training.ranks import (
+    all_ranks,
     all_reduce_max_,
     all_reduce_sum,
+    data_group,
     differentiable_all_reduce_sum,
     first_text_over_ranks,
     rank_and_world,
@@ -53,7 +55,7 @@ from core.training.totals import (
     learning_alone,
 )
 from core.training.validation import ValidationTotals
-from core.training.window import Window, objective
+from core.training.window import MicroBatches, Window, objective
 
 
 class TrainingModule(L.LightningModule):
@@ -151,7 +153,7 @@ class TrainingModule(L.LightningModule):
     def flops_per_batch(self) -> int:
         """FLOPs of this rank's share of the window just done."""
         window = self.plan.window(max(self.windows_done - 1, 0))
-        tokens = window.count * self.plan.sequences * self.plan.length // rank_and_world()[1]
+        tokens = window.count * self.plan.sequences * self.plan.length // all_ranks()[1]
         return int(self.flops_per_token * tokens)
 
     def configure_model(self) -> None:
@@ -203,6 +205,7 @@ class TrainingModule(L.LightningModule):
         totals, counts = self._gradients(batches, progress)
         learning = learning_alone(self.model, progress)
         self.local_parameters.take_gradients()
+        self.strategy.exchange_gradients(self.local_parameters.named)
         self.local_parameters.freeze_others(learning)
         norm = self.strategy.gradient_norm(self.local_parameters.gradients())
         rate = self.optimizer_factory.learning_rate(progress)
@@ -252,9 +255,11 @@ class TrainingModule(L.LightningModule):
     ) -> StepResults:
         """Runs every micro-batch of a step forwards and backwards."""
         contexts = [self.context(batch, index) for index, batch in enumerate(batches)]
-        window = Window.of(self.model, self.ledger, contexts, coefficients)
+        window = Window.of(
+            self.model, self.ledger, contexts, coefficients, run=self.strategy.run_forward
+        )
         totals = self._backward(contexts, window, progress).over_ranks()
-        return StepResults(totals, window.counts)
+        return StepResults(self.strategy.all_totals(totals, self.ledger), window.counts)
 
     def _captured_steps(self) -> CapturedSteps:
         """What replays the forwards and backwards of steps; it takes all that differs between them as arguments."""
@@ -270,13 +275,17 @@ class TrainingModule(L.LightningModule):
     ) -> WindowTotals:
         """Runs every micro-batch forwards and backwards; returns what this rank's forwards recorded."""
         totals = WindowTotals()
-        model = self.model
         scale = self.strategy.gradient_scale(rank_and_world()[1])
-        for index, context in enumerate(contexts):
+
+        def loss_of(losses: Losses) -> Tensor:
+            return objective(self.model, self.ledger, losses, window, progress, totals) * scale
+
+        def run(index: int) -> None:
             with self._synchronised(last=index == len(contexts) - 1):
                 # Nothing else keeps what the forward returned, so its memory is free before the next one.
-                loss = objective(model, self.ledger, model(context), window, progress, totals)
-                self.manual_backward(loss * scale)
+                self.manual_backward(loss_of(self.model(contexts[index])))
+
+        self.strategy.run_window(MicroBatches(contexts, loss_of, run))
         return totals
 
     @property
@@ -395,11 +404,13 @@ class TrainingModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Starts the totals of a validation at zero."""
         self.validation.reset()
+        self.validation.process_group = data_group()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds one batch to the totals; nothing of the model changes."""
         context = self.context(batch, batch_idx)
-        self.validation.update(self.model(context), context)
+        losses = self.strategy.run_forward(self.model, context)
+        self.validation.update(self.strategy.all_losses(losses), context)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the values over the whole validation split, of averaged weights too."""

@@ -1,6 +1,8 @@
-"""Reductions over the data ranks, and the context in which ranks train.
+"""Reductions over ranks, and the context in which they train.
 
-Every reduction returns its argument unchanged where there is one rank.
+Data ranks read other sequences and have the same layers. They are all ranks, unless a strategy says which ones are
+(`set_data_group`). Sums and maxima of what a step counted are over the data ranks; agreements about the run itself, on
+signals and texts, are over all ranks. Every reduction returns its argument unchanged where there is one rank.
 """
 
 import os
@@ -40,32 +42,55 @@ def process_group_scope(folder: Path, launch: Launch) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+        set_data_group(None)
         if alone and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def rank_and_world() -> tuple[int, int]:
-    """The rank of this process among the data ranks, and how many there are."""
+_data_group: "dist.ProcessGroup | None" = None
+"""The data ranks of this process; None: all ranks."""
+
+
+def set_data_group(group: "dist.ProcessGroup | None") -> None:
+    """Says which ranks are the data ranks of this process; None: all are."""
+    global _data_group
+    _data_group = group
+
+
+def data_group() -> "dist.ProcessGroup | None":
+    """The data ranks of this process; None: all ranks."""
+    return _data_group
+
+
+def all_ranks() -> tuple[int, int]:
+    """The rank of this process among all of the run, and how many there are."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
+def rank_and_world() -> tuple[int, int]:
+    """The rank of this process among the data ranks, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(_data_group), dist.get_world_size(_data_group)
+    return 0, 1
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over ranks, exact for integers, without a gradient."""
+    """The sum over the data ranks, exact for integers, without a gradient."""
     if rank_and_world()[1] == 1:
         return tensor
     summed = tensor.detach().clone()
-    dist.all_reduce(summed)
+    dist.all_reduce(summed, group=_data_group)
     return summed
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
-    """The maximum over ranks, element by element, without a gradient."""
+    """The maximum over the data ranks, element by element, without a gradient."""
     if rank_and_world()[1] == 1:
         return tensor
     largest = tensor.detach().clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_data_group)
     return largest
 
 
@@ -86,14 +111,14 @@ class _Sum(torch.autograd.Function):
 
 def max_over_ranks(value: int, device: torch.device) -> int:
     """The largest of an integer over the ranks."""
-    if rank_and_world()[1] == 1:
+    if all_ranks()[1] == 1:
         return value
     return int(all_reduce_max(torch.tensor(value, device=device)))
 
 
 def broadcast_int(value: int, device: torch.device) -> int:
     """The integer of the first rank, on every rank."""
-    if rank_and_world()[1] == 1:
+    if all_ranks()[1] == 1:
         return value
     tensor = torch.tensor(value, device=device)
     dist.broadcast(tensor, 0)
@@ -102,9 +127,9 @@ def broadcast_int(value: int, device: torch.device) -> int:
 
 def first_text_over_ranks(text: str | None) -> str | None:
     """The text of the first rank that has one, on every rank; None if none has one."""
-    if rank_and_world()[1] == 1:
+    if all_ranks()[1] == 1:
         return text
-    texts: list[str | None] = [None] * rank_and_world()[1]
+    texts: list[str | None] = [None] * all_ranks()[1]
     dist.all_gather_object(texts, text)
     for found in texts:
         if found is not None:
@@ -114,7 +139,7 @@ def first_text_over_ranks(text: str | None) -> str | None:
 
 def all_reduce_max_(tensors: Sequence[Tensor]) -> None:
     """Replaces every element of some fp32 tensors by its maximum over the ranks, in place, by one exchange."""
-    if rank_and_world()[1] == 1 or not tensors:
+    if all_ranks()[1] == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, op=dist.ReduceOp.MAX)
@@ -124,7 +149,7 @@ def all_reduce_max_(tensors: Sequence[Tensor]) -> None:
 
 
 def differentiable_all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over ranks, differentiable."""
+    """The sum over the data ranks, differentiable."""
     if rank_and_world()[1] == 1:
         return tensor
     result: Tensor = _Sum.apply(tensor)  # type: ignore[no-untyped-call]

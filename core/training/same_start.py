@@ -11,7 +11,7 @@ import lightning as L
 import torch.distributed as dist
 
 from core.contracts.errors import UserError
-from core.training.ranks import rank_and_world
+from core.training.ranks import all_ranks
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SameStart(L.Callback):
         Raises:
             UserError: one differs from that of the first rank; raised on every rank.
         """
-        world = rank_and_world()[1]
+        world = all_ranks()[1]
         if world == 1:
             return
         starts: list[Any] = [None] * world

@@ -18,7 +18,7 @@ from core.training.callbacks import KeepLatest, LoadLog, StepLog, StopOnSignal
 from core.training.launchers import Launch
 from core.training.progress import ProgressLine
 from core.training.rank_processes import RankLauncher, RunEnvironment
-from core.training.ranks import rank_and_world
+from core.training.ranks import all_ranks
 from core.training.throughput import Throughput
 
 
@@ -114,7 +114,7 @@ class WorldCheck(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Counts the members of the process group; there is none where one rank trains."""
-        self.compare(rank_and_world()[1])
+        self.compare(all_ranks()[1])
 
     def compare(self, world: int) -> None:
         """Raises `UserError` if the number of ranks is another one."""

@@ -189,6 +189,9 @@ def call_on_step_end(
 ) -> None:
     """Calls `on_step_end` of every balancer, layer and head with its own totals of the step.
 
+    Layers whose weights are on other ranks are left out. Their balancers are not: these keep counts and biases only,
+    and are the same on every rank.
+
     Args:
         model: the model.
         totals: those of the step, over all ranks.
@@ -200,6 +203,7 @@ def call_on_step_end(
             if not balancer.is_frozen:
                 balancer.on_step_end(totals.of_balancer(path, index), progress)
     for path, name, component in model.block_layers():
-        component.on_step_end(totals.of_owner((path, name)), progress)
+        if model.holds(path):
+            component.on_step_end(totals.of_owner((path, name)), progress)
     for name, head in model.loss_heads():
         head.on_step_end(totals.of_owner((HEADS, name)), progress)

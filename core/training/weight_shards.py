@@ -15,7 +15,7 @@ from core.checkpoints.shards import ShardReader
 from core.checkpoints.tensor_shard import TensorShard
 from core.contracts.errors import UserError
 from core.numerics.part_exchange import local_part, local_tensor
-from core.training.ranks import first_text_over_ranks, rank_and_world
+from core.training.ranks import all_ranks, first_text_over_ranks
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def check_over_ranks(reader: ShardReader, prefix: str = "") -> None:
     Raises:
         UserError: one has changed; raised on every rank.
     """
-    rank, world = rank_and_world()
+    rank, world = all_ranks()
     changed = first_changed_file(reader.folder, reader.index, prefix, rank=rank, ranks=world)
     changed = first_text_over_ranks(changed)
     if changed:

@@ -4,7 +4,7 @@ The denominators are known from the data before any backward, so the same gradie
 window is split into micro-batches and ranks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,11 +46,21 @@ class Window:
         ledger: Ledger,
         contexts: Sequence[SequenceContext],
         coefficients: Mapping[Term, Tensor] | None = None,
+        *,
+        run: Callable[[LanguageModel, SequenceContext], Losses] = LanguageModel.__call__,
     ) -> "Window":
-        """Counts a window; if a loss is formed over the whole batch, its micro-batches run once beforehand."""
+        """Counts a window; if a loss is formed over the whole batch, its micro-batches run once beforehand.
+
+        Args:
+            model: the model.
+            ledger: its loss terms.
+            contexts: the micro-batches.
+            coefficients: the terms' factors, for graphs that read them.
+            run: runs a micro-batch forwards; through the layers that this rank holds, if other ranks hold the rest.
+        """
         whole: dict[Term, dict[str, Tensor]] = {}
         if len(contexts) > 1:
-            whole = _batch_sums(model, ledger, contexts)
+            whole = _batch_sums(model, ledger, contexts, run)
         counts = window_counts(model, ledger, contexts)
         return cls(counts, whole, len(contexts), coefficients or {})
 
@@ -59,6 +69,22 @@ class Window:
         if term in self.coefficients:
             return self.coefficients[term].to(dtype)
         return term.coefficient(progress)
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The micro-batches of a window, and how one is run.
+
+    Args:
+        contexts: the micro-batches of this data rank, in their order.
+        loss_of: returns the loss of what a forward returned, be it of the whole model or of some of its layers, and
+            adds what was counted to the totals of the window. The gradients of these losses add up.
+        run: runs one micro-batch forwards and backwards through the whole model, by its number.
+    """
+
+    contexts: Sequence[SequenceContext]
+    loss_of: Callable[[Losses], Tensor]
+    run: Callable[[int], None]
 
 
 def window_counts(
@@ -90,7 +116,10 @@ def _window_count(counts_W: Tensor, scope: Scope) -> Tensor:
 
 @torch.no_grad()
 def _batch_sums(
-    model: LanguageModel, ledger: Ledger, contexts: Sequence[SequenceContext]
+    model: LanguageModel,
+    ledger: Ledger,
+    contexts: Sequence[SequenceContext],
+    run: Callable[[LanguageModel, SequenceContext], Losses],
 ) -> dict[Term, dict[str, Tensor]]:
     """Sums that balancers of scope `batch` observe over micro-batches and ranks; without such, no forward is run.
 
@@ -101,8 +130,10 @@ def _batch_sums(
         return {}
     observed: dict[Term, dict[str, Tensor]] = {}
     for context in contexts:
-        losses = model(context)
+        losses = run(model, context)
         for term in terms:
+            if term.layer not in losses.records:  # another rank holds the layer
+                continue
             sums = term.observed_in(losses)
             if term in observed:
                 before = observed[term]
@@ -125,6 +156,9 @@ def objective(
 ) -> Tensor:
     """One micro-batch's share of the window's objective; its parts are added to `totals`.
 
+    Where other ranks hold some of the layers (`LanguageModel.absent`), the terms are those of the layers and heads in
+    `losses`; without any the share is 0.
+
     The balance losses of all layers are added, each with its own coefficient, as the released training code
     of DeepSeek-V2 and Switch do; the log shows their mean over layers.
 
@@ -132,7 +166,7 @@ def objective(
         RuntimeError: this forward left out a layer with experts, which would therefore not be balanced.
     """
     differing = set(model.expert_layers()) ^ set(losses.expert_records())
-    if differing:
+    if differing and not model.absent:
         paths = ", ".join(sorted(differing))
         raise RuntimeError(f"layers with experts and records of the forward differ: {paths}")
     parts: list[Tensor] = []
@@ -141,6 +175,8 @@ def objective(
         coefficient = window.coefficient(term, progress, value.dtype)
         parts.append(contribution(coefficient, value, window.counts[term]))
     totals.add_records(losses)
+    if not parts:
+        return torch.zeros((), device=next(iter(window.counts.values())).device)
     return torch.stack([part.to(parts[0].dtype) for part in parts]).sum()
 
 
@@ -152,6 +188,8 @@ def contribution(coefficient: float | Tensor, value: Tensor, count: Tensor) -> T
 def _term_sums(ledger: Ledger, losses: Losses, window: Window) -> Iterator[tuple[Term, Tensor]]:
     """Each term with its sum over a micro-batch, in the ledger's order; a balancer without a loss has none."""
     for term in ledger:
+        if not term.is_in(losses):
+            continue
         if isinstance(term, HeadTerm | LayerTerm):
             yield term, term.sum_in(losses)
         elif isinstance(term, BalanceTerm):

@@ -21,6 +21,7 @@ class NextToken(LossHead):
     """Mean cross-entropy of the next token over the window's predicted positions."""
 
     capabilities = frozenset({"next_token"})
+    reads_embedding = False
     example = {"name": "next_token"}
 
     @dataclass(kw_only=True)

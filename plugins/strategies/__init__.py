@@ -12,3 +12,4 @@ def register(registry: Registrar) -> None:
     registry.strategy("ddp", "plugins.strategies.data_parallel:DataParallel")
     registry.strategy("fsdp", "plugins.strategies.sharded:FullyShardedDataParallel")
     registry.strategy("expert_parallel", "plugins.strategies.sharded:ExpertParallel")
+    registry.strategy("pipeline", "plugins.strategies.pipeline:Pipeline")

@@ -205,13 +205,10 @@ class ExpertParallel(_Sharded):
 
         check_experts(model, self.config.expert_ranks)
 
-    def make_mesh(self, device: str) -> "DeviceMesh":
-        """The mesh of data ranks x expert ranks."""
-        from torch.distributed.device_mesh import init_device_mesh
-
+    def mesh_dims(self) -> dict[str, int]:
+        """The dimensions data ranks x expert ranks."""
         experts = self.config.expert_ranks
-        shape = (self.config.all_ranks() // experts, experts)
-        return init_device_mesh(device, shape, mesh_dim_names=("data", "experts"))
+        return {"data": self.config.all_ranks() // experts, "experts": experts}
 
     def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
         """Divides experts over `experts` and then over `data`, everything else over the whole mesh."""
@@ -234,9 +231,13 @@ class ExpertParallel(_Sharded):
 
 
 def flattened(mesh: "DeviceMesh") -> "DeviceMesh":
-    """All ranks of a mesh in one dimension."""
+    """All ranks of a mesh in one dimension; of a part of another mesh, those of the part."""
+    from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
 
+    if mesh.size() < get_world_size():
+        part: DeviceMesh = mesh._flatten("all")
+        return part
     return init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("all",))
 
 

@@ -98,3 +98,30 @@ def test_the_line_is_printed(lab: Lab) -> None:
         "4 ranks on 1 nodes (2 expert ranks), 2 micro-batches of 1 sequences a rank a step: one rank holds"
         in (" ".join(result.out.split()))
     )
+
+
+def test_a_stage_of_a_pipeline_owns_its_layers_and_holds_its_micro_batches(lab: Lab) -> None:
+    """The weights of all stages are those of the model, and once more the embedding, which both ends have."""
+    more = ("model.blocks.moe.count=3", "batch.accumulate=4")
+    recipe = lab.recipe(*more)
+    model = build(recipe, device="meta")
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    two = memory_of(lab, *more, "strategy={name: pipeline, stages: 2}")
+    assert (two["ranks"], two["expert_ranks"], two["sequences"]) == (2, 1, 4)
+    assert len(two["stage_totals"]) == 2
+    assert two["total"] == max(two["stage_totals"]) == two["stage_totals"][two["stage"] - 1]
+    assert two["whole_weights"] == two["whole_gradients"] == 0
+    assert two["weights"] == two["gradients"] < 4 * numbers
+    component = lab.recipe(*more, "strategy={name: pipeline, stages: 2}").strategy
+    stages = component.component.stages_of(component.config, model, 4)
+    assert [stage.in_flight for stage in stages] == [2, 1]
+    held = [
+        sum(weight.numel() for name, weight in model.named_parameters() if stage.holds(name))
+        for stage in stages
+    ]
+    assert sum(held) == numbers + model.embedding.weight.numel()
+    assert two["weights"] == 4 * held[two["stage"] - 1]
+    inner = "{name: expert_parallel, expert_ranks: 2}"
+    four = memory_of(lab, *more, f"strategy={{name: pipeline, stages: 2, inner: {inner}}}")
+    assert (four["ranks"], four["expert_ranks"], four["sequences"]) == (4, 2, 2)
+    assert four["weights"] < 0.6 * max(4 * size for size in held)

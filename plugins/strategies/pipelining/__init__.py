@@ -1,0 +1,1 @@
+"""What the strategy `pipeline` needs torch for: the division of a model into stages, and how they run."""
