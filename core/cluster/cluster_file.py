@@ -72,13 +72,13 @@ class Efficiencies:
         shape: sizes by which products of finite sizes are slower: rate / (1 + shape (1/inputs + 1/outputs + 1/rows)).
         fp8: rate of an FP8 product with 1x128 scales over that of the bf16 product.
         fp32: products of routers, of the fp32 peak.
-        attention_forward, attention_backward: of the bf16 peak, by causal FLOPs (backward twice the forward's).
+        attention_forward, attention_backward: parts of the bf16 peak, by causal FLOPs (backward twice the forward's).
         memory: copies, of the nominal bandwidth.
         passes: how often a kept byte of activations is read or written in forward and backward.
         logits: the same for a byte of fp32 logits.
         optimizer: the optimizer's and the norm's kernels, of the nominal bandwidth.
         busy: the part of the time in which a GPU computes and does not wait for its host.
-        inside, between: of the nominal speeds of the links (DeepEP, published).
+        inside, between: parts of the nominal speeds of the links (DeepEP, published).
     """
 
     product: float = 0.784

@@ -69,9 +69,9 @@ class StageSeconds:
     """Seconds of a stage for one micro-batch.
 
     Args:
-        forward: of the forward.
-        inputs: of the backward but for the gradients of weights, with what is computed again.
-        weights: of the gradients of weights.
+        forward: those of the forward.
+        inputs: those of the backward but for the gradients of weights, with what is computed again.
+        weights: those of the gradients of weights.
     """
 
     forward: Seconds

@@ -28,7 +28,7 @@ class Prediction:
     """What was found.
 
     Args:
-        document: as `--json` prints it.
+        document: what `--json` prints.
         timeline: the plan with its times.
     """
 

@@ -24,9 +24,9 @@ def uniform(
     """Durations that are the same for all stages.
 
     Args:
-        forward, backward: of a forward and of a whole backward.
+        forward, backward: seconds of a forward and of a whole backward.
         weight: the part of the backward for the weights.
-        pair: of an overlapped forward and backward; None: their sum.
+        pair: seconds of an overlapped forward and backward; None: their sum.
     """
     together = forward + backward if pair is None else pair
     alone = {

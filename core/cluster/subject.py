@@ -26,7 +26,7 @@ class Subject:
 
     Args:
         recipe: what is trained.
-        model: on the meta device.
+        model: the recipe's, on the meta device.
         precision: the recipe's, which has recorded the products.
         steps: the recipe's steps.
         moment_bytes: bytes of the optimizer's states for one weight.

@@ -103,7 +103,7 @@ def stage_works(
     """The work of every stage in order; the output and the heads are in the last one.
 
     Args:
-        model: on the meta device.
+        model: the recipe's, on the meta device.
         products: its matrix-product layers.
         precision: the recipe's.
         sizes: the number of blocks of each stage, those of multi-token modules included.
