@@ -183,3 +183,20 @@ def test_what_a_schedule_cannot_do_is_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=message):
         make_plan(*arguments)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 6, 8])
+def test_dualpipe_has_as_many_pairs_and_split_weights_as_deepseeks(ranks: int) -> None:
+    """The numbers of the eight parts of `dualpipe.py`, for a rank at distance `near` from the end of its half."""
+    half = ranks // 2
+    for count in (2 * ranks, 2 * ranks + 2, 6 * ranks):
+        plan = make_plan("dualpipe", ranks, count)
+        for rank in range(ranks):
+            near = min(rank, ranks - 1 - rank)
+            inner = half - near - 1
+            pairs = 2 * (count // 2 - ranks + near + 1) + inner - (inner == 0)
+            assert sum(len(slot) == 2 for slot in plan.ranks[rank]) == pairs
+            assert plan.count(rank, ActionKind.WEIGHT) == inner + inner + near + 1
+            assert plan.count(rank, ActionKind.INPUT) == inner + inner + near + 1
+            fronts = [slot[0] for slot in plan.ranks[rank][: 2 * inner]]
+            assert all(action.kind is ActionKind.FORWARD for action in fronts)
