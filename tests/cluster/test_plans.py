@@ -1,4 +1,4 @@
-"""Schedules as plans: counts, memory and bubbles of the papers' formulas, over ranks and micro-batches, without processes."""
+"""Schedules as plans: counts, memory and bubbles are those of the papers, over ranks and micro-batches."""
 
 import dataclasses
 from itertools import pairwise
