@@ -17,6 +17,9 @@ from core.storage.documents import read_yaml
 SHIPPED = Path(__file__).parent / "files"
 """The cluster files that come with the package."""
 
+MOST_GPUS = 1_000_000
+"""The largest cluster."""
+
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp8")
 INNER = ("single", "ddp", "zero1", "fsdp", "expert_parallel")
@@ -319,5 +322,7 @@ def _check(cluster: Cluster, file: Path) -> None:
             f"{file}: layout.communication_multiprocessors = {layout.communication_multiprocessors} must be less "
             f"than device.multiprocessors = {cluster.device.multiprocessors}"
         )
+    if cluster.gpus > MOST_GPUS:
+        raise UserError(f"{at}: {cluster.gpus:,} GPUs must be at most {MOST_GPUS:,}")
     if layout.imbalance < 1:
         raise UserError(f"{file}: layout.imbalance = {layout.imbalance:g} must be at least 1")

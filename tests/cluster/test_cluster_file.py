@@ -77,6 +77,7 @@ def test_shipped_clusters_are_read_by_name_and_have_the_measured_efficiencies(fi
             GOOD + LAYOUT.replace("ranks: 4, inner", "ranks: 1, schedule: zb1p, inner"),
             "layout.strategy.schedule = 'zb1p' must be left out with ranks = 1",
         ),
+        (GOOD + LAYOUT.replace("zero1, ranks: 4", "zero1, ranks: 9999999"), "GPUs must be at most"),
         (
             GOOD + "layout: {communication_multiprocessors: 132}\n",
             "layout.communication_multiprocessors = 132 must be less than device.multiprocessors",

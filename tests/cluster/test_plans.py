@@ -1,9 +1,11 @@
-"""Schedules as plans: counts, memory and bubbles of SPEC's table, over ranks and micro-batches, without processes."""
+"""Schedules as plans: counts, memory and bubbles are those of the papers, over ranks and micro-batches."""
 
 import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import pytest
+from tiers import first_by_default
 
 from core.cluster.plan import Action, ActionKind, Plan, PlanError
 from core.cluster.schedules import SCHEDULES, make_plan
@@ -37,7 +39,15 @@ def whole_rounds(ranks: int, count: int, chunks: int) -> bool:
     return chunks == 1 or count % max(1, count // ranks) == 0
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+def by_tier() -> list[Any]:
+    """The cases, of which those on 5 to 7 ranks are in the full tier."""
+    full = (pytest.mark.full,)
+    return [
+        pytest.param(case, marks=full if 4 < case[1] < 8 else (), id=str(case)) for case in cases()
+    ]
+
+
+@pytest.mark.parametrize("case", by_tier())
 def test_every_stage_computes_every_micro_batch_once_and_the_plan_ends(
     case: tuple[str, int, int, int],
 ) -> None:
@@ -88,7 +98,7 @@ def test_interleaving_divides_the_bubble_by_the_chunks(ranks: int, chunks: int) 
         assert [timeline.bubble(r) for r in range(ranks)] == pytest.approx([bubble] * ranks)
 
 
-@pytest.mark.parametrize("stages", [4, 6, 8, 12, 16])
+@pytest.mark.parametrize("stages", first_by_default([4, 8, 6, 12, 16], keep=2))
 @pytest.mark.parametrize("pair", [2.0, 2.2, 2.6, 3.0])
 def test_dualpipes_bubble_is_the_reports_where_the_parts_are_equal(
     stages: int, pair: float
@@ -183,3 +193,20 @@ def test_what_a_schedule_cannot_do_is_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=message):
         make_plan(*arguments)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 6, 8])
+def test_dualpipe_has_as_many_pairs_and_split_weights_as_deepseeks(ranks: int) -> None:
+    """The numbers of the eight parts of `dualpipe.py`, for a rank at distance `near` from the end of its half."""
+    half = ranks // 2
+    for count in (2 * ranks, 2 * ranks + 2, 6 * ranks):
+        plan = make_plan("dualpipe", ranks, count)
+        for rank in range(ranks):
+            near = min(rank, ranks - 1 - rank)
+            inner = half - near - 1
+            pairs = 2 * (count // 2 - ranks + near + 1) + inner - (inner == 0)
+            assert sum(len(slot) == 2 for slot in plan.ranks[rank]) == pairs
+            assert plan.count(rank, ActionKind.WEIGHT) == inner + inner + near + 1
+            assert plan.count(rank, ActionKind.INPUT) == inner + inner + near + 1
+            fronts = [slot[0] for slot in plan.ranks[rank][: 2 * inner]]
+            assert all(action.kind is ActionKind.FORWARD for action in fronts)
