@@ -36,8 +36,9 @@ SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dual_pipe_v")
 """Schedules of torch that compute the gradients of weights apart from those of inputs."""
 
 WHY_NOT_SPLIT = (
-    "must be 1f1b or interleaved_1f1b: this schedule splits the backward, for which torch 2.11 counts weights that are "
-    "used at two chained places twice (pytorch #180952), and whose runs have not been compared with one process"
+    "must be 1f1b or interleaved_1f1b: this schedule splits the backward, which counts weights that are used at two "
+    "chained places twice in torch without the fix of pytorch #180952, and its runs have not been compared with one "
+    "process"
 )
 """Why such a schedule is refused."""
 

@@ -181,7 +181,7 @@ class PipelineRun:
             segment: the segment.
             stream: the stream before it; None for the first one.
             context: the micro-batch.
-            caches: of all blocks, in decoding only; the last segment then returns logits, not losses.
+            caches: those of all blocks, in decoding only; the last segment then returns logits, not losses.
             logits_at_B: the one token of each row whose logits are wanted; None: of all.
         """
         model = self.model
