@@ -91,10 +91,7 @@ def shard(
         device: where the weights are drawn.
     """
     parallelize(model)
-    if model.absent:
-        leave_meta(model, device)
-    else:
-        model.to_empty(device=device)
+    leave_meta(model, device)
     initialise(model, seed)
 
 

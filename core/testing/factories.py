@@ -23,7 +23,7 @@ from core.contracts.training import (
     ParameterKind,
     WeightAverage,
 )
-from core.model.initialise import initialise
+from core.model.initialise import initialise, leave_meta
 from core.model.parameters import check_groups, named_parameters
 from core.numerics.part_exchange import local_tensor
 from core.testing.clauses import check, require, skip_unless
@@ -327,30 +327,37 @@ def divided_weights_are_the_whole_models(subject: Subject) -> None:
     skip_unless(factory.shards, "it divides no weights")
     skip_unless(not dist.is_initialized(), "this process is already part of a process group")
     whole = state(subject.model())
-    dispatcher = getattr(factory.config, "dispatcher", None)
+    dispatcher = factory.replaced_dispatcher()
 
     def gathered(rank: int) -> tuple[list[str], dict[str, Tensor]]:
         mesh = factory.make_mesh("cpu")
         model = subject.model(meta=True, dispatcher=dispatcher)
         factory.parallelize(model, mesh)
-        initialise(model.to_empty(device="cpu"), 0)
+        leave_meta(model, "cpu")
+        initialise(model, 0)
         parts = dict(weight_shards(model, factory.expert_group(mesh)))
         divided = [name for name, part in parts.items() if part.is_sharded]
         weights = {}
         for name, value in model.state_dict().items():
+            if name in model.absent:
+                continue
             weights[name] = parts[name].gather(local_tensor(value)) if name in divided else value
         return divided, weights
 
     with tempfile.TemporaryDirectory() as folder:
         ranks = factory.ranks_of(factory.config)
-        divided, weights = on_ranks(gathered, Path(folder), world=ranks)[0]
-    require(divided, "no weight is divided")
-    renamed = ", ".join(sorted(set(weights) ^ set(whole)))
-    require(list(weights) == list(whole), f"renamed: {renamed}")
-    reshaped = [name for name, value in weights.items() if value.shape != whole[name].shape]
-    require(not reshaped, f"other shapes: {', '.join(reshaped)}")
-    different = [name for name, value in weights.items() if not torch.equal(value, whole[name])]
-    require(not different, f"other initial weights: {', '.join(different)}")
+        by_rank = on_ranks(gathered, Path(folder), world=ranks)
+    divided, weights = by_rank[0]
+    require(divided or len(weights) < len(whole), "no weight is divided")
+    held = {name for _, own in by_rank for name in own}
+    renamed = ", ".join(sorted(held ^ set(whole)))
+    require(not renamed, f"renamed: {renamed}")
+    for _, own in by_rank:
+        require(list(own) == [name for name in whole if name in own], "another order of weights")
+        reshaped = [name for name, value in own.items() if value.shape != whole[name].shape]
+        require(not reshaped, f"other shapes: {', '.join(reshaped)}")
+        different = [name for name, value in own.items() if not torch.equal(value, whole[name])]
+        require(not different, f"other initial weights: {', '.join(different)}")
 
 
 @check(

@@ -1,7 +1,7 @@
 """The strategy `pipeline`: groups of layers on different ranks, and micro-batches that pass through them in turn.
 
-How a model is divided into stages and how they run is in `plugins.strategies.pipelining`, which needs torch; this file
-does not, so that errors in a recipe need not wait for it.
+How a model is divided into stages and how they run is in the files `pipeline_*.py` beside this one, which need torch.
+This file does not, so that errors in a recipe need not wait for it.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 
     from core.contracts.schema import Section
     from core.contracts.training import NamedParameter
-    from plugins.strategies.pipelining.run import PipelineRun
+    from plugins.strategies.pipeline_run import PipelineRun
 
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dual_pipe_v")
 """Schedules of torch that compute the gradients of weights apart from those of inputs."""
 
 WHY_NOT_SPLIT = (
-    "must be 1f1b or interleaved_1f1b: this schedule splits the backward, for which torch 2.11 counts weights that are "
-    "used at two chained places twice (pytorch #180952), and whose runs have not been compared with one process"
+    "must be 1f1b or interleaved_1f1b: this schedule splits the backward, which counts weights that are used at two "
+    "chained places twice in torch without the fix of pytorch #180952, and its runs have not been compared with one "
+    "process"
 )
 """Why such a schedule is refused."""
 
@@ -120,9 +121,9 @@ class Pipeline(StrategyFactory):
 
         def _check_blocks(self, parent: Any) -> None:
             parts = self.stages * self.chunks
-            model = getattr(parent, "model", None)
-            if model is not None:
-                blocks = sum(kind.count for kind in model.blocks.values())
+            kinds = getattr(getattr(parent, "model", None), "blocks", None)
+            if kinds is not None:
+                blocks = sum(kind.count for kind in kinds.values())
                 if parts > blocks:
                     key = "stages" if self.chunks == 1 else "chunks"
                     why = f"stages x chunks = {parts} must be at most the model's {blocks} blocks"
@@ -192,7 +193,7 @@ class Pipeline(StrategyFactory):
 
     def trainer_arguments(self) -> dict[str, Any]:
         """The Trainer's arguments."""
-        from plugins.strategies.pipelining.lightning import PipelineStrategy
+        from plugins.strategies.pipeline_training import PipelineStrategy
 
         config = self.config
         devices = device_arguments(
@@ -202,7 +203,7 @@ class Pipeline(StrategyFactory):
 
     def check_model(self, model: "nn.Module") -> None:
         """Raises `ConfigError` for a head that reads the state after a block of another stage than the last one."""
-        from plugins.strategies.pipelining.stages import check_heads, segments_of
+        from plugins.strategies.pipeline_stages import check_heads, segments_of
 
         check_heads(model, segments_of(model, self.config))
         self.inner.check_model(model)
@@ -212,7 +213,7 @@ class Pipeline(StrategyFactory):
         cls, config: Any, model: "nn.Module", micro_batches: int
     ) -> list[StageLayout] | None:
         """The modules of each stage, and the micro-batches that are in flight there by the schedule."""
-        from plugins.strategies.pipelining.stages import held_modules, in_flight, segments_of
+        from plugins.strategies.pipeline_stages import held_modules, in_flight, segments_of
 
         segments = segments_of(model, config)
         found: list[StageLayout] = []
@@ -250,7 +251,7 @@ class Pipeline(StrategyFactory):
 
     def parallelize(self, model: "nn.Module", mesh: "DeviceMesh") -> None:
         """Leaves this rank the layers of its stage, which the inner strategy may divide over the stage's ranks."""
-        from plugins.strategies.pipelining.run import PipelineRun
+        from plugins.strategies.pipeline_run import PipelineRun
 
         self._run = PipelineRun(model, mesh, self)
 

@@ -29,7 +29,7 @@ from core.run.loading import load
 from core.testing.forked_ranks import on_ranks
 from core.training.launchers import Launch
 from plugins.strategies.pipeline import WHY_NOT_SPLIT
-from plugins.strategies.pipelining.stages import even, held_modules, segments_of
+from plugins.strategies.pipeline_stages import even, held_modules, segments_of
 
 FOUR_BLOCKS = "model.blocks.moe.count=3"
 TIED = "model.tied_embedding=true"

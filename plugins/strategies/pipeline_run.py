@@ -1,4 +1,4 @@
-"""The stages of one process: how micro-batches pass through them, and what ranks of other stages are told.
+"""The stages of one process: how micro-batches pass through them, and what stages tell each other.
 
 Only the residual stream and its gradient travel between stages while a window runs. What layers counted stays on their
 stage until the window ends.
@@ -25,7 +25,7 @@ from core.model.ledger import Ledger
 from core.numerics.promotion import at_least_fp32
 from core.training.totals import WindowTotals
 from core.training.window import MicroBatches
-from plugins.strategies.pipelining.stages import (
+from plugins.strategies.pipeline_stages import (
     Segment,
     held_modules,
     is_inside,
@@ -181,7 +181,7 @@ class PipelineRun:
             segment: the segment.
             stream: the stream before it; None for the first one.
             context: the micro-batch.
-            caches: of all blocks, in decoding only; the last segment then returns logits in place of losses.
+            caches: those of all blocks, in decoding only; the last segment then returns logits, not losses.
             logits_at_B: the one token of each row whose logits are wanted; None: of all.
         """
         model = self.model

@@ -16,7 +16,7 @@ from core.numerics.part_exchange import local_tensor
 from core.training.ranks import set_data_group
 from core.training.sharded import ShardedStrategy
 from core.training.weight_shards import WeightShard
-from plugins.strategies.pipelining.stages import is_inside
+from plugins.strategies.pipeline_stages import is_inside
 
 
 class PipelineStrategy(ShardedStrategy):
