@@ -24,10 +24,12 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 from core.assemble import build
 from core.contracts.errors import UserError
+from core.contracts.schedule import Progress
 from core.run.evaluation import evaluate
 from core.run.loading import load
 from core.testing.forked_ranks import on_ranks
 from core.training.launchers import Launch
+from core.training.totals import WindowTotals, call_on_step_end
 from plugins.strategies.pipeline import WHY_NOT_SPLIT
 from plugins.strategies.pipeline_stages import even, held_modules, segments_of
 
@@ -52,6 +54,7 @@ CASES: list[tuple[int, str, int, tuple[str, ...]]] = [
     (2, TWO, 4, (TIED, RECOMPUTE)),
     (2, "{name: pipeline, stages: 2, layers: [1, 3]}", 2, (NO_MTP,)),
     (2, TWO, 2, (MIXED,)),
+    (2, TWO, 2, ("model.blocks.moe.ffn.balance=[{name: quantile}]",)),
     (2, TWO, 2, ("optimizer={name: muon, lr: 0.01}",)),
     (2, TWO, 2, ("model.residual={name: hyper_connections, streams: 2}",)),
     (2, TWO, 2, ("freeze=[embedding.weight, 'blocks.0.*']",)),
@@ -183,6 +186,34 @@ def test_every_layer_is_on_one_stage_and_only_the_embedding_on_two(lab: Lab) -> 
     assert "embedding" not in held_modules(alone, segments, 1)
     tied = build(lab.recipe(FOUR_BLOCKS, NO_MTP, TIED), device="meta")
     assert "embedding" in held_modules(tied, segments, 1)
+
+
+def test_a_layer_ends_a_step_where_its_weights_are(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Balancers end it on every rank, because all log and save the biases of all layers."""
+    model = build(lab.recipe(), device="cpu")
+    model.absent = frozenset(
+        name for name, _ in model.named_parameters() if name.startswith("blocks.1.")
+    )
+    ended: list[str] = []
+    for path, name, layer in model.block_layers():
+        monkeypatch.setattr(
+            layer, "on_step_end", lambda *_, who=f"{path}.{name}": ended.append(who)
+        )
+    paths = list(model.expert_layers())
+    totals = WindowTotals(loads={path: torch.arange(8) for path in paths})
+    call_on_step_end(model, totals, Progress(1, 1, 1, 1))
+    assert ended == [
+        "blocks.0.attention",
+        "blocks.0.ffn",
+        "heads.mtp.depths.0.block.attention",
+        "heads.mtp.depths.0.block.ffn",
+    ]
+    for layer in model.expert_layers().values():
+        bias_E = layer.balancers[0].selection_bias()
+        assert bias_E is not None
+        assert bool(bias_E.any())
 
 
 def test_blocks_are_divided_evenly() -> None:
