@@ -110,10 +110,12 @@ class _Sum(torch.autograd.Function):
 
 
 def max_over_ranks(value: int, device: torch.device) -> int:
-    """The largest of an integer over the ranks."""
+    """The largest of an integer over all ranks, whichever of them read the same data."""
     if all_ranks()[1] == 1:
         return value
-    return int(all_reduce_max(torch.tensor(value, device=device)))
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def broadcast_int(value: int, device: torch.device) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from exact_cases import STRATEGIES, Case, compare
 from lab import Lab, last_checkpoint, rows
 from observed_run import differences
@@ -29,6 +30,7 @@ from core.run.evaluation import evaluate
 from core.run.loading import load
 from core.testing.forked_ranks import on_ranks
 from core.training.launchers import Launch
+from core.training.ranks import all_reduce_sum, max_over_ranks, rank_and_world, set_data_group
 from core.training.totals import WindowTotals, call_on_step_end
 from plugins.strategies.pipeline import WHY_NOT_SPLIT
 from plugins.strategies.pipeline_stages import even, held_modules, segments_of
@@ -171,6 +173,22 @@ def test_a_run_on_stages_continues_on_one_process_and_back(
     back = cut_after(one, 5, tmp_path / "back")
     fit_on_ranks(lab, back, *WHOLE_RUN, f"strategy={TWO}", resume=True)
     assert_same_end(one, back)
+
+
+def test_a_signal_that_one_stage_receives_stops_all_of_them(tmp_path: Path) -> None:
+    """Stages are no data ranks of each other, and all of them must end after the same step."""
+
+    def work(rank: int) -> tuple[int, int, tuple[int, int]]:
+        groups = [dist.new_group([0]), dist.new_group([1])]
+        set_data_group(groups[rank])
+        try:
+            signum = max_over_ranks(15 * rank, torch.device("cpu"))
+            counted = int(all_reduce_sum(torch.tensor(rank + 1)))
+            return signum, counted, rank_and_world()
+        finally:
+            set_data_group(None)
+
+    assert on_ranks(work, tmp_path, world=2) == [(15, 1, (0, 1)), (15, 2, (0, 1))]
 
 
 def test_every_layer_is_on_one_stage_and_only_the_embedding_on_two(lab: Lab) -> None:
