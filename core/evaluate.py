@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.command import (
     drop_free_argument,
@@ -12,10 +12,6 @@ from core.command import (
     trust_argument,
     weights_argument,
 )
-
-if TYPE_CHECKING:
-    from core.deployment.placing import Placing
-    from core.model.language_model import LanguageModel
 
 
 def parser() -> argparse.ArgumentParser:
@@ -144,7 +140,7 @@ def _score_text(arguments: argparse.Namespace) -> None:
     folder = run_of(checkpoint)
     if arguments.weights is not None:
         check_average(checkpoint, arguments.weights)
-    placing = Placing(arguments.placement)
+    placing = Placing(arguments.placement, drop_free=arguments.drop_free)
     text = read_own_text(Path(arguments.text))
     recipe = compose_run(folder.recipe, trust=arguments.trust)
     longest = recipe.model.rope.max_length
@@ -166,7 +162,7 @@ def _score_text(arguments: argparse.Namespace) -> None:
     for notice in notices:
         _say(f"note: {notice}")
     model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
-    _prepare(model, arguments, placing)
+    placing.place(model)
     batch = arguments.batch_size or 16
     try:
         with placing:
@@ -181,15 +177,6 @@ def _score_text(arguments: argparse.Namespace) -> None:
     _print_values({**values, **placing.values(), "notices": notices}, arguments)
 
 
-def _prepare(model: "LanguageModel", arguments: argparse.Namespace, placing: "Placing") -> None:
-    """Makes the loaded model drop nothing, and places its experts, where options ask for it."""
-    from core.model.drop_free import drop_nothing
-
-    if arguments.drop_free:
-        drop_nothing(model)
-    placing.place(model)
-
-
 def _validate(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
@@ -201,8 +188,8 @@ def _validate(arguments: argparse.Namespace) -> None:
     from core.training.resume import newest_checkpoint
 
     checkpoint = newest_checkpoint(Path(arguments.run))
-    with Placing(arguments.placement, divides=True) as placing:
-        if arguments.placement is not None:
+    with Placing(arguments.placement, divides=True, drop_free=arguments.drop_free) as placing:
+        if arguments.placement is not None or arguments.drop_free:
             placing.check(compose_run(run_of(checkpoint).recipe, trust=arguments.trust))
         values = evaluate(
             checkpoint,
@@ -210,7 +197,7 @@ def _validate(arguments: argparse.Namespace) -> None:
             trust=arguments.trust,
             weights=arguments.weights,
             say=_say,
-            prepare=lambda model: _prepare(model, arguments, placing),
+            prepare=placing.place,
             dispatcher=placing.dispatcher,
         )
         values.update(placing.values())
@@ -271,7 +258,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     recipe = compose_run(folder.recipe, trust=arguments.trust)
     device = arguments.device or "cpu"
     check_device(device, recipe)
-    placing = Placing(arguments.placement)
+    placing = Placing(arguments.placement, drop_free=arguments.drop_free)
     placing.check(recipe)
     if options.chat:
         RunTokenizer.of(folder).chat()  # a run without a template is reported before the tasks load
@@ -280,7 +267,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     for notice in notices:
         _say(f"note: {notice}")
     model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
-    _prepare(model, arguments, placing)
+    placing.place(model)
     try:
         with placing:
             results = run_tasks(loaded, folder, model, options, say=_say)

@@ -112,7 +112,6 @@ def main(arguments: argparse.Namespace) -> None:
     from core.generation.printing import TextPrinter
     from core.generation.writer import Prompt
     from core.interop.run_weights import check_average
-    from core.model.drop_free import drop_nothing
     from core.recipe.compose import compose_run
     from core.run.device import check_device
     from core.run.loading import load, run_of
@@ -122,7 +121,7 @@ def main(arguments: argparse.Namespace) -> None:
     run = run_of(checkpoint)
     if arguments.weights is not None:
         check_average(checkpoint, arguments.weights)
-    placing = Placing(arguments.placement)
+    placing = Placing(arguments.placement, drop_free=arguments.drop_free)
     recipe = compose_run(run.recipe, trust=arguments.trust)
     placing.check(recipe)
     notices = recipe.notices()
@@ -151,8 +150,6 @@ def main(arguments: argparse.Namespace) -> None:
         limit = options.limit(len(ids), recipe.model.rope.max_length, where, _flag)
         rows.append(Prompt(ids, limit, number))
     model = load(checkpoint, trust=arguments.trust, weights=arguments.weights).to(device)
-    if arguments.drop_free:
-        drop_nothing(model)
     placing.place(model)
     _warn_of_batches(model, min(options.batch, len(rows)))
     printer = TextPrinter(

@@ -1,6 +1,7 @@
 """python -m core.long_context RUN [--lengths A,B] [--needles N]: how a run reads texts of several lengths."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,10 @@ def _lengths(text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--lengths {text}: must be whole numbers from 1 with commas between them")
+    if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", part) for part in parts):
+        raise UserError(
+            f"--lengths {text}: must be whole numbers from 1 to 999999999 with commas between them"
+        )
     return tuple(map(int, parts))
 
 

@@ -10,8 +10,10 @@ environment of its own, because it needs an older transformers.
 
 import argparse
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-3
 """The largest difference of a token's log-probability, in nats."""
 
-TOKENS = 24
+TOKENS = 64
 """The most tokens that are written after a prompt."""
+
+PROMPTS = 20
 
 WORDS = [
     "zero",
@@ -80,22 +84,25 @@ def main() -> None:
 
 
 def train_and_export(folder: Path) -> list[str]:
-    """Trains the toy and exports it to `served`, unless that was done; returns the prompts."""
+    """Trains the toy on texts of one to eight sums and exports it to `served`; returns the prompts, all different."""
     draw = random.Random(0)
-    sums = []
-    for _ in range(4000):
-        a, b = draw.randrange(7), draw.randrange(7)
-        sums.append(f"{WORDS[a]} and {WORDS[b]} make {WORDS[a + b]}.")
-    (folder / "sums.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in sums))
-    if not (folder / "served").exists():
-        recipe = str(ROOT / "recipes/serving/toy.yaml")
-        corpus = f"data.corpus.paths=[{folder / 'sums.jsonl'}]"
-        moeloom("fit", recipe, corpus, "--out", str(folder / "run"))
-        moeloom("convert", "to-hf", str(folder / "run"), str(folder / "served"), "--dtype", "fp32")
-    return [
-        " ".join(line.split()[:count])
-        for line, count in zip(sums[:20], [3, 4, 1, 2] * 5, strict=True)
-    ]
+    texts = []
+    for _ in range(2000):
+        sums = []
+        for _ in range(draw.randint(1, 8)):
+            a, b = draw.randrange(7), draw.randrange(7)
+            sums.append(f"{WORDS[a]} and {WORDS[b]} make {WORDS[a + b]}.")
+        texts.append(" ".join(sums))
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "sums.jsonl").write_text("".join(lines))
+    for made in ("run", "served"):
+        shutil.rmtree(folder / made, ignore_errors=True)
+    recipe = str(ROOT / "recipes/serving/toy.yaml")
+    corpus = f"data.corpus.paths=[{folder / 'sums.jsonl'}]"
+    moeloom("fit", recipe, corpus, "--out", str(folder / "run"))
+    moeloom("convert", "to-hf", str(folder / "run"), str(folder / "served"), "--dtype", "fp32")
+    prompts = dict.fromkeys(" ".join(text.split()[: draw.randint(1, 30)]) for text in texts)
+    return list(prompts)[:PROMPTS]
 
 
 def moeloom(command: str, *arguments: str) -> None:
@@ -266,17 +273,19 @@ def post(address: str, content: dict[str, Any]) -> Any:
 def compare(name: str, found: Answers, expected: Answers) -> bool:
     """Prints how far answers are from those expected; whether they agree."""
     same = dict.fromkeys(("tokens", "ended", "text"), 0)
-    far = 0.0
-    count = 0
+    differences = []
     for one, other in zip(found, expected, strict=True):
         for key in same:
             same[key] += one[key] == other[key]
-        for a, b in zip(one["logprobs"], other["logprobs"], strict=False):
-            far = max(far, abs(a - b))
-            count += 1
+        pairs = zip(one["logprobs"], other["logprobs"], strict=False)
+        differences += [abs(a - b) for a, b in pairs]
+    wanted = sum(len(one["logprobs"]) for one in expected)
+    far = max(differences, default=math.inf)
+    finite = all(map(math.isfinite, differences)) and len(differences) == wanted
     agree = ", ".join(f"{key} {number}/{len(expected)}" for key, number in same.items())
-    print(f"{name} beside moeloom: equal {agree}; {count} log-probabilities within {far:.2g} nats")
-    return all(number == len(expected) for number in same.values()) and far <= TOLERANCE
+    compared = f"{len(differences)} of {wanted} log-probabilities within {far:.2g} nats"
+    print(f"{name} beside moeloom: equal {agree}; {compared}")
+    return finite and all(number == len(expected) for number in same.values()) and far <= TOLERANCE
 
 
 if __name__ == "__main__":

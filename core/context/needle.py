@@ -101,7 +101,7 @@ def needles(
     for number in range(tries):
         draw = random.Random(f"{seed} {number}")
         key = [stream[draw.randrange(len(stream))] for _ in range(KEY)]
-        wrong = [stream[draw.randrange(len(stream))] for _ in range(KEY)]
+        wrong = [_other_than(token, stream, draw) for token in key]
         start = int(draw.random() * (len(stream) - other + 1))
         text = list(stream[start : start + other])
         place = round(depth * other)
@@ -110,6 +110,16 @@ def needles(
             needle = [*before, *hidden, *after]
             texts.append([begin, *text[:place], *needle, *text[place:], *before, *key])
         yield Needle(texts[0], texts[1], 1 + place)
+
+
+def _other_than(token: int, stream: Sequence[int], draw: random.Random) -> int:
+    """A token of the stream that is not `token`, if a few draws find one."""
+    found = token
+    for _ in range(100):
+        found = stream[draw.randrange(len(stream))]
+        if found != token:
+            break
+    return found
 
 
 @torch.no_grad()

@@ -103,6 +103,10 @@ class RecordedLoads:
         return [(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
+LARGEST_LOAD = 1e15
+"""More than tokens that anyone counts, and small enough for exact sums."""
+
+
 def _check(what: str, load_SE: Loads, entries: int) -> None:
     """Raises `UserError` for what cannot be loads."""
     if load_SE.ndim != 2 or not load_SE.shape[1]:
@@ -113,12 +117,12 @@ def _check(what: str, load_SE: Loads, entries: int) -> None:
         raise UserError(f"{what} has {len(load_SE)} entries: must be {entries}, as the others have")
     if not entries:
         raise UserError(f"{what} has no entry")
-    bad = ~(np.isfinite(load_SE) & (load_SE >= 0))
+    bad = ~((load_SE >= 0) & (load_SE <= LARGEST_LOAD))
     if bad.any():
         entry, expert = np.argwhere(bad)[0]
         value = load_SE[entry, expert]
         raise UserError(
-            f"{what} is {value} for expert {expert} in entry {entry}: must be a number from 0"
+            f"{what} is {value} for expert {expert} in entry {entry}: must be a number from 0 to {LARGEST_LOAD:g}"
         )
 
 

@@ -47,7 +47,8 @@ def place(
         The model, in evaluation mode.
 
     Raises:
-        UserError: the plan is another model's, or the model cannot run on it; nothing has changed then.
+        UserError: the plan is another model's, or the model cannot run on it. Nothing has changed then, unless a layer
+            of another package refuses after those before it were placed.
     """
     check_plan(model, plan, name=name)
     layers = model.expert_layers()

@@ -1,4 +1,4 @@
-"""The option --placement of commands: reads the plan, places the model, and counts what its GPUs receive.
+"""The options --placement and --drop-free of commands: how experts run that are not trained any more.
 
 Started by torchrun with a rank for each GPU of the plan, `core.evaluate` divides the experts over the ranks.
 """
@@ -16,6 +16,7 @@ from core.contracts.errors import UserError
 from core.deployment.placed import PhysicalLoads, check_plan, place
 from core.deployment.plan import PlacementPlan, read_plan
 from core.extension.loader import installed_registry
+from core.model.drop_free import drop_nothing
 from core.model.language_model import LanguageModel
 from core.recipe.compose import Recipe
 
@@ -26,6 +27,7 @@ class Placing:
     Args:
         file: the plan; None: nothing is placed or counted.
         divides: whether experts are divided over the ranks that a launcher has started; False: one process has all.
+        drop_free: whether every assignment to an expert is carried out.
 
     Attributes:
         dispatcher: the name of a dispatcher between ranks, if experts are divided; None: that of the recipe.
@@ -34,8 +36,11 @@ class Placing:
         UserError: the file is no plan, or there is not one rank for each GPU.
     """
 
-    def __init__(self, file: Path | None, *, divides: bool = False) -> None:
+    def __init__(
+        self, file: Path | None, *, divides: bool = False, drop_free: bool = False
+    ) -> None:
         self.dispatcher: str | None = None
+        self.drop_free = drop_free
         self._file = file
         self._plan: PlacementPlan | None = None
         self._loads: PhysicalLoads | None = None
@@ -45,7 +50,7 @@ class Placing:
             return
         self._plan = read_plan(file)
         started = os.environ.get("WORLD_SIZE", "1")
-        if not started.isdecimal():
+        if not started.isdecimal() or len(started) > 9:
             raise UserError(f"WORLD_SIZE = {started!r} in the environment: must be a whole number")
         ranks = int(started)
         if ranks <= 1:
@@ -65,20 +70,27 @@ class Placing:
         self._mesh = init_device_mesh("cpu", (ranks,))
 
     def check(self, recipe: Recipe) -> None:
-        """Checks the plan against the model of a recipe, which is not loaded for it.
+        """Checks the options against the model of a recipe, which is not loaded for it.
 
         Raises:
-            UserError: the plan is another model's.
+            UserError: the plan is another model's, or experts choose tokens and none can be kept.
         """
+        if self._plan is None and not self.drop_free:
+            return
+        model = build(recipe, device="meta")
+        if self.drop_free:
+            drop_nothing(model)
         if self._plan is not None:
-            check_plan(build(recipe, device="meta"), self._plan, name=f"--placement {self._file}")
+            check_plan(model, self._plan, name=f"--placement {self._file}")
 
     def place(self, model: LanguageModel) -> None:
-        """Places the model's experts, and counts from now on.
+        """Makes the model drop nothing where that was asked for, places its experts, and counts from now on.
 
         Raises:
-            UserError: the plan is another model's.
+            UserError: as `check`.
         """
+        if self.drop_free:
+            drop_nothing(model)
         if self._plan is None:
             return
         place(model, self._plan, mesh=self._mesh, name=f"--placement {self._file}")

@@ -34,6 +34,9 @@ from core.training.early_checks import check_trained
 from core.training.resume import newest_checkpoint
 from core.training.run_folder import RunFolder
 
+LARGEST = 100_000
+"""GPUs, nodes, replicas, groups and stretches of a plan, and not more: plans are lists of Python."""
+
 SCHEMA = 1
 """The version of the document; it rises when a key changes its meaning or is removed."""
 
@@ -79,10 +82,12 @@ class PlacementOptions:
         """Raises `UserError` for the first number that is out of range, or for two texts."""
         if self.text is not None and self.held_out:
             raise UserError("--held-out cannot be combined with --text: both say what is read")
-        for name in ("gpus", "nodes", "replicas", "groups", "tokens", "stretches"):
+        for name in ("gpus", "nodes", "replicas", "groups", "stretches"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} = {value}: must be at least 1")
+            if value is not None and not 1 <= value <= LARGEST:
+                raise UserError(f"--{name} = {value}: must be from 1 to {LARGEST}")
+        if self.tokens < 1:
+            raise UserError(f"--tokens = {self.tokens}: must be at least 1")
         if self.gpus % self.nodes:
             raise UserError(f"--gpus = {self.gpus}: must be a multiple of --nodes = {self.nodes}")
         if self.replicas is not None and self.replicas % self.gpus:
@@ -114,7 +119,7 @@ def report(
         NotFiniteError: a weight that is not finite.
     """
     options.check()
-    if source.suffix in (".safetensors", ".json", ".npy"):
+    if source.suffix in (".safetensors", ".json", ".npy") and not source.is_dir():
         if options.reads:
             flag = "--text" if options.text is not None else "--held-out"
             raise UserError(f"{flag} needs a run or a checkpoint, and {source} holds loads")
@@ -182,13 +187,16 @@ def _planner(options: PlacementOptions, groups: int) -> Callable[[LoadByLayer], 
     """Plans from loads by layer, with the options' sizes."""
 
     def plan(loads: LoadByLayer) -> PlacementPlan:
-        return plan_placement(
-            loads,
-            gpus=options.gpus,
-            nodes=options.nodes,
-            replicas=options.replicas,
-            groups=groups,
-        )
+        try:
+            return plan_placement(
+                loads,
+                gpus=options.gpus,
+                nodes=options.nodes,
+                replicas=options.replicas,
+                groups=groups,
+            )
+        except UserError as cause:
+            raise UserError(f"--{cause}") from cause
 
     return plan
 

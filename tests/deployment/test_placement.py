@@ -228,6 +228,10 @@ def change(file: Path, **changed: torch.Tensor | None) -> None:
 
 DAMAGED = {
     "nan": ({"load": torch.full((12, 8), torch.nan)}, "is nan for expert 0 in entry 0"),
+    "huge": (
+        {"load": torch.full((12, 8), 1e300, dtype=torch.float64)},
+        "must be a number from 0 to 1e+15",
+    ),
     "negative": ({"load": torch.full((12, 8), -1)}, "is -1.0 for expert 0 in entry 0"),
     "flat": ({"load": torch.ones(12, dtype=torch.int64)}, "has shape [12]: must be [entries"),
     "short": ({"load": torch.ones(3, 8)}, "has 3 entries: must be 12, as the others have"),
@@ -251,12 +255,13 @@ def test_loads_that_cannot_be_are_one_sentence(
 
 
 OPTIONS = {
-    "--gpus 0": "--gpus = 0: must be at least 1",
+    "--gpus 0": "--gpus = 0: must be from 1 to 100000",
+    "--gpus 100000000": "--gpus = 100000000: must be from 1 to 100000",
     "--gpus 4 --nodes 3": "--gpus = 4: must be a multiple of --nodes = 3",
     "--gpus 4 --replicas 10": "--replicas = 10: must be a multiple of --gpus = 4",
-    "--gpus 4 --replicas 4": "replicas = 4: must be at least the 8 experts of a layer",
-    "--gpus 4 --groups 3": "groups = 3: must divide the 8 experts of a layer",
-    "--stretches 0": "--stretches = 0: must be at least 1",
+    "--gpus 4 --replicas 4": "--replicas = 4: must be at least the 8 experts of a layer",
+    "--gpus 4 --groups 3": "--groups = 3: must divide the 8 experts of a layer",
+    "--stretches 0": "--stretches = 0: must be from 1 to 100000",
     "--experts-share 1.5": "--experts-share = 1.5: must be from 0 to 1",
     "--experts-share nan": "--experts-share = nan: must be from 0 to 1",
     "--tokens 0": "--tokens = 0: must be at least 1",

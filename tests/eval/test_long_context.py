@@ -170,6 +170,7 @@ def test_the_shortest_length_has_a_needle_and_no_other_text(lab: Lab, finished: 
     ("arguments", "sentence"),
     [
         (["--lengths", "0"], "--lengths 0: must be whole numbers from 1"),
+        (["--lengths", "9" * 5000], "must be whole numbers from 1 to 999999999"),
         (["--lengths", "8,x"], "--lengths 8,x: must be whole numbers from 1"),
         (["--lengths", "99999"], "--lengths 99999: must be at most model.rope.max_length = "),
         (["--needles", "1"], "--needles = 1: must be 0, or at least 2"),

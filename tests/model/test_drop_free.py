@@ -101,6 +101,18 @@ def test_expert_choice_says_that_it_drops_nothing_and_leaves_tokens_out(lab: Lab
         drop_nothing(model)
 
 
+def test_commands_refuse_it_before_weights_are_read(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = "model.blocks.moe.ffn.router={name: expert_choice, top_k: 2}"
+    lab.fit(tmp_path / "run", router, "model.blocks.moe.ffn.balance=[]", "budget.steps=1")
+    monkeypatch.setattr("core.run.loading.load_weights", None)
+    for command, *more in (("evaluate",), ("generate", "--prompt", "a")):
+        result = lab.command(command, tmp_path / "run", *more, "--drop-free")
+        assert result.code == 2
+        assert result.sentence.startswith("--drop-free: in blocks.1 experts choose tokens")
+
+
 @pytest.fixture(scope="module")
 def switching(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose router drops most of what it evaluates."""
