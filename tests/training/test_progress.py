@@ -36,6 +36,8 @@ def on_terminal(lab: Lab, run: Path, columns: int) -> str:
         try:
             signal.alarm(120)
             os.environ["TERM"] = "xterm"
+            for name in ("COLUMNS", "LINES"):  # they would count for more than the terminal
+                os.environ.pop(name, None)
             ioctl(0, TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
             sys.stdout = os.fdopen(1, "w", closefd=False)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
