@@ -152,6 +152,7 @@ def test_other_rotary_positions_are_used_and_needles_are_asked_for(
     assert shown.out.count("0/2") >= 5
 
 
+@pytest.mark.full
 def test_the_shortest_length_has_a_needle_and_no_other_text(lab: Lab, finished: Path) -> None:
     ask = ("--json", "--needles", "2", "--lengths")
     refused = lab.command("long_context", finished, *ask, "8")

@@ -101,6 +101,7 @@ def test_expert_choice_says_that_it_drops_nothing_and_leaves_tokens_out(lab: Lab
         drop_nothing(model)
 
 
+@pytest.mark.full
 def test_commands_refuse_it_before_weights_are_read(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
