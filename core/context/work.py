@@ -1,7 +1,7 @@
 """Measures how a run reads long texts: checks what is asked, loads the model, and makes the JSON document."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from core.context.positions import PositionLoss, loss_by_position
 from core.contracts.context import SequenceContext
 from core.contracts.errors import NotFiniteError, UserError
 from core.data.loaders import ValidationLoader
+from core.data.module import TextData
 from core.generation.run_tokenizer import RunTokenizer
 from core.interop.run_weights import check_average
 from core.model.language_model import LanguageModel
@@ -73,10 +74,7 @@ def measure(
     if options.weights is not None:
         check_average(checkpoint, options.weights)
     check_trained(folder, "its held-out documents are what is read")
-    for override in options.overrides:
-        key = override.partition("=")[0]
-        if key != ROPE and not key.startswith(f"{ROPE}."):
-            raise UserError(f"{override}: only keys of {ROPE} can be changed here")
+    _check_overrides(options.overrides)
     recipe = compose_run(folder.recipe, options.overrides, trust=options.trust, check_source=True)
     lengths = options.lengths or (recipe.data.sequence_length,)
     words = None
@@ -88,13 +86,7 @@ def measure(
     check_device(options.device, recipe)
     data = text_data(recipe, plan_of(recipe), folder)
     data.prepare()
-    if not data.validation_documents:
-        raise UserError(f"{folder.path}: the run has held out nothing; there is nothing to read")
-    if words is not None and data.validation_tokens < max(lengths):
-        raise UserError(
-            f"--lengths {max(lengths)}: must be at most {data.validation_tokens} with --needles, the tokens of the "
-            "held-out documents around a needle"
-        )
+    _check_held_out(data, folder.path, max(lengths), with_needles=words is not None)
     recipe.freeze = []
     model = build(recipe)
     load_weights(model, checkpoint, average=options.weights)
@@ -131,6 +123,25 @@ class _Words:
         """Those of a run's tokenizer."""
         encode = tokenizer.tokenizer.encode
         return cls(tokenizer.markers.begin, list(encode(BEFORE)), list(encode(AFTER)))
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Raises `UserError` for a key of another section than the rotary positions."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key != ROPE and not key.startswith(f"{ROPE}."):
+            raise UserError(f"{override}: only keys of {ROPE} can be changed here")
+
+
+def _check_held_out(data: TextData, folder: Path, longest: int, *, with_needles: bool) -> None:
+    """Raises `UserError` if nothing is held out, or less than a needle needs around it."""
+    if not data.validation_documents:
+        raise UserError(f"{folder}: the run has held out nothing; there is nothing to read")
+    if with_needles and data.validation_tokens < longest:
+        raise UserError(
+            f"--lengths {longest}: must be at most {data.validation_tokens} with --needles, the tokens of the "
+            "held-out documents around a needle"
+        )
 
 
 def _check_lengths(lengths: tuple[int, ...], longest: int, words: _Words | None) -> None:

@@ -30,6 +30,9 @@ UNREADABLE = (
 )
 """What numpy raises for a file that is no array: its header is parsed as Python's."""
 
+LARGEST_LOAD = 1e15
+"""More tokens than anybody counts; sums of such loads are still exact enough and finite."""
+
 Loads = NDArray[np.float64]
 """Loads of one layer: a row for each step or sequence, a column for each expert."""
 
@@ -101,10 +104,6 @@ class RecordedLoads:
         """Divides the entries into at most so many stretches of neighbours: where each begins, and where it ends."""
         parts = np.array_split(np.arange(len(self.at)), min(most, len(self.at)))
         return [(int(part[0]), int(part[-1]) + 1) for part in parts]
-
-
-LARGEST_LOAD = 1e15
-"""More than tokens that anyone counts, and small enough for exact sums."""
 
 
 def _check(what: str, load_SE: Loads, entries: int) -> None:

@@ -78,7 +78,7 @@ def test_a_needle_stands_at_its_depth_in_a_text_of_the_length(depth: float) -> N
         assert needle.tokens[needle.place : after + 1] == [1, 2, *key, 3]
         assert needle.tokens[-KEY - 2 : -KEY] == [1, 2]
         wrong = needle.control[needle.place + 2 : after]
-        assert wrong != key
+        assert all(one != other for one, other in zip(wrong, key, strict=True))
         same = [*needle.control[: needle.place + 2], *key, *needle.control[after:]]
         assert same == needle.tokens
         rest = needle.tokens[1 : needle.place] + needle.tokens[after + 1 : -KEY - 2]
@@ -88,6 +88,13 @@ def test_a_needle_stands_at_its_depth_in_a_text_of_the_length(depth: float) -> N
     assert [n.tokens[-KEY:] for n in again] == [n.tokens[-KEY:] for n in drawn]
     with pytest.raises(ValueError, match="no place"):
         list(needles(stream, [1, 2], [3], 0, length=8, depth=depth, tries=1, seed=4))
+
+
+def test_a_control_has_no_token_of_the_key_in_its_place() -> None:
+    """Drawn from two tokens, which an independent draw would often repeat."""
+    for needle in needles([7, 8] * 50, [1, 2], [3], 0, length=40, depth=0.0, tries=20, seed=0):
+        key, wrong = needle.tokens[-KEY:], needle.control[3 : 3 + KEY]
+        assert [one + other for one, other in zip(key, wrong, strict=True)] == [15] * KEY
 
 
 class _Copies(torch.nn.Module):
